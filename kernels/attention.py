@@ -1,0 +1,120 @@
+"""Causal attention over flat rows: softmax(q k^T * scale) v inside every segment, never across a border.
+
+T tokens, N segments, H query heads, K key/value heads (H is a multiple of K), D head size.
+With a sliding window W, position p sees keys p-W+1 .. p (arXiv 2310.06825, section 2).
+Two entries: `attention_reference` for rows whose keys are the row itself, `cached_attention_reference` for rows
+whose keys stand in a cache. On a CPU both go segment by segment into torch's flash kernel, so nothing (T, T) exists;
+on a GPU one block-diagonal mask keeps the host out of it (the fused kernel replaces that path).
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def attention_reference(q, k, v, cu_seqlens, max_seqlen: int, window: int | None, scale: float) -> torch.Tensor:
+    """q (T, H, D), k and v (T, K, D), one dtype; cu_seqlens (N+1,) int32 borders; window in tokens or None -> (T, H, D)."""
+    if q.device.type != "cpu":
+        return _one_mask(q, k, v, cu_seqlens, window, scale)
+    pieces = []
+    for start, count, length in _runs_of_equal_length(cu_seqlens.tolist()):
+        stop = start + count * length
+
+        def heads_first(x):
+            return x[start:stop].view(count, length, x.shape[1], x.shape[2]).transpose(1, 2)  # noqa: B023
+
+        mask = None
+        if window is not None and window < length:
+            mask = _window_mask(length, length, window, q.device)
+        out = F.scaled_dot_product_attention(
+            heads_first(q),
+            heads_first(k),
+            heads_first(v),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )  # (count, H, length, D)
+        pieces.append(out.transpose(1, 2).reshape(count * length, *q.shape[1:]))
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def cached_attention_reference(q, keys, values, borders, lengths, window: int | None, scale: float) -> torch.Tensor:
+    """Attention of new tokens against a cache that already holds their own keys.
+
+    q (T, H, D): the new tokens of sequences 0..N-1 one after the other; borders: N+1 host ints into T.
+    keys, values (N, K, capacity, D); lengths: N host ints, filled slots per sequence, new tokens included -> (T, H, D).
+    """
+    gqa = q.shape[1] != keys.shape[1]
+    count = len(lengths)
+    if q.shape[0] == count and count > 1:  # one new token each: one call for all sequences
+        longest = max(lengths)
+        positions = torch.arange(longest, device=q.device)
+        ends = torch.tensor(lengths, device=q.device)[:, None]
+        allowed = positions < ends
+        if window is not None:
+            allowed &= positions >= ends - window
+        out = F.scaled_dot_product_attention(
+            q[:, :, None],
+            keys[:, :, :longest],
+            values[:, :, :longest],
+            attn_mask=allowed[:, None, None, :],
+            scale=scale,
+            enable_gqa=gqa,
+        )  # (N, H, 1, D)
+        return out[:, :, 0]
+    pieces = []
+    for i, length in enumerate(lengths):
+        rows = q[borders[i] : borders[i + 1]].transpose(0, 1)[None]  # (1, H, new, D)
+        new = rows.shape[2]
+        first = max(0, length - window) if window is not None and new == 1 else 0
+        mask = None
+        if new > 1 and (new < length or (window is not None and window < length)):
+            mask = _window_mask(new, length, window or length, q.device)
+        out = F.scaled_dot_product_attention(
+            rows,
+            keys[i : i + 1, :, first:length],
+            values[i : i + 1, :, first:length],
+            attn_mask=mask,
+            is_causal=mask is None and new > 1,
+            scale=scale,
+            enable_gqa=gqa,
+        )
+        pieces.append(out[0].transpose(0, 1))
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def _runs_of_equal_length(borders: list[int]):
+    """Yield (start, count, length) for runs of neighbouring segments of one length: one kernel call serves a run."""
+    i, last = 0, len(borders) - 1
+    while i < last:
+        length, j = borders[i + 1] - borders[i], i + 1
+        while j < last and borders[j + 1] - borders[j] == length:
+            j += 1
+        if length:
+            yield borders[i], j - i, length
+        i = j
+
+
+def _window_mask(queries: int, keys: int, window: int, device) -> torch.Tensor:
+    """(queries, keys) bool; the queries are the last positions of the keys."""
+    key = torch.arange(keys, device=device)
+    query = torch.arange(keys - queries, keys, device=device)[:, None]
+    return (key <= query) & (key > query - window)
+
+
+def _one_mask(q, k, v, cu_seqlens, window, scale):
+    """The same on any device without a host synchronisation; (T, T) mask, so for short rows and tests only."""
+    place = torch.arange(q.shape[0], device=q.device)
+    segment = torch.searchsorted(cu_seqlens[1:].contiguous(), place, right=True)
+    allowed = (segment[:, None] == segment[None, :]) & (place[None, :] <= place[:, None])
+    if window is not None:
+        allowed &= place[None, :] > place[:, None] - window
+    out = F.scaled_dot_product_attention(
+        q.transpose(0, 1)[None],
+        k.transpose(0, 1)[None],
+        v.transpose(0, 1)[None],
+        attn_mask=allowed[None, None],
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return out[0].transpose(0, 1)

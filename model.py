@@ -1,0 +1,273 @@
+"""The decoder: one class, driven by the switches of ModelConfig, over flat rows of tokens.
+
+Shape letters: T tokens of a packed row, N segments in it, E hidden, H query heads, K key/value heads, D head size,
+F MLP size, V vocabulary. A row holds N segments one after the other; `cu_seqlens` are their N+1 borders, `positions`
+restart at 0 in each, and attention never crosses a border. So there is no padding and no mask.
+
+The heads are applied by whoever needs them (loss on some rows, logits of the last token), so (T, V) logits never exist
+unless somebody asks. Weight names are Hugging Face's for Llama without the leading "model.".
+
+    model = checkpoint.load_model("models/SmolLM2-135M-Instruct")
+    hidden = model(tokens, positions, cu_seqlens, max_seqlen)   # (T, E)
+    logits = model.logits(hidden)                               # (T, V)
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import kernels
+from architectures import ModelConfig, Rope
+
+
+class Linear(nn.Linear):
+    """nn.Linear that casts its weight to the input's dtype where it is used: fp32 masters under bf16 compute."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.linear(x, self.weight, self.bias)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float, dtype=None, device=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size, dtype=dtype, device=device))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.rms_norm(x, self.weight, self.eps)
+
+
+class KVCache:
+    """Keys and values of several sequences, for decoding. `lengths` are host ints: how much of each is filled."""
+
+    def __init__(self, config: ModelConfig, sequences: int, capacity: int, dtype=torch.float32, device="cpu"):
+        shape = (config.num_layers, 2, sequences, config.num_kv_heads, capacity, config.head_dim)
+        self.storage = torch.empty(shape, dtype=dtype, device=device)
+        self.capacity = capacity  # tokens per sequence
+        self.lengths = [0] * sequences
+
+    def append(self, layer: int, k: Tensor, v: Tensor, borders: list[int]) -> tuple[Tensor, Tensor]:
+        """Store the new k, v (T, K, D) of one layer behind each sequence's filled part; give back the whole layer."""
+        keys, values = self.storage[layer]
+        if k.shape[0] == len(self.lengths) and len(set(self.lengths)) == 1:
+            place = self.lengths[0]  # one new token each, all at the same place: two copies serve every sequence
+            keys[:, :, place] = k
+            values[:, :, place] = v
+            return keys, values
+        for i, place in enumerate(self.lengths):
+            start, stop = borders[i], borders[i + 1]
+            keys[i, :, place : place + stop - start] = k[start:stop].transpose(0, 1)
+            values[i, :, place : place + stop - start] = v[start:stop].transpose(0, 1)
+        return keys, values
+
+    def keep(self, sequences: list[int]) -> None:
+        """Drop all sequences but these (finished ones make room)."""
+        self.storage = self.storage[:, :, sequences]
+        self.lengths = [self.lengths[i] for i in sequences]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int, **kind):
+        super().__init__()
+        hidden, size = config.hidden_size, config.head_dim
+        self.q_proj = Linear(hidden, config.num_heads * size, bias=config.qkv_bias, **kind)
+        self.k_proj = Linear(hidden, config.num_kv_heads * size, bias=config.qkv_bias, **kind)
+        self.v_proj = Linear(hidden, config.num_kv_heads * size, bias=config.qkv_bias, **kind)
+        self.o_proj = Linear(config.num_heads * size, hidden, bias=config.out_bias, **kind)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(size, config.norm_eps, **kind)
+            self.k_norm = RMSNorm(size, config.norm_eps, **kind)
+        self.head_dim = size
+        self.qk_norm = config.qk_norm
+        self.scale = 1.0 / math.sqrt(size)
+        self.window = config.sliding_windows[layer]
+        self.layer = layer
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, row: "Row") -> Tensor:
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, H, D)
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, K, D)
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, K, D)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = kernels.rope(q, cos, sin), kernels.rope(k, cos, sin)
+        if row.cache is None:
+            out = kernels.attention(q, k, v, row.cu_seqlens, row.max_seqlen, self.window, self.scale)
+        else:
+            keys, values = row.cache.append(self.layer, k, v, row.borders)
+            out = kernels.cached_attention(q, keys, values, row.borders, row.lengths, self.window, self.scale)
+        return self.o_proj(out.flatten(-2))  # (T, H, D) -> (T, E)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig, **kind):
+        super().__init__()
+        hidden, size, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = Linear(hidden, size, bias=bias, **kind)
+        self.up_proj = Linear(hidden, size, bias=bias, **kind)
+        self.down_proj = Linear(size, hidden, bias=bias, **kind)
+        self.activation = config.activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(kernels.gated_mlp(self.gate_proj(x), self.up_proj(x), self.activation))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int, **kind):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps, **kind)
+        self.self_attn = Attention(config, layer, **kind)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps, **kind)
+        self.mlp = MLP(config, **kind)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, row: "Row") -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, row)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Row:
+    """What every layer needs to know of the row: borders, and the cache if there is one."""
+
+    def __init__(self, cu_seqlens: Tensor, max_seqlen: int, cache: KVCache | None):
+        self.cu_seqlens, self.max_seqlen, self.cache = cu_seqlens, max_seqlen, cache
+        if cache is not None:
+            self.borders = cu_seqlens.tolist()
+            new = [stop - start for start, stop in zip(self.borders, self.borders[1:])]
+            if len(new) != len(cache.lengths):
+                raise ValueError(f"cache: {len(cache.lengths)} sequences, but the row has {len(new)} segments")
+            self.lengths = [filled + n for filled, n in zip(cache.lengths, new)]
+            if max(self.lengths) > cache.capacity:
+                raise ValueError(f"cache: {max(self.lengths)} tokens do not fit its capacity of {cache.capacity}")
+
+
+class Decoder(nn.Module):
+    """Token ids -> hidden states after the final norm.
+
+    compute_dtype: dtype of the activations; None = that of the embedding. gradient_checkpointing: recompute each block
+    in the backward pass. embedding_noise: NEFTune's alpha (arXiv 2310.05914), active in train mode only.
+    """
+
+    def __init__(self, config: ModelConfig, dtype=torch.float32, device=None):
+        super().__init__()
+        kind = {"dtype": dtype, "device": device}
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, **kind)
+        self.layers = nn.ModuleList(Block(config, i, **kind) for i in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, **kind)
+        if not config.tied_head:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, **kind)
+        self.compute_dtype: torch.dtype | None = None
+        self.gradient_checkpointing = False
+        self.embedding_noise = 0.0
+
+    def forward(self, tokens, positions, cu_seqlens, max_seqlen: int, cache: KVCache | None = None) -> Tensor:
+        """tokens (T,) int64, positions (T,), cu_seqlens (N+1,) int32, max_seqlen host int -> hidden (T, E).
+
+        With a cache, segment i holds the new tokens of sequence i and the cache grows by them.
+        """
+        x = self.embed_tokens(tokens)  # (T, E)
+        if self.compute_dtype is not None:
+            x = x.to(self.compute_dtype)
+        if self.training and self.embedding_noise:
+            x = x + _neftune_noise(x, cu_seqlens, self.embedding_noise)
+        row = Row(cu_seqlens, max_seqlen, cache)
+        cos, sin = self._rotation(positions, row, x.dtype)
+        for block in self.layers:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, row, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, row)
+        if cache is not None:
+            cache.lengths = row.lengths
+        return self.norm(x)
+
+    def head_weight(self) -> Tensor:
+        """The output head (V, E); the embedding itself when tied."""
+        return self.embed_tokens.weight if self.config.tied_head else self.lm_head.weight
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (T, E) -> (T, V) in hidden's dtype."""
+        return kernels.linear(hidden, self.head_weight())
+
+    def _rotation(self, positions: Tensor, row: Row, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin (T, D/2) of every token's angles; angles in fp32, since bf16 cannot count past 256."""
+        rope, size, device = self.config.rope, self.config.head_dim, positions.device
+        if rope.kind == "dynamic":
+            frequency = self._dynamic_frequencies(row, positions.shape[0], device)  # (T, D/2)
+        else:
+            frequency = inverse_frequencies(rope, size, device)
+        angle = positions[:, None].float() * frequency
+        return (angle.cos() * rope.attention_factor).to(dtype), (angle.sin() * rope.attention_factor).to(dtype)
+
+    def _dynamic_frequencies(self, row: Row, tokens: int, device) -> Tensor:
+        """Each segment by its own length, so that a packed row equals its segments alone."""
+        if row.cache is not None:
+            lengths = torch.tensor(row.lengths, device=device)
+        else:
+            lengths = row.cu_seqlens[1:] - row.cu_seqlens[:-1]
+        frequency = dynamic_inverse_frequencies(self.config.rope, self.config.head_dim, lengths)  # (N, D/2)
+        new = row.cu_seqlens[1:] - row.cu_seqlens[:-1]
+        return frequency.repeat_interleave(new.long(), dim=0, output_size=tokens)
+
+
+def inverse_frequencies(rope: Rope, size: int, device=None) -> Tensor:
+    """(D/2,) fp32 radians per position, for every kind but dynamic.
+
+    linear: divided by the factor (arXiv 2306.15595). yarn: arXiv 2309.00071, eq. 17-19 with the ramp over dimensions.
+    llama3: kept above, divided below, blended between two wavelengths (Llama 3.1 model card code).
+    """
+    exponent = torch.arange(0, size, 2, dtype=torch.int64, device=device).float() / size
+    frequency = 1.0 / (rope.theta**exponent)
+    if rope.kind == "linear":
+        return frequency / rope.factor
+    if rope.kind == "llama3":
+        wavelength = 2 * math.pi / frequency
+        smooth = (rope.original_positions / wavelength - rope.low_freq_factor) / (
+            rope.high_freq_factor - rope.low_freq_factor
+        )
+        smooth = smooth.clamp(0, 1)
+        return (1 - smooth) * frequency / rope.factor + smooth * frequency
+    if rope.kind == "yarn":
+
+        def dimension(rotations: float) -> float:  # the pair that turns this often over the trained length
+            return size * math.log(rope.original_positions / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+        low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
+        if rope.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, size - 1)
+        if low == high:
+            high += 0.001  # a ramp of no width would divide by zero
+        ramp = ((torch.arange(size // 2, dtype=torch.float32, device=device) - low) / (high - low)).clamp(0, 1)
+        return frequency / rope.factor * ramp + frequency * (1 - ramp)
+    return frequency
+
+
+def dynamic_inverse_frequencies(rope: Rope, size: int, lengths: Tensor) -> Tensor:
+    """NTK-aware base by text length: theta * (f s / L0 - (f - 1))^(D / (D - 2)) for s > L0.  lengths (N,) -> (N, D/2)."""
+    length = lengths.float().clamp(min=rope.original_positions)
+    growth = rope.factor * length / rope.original_positions - (rope.factor - 1)
+    theta = rope.theta * growth ** (size / (size - 2))  # (N,)
+    exponent = torch.arange(0, size, 2, dtype=torch.int64, device=lengths.device).float() / size
+    return 1.0 / (theta[:, None] ** exponent)
+
+
+def _neftune_noise(x: Tensor, cu_seqlens: Tensor, alpha: float) -> Tensor:
+    """Uniform(-1, 1) * alpha / sqrt(L * E) with L the token's own segment length.  arXiv 2310.05914, algorithm 1."""
+    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+    length = lengths.repeat_interleave(lengths, output_size=x.shape[0])[:, None]
+    bound = alpha / torch.sqrt(length * float(x.shape[1]))
+    return (torch.empty_like(x, dtype=torch.float32).uniform_(-1, 1) * bound).to(x.dtype)
+
+
+@torch.no_grad()
+def initialize_weights(model: Decoder, generator: torch.Generator | None = None) -> None:
+    """Fresh weights: N(0, initializer_range) for matrices, ones for norms, zeros for biases, as transformers does."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.zero_()
+        elif parameter.dim() == 1:
+            parameter.fill_(1.0)
+        else:
+            parameter.normal_(0.0, model.config.initializer_range, generator=generator)
