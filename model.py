@@ -44,7 +44,7 @@ class KVCache:
 
     def __init__(self, config: ModelConfig, sequences: int, capacity: int, dtype=torch.float32, device="cpu"):
         shape = (config.num_layers, 2, sequences, config.num_kv_heads, capacity, config.head_dim)
-        self.storage = torch.empty(shape, dtype=dtype, device=device)
+        self.storage = torch.zeros(shape, dtype=dtype, device=device)  # zeros: a masked NaN is still a NaN
         self.capacity = capacity  # tokens per sequence
         self.lengths = [0] * sequences
 
