@@ -1,0 +1,591 @@
+"""Text <-> token ids through the `tokenizers` library, with the special-token rules of a Hugging Face folder.
+
+A checkpoint's tokenizer.json holds the whole pipeline: normalizer, pre-tokenizer, BPE or Unigram model,
+post-processor, decoder. tokenizer_config.json, special_tokens_map.json, config.json and generation_config.json say
+which tokens begin, end and pad a text. Three things here go beyond a plain call of the library:
+
+- `encode_parts`: ids of a text cut at part borders, such that the ids of a prompt never depend on the answer after it;
+- `stream`: text while ids arrive, never half a character, and the concatenation equals `decode` of all ids;
+- `add_special=True` gives the ids that transformers 5 gives for `tokenizer(text).input_ids`.
+
+Sources: the decoder and offset semantics of huggingface/tokenizers 0.23; SentencePiece's prefix space (U+2581).
+Run: python -c "from tokenizer import Tokenizer; print(Tokenizer.from_folder('FOLDER').encode('Hello'))"
+"""
+
+import bisect
+import codecs
+import itertools
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import tokenizers
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "tokenizer.model", "vocab.json", "merges.txt",
+)  # fmt: skip
+SHORT_TAIL = 256  # characters; texts up to this length between a special token and a border are remembered
+REMEMBERED_TAILS = 4096  # entries; bounds the memory of that table to a few MB
+
+
+class Tokenizer:
+    """One checkpoint's tokenizer. Make it with `Tokenizer.from_folder`."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, special: dict[str, str | None], folder: Path | None = None):
+        """backend: the loaded tokenizer.json.  special: bos/eos/pad/unk -> token text that the vocabulary has, or None."""
+        backend.no_truncation()
+        backend.no_padding()
+        self._post_processor = backend.post_processor
+        # The post-processor is called by hand in encode(): ByteLevel's trims the offsets that encode_parts needs.
+        backend.post_processor = None
+        self._backend = backend
+        self._continuation = _without_prefix_space(backend)
+        self._tail_ids: dict[str, list[int]] = {}
+        self.folder = folder
+        self.chat_template: str | None = None
+        self.stop_ids: tuple[int, ...] = ()
+
+        self.bos_token = special.get("bos")
+        self.eos_token = special.get("eos")
+        if self.eos_token is None and backend.token_to_id("<|endoftext|>") is not None:
+            self.eos_token = "<|endoftext|>"
+        self.pad_token = special.get("pad") or self.eos_token
+        self.unk_token = special.get("unk")
+        self.bos_id = self._id(self.bos_token)
+        self.eos_id = self._id(self.eos_token)
+        self.pad_id = self._id(self.pad_token)
+        self.unk_id = self._id(self.unk_token)
+
+        added = backend.get_added_tokens_decoder()
+        named = (self.bos_id, self.eos_id, self.pad_id, self.unk_id)
+        self.special_ids = frozenset([i for i, t in added.items() if t.special] + [i for i in named if i is not None])
+        self._added_ids = frozenset(added)
+        # Texts are cut at these tokens before normalisation, so nothing to their left can change what is right of them.
+        self._anchor_ids = frozenset(i for i, t in added.items() if not t.normalized)
+        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        if self.eos_id is not None:
+            self.stop_ids = (self.eos_id,)
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> "Tokenizer":
+        """Load tokenizer.json and its companions. Raises FileNotFoundError or ValueError with the way out."""
+        folder = Path(folder)
+        backend = _load_backend(folder)
+        config = _read_json(folder / "tokenizer_config.json")
+        special_map = _read_json(folder / "special_tokens_map.json")
+        _add_listed_tokens(backend, folder, config, special_map)
+
+        model_config = _read_json(folder / "config.json")
+        generation_config = _read_json(folder / "generation_config.json")
+        special = {}
+        for name in ("bos", "eos", "pad", "unk"):
+            text = _token_text(config.get(f"{name}_token")) or _token_text(special_map.get(f"{name}_token"))
+            if text is not None and backend.token_to_id(text) is None:
+                text = None  # named, but the vocabulary has no such token
+            ids = _as_ids(generation_config.get(f"{name}_token_id")) + _as_ids(model_config.get(f"{name}_token_id"))
+            if text is None and ids:
+                text = backend.id_to_token(ids[0])
+            special[name] = text
+
+        tokenizer = cls(backend, special, folder)
+        tokenizer.chat_template = _chat_template(folder, config)
+        stop_ids = [*tokenizer.stop_ids, *_as_ids(generation_config.get("eos_token_id"))]
+        tokenizer.stop_ids = tuple(dict.fromkeys(stop_ids))
+        return tokenizer
+
+    def encode(self, text: str, add_special: bool = False) -> list[int]:
+        """Ids of `text`. Special strings in the text become their tokens.
+
+        add_special=True adds what tokenizer.json's post-processor adds (bos for Llama, nothing for Qwen), as
+        transformers 5 does; it ignores add_bos_token/add_eos_token of tokenizer_config.json beside a tokenizer.json.
+        """
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        if add_special and self._post_processor is not None:
+            encoding = self._post_processor.process(encoding, None, True)
+        return encoding.ids
+
+    def encode_parts(self, parts: list[str]) -> list[list[int]]:
+        """Ids of each part. The ids of parts[:k] never depend on parts[k:], so a prompt has the same ids in training
+        and in generation; and wherever that allows it, the concatenation is encode("".join(parts)).
+
+        Definition (`_encode_one_by_one`): a part joins the text before it if that leaves the ids before it alone;
+        otherwise a new text starts there, without SentencePiece's prefix space. The fast path encodes the
+        joined text once and proves at every border that the definition gives the same.
+        """
+        return [ids for ids, _ in self.encode_parts_with_starts(parts)]
+
+    def encode_parts_with_starts(self, parts: list[str]) -> list[tuple[list[int], list[int]]]:
+        """As encode_parts, and for every token the index of its first character in "".join(parts)."""
+        if not parts:
+            return []
+        text = "".join(parts)
+        borders = list(itertools.accumulate(len(part) for part in parts))[:-1]
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        ids, offsets = encoding.ids, encoding.offsets
+        cuts = [0]
+        for border in borders:
+            cut = bisect.bisect_left(offsets, (border, -1))
+            if not self._left_is_independent(text[:border], ids[:cut], offsets[:cut]):
+                return self._encode_one_by_one(parts)
+            cuts.append(cut)
+        cuts.append(len(ids))
+        starts = [start for start, _ in offsets]
+        return [(ids[a:b], starts[a:b]) for a, b in itertools.pairwise(cuts)]
+
+    def _left_is_independent(self, text: str, ids: list[int], offsets: list[tuple[int, int]]) -> bool:
+        """Whether `text` alone encodes to `ids`, its share of a longer text. Only what follows the last special token
+        has to be encoded again, because texts are cut at special tokens first."""
+        if ids and offsets[-1][1] > len(text):
+            return False
+        anchor = max(len(ids) - 1, 0)
+        while anchor > 0 and ids[anchor] not in self._anchor_ids:
+            anchor -= 1
+        return self._remembered(text[offsets[anchor][0] if anchor else 0 :]) == ids[anchor:]
+
+    def _remembered(self, text: str) -> list[int]:
+        """encode(text); short texts such as "<|im_start|>assistant\\n" come up in every example, so they are kept."""
+        if len(text) > SHORT_TAIL:
+            return self._backend.encode(text, add_special_tokens=False).ids
+        ids = self._tail_ids.get(text)
+        if ids is None:
+            ids = self._backend.encode(text, add_special_tokens=False).ids
+            if len(self._tail_ids) >= REMEMBERED_TAILS:
+                self._tail_ids.clear()
+            self._tail_ids[text] = ids
+        return ids
+
+    def _encode_one_by_one(self, parts: list[str]) -> list[tuple[list[int], list[int]]]:
+        result = []
+        text, ids, begin = "", [], 0
+        position = 0
+        for part in parts:
+            joined_ids, starts = self._encode_piece(text + part, begin)
+            if joined_ids[: len(ids)] == ids:
+                result.append((joined_ids[len(ids) :], starts[len(ids) :]))
+                text, ids = text + part, joined_ids
+            else:
+                text, begin = part, position
+                ids, starts = self._encode_piece(part, begin)
+                result.append((ids, starts))
+            position += len(part)
+        return result
+
+    def _encode_piece(self, text: str, begin: int) -> tuple[list[int], list[int]]:
+        """Ids and first characters of `text`, which starts at character `begin` of a longer one. Where begin > 0 no
+        prefix space is put before its first word; after its first special token all is as usual."""
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        ids, starts = encoding.ids, [begin + start for start, _ in encoding.offsets]
+        if begin == 0 or self._continuation is None:
+            return ids, starts
+        first = next((i for i, token_id in enumerate(ids) if token_id in self._added_ids), len(ids))
+        head = text if first == len(ids) else text[: encoding.offsets[first][0]]
+        encoding = self._continuation.encode(head, add_special_tokens=False)
+        return encoding.ids + ids[first:], [begin + start for start, _ in encoding.offsets] + starts[first:]
+
+    def decode(self, ids, skip_special: bool = True) -> str:
+        """Text of `ids`; equals transformers' decode(..., clean_up_tokenization_spaces=False)."""
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+    def piece(self, token_id: int) -> str:
+        """Readable text of one token: spaces kept, bytes that are no whole character as <0xE6><0x97>."""
+        token = self._backend.id_to_token(token_id)
+        if token is None:
+            return f"<no token {token_id}>"
+        if token_id in self._added_ids:
+            return token
+        steps = _decoder_steps(self._backend, keep_spaces=True)
+        text = "".join(_feed(steps, [token]) + _finish(steps))
+        if "\ufffd" not in text:
+            return text
+        if not isinstance(steps[-1], _ByteLevel):
+            return token  # SentencePiece spells a byte as <0xE6> itself
+        return "".join(f"<0x{BYTE_OF_CHARACTER[character]:02X}>" for character in token)
+
+    def token(self, token_id: int) -> str | None:
+        """The vocabulary's own spelling of a token, or None when there is no such id."""
+        return self._backend.id_to_token(token_id)
+
+    def token_id(self, token: str) -> int | None:
+        """Id of a token by the vocabulary's own spelling, for example "<|im_end|>"; None when there is none."""
+        return self._backend.token_to_id(token)
+
+    def stream(self, skip_special: bool = True) -> "StreamDecoder":
+        """A decoder that is given one id at a time."""
+        return StreamDecoder(self, _decoder_steps(self._backend), skip_special)
+
+    def save(self, folder: str | Path, chat_template: str | None = None) -> None:
+        """Copy the tokenizer's files into `folder`; chat_template replaces the one that came with them."""
+        if self.folder is None:
+            raise ValueError("this tokenizer was not loaded from a folder, so there are no files to copy")
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in TOKENIZER_FILES:
+            source, target = self.folder / name, folder / name
+            if source.exists() and source.resolve() != target.resolve():
+                shutil.copyfile(source, target)
+        if chat_template is not None:
+            # In both places: transformers before 4.43 reads only the configuration, newer ones prefer the file.
+            (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+            config = {**_read_json(folder / "tokenizer_config.json"), "chat_template": chat_template}
+            text = json.dumps(config, indent=2, ensure_ascii=False)
+            (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+
+    def _id(self, token: str | None) -> int | None:
+        return None if token is None else self._backend.token_to_id(token)
+
+
+class StreamDecoder:
+    """Text of ids that arrive one by one. push() returns the text that is final; flush() the rest.
+
+    The concatenation equals Tokenizer.decode of all ids. Each push costs the same however long the text is. A run of
+    SentencePiece byte tokens is held until it ends, because decode turns the whole run into replacement
+    characters when any of its bytes is wrong.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, steps: list, skip_special: bool):
+        self._backend = tokenizer._backend
+        self._skipped = frozenset(
+            i for i, t in self._backend.get_added_tokens_decoder().items() if skip_special and t.special
+        )
+        self._steps = steps
+
+    def push(self, token_id: int) -> str:
+        token_id = int(token_id)
+        token = None if token_id in self._skipped else self._backend.id_to_token(token_id)
+        if token is None:
+            return ""
+        return "".join(_feed(self._steps, [token]))
+
+    def flush(self) -> str:
+        return "".join(_finish(self._steps))
+
+
+def _feed(steps: list, pieces: list[str]) -> list[str]:
+    for step in steps:
+        pieces = [text for piece in pieces for text in step.feed(piece)]
+    return pieces
+
+
+def _finish(steps: list) -> list[str]:
+    pieces: list[str] = []
+    for step in steps:
+        pieces = [text for piece in pieces for text in step.feed(piece)] + step.end()
+    return pieces
+
+
+# The decoder steps of `tokenizers`, each as a machine: feed(piece) -> final pieces, end() -> what was held back.
+
+
+class _Replace:
+    def __init__(self, old: str, new: str):
+        self.old, self.new = old, new
+
+    def feed(self, piece: str) -> list[str]:
+        return [piece.replace(self.old, self.new)]
+
+    def end(self) -> list[str]:
+        return []
+
+
+class _Fuse:
+    def feed(self, piece: str) -> list[str]:
+        return [piece]
+
+    def end(self) -> list[str]:
+        return []
+
+
+class _ByteFallback:
+    """<0xE6><0x97><0xA5> -> one character; a run that is not UTF-8 -> one replacement character per byte."""
+
+    def __init__(self):
+        self.held = bytearray()
+
+    def feed(self, piece: str) -> list[str]:
+        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+            try:
+                self.held.append(int(piece[3:5], 16))
+                return []
+            except ValueError:  # "<0xZZ>" is ordinary text
+                pass
+        return [*self.end(), piece]
+
+    def end(self) -> list[str]:
+        if not self.held:
+            return []
+        run, self.held = bytes(self.held), bytearray()
+        try:
+            return [run.decode("utf-8")]
+        except UnicodeDecodeError:
+            return ["\ufffd"] * len(run)
+
+
+class _Strip:
+    """Remove up to `start` leading and `stop` trailing copies of a character from the fused text."""
+
+    def __init__(self, content: str, start: int, stop: int):
+        self.content, self.start, self.stop = content, start, stop
+        self.held = ""
+
+    def feed(self, piece: str) -> list[str]:
+        while self.start and piece:
+            if piece[0] != self.content:
+                self.start = 0
+            else:
+                piece, self.start = piece[1:], self.start - 1
+        piece = self.held + piece
+        trailing = min(self.stop, len(piece) - len(piece.rstrip(self.content)))
+        self.held = piece[len(piece) - trailing :]
+        return [piece[: len(piece) - trailing]]
+
+    def end(self) -> list[str]:
+        return []
+
+
+class _StripEach(_Strip):
+    """The same for every piece by itself: a Strip that stands before Fuse."""
+
+    def feed(self, piece: str) -> list[str]:
+        return _Strip(self.content, self.start, self.stop).feed(piece)
+
+
+class _Metaspace:
+    """U+2581 -> space; in the first piece it is dropped where encoding had put it there."""
+
+    def __init__(self, replacement: str, drop_first: bool):
+        self.replacement, self.drop_next = replacement, drop_first
+
+    def feed(self, piece: str) -> list[str]:
+        text = piece.replace(self.replacement, "" if self.drop_next else " ")
+        self.drop_next = False
+        return [text]
+
+    def end(self) -> list[str]:
+        return []
+
+
+class _ByteLevel:
+    """GPT-2's printable stand-ins for bytes -> UTF-8 text; a token with any other character stands for itself."""
+
+    def __init__(self):
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def feed(self, piece: str) -> list[str]:
+        known = all(character in BYTE_OF_CHARACTER for character in piece)
+        raw = bytes(BYTE_OF_CHARACTER[character] for character in piece) if known else piece.encode("utf-8")
+        return [self.decoder.decode(raw)]
+
+    def end(self) -> list[str]:
+        return [self.decoder.decode(b"", final=True)]
+
+
+class _Spaces:
+    """No decoder: tokens joined by a space."""
+
+    def __init__(self):
+        self.first = True
+
+    def feed(self, piece: str) -> list[str]:
+        text = piece if self.first else " " + piece
+        self.first = False
+        return [text]
+
+    def end(self) -> list[str]:
+        return []
+
+
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's table (bytes_to_unicode): printable Latin-1 bytes stand for themselves, the others for U+0100 and up."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    table = {chr(byte): byte for byte in printable}
+    others = [byte for byte in range(256) if byte not in printable]
+    return table | {chr(256 + index): byte for index, byte in enumerate(others)}
+
+
+BYTE_OF_CHARACTER = _byte_of_character()
+
+
+def _decoder_steps(backend: tokenizers.Tokenizer, keep_spaces: bool = False) -> list:
+    """The backend's decoder as a list of fresh machines; keep_spaces leaves out what drops a leading space."""
+    if backend.decoder is None:
+        return [_Spaces()]
+    state = json.loads(backend.decoder.__getstate__())
+    steps: list = []
+    fused = False
+    for entry in state["decoders"] if state["type"] == "Sequence" else [state]:
+        kind = entry["type"]
+        if kind == "Replace" and "String" in entry["pattern"]:
+            steps.append(_Replace(entry["pattern"]["String"], entry["content"]))
+        elif kind == "ByteFallback":
+            steps.append(_ByteFallback())
+        elif kind == "Fuse":
+            steps.append(_Fuse())
+            fused = True
+        elif kind == "Strip":
+            if not keep_spaces:
+                strip = _Strip if fused else _StripEach
+                steps.append(strip(entry["content"], entry["start"], entry["stop"]))
+        elif kind == "Metaspace":
+            drop_first = entry.get("prepend_scheme", "always") != "never" and not keep_spaces
+            steps.append(_Metaspace(entry["replacement"], drop_first))
+        elif kind == "ByteLevel":
+            steps.append(_ByteLevel())
+        else:
+            raise ValueError(
+                f"tokenizer.json: decoder {kind!r} cannot be streamed; known are ByteLevel, Metaspace, and sequences "
+                "of Replace, ByteFallback, Fuse, Strip. Decode the finished ids with Tokenizer.decode instead."
+            )
+    return steps
+
+
+@dataclass(frozen=True)
+class _Pipeline:
+    """Normalizer and pre-tokenizer as the JSON of tokenizer.json."""
+
+    normalizer: dict | None
+    pre_tokenizer: dict | None
+
+
+def _without_prefix_space(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer | None:
+    """The same model without the space that SentencePiece puts before the first word; None if there is no such space.
+    It has no special tokens: it is only used for text that contains none."""
+    parts = _Pipeline(
+        json.loads(backend.normalizer.__getstate__()) if backend.normalizer else None,
+        json.loads(backend.pre_tokenizer.__getstate__()) if backend.pre_tokenizer else None,
+    )
+    changed = _Pipeline(_drop_prefix(parts.normalizer), _drop_prefix(parts.pre_tokenizer))
+    if changed == parts:
+        return None
+    empty = {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
+        "normalizer": changed.normalizer, "pre_tokenizer": changed.pre_tokenizer,
+        "post_processor": None, "decoder": None, "model": {"type": "BPE", "vocab": {}, "merges": []},
+    }  # fmt: skip
+    shell = tokenizers.Tokenizer.from_str(json.dumps(empty))
+    continuation = tokenizers.Tokenizer(backend.model)
+    if changed.normalizer is not None:
+        continuation.normalizer = shell.normalizer
+    if changed.pre_tokenizer is not None:
+        continuation.pre_tokenizer = shell.pre_tokenizer
+    return continuation
+
+
+def _drop_prefix(entry: dict | None) -> dict | None:
+    if entry is None or entry["type"] == "Prepend":
+        return None
+    if entry["type"] == "Metaspace":
+        return {**entry, "prepend_scheme": "never"}
+    if entry["type"] == "ByteLevel":
+        return {**entry, "add_prefix_space": False}
+    for key in ("normalizers", "pretokenizers"):
+        if key in entry:
+            kept = [_drop_prefix(item) for item in entry[key]]
+            return {**entry, key: [item for item in kept if item is not None]}
+    return entry
+
+
+def _load_backend(folder: Path) -> tokenizers.Tokenizer:
+    path = folder / "tokenizer.json"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: there is no such folder; expected a checkpoint folder with tokenizer.json")
+    if path.exists():
+        try:
+            return tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception for every kind of damage
+            raise ValueError(
+                f"{path}: the tokenizers library {tokenizers.__version__} cannot read it ({error}). "
+                "Download the file again, or update the library if the file is newer."
+            ) from error
+    present = sorted(p.name for p in folder.iterdir() if "token" in p.name or p.name in TOKENIZER_FILES)
+    found = f"found {', '.join(present)}" if present else "no tokenizer file at all is there"
+    if (folder / "tokenizer.model").exists():
+        raise FileNotFoundError(
+            f"{folder}: there is tokenizer.model but no tokenizer.json. The SentencePiece file has to be converted once, "
+            "in any environment with transformers and sentencepiece: python -c \"from transformers import AutoTokenizer; "
+            f"AutoTokenizer.from_pretrained('{folder}').save_pretrained('{folder}')\"; or import a GGUF file of the "
+            "model with import_gguf.py, which writes tokenizer.json."
+        )
+    raise FileNotFoundError(
+        f"{folder}: tokenizer.json is missing ({found}). Copy it from the model's page, or write it with "
+        "transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...) in another environment."
+    )
+
+
+def _read_json(path: Path) -> dict:
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: not JSON ({error.msg}). Download the file again.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: found a {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def _token_text(value) -> str | None:
+    """A token's text from either spelling: "</s>" or {"content": "</s>", ...}."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) and value else None
+
+
+def _as_ids(value) -> list[int]:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return [value]
+    return [int(item) for item in value] if isinstance(value, list) else []
+
+
+def _add_listed_tokens(backend: tokenizers.Tokenizer, folder: Path, config: dict, special_map: dict) -> None:
+    """Tokens that only the companion files list, and the special flag of tokens that they name, as transformers does."""
+    listed = [(int(i), entry) for i, entry in config.get("added_tokens_decoder", {}).items()]
+    if not listed:
+        listed = [(i, {"content": text}) for text, i in _read_json(folder / "added_tokens.json").items()]
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    for token_id, entry in sorted(listed, key=lambda item: item[0]):
+        if entry["content"] in known:
+            continue
+        backend.add_tokens([_added_token(entry)])
+        found = backend.token_to_id(entry["content"])
+        if found != token_id:
+            raise ValueError(
+                f"{folder}: token {entry['content']!r} should have id {token_id} (tokenizer_config.json), but "
+                f"tokenizer.json leads to id {found}. The two files are not of the same tokenizer."
+            )
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    for source in (special_map, config):
+        extra = source.get("additional_special_tokens") or source.get("extra_special_tokens") or []
+        named = [value for key, value in source.items() if key.endswith("_token")]
+        for entry in [*named, *(extra.values() if isinstance(extra, dict) else extra)]:
+            text = _token_text(entry)
+            # A name without a row in the vocabulary would get an id behind the embedding table: leave it out.
+            if text is not None and text not in known and backend.token_to_id(text) is not None:
+                known.add(text)
+                backend.add_special_tokens([_added_token(entry if isinstance(entry, dict) else {"content": text}, True)])
+
+
+def _added_token(entry: dict, special: bool | None = None) -> tokenizers.AddedToken:
+    special = bool(entry.get("special", False)) if special is None else special
+    return tokenizers.AddedToken(
+        entry["content"],
+        single_word=bool(entry.get("single_word", False)),
+        lstrip=bool(entry.get("lstrip", False)),
+        rstrip=bool(entry.get("rstrip", False)),
+        normalized=bool(entry.get("normalized", not special)),
+        special=special,
+    )
+
+
+def _chat_template(folder: Path, config: dict) -> str | None:
+    """chat_template.jinja, else the entry of tokenizer_config.json; of several named templates the default."""
+    path = folder / "chat_template.jinja"
+    if path.exists():
+        return path.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}
+    if isinstance(template, dict):
+        return template.get("default")
+    return template
