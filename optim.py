@@ -2,8 +2,8 @@
 
 AdamW (Loshchilov & Hutter, arXiv 1711.05101), Adafactor (arXiv 1804.04235, torch's version), SGD, and
 bitsandbytes' AdamW with state in 8 bits (arXiv 2110.02861) or in paged memory. The schedules are those of the
-Hugging Face trainer under the same names, each a pure function of the step: there is no scheduler state to save
-or to get wrong on resume.
+Hugging Face trainer under the same names, each a pure function of the step: no scheduler state to save, or to
+get wrong on resume.
 
     optimizer = optim.make_optimizer(model, options)
     for step in range(total_steps):                       # step = updates done so far
@@ -235,8 +235,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """Trainable parameters as one group that decays and one that does not; an empty group is left out.
 
     Matrices decay (weights, embeddings, LoRA's A and B). Norms, biases and every other vector do not; that is
-    the Hugging Face trainer's rule, extended to vectors that are neither norm nor bias (DoRA's magnitudes). A tied
-    parameter comes once. Groups hold (name, parameter) pairs, so a saved state carries the names.
+    the Hugging Face trainer's rule, extended to vectors that are neither norm nor bias (DoRA's magnitudes).
+    A tied parameter comes once. Groups hold (name, parameter) pairs, so a saved state carries the names.
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not named:
@@ -285,7 +285,7 @@ def _bitsandbytes_optimizer(model, groups, options: OptimOptions, adam) -> torch
     if on_cpu and name.startswith("paged_"):
         other = "adamw_8bit" if name.endswith("8bit") else "adamw_torch"
         raise ValueError(
-            f"optim: {name} pages optimizer state out of GPU memory, but parameters are on the CPU; use {other}"
+            f"optim: {name} pages state out of GPU memory, but the parameters are on the CPU; use {other}"
         )
     optimizer_class = getattr(bitsandbytes.optim, BITSANDBYTES_CLASSES[name])
     optimizer = optimizer_class(groups, lr=options.learning_rate, **adam)
@@ -308,7 +308,7 @@ def _keep_embeddings_in_fp32(optimizer: torch.optim.Optimizer, model: nn.Module)
 
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scale gradients in place to a total 2-norm of at most max_norm (0: leave them). Returns the norm before.
+    """Scale gradients in place to a total 2-norm of at most max_norm (0: as they are); returns the norm before.
 
     Stays on the device: no host synchronisation. A norm that is not finite makes the gradients so; the loop
     finds it.
