@@ -308,7 +308,7 @@ def _keep_embeddings_in_fp32(optimizer: torch.optim.Optimizer, model: nn.Module)
 
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scale gradients in place to a total 2-norm of at most max_norm (0: as they are); returns the norm before.
+    """Scale gradients in place to a total 2-norm of at most max_norm (0: unchanged); returns the norm before.
 
     Stays on the device: no host synchronisation. A norm that is not finite makes the gradients so; the loop
     finds it.
