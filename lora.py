@@ -1,14 +1,13 @@
 """Adapters by composition: LoRA, rsLoRA, DoRA; which parameters train (lora, freeze, full); merging.
 
-LoRA    y = W x + s B A drop(x)                     Hu et al., arXiv 2106.09685, eq. 3; s = alpha / R
-rsLoRA  the same with s = alpha / sqrt(R)           Kalajdzievski, arXiv 2312.03732
-DoRA    y = m (W + s B A) x / ||W + s B A||         Liu et al., arXiv 2402.09353, eq. 5; norms of rows, without
-        gradient
+LoRA    y = W x + s B A drop(x)               Hu et al., arXiv 2106.09685, eq. 3; s = alpha / R
+rsLoRA  the same with s = alpha / sqrt(R)     Kalajdzievski, arXiv 2312.03732
+DoRA    y = m (W + s B A) x / ||W + s B A||   Liu et al., arXiv 2402.09353, eq. 5; norms of rows, no gradient
 
-W (out, in) is any frozen base layer: something with in_features, out_features, bias (or None) and forward and,
-when it is not an nn.Linear, dequantize() -> (out, in). A (R, in) starts uniform (kaiming, a = sqrt(5)), B (out, R)
-at zero and m at ||W||, so training starts at the base model. Adapters are fp32 unless asked otherwise and are cast
-to x's dtype where they are used; norms and merged weights are computed in fp32.
+W (out, in) is any frozen base layer: something with in_features, out_features, bias (or None), forward and,
+unless it is an nn.Linear, dequantize() -> (out, in). A (R, in) starts uniform (kaiming, a = sqrt(5)), B
+(out, R) at zero and m at ||W||, so training starts at the base model. Adapters are fp32 unless asked otherwise and are
+cast to x's dtype where they are used; norms and merged weights are computed in fp32.
 
     lora.prepare_trainable(model, LoraOptions(lora_rank=16), torch.Generator().manual_seed(42))
     print(lora.trainable_report(model))
@@ -178,7 +177,7 @@ class LoraLinear(nn.Module):
     def updated_norm(self) -> Tensor:
         """||W + s B A|| of every row, (out,) fp32, without gradient and without forming the sum:
 
-        ||w + s b A||^2 = ||w||^2 + 2 s (w A^T) . b + s^2 b (A A^T) . b.  Its products have R columns, not `in`.
+        ||w + s b A||^2 = ||w||^2 + 2 s (w A^T) . b + s^2 b (A A^T) . b.  These products have only R columns.
         """
         weight = self.base_weight()
         lora_a, lora_b = _wide(self.lora_a), _wide(self.lora_b)
@@ -192,7 +191,7 @@ class LoraLinear(nn.Module):
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """The weight (out, in) that alone does what base and adapter do together; fp32, to be rounded once."""
+        """The weight (out, in) that alone does what base and adapter do together; fp32, not yet rounded."""
         merged = _wide(self.base_weight()) + self.scale * (_wide(self.lora_b) @ _wide(self.lora_a))
         if self.magnitude is not None:
             merged *= (_wide(self.magnitude) / self.updated_norm())[:, None]
@@ -389,7 +388,7 @@ def _find_modules(
         tied = not matched and target in HEAD_NAMES and _has_tied_head(model)
         if tied and "embed_tokens" not in targets:
             raise ValueError(
-                f"{key}: the head {target!r} is tied to embed_tokens here; name embed_tokens, which trains both"
+                f"{key}: the head {target!r} is tied to embed_tokens here: name that, and both train"
             )
         if not matched and not tied:
             known = ", ".join(sorted({last for last in map(_last, names) if not last.isdigit()}))
@@ -404,7 +403,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
 
 
 def full_modules(model: nn.Module) -> list[str]:
-    """Names of the modules with trainable weights of their own beside the adapters (peft's modules_to_save)."""
+    """Names of the modules with trainable weights of their own beside adapters (peft's modules_to_save)."""
     return [
         name
         for name, module in model.named_modules()
@@ -471,7 +470,7 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def trainable_report(model: nn.Module) -> str:
-    """'trainable 2,442,240 of 136,957,632 parameters (1.78 %)'; quantised weights count elements, not bytes."""
+    """'trainable 2,442,240 of 136,957,632 parameters (1.78 %)'; quantised weights by element."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     packed = {name: module for name, module in model.named_modules() if hasattr(module, "dequantize")}
     total = sum(p.numel() for name, p in model.named_parameters() if not _inside(name, packed))
