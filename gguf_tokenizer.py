@@ -1,8 +1,8 @@
 """The tokenizer that a GGUF file describes, as Hugging Face's tokenizer.json and its two companions.
 
 A GGUF file holds the tokens, their types and scores, the merges, and the name of the rule that splits text
-into words, but not the rule. Two kinds are read: byte-level BPE (tokenizer.ggml.model = gpt2) and SentencePiece
-BPE (llama).
+into words, but not the rule. Two kinds are read: byte-level BPE (tokenizer.ggml.model = gpt2) and
+SentencePiece BPE (llama).
 
 Sources: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; for the splitting rules, the
 tokenizer.json of each model family. Used by import_gguf.py.
