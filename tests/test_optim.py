@@ -1,4 +1,4 @@
-"""Schedules against transformers, optimizers against their formulas and torch, groups against the HF trainer."""
+"""Schedules against transformers, optimizers against formulas and torch, groups against the HF trainer."""
 
 import io
 import math
@@ -59,6 +59,7 @@ def test_schedule_equals_transformers(kind, text, kwargs, total_steps, warmup):
     assert schedule_of(options, total_steps, steps) == pytest.approx(expected, abs=1e-12, rel=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:Both num_training_steps")
 @pytest.mark.parametrize("warmup_type", optim.RAMPS)
 @pytest.mark.parametrize("decay_type", optim.RAMPS)
 @pytest.mark.parametrize("stable", [None, 20])
