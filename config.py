@@ -321,7 +321,7 @@ RULES: tuple[tuple[Callable[..., bool], str], ...] = (
      "the best model must have been saved; make save_strategy equal to eval_strategy"),
     (lambda load_best_model_at_end, eval_strategy, save_strategy, save_steps, eval_steps, logging_steps:
      load_best_model_at_end and eval_strategy == save_strategy == "steps"
-     and save_steps % (eval_steps or logging_steps) != 0,
+     and save_steps % (eval_steps or logging_steps or 1) != 0,
      "each saved model must have been evaluated; make save_steps a multiple of eval_steps"),
     (lambda early_stopping_steps, eval_strategy: bool(early_stopping_steps) and _off(eval_strategy),
      "stopping early needs evaluation; set eval_strategy=steps or epoch"),
@@ -364,9 +364,9 @@ class Config:
                 if item.name in SECRETS and value is not None:
                     lines.append(f"# {item.name}: given, not written here\n")
                 elif value is not None or item.default is not None:
-                    value = list(value) if isinstance(value, tuple) else value
-                    lines.append(yaml.dump({item.name: value}, Dumper=_Dumper, default_flow_style=None,
-                                           allow_unicode=True, width=10**9))  # fmt: skip
+                    lines.append(
+                        yaml.dump({item.name: value}, Dumper=_Dumper, allow_unicode=True, width=10**9)
+                    )
             lines.append("\n")
         Path(path).write_text("".join(lines), encoding="utf-8")
 
@@ -678,7 +678,7 @@ class _Reader:
         }
         names |= {key: key for key in (*self.others, *self.keys)}
         near = dict.fromkeys(
-            names[other] for other in difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+            names[other] for other in difflib.get_close_matches(name, names, n=3, cutoff=0.7)
         )
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         return f"unknown key; {hint}--help lists all keys"
@@ -744,10 +744,11 @@ def _choices(kind: object) -> tuple[object, ...]:
 
 def _typed(key: _Key, raw: object):
     """The value of `raw` for this key. ValueError says what was expected."""
-    members, choices = _members(key.kind), _choices(key.kind)
+    choices = _choices(key.kind)
+    members = [member for member in _members(key.kind) if member is not NoneType]
     is_list = any(typing.get_origin(member) is tuple for member in members)
     if raw is None or (isinstance(raw, _Plain) and raw.lower() in _NULLS and raw not in choices):
-        if NoneType in members:
+        if len(members) < len(_members(key.kind)):
             return None
         if is_list and raw not in ("none", "None"):
             return ()
@@ -766,12 +767,12 @@ def _typed(key: _Key, raw: object):
             return _convert(raw, member)
         except ValueError as error:
             problem = error
-    raise problem
+    raise problem if len(members) == 1 else ValueError(f"expected {_type_name(key.kind)}")
 
 
 def _try_order(member: object) -> int:
     # "3" is a whole number before it is any number or true, and all these before it is text
-    order = (typing.Literal, int, float, bool, tuple, str, NoneType)
+    order = (typing.Literal, int, float, bool, tuple, str)
     return order.index(typing.get_origin(member) or member)
 
 
@@ -894,8 +895,15 @@ def _show(key: str, value: object) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes the text None too: `load` reads a bare None as null, as Python users write it."""
+    """Lists on one line; quotes the text None too, because `load` reads a bare None as null."""
 
+    yaml_representers = yaml.SafeDumper.yaml_representers | {
+        tuple: lambda self, items: self.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=True),
+        # PyYAML writes U+0085 and its like bare in single quotes and reads a space back
+        str: lambda self, text: self.represent_scalar(
+            "tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"'
+        ),
+    }
     yaml_implicit_resolvers = yaml.SafeDumper.yaml_implicit_resolvers | {
         letter: [*yaml.SafeDumper.yaml_implicit_resolvers.get(letter, []),
                  ("tag:yaml.org,2002:null", re.compile("(?i)(none|null)$"))]
@@ -912,12 +920,13 @@ def _title(section: type) -> str:
 def _help_text(keys: Mapping[str, _Key], program: str, description: str) -> str:
     width = max(50, min(shutil.get_terminal_size((100, 24)).columns, 130))
     bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
-    lines = [f"usage: python {program} [FILE.yaml] [key=value ...] [--key value ...]", ""]
-    lines += textwrap.wrap(description, width) + [""]
+    usage = f"usage: python {program} [FILE.yaml] [key=value ...] [--key value ...]"
+    lines = [*textwrap.wrap(usage, width, subsequent_indent=" " * 4), ""]
+    lines += [*textwrap.wrap(description, width), ""]
     lines += textwrap.wrap(
-        "Options come from YAML or JSON files and from the command line, which wins. A boolean key alone means "
-        "true, a list is a,b,c, null means not set (shown as -). The names of LLaMA-Factory, qlora and swift "
-        "are understood.",
+        "Options come from YAML or JSON files and from the command line, which wins. A boolean key alone "
+        "means true, a list is a,b,c, null means not set (shown as -). The names of LLaMA-Factory, qlora and "
+        "swift are understood.",
         width,
     )
     sections = dict.fromkeys(key.section for key in keys.values())
@@ -944,5 +953,5 @@ def _help_row(key: _Key) -> tuple[str, str, str, str]:
     kinds = [names[typing.get_origin(kind) or kind] for kind in _members(key.kind) if kind is not NoneType]
     default = "required" if key.default is MISSING else _show("", key.default)[1:]
     choices = ", ".join(map(str, _choices(key.kind)))
-    text = f"{key.help}: {choices}" if choices else key.help
+    text = f"{key.help} [{choices}]" if choices else key.help
     return key.name, "/".join(kinds), "-" if default in ("null", "") else default, text
