@@ -12,49 +12,18 @@ Run: python -c "from templates import *; print(TEMPLATES['chatml'].render([Messa
 """
 
 import difflib
-import functools
 import json
 import re
 from dataclasses import dataclass, replace
-from datetime import datetime
-from typing import Annotated, Literal
+from typing import Annotated
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
-
-Role = Literal["system", "user", "assistant", "observation", "function"]
-ROLES = ("system", "user", "assistant", "observation", "function")
-PRODUCED = ("assistant", "function")  # roles whose text the model writes
-
+from jinja_template import PRODUCED, JinjaTemplate, Message, Span, split_thought, tool_calls
 
 @dataclass(frozen=True)
 class TemplateOptions:
     template: Annotated[str | None, "chat template by name; none = the one that comes with the checkpoint"] = None
     default_system: Annotated[str | None, "system text of dialogues that have none; '' = no system turn"] = None
     enable_thinking: Annotated[bool, "thinking models: whether the model is asked to think"] = True
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn. function = the assistant's call of a tool (trained); observation = the tool's result (not trained)."""
-
-    role: Role
-    content: str
-
-    def __post_init__(self):
-        if self.role not in ROLES:
-            raise ValueError(f"message role: found {self.role!r}, expected one of {', '.join(ROLES)}")
-
-
-@dataclass(frozen=True)
-class Span:
-    """A piece of the rendered text. turn: index of the message; -1 = what the template puts before the first one."""
-
-    text: str
-    answer: bool
-    turn: int
-    role: str
 
 
 @dataclass(frozen=True)
@@ -181,36 +150,6 @@ NO_THOUGHT = "<think>\n\n</think>\n\n"
 def _fill(slot: str, tokens: dict[str, str], **values: str) -> str:
     values = {**tokens, **values}
     return SLOT.sub(lambda match: values[match.group(1)], slot)
-
-
-def split_thought(content: str) -> tuple[str, str]:
-    """("reasoning", "answer") of "<think>\\nreasoning\\n</think>\\n\\nanswer"; no block -> ("", content). As in Qwen3's jinja."""
-    if "</think>" not in content:
-        return "", content
-    head, answer = content.split("</think>")[0], content.split("</think>")[-1]
-    thought = head.rstrip("\n").split("<think>")[-1].lstrip("\n")
-    return thought.strip("\n"), answer.lstrip("\n")
-
-
-def tool_calls(content: str) -> list[tuple[str, dict]] | None:
-    """[(name, arguments)] when the text is a JSON call {"name": ..., "arguments": ...} or a list of calls, else None."""
-    try:
-        calls = json.loads(content)
-    except json.JSONDecodeError:
-        return None
-    calls = calls if isinstance(calls, list) else [calls]
-    result = []
-    for call in calls:
-        if not isinstance(call, dict) or "name" not in call or "arguments" not in call:
-            return None
-        arguments = call["arguments"]
-        if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments)
-            except json.JSONDecodeError:
-                pass  # a plain string is a legal argument
-        result.append((call["name"], arguments))
-    return result or None
 
 
 def _function_text(content: str, slot: str) -> str:
@@ -400,7 +339,7 @@ TEMPLATES: dict[str, ChatTemplate] = {template.name: template for template in _T
 
 def get_template(
     name: str | None, chat_template: str | None = None, default_system: str | None = None
-) -> "ChatTemplate | JinjaTemplate":
+) -> ChatTemplate | JinjaTemplate:
     """The template of that name; without a name the checkpoint's own. default_system replaces the template's; ""
     means no system turn. ValueError when there is neither, or no such name."""
     if name is None:
@@ -420,293 +359,95 @@ def get_template(
     return template
 
 
-@dataclass(frozen=True)
-class JinjaTemplate:
-    """The chat_template of a checkpoint, run in a sandbox as transformers runs it."""
-
-    source: str
-    default_system: str | None = None
-    name: str = "checkpoint"
-
-    def render_text(
-        self,
-        messages: list[Message],
-        bos: str | None,
-        eos: str | None,
-        *,
-        generation_prompt: bool = False,
-        enable_thinking: bool = True,
-        tools: list[dict] | None = None,
-    ) -> str:
-        """The rendered text, as transformers' apply_chat_template(tokenize=False)."""
-        settings = _Settings(bos, eos, enable_thinking, tools)
-        text = self._text(self._dialogue(messages, enable_thinking), settings, generation_prompt)
-        if generation_prompt:
-            text += self._probe(settings).missing_header
-        return text.replace(ANSWER_BEGINS, "").replace(ANSWER_ENDS, "")
-
-    def render(
-        self,
-        messages: list[Message],
-        bos: str | None,
-        eos: str | None,
-        *,
-        generation_prompt: bool = False,
-        enable_thinking: bool = True,
-        tools: list[dict] | None = None,
-    ) -> list[Span]:
-        """Spans of the dialogue. An answer is trained where the prompt that generation would be given is what stands
-        before it, and the answer stands there unchanged by the later turns. ValueError when that fails for the last one.
-        """
-        settings = _Settings(bos, eos, enable_thinking, tools)
-        dialogue = self._dialogue(messages, enable_thinking)
-        whole = self._text(dialogue, settings, generation_prompt)
-        probe = self._probe(settings)
-        if generation_prompt:
-            whole += probe.missing_header
-        if ANSWER_BEGINS in whole:
-            return _marked_spans(whole, messages)
-        inserted = len(dialogue) - len(messages)
-        spans, cursor = [], 0
-        if bos and whole.startswith(bos):
-            spans.append(Span(bos, False, -1, "prefix"))
-            cursor = len(bos)
-        for turn, message in enumerate(messages):
-            position = turn + inserted
-            if message.role not in PRODUCED:
-                end = self._end_of(dialogue[: position + 1], settings, whole)
-                if end > cursor:
-                    spans.append(Span(whole[cursor:end], False, turn, message.role))
-                    cursor = end
-                continue
-            last = turn == len(messages) - 1
-            found = self._answer(dialogue, position, settings, whole, probe)
-            if found is None or found[0] < cursor:
-                if last:
-                    raise ValueError(self._explain(dialogue, position, settings))
-                continue
-            spans.append(Span(whole[cursor : found[0]], False, turn, message.role))
-            spans.append(Span(whole[found[0] : found[1]], True, turn, message.role))
-            cursor = found[1]
-        owner = len(messages) if generation_prompt else len(messages) - 1
-        role = "assistant" if generation_prompt or not messages else messages[-1].role
-        spans.append(Span(whole[cursor:], False, owner, role))
-        return [span for span in spans if span.text]
-
-    def stop_words(self, eos: str | None) -> tuple[str, ...]:
-        """The template's end-of-turn mark and the tokenizer's eos."""
-        end = self._probe(_Settings(None, eos, True, None)).end_mark.strip()
-        return tuple(dict.fromkeys(word for word in (end, eos) if word))
-
-    def describe(self) -> str:
-        text = f"template of the checkpoint ({len(self.source)} characters of jinja"
-        text += ", answers marked by {% generation %})" if _has_marks(self.source) else ", answers found by prefixes)"
-        if not self.trains_earlier_answers():
-            text += "; it rewrites earlier answers once later turns exist, so only the last one is trained"
-        return text
-
-    def trains_earlier_answers(self) -> bool:
-        """Whether the first answer of a dialogue with two answers is trained."""
-        sample = [Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d")]
-        return any(span.answer and span.turn == 1 for span in self.render(sample, "<s>", "</s>"))
-
-    def to_jinja(self) -> str:
-        return self.source
-
-    def _text(self, dialogue: list[dict], settings: "_Settings", generation_prompt: bool) -> str:
-        values = {"bos_token": settings.bos, "eos_token": settings.eos}
-        try:
-            return _compile(self.source).render(
-                messages=dialogue,
-                tools=settings.tools,
-                documents=None,
-                add_generation_prompt=generation_prompt,
-                enable_thinking=settings.enable_thinking,
-                **{key: value for key, value in values.items() if value is not None},
-            )
-        except (jinja2.TemplateError, TypeError) as error:  # TypeError: the template adds text to a missing value
-            roles = ", ".join(message["role"] for message in dialogue) or "no message"
-            raise ValueError(
-                f"the checkpoint's chat_template refuses a dialogue of {roles}: {error}. "
-                f"Change the dialogue, or choose a built-in template, for example `template: {_closest(self.source)}`."
-            ) from error
-
-    def _dialogue(self, messages: list[Message], enable_thinking: bool) -> list[dict]:
-        """Messages as the template expects them: role tool for observations, tool_calls for calls it can format."""
-        dialogue = []
-        if self.default_system is not None and not (messages and messages[0].role == "system"):
-            dialogue.append({"role": "system", "content": self.default_system})
-        for message in messages:
-            entry = {"role": message.role, "content": message.content}
-            if message.role == "observation":
-                entry["role"] = "tool"
-            elif message.role == "function":
-                entry["role"] = "assistant"
-                calls = tool_calls(message.content) if "tool_calls" in self.source else None
-                if calls is not None:
-                    entry["content"] = ""
-                    entry["tool_calls"] = [
-                        {"type": "function", "function": {"name": name, "arguments": arguments}}
-                        for name, arguments in calls
-                    ]
-            if message.role in PRODUCED and not enable_thinking and "enable_thinking" in self.source:
-                entry["content"] = split_thought(entry["content"])[1]
-            dialogue.append(entry)
-        return dialogue
-
-    def _end_of(self, dialogue: list[dict], settings: "_Settings", whole: str) -> int:
-        """Where the text of these first messages ends in the whole text; 0 when it is no prefix of it."""
-        try:
-            text = self._text(dialogue, settings, False)
-        except ValueError:  # many templates refuse a dialogue that is not complete, such as a system message alone
-            return 0
-        return len(text) if whole.startswith(text) else 0
-
-    def _answer(self, dialogue, position: int, settings, whole: str, probe: "_Probe") -> tuple[int, int] | None:
-        """Begin and end of the trained text of one answer in `whole`; None when the prefixes do not agree."""
-        prompt = self._text(dialogue[:position], settings, True) + probe.missing_header
-        upto = self._text(dialogue[: position + 1], settings, False)
-        end = len(upto) - len(probe.after_end) if upto.endswith(probe.after_end) else len(upto)
-        if len(prompt) > end or not upto.startswith(prompt) or not whole.startswith(upto[:end]):
-            return None
-        return len(prompt), end
-
-    def _probe(self, settings: "_Settings") -> "_Probe":
-        return _probe(self.source, settings.bos, settings.eos, settings.enable_thinking)
-
-    def _explain(self, dialogue: list[dict], position: int, settings: "_Settings") -> str:
-        prompt = self._text(dialogue[:position], settings, True)
-        upto = self._text(dialogue[: position + 1], settings, False)
-        same = len(_common_prefix([prompt, upto]))
-        return (
-            "the checkpoint's chat_template does not show where the answer begins: the prompt for generation continues "
-            f"with {prompt[same : same + 40]!r} where the finished dialogue continues with {upto[same : same + 40]!r}. "
-            f"Choose a built-in template, for example `template: {_closest(self.source)}`."
-        )
-
-
-ANSWER_BEGINS, ANSWER_ENDS = "\U000f1000", "\U000f1001"  # private use: {% generation %} and {% endgeneration %}
-
-
-@dataclass(frozen=True)
-class _Settings:
-    bos: str | None
-    eos: str | None
-    enable_thinking: bool
-    tools: list[dict] | None
-
-
-@dataclass(frozen=True)
-class _Probe:
-    """What a template does around an answer, found with a sample dialogue."""
-
-    missing_header: str  # header of an answer that add_generation_prompt fails to give
-    end_mark: str  # between the content and the end of the turn, as <|im_end|>
-    after_end: str  # white space after the end mark: not trained
-
-
-@functools.lru_cache(maxsize=64)
-def _probe(source: str, bos: str | None, eos: str | None, enable_thinking: bool) -> _Probe:
-    template, settings = JinjaTemplate(source), _Settings(bos, eos, enable_thinking, None)
-    question = {"role": "user", "content": "question"}
-    texts = [
-        template._text([question, {"role": "assistant", "content": content}], settings, False)
-        for content in ("alpha", "omega")
-    ]
-    texts = [text.replace(ANSWER_BEGINS, "").replace(ANSWER_ENDS, "") for text in texts]
-    plain = template._text([question], settings, False)
-    prompt = template._text([question], settings, True)
-    missing = ""
-    header = _common_prefix(texts)[len(plain) :]
-    if prompt == plain and header.strip() and texts[0].startswith(plain):
-        missing = header.rstrip(" ")  # the space belongs to the answer's first word
-    tail = texts[0].rpartition("alpha")[2]
-    end_mark = tail.rstrip()
-    return _Probe(missing, end_mark or tail, tail[len(end_mark) :] if end_mark else "")
-
-
-def _common_prefix(texts: list[str]) -> str:
-    count = 0
-    for characters in zip(*texts):
-        if len(set(characters)) > 1:
-            break
-        count += 1
-    return texts[0][:count]
-
-
-def _has_marks(source: str) -> bool:
-    return re.search(r"\{%-?\s*generation\s*-?%\}", source) is not None
-
-
-def _marked_spans(whole: str, messages: list[Message]) -> list[Span]:
-    """Spans of a template that marks its answers by {% generation %}: one mark per answer, in order."""
-    produced = [turn for turn, message in enumerate(messages) if message.role in PRODUCED]
-    pieces = re.split(f"{ANSWER_BEGINS}(.*?){ANSWER_ENDS}", whole, flags=re.DOTALL)
-    if len(pieces) // 2 != len(produced):
-        raise ValueError(
-            f"the checkpoint's chat_template marks {len(pieces) // 2} answers by {{% generation %}}, but the dialogue "
-            f"has {len(produced)}; choose a built-in template with the option `template`"
-        )
-    spans, turn = [], 0
-    for index, piece in enumerate(pieces):
-        turn = produced[index // 2] if index // 2 < len(produced) else max(len(messages) - 1, 0)
-        spans.append(Span(piece, index % 2 == 1, turn, messages[turn].role))
-    return [span for span in spans if span.text]
-
-
-def _closest(source: str) -> str:
-    """The built-in template that looks most like a jinja text."""
-    signs = (
-        ("<think>", "qwen3"), ("<|im_start|>", "chatml"), ("Cutting Knowledge", "llama31"),
-        ("<|start_header_id|>", "llama3"), ("<<SYS>>", "llama2"), ("[INST]", "mistral"), ("<|assistant|>", "zephyr"),
-        ("ASSISTANT", "vicuna"), ("### Response", "alpaca"), ("Assistant:", "deepseek"),
-    )  # fmt: skip
-    return next((name for sign, name in signs if sign in source), "default")
-
-
-class _Generation(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %}: marks what the model writes, as in transformers."""
-
-    tags = {"generation"}
-
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
-
-    def _mark(self, caller) -> str:
-        return ANSWER_BEGINS + caller() + ANSWER_ENDS
-
-
-def _raise_exception(message: str):
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    # jinja's own tojson escapes HTML characters, which would change the text
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-@functools.lru_cache(maxsize=16)
-def _compile(source: str) -> jinja2.Template:
-    """The environment of transformers' apply_chat_template: a chat_template is code from a stranger, so it is sandboxed."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    try:
-        return environment.from_string(source)
-    except jinja2.TemplateError as error:
-        raise ValueError(
-            f"the checkpoint's chat_template is not valid jinja ({error}); choose a built-in template with the "
-            "option `template`"
-        ) from error
-
-
 def _to_jinja(template: ChatTemplate) -> str:
-    raise NotImplementedError
+    """Write the slots as jinja. Every tag strips the white space before it, so line breaks here mean nothing."""
+    default = "none" if template.default_system is None else _literal(template.default_system)
+    trim = " | trim" if template.trim else ""
+    lines = [
+        "{%- if messages and messages[0]['role'] == 'system' %}",
+        f"{{%- set system_message = messages[0]['content']{trim} %}}{{%- set dialogue = messages[1:] %}}",
+        f"{{%- else %}}{{%- set system_message = {default} %}}{{%- set dialogue = messages %}}{{%- endif %}}",
+        *_jinja_tools(template),
+        f"{{{{- {_expression(template.prefix)} }}}}" if template.prefix else "",
+        "{%- set state = namespace(before='', query=-1) %}",
+        "{%- if system_message is not none %}",
+        f"{{%- set state.before = {_expression(template.system, 'system_message')} %}}"
+        if template.system_in_first_user
+        else f"{{{{- {_expression(template.system, 'system_message')} }}}}",
+        "{%- endif %}",
+        "{%- for message in dialogue %}{%- if message['role'] == 'user' %}",
+        "{%- set state.query = loop.index0 %}{%- endif %}{%- endfor %}",
+        "{%- for message in dialogue %}",
+        "{%- if message['role'] == 'assistant' %}",
+        *_jinja_answer(template, trim),
+        "{%- else %}",
+        f"{{%- set content = (state.before + message['content']){trim} %}}{{%- set state.before = '' %}}",
+        "{%- if message['role'] == 'user' %}",
+        f"{{{{- {_expression(template.user)} }}}}",
+        "{%- elif message['role'] in ['tool', 'observation', 'ipython'] %}",
+        f"{{{{- {_expression(template.observation or template.user)} }}}}",
+        "{%- else %}{{- raise_exception('a ' + message['role'] + ' message cannot stand here') }}{%- endif %}",
+        "{%- endif %}{%- endfor %}",
+        "{%- if add_generation_prompt %}",
+        f"{{{{- {_expression(template.header)} }}}}",
+    ]
+    if template.thinking:
+        lines.append("{%- if enable_thinking is defined and not enable_thinking %}")
+        lines.append(f"{{{{- {_literal(NO_THOUGHT)} }}}}{{%- endif %}}")
+    return "\n".join(line for line in [*lines, "{%- endif %}"] if line)
+
+
+def _jinja_tools(template: ChatTemplate) -> list[str]:
+    if template.tools != "qwen":
+        return ["{%- if tools %}{{- raise_exception('this template has no form for tool definitions') }}{%- endif %}"]
+    before, after = _qwen_tools("", ["here"]).split('\n"here"')
+    return [
+        "{%- if tools %}",
+        f"{{%- set system_message = (system_message + '\\n\\n' if system_message else '') + {_literal(before)} %}}",
+        "{%- set defined = namespace(text='') %}",
+        "{%- for tool in tools %}{%- set defined.text = defined.text + '\\n' + (tool | tojson) %}{%- endfor %}",
+        f"{{%- set system_message = system_message + defined.text + {_literal(after)} %}}",
+        "{%- endif %}",
+    ]
+
+
+def _jinja_answer(template: ChatTemplate, trim: str) -> list[str]:
+    call = _expression(template.function, name="call['name']", arguments="(call['arguments'] | tojson)")
+    lines = [
+        f"{{%- set content = (message['content'] or ''){trim} %}}",
+        "{%- if message['tool_calls'] %}",
+        "{%- set calls = namespace(text='') %}",
+        "{%- for entry in message['tool_calls'] %}",
+        "{%- set call = entry['function'] if entry['function'] else entry %}",
+        f"{{%- set calls.text = calls.text + ('' if loop.first else '\\n') + {call} %}}",
+        "{%- endfor %}",
+        "{%- set content = (content + '\\n' if content else '') + calls.text %}",
+        "{%- endif %}",
+    ]
+    if template.thinking:
+        lines += [
+            "{%- set thought = '' %}{%- if '</think>' in content %}",
+            "{%- set thought = content.split('</think>')[0].split('<think>')[-1].strip('\\n') %}",
+            "{%- set content = content.split('</think>')[-1].lstrip('\\n') %}{%- endif %}",
+            "{%- if loop.index0 > state.query and (loop.last or thought) %}",
+            "{%- set content = '<think>\\n' + thought + '\\n</think>\\n\\n' + content %}{%- endif %}",
+        ]
+    text = " + ".join(_expression(slot) for slot in (template.header, template.answer, template.turn_end) if slot)
+    return [*lines, f"{{{{- {text} }}}}"]
+
+
+def _expression(slot: str, content: str = "content", **names: str) -> str:
+    """A slot as a jinja expression: literals and variables joined by +."""
+    names = {"content": content, "bos": "(bos_token or '')", "eos": "(eos_token or '')", **names}
+    pieces = SLOT.split(slot)
+    terms = [names[piece] if i % 2 else _literal(piece) for i, piece in enumerate(pieces) if i % 2 or piece]
+    return " + ".join(terms) or "''"
+
+
+def _literal(text: str) -> str:
+    """A jinja string literal."""
+    text = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+    return f"'{text}'"
 
 
 @dataclass(frozen=True)
