@@ -150,7 +150,7 @@ NOT_YET = {
         resize_vocab add_tokens add_special_tokens new_special_tokens_config
         init_special_tokens=noise_init split_special_tokens""",
     "DeepSpeed, FSDP and other sharded training": """
-        deepspeed fsdp fsdp_* zero_stage tensor_parallel_* sequence_parallel_size=1 use_mca use_kt kt_*
+        deepspeed* fsdp fsdp_* zero_stage tensor_parallel_* sequence_parallel_size=1 use_mca use_kt kt_*
         ray_* accelerator_config parallelism_config""",
     "spreading one model over several devices": "device_map=auto max_memory max_memory_MB=80000,8000",
     "other inference engines": """
@@ -187,7 +187,6 @@ NOT_YET_VALUES = {
     "optim": """
         adamw_apex_fused lion_8bit lion_32bit ademamix rmsprop adagrad galore_adamw lomo grokadamw
         schedule_free""",
-    "report_to": "swanlab trackio comet_ml neptune clearml dagshub codecarbon flyte azure_ml dvclive",
 }
 
 # Tables: names whose meaning differs, one small function each
@@ -221,7 +220,7 @@ def _precision(raw, given, keys):
 def _source_and_target(raw, given, keys):
     # qlora cuts prompt (1024) and answer (256) apart; the sum is the same limit on the whole example
     total = _number(given.get("source_max_len", "1024")) + _number(given.get("target_max_len", "256"))
-    return {"cutoff_len": _Plain(total)}
+    return {"cutoff_len": _Plain(f"{total:.0f}")}
 
 
 def _sampling(raw, given, keys):
@@ -466,7 +465,10 @@ def _next_value(key: str, rest: list[str], flag: bool | None) -> str:
         raise ConfigError(f"--{key} needs a value behind it; write {key}=VALUE if the value starts with '--'")
     if flag is True and (following or "").lower() not in (*_BOOLEANS, *_NULLS):
         return "true"
-    if flag is None and (following is None or "=" in following or following.endswith(_FILES)):
+    if flag is None and (following is None or "=" in following):
+        return "true"
+    # --trust_remote_code run.yaml has no value, --deepspeed ds.json has one
+    if flag is None and following.endswith(_FILES) and _lookup(NOT_YET, key)[0] is None:
         return "true"
     return rest.pop(0)
 
@@ -876,12 +878,18 @@ def _located(error: str, keys: Mapping[str, _Key], chosen: Mapping) -> str:
 def _broken_rules(values: Mapping[str, object], chosen: Mapping) -> list[str]:
     problems = []
     for predicate, message in RULES:
-        names = list(inspect.signature(predicate).parameters)
-        if all(name in values for name in names) and predicate(*(values[name] for name in names)):
-            found = (f"{_show(name, values[name])} ({chosen[name][1].where if name in chosen else 'default'})"
-                     for name in names)  # fmt: skip
-            problems.append(f"{' with '.join(found)}: {message}")
+        names = [_own_name(name, values) for name in inspect.signature(predicate).parameters]
+        if None in names or not predicate(*(values[name] for name in names)):
+            continue
+        places = (chosen[name][1].where if name in chosen else "default" for name in names)
+        found = (f"{_show(name, values[name])} ({place})" for name, place in zip(names, places))
+        problems.append(f"{' with '.join(found)}: {message}")
     return problems
+
+
+def _own_name(name: str, values: Mapping[str, object]) -> str | None:
+    """The name under which a section declares this key: eval_strategy may be evaluation_strategy there."""
+    return next((own for own in (name, *RENAMED.get(name, "").split()) if own in values), None)
 
 
 def _show(key: str, value: object) -> str:

@@ -174,6 +174,8 @@ def test_a_flag_does_not_swallow_the_word_behind_it(write):
         loaded = load(*words)
         assert (loaded.values["use_dora"], loaded.values["lora_rank"]) == (True, 4)
     assert load("--full_finetune", path).values["finetuning_type"] == "full"
+    assert "trust_remote_code" in load("--trust_remote_code", path).notices[0]
+    assert error_of("--deepspeed", "ds.json").startswith("deepspeed=ds.json (command line): a known key")
     assert load("--packing", "null").values["packing"] is None
     assert load("--use_dora", "False").values["use_dora"] is False
 
@@ -719,6 +721,14 @@ def test_rules_say_where_each_key_came_from(write):
     message = error_of(path, "finetuning_type=full")
     assert message.startswith(f"use_dora=true ({path} line 2) with finetuning_type=full (command line): ")
     assert "max_steps=-1 (default)" in error_of("streaming=true")
+
+
+def test_rules_know_a_key_under_its_other_name():
+    part = dataclasses.make_dataclass(
+        "Old", [("evaluation_strategy", str, "no"), ("early_stopping_steps", int, 0)]
+    )
+    message = error_of("eval_strategy=no", "early_stopping_steps=2", sections=[part])
+    assert "evaluation_strategy=no (command line)" in message
 
 
 def test_rules_on_keys_of_absent_sections_are_silent():
