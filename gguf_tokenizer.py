@@ -163,10 +163,10 @@ def _token_id(metadata, key, tokens, default=None):
 
 
 def _flag(metadata, name, default, ids):
-    wanted = bool(metadata.get(f"tokenizer.ggml.add_{name}_token", default))
-    if wanted and ids[name] is None:
-        raise ValueError(f"tokenizer.ggml.add_{name}_token is set, but the file has no {name}_token_id")
-    return wanted
+    key = f"tokenizer.ggml.add_{name}_token"
+    if metadata.get(key) and ids[name] is None:
+        raise ValueError(f"{key} is set, but the file has no {name}_token_id")
+    return bool(metadata.get(key, default)) and ids[name] is not None
 
 
 def _byte_level_bpe(metadata, vocabulary, pre):

@@ -395,7 +395,7 @@ def _cast(values, dtype, name):
     if dtype == "bfloat16":
         return gguf.quantize(values, gguf.GGMLQuantizationType.BF16).tobytes()
     largest = float(np.abs(values).max())
-    if largest > np.finfo(np.float16).max:
+    if largest > float(np.finfo(np.float16).max):
         raise ValueError(f"dtype: float16 cannot hold the {largest:g} in {name}; use bfloat16 or float32")
     return values.astype(np.float16).tobytes()
 
