@@ -127,14 +127,23 @@ class JinjaTemplate:
 
     def describe(self) -> str:
         text = f"template of the checkpoint ({len(self.source)} characters of jinja"
-        text += ", answers marked by {% generation %})" if _has_marks(self.source) else ", answers found by prefixes)"
+        text += (
+            ", answers marked by {% generation %})"
+            if _has_marks(self.source)
+            else ", answers found by prefixes)"
+        )
         if not self.trains_earlier_answers():
             text += "; it rewrites earlier answers once later turns exist, so only the last one is trained"
         return text
 
     def trains_earlier_answers(self) -> bool:
         """Whether the first answer of a dialogue with two answers is trained."""
-        sample = [Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d")]
+        sample = [
+            Message("user", "a"),
+            Message("assistant", "b"),
+            Message("user", "c"),
+            Message("assistant", "d"),
+        ]
         return any(span.answer and span.turn == 1 for span in self.render(sample, "<s>", "</s>"))
 
     def to_jinja(self) -> str:
@@ -151,7 +160,10 @@ class JinjaTemplate:
                 enable_thinking=settings.enable_thinking,
                 **{key: value for key, value in values.items() if value is not None},
             )
-        except (jinja2.TemplateError, TypeError) as error:  # TypeError: the template adds text to a missing value
+        except (
+            jinja2.TemplateError,
+            TypeError,
+        ) as error:  # TypeError: the template adds text to a missing value
             roles = ", ".join(message["role"] for message in dialogue) or "no message"
             raise ValueError(
                 f"the checkpoint's chat_template refuses a dialogue of {roles}: {error}. "
@@ -185,11 +197,15 @@ class JinjaTemplate:
         """Where the text of these first messages ends in the whole text; 0 when it is no prefix of it."""
         try:
             text = self._text(dialogue, settings, False)
-        except ValueError:  # many templates refuse a dialogue that is not complete, such as a system message alone
+        except (
+            ValueError
+        ):  # many templates refuse a dialogue that is not complete, such as a system message alone
             return 0
         return len(text) if whole.startswith(text) else 0
 
-    def _answer(self, dialogue, position: int, settings, whole: str, probe: "_Probe") -> tuple[int, int] | None:
+    def _answer(
+        self, dialogue, position: int, settings, whole: str, probe: "_Probe"
+    ) -> tuple[int, int] | None:
         """Begin and end of the trained text of one answer in `whole`; None when the prefixes do not agree."""
         prompt = self._text(dialogue[:position], settings, True) + probe.missing_header
         upto = self._text(dialogue[: position + 1], settings, False)
@@ -212,7 +228,10 @@ class JinjaTemplate:
         )
 
 
-ANSWER_BEGINS, ANSWER_ENDS = "\U000f1000", "\U000f1001"  # private use: {% generation %} and {% endgeneration %}
+ANSWER_BEGINS, ANSWER_ENDS = (
+    "\U000f1000",
+    "\U000f1001",
+)  # private use: {% generation %} and {% endgeneration %}
 
 
 @dataclass(frozen=True)
@@ -311,7 +330,9 @@ def _raise_exception(message: str):
 
 def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
     # jinja's own tojson escapes HTML characters, which would change the text
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 @functools.lru_cache(maxsize=16)

@@ -19,10 +19,15 @@ from typing import Annotated
 
 from jinja_template import PRODUCED, JinjaTemplate, Message, Span, split_thought, tool_calls
 
+
 @dataclass(frozen=True)
 class TemplateOptions:
-    template: Annotated[str | None, "chat template by name; none = the one that comes with the checkpoint"] = None
-    default_system: Annotated[str | None, "system text of dialogues that have none; '' = no system turn"] = None
+    template: Annotated[
+        str | None, "chat template by name; none = the one that comes with the checkpoint"
+    ] = None
+    default_system: Annotated[str | None, "system text of dialogues that have none; '' = no system turn"] = (
+        None
+    )
     enable_thinking: Annotated[bool, "thinking models: whether the model is asked to think"] = True
 
 
@@ -38,7 +43,9 @@ class ChatTemplate:
     answer: str = "{{content}}{{eos}}"  # trained
     turn_end: str = ""  # after an answer, not trained
     observation: str | None = None  # None: as user
-    function: str = "Action: {{name}}\nAction Input: {{arguments}}"  # content of a function turn that is a JSON call
+    function: str = (
+        "Action: {{name}}\nAction Input: {{arguments}}"  # content of a function turn that is a JSON call
+    )
     tools: str = "generic"  # how tool definitions are written, a key of TOOL_TEXTS
     default_system: str | None = None
     system_in_first_user: bool = False
@@ -70,7 +77,8 @@ class ChatTemplate:
             system = TOOL_TEXTS[self.tools](system or "", tools)
         before_user = ""
         if system is not None:
-            text = _fill(self.system, tokens, content=system.strip() if self.trim else system)
+            trim = self.trim and not self.system_in_first_user  # there the user turn is trimmed with it
+            text = _fill(self.system, tokens, content=system.strip() if trim else system)
             if self.system_in_first_user:
                 before_user = text
             else:
@@ -119,7 +127,9 @@ class ChatTemplate:
     def _check(self, messages: list[Message], eos: str | None) -> None:
         for turn, message in enumerate(messages):
             if message.role == "system" and turn > 0:
-                raise ValueError(f"message {turn} is a system message; a system message can only be the first one")
+                raise ValueError(
+                    f"message {turn} is a system message; a system message can only be the first one"
+                )
         if eos is None and "{{eos}}" in self.answer:
             raise ValueError(
                 f"template {self.name!r} ends an answer with the tokenizer's eos token, but the tokenizer has none; "
@@ -173,8 +183,16 @@ def _generic_tools(system: str, tools: list[dict]) -> str:
         described = ""
         for name, parameter in parameters.get("properties", {}).items():
             required = ", required" if name in parameters.get("required", []) else ""
-            enum = f", should be one of [{', '.join(map(str, parameter['enum']))}]" if parameter.get("enum") else ""
-            items = f", where each item should be {parameter['items'].get('type', '')}" if parameter.get("items") else ""
+            enum = (
+                f", should be one of [{', '.join(map(str, parameter['enum']))}]"
+                if parameter.get("enum")
+                else ""
+            )
+            items = (
+                f", where each item should be {parameter['items'].get('type', '')}"
+                if parameter.get("items")
+                else ""
+            )
             kind, text = parameter.get("type", ""), parameter.get("description", "")
             described += f"  - {name} ({kind}{required}): {text}{enum}{items}\n"
         lines += f"> Tool Name: {tool['name']}\nTool Description: {tool.get('description', '')}\nTool Args:\n{described}\n"
@@ -363,9 +381,10 @@ def _to_jinja(template: ChatTemplate) -> str:
     """Write the slots as jinja. Every tag strips the white space before it, so line breaks here mean nothing."""
     default = "none" if template.default_system is None else _literal(template.default_system)
     trim = " | trim" if template.trim else ""
+    trim_system = "" if template.system_in_first_user else trim
     lines = [
         "{%- if messages and messages[0]['role'] == 'system' %}",
-        f"{{%- set system_message = messages[0]['content']{trim} %}}{{%- set dialogue = messages[1:] %}}",
+        f"{{%- set system_message = messages[0]['content']{trim_system} %}}{{%- set dialogue = messages[1:] %}}",
         f"{{%- else %}}{{%- set system_message = {default} %}}{{%- set dialogue = messages %}}{{%- endif %}}",
         *_jinja_tools(template),
         f"{{{{- {_expression(template.prefix)} }}}}" if template.prefix else "",
@@ -399,7 +418,9 @@ def _to_jinja(template: ChatTemplate) -> str:
 
 def _jinja_tools(template: ChatTemplate) -> list[str]:
     if template.tools != "qwen":
-        return ["{%- if tools %}{{- raise_exception('this template has no form for tool definitions') }}{%- endif %}"]
+        return [
+            "{%- if tools %}{{- raise_exception('this template has no form for tool definitions') }}{%- endif %}"
+        ]
     before, after = _qwen_tools("", ["here"]).split('\n"here"')
     return [
         "{%- if tools %}",
@@ -432,7 +453,9 @@ def _jinja_answer(template: ChatTemplate, trim: str) -> list[str]:
             "{%- if loop.index0 > state.query and (loop.last or thought) %}",
             "{%- set content = '<think>\\n' + thought + '\\n</think>\\n\\n' + content %}{%- endif %}",
         ]
-    text = " + ".join(_expression(slot) for slot in (template.header, template.answer, template.turn_end) if slot)
+    text = " + ".join(
+        _expression(slot) for slot in (template.header, template.answer, template.turn_end) if slot
+    )
     return [*lines, f"{{{{- {text} }}}}"]
 
 

@@ -16,8 +16,8 @@ import bisect
 import codecs
 import itertools
 import json
+import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import tokenizers
@@ -33,7 +33,9 @@ REMEMBERED_TAILS = 4096  # entries; bounds the memory of that table to a few MB
 class Tokenizer:
     """One checkpoint's tokenizer. Make it with `Tokenizer.from_folder`."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, special: dict[str, str | None], folder: Path | None = None):
+    def __init__(
+        self, backend: tokenizers.Tokenizer, special: dict[str, str | None], folder: Path | None = None
+    ):
         """backend: the loaded tokenizer.json.  special: bos/eos/pad/unk -> token text that the vocabulary has, or None."""
         backend.no_truncation()
         backend.no_padding()
@@ -60,7 +62,9 @@ class Tokenizer:
 
         added = backend.get_added_tokens_decoder()
         named = (self.bos_id, self.eos_id, self.pad_id, self.unk_id)
-        self.special_ids = frozenset([i for i, t in added.items() if t.special] + [i for i in named if i is not None])
+        self.special_ids = frozenset(
+            [i for i, t in added.items() if t.special] + [i for i in named if i is not None]
+        )
         self._added_ids = frozenset(added)
         # Texts are cut at these tokens before normalisation, so nothing to their left can change what is right of them.
         self._anchor_ids = frozenset(i for i, t in added.items() if not t.normalized)
@@ -81,13 +85,12 @@ class Tokenizer:
         generation_config = _read_json(folder / "generation_config.json")
         special = {}
         for name in ("bos", "eos", "pad", "unk"):
-            text = _token_text(config.get(f"{name}_token")) or _token_text(special_map.get(f"{name}_token"))
-            if text is not None and backend.token_to_id(text) is None:
-                text = None  # named, but the vocabulary has no such token
-            ids = _as_ids(generation_config.get(f"{name}_token_id")) + _as_ids(model_config.get(f"{name}_token_id"))
-            if text is None and ids:
-                text = backend.id_to_token(ids[0])
-            special[name] = text
+            named = [_token_text(source.get(f"{name}_token")) for source in (config, special_map)]
+            ids = [i for source in (generation_config, model_config) for i in _as_ids(source.get(f"{name}_token_id"))]
+            candidates = [*named, *(backend.id_to_token(i) for i in ids)]
+            # A name that the vocabulary does not have is passed over.
+            known = (text for text in candidates if text is not None and backend.token_to_id(text) is not None)
+            special[name] = next(known, None)
 
         tokenizer = cls(backend, special, folder)
         tokenizer.chat_template = _chat_template(folder, config)
@@ -275,42 +278,38 @@ def _finish(steps: list) -> list[str]:
     return pieces
 
 
-# The decoder steps of `tokenizers`, each as a machine: feed(piece) -> final pieces, end() -> what was held back.
+class _Step:
+    """A decoder step of `tokenizers` that gets one piece of text at a time. This one is Fuse: it changes nothing."""
+
+    def feed(self, piece: str) -> list[str]:
+        """The pieces that are final after `piece`."""
+        return [piece]
+
+    def end(self) -> list[str]:
+        """What was held back."""
+        return []
 
 
-class _Replace:
+class _Replace(_Step):
     def __init__(self, old: str, new: str):
         self.old, self.new = old, new
 
     def feed(self, piece: str) -> list[str]:
         return [piece.replace(self.old, self.new)]
 
-    def end(self) -> list[str]:
-        return []
 
-
-class _Fuse:
-    def feed(self, piece: str) -> list[str]:
-        return [piece]
-
-    def end(self) -> list[str]:
-        return []
-
-
-class _ByteFallback:
+class _ByteFallback(_Step):
     """<0xE6><0x97><0xA5> -> one character; a run that is not UTF-8 -> one replacement character per byte."""
 
     def __init__(self):
         self.held = bytearray()
 
     def feed(self, piece: str) -> list[str]:
-        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-            try:
-                self.held.append(int(piece[3:5], 16))
-                return []
-            except ValueError:  # "<0xZZ>" is ordinary text
-                pass
-        return [*self.end(), piece]
+        match = re.fullmatch("<0x([0-9A-Fa-f]{2})>", piece)
+        if match is None:
+            return [*self.end(), piece]
+        self.held.append(int(match.group(1), 16))
+        return []
 
     def end(self) -> list[str]:
         if not self.held:
@@ -322,7 +321,7 @@ class _ByteFallback:
             return ["\ufffd"] * len(run)
 
 
-class _Strip:
+class _Strip(_Step):
     """Remove up to `start` leading and `stop` trailing copies of a character from the fused text."""
 
     def __init__(self, content: str, start: int, stop: int):
@@ -340,9 +339,6 @@ class _Strip:
         self.held = piece[len(piece) - trailing :]
         return [piece[: len(piece) - trailing]]
 
-    def end(self) -> list[str]:
-        return []
-
 
 class _StripEach(_Strip):
     """The same for every piece by itself: a Strip that stands before Fuse."""
@@ -351,7 +347,7 @@ class _StripEach(_Strip):
         return _Strip(self.content, self.start, self.stop).feed(piece)
 
 
-class _Metaspace:
+class _Metaspace(_Step):
     """U+2581 -> space; in the first piece it is dropped where encoding had put it there."""
 
     def __init__(self, replacement: str, drop_first: bool):
@@ -362,11 +358,8 @@ class _Metaspace:
         self.drop_next = False
         return [text]
 
-    def end(self) -> list[str]:
-        return []
 
-
-class _ByteLevel:
+class _ByteLevel(_Step):
     """GPT-2's printable stand-ins for bytes -> UTF-8 text; a token with any other character stands for itself."""
 
     def __init__(self):
@@ -381,19 +374,15 @@ class _ByteLevel:
         return [self.decoder.decode(b"", final=True)]
 
 
-class _Spaces:
+class _Spaces(_Step):
     """No decoder: tokens joined by a space."""
 
     def __init__(self):
-        self.first = True
+        self.gap = ""
 
     def feed(self, piece: str) -> list[str]:
-        text = piece if self.first else " " + piece
-        self.first = False
+        text, self.gap = self.gap + piece, " "
         return [text]
-
-    def end(self) -> list[str]:
-        return []
 
 
 def _byte_of_character() -> dict[str, int]:
@@ -421,7 +410,7 @@ def _decoder_steps(backend: tokenizers.Tokenizer, keep_spaces: bool = False) -> 
         elif kind == "ByteFallback":
             steps.append(_ByteFallback())
         elif kind == "Fuse":
-            steps.append(_Fuse())
+            steps.append(_Step())
             fused = True
         elif kind == "Strip":
             if not keep_spaces:
@@ -440,34 +429,23 @@ def _decoder_steps(backend: tokenizers.Tokenizer, keep_spaces: bool = False) -> 
     return steps
 
 
-@dataclass(frozen=True)
-class _Pipeline:
-    """Normalizer and pre-tokenizer as the JSON of tokenizer.json."""
-
-    normalizer: dict | None
-    pre_tokenizer: dict | None
-
-
 def _without_prefix_space(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer | None:
-    """The same model without the space that SentencePiece puts before the first word; None if there is no such space.
+    """The same model without the space that SentencePiece puts before the first word; None if it puts none there.
     It has no special tokens: it is only used for text that contains none."""
-    parts = _Pipeline(
-        json.loads(backend.normalizer.__getstate__()) if backend.normalizer else None,
-        json.loads(backend.pre_tokenizer.__getstate__()) if backend.pre_tokenizer else None,
-    )
-    changed = _Pipeline(_drop_prefix(parts.normalizer), _drop_prefix(parts.pre_tokenizer))
+    parts = [json.loads(part.__getstate__()) if part else None for part in (backend.normalizer, backend.pre_tokenizer)]
+    changed = [_drop_prefix(part) for part in parts]
     if changed == parts:
         return None
     empty = {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
-        "normalizer": changed.normalizer, "pre_tokenizer": changed.pre_tokenizer,
+        "normalizer": changed[0], "pre_tokenizer": changed[1],
         "post_processor": None, "decoder": None, "model": {"type": "BPE", "vocab": {}, "merges": []},
     }  # fmt: skip
     shell = tokenizers.Tokenizer.from_str(json.dumps(empty))
     continuation = tokenizers.Tokenizer(backend.model)
-    if changed.normalizer is not None:
+    if changed[0] is not None:
         continuation.normalizer = shell.normalizer
-    if changed.pre_tokenizer is not None:
+    if changed[1] is not None:
         continuation.pre_tokenizer = shell.pre_tokenizer
     return continuation
 
@@ -489,7 +467,9 @@ def _drop_prefix(entry: dict | None) -> dict | None:
 def _load_backend(folder: Path) -> tokenizers.Tokenizer:
     path = folder / "tokenizer.json"
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: there is no such folder; expected a checkpoint folder with tokenizer.json")
+        raise FileNotFoundError(
+            f"{folder}: there is no such folder; expected a checkpoint folder with tokenizer.json"
+        )
     if path.exists():
         try:
             return tokenizers.Tokenizer.from_file(str(path))
@@ -503,7 +483,7 @@ def _load_backend(folder: Path) -> tokenizers.Tokenizer:
     if (folder / "tokenizer.model").exists():
         raise FileNotFoundError(
             f"{folder}: there is tokenizer.model but no tokenizer.json. The SentencePiece file has to be converted once, "
-            "in any environment with transformers and sentencepiece: python -c \"from transformers import AutoTokenizer; "
+            'in any environment with transformers and sentencepiece: python -c "from transformers import AutoTokenizer; '
             f"AutoTokenizer.from_pretrained('{folder}').save_pretrained('{folder}')\"; or import a GGUF file of the "
             "model with import_gguf.py, which writes tokenizer.json."
         )
@@ -519,7 +499,9 @@ def _read_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not JSON ({error.msg}). Download the file again.") from error
+        raise ValueError(
+            f"{path}:{error.lineno}: not JSON ({error.msg}). Download the file again."
+        ) from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: found a {type(value).__name__}, expected a JSON object")
     return value
@@ -563,7 +545,9 @@ def _add_listed_tokens(backend: tokenizers.Tokenizer, folder: Path, config: dict
             # A name without a row in the vocabulary would get an id behind the embedding table: leave it out.
             if text is not None and text not in known and backend.token_to_id(text) is not None:
                 known.add(text)
-                backend.add_special_tokens([_added_token(entry if isinstance(entry, dict) else {"content": text}, True)])
+                backend.add_special_tokens(
+                    [_added_token(entry if isinstance(entry, dict) else {"content": text}, True)]
+                )
 
 
 def _added_token(entry: dict, special: bool | None = None) -> tokenizers.AddedToken:

@@ -8,7 +8,17 @@ kind: "chatml" (GPT-2/Qwen/SmolLM byte-level BPE), "llama3" (byte-level BPE, Lla
 import json
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 KINDS = ("chatml", "llama3", "llama2", "metaspace")
 
@@ -19,13 +29,11 @@ SENTENCES = (
     "user assistant system User: Assistant: Human: ### Instruction: ### Response: USER: ASSISTANT: [INST] [/INST]",
     "<<SYS>>\nA chat between a curious user and an artificial intelligence assistant.\n<</SYS>>\n\n",
     "def add(a, b):\n    return a + b\n\n\nprint(add(1, 2))\n",
-    "<think>\nThe user greets me.\n</think>\n\n<tool_call>\n{\"name\": \"f\", \"arguments\": {}}\n</tool_call>",
+    '<think>\nThe user greets me.\n</think>\n\n<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>',
     "Gr\u00fc\u00dfe aus K\u00f6ln, na\u00efve caf\u00e9; \u65e5\u672c\u8a9e \u4f60\u597d \u041f\u0440\u0438\u0432\u0435\u0442 \U0001f600",
 )
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPACE = "\u2581"
 
 
@@ -40,7 +48,9 @@ def make_tokenizer(folder: str | Path, kind: str, chat_template: str | None = No
     if chat_template is not None:
         config["chat_template"] = chat_template
     backend.save(str(folder / "tokenizer.json"))
-    special = {key: value for key, value in config.items() if key.endswith("_token") and isinstance(value, str)}
+    special = {
+        key: value for key, value in config.items() if key.endswith("_token") and isinstance(value, str)
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2), encoding="utf-8")
     return folder
@@ -75,14 +85,22 @@ def _chatml() -> tuple[Tokenizer, dict]:
 
 
 def _llama3() -> tuple[Tokenizer, dict]:
-    special = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    special = [
+        "<|begin_of_text|>",
+        "<|end_of_text|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|eot_id|>",
+    ]
     backend = _byte_level(LLAMA3_SPLIT, special)
     bos = "<|begin_of_text|>"
     backend.post_processor = processors.Sequence(
         [
             processors.ByteLevel(trim_offsets=True),
             processors.TemplateProcessing(
-                single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, backend.token_to_id(bos))]
+                single=f"{bos} $A",
+                pair=f"{bos} $A {bos}:1 $B:1",
+                special_tokens=[(bos, backend.token_to_id(bos))],
             ),
         ]
     )
@@ -112,13 +130,19 @@ def _sentence_piece(prefix: str) -> Tokenizer:
         )
     )
     if prefix == "legacy":
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+        backend.normalizer = normalizers.Sequence(
+            [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
+        )
     else:
-        backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="first", split=False)
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(
+            replacement=SPACE, prepend_scheme="first", split=False
+        )
     backend.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in ("<unk>", "<s>", "</s>")])
+    backend.add_special_tokens(
+        [AddedToken(t, normalized=False, special=True) for t in ("<unk>", "<s>", "</s>")]
+    )
     backend.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=[("<s>", backend.token_to_id("<s>"))]
     )
