@@ -324,8 +324,6 @@ RULES: tuple[tuple[Callable[..., bool], str], ...] = (
      "each saved model must have been evaluated; make save_steps a multiple of eval_steps"),
     (lambda early_stopping_steps, eval_strategy: bool(early_stopping_steps) and _off(eval_strategy),
      "stopping early needs evaluation; set eval_strategy=steps or epoch"),
-    (lambda gradient_checkpointing, disable_gradient_checkpointing: gradient_checkpointing
-     and disable_gradient_checkpointing, "they say the opposite; drop one of the two"),
 )  # fmt: skip
 
 # never written by Config.save and never shown: run folders and logs get shared

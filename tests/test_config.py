@@ -357,6 +357,10 @@ def test_json_file_equals_yaml_file(write):
     assert load(as_json).values["lr_scheduler_kwargs"] == load(as_yaml).values["lr_scheduler_kwargs"]
 
 
+def test_byte_order_mark_and_dashed_keys(write):
+    assert given_values(load(write("\ufefflora-rank: 3\n"))) == {"lora_rank": 3}
+
+
 def test_yaml_tags_build_nothing(write):
     path = write("default_system: !!python/object/apply:os.system [echo]\n")
     assert "expected text, found a list" in error_of(path)
@@ -532,6 +536,12 @@ def test_names_of_other_systems_that_cannot_be_used(words, parts):
     message = error_of(*words)
     for part in parts:
         assert part in message
+
+
+def test_values_of_other_systems_yield_to_own_choices():
+    part = dataclasses.make_dataclass("Own", [("eval_strategy", Literal["no", "none"], "no")], frozen=True)
+    assert load("eval_strategy=none", sections=[part]).values["eval_strategy"] == "none"
+    assert load("eval_strategy=none").values["eval_strategy"] == "no"
 
 
 def test_aliases_conflict_inside_a_source_only(write):
@@ -806,6 +816,13 @@ TRICKY += [
 ]
 TRICKY += ["=", "<<", "\x00", "..."]
 TEXTS = st.text() | st.sampled_from(TRICKY)
+
+
+@pytest.mark.parametrize("text", [*TRICKY, "none", "NULL", "nan", "", "\r"])
+def test_saved_texts_that_yaml_would_change(tmp_path, text):
+    instance = Everything(text=text, maybe_text=text, names=(text, text))
+    Config({Everything: instance}, {}, {}, ()).save(tmp_path / "run.yaml")
+    assert load(str(tmp_path / "run.yaml"), sections=[Everything])[Everything] == instance
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
