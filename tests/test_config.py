@@ -853,6 +853,34 @@ def test_a_run_saved_and_loaded_again_is_the_same(write, tmp_path):
     assert again.notices == ()
 
 
+KEYS = [item.name for section in ALL for item in dataclasses.fields(section)] + list(config.CONVERTED)
+KEYS += [name for names in config.RENAMED.values() for name in names.split()] + [
+    "trust_remote_code",
+    "fsdp",
+    "x",
+]
+ODD = st.text(max_size=6) | st.sampled_from(
+    [*TRICKY, "-1", "true", "[a", "nan", "1e400", "--", "x.yaml", "[[1]]"]
+)
+WORDS = (
+    ODD
+    | st.builds("{}={}".format, st.sampled_from(KEYS), ODD)
+    | st.builds("--{}".format, st.sampled_from(KEYS))
+)
+LINES = st.builds("{}: {}\n".format, st.sampled_from(KEYS), ODD) | st.text(max_size=8)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(WORDS, max_size=5), st.lists(LINES, max_size=4).map("".join))
+def test_whatever_is_written_the_only_error_is_config_error(tmp_path, words, text):
+    (tmp_path / "odd.yaml").write_text(text, encoding="utf-8")
+    for argv in ([word for word in words if word not in ("-h", "--help")], [str(tmp_path / "odd.yaml")]):
+        try:
+            load(*argv)
+        except ConfigError as error:
+            assert str(error)
+
+
 # Help
 
 
