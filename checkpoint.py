@@ -21,11 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from architectures import ModelConfig, config_from_hf, from_hf_name, scale_rope, to_hf_name
-try:
-    from lora import LoraLinear, LoraOptions, add_lora, lora_layers
-except ImportError:
-    LoraOptions = LoraLinear = add_lora = None
-    lora_layers = lambda m: {}
+from lora import LoraLinear, LoraOptions, full_modules, lora_layers, merge_for_good, prepare_trainable, replace_module
 from model import Decoder, initialize_weights
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -270,7 +266,7 @@ def model_tensors(model: Decoder) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], shard_gigabytes: float) -> torch.dtype:
-    """Write (name, tensor) pairs as safetensors shards of at most this many GB (1e9 bytes); give back their dtype.
+    """Write (name, tensor) pairs as safetensors shards of at most this many GB (1e9 bytes); give back their main dtype.
 
     Only one shard is held in memory. One shard -> model.safetensors, more -> numbered files and an index.
     """
@@ -278,7 +274,7 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], shar
     shards: list[tuple[Path, list[str]]] = []
     held: dict[str, torch.Tensor] = {}
     held_bytes = total_bytes = 0
-    dtype = torch.float32
+    bytes_of: dict[torch.dtype, int] = {}
 
     def flush() -> None:
         path = folder / f".shard-{len(shards):05d}.safetensors"
@@ -287,7 +283,8 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], shar
         held.clear()
 
     for name, tensor in tensors:
-        size, dtype = tensor.numel() * tensor.element_size(), tensor.dtype
+        size = tensor.numel() * tensor.element_size()
+        bytes_of[tensor.dtype] = bytes_of.get(tensor.dtype, 0) + size
         if held and held_bytes + size > limit:
             flush()
             held_bytes = 0
@@ -295,6 +292,7 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], shar
         held_bytes += size
         total_bytes += size
     flush()
+    dtype = max(bytes_of, key=bytes_of.get)
     for stale in [*folder.glob("model-*.safetensors"), folder / SINGLE, folder / INDEX]:
         stale.unlink(missing_ok=True)
     if len(shards) == 1:
@@ -329,23 +327,21 @@ def copy_side_files(source: Path, target: Path) -> None:
 
 PEFT_PREFIX = "base_model.model."
 
-
-def adapter_state(model: Decoder) -> dict[str, torch.Tensor]:
-    """Tensors of a model's adapter under PEFT's names, trained extra modules included."""
-    tensors = {}
-    for name, layer in lora_layers(model).items():
-        full = PEFT_PREFIX + to_hf_name(model.config, name)
-        tensors[f"{full}.lora_A.weight"] = layer.lora_a.detach()
-        tensors[f"{full}.lora_B.weight"] = layer.lora_b.detach()
-        if layer.magnitude is not None:
-            tensors[f"{full}.lora_magnitude_vector"] = layer.magnitude.detach()
-    for module in model.modules_to_save:
-        for name, parameter in model.get_submodule(module).named_parameters():
-            tensors[f"{PEFT_PREFIX}{to_hf_name(model.config, f'{module}.{name}')}"] = parameter.detach()
-    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+# Settings of peft's LoRA that change the mathematics and are not built here: key -> the value that means "off".
+UNSUPPORTED_ADAPTER_KEYS = {
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "lora_bias": False,
+    "layer_replication": None,
+    "megatron_config": None,
+    "use_qalora": False,
+    "alora_invocation_tokens": None,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+}
 
 
-def save_adapter(model: Decoder, folder: str | Path, options: LoraOptions, base_name: str) -> None:
+def save_adapter(model: Decoder, folder: str | Path, base_name: str) -> None:
     """Write adapter_config.json and adapter_model.safetensors as peft reads them."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -353,15 +349,18 @@ def save_adapter(model: Decoder, folder: str | Path, options: LoraOptions, base_
     if not layers:
         raise ValueError("save_adapter: the model has no adapter")
     first = next(iter(layers.values()))
+    full = [to_hf_name(model.config, f"{name}.weight").removesuffix(".weight") for name in full_modules(model)]
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
-        "r": first.lora_a.shape[0],
+        "r": first.rank,
         "lora_alpha": first.alpha,
-        "lora_dropout": options.lora_dropout,
-        "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
-        "modules_to_save": list(model.modules_to_save) or None,
+        "lora_dropout": first.dropout_probability,
+        "target_modules": _peft_targets(model, layers),
+        "modules_to_save": full or None,
+        "rank_pattern": {name: layer.rank for name, layer in layers.items() if layer.rank != first.rank},
+        "alpha_pattern": {name: layer.alpha for name, layer in layers.items() if layer.alpha != first.alpha},
         "use_rslora": first.rslora,
         "use_dora": first.magnitude is not None,
         "bias": "none",
@@ -371,3 +370,228 @@ def save_adapter(model: Decoder, folder: str | Path, options: LoraOptions, base_
     }
     save_file(adapter_state(model), folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _peft_targets(model: Decoder, layers: dict[str, LoraLinear]) -> list[str]:
+    """The short names if every linear of that name has an adapter, else the full names of those that do."""
+    short = {name.rpartition(".")[2] for name in layers}
+    kinds = (torch.nn.Linear, LoraLinear)
+    same_name = {n for n, m in model.named_modules() if isinstance(m, kinds) and n.rpartition(".")[2] in short}
+    if same_name == set(layers):
+        return sorted(short)
+    return [to_hf_name(model.config, f"{name}.weight").removesuffix(".weight") for name in layers]
+
+
+def adapter_state(model: Decoder) -> dict[str, torch.Tensor]:
+    """Tensors of a model's adapter under PEFT's names, fully trained modules included."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in _adapter_tensors(model)}
+
+
+def _adapter_tensors(model: Decoder) -> Iterator[tuple[str, torch.Tensor]]:
+    """(PEFT's name, our parameter) of everything that belongs to the adapter."""
+    for name, layer in lora_layers(model).items():
+        full = PEFT_PREFIX + to_hf_name(model.config, f"{name}.weight").removesuffix(".weight")
+        yield f"{full}.lora_A.weight", layer.lora_a
+        yield f"{full}.lora_B.weight", layer.lora_b
+        if layer.magnitude is not None:
+            yield f"{full}.lora_magnitude_vector", layer.magnitude
+    for module in full_modules(model):
+        for name, parameter in model.get_submodule(module).named_parameters(recurse=False):
+            yield PEFT_PREFIX + to_hf_name(model.config, f"{module}.{name}"), parameter
+
+
+def load_adapter(
+    model: Decoder,
+    folder: str | Path,
+    dtype: torch.dtype = torch.float32,
+    dropout_probability: float = 0.0,
+) -> None:
+    """Wrap the model's linears with the PEFT adapter in this folder; it trains, everything else is frozen.
+
+    Which linears: those the file has tensors for. Fully trained modules (modules_to_save) replace the model's. Raises
+    ValueError naming file and key when the adapter is of another kind or another model.
+    """
+    folder = Path(folder)
+    config = read_adapter_config(folder)
+    model.requires_grad_(False)
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in read_adapter_tensors(folder).items():
+        module, part = split_adapter_name(model.config, key, folder)
+        found.setdefault(module, {})[part] = tensor
+    for module, parts in found.items():
+        if "lora_A" in parts or "lora_B" in parts:
+            _attach(model, module, parts, config, folder, (dtype, dropout_probability))
+            continue
+        for part, tensor in parts.items():
+            parameter = _parameter(model, f"{module}.{part}", folder)
+            _check_shape(folder, f"{module}.{part}", tensor, parameter)
+            parameter.data.copy_(tensor)
+            parameter.requires_grad_(True)
+
+
+def read_adapter_config(folder: Path) -> dict:
+    """adapter_config.json of a LoRA adapter; ValueError for what would silently mean something else here."""
+    if not folder.is_dir():
+        raise ValueError(f"adapter_name_or_path: no folder {folder}")
+    config = read_json(folder / ADAPTER_CONFIG)
+    path = folder / ADAPTER_CONFIG
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{path}: peft_type {config.get('peft_type')!r}; only LORA adapters are known")
+    for key, off in UNSUPPORTED_ADAPTER_KEYS.items():
+        if config.get(key, off) not in (off, None, False, [], {}):
+            raise ValueError(f"{path}: {key}={config[key]!r} is not supported; merge that adapter with peft first")
+    return config
+
+
+def read_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    path = folder / ADAPTER_WEIGHTS
+    if not path.is_file():
+        if (folder / "adapter_model.bin").is_file():
+            raise ValueError(
+                f"{folder}: only adapter_model.bin found, a pickle, which can run any code when it is read; load it once "
+                "with peft in an environment you trust and save it again (peft writes safetensors)"
+            )
+        raise ValueError(f"{path}: file not found; is {folder} a complete adapter folder?")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a complete safetensors file ({error}); fetch it again") from error
+
+
+def split_adapter_name(config: ModelConfig, key: str, folder: Path) -> tuple[str, str]:
+    """PEFT's tensor name -> (our module name, lora_A | lora_B | magnitude | weight | bias)."""
+    if not key.startswith(PEFT_PREFIX):
+        raise ValueError(f"{folder / ADAPTER_WEIGHTS}: tensor {key} does not start with {PEFT_PREFIX}")
+    name = key.removeprefix(PEFT_PREFIX).replace(".modules_to_save.", ".").replace(".base_layer.", ".")
+    for ending, part in (
+        (".lora_A.weight", "lora_A"),
+        (".lora_B.weight", "lora_B"),
+        (".lora_magnitude_vector", "magnitude"),
+        (".lora_magnitude_vector.weight", "magnitude"),
+    ):
+        if name.endswith(ending):
+            module = from_hf_name(config, name.removesuffix(ending) + ".weight")
+            return (module or "lm_head.weight").removesuffix(".weight"), part
+    if ".lora_" in name:
+        raise ValueError(f"{folder / ADAPTER_WEIGHTS}: tensor {key} is of a kind of adapter that is not supported")
+    ours = from_hf_name(config, name)
+    if ours is None:
+        raise ValueError(f"{folder / ADAPTER_WEIGHTS}: {key} trains a head of its own, but this model's head is tied")
+    module, _, part = ours.rpartition(".")
+    return module, part
+
+
+def adapter_scale_alpha(config: dict, module: str) -> float:
+    """lora_alpha of this module, by alpha_pattern (matched at the end of the name) or the common value."""
+    for pattern, alpha in (config.get("alpha_pattern") or {}).items():
+        if module == pattern or module.endswith("." + pattern) or pattern.endswith("." + module):
+            return float(alpha)
+    return float(config.get("lora_alpha") or 8)
+
+
+def _attach(model: Decoder, module: str, parts: dict, config: dict, folder: Path, kind: tuple) -> None:
+    dtype, dropout_probability = kind
+    weights = folder / ADAPTER_WEIGHTS
+    missing = {"lora_A", "lora_B"} - parts.keys()
+    if config.get("use_dora"):
+        missing |= {"magnitude"} - parts.keys()
+    if missing:
+        raise ValueError(f"{weights}: {module} lacks {', '.join(sorted(missing))}; the file is incomplete")
+    try:
+        base = model.get_submodule(module)
+    except AttributeError as error:
+        raise ValueError(
+            f"{weights}: adapts {module}, which this model does not have; the adapter was trained on "
+            f"{config.get('base_model_name_or_path') or 'another model'}"
+        ) from error
+    if not hasattr(base, "in_features"):
+        raise ValueError(f"{weights}: adapts {module}, a {type(base).__name__}; only linears are supported")
+    layer = LoraLinear(
+        base,
+        parts["lora_A"].shape[0],
+        adapter_scale_alpha(config, module),
+        dropout_probability=dropout_probability,
+        rslora=bool(config.get("use_rslora")),
+        dora=bool(config.get("use_dora")),
+        dtype=dtype,
+    )
+    pairs = [("lora_A", layer.lora_a), ("lora_B", layer.lora_b), ("magnitude", layer.magnitude)]
+    for part, parameter in pairs:
+        if parameter is not None:
+            _check_shape(folder, f"{module}.{part}", parts[part], parameter)
+            parameter.data.copy_(parts[part])
+    replace_module(model, module, layer.train(model.training))
+
+
+def _parameter(model: Decoder, name: str, folder: Path) -> torch.nn.Parameter:
+    try:
+        return model.get_parameter(name)
+    except AttributeError as error:
+        raise ValueError(f"{folder / ADAPTER_WEIGHTS}: {name} has no place in this model") from error
+
+
+def _check_shape(folder: Path, name: str, tensor: torch.Tensor, parameter: torch.Tensor) -> None:
+    if tuple(tensor.shape) != tuple(parameter.shape):
+        raise ValueError(
+            f"{folder / ADAPTER_WEIGHTS}: {name} has shape {tuple(tensor.shape)}, this model asks for "
+            f"{tuple(parameter.shape)}; the adapter was trained on another model"
+        )
+
+
+def prepare_adapters(
+    model: Decoder,
+    folders: Iterable[str],
+    options: LoraOptions,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Set what trains, starting from the given adapters: all but the last are merged, the last trains on.
+
+    With options.create_new_adapter all are merged and a fresh one is added; without folders see lora.prepare_trainable.
+    """
+    folders = list(folders)
+    merged = folders if options.create_new_adapter else folders[:-1]
+    for folder in merged:
+        load_adapter(model, folder)
+        merge_for_good(model)
+    if folders and not options.create_new_adapter:
+        load_adapter(model, folders[-1], dtype, options.lora_dropout)
+    else:
+        prepare_trainable(model, options, generator, dtype)
+
+
+def merge_adapters(model: Decoder, folders: Iterable[str]) -> None:
+    """For inference: every adapter merged into the weights, in order."""
+    for folder in folders:
+        load_adapter(model, folder)
+        if lora_layers(model):
+            merge_for_good(model)
+    model.requires_grad_(False)
+
+
+def save_trained(model: Decoder, folder: Path, source_folder: Path, base_name: str, shard_gigabytes: float = 5.0) -> None:
+    """What training changed: the adapter if there is one, else the whole model."""
+    if lora_layers(model):
+        save_adapter(model, folder, base_name)
+    else:
+        save_model(model, folder, source_folder, shard_gigabytes)
+
+
+@torch.no_grad()
+def restore_trained(model: Decoder, folder: Path) -> None:
+    """Copy back what save_trained wrote, into a model that was prepared the same way. Raises ValueError."""
+    if lora_layers(model):
+        tensors, targets = read_adapter_tensors(folder).items(), dict(_adapter_tensors(model))
+    else:
+        tensors = ((name, tensor) for _, name, tensor in stream_tensors(folder))
+        targets = {to_hf_name(model.config, name): parameter for name, parameter in model.named_parameters()}
+    for name, tensor in tensors:
+        if name not in targets:
+            raise ValueError(f"{folder}: tensor {name} is not part of what this run trains; was another option changed?")
+        target = targets.pop(name)
+        if target.shape != tensor.shape:
+            raise ValueError(f"{folder}: tensor {name} has shape {tuple(tensor.shape)}, this run has {tuple(target.shape)}")
+        target.copy_(tensor)
+    if targets:
+        raise ValueError(f"{folder}: tensor {next(iter(targets))} is missing; was lora_target changed since?")

@@ -8,7 +8,7 @@ of all micro-batches and all ranks, so batch 8, 8 x 1 accumulated and 2 ranks x 
 from torch import Tensor
 
 import kernels
-from data import Batch
+from batches import Batch
 from model import Decoder
 
 
