@@ -122,8 +122,12 @@ class JinjaTemplate:
 
     def stop_words(self, eos: str | None) -> tuple[str, ...]:
         """The template's end-of-turn mark and the tokenizer's eos."""
-        end = self._probe(_Settings(None, eos, True, None)).end_mark.strip()
+        end = self._probe(_Settings("", eos, True, None)).end_mark.strip()
         return tuple(dict.fromkeys(word for word in (end, eos) if word))
+
+    def content(self, text: str) -> str:
+        """A generated text as the content of an assistant message: without the space that some templates begin with."""
+        return text.removeprefix(self._probe(_Settings("", "", True, None)).lead)
 
     def describe(self) -> str:
         text = f"template of the checkpoint ({len(self.source)} characters of jinja"
@@ -160,10 +164,7 @@ class JinjaTemplate:
                 enable_thinking=settings.enable_thinking,
                 **{key: value for key, value in values.items() if value is not None},
             )
-        except (
-            jinja2.TemplateError,
-            TypeError,
-        ) as error:  # TypeError: the template adds text to a missing value
+        except (jinja2.TemplateError, TypeError, OverflowError) as error:  # a missing value; a range too long
             roles = ", ".join(message["role"] for message in dialogue) or "no message"
             raise ValueError(
                 f"the checkpoint's chat_template refuses a dialogue of {roles}: {error}. "
@@ -247,13 +248,14 @@ class _Probe:
     """What a template does around an answer, found with a sample dialogue."""
 
     missing_header: str  # header of an answer that add_generation_prompt fails to give
+    lead: str  # white space between the prompt and the content
     end_mark: str  # between the content and the end of the turn, as <|im_end|>
     after_end: str  # white space after the end mark: not trained
 
 
 @functools.lru_cache(maxsize=64)
 def _probe(source: str, bos: str | None, eos: str | None, enable_thinking: bool) -> _Probe:
-    template, settings = JinjaTemplate(source), _Settings(bos, eos, enable_thinking, None)
+    template, settings = JinjaTemplate(source), _Settings(bos or "", eos or "", enable_thinking, None)
     question = {"role": "user", "content": "question"}
     texts = [
         template._text([question, {"role": "assistant", "content": content}], settings, False)
@@ -266,9 +268,11 @@ def _probe(source: str, bos: str | None, eos: str | None, enable_thinking: bool)
     header = _common_prefix(texts)[len(plain) :]
     if prompt == plain and header.strip() and texts[0].startswith(plain):
         missing = header.rstrip(" ")  # the space belongs to the answer's first word
-    tail = texts[0].rpartition("alpha")[2]
+    begin, _, tail = texts[0].rpartition("alpha")
+    lead = begin[len(prompt + missing) :] if begin.startswith(prompt + missing) else ""
     end_mark = tail.rstrip()
-    return _Probe(missing, end_mark or tail, tail[len(end_mark) :] if end_mark else "")
+    after_end = tail[len(end_mark) :] if end_mark else ""  # without an end mark, the white space is the mark
+    return _Probe(missing, lead if lead.isspace() else "", end_mark or tail, after_end)
 
 
 def _common_prefix(texts: list[str]) -> str:

@@ -80,6 +80,11 @@ class ChatTemplate:
             trim = self.trim and not self.system_in_first_user  # there the user turn is trimmed with it
             text = _fill(self.system, tokens, content=system.strip() if trim else system)
             if self.system_in_first_user:
+                if len(messages) == first or messages[first].role != "user":
+                    raise ValueError(
+                        f"template {self.name!r} writes the system text into the first user turn, so a system message "
+                        "needs a user message after it"
+                    )
                 before_user = text
             else:
                 spans.append(Span(text, False, system_turn, "system"))
@@ -139,6 +144,10 @@ class ChatTemplate:
     def stop_words(self, eos: str | None) -> tuple[str, ...]:
         """Texts that end an answer in generation."""
         return tuple(dict.fromkeys([*self.stop, *([eos] if eos else [])]))
+
+    def content(self, text: str) -> str:
+        """A generated text as the content of an assistant message: without the space that some templates begin with."""
+        return text.removeprefix(self.answer.partition("{{content}}")[0])
 
     def describe(self) -> str:
         text = f"template {self.name} (built in)"
@@ -509,10 +518,25 @@ def encode_dialogue(tokenizer, spans: list[Span]) -> EncodedDialogue:
     return EncodedDialogue(ids, answer, turn, role)
 
 
+def compare(tokenizer, left, right, messages: list[Message], **options) -> str | None:
+    """The first token at which two templates differ for a dialogue, in words; None when they give the same tokens.
+
+    left, right: ChatTemplate or JinjaTemplate; options as for render, such as generation_prompt=True.
+    """
+    ids = [
+        encode_dialogue(
+            tokenizer, template.render(messages, tokenizer.bos_token, tokenizer.eos_token, **options)
+        ).ids
+        for template in (left, right)
+    ]
+    return first_difference(tokenizer, *ids)
+
+
 def first_difference(tokenizer, left: list[int], right: list[int]) -> str | None:
     """Where two token lists part, in words; None when they are equal."""
     if left == right:
         return None
+    # pairs stop at the shorter list; then one of them ends there
     index = next((i for i, (a, b) in enumerate(zip(left, right)) if a != b), min(len(left), len(right)))
     named = [repr(tokenizer.piece(ids[index])) if index < len(ids) else "the end" for ids in (left, right)]
     before = "".join(tokenizer.piece(i) for i in left[max(0, index - 8) : index])

@@ -86,10 +86,16 @@ class Tokenizer:
         special = {}
         for name in ("bos", "eos", "pad", "unk"):
             named = [_token_text(source.get(f"{name}_token")) for source in (config, special_map)]
-            ids = [i for source in (generation_config, model_config) for i in _as_ids(source.get(f"{name}_token_id"))]
+            ids = [
+                i
+                for source in (generation_config, model_config)
+                for i in _as_ids(source.get(f"{name}_token_id"))
+            ]
             candidates = [*named, *(backend.id_to_token(i) for i in ids)]
             # A name that the vocabulary does not have is passed over.
-            known = (text for text in candidates if text is not None and backend.token_to_id(text) is not None)
+            known = (
+                text for text in candidates if text is not None and backend.token_to_id(text) is not None
+            )
             special[name] = next(known, None)
 
         tokenizer = cls(backend, special, folder)
@@ -432,7 +438,10 @@ def _decoder_steps(backend: tokenizers.Tokenizer, keep_spaces: bool = False) -> 
 def _without_prefix_space(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer | None:
     """The same model without the space that SentencePiece puts before the first word; None if it puts none there.
     It has no special tokens: it is only used for text that contains none."""
-    parts = [json.loads(part.__getstate__()) if part else None for part in (backend.normalizer, backend.pre_tokenizer)]
+    parts = [
+        json.loads(part.__getstate__()) if part else None
+        for part in (backend.normalizer, backend.pre_tokenizer)
+    ]
     changed = [_drop_prefix(part) for part in parts]
     if changed == parts:
         return None

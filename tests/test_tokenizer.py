@@ -97,7 +97,9 @@ def test_cost_of_a_streamed_token_does_not_grow(pair):
     decoder = ours.stream()
     begin = time.perf_counter()
     text = "".join([decoder.push(i) for i in ids]) + decoder.flush()
-    assert time.perf_counter() - begin < 5  # one second on a slow core; decoding all again each time takes minutes
+    assert (
+        time.perf_counter() - begin < 5
+    )  # one second on a slow core; decoding all again each time takes minutes
     assert text == ours.decode(ids)
 
 
@@ -120,7 +122,9 @@ def test_parts_are_cut_from_the_joint_encoding_where_borders_are_clean(pair, par
     ids = ours.encode_parts(parts)
     if all(whole[: len(prefix)] == prefix for prefix in prefixes):
         assert ids == [whole[len(a) : len(b)] for a, b in zip(prefixes, prefixes[1:])]
-    if "\u0301" not in "".join(parts) and "\u1161" not in "".join(parts):  # NFC would join these across a border
+    if "\u0301" not in "".join(parts) and "\u1161" not in "".join(
+        parts
+    ):  # NFC would join these across a border
         assert ours.decode(in_one(ours, parts), False) == ours.decode(whole, False)
 
 
@@ -167,7 +171,9 @@ def test_special_tokens(pair):
 
 
 def test_special_tokens_as_objects_and_only_in_the_map(folder):
-    edit(folder / "tokenizer_config.json", eos_token={"content": "<|im_end|>", "lstrip": False}, pad_token=None)
+    edit(
+        folder / "tokenizer_config.json", eos_token={"content": "<|im_end|>", "lstrip": False}, pad_token=None
+    )
     edit(folder / "special_tokens_map.json", pad_token="<|im_start|>", bos_token={"content": "<|endoftext|>"})
     tokenizer = Tokenizer.from_folder(folder)
     found = (tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token)
@@ -209,11 +215,15 @@ def test_tokens_listed_beside_tokenizer_json_are_added(folder, where):
     text = "Hello<new> you<newer>"
     assert tokenizer.encode(text) == theirs(text).input_ids
     assert tokenizer.vocab_size == size + 2
-    assert tokenizer.decode(tokenizer.encode(text)) == theirs.decode(theirs(text).input_ids, skip_special_tokens=True)
+    assert tokenizer.decode(tokenizer.encode(text)) == theirs.decode(
+        theirs(text).input_ids, skip_special_tokens=True
+    )
 
 
 def test_added_tokens_of_another_tokenizer_are_refused(folder):
-    edit(folder / "tokenizer_config.json", added_tokens_decoder={"9999": {"content": "<new>", "special": True}})
+    edit(
+        folder / "tokenizer_config.json", added_tokens_decoder={"9999": {"content": "<new>", "special": True}}
+    )
     with pytest.raises(ValueError, match=r"'<new>' should have id 9999.*leads to id \d+"):
         Tokenizer.from_folder(folder)
 
@@ -293,7 +303,13 @@ def test_pieces_show_spaces_bytes_and_special_tokens(folders):
     text = "Hello who\n\u20ac<|im_end|>"
     assert [chatml.piece(i) for i in chatml.encode(text)][:3] == ["Hello", " who", "\n"]
     assert [chatml.piece(i) for i in chatml.encode(text)][3:] == ["<0xE2>", "<0x82>", "<0xAC>", "<|im_end|>"]
-    assert [llama2.piece(i) for i in llama2.encode("Hello\n\u20ac")] == [" Hello", "\n", "<0xE2>", "<0x82>", "<0xAC>"]
+    assert [llama2.piece(i) for i in llama2.encode("Hello\n\u20ac")] == [
+        " Hello",
+        "\n",
+        "<0xE2>",
+        "<0x82>",
+        "<0xAC>",
+    ]
     assert chatml.piece(99999) == "<no token 99999>"
 
 

@@ -1,0 +1,483 @@
+"""templates.py and jinja_template.py against transformers' apply_chat_template, on tiny tokenizers.
+
+The jinja texts in fixtures/templates are the published formats of well-known models (see the README there).
+"""
+
+from pathlib import Path
+
+import pytest
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jinja_template import split_thought, tool_calls
+from templates import (
+    TEMPLATES,
+    JinjaTemplate,
+    Message,
+    Span,
+    TemplateOptions,
+    compare,
+    encode_dialogue,
+    first_difference,
+    get_template,
+)
+from tests.tiny_tokenizers import KINDS, make_tokenizer
+from tokenizer import Tokenizer
+
+FIXTURES = Path(__file__).parent / "fixtures" / "templates"
+SAME_AS = {
+    "chatml": "chatml", "smollm2": "smollm2", "qwen": "qwen25", "qwen3": "qwen3", "qwen3_nothink": "qwen3_2507",
+    "llama2": "llama2", "llama3": "llama3", "llama31": "llama31", "mistral": "mistral", "zephyr": "zephyr",
+    "yi": "yi15", "deepseek": "deepseek_llm", "vicuna": "vicuna_v11",
+}  # fmt: skip
+SYSTEM = Message("system", "You are Anvil.")
+USER, ANSWER = Message("user", "Hello, who are you?"), Message("assistant", "I am Anvil,\nan assistant.")
+MORE, LAST = (
+    Message("user", " caf\u00e9 {{eos}} </s>? "),
+    Message("assistant", " Paris \u65e5\u672c\U0001f600 "),
+)
+DIALOGUES = {
+    "one turn": [USER, ANSWER],
+    "system": [SYSTEM, USER, ANSWER],
+    "empty system": [Message("system", ""), USER, ANSWER],
+    "two turns": [USER, ANSWER, MORE, ANSWER],
+    "two turns with spaces": [SYSTEM, MORE, LAST, USER, ANSWER],
+    "three turns": [SYSTEM, USER, ANSWER, MORE, ANSWER, USER, ANSWER],
+}
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "add",
+            "description": "Adds two numbers & more.",
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "a": {"type": "number", "description": "first"},
+                    "b": {"type": "string", "enum": ["1", "2"], "items": {"type": "number"}},
+                },
+                "required": ["a"],
+            },
+        },
+    }
+]
+CALL = Message("function", '{"name": "add", "arguments": {"a": 1, "b": "caf\u00e9"}}')
+RESULT = Message("observation", '{"sum": 3}')
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """kind -> (our tokenizer, transformers' tokenizer)."""
+    folders = {kind: make_tokenizer(tmp_path_factory.mktemp(kind), kind) for kind in KINDS}
+    return {
+        kind: (Tokenizer.from_folder(folder), transformers.AutoTokenizer.from_pretrained(folder))
+        for kind, folder in folders.items()
+    }
+
+
+def fixture(name):
+    return (FIXTURES / f"{name}.jinja").read_text(encoding="utf-8").rstrip("\n")
+
+
+def dicts(messages):
+    roles = {"observation": "tool", "function": "assistant"}
+    result = []
+    for message in messages:
+        entry = {"role": roles.get(message.role, message.role), "content": message.content}
+        calls = tool_calls(message.content) if message.role == "function" else None
+        if calls:
+            functions = [{"name": name, "arguments": arguments} for name, arguments in calls]
+            entry |= {"content": "", "tool_calls": [{"type": "function", "function": f} for f in functions]}
+        result.append(entry)
+    return result
+
+
+def text_of(spans):
+    return "".join(span.text for span in spans)
+
+
+def answers_of(spans):
+    return [span.text for span in spans if span.answer]
+
+
+def render(template, messages, tokenizer, **options):
+    return template.render(messages, tokenizer.bos_token, tokenizer.eos_token, **options)
+
+
+@pytest.mark.parametrize("name", SAME_AS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_equal_those_of_the_published_jinja(pairs, kind, name):
+    ours, theirs = pairs[kind]
+    source = fixture(SAME_AS[name])
+    for case, messages in DIALOGUES.items():
+        for end, prompt in ((len(messages), False), (len(messages) - 1, True)):
+            expected = theirs.apply_chat_template(
+                dicts(messages[:end]), chat_template=source, add_generation_prompt=prompt, return_dict=False
+            )
+            spans = render(TEMPLATES[name], messages[:end], ours, generation_prompt=prompt)
+            assert text_of(spans) == theirs.apply_chat_template(
+                dicts(messages[:end]), chat_template=source, add_generation_prompt=prompt, tokenize=False
+            ), case
+            # Without its end mark in the vocabulary, or with an answer that begins with a space where the template
+            # has one too, a token would cross the border of an answer; encode_parts does not allow that.
+            end_is_token = ours.token_id(TEMPLATES[name].stop_words(ours.eos_token)[0]) is not None
+            two_spaces = (
+                "spaces" in case and TEMPLATES[name].answer.startswith(" ") and not TEMPLATES[name].trim
+            )
+            if end_is_token and not two_spaces:
+                assert first_difference(ours, encode_dialogue(ours, spans).ids, expected) is None, case
+
+
+@pytest.mark.parametrize("name", SAME_AS)
+def test_answers_of_the_jinja_are_those_of_the_built_in_template(pairs, name):
+    ours, _ = pairs["llama2"]
+    jinja = JinjaTemplate(fixture(SAME_AS[name]))
+    for messages in DIALOGUES.values():
+        built_in, found = render(TEMPLATES[name], messages, ours), render(jinja, messages, ours)
+        assert text_of(found) == text_of(built_in)
+        assert answers_of(found) == answers_of(built_in)
+        turns = [(span.turn, span.role) for span in built_in if span.answer]
+        assert [(span.turn, span.role) for span in found if span.answer] == turns
+        assert compare(ours, TEMPLATES[name], jinja, messages) is None
+        prompt = render(jinja, messages[:-1], ours, generation_prompt=True)
+        assert text_of(prompt) == text_of(
+            render(TEMPLATES[name], messages[:-1], ours, generation_prompt=True)
+        )
+    end = TEMPLATES[name].stop_words("</s>")[0]
+    assert jinja.stop_words("</s>")[0] == end
+    assert jinja.content(" x") == TEMPLATES[name].content(" x")
+
+
+@pytest.mark.parametrize("name", ["mistral_v01_2023", "mistral_v02_2023"])
+def test_other_published_forms_have_exact_answers(pairs, name):
+    ours, theirs = pairs["metaspace"]
+    messages = DIALOGUES["two turns"]
+    spans = render(JinjaTemplate(fixture(name)), messages, ours)
+    assert answers_of(spans) == [ANSWER.content + "</s>"] * 2  # v0.1's space after </s> is not trained
+    expected = theirs.apply_chat_template(dicts(messages), chat_template=fixture(name), return_dict=False)
+    assert encode_dialogue(ours, spans).ids == expected
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_a_trained_answer_follows_exactly_the_prompt_of_generation(pairs, kind, name, data):
+    ours, _ = pairs[kind]
+    fragments = st.sampled_from(
+        ["", " ", "a", "Hi", "\n", "\n\n", "  x", "12", "</s>", "<think>", "\u0301", "\U0001f600"]
+    )
+    content = st.lists(fragments, max_size=3).map("".join)
+    thought = st.sampled_from(["", "<think>\nhm\n</think>\n\n"])
+    messages = [Message("system", data.draw(content))] if data.draw(st.booleans()) else []
+    for role in data.draw(
+        st.sampled_from([("assistant",), ("assistant", "assistant"), ("function", "assistant")])
+    ):
+        asked = "user" if not messages or messages[-1].role != "function" else "observation"
+        messages.append(Message(asked, data.draw(content)))
+        messages.append(Message(role, data.draw(thought) + data.draw(content)))
+    options = {"enable_thinking": data.draw(st.booleans())}
+    spans = render(TEMPLATES[name], messages, ours, **options)
+    encoded = encode_dialogue(ours, spans)
+    assert any(encoded.answer) or not any(answers_of(spans))
+    for turn in sorted({span.turn for span in spans if span.answer}):
+        prompt = encode_dialogue(
+            ours, render(TEMPLATES[name], messages[:turn], ours, generation_prompt=True, **options)
+        )
+        first = next((i for i, flag in enumerate(encoded.answer) if flag and encoded.turn[i] >= turn), None)
+        if first is not None and encoded.turn[first] == turn:
+            assert encoded.ids[:first] == prompt.ids
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_template_written_as_jinja_gives_the_same_text_in_transformers(pairs, name):
+    ours, theirs = pairs["llama2"]
+    source = TEMPLATES[name].to_jinja()
+    dialogues = [*DIALOGUES.values(), [SYSTEM, USER, CALL, RESULT, ANSWER], [USER, RESULT, ANSWER]]
+    for messages in dialogues:
+        for end, prompt in ((len(messages), False), (len(messages) - 1, True)):
+            for thinking in (True, False):
+                got = theirs.apply_chat_template(
+                    dicts(messages[:end]), chat_template=source, tokenize=False,
+                    add_generation_prompt=prompt, enable_thinking=thinking,
+                )  # fmt: skip
+                spans = render(TEMPLATES[name], messages[:end], ours, generation_prompt=prompt)
+                if TEMPLATES[name].thinking and not thinking:
+                    spans = render(
+                        TEMPLATES[name], messages[:end], ours, generation_prompt=prompt, enable_thinking=False
+                    )
+                assert got == text_of(spans)
+
+
+@pytest.mark.parametrize("name", ["qwen", "qwen3", "qwen3_nothink"])
+def test_tool_turns_and_definitions_equal_the_published_jinja(pairs, name):
+    _, theirs = pairs["chatml"]
+    ours = pairs["chatml"][0]
+    thought = Message("assistant", "<think>\nThe sum\n</think>\n\nIt is 3.")
+    for messages in ([SYSTEM, USER, CALL, RESULT, thought], [USER, CALL, RESULT, ANSWER], [USER, CALL]):
+        for tools in (None, TOOLS):
+            expected = theirs.apply_chat_template(
+                dicts(messages), chat_template=fixture(SAME_AS[name]), tools=tools, tokenize=False
+            )
+            assert text_of(render(TEMPLATES[name], messages, ours, tools=tools)) == expected
+            jinja = JinjaTemplate(fixture(SAME_AS[name]))
+            assert text_of(render(jinja, messages, ours, tools=tools)) == expected
+            exported = theirs.apply_chat_template(
+                dicts(messages), chat_template=TEMPLATES[name].to_jinja(), tools=tools, tokenize=False
+            )
+            assert exported == expected
+
+
+def test_generic_tool_text_and_calls():
+    spans = TEMPLATES["default"].render([SYSTEM, USER, CALL, RESULT, ANSWER], None, "</s>", tools=TOOLS)
+    text = text_of(spans)
+    assert text.startswith(
+        "You are Anvil.You have access to the following tools:\n> Tool Name: add\n"
+        "Tool Description: Adds two numbers & more.\nTool Args:\n  - a (number, required): first\n"
+        "  - b (string): , should be one of [1, 2], where each item should be number\n\n"
+        "Use the following format if using a tool:\n```\nAction: tool name (one of [add])\n"
+    )
+    assert answers_of(spans) == [
+        ' Action: add\nAction Input: {"a": 1, "b": "caf\u00e9"}</s>',
+        f" {ANSWER.content}</s>",
+    ]
+    plain = TEMPLATES["default"].render(
+        [USER, Message("function", "search: x"), RESULT, ANSWER], None, "</s>"
+    )
+    assert answers_of(plain)[0] == " search: x</s>"
+    with pytest.raises(ValueError, match="no form for tool definitions"):
+        JinjaTemplate(TEMPLATES["default"].to_jinja()).render([USER, ANSWER], None, "</s>", tools=TOOLS)
+
+
+def test_tool_calls_are_read_from_json_only():
+    assert tool_calls('[{"name": "f", "arguments": "{\\"a\\": 1}"}, {"name": "g", "arguments": "x"}]') == [
+        ("f", {"a": 1}), ("g", "x"),
+    ]  # fmt: skip
+    for text in ("f(1)", "3", '{"name": "f"}', "[]", '["name", "arguments"]'):
+        assert tool_calls(text) is None
+
+
+EXPECTED = {
+    # name: (text before the first answer, first trained text, text between, stop words) for [SYSTEM, USER, ANSWER, MORE]
+    "default": ("S\nHuman: U\nAssistant:", " A</s>", "\nHuman: V\nAssistant:", ("</s>",)),
+    "empty": ("SU", "A", "V", ("</s>",)),
+    "vanilla": ("SU", "A</s>", "V", ("</s>",)),
+    "fewshot": ("SU", "A\n\n", "V", ("\n\n", "</s>")),
+    "alpaca": (
+        "S\n\n### Instruction:\nU\n\n### Response:\n", "A</s>", "\n\n### Instruction:\nV\n\n### Response:\n",
+        ("### Instruction:", "</s>"),
+    ),
+    "vicuna": ("<s>S USER: U ASSISTANT:", " A</s>", "USER: V ASSISTANT:", ("</s>",)),
+    "llama2": ("<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nU [/INST]", " A </s>", "<s>[INST] V [/INST]", ("</s>",)),
+    "chatml": (
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n", "A<|im_end|>",
+        "\n<|im_start|>user\nV<|im_end|>\n<|im_start|>assistant\n", ("<|im_end|>", "<|im_start|>", "</s>"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_trained_text_is_the_answer_with_its_end_mark_and_nothing_else(name):
+    before, answer, between, stop = EXPECTED[name]
+    messages = [Message(role, text) for role, text in zip(("system", "user", "assistant", "user"), "SUAV")]
+    spans = TEMPLATES[name].render(messages, "<s>", "</s>", generation_prompt=True)
+    index = next(i for i, span in enumerate(spans) if span.answer)
+    assert text_of(spans[:index]) == before
+    assert spans[index] == Span(answer, True, 2, "assistant")
+    assert text_of(spans[index + 1 :]) == between
+    assert spans[-1].turn in (3, 4)
+    assert TEMPLATES[name].stop_words("</s>") == stop
+
+
+def test_default_system_text_and_its_replacement():
+    assert "created by Alibaba Cloud" in text_of(get_template("qwen").render([USER], None, "</s>"))
+    for template in (
+        get_template("qwen", default_system="Be brief."),
+        get_template("zephyr", default_system="Be brief."),
+    ):
+        assert "Be brief." in text_of(template.render([USER], None, "</s>"))
+        assert "Be brief." not in text_of(template.render([SYSTEM, USER], None, "</s>"))
+    assert "system" not in text_of(get_template("qwen", default_system="").render([USER], None, "</s>"))
+    jinja = get_template(None, fixture("chatml"), default_system="Be brief.")
+    spans = jinja.render([USER, ANSWER], None, "</s>")
+    assert text_of(spans).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user")
+    assert [span.turn for span in spans if span.answer] == [1]  # turns are those of the caller's list
+    assert TemplateOptions() == TemplateOptions(template=None, default_system=None, enable_thinking=True)
+
+
+def test_turns_and_roles_of_tokens(pairs):
+    ours, _ = pairs["chatml"]
+    for template in (TEMPLATES["chatml"], JinjaTemplate(fixture("chatml"))):
+        encoded = encode_dialogue(ours, render(template, [SYSTEM, USER, ANSWER], ours))
+        assert len(encoded.ids) == len(encoded.answer) == len(encoded.turn) == len(encoded.role)
+        by_turn = {turn: [i for i, t in zip(encoded.ids, encoded.turn) if t == turn] for turn in (0, 1, 2)}
+        assert ours.decode(by_turn[0], False) == "<|im_start|>system\nYou are Anvil.<|im_end|>\n"
+        assert ours.decode(by_turn[1], False) == "<|im_start|>user\nHello, who are you?<|im_end|>\n"
+        assert {role for role, turn in zip(encoded.role, encoded.turn) if turn == 2} == {"assistant"}
+        trained = [i for i, flag in zip(encoded.ids, encoded.answer) if flag]
+        assert ours.decode(trained, False) == ANSWER.content + "<|im_end|>"
+
+
+def test_thinking_answers_of_qwen3():
+    thoughtful = Message("assistant", "<think>\nThe sum.\n</think>\n\nIt is 3.")
+    dialogue = [USER, thoughtful, MORE, thoughtful]
+    qwen3 = TEMPLATES["qwen3"]
+    assert answers_of(qwen3.render(dialogue, None, "</s>")) == [
+        "<think>\nThe sum.\n</think>\n\nIt is 3.<|im_end|>"
+    ]
+    assert "<think>" not in text_of(qwen3.render(dialogue, None, "</s>")[:4])
+    silent = qwen3.render(dialogue, None, "</s>", enable_thinking=False)
+    assert answers_of(silent) == ["It is 3.<|im_end|>"]
+    assert text_of(silent).count("<think>\n\n</think>\n\n") == 1
+    jinja = JinjaTemplate(fixture("qwen3"))
+    for thinking in (True, False):
+        left = qwen3.render(dialogue, None, "</s>", enable_thinking=thinking)
+        right = jinja.render(dialogue, None, "</s>", enable_thinking=thinking)
+        assert (text_of(left), answers_of(left)) == (text_of(right), answers_of(right))
+    assert not jinja.trains_earlier_answers()
+    assert "only the last one is trained" in jinja.describe()
+    assert "earlier ones are shown without" in qwen3.describe()
+    assert len(answers_of(TEMPLATES["qwen3_nothink"].render([USER, ANSWER] * 2, None, "</s>"))) == 2
+    assert split_thought("no block") == ("", "no block")
+
+
+def test_names_and_missing_templates():
+    assert get_template("llama3") is TEMPLATES["llama3"]
+    with pytest.raises(
+        ValueError, match=r"^template: there is no template 'lama3'; did you mean 'llama3'\? choices: .*yi"
+    ):
+        get_template("lama3")
+    with pytest.raises(
+        ValueError, match="^template: the checkpoint has no chat_template.*choices: default, "
+    ):
+        get_template(None, None)
+    assert isinstance(get_template(None, "x"), JinjaTemplate)
+    wanted = "default empty vanilla fewshot alpaca vicuna chatml qwen qwen3 llama2 llama3 mistral zephyr yi deepseek"
+    assert set(wanted.split()) <= set(TEMPLATES)
+
+
+def test_bad_dialogues_are_refused():
+    with pytest.raises(ValueError, match="message role: found 'robot', expected one of system, user"):
+        Message("robot", "x")
+    with pytest.raises(ValueError, match="message 1 is a system message"):
+        TEMPLATES["chatml"].render([USER, SYSTEM], None, "</s>")
+    with pytest.raises(ValueError, match="'zephyr' ends an answer with the tokenizer's eos token.*chatml"):
+        TEMPLATES["zephyr"].render([USER, ANSWER], None, None)
+    assert answers_of(TEMPLATES["chatml"].render([USER, ANSWER], None, None)) == [
+        ANSWER.content + "<|im_end|>"
+    ]
+    with pytest.raises(ValueError, match="system message needs a user message after it"):
+        TEMPLATES["llama2"].render([SYSTEM, ANSWER], "<s>", "</s>")
+
+
+NO_GENERATION_PROMPT = (
+    "{% for m in messages %}{{ '### ' + m['role'].upper() + ': ' + m['content'] + '\n' }}{% endfor %}"
+)
+
+
+def test_jinja_without_generation_prompt_gets_its_header_from_the_finished_dialogue(pairs):
+    ours, _ = pairs["llama3"]
+    jinja = JinjaTemplate(NO_GENERATION_PROMPT)
+    spans = render(jinja, [USER, ANSWER, MORE, ANSWER], ours)
+    assert answers_of(spans) == [f" {ANSWER.content}\n"] * 2  # nothing but the newline ends an answer
+    prompt = render(jinja, [USER, ANSWER, MORE], ours, generation_prompt=True)
+    assert prompt[-1] == Span("### ASSISTANT:", False, 3, "assistant")
+    assert jinja.render_text([USER], None, None, generation_prompt=True).endswith("\n### ASSISTANT:")
+    assert jinja.content(" I am") == "I am"
+    assert text_of(spans).startswith(text_of(prompt))
+
+
+def test_jinja_that_strips_content_is_followed():
+    source = fixture("chatml").replace("turn.content", "turn.content.strip()")
+    spans = JinjaTemplate(source).render([MORE, LAST, MORE, LAST], None, "</s>")
+    assert answers_of(spans) == [LAST.content.strip() + "<|im_end|>"] * 2
+
+
+def test_jinja_whose_prompt_is_not_how_the_answer_begins_is_refused():
+    source = fixture("chatml").replace("'<|im_start|>assistant\\n'", "'<|im_start|>model\\n'")
+    with pytest.raises(ValueError, match=r"where the answer begins.*'model.*'assistant.*`template: chatml`"):
+        JinjaTemplate(source).render([USER, ANSWER], None, "</s>")
+
+
+def test_jinja_that_ends_only_the_last_answer_trains_only_that():
+    source = (
+        "{% for m in messages %}{{ m.role + ':' + m.content + (eos_token if loop.last else '\n') }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
+    jinja = JinjaTemplate(source.replace("if loop.last", "if loop.last and m.role == 'assistant'"))
+    assert answers_of(jinja.render([USER, ANSWER, MORE, ANSWER], None, "</s>")) == [ANSWER.content + "</s>"]
+
+
+MARKED = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}A:{% generation %}{{ m.content + eos_token }}"
+    "{% endgeneration %}\n{% else %}{{ m.role + ':' + m.content }}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}A:{% endif %}"
+)
+
+
+def test_jinja_with_generation_marks_trains_what_transformers_masks(pairs):
+    ours, theirs = pairs["llama3"]
+    jinja = JinjaTemplate(MARKED)
+    messages = [SYSTEM, USER, ANSWER, MORE, ANSWER]
+    spans = render(jinja, messages, ours)
+    assert [(span.text, span.turn) for span in spans if span.answer] == [
+        (ANSWER.content + "<|eot_id|>", t) for t in (2, 4)
+    ]
+    encoded = encode_dialogue(ours, spans)
+    expected = theirs.apply_chat_template(
+        dicts(messages), chat_template=MARKED, return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert encoded.ids == expected["input_ids"]
+    assert [int(flag) for flag in encoded.answer] == expected["assistant_masks"]
+    assert "marked by {% generation %}" in jinja.describe()
+    assert jinja.stop_words("</s>") == ("</s>",)
+    text = render(jinja, [USER], ours, generation_prompt=True)
+    assert text_of(text) == jinja.render_text([USER], None, None, generation_prompt=True)
+    broken = MARKED.replace("m.role == 'assistant'", "m.role == 'assistant' and loop.last")
+    with pytest.raises(ValueError, match="marks 1 answers.*the dialogue has 2"):
+        render(JinjaTemplate(broken), messages, ours)
+
+
+def test_jinja_that_refuses_a_dialogue_names_the_reason_and_a_way_out():
+    jinja = JinjaTemplate(fixture("mistral_v02_2023"))
+    with pytest.raises(
+        ValueError, match="refuses a dialogue of system, user.*must alternate.*`template: mistral`"
+    ):
+        jinja.render([SYSTEM, USER, ANSWER], "<s>", "</s>")
+    with pytest.raises(ValueError, match="not valid jinja"):
+        JinjaTemplate("{% for %}").render([USER], None, None)
+
+
+@pytest.mark.parametrize(
+    "attack",
+    ["{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{% for i in range(10**9) %}{% endfor %}"],
+)
+def test_jinja_is_sandboxed(attack):
+    with pytest.raises(ValueError, match="refuses a dialogue"):
+        JinjaTemplate(attack).render_text([USER], None, None)
+
+
+def test_jinja_has_the_helpers_of_transformers(pairs):
+    _, theirs = pairs["llama2"]
+    source = (
+        "{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}{{ m | tojson(indent=2) }}{% endfor %}"
+        "{{ strftime_now('%Y') }}{{ tools | tojson }}{{ enable_thinking }}"
+    )
+    ours = JinjaTemplate(source).render_text(
+        [USER, ANSWER, MORE], "<s>", "</s>", tools=TOOLS, enable_thinking=False
+    )
+    expected = theirs.apply_chat_template(
+        dicts([USER, ANSWER, MORE]), chat_template=source, tokenize=False, tools=TOOLS, enable_thinking=False
+    )
+    assert ours == expected
+
+
+def test_first_difference_names_the_token(pairs):
+    ours, _ = pairs["chatml"]
+    left, right = ours.encode("Hello who are you"), ours.encode("Hello who is")
+    assert first_difference(ours, left, left) is None
+    assert first_difference(ours, left, right).startswith("token 2: ' are' against ' ")
+    assert first_difference(ours, left, left[:2]) == "token 2: ' are' against the end, after 'Hello who'"
+    difference = compare(ours, TEMPLATES["qwen"], TEMPLATES["chatml"], [USER, ANSWER])
+    assert "'system' against" in difference or "against 'user'" in difference
