@@ -30,6 +30,7 @@ TEXTS = [
     "emoji \U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467 and \U0001f1eb\U0001f1f7 flags \u2764\ufe0f",
     "def f(x):\n    return {'a': x**2, \"b\": [1, 22, 333]}  # comment_with_underscores\n\tif x >= 10: pass",
     "\u2160\u00bd\u0663\u06f4 numerals \u2167 and x\u00b2 CamelCaseWords ALLCAPS don't DON'T we'Re",
+    "table   1   22    333 \n   4   5    6",
     "",
     " ",
     "\u2581already there\u2581",
