@@ -38,7 +38,7 @@ from checkpoint import (
     restore_trained,
     save_trained,
 )
-from data import DataOptions, load_datasets
+from data import DataOptions, Prepared, TokenizedDataSaved, load_datasets
 from lora import LoraOptions, trainable_report
 from model import Decoder
 from monitor import Monitor, write_json
@@ -181,6 +181,9 @@ def main(argv: list[str]) -> int:
     try:
         world = parallel.start(config[TrainOptions].device, config[TrainOptions].ddp_timeout)
         return run(config, world)
+    except TokenizedDataSaved as done:
+        print(done, flush=True)
+        return 0
     except (StopRun, ValueError, OSError) as error:
         if os.environ.get("ANVIL_TRACEBACK"):
             raise
@@ -200,16 +203,14 @@ def run(config: configuration.Config, world: World) -> int:
     source = resolve_model(config[ModelOptions])
     tokenizer = Tokenizer.from_folder(source)
     template = pick_template(config, tokenizer)
-    world.barrier()
     prepared = load_datasets(
         data_options,
         template,
         tokenizer,
         options.stage,
-        seed=options.seed if data_options.data_seed is None else data_options.data_seed,
+        seed=options.seed,
         is_main=world.is_main,
         enable_thinking=config[TemplateOptions].enable_thinking,
-        barrier=world.barrier,
     )
     world.print(prepared.report)
     loader, eval_loaders = make_loaders(prepared, options, data_options, world)
@@ -237,7 +238,7 @@ def run(config: configuration.Config, world: World) -> int:
         output_dir=output_dir,
         save_result=result_writer(model, source, tokenizer, template, config),
         fingerprint=fingerprint(config, world, prepared),
-        names=prepared.names,
+        names=prepared.train.datasets if prepared.train is not None else [],
     )
     if world.is_main:
         runs.remove_leftovers(output_dir)
@@ -263,34 +264,16 @@ def pick_template(config: configuration.Config, tokenizer: Tokenizer):
     return get_template(options.template, tokenizer.chat_template, options.default_system)
 
 
-def make_loaders(prepared, options: TrainOptions, data_options: DataOptions, world: World):
+def make_loaders(prepared: Prepared, options: TrainOptions, data_options: DataOptions, world: World):
     """The training loader (None if only evaluating) and one loader per evaluation set."""
-    seed = options.seed if data_options.data_seed is None else data_options.data_seed
-    packing = data_options.packing if data_options.packing is not None else options.stage == "pt"
-    place = {"seed": seed, "rank": world.rank, "world": world.size}
+    place = {"rank": world.rank, "world": world.size}
     loader = None
     if options.trains:
-        loader = prepared.train_loader(
-            rows_per_batch=options.per_device_train_batch_size,
-            packing=packing,
-            group_by_length=data_options.group_by_length,
-            **place,
-        )
-    eval_loaders = {
-        name: BatchLoader(
-            store,
-            rows_per_batch=options.per_device_eval_batch_size,
-            packing=False,
-            cutoff_len=data_options.cutoff_len,
-            group_by_length=False,
-            shuffle=False,
-            **place,
-        )
-        for name, store in prepared.eval.items()
-    }
-    wants_eval = options.evaluation_strategy != "no" or options.do_eval
-    if wants_eval and not eval_loaders:
-        raise ValueError("evaluation_strategy: evaluation asked for, but there is no evaluation data; set val_size or eval_dataset")
+        rows = options.per_device_train_batch_size
+        loader = prepared.train_loader(data_options, rows_per_batch=rows, seed=options.seed, **place)
+    eval_loaders = prepared.eval_loaders(data_options, rows_per_batch=options.per_device_eval_batch_size, **place)
+    if (options.evaluation_strategy != "no" or options.do_eval) and not eval_loaders:
+        raise ValueError("evaluation_strategy: there is no evaluation data; set val_size or eval_dataset")
     return loader, eval_loaders
 
 
@@ -347,14 +330,15 @@ def result_writer(model: Decoder, source: Path, tokenizer: Tokenizer, template, 
     return save
 
 
-def fingerprint(config: configuration.Config, world: World, prepared) -> dict:
+def fingerprint(config: configuration.Config, world: World, prepared: Prepared) -> dict:
     """What a resumed run must share with the interrupted one, or its data position would mean other examples."""
     keys = (
         "stage", "model_name_or_path", "finetuning_type", "dataset", "template", "cutoff_len", "packing", "streaming",
         "group_by_length", "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed",
     )  # fmt: skip
-    values = {key: str(config.values[key]) for key in keys}
-    return values | {"number of processes": str(world.size), "training examples": str(prepared.size)}
+    values, data = {key: str(config.values[key]) for key in keys}, config[DataOptions]
+    examples = "streamed" if data.streaming or prepared.train is None else str(len(prepared.train))
+    return values | {"number of processes": str(world.size), "training examples": examples}
 
 
 # The loop
@@ -587,7 +571,7 @@ def save_checkpoint(this: Run) -> Path:
     except OSError as error:
         raise StopRun(error.strerror) from error
     if this.world.is_main:
-        runs.rotate(this.output_dir, this.options.save_total_limit, self_best(this))
+        runs.rotate(this.output_dir, this.options.save_total_limit, kept_checkpoint(this))
     return path
 
 
