@@ -52,8 +52,8 @@ def decoder(tied: bool = False, layers: int = 3) -> Decoder:
     config = config_from_hf({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 97, "hidden_size": 24,
         "intermediate_size": 36, "num_hidden_layers": layers, "num_attention_heads": 3,
-        "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 1e4,
-        "tie_word_embeddings": tied, "hidden_act": "silu", "attention_bias": True,
+        "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
+        "rope_theta": 1e4, "tie_word_embeddings": tied, "hidden_act": "silu", "attention_bias": True,
     })  # fmt: skip
     model = Decoder(config)
     initialize_weights(model, torch.Generator().manual_seed(0))
@@ -220,6 +220,20 @@ def test_dropout_with_one_seed_equals_peft_to_rounding():
         result = ours(x)
         torch.manual_seed(0)
         torch.testing.assert_close(result, twin(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1e-6])  # two paths; this dropout drops nothing
+def test_a_small_change_of_magnitude_is_seen_in_bf16(dropout):
+    """0.1 % is below bf16's spacing at 1; it must not be rounded away before it is multiplied."""
+    torch.manual_seed(0)
+    layer = LoraLinear(nn.Linear(17, 23).bfloat16(), 2, 4.0, dora=True, dropout_probability=dropout)
+    layer.base.bias.data.zero_()
+    x = torch.randn(9001, 17).bfloat16()
+    sizes = []
+    for factor in (1.0, 1.001):
+        layer.magnitude.data *= factor
+        sizes.append(layer(x).detach().double().abs().mean().item())
+    assert sizes[1] / sizes[0] == pytest.approx(1.001, abs=1e-4)
 
 
 def test_dora_row_of_zeros_stays_finite():
