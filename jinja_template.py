@@ -1,14 +1,15 @@
-"""A checkpoint's own chat_template (jinja): dialogue -> text spans that say which text the model has to produce.
+"""A checkpoint's own chat_template (jinja): dialogue -> text spans, with which text the model has to produce.
 
-The template runs in the sandbox that transformers uses. Where an answer begins and ends is found by rendering prefixes
-of the dialogue: the prompt for generation must be a prefix of the dialogue that ends with this answer, and that must be
-a prefix of the whole. {% generation %} marks are used where the template has them.
+The template runs in the sandbox that transformers uses. Where an answer begins and ends is found by rendering
+prefixes of the dialogue: the prompt for generation must be a prefix of the dialogue that ends with this answer, and
+that must be a prefix of the whole. {% generation %} marks are used where the template has them.
 
-Sources: transformers' apply_chat_template (environment, names of its values). `Message` and `Span` are what the
-built-in templates of templates.py use, too.
-Run: see templates.py
+Sources: transformers' apply_chat_template (environment, names of its values). `Message` and `Span` also serve the
+built-in templates of templates.py.
+Run: python -c "from jinja_template import *; print(JinjaTemplate('...').render([Message('user', 'Hi')], '', ''))"
 """
 
+import contextlib
 import functools
 import json
 import re
@@ -27,7 +28,7 @@ PRODUCED = ("assistant", "function")  # roles whose text the model writes
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. function = the assistant's call of a tool (trained); observation = the tool's result (not trained)."""
+    """One turn. function: the assistant's call of a tool (trained); observation: the tool's result (not trained)."""
 
     role: Role
     content: str
@@ -39,7 +40,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Span:
-    """A piece of the rendered text. turn: index of the message; -1 = what the template puts before the first one."""
+    """A piece of the rendered text. turn: index of the message; -1 = what stands before the first one."""
 
     text: str
     answer: bool
@@ -82,8 +83,8 @@ class JinjaTemplate:
         enable_thinking: bool = True,
         tools: list[dict] | None = None,
     ) -> list[Span]:
-        """Spans of the dialogue. An answer is trained where the prompt that generation would be given is what stands
-        before it, and the answer stands there unchanged by the later turns. ValueError when that fails for the last one.
+        """Spans of the dialogue. An answer is trained where the prompt that generation would be given is what
+        stands before it, and later turns leave it unchanged. ValueError when that fails for the last answer.
         """
         settings = _Settings(bos, eos, enable_thinking, tools)
         dialogue = self._dialogue(messages, enable_thinking)
@@ -167,12 +168,12 @@ class JinjaTemplate:
         except (jinja2.TemplateError, TypeError, OverflowError) as error:  # a missing value; a range too long
             roles = ", ".join(message["role"] for message in dialogue) or "no message"
             raise ValueError(
-                f"the checkpoint's chat_template refuses a dialogue of {roles}: {error}. "
-                f"Change the dialogue, or choose a built-in template, for example `template: {_closest(self.source)}`."
+                f"the checkpoint's chat_template refuses a dialogue of {roles}: {error}. Change the dialogue, or "
+                f"choose a built-in template, for example `template: {_closest(self.source)}`."
             ) from error
 
     def _dialogue(self, messages: list[Message], enable_thinking: bool) -> list[dict]:
-        """Messages as the template expects them: role tool for observations, tool_calls for calls it can format."""
+        """Messages as the template expects them: observations as tool, calls as tool_calls if it knows these."""
         dialogue = []
         if self.default_system is not None and not (messages and messages[0].role == "system"):
             dialogue.append({"role": "system", "content": self.default_system})
@@ -223,8 +224,8 @@ class JinjaTemplate:
         upto = self._text(dialogue[: position + 1], settings, False)
         same = len(_common_prefix([prompt, upto]))
         return (
-            "the checkpoint's chat_template does not show where the answer begins: the prompt for generation continues "
-            f"with {prompt[same : same + 40]!r} where the finished dialogue continues with {upto[same : same + 40]!r}. "
+            "the checkpoint's chat_template does not show where the answer begins: the prompt for generation "
+            f"continues with {prompt[same : same + 40]!r}, the finished dialogue with {upto[same : same + 40]!r}. "
             f"Choose a built-in template, for example `template: {_closest(self.source)}`."
         )
 
@@ -294,8 +295,8 @@ def _marked_spans(whole: str, messages: list[Message]) -> list[Span]:
     pieces = re.split(f"{ANSWER_BEGINS}(.*?){ANSWER_ENDS}", whole, flags=re.DOTALL)
     if len(pieces) // 2 != len(produced):
         raise ValueError(
-            f"the checkpoint's chat_template marks {len(pieces) // 2} answers by {{% generation %}}, but the dialogue "
-            f"has {len(produced)}; choose a built-in template with the option `template`"
+            f"the checkpoint's chat_template marks {len(pieces) // 2} answers by {{% generation %}}, but the "
+            f"dialogue has {len(produced)}; choose a built-in template with the option `template`"
         )
     spans, turn = [], 0
     for index, piece in enumerate(pieces):
@@ -308,8 +309,8 @@ def _closest(source: str) -> str:
     """The built-in template that looks most like a jinja text."""
     signs = (
         ("<think>", "qwen3"), ("<|im_start|>", "chatml"), ("Cutting Knowledge", "llama31"),
-        ("<|start_header_id|>", "llama3"), ("<<SYS>>", "llama2"), ("[INST]", "mistral"), ("<|assistant|>", "zephyr"),
-        ("ASSISTANT", "vicuna"), ("### Response", "alpaca"), ("Assistant:", "deepseek"),
+        ("<|start_header_id|>", "llama3"), ("<<SYS>>", "llama2"), ("[INST]", "mistral"),
+        ("<|assistant|>", "zephyr"), ("ASSISTANT", "vicuna"), ("### Response", "alpaca"), ("Assistant:", "deepseek"),
     )  # fmt: skip
     return next((name for sign, name in signs if sign in source), "default")
 
@@ -341,7 +342,7 @@ def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=
 
 @functools.lru_cache(maxsize=16)
 def _compile(source: str) -> jinja2.Template:
-    """The environment of transformers' apply_chat_template: a chat_template is code from a stranger, so it is sandboxed."""
+    """In the environment of transformers' apply_chat_template: sandboxed, for the code comes from strangers."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
@@ -352,13 +353,12 @@ def _compile(source: str) -> jinja2.Template:
         return environment.from_string(source)
     except jinja2.TemplateError as error:
         raise ValueError(
-            f"the checkpoint's chat_template is not valid jinja ({error}); choose a built-in template with the "
-            "option `template`"
+            f"the checkpoint's chat_template is not valid jinja ({error}); choose a built-in one by `template`"
         ) from error
 
 
 def split_thought(content: str) -> tuple[str, str]:
-    """("reasoning", "answer") of "<think>\\nreasoning\\n</think>\\n\\nanswer"; no block -> ("", content). As in Qwen3's jinja."""
+    """("t", "a") of "<think>\\nt\\n</think>\\n\\na", cut as Qwen3's jinja does; without a block ("", content)."""
     if "</think>" not in content:
         return "", content
     head, answer = content.split("</think>")[0], content.split("</think>")[-1]
@@ -367,7 +367,7 @@ def split_thought(content: str) -> tuple[str, str]:
 
 
 def tool_calls(content: str) -> list[tuple[str, dict]] | None:
-    """[(name, arguments)] when the text is a JSON call {"name": ..., "arguments": ...} or a list of calls, else None."""
+    """[(name, arguments)] of a JSON call {"name": ..., "arguments": ...} or a list of them; None for other text."""
     try:
         calls = json.loads(content)
     except json.JSONDecodeError:
@@ -379,9 +379,7 @@ def tool_calls(content: str) -> list[tuple[str, dict]] | None:
             return None
         arguments = call["arguments"]
         if isinstance(arguments, str):
-            try:
+            with contextlib.suppress(json.JSONDecodeError):  # a plain string is a legal argument
                 arguments = json.loads(arguments)
-            except json.JSONDecodeError:
-                pass  # a plain string is a legal argument
         result.append((call["name"], arguments))
     return result or None

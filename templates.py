@@ -1,12 +1,12 @@
 """Chat templates: a list of messages -> text spans that say which text the model has to produce.
 
-A `ChatTemplate` is data: a slot of text per role, with {{content}}, {{bos}} and {{eos}} to fill in. A `JinjaTemplate`
-is the checkpoint's own chat_template; its answers are found by rendering prefixes of the dialogue. Both keep
-one promise: the text before a trained answer is exactly the text that generation is given.
+A `ChatTemplate` is data: a slot of text per role, with {{content}}, {{bos}} and {{eos}} to fill in. A
+`JinjaTemplate` is the checkpoint's own chat_template; its answers are found by rendering prefixes of the dialogue.
+Both keep one promise: the text before a trained answer is exactly the text that generation is given.
 
-The built-in templates give the same tokens as the chat_template that the model's vendor publishes, where there is
-one; where LLaMA-Factory's template of the same name differs, a note at the entry says so. The end-of-turn token is
-trained; a newline after it is not.
+The built-in templates give the same tokens as the chat_template that the model's vendor publishes, where there
+is one; where LLaMA-Factory's template of the same name differs, a note at the entry says so. The end-of-turn
+token is trained; a newline after it is not.
 
 Run: python -c "from templates import *; print(TEMPLATES['chatml'].render([Message('user', 'Hi')], '', '</s>'))"
 """
@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated
 
 from jinja_template import PRODUCED, JinjaTemplate, Message, Span, split_thought, tool_calls
+from tool_formats import TOOL_TEXTS, qwen_tools
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class TemplateOptions:
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template as data. In every slot {{content}} is the message, {{bos}} and {{eos}} the tokenizer's tokens."""
+    """A template as data. In a slot {{content}} is the message, {{bos}} and {{eos}} are the tokenizer's tokens."""
 
     name: str
     prefix: str = ""
@@ -121,7 +122,7 @@ class ChatTemplate:
             elif thinks and enable_thinking and (thought or turn == len(messages) - 1):
                 content = f"<think>\n{thought}\n</think>\n\n{content}"
             else:
-                # An earlier answer: the template shows it without its thought, and that is not what the model is to write.
+                # An earlier answer is shown without its thought, and that is not what the model is to write.
                 trained = False
         return [
             Span(header, False, turn, role),
@@ -137,8 +138,8 @@ class ChatTemplate:
                 )
         if eos is None and "{{eos}}" in self.answer:
             raise ValueError(
-                f"template {self.name!r} ends an answer with the tokenizer's eos token, but the tokenizer has none; "
-                "name eos_token in tokenizer_config.json, or choose a template with its own end token such as chatml"
+                f"template {self.name!r} ends an answer with the tokenizer's eos token, but the tokenizer has none;"
+                " name eos_token in tokenizer_config.json, or choose a template with its own end token like chatml"
             )
 
     def stop_words(self, eos: str | None) -> tuple[str, ...]:
@@ -154,11 +155,13 @@ class ChatTemplate:
         if self.default_system:
             text += f", default system text {self.default_system!r}"
         if self.thinking:
-            text += ", trains the answers after the last user turn (earlier ones are shown without their thoughts)"
+            text += (
+                ", trains what follows the last user turn (earlier answers are shown without their thoughts)"
+            )
         return text
 
     def to_jinja(self) -> str:
-        """The same template as a chat_template for transformers and servers (dialogues of system, user, assistant, tool)."""
+        """The same template as a chat_template for transformers and servers."""
         return _to_jinja(self)
 
 
@@ -182,52 +185,6 @@ def _function_text(content: str, slot: str) -> str:
     ]
     return "\n".join(filled)
 
-
-def _generic_tools(system: str, tools: list[dict]) -> str:
-    """LLaMA-Factory's "default" tool format."""
-    lines, names = "", []
-    for tool in tools:
-        tool = tool.get("function", tool)
-        parameters = tool.get("parameters", {})
-        described = ""
-        for name, parameter in parameters.get("properties", {}).items():
-            required = ", required" if name in parameters.get("required", []) else ""
-            enum = (
-                f", should be one of [{', '.join(map(str, parameter['enum']))}]"
-                if parameter.get("enum")
-                else ""
-            )
-            items = (
-                f", where each item should be {parameter['items'].get('type', '')}"
-                if parameter.get("items")
-                else ""
-            )
-            kind, text = parameter.get("type", ""), parameter.get("description", "")
-            described += f"  - {name} ({kind}{required}): {text}{enum}{items}\n"
-        lines += f"> Tool Name: {tool['name']}\nTool Description: {tool.get('description', '')}\nTool Args:\n{described}\n"
-        names.append(tool["name"])
-    return (
-        f"{system}You have access to the following tools:\n{lines}Use the following format if using a tool:\n"
-        f"```\nAction: tool name (one of [{', '.join(names)}])\n"
-        "Action Input: the input to the tool, in a JSON format representing the kwargs "
-        '(e.g. ```{"input": "hello world", "num_beams": 5}```)\n```\n'
-    )
-
-
-def _qwen_tools(system: str, tools: list[dict]) -> str:
-    """The system text that Qwen2.5's and Qwen3's chat_template writes."""
-    lines = "".join("\n" + json.dumps(tool, ensure_ascii=False) for tool in tools)
-    text = (
-        "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
-        f"You are provided with function signatures within <tools></tools> XML tags:\n<tools>{lines}\n</tools>\n\n"
-        "For each function call, return a json object with function name and arguments within "
-        '<tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n'
-        "</tool_call>"
-    )
-    return f"{system}\n\n{text}" if system else text
-
-
-TOOL_TEXTS = {"generic": _generic_tools, "qwen": _qwen_tools}
 
 _CHATML = ChatTemplate(
     name="chatml",
@@ -285,7 +242,7 @@ _TEMPLATES = (
         ),
         stop=("### Instruction:",),
     ),
-    # FastChat's vicuna_v1.1. LLaMA-Factory leaves out bos, the space after the system text and the answer's first space.
+    # FastChat's vicuna_v1.1. LLaMA-Factory leaves out bos and the spaces after the system text and before the answer.
     ChatTemplate(
         name="vicuna",
         prefix="{{bos}}",
@@ -300,7 +257,7 @@ _TEMPLATES = (
     ),
     _CHATML,
     _QWEN,
-    # Qwen3 with its thinking switch. Answers before the last user turn are context only: their thoughts are removed.
+    # Qwen3 with its thinking switch. Answers before the last user turn are context: their thoughts are removed.
     replace(_QWEN, name="qwen3", default_system=None, thinking=True),
     # Qwen3 without any thinking block (Qwen3-*-Instruct-2507): every answer is trained.
     replace(_QWEN, name="qwen3_nothink", default_system=None),
@@ -319,7 +276,7 @@ _TEMPLATES = (
         trim=True,
     ),
     _LLAMA3,
-    # Llama-3.1/3.3-Instruct: always a system turn, with the fixed date that the published chat_template falls back to.
+    # Llama-3.1/3.3-Instruct: always a system turn, with the date that the published chat_template falls back to.
     replace(
         _LLAMA3,
         name="llama31",
@@ -331,8 +288,8 @@ _TEMPLATES = (
         default_system="",
         stop=("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"),
     ),
-    # Mistral-7B-Instruct v0.1 and v0.2, Mixtral (chat_template since September 2024; the system text goes into the
-    # first user turn). The first published form had no space before [INST] and none before the answer.
+    # Mistral-7B-Instruct v0.1 and v0.2, Mixtral, as published since September 2024. The first published form had
+    # no space before [INST] and none before the answer, and refused system texts.
     ChatTemplate(
         name="mistral",
         prefix="{{bos}}",
@@ -341,7 +298,7 @@ _TEMPLATES = (
         answer=" {{content}}{{eos}}",
         system_in_first_user=True,
     ),
-    # LLaMA-Factory has a default system text and no newline after eos; the published chat_template is as here.
+    # LLaMA-Factory has a default system text and no newline after eos, other than the published form.
     ChatTemplate(
         name="zephyr",
         system="<|system|>\n{{content}}{{eos}}\n",
@@ -351,7 +308,7 @@ _TEMPLATES = (
     ),
     # Yi-1.5-Chat: the system text stands bare. (Yi-Chat is plain chatml.)
     replace(_CHATML, name="yi", system="{{content}}"),
-    # deepseek-llm-chat. LLaMA-Factory leaves the answer's first space to the tokenizer and puts system text unseparated.
+    # deepseek-llm-chat. LLaMA-Factory has no space before the answer and no empty line after the system text.
     ChatTemplate(
         name="deepseek",
         prefix="{{bos}}",
@@ -367,8 +324,8 @@ TEMPLATES: dict[str, ChatTemplate] = {template.name: template for template in _T
 def get_template(
     name: str | None, chat_template: str | None = None, default_system: str | None = None
 ) -> ChatTemplate | JinjaTemplate:
-    """The template of that name; without a name the checkpoint's own. default_system replaces the template's; ""
-    means no system turn. ValueError when there is neither, or no such name."""
+    """The template of that name; without a name the checkpoint's own. default_system replaces the template's;
+    "" means no system turn. ValueError when there is neither, or no such name."""
     if name is None:
         if chat_template is None:
             raise ValueError(
@@ -387,13 +344,14 @@ def get_template(
 
 
 def _to_jinja(template: ChatTemplate) -> str:
-    """Write the slots as jinja. Every tag strips the white space before it, so line breaks here mean nothing."""
+    """The slots as jinja. Every tag strips the white space before it, so line breaks mean nothing."""
     default = "none" if template.default_system is None else _literal(template.default_system)
     trim = " | trim" if template.trim else ""
     trim_system = "" if template.system_in_first_user else trim
     lines = [
         "{%- if messages and messages[0]['role'] == 'system' %}",
-        f"{{%- set system_message = messages[0]['content']{trim_system} %}}{{%- set dialogue = messages[1:] %}}",
+        f"{{%- set system_message = messages[0]['content']{trim_system} %}}",
+        "{%- set dialogue = messages[1:] %}",
         f"{{%- else %}}{{%- set system_message = {default} %}}{{%- set dialogue = messages %}}{{%- endif %}}",
         *_jinja_tools(template),
         f"{{{{- {_expression(template.prefix)} }}}}" if template.prefix else "",
@@ -414,7 +372,7 @@ def _to_jinja(template: ChatTemplate) -> str:
         f"{{{{- {_expression(template.user)} }}}}",
         "{%- elif message['role'] in ['tool', 'observation', 'ipython'] %}",
         f"{{{{- {_expression(template.observation or template.user)} }}}}",
-        "{%- else %}{{- raise_exception('a ' + message['role'] + ' message cannot stand here') }}{%- endif %}",
+        "{%- else %}{{- raise_exception('no place for a message of ' + message['role']) }}{%- endif %}",
         "{%- endif %}{%- endfor %}",
         "{%- if add_generation_prompt %}",
         f"{{{{- {_expression(template.header)} }}}}",
@@ -430,7 +388,7 @@ def _jinja_tools(template: ChatTemplate) -> list[str]:
         return [
             "{%- if tools %}{{- raise_exception('this template has no form for tool definitions') }}{%- endif %}"
         ]
-    before, after = _qwen_tools("", ["here"]).split('\n"here"')
+    before, after = qwen_tools("", ["here"]).split('\n"here"')
     return [
         "{%- if tools %}",
         f"{{%- set system_message = (system_message + '\\n\\n' if system_message else '') + {_literal(before)} %}}",
@@ -493,8 +451,8 @@ class EncodedDialogue:
 
 
 def encode_dialogue(tokenizer, spans: list[Span]) -> EncodedDialogue:
-    """Tokens of rendered spans. Neighbouring spans with the same `answer` are joined first, so that the tokens are
-    those of the whole text; a token belongs to the span in which it begins."""
+    """Tokens of rendered spans. Neighbouring spans with the same `answer` are joined first, so that the tokens
+    are those of the whole text; a token belongs to the span in which it begins."""
     parts, flags, starts = [], [], []
     position = 0
     for span in spans:

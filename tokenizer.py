@@ -1,14 +1,14 @@
 """Text <-> token ids through the `tokenizers` library, with the special-token rules of a Hugging Face folder.
 
 A checkpoint's tokenizer.json holds the whole pipeline: normalizer, pre-tokenizer, BPE or Unigram model,
-post-processor, decoder. tokenizer_config.json, special_tokens_map.json, config.json and generation_config.json say
-which tokens begin, end and pad a text. Three things here go beyond a plain call of the library:
+post-processor, decoder. The other json files beside it say which tokens begin, end and pad a text. Three things
+here go beyond a plain call of the library:
 
-- `encode_parts`: ids of a text cut at part borders, such that the ids of a prompt never depend on the answer after it;
-- `stream`: text while ids arrive, never half a character, and the concatenation equals `decode` of all ids;
+- `encode_parts`: ids of a text cut at part borders; the ids of a prompt never depend on the answer after it;
+- `stream`: text while ids arrive, never half a character; the concatenation equals `decode` of all ids;
 - `add_special=True` gives the ids that transformers 5 gives for `tokenizer(text).input_ids`.
 
-Sources: the decoder and offset semantics of huggingface/tokenizers 0.23; SentencePiece's prefix space (U+2581).
+Sources: decoders and offsets of huggingface/tokenizers 0.23; SentencePiece's prefix space (U+2581).
 Run: python -c "from tokenizer import Tokenizer; print(Tokenizer.from_folder('FOLDER').encode('Hello'))"
 """
 
@@ -36,11 +36,11 @@ class Tokenizer:
     def __init__(
         self, backend: tokenizers.Tokenizer, special: dict[str, str | None], folder: Path | None = None
     ):
-        """backend: the loaded tokenizer.json.  special: bos/eos/pad/unk -> token text that the vocabulary has, or None."""
+        """backend: the loaded tokenizer.json.  special: bos/eos/pad/unk -> a token of the vocabulary, or None."""
         backend.no_truncation()
         backend.no_padding()
         self._post_processor = backend.post_processor
-        # The post-processor is called by hand in encode(): ByteLevel's trims the offsets that encode_parts needs.
+        # encode() calls the post-processor by hand: ByteLevel's trims the offsets that encode_parts needs.
         backend.post_processor = None
         self._backend = backend
         self._continuation = _without_prefix_space(backend)
@@ -66,7 +66,7 @@ class Tokenizer:
             [i for i, t in added.items() if t.special] + [i for i in named if i is not None]
         )
         self._added_ids = frozenset(added)
-        # Texts are cut at these tokens before normalisation, so nothing to their left can change what is right of them.
+        # Texts are cut at these tokens before anything else, so what is left of them cannot change what is right.
         self._anchor_ids = frozenset(i for i, t in added.items() if not t.normalized)
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         if self.eos_id is not None:
@@ -107,8 +107,8 @@ class Tokenizer:
     def encode(self, text: str, add_special: bool = False) -> list[int]:
         """Ids of `text`. Special strings in the text become their tokens.
 
-        add_special=True adds what tokenizer.json's post-processor adds (bos for Llama, nothing for Qwen), as
-        transformers 5 does; it ignores add_bos_token/add_eos_token of tokenizer_config.json beside a tokenizer.json.
+        add_special=True adds what tokenizer.json's post-processor adds (bos for Llama, nothing for Qwen). Like
+        transformers 5, it ignores add_bos_token and add_eos_token of tokenizer_config.json.
         """
         encoding = self._backend.encode(text, add_special_tokens=False)
         if add_special and self._post_processor is not None:
@@ -116,12 +116,12 @@ class Tokenizer:
         return encoding.ids
 
     def encode_parts(self, parts: list[str]) -> list[list[int]]:
-        """Ids of each part. The ids of parts[:k] never depend on parts[k:], so a prompt has the same ids in training
-        and in generation; and wherever that allows it, the concatenation is encode("".join(parts)).
+        """Ids of each part. The ids of parts[:k] never depend on parts[k:], so a prompt has the same ids in
+        training and in generation; wherever that allows it, the concatenation is encode("".join(parts)).
 
-        Definition (`_encode_one_by_one`): a part joins the text before it if that leaves the ids before it alone;
-        otherwise a new text starts there, without SentencePiece's prefix space. The fast path encodes the
-        joined text once and proves at every border that the definition gives the same.
+        Definition (`_encode_one_by_one`): a part joins the text before it if that leaves the ids before it
+        alone; otherwise a new text starts there, without SentencePiece's prefix space. The fast path encodes
+        the joined text once and proves at every border that the definition gives the same.
         """
         return [ids for ids, _ in self.encode_parts_with_starts(parts)]
 
@@ -144,8 +144,8 @@ class Tokenizer:
         return [(ids[a:b], starts[a:b]) for a, b in itertools.pairwise(cuts)]
 
     def _left_is_independent(self, text: str, ids: list[int], offsets: list[tuple[int, int]]) -> bool:
-        """Whether `text` alone encodes to `ids`, its share of a longer text. Only what follows the last special token
-        has to be encoded again, because texts are cut at special tokens first."""
+        """Whether `text` alone encodes to `ids`, its share of a longer text. Only what follows the last special
+        token has to be encoded again, because texts are cut at special tokens first."""
         if ids and offsets[-1][1] > len(text):
             return False
         anchor = max(len(ids) - 1, 0)
@@ -154,7 +154,7 @@ class Tokenizer:
         return self._remembered(text[offsets[anchor][0] if anchor else 0 :]) == ids[anchor:]
 
     def _remembered(self, text: str) -> list[int]:
-        """encode(text); short texts such as "<|im_start|>assistant\\n" come up in every example, so they are kept."""
+        """encode(text); short texts such as "<|im_start|>assistant\\n" come up in every example and are kept."""
         if len(text) > SHORT_TAIL:
             return self._backend.encode(text, add_special_tokens=False).ids
         ids = self._tail_ids.get(text)
@@ -182,8 +182,8 @@ class Tokenizer:
         return result
 
     def _encode_piece(self, text: str, begin: int) -> tuple[list[int], list[int]]:
-        """Ids and first characters of `text`, which starts at character `begin` of a longer one. Where begin > 0 no
-        prefix space is put before its first word; after its first special token all is as usual."""
+        """Ids and first characters of `text`, which starts at character `begin` of a longer one. Where begin > 0
+        no prefix space is put before its first word; after its first special token all is as usual."""
         encoding = self._backend.encode(text, add_special_tokens=False)
         ids, starts = encoding.ids, [begin + start for start, _ in encoding.offsets]
         if begin == 0 or self._continuation is None:
@@ -217,7 +217,7 @@ class Tokenizer:
         return self._backend.id_to_token(token_id)
 
     def token_id(self, token: str) -> int | None:
-        """Id of a token by the vocabulary's own spelling, for example "<|im_end|>"; None when there is none."""
+        """Id of a token by the vocabulary's own spelling, for example "<|im_end|>"; None if there is none."""
         return self._backend.token_to_id(token)
 
     def stream(self, skip_special: bool = True) -> "StreamDecoder":
@@ -235,7 +235,7 @@ class Tokenizer:
             if source.exists() and source.resolve() != target.resolve():
                 shutil.copyfile(source, target)
         if chat_template is not None:
-            # In both places: transformers before 4.43 reads only the configuration, newer ones prefer the file.
+            # In both places: older transformers read only the configuration, newer ones prefer the file.
             (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
             config = {**_read_json(folder / "tokenizer_config.json"), "chat_template": chat_template}
             text = json.dumps(config, indent=2, ensure_ascii=False)
@@ -248,9 +248,9 @@ class Tokenizer:
 class StreamDecoder:
     """Text of ids that arrive one by one. push() returns the text that is final; flush() the rest.
 
-    The concatenation equals Tokenizer.decode of all ids. Each push costs the same however long the text is. A run of
-    SentencePiece byte tokens is held until it ends, because decode turns the whole run into replacement
-    characters when any of its bytes is wrong.
+    The concatenation equals Tokenizer.decode of all ids. Each push costs the same however long the text is.
+    A run of SentencePiece byte tokens is held until it ends, because decode turns the whole run into
+    replacement characters when any of its bytes is wrong.
     """
 
     def __init__(self, tokenizer: Tokenizer, steps: list, skip_special: bool):
@@ -366,7 +366,7 @@ class _Metaspace(_Step):
 
 
 class _ByteLevel(_Step):
-    """GPT-2's printable stand-ins for bytes -> UTF-8 text; a token with any other character stands for itself."""
+    """GPT-2's printable stand-ins for bytes -> UTF-8; a token with any other character stands for itself."""
 
     def __init__(self):
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -392,7 +392,7 @@ class _Spaces(_Step):
 
 
 def _byte_of_character() -> dict[str, int]:
-    """GPT-2's table (bytes_to_unicode): printable Latin-1 bytes stand for themselves, the others for U+0100 and up."""
+    """GPT-2's bytes_to_unicode: printable Latin-1 bytes stand for themselves, the others from U+0100 up."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     table = {chr(byte): byte for byte in printable}
     others = [byte for byte in range(256) if byte not in printable]
@@ -403,7 +403,7 @@ BYTE_OF_CHARACTER = _byte_of_character()
 
 
 def _decoder_steps(backend: tokenizers.Tokenizer, keep_spaces: bool = False) -> list:
-    """The backend's decoder as a list of fresh machines; keep_spaces leaves out what drops a leading space."""
+    """The backend's decoder as a list of fresh steps; keep_spaces leaves out what drops a leading space."""
     if backend.decoder is None:
         return [_Spaces()]
     state = json.loads(backend.decoder.__getstate__())
@@ -429,15 +429,15 @@ def _decoder_steps(backend: tokenizers.Tokenizer, keep_spaces: bool = False) -> 
             steps.append(_ByteLevel())
         else:
             raise ValueError(
-                f"tokenizer.json: decoder {kind!r} cannot be streamed; known are ByteLevel, Metaspace, and sequences "
-                "of Replace, ByteFallback, Fuse, Strip. Decode the finished ids with Tokenizer.decode instead."
+                f"tokenizer.json: decoder {kind!r} cannot be streamed; known are ByteLevel, Metaspace, and "
+                "sequences of Replace, ByteFallback, Fuse, Strip. Use Tokenizer.decode on the finished ids."
             )
     return steps
 
 
 def _without_prefix_space(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer | None:
-    """The same model without the space that SentencePiece puts before the first word; None if it puts none there.
-    It has no special tokens: it is only used for text that contains none."""
+    """The same model without the space that SentencePiece puts before the first word; None if it puts none
+    there. It has no special tokens: it is only used for text that contains none."""
     parts = [
         json.loads(part.__getstate__()) if part else None
         for part in (backend.normalizer, backend.pre_tokenizer)
@@ -491,10 +491,10 @@ def _load_backend(folder: Path) -> tokenizers.Tokenizer:
     found = f"found {', '.join(present)}" if present else "no tokenizer file at all is there"
     if (folder / "tokenizer.model").exists():
         raise FileNotFoundError(
-            f"{folder}: there is tokenizer.model but no tokenizer.json. The SentencePiece file has to be converted once, "
-            'in any environment with transformers and sentencepiece: python -c "from transformers import AutoTokenizer; '
-            f"AutoTokenizer.from_pretrained('{folder}').save_pretrained('{folder}')\"; or import a GGUF file of the "
-            "model with import_gguf.py, which writes tokenizer.json."
+            f"{folder}: there is tokenizer.model but no tokenizer.json. The SentencePiece file has to be converted "
+            'once, in any environment with transformers and sentencepiece: python -c "from transformers import '
+            f"AutoTokenizer; AutoTokenizer.from_pretrained('{folder}').save_pretrained('{folder}')\"; or import a "
+            "GGUF file of the model with import_gguf.py, which writes tokenizer.json."
         )
     raise FileNotFoundError(
         f"{folder}: tokenizer.json is missing ({found}). Copy it from the model's page, or write it with "
@@ -530,7 +530,7 @@ def _as_ids(value) -> list[int]:
 
 
 def _add_listed_tokens(backend: tokenizers.Tokenizer, folder: Path, config: dict, special_map: dict) -> None:
-    """Tokens that only the companion files list, and the special flag of tokens that they name, as transformers does."""
+    """Tokens that only the other files list, and the special flag of tokens that they name, as transformers."""
     listed = [(int(i), entry) for i, entry in config.get("added_tokens_decoder", {}).items()]
     if not listed:
         listed = [(i, {"content": text}) for text, i in _read_json(folder / "added_tokens.json").items()]
@@ -542,8 +542,8 @@ def _add_listed_tokens(backend: tokenizers.Tokenizer, folder: Path, config: dict
         found = backend.token_to_id(entry["content"])
         if found != token_id:
             raise ValueError(
-                f"{folder}: token {entry['content']!r} should have id {token_id} (tokenizer_config.json), but "
-                f"tokenizer.json leads to id {found}. The two files are not of the same tokenizer."
+                f"{folder}: {entry['content']!r} should have id {token_id} (tokenizer_config.json or "
+                f"added_tokens.json), but tokenizer.json leads to id {found}. The files are not of one tokenizer."
             )
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     for source in (special_map, config):
@@ -572,7 +572,7 @@ def _added_token(entry: dict, special: bool | None = None) -> tokenizers.AddedTo
 
 
 def _chat_template(folder: Path, config: dict) -> str | None:
-    """chat_template.jinja, else the entry of tokenizer_config.json; of several named templates the default."""
+    """chat_template.jinja, else the entry of tokenizer_config.json; of several named ones the default."""
     path = folder / "chat_template.jinja"
     if path.exists():
         return path.read_text(encoding="utf-8")

@@ -259,7 +259,7 @@ def test_tool_calls_are_read_from_json_only():
 
 
 EXPECTED = {
-    # name: (text before the first answer, first trained text, text between, stop words) for [SYSTEM, USER, ANSWER, MORE]
+    # name: (text before the answer, trained text, text after it, stop words) for system S, user U, answer A, user V
     "default": ("S\nHuman: U\nAssistant:", " A</s>", "\nHuman: V\nAssistant:", ("</s>",)),
     "empty": ("SU", "A", "V", ("</s>",)),
     "vanilla": ("SU", "A</s>", "V", ("</s>",)),

@@ -1,8 +1,8 @@
 """Small tokenizers for the tests, built with the `tokenizers` library: make_tokenizer(folder, kind).
 
-kind: "chatml" (GPT-2/Qwen/SmolLM byte-level BPE), "llama3" (byte-level BPE, Llama 3's split and bos), "llama2"
-(SentencePiece-like BPE with byte fallback and the legacy normalizer), "metaspace" (the same with prepend_scheme
-"first"). Each is a Hugging Face folder that transformers loads.
+kind: "chatml" (GPT-2/Qwen/SmolLM byte-level BPE), "llama3" (byte-level BPE, Llama 3's split and bos),
+"llama2" (SentencePiece-like BPE with byte fallback and the legacy normalizer), "metaspace" (the same with
+prepend_scheme "first"). Each is a Hugging Face folder that transformers loads.
 """
 
 import json
@@ -30,10 +30,14 @@ SENTENCES = (
     "<<SYS>>\nA chat between a curious user and an artificial intelligence assistant.\n<</SYS>>\n\n",
     "def add(a, b):\n    return a + b\n\n\nprint(add(1, 2))\n",
     '<think>\nThe user greets me.\n</think>\n\n<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>',
-    "Gr\u00fc\u00dfe aus K\u00f6ln, na\u00efve caf\u00e9; \u65e5\u672c\u8a9e \u4f60\u597d \u041f\u0440\u0438\u0432\u0435\u0442 \U0001f600",
+    "Gr\u00fc\u00dfe aus K\u00f6ln, na\u00efve caf\u00e9; \u65e5\u672c\u8a9e \u4f60\u597d \U0001f600",
+    "\u041f\u0440\u0438\u0432\u0435\u0442",
 )
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 SPACE = "\u2581"
 
 
