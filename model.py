@@ -50,11 +50,17 @@ class KVCache:
 
     def append(self, layer: int, k: Tensor, v: Tensor, borders: list[int]) -> tuple[Tensor, Tensor]:
         """Store the new k, v (T, K, D) of one layer behind each sequence's filled part; give back the whole layer."""
-        keys, values = self.storage[layer]
-        if k.shape[0] == len(self.lengths) and len(set(self.lengths)) == 1:
-            place = self.lengths[0]  # one new token each, all at the same place: two copies serve every sequence
-            keys[:, :, place] = k
-            values[:, :, place] = v
+        keys, values = self.storage[layer].unbind(0)
+        if k.shape[0] == len(self.lengths) and borders[-1] == len(self.lengths):  # one new token each
+            if len(set(self.lengths)) == 1:  # all at the same place: two copies serve every sequence
+                place = self.lengths[0]
+                keys.select(2, place).copy_(k)
+                values.select(2, place).copy_(v)
+            else:
+                sequence = torch.arange(len(self.lengths), device=k.device)
+                place = torch.tensor(self.lengths, device=k.device)
+                keys[sequence, :, place] = k
+                values[sequence, :, place] = v
             return keys, values
         for i, place in enumerate(self.lengths):
             start, stop = borders[i], borders[i + 1]
@@ -62,10 +68,45 @@ class KVCache:
             values[i, :, place : place + stop - start] = v[start:stop].transpose(0, 1)
         return keys, values
 
+    def reserve(self, capacity: int) -> None:
+        """Make room for this many tokens per sequence; at least half as much again is added, so growing stays rare."""
+        if capacity <= self.capacity:
+            return
+        grown = max(capacity, self.capacity + self.capacity // 2)
+        *shape, _, head_dim = self.storage.shape
+        storage = self.storage.new_empty((*shape, grown, head_dim))
+        storage[..., : self.capacity, :] = self.storage
+        self.storage, self.capacity = storage, grown
+
     def keep(self, sequences: list[int]) -> None:
         """Drop all sequences but these (finished ones make room)."""
         self.storage = self.storage[:, :, sequences]
         self.lengths = [self.lengths[i] for i in sequences]
+
+
+class Joined:
+    """Linears with one input, as one product for decoding on a CPU: (T, in) -> one (T, out) per part.
+
+    The weights become views of one table (in, sum of out): the layout in which a processor reads the weights of a
+    one-row product at full memory speed (kernels/linear.py). Names, shapes and values stay, nothing is held twice.
+    """
+
+    def __init__(self, parts: list[Linear]):
+        self.parts = parts
+        self.sizes = [part.out_features for part in parts]
+        with torch.no_grad():
+            table = torch.cat([part.weight.T for part in parts], dim=1).contiguous()  # (in, sum of out)
+            for part, columns in zip(parts, table.split(self.sizes, dim=1)):
+                part.weight = nn.Parameter(columns.T, requires_grad=part.weight.requires_grad)
+            self.weight = table.T
+            self.bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
+
+    def serves(self, *linears: nn.Module) -> bool:
+        """Whether these are still the layers that were joined: an adapter may have been put around one since."""
+        return all(linear is part for linear, part in zip(linears, self.parts))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return kernels.linear(x, self.weight, self.bias)
 
 
 class Attention(nn.Module):
@@ -84,14 +125,28 @@ class Attention(nn.Module):
         self.scale = 1.0 / math.sqrt(size)
         self.window = config.sliding_windows[layer]
         self.layer = layer
+        self.joined: Joined | None = None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, row: "Row") -> Tensor:
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, H, D)
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, K, D)
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, K, D)
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (T, E) -> q (T, H, D), k and v (T, K, D), q and k normalised and rotated."""
+        q_proj, k_proj, v_proj = self.q_proj, self.k_proj, self.v_proj
+        if self.joined is not None and self.joined.serves(q_proj, k_proj, v_proj):
+            heads = self.joined(x).view(x.shape[0], -1, self.head_dim)  # (T, H + 2K, D)
+            queries, keys, _ = (size // self.head_dim for size in self.joined.sizes)
+            q, k, v = heads.split([queries, keys, keys], dim=1)
+            if not self.qk_norm:  # q and k stand side by side: one rotation for both
+                q, k = kernels.rope(heads[:, : queries + keys], cos, sin).split([queries, keys], dim=1)
+                return q, k, v
+        else:
+            q = q_proj(x).unflatten(-1, (-1, self.head_dim))
+            k = k_proj(x).unflatten(-1, (-1, self.head_dim))
+            v = v_proj(x).unflatten(-1, (-1, self.head_dim))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = kernels.rope(q, cos, sin), kernels.rope(k, cos, sin)
+        return kernels.rope(q, cos, sin), kernels.rope(k, cos, sin), v
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, row: "Row") -> Tensor:
+        q, k, v = self.project(x, cos, sin)
         if row.cache is None:
             out = kernels.attention(q, k, v, row.cu_seqlens, row.max_seqlen, self.window, self.scale)
         else:
@@ -108,9 +163,15 @@ class MLP(nn.Module):
         self.up_proj = Linear(hidden, size, bias=bias, **kind)
         self.down_proj = Linear(size, hidden, bias=bias, **kind)
         self.activation = config.activation
+        self.joined: Joined | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(kernels.gated_mlp(self.gate_proj(x), self.up_proj(x), self.activation))
+        gate_proj, up_proj = self.gate_proj, self.up_proj
+        if self.joined is not None and self.joined.serves(gate_proj, up_proj):
+            gate, up = self.joined(x).chunk(2, dim=-1)
+        else:
+            gate, up = gate_proj(x), up_proj(x)
+        return self.down_proj(kernels.gated_mlp(gate, up, self.activation))
 
 
 class Block(nn.Module):
@@ -259,6 +320,29 @@ def _neftune_noise(x: Tensor, cu_seqlens: Tensor, alpha: float) -> Tensor:
     length = lengths.repeat_interleave(lengths, output_size=x.shape[0])[:, None]
     bound = alpha / torch.sqrt(length * float(x.shape[1]))
     return (torch.empty_like(x, dtype=torch.float32).uniform_(-1, 1) * bound).to(x.dtype)
+
+
+def lay_out_for_decoding(model: Decoder) -> None:
+    """Order the weights in memory so that one token at a time is fast on a CPU; values, names and shapes stay.
+
+    For models that will only generate: training and saving work too, but are not faster. Layers that are not plain
+    linears (adapters, quantised) keep their layout; so does a tied head, whose rows the embedding reads.
+    """
+    if model.embed_tokens.weight.device.type != "cpu":
+        return
+    for block in model.layers:
+        attention, mlp = block.self_attn, block.mlp
+        if _all_plain(attention.q_proj, attention.k_proj, attention.v_proj):
+            attention.joined = Joined([attention.q_proj, attention.k_proj, attention.v_proj])
+        if _all_plain(mlp.gate_proj, mlp.up_proj):
+            mlp.joined = Joined([mlp.gate_proj, mlp.up_proj])
+        for linear in (attention.o_proj, mlp.down_proj):
+            if _all_plain(linear):
+                Joined([linear])
+
+
+def _all_plain(*linears: nn.Module) -> bool:
+    return all(type(linear) is Linear for linear in linears)
 
 
 @torch.no_grad()
