@@ -133,7 +133,7 @@ class LoraLinear(nn.Module):
         return result + self._delta(self._dropout(x)).to(result.dtype)
 
     def _dora(self, x: Tensor) -> Tensor:
-        # fp32 from here on: in bf16 a magnitude that moved by less than 1/256 would not have moved
+        # the ratio stays fp32: bf16 would round it to steps of 1/128, coarser than what training moves it by
         ratio = _wide(self.magnitude) / self.updated_norm()  # (out,)
         if self.training and self.dropout_probability > 0:
             # peft drops the input of both branches here; only the untouched base output sees x whole
