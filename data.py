@@ -1,0 +1,618 @@
+"""Data sets -> tokenised examples, cached, mixed and split -> the loaders of batches.py; with a report of losses.
+
+The way of a row: sources.py reads it, formats.py makes a conversation of it, encoding.py renders, tokenises, cuts and
+marks what is trained, token_store.py keeps the result on disk. A row without a trained token is never trained
+silently: it is dropped and counted, and the report's totals add up to the rows read.
+The cache key is made of contents: bytes of the files, tokenizer, what the template renders, options. A killed
+tokenisation goes on where it stopped; of several ranks that want the same data one works and the others wait.
+
+See any training batch token by token:  python data.py preview CONFIG [--index N] [key=value ...]
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+from tqdm import tqdm
+
+import config
+from batches import Batch, BatchLoader, Example, StreamingLoader, collate
+from data_report import DataReport, DatasetReport, describe_example, in_colour, token_table
+from encoding import (
+    ChunkEncoder,
+    EncodeOptions,
+    Row,
+    encode_chunks,
+    refuse_unguarded_worker,
+    template_key,
+    tokenizer_key,
+)
+from formats import check_stage
+from mixing import choose_rows, examples_of_rows, hold_out, interleave, mixing_ends, turns
+from sources import DatasetInfo, HubAccess, check_sha1, content_key, find_dataset, open_hub, read_rows
+from templates import TemplateOptions, get_template
+from token_store import ExampleStore, StoreWriter, Tally, TokenFiles, locked
+from tokenizer import Tokenizer
+
+__all__ = [
+    "Batch",
+    "BatchLoader",
+    "Example",
+    "ExampleStore",
+    "StreamingLoader",
+    "collate",
+    "describe_example",
+]
+
+CACHE_VERSION = 1  # raise it when the tokens of an unchanged row change, or the layout of the files
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    dataset: Annotated[tuple[str, ...], "names in dataset_info.json, or paths of files and folders"] = ()
+    eval_dataset: Annotated[tuple[str, ...], "evaluation sets; each is evaluated on its own"] = ()
+    dataset_dir: Annotated[str, "folder of dataset_info.json; ONLINE = names are hub ids"] = "data"
+    split: Annotated[str, "split of hub data sets whose entry names none"] = "train"
+    cutoff_len: Annotated[int, "longest example in tokens (LLaMA-Factory 0.6: 1024, newer: 2048)"] = 2048
+    reserved_label_len: Annotated[int, "answer tokens kept at least, where a turn is cut by ratio"] = 1
+    truncation_strategy: Annotated[
+        Literal["ratio", "drop", "left", "right"],
+        "longer examples: cut by turns, leave out, keep end / start",
+    ] = "ratio"
+    train_on_prompt: Annotated[bool, "train on the prompt too"] = False
+    mask_history: Annotated[bool, "train on the last answer only"] = False
+    packing: Annotated[bool | None, "fill rows to cutoff_len tokens; none = only in stage pt"] = None
+    group_by_length: Annotated[bool, "batches of examples of similar length"] = False
+    max_samples: Annotated[int | None, "use the first so many rows of each data set"] = None
+    val_size: Annotated[float, "evaluation rows taken from `dataset`: share below 1, count from 1"] = 0.0
+    mix_strategy: Annotated[
+        Literal["concat", "interleave_under", "interleave_over"],
+        "several data sets: one after another, or in turn until the first (under) or each (over) is used up",
+    ] = "concat"
+    interleave_probs: Annotated[tuple[float, ...], "how often each data set has its turn; sums to 1"] = ()
+    streaming: Annotated[bool, "read and tokenise while training, store nothing; needs max_steps"] = False
+    buffer_size: Annotated[int, "rows of the shuffle buffer when streaming"] = 16384
+    overwrite_cache: Annotated[bool, "tokenise again even if the cache has it"] = False
+    preprocessing_num_workers: Annotated[int | None, "processes that tokenise; none = this one"] = None
+    tokenized_path: Annotated[
+        str | None, "folder of tokenised data: loaded if it exists, else saved, then stop"
+    ] = None
+    data_seed: Annotated[int | None, "seed of data order and splits; none = seed"] = None
+
+    def __post_init__(self):
+        for key in (
+            "cutoff_len",
+            "reserved_label_len",
+            "buffer_size",
+            "max_samples",
+            "preprocessing_num_workers",
+        ):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ValueError(f"{key} is {value}, expected at least 1")
+        if self.cutoff_len < 2:
+            raise ValueError(
+                f"cutoff_len is {self.cutoff_len}; one token trains nothing, so at least 2 are needed"
+            )
+        if self.reserved_label_len >= self.cutoff_len:
+            raise ValueError(
+                f"reserved_label_len is {self.reserved_label_len}, expected less than cutoff_len ({self.cutoff_len})"
+            )
+        if self.val_size < 0 or (self.val_size > 1 and self.val_size != int(self.val_size)):
+            raise ValueError(
+                f"val_size is {self.val_size}, expected a share below 1 or a whole number of rows"
+            )
+        if self.mix_strategy == "concat" and self.interleave_probs:
+            raise ValueError(
+                "interleave_probs is given, but mix_strategy is concat; set it to interleave_under or _over"
+            )
+        if self.interleave_probs:
+            if len(self.interleave_probs) != len(self.dataset):
+                raise ValueError(
+                    f"interleave_probs has {len(self.interleave_probs)} numbers for {len(self.dataset)} data sets"
+                )
+            if min(self.interleave_probs) <= 0 or abs(sum(self.interleave_probs) - 1) > 1e-6:
+                raise ValueError(
+                    f"interleave_probs is {self.interleave_probs}, expected shares above 0 that sum to 1"
+                )
+        if self.streaming and self.tokenized_path is not None:
+            raise ValueError("tokenized_path cannot be combined with streaming, which stores nothing")
+        if self.mask_history and self.train_on_prompt:
+            raise ValueError(
+                "mask_history trains the last answer only, train_on_prompt everything; set one of them"
+            )
+        if self.packing and self.group_by_length:
+            raise ValueError("group_by_length: packing already fills rows; set one of the two to false")
+
+
+class TokenizedDataSaved(Exception):
+    """tokenized_path was written: the run is over, as in LLaMA-Factory. The text is for the user; not an error."""
+
+
+@dataclass
+class RowStream:
+    """A training set that is read while training. Each pass yields the rows that `encode` turns into examples."""
+
+    encoders: list[ChunkEncoder]  # one for each data set
+    opened: list  # hub data sets as opened, None for files
+    options: DataOptions
+    seed: int
+    held_out: frozenset[tuple[int, int]] = frozenset()  # (data set, row) of the evaluation rows
+
+    @property
+    def datasets(self) -> list[str]:
+        return [encoder.info.name for encoder in self.encoders]
+
+    def rows(self, epoch: int) -> Iterator[tuple[int, Row]]:
+        for k, row in self._mixed(epoch):
+            if (k, row[0]) not in self.held_out:
+                yield k, row
+
+    def encode(self, item: tuple[int, Row]) -> list[Example]:
+        part, row = item
+        return self.encoders[part].encode(row, Tally())
+
+    def _read(self, part: int) -> Iterator[Row]:
+        return numbered(read_rows(self.encoders[part].info, self.opened[part]))
+
+    def _mixed(self, epoch: int) -> Iterator[tuple[int, Row]]:
+        parts, options = range(len(self.encoders)), self.options
+        if len(parts) == 1 or options.mix_strategy == "concat":
+            for k in parts:
+                yield from ((k, row) for row in self._read(k))
+            return
+        passes = [self._read(k) for k in parts]
+        upcoming = [next(rows, None) for rows in passes]
+        exhausted = [False] * len(parts)
+        for k in turns(len(parts), options.interleave_probs, [self.seed, epoch]):
+            if upcoming[k] is None:
+                raise ValueError(f"dataset {self.datasets[k]!r} holds no rows, so it cannot be interleaved")
+            yield k, upcoming[k]
+            upcoming[k] = next(passes[k], None)
+            if upcoming[k] is None:
+                exhausted[k] = True
+                passes[k] = self._read(k)
+                upcoming[k] = next(passes[k], None)
+            if mixing_ends(
+                exhausted, k, not options.interleave_probs, options.mix_strategy == "interleave_under"
+            ):
+                return
+
+
+@dataclass
+class Prepared:
+    train: ExampleStore | RowStream | None
+    eval: dict[str, ExampleStore]  # name -> set; "validation" is the one that val_size split off
+    report: DataReport
+    packing: bool
+
+    def train_loader(
+        self, options: DataOptions, *, rows_per_batch: int, seed: int, rank: int = 0, world: int = 1
+    ) -> BatchLoader | StreamingLoader:
+        """The loader that the options ask for, over the stored or the streamed training set."""
+        shared = {
+            "rows_per_batch": rows_per_batch, "packing": self.packing, "cutoff_len": options.cutoff_len,
+            "seed": seed if options.data_seed is None else options.data_seed, "rank": rank, "world": world,
+        }  # fmt: skip
+        if self.train is None:
+            raise ValueError("dataset: no training set is named")
+        if isinstance(self.train, RowStream):
+            return StreamingLoader(
+                self.train.rows, self.train.encode, buffer_size=options.buffer_size, **shared
+            )
+        return BatchLoader(self.train, group_by_length=options.group_by_length, **shared)
+
+    def eval_loaders(
+        self, options: DataOptions, *, rows_per_batch: int, rank: int = 0, world: int = 1
+    ) -> dict[str, BatchLoader]:
+        """One loader for each evaluation set, in its own order; read batches_per_epoch batches of it."""
+        shared = {"packing": self.packing, "cutoff_len": options.cutoff_len, "shuffle": False}
+        shared |= {"rank": rank, "world": world}
+        return {
+            name: BatchLoader(s, rows_per_batch=rows_per_batch, **shared) for name, s in self.eval.items()
+        }
+
+
+def load_datasets(
+    options: DataOptions, template, tokenizer, stage: Literal["pt", "sft"], *, seed: int, is_main: bool = True,
+    cache_dir: str | Path | None = None, enable_thinking: bool = True, hub: HubAccess | None = None,
+) -> Prepared:  # fmt: skip
+    """Read, tokenise (or load from the cache), mix and split what `options` names.
+
+    template: may be None for stage pt.  cache_dir: where tokenised data is kept; None = default_cache_dir().
+    is_main: show progress, write tokenized_path.  All ranks may call this at once.
+    Raises ValueError for anything wrong with the data or options, TokenizedDataSaved after writing tokenized_path.
+    """
+    refuse_unguarded_worker()
+    packing = stage == "pt" if options.packing is None else options.packing
+    if packing and options.group_by_length:
+        raise ValueError(
+            f"group_by_length: stage {stage} packs rows (packing={packing}); set one of the two to false"
+        )
+    encode = EncodeOptions(
+        stage, options.cutoff_len, options.truncation_strategy, options.reserved_label_len, options.train_on_prompt,
+        options.mask_history, enable_thinking,
+    )  # fmt: skip
+    seed = seed if options.data_seed is None else options.data_seed
+    cache = Path(cache_dir or default_cache_dir()) / "tokenised"
+    work = _Work(options, encode, template, tokenizer, seed, is_main, cache, hub or HubAccess())
+    saved = Path(options.tokenized_path) if options.tokenized_path is not None else None
+    if saved is not None and saved.exists():
+        return Prepared(*_load_saved(saved, work), packing)
+    if not options.dataset and not options.eval_dataset:
+        raise ValueError("dataset: none is named; give a name of dataset_info.json or the path of a file")
+    train, evaluation, report = _prepare_stream(work) if options.streaming else _prepare_stored(work)
+    if saved is not None:
+        if is_main:
+            _save(saved, work, train, evaluation, report)
+        raise TokenizedDataSaved(
+            f"{report}\nThe tokenised data is in {saved}; run the same command again to train on it."
+        )
+    return Prepared(train, evaluation, report, packing)
+
+
+def default_cache_dir() -> Path:
+    """$XDG_CACHE_HOME/anvil, else ~/.cache/anvil."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anvil"
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What preparing needs at every level."""
+
+    options: DataOptions
+    encode: EncodeOptions
+    template: object
+    tokenizer: object
+    seed: int
+    is_main: bool
+    cache: Path
+    hub: HubAccess
+
+    def encoder(self, info: DatasetInfo, part: int) -> ChunkEncoder:
+        return ChunkEncoder(info, part, self.template, self.tokenizer, self.encode)
+
+    def find(self, name: str) -> DatasetInfo:
+        info = find_dataset(name, self.options.dataset_dir, self.options.split)
+        check_stage(info, self.encode.stage)
+        return info
+
+    def keys(self) -> dict:
+        """What decides the tokens of given rows."""
+        used = None if self.encode.stage == "pt" else template_key(self.template, self.encode.enable_thinking)
+        return {
+            "version": CACHE_VERSION, "tokenizer": tokenizer_key(self.tokenizer), "template": used,
+            "options": asdict(self.encode),
+        }  # fmt: skip
+
+
+def _prepare_stored(work: _Work) -> tuple[ExampleStore | None, dict[str, ExampleStore], DataReport]:
+    options, reports = work.options, []
+    parts, orders, infos = [], [], [work.find(name) for name in options.dataset]
+    evals = {name: work.find(name) for name in options.eval_dataset}
+    for k, info in enumerate(infos):
+        files, order, report = _tokenise(work, info, "train")
+        parts.append(files)
+        orders.append(np.stack([np.full(len(order), k), order], 1))
+        reports.append(report)
+    train, evaluation = None, {}
+    if parts:
+        train = ExampleStore(parts, options.dataset, _mix(orders, work))
+        if options.val_size > 0:
+            train, evaluation["validation"] = split_validation(train, options.val_size, work.seed)
+    for name, info in evals.items():
+        files, order, report = _tokenise(work, info, "eval")
+        evaluation[name] = ExampleStore([files], [name], np.stack([np.zeros_like(order), order], 1))
+        reports.append(report)
+    _require_examples(train, evaluation, DataReport(reports))
+    return train, evaluation, DataReport(reports)
+
+
+def _require_examples(train, evaluation: dict[str, ExampleStore], report: DataReport) -> None:
+    empty = [name for name, store in evaluation.items() if len(store) == 0]
+    if train is not None and len(train) == 0:
+        raise ValueError(f"dataset: no row can be trained on\n{report}")
+    if empty:
+        raise ValueError(f"eval_dataset: no row of {empty[0]!r} can be evaluated on\n{report}")
+
+
+def _prepare_stream(work: _Work) -> tuple[RowStream | None, dict[str, ExampleStore], DataReport]:
+    options = work.options
+    if options.max_samples is not None:
+        raise ValueError("max_samples cannot be used with streaming; set max_steps")
+    if 0 < options.val_size < 1:
+        raise ValueError(
+            "val_size must be a number of rows with streaming: a share of an unknown count is unknown"
+        )
+    stored = replace(work, options=replace(options, dataset=(), interleave_probs=(), val_size=0.0))
+    evaluation, report = {}, DataReport([])
+    if options.eval_dataset:
+        _, evaluation, report = _prepare_stored(stored)
+    infos = [work.find(name) for name in options.dataset]
+    if not infos:
+        return None, evaluation, report
+    encoders = [work.encoder(info, k) for k, info in enumerate(infos)]
+    opened = [None if info.kind == "file" else open_hub(info, work.hub, streaming=True) for info in infos]
+    stream = RowStream(encoders, opened, options, work.seed)
+    if options.val_size > 0:
+        held = list(islice(stream.rows(0), int(options.val_size)))
+        tally, examples = Tally(), []
+        for k, row in held:
+            examples += encoders[k].encode(row, tally)
+        stream.held_out = frozenset((k, row[0]) for k, row in held)
+        evaluation["validation"] = ExampleStore.from_examples(examples, stream.datasets)
+        report.datasets.append(DatasetReport("validation", "eval", tally))
+        _require_examples(None, evaluation, report)
+    return stream, evaluation, report
+
+
+# ------------------------------------------------------------------------------------------------------ one data set
+
+
+def numbered(rows: Iterator[tuple[str, dict]]) -> Iterator[Row]:
+    for number, (place, row) in enumerate(rows):
+        yield number, place, row
+
+
+def _tokenise(work: _Work, info: DatasetInfo, role: str) -> tuple[TokenFiles, np.ndarray, DatasetReport]:
+    """The examples of one data set, from the cache or made now, and the order in which to use them."""
+    warning = check_sha1(info)
+    opened = None if info.kind == "file" else open_hub(info, work.hub, streaming=False)
+    limit, chosen, total = work.options.max_samples, None, 0
+    if info.num_samples is not None:
+        total = sum(1 for _ in read_rows(info, opened))
+        chosen = choose_rows(total, info.num_samples, work.seed)[:limit]
+    described = {
+        name: value for name, value in asdict(info).items() if name not in ("name", "location", "file_sha1")
+    }
+    key = work.keys() | {"data": content_key(info, opened), "info": described}
+    key |= {"limit": limit, "chosen": None if chosen is None else [total, work.seed]}
+    name = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+    def rows() -> Iterator[Row]:
+        everything = numbered(read_rows(info, opened))
+        if chosen is None:
+            return islice(everything, limit)
+        wanted = set(chosen.tolist())
+        return (row for row in everything if row[0] in wanted)
+
+    files = _cached(work, work.cache / name, rows, work.encoder(info, 0))
+    order = np.arange(len(files))
+    report = DatasetReport(info.name, role, files.tally, warnings=(warning,) if warning else ())
+    if chosen is not None:
+        order = examples_of_rows(files.rows, chosen)
+        report.left_out, report.repeated = total - len(np.unique(chosen)), len(order) - len(files)
+    return files, order, report
+
+
+def _cached(work: _Work, folder: Path, rows, encoder: ChunkEncoder) -> TokenFiles:
+    """Open `folder`, or tokenise into it. A folder that is damaged is made again."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"cache_dir: {folder.parent} cannot be made ({error.strerror}); name another"
+        ) from error
+    with locked(folder.with_suffix(".lock")):
+        if folder.exists() and not (work.options.overwrite_cache and work.is_main):
+            try:
+                return TokenFiles.open(folder)
+            except ValueError as error:
+                print(f"cache: {error}; tokenising again")
+        if work.options.overwrite_cache and work.is_main:
+            shutil.rmtree(folder.with_name(folder.name + ".partial"), ignore_errors=True)
+        _write(work, folder, rows, encoder)
+        return TokenFiles.open(folder, check=False)
+
+
+class _Bar(tqdm):
+    monitor_interval = 0  # no monitor thread: with a second thread the workers could not be forked
+
+
+def _write(work: _Work, folder: Path, rows, encoder: ChunkEncoder) -> None:
+    try:
+        writer = StoreWriter(folder)
+    except ValueError:  # what a killed run left does not fit together
+        shutil.rmtree(folder.with_name(folder.name + ".partial"))
+        writer = StoreWriter(folder)
+    todo = islice(rows(), writer.rows_done, None)
+    # delay: short work shows no bar
+    bar = _Bar(desc=f"tokenising {encoder.info.name}", unit=" rows", initial=writer.rows_done, delay=2.0,
+               disable=not work.is_main)  # fmt: skip
+    try:
+        with bar:
+            for chunk in encode_chunks(todo, encoder, work.options.preprocessing_num_workers or 1):
+                writer.append(chunk)
+                bar.update(chunk.tally.read)
+    except ValueError:  # a bad row: once the file is mended its key is another one
+        writer.close()
+        shutil.rmtree(writer.partial)
+        raise
+    writer.finish()
+
+
+def _mix(orders: list[np.ndarray], work: _Work) -> np.ndarray:
+    """Index of the training set, (n, 2), from the order of each data set's examples."""
+    options = work.options
+    if len(orders) == 1 or options.mix_strategy == "concat":
+        return np.concatenate(orders)
+    for name, order in zip(options.dataset, orders):
+        if len(order) == 0:
+            raise ValueError(f"dataset {name!r} gives no example, so it cannot be interleaved")
+    under = options.mix_strategy == "interleave_under"
+    mixed = interleave([len(order) for order in orders], options.interleave_probs, under, work.seed)
+    return np.stack([orders[k][i] for k, i in mixed])
+
+
+def split_validation(store: ExampleStore, val_size: float, seed: int) -> tuple[ExampleStore, ExampleStore]:
+    """(train, validation); a row that is repeated is evaluated once."""
+    held = hold_out(store.sources, val_size, seed)
+    validation = np.flatnonzero(held)
+    _, first = np.unique(store.index[validation], axis=0, return_index=True)
+    return store.select(np.flatnonzero(~held)), store.select(validation[np.sort(first)])
+
+
+# ---------------------------------------------------------------------------------------------------- tokenized_path
+
+
+def _save(folder: Path, work: _Work, train, evaluation: dict[str, ExampleStore], report: DataReport) -> None:
+    """Write everything that training needs; complete or absent."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    stores = {name: store for name, store in [("train", train), *evaluation.items()] if store is not None}
+    parts = list({id(part): part for store in stores.values() for part in store.parts}.values())
+    for number, part in enumerate(parts):
+        writer = StoreWriter(partial / f"part-{number}")
+        writer.append(part.as_chunk())
+        writer.finish()
+    described = []
+    for number, (name, store) in enumerate(stores.items()):
+        np.save(partial / f"index-{number}.npy", store.index)
+        used = [next(i for i, part in enumerate(parts) if part is mine) for mine in store.parts]
+        described.append({"name": name, "train": store is train, "datasets": store.datasets, "parts": used})
+    meta = {"keys": work.keys(), "sets": described, "report": [asdict(entry) for entry in report.datasets]}
+    (partial / "anvil_tokenised.json").write_text(json.dumps(meta, indent=1))
+    os.replace(partial, folder)
+
+
+def _load_saved(folder: Path, work: _Work) -> tuple[ExampleStore | None, dict[str, ExampleStore], DataReport]:
+    """What _save wrote. Refused when tokenizer, template or options would now give other tokens."""
+    path = folder / "anvil_tokenised.json"
+    if not path.is_file():
+        raise ValueError(
+            f"tokenized_path: {folder} exists but holds no tokenised data of Anvil ({path.name} is missing)"
+        )
+    meta, keys = json.loads(path.read_text()), work.keys()
+    for name, now in keys.items():
+        if meta["keys"].get(name) != now:
+            then = meta["keys"].get(name)
+            raise ValueError(
+                f"tokenized_path: the data in {folder} was made with another {name} ({then}, now {now}). "
+                "Give the options it was made with, or another tokenized_path."
+            )
+    opened: dict[int, TokenFiles] = {}
+    train, evaluation = None, {}
+    for number, entry in enumerate(meta["sets"]):
+        for part in entry["parts"]:
+            opened.setdefault(part, TokenFiles.open(folder / f"part-{part}"))
+        index = np.load(folder / f"index-{number}.npy", mmap_mode="r")
+        store = ExampleStore([opened[part] for part in entry["parts"]], entry["datasets"], np.asarray(index))
+        if entry["train"]:
+            train = store
+        else:
+            evaluation[entry["name"]] = store
+    reports = [DatasetReport(**(entry | {"tally": Tally(**entry["tally"])})) for entry in meta["report"]]
+    return train, evaluation, DataReport(reports)
+
+
+# ----------------------------------------------------------------------------------------------------------- preview
+
+
+@dataclass(frozen=True)
+class PreviewOptions:
+    model_name_or_path: Annotated[str, "folder or hub id of the checkpoint; only its tokenizer is read"]
+    index: Annotated[int, "which batch"] = 0
+    stage: Annotated[Literal["pt", "sft"], "what the data is for"] = "sft"
+    per_device_train_batch_size: Annotated[int, "examples, or packed rows, of a batch"] = 8
+    seed: Annotated[int, "seed of the run"] = 42
+    model_revision: Annotated[str, "branch, tag or commit on the hub"] = "main"
+    cache_dir: Annotated[str | None, "folder for downloads and tokenised data"] = None
+    hf_hub_token: Annotated[str | None, "Hugging Face token"] = None
+
+    def __post_init__(self):
+        if self.index < 0:
+            raise ValueError(f"index is {self.index}, expected at least 0")
+
+
+def preview(
+    options: DataOptions, template_options: TemplateOptions, run: PreviewOptions, colour: bool
+) -> Iterator[str]:
+    """Lines that show batch `index` of training, as rank 0 of 1 gets it."""
+    tokenizer = Tokenizer.from_folder(_tokenizer_folder(run))
+    template = None
+    if run.stage != "pt":
+        template = get_template(
+            template_options.template, tokenizer.chat_template, template_options.default_system
+        )
+    prepared = load_datasets(
+        options, template, tokenizer, run.stage, seed=run.seed, cache_dir=run.cache_dir,
+        enable_thinking=template_options.enable_thinking, hub=HubAccess(run.hf_hub_token, None, run.cache_dir),
+    )  # fmt: skip
+    yield str(prepared.report)
+    loader = prepared.train_loader(options, rows_per_batch=run.per_device_train_batch_size, seed=run.seed)
+    batch = next(loader.batches(run.index))
+    epoch = ""
+    if loader.batches_per_epoch is not None:
+        epoch = f" (of {loader.batches_per_epoch} in an epoch)"
+    yield f"\nbatch {run.index}{epoch}:"
+    names = prepared.train.datasets
+    yield from token_table(batch, tokenizer, names, _places(options, names, batch.sources), colour)
+
+
+def _places(
+    options: DataOptions, names: list[str], sources: list[tuple[int, int]]
+) -> dict[tuple[int, int], str]:
+    """file:line of each row, found by reading the files again."""
+    places = {}
+    for k in {source[0] for source in sources}:
+        info = find_dataset(names[k], options.dataset_dir, options.split)
+        wanted = {row for part, row in sources if part == k}
+        if info.kind == "file":
+            rows = islice(numbered(read_rows(info)), max(wanted) + 1)
+            places |= {(k, number): place for number, place, _ in rows if number in wanted}
+    return places
+
+
+def _tokenizer_folder(run: PreviewOptions) -> Path:
+    if Path(run.model_name_or_path).is_dir():
+        return Path(run.model_name_or_path)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                run.model_name_or_path, revision=run.model_revision, cache_dir=run.cache_dir, token=run.hf_hub_token,
+                allow_patterns=["tokenizer*", "special_tokens_map.json", "*.jinja", "*config.json"],
+            )
+        )  # fmt: skip
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise ValueError(
+            f"model_name_or_path: {run.model_name_or_path!r} is no folder and cannot be downloaded: {error}"
+        ) from error
+
+
+def main(argv: list[str]) -> int:
+    usage = "usage: python data.py preview CONFIG [--index N] [key=value ...]"
+    if argv[:1] != ["preview"]:
+        print(usage, file=sys.stderr)
+        return 0 if argv[:1] in (["--help"], ["-h"]) else 2
+    try:
+        chosen = config.load(
+            argv[1:], [PreviewOptions, DataOptions, TemplateOptions], program="data.py preview",
+            description="Show a training batch token by token.", allow_unknown=True,
+        )  # fmt: skip
+        colour = in_colour()
+        for line in preview(chosen[DataOptions], chosen[TemplateOptions], chosen[PreviewOptions], colour):
+            print(line)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except TokenizedDataSaved as done:
+        print(done)
+    except BrokenPipeError:  # `| head` has seen enough; without this the interpreter complains at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
