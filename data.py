@@ -31,15 +31,17 @@ from encoding import (
     EncodeOptions,
     Row,
     encode_chunks,
+    numbered_rows,
     refuse_unguarded_worker,
     template_key,
     tokenizer_key,
 )
 from formats import check_stage
-from mixing import choose_rows, examples_of_rows, hold_out, interleave, mixing_ends, turns
+from mixing import choose_rows, examples_of_rows, hold_out, interleave
 from sources import DatasetInfo, HubAccess, check_sha1, content_key, find_dataset, open_hub, read_rows
+from streaming import RowStream
 from templates import TemplateOptions, get_template
-from token_store import ExampleStore, StoreWriter, Tally, TokenFiles, locked
+from token_store import ExampleStore, StoreWriter, Tally, TokenFiles, load_sets, locked, save_sets
 from tokenizer import Tokenizer
 
 __all__ = [
@@ -112,7 +114,7 @@ class DataOptions:
             )
         if self.mix_strategy == "concat" and self.interleave_probs:
             raise ValueError(
-                "interleave_probs is given, but mix_strategy is concat; set it to interleave_under or _over"
+                "interleave_probs needs mix_strategy interleave_under or interleave_over; it is concat"
             )
         if self.interleave_probs:
             if len(self.interleave_probs) != len(self.dataset):
@@ -135,56 +137,6 @@ class DataOptions:
 
 class TokenizedDataSaved(Exception):
     """tokenized_path was written: the run is over, as in LLaMA-Factory. The text is for the user; not an error."""
-
-
-@dataclass
-class RowStream:
-    """A training set that is read while training. Each pass yields the rows that `encode` turns into examples."""
-
-    encoders: list[ChunkEncoder]  # one for each data set
-    opened: list  # hub data sets as opened, None for files
-    options: DataOptions
-    seed: int
-    held_out: frozenset[tuple[int, int]] = frozenset()  # (data set, row) of the evaluation rows
-
-    @property
-    def datasets(self) -> list[str]:
-        return [encoder.info.name for encoder in self.encoders]
-
-    def rows(self, epoch: int) -> Iterator[tuple[int, Row]]:
-        for k, row in self._mixed(epoch):
-            if (k, row[0]) not in self.held_out:
-                yield k, row
-
-    def encode(self, item: tuple[int, Row]) -> list[Example]:
-        part, row = item
-        return self.encoders[part].encode(row, Tally())
-
-    def _read(self, part: int) -> Iterator[Row]:
-        return numbered(read_rows(self.encoders[part].info, self.opened[part]))
-
-    def _mixed(self, epoch: int) -> Iterator[tuple[int, Row]]:
-        parts, options = range(len(self.encoders)), self.options
-        if len(parts) == 1 or options.mix_strategy == "concat":
-            for k in parts:
-                yield from ((k, row) for row in self._read(k))
-            return
-        passes = [self._read(k) for k in parts]
-        upcoming = [next(rows, None) for rows in passes]
-        exhausted = [False] * len(parts)
-        for k in turns(len(parts), options.interleave_probs, [self.seed, epoch]):
-            if upcoming[k] is None:
-                raise ValueError(f"dataset {self.datasets[k]!r} holds no rows, so it cannot be interleaved")
-            yield k, upcoming[k]
-            upcoming[k] = next(passes[k], None)
-            if upcoming[k] is None:
-                exhausted[k] = True
-                passes[k] = self._read(k)
-                upcoming[k] = next(passes[k], None)
-            if mixing_ends(
-                exhausted, k, not options.interleave_probs, options.mix_strategy == "interleave_under"
-            ):
-                return
 
 
 @dataclass
@@ -252,7 +204,10 @@ def load_datasets(
     train, evaluation, report = _prepare_stream(work) if options.streaming else _prepare_stored(work)
     if saved is not None:
         if is_main:
-            _save(saved, work, train, evaluation, report)
+            sets = ({} if train is None else {"train": train}) | evaluation
+            save_sets(
+                saved, sets, {"keys": work.keys(), "report": [asdict(entry) for entry in report.datasets]}
+            )
         raise TokenizedDataSaved(
             f"{report}\nThe tokenised data is in {saved}; run the same command again to train on it."
         )
@@ -341,7 +296,7 @@ def _prepare_stream(work: _Work) -> tuple[RowStream | None, dict[str, ExampleSto
         return None, evaluation, report
     encoders = [work.encoder(info, k) for k, info in enumerate(infos)]
     opened = [None if info.kind == "file" else open_hub(info, work.hub, streaming=True) for info in infos]
-    stream = RowStream(encoders, opened, options, work.seed)
+    stream = RowStream(encoders, opened, options.mix_strategy, options.interleave_probs, work.seed)
     if options.val_size > 0:
         held = list(islice(stream.rows(0), int(options.val_size)))
         tally, examples = Tally(), []
@@ -355,11 +310,6 @@ def _prepare_stream(work: _Work) -> tuple[RowStream | None, dict[str, ExampleSto
 
 
 # ------------------------------------------------------------------------------------------------------ one data set
-
-
-def numbered(rows: Iterator[tuple[str, dict]]) -> Iterator[Row]:
-    for number, (place, row) in enumerate(rows):
-        yield number, place, row
 
 
 def _tokenise(work: _Work, info: DatasetInfo, role: str) -> tuple[TokenFiles, np.ndarray, DatasetReport]:
@@ -378,7 +328,7 @@ def _tokenise(work: _Work, info: DatasetInfo, role: str) -> tuple[TokenFiles, np
     name = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     def rows() -> Iterator[Row]:
-        everything = numbered(read_rows(info, opened))
+        everything = numbered_rows(read_rows(info, opened))
         if chosen is None:
             return islice(everything, limit)
         wanted = set(chosen.tolist())
@@ -463,55 +413,18 @@ def split_validation(store: ExampleStore, val_size: float, seed: int) -> tuple[E
 # ---------------------------------------------------------------------------------------------------- tokenized_path
 
 
-def _save(folder: Path, work: _Work, train, evaluation: dict[str, ExampleStore], report: DataReport) -> None:
-    """Write everything that training needs; complete or absent."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    stores = {name: store for name, store in [("train", train), *evaluation.items()] if store is not None}
-    parts = list({id(part): part for store in stores.values() for part in store.parts}.values())
-    for number, part in enumerate(parts):
-        writer = StoreWriter(partial / f"part-{number}")
-        writer.append(part.as_chunk())
-        writer.finish()
-    described = []
-    for number, (name, store) in enumerate(stores.items()):
-        np.save(partial / f"index-{number}.npy", store.index)
-        used = [next(i for i, part in enumerate(parts) if part is mine) for mine in store.parts]
-        described.append({"name": name, "train": store is train, "datasets": store.datasets, "parts": used})
-    meta = {"keys": work.keys(), "sets": described, "report": [asdict(entry) for entry in report.datasets]}
-    (partial / "anvil_tokenised.json").write_text(json.dumps(meta, indent=1))
-    os.replace(partial, folder)
-
-
 def _load_saved(folder: Path, work: _Work) -> tuple[ExampleStore | None, dict[str, ExampleStore], DataReport]:
-    """What _save wrote. Refused when tokenizer, template or options would now give other tokens."""
-    path = folder / "anvil_tokenised.json"
-    if not path.is_file():
-        raise ValueError(
-            f"tokenized_path: {folder} exists but holds no tokenised data of Anvil ({path.name} is missing)"
-        )
-    meta, keys = json.loads(path.read_text()), work.keys()
-    for name, now in keys.items():
-        if meta["keys"].get(name) != now:
-            then = meta["keys"].get(name)
+    """What an earlier run saved. Refused when tokenizer, template or options would now give other tokens."""
+    meta, sets = load_sets(folder)
+    for name, now in work.keys().items():
+        then = meta["keys"].get(name)
+        if then != now:
             raise ValueError(
                 f"tokenized_path: the data in {folder} was made with another {name} ({then}, now {now}). "
                 "Give the options it was made with, or another tokenized_path."
             )
-    opened: dict[int, TokenFiles] = {}
-    train, evaluation = None, {}
-    for number, entry in enumerate(meta["sets"]):
-        for part in entry["parts"]:
-            opened.setdefault(part, TokenFiles.open(folder / f"part-{part}"))
-        index = np.load(folder / f"index-{number}.npy", mmap_mode="r")
-        store = ExampleStore([opened[part] for part in entry["parts"]], entry["datasets"], np.asarray(index))
-        if entry["train"]:
-            train = store
-        else:
-            evaluation[entry["name"]] = store
     reports = [DatasetReport(**(entry | {"tally": Tally(**entry["tally"])})) for entry in meta["report"]]
-    return train, evaluation, DataReport(reports)
+    return sets.pop("train", None), sets, DataReport(reports)
 
 
 # ----------------------------------------------------------------------------------------------------------- preview
@@ -567,7 +480,7 @@ def _places(
         info = find_dataset(names[k], options.dataset_dir, options.split)
         wanted = {row for part, row in sources if part == k}
         if info.kind == "file":
-            rows = islice(numbered(read_rows(info)), max(wanted) + 1)
+            rows = islice(numbered_rows(read_rows(info)), max(wanted) + 1)
             places |= {(k, number): place for number, place, _ in rows if number in wanted}
     return places
 

@@ -224,6 +224,11 @@ def encode_chunks(rows: Iterable[Row], encoder: ChunkEncoder, workers: int) -> I
                 future.cancel()
 
 
+def numbered_rows(rows: Iterable[tuple[str, dict]]) -> Iterator[Row]:
+    for number, (place, row) in enumerate(rows):
+        yield number, place, row
+
+
 def refuse_unguarded_worker() -> None:
     """A spawned worker imports the script again; without a guard there it would come here and wait for its parent."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):

@@ -114,9 +114,7 @@ def _sharegpt(row: dict, info: DatasetInfo) -> Conversation:
     column, tags = info.columns["messages"], info.tags
     messages = row.get(column)
     if column not in row:
-        raise ValueError(
-            f"column {column!r} (messages) is missing; the row has {', '.join(map(str, row)) or 'no columns'}"
-        )
+        raise ValueError(f"column {column!r} (messages) is missing; the row has {_names(row)}")
     if not isinstance(messages, list):
         raise ValueError(f"column {column!r}: expected a list of messages, found {_show(messages)}")
     roles = {
@@ -151,9 +149,7 @@ def _message(message, where: str, roles: dict[str, str], tags: dict[str, str]) -
     if not isinstance(message, dict):
         raise ValueError(f"{where}: expected an object, found {_show(message)}")
     if tags["role_tag"] not in message:
-        raise ValueError(
-            f"{where}: no {tags['role_tag']!r} (role_tag); the message has {', '.join(map(str, message))}"
-        )
+        raise ValueError(f"{where}: no {tags['role_tag']!r} (role_tag); the message has {_names(message)}")
     role = roles.get(message[tags["role_tag"]]) if isinstance(message[tags["role_tag"]], str) else None
     if role is None:
         raise ValueError(
@@ -163,7 +159,7 @@ def _message(message, where: str, roles: dict[str, str], tags: dict[str, str]) -
         return "function", _tool_calls(message["tool_calls"], where)
     if tags["content_tag"] not in message:
         raise ValueError(
-            f"{where}: no {tags['content_tag']!r} (content_tag); the message has {', '.join(map(str, message))}"
+            f"{where}: no {tags['content_tag']!r} (content_tag); the message has {_names(message)}"
         )
     text = message[tags["content_tag"]]
     if isinstance(text, list):  # OpenAI's list of parts
@@ -194,9 +190,7 @@ def _finish(
 
 def _text(row: dict, column: str, empty_ok: bool = False) -> str:
     if column not in row:
-        raise ValueError(
-            f"column {column!r} is missing; the row has {', '.join(map(str, row)) or 'no columns'}"
-        )
+        raise ValueError(f"column {column!r} is missing; the row has {_names(row)}")
     value = row[column]
     if value is None:
         if empty_ok:
@@ -221,6 +215,10 @@ def _is_text(value) -> str:
     if not isinstance(value, str):
         raise TypeError
     return value
+
+
+def _names(row: dict) -> str:
+    return ", ".join(map(str, row)) or "nothing"
 
 
 def _show(value) -> str:

@@ -3,23 +3,22 @@
 `dataset_info.json` is LLaMA-Factory's format: name -> one source (`hf_hub_url`, `ms_hub_url` or `file_name`) plus
 `subset`, `split`, `folder`, `revision`, `num_samples`, `file_sha1`, `formatting`, `columns`, `tags`, `ranking`.
 A name that is not in it may be a path to a file or a folder; its format is then read off the first row.
-Files are read row by row (json, jsonl, csv, parquet, arrow, txt), so memory does not grow with the file.
+Files are read row by row (readers.py), so memory does not grow with the file.
 A dataset's own code (`script_url`) is never run.
 
 Run from Python: for number, row in read_rows(find_dataset("identity", "data")): ...
 """
 
-import csv
 import difflib
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-FILE_TYPES = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".txt")
+from readers import FILE_TYPES, read_file
+
 COLUMN_NAMES = (
     "prompt", "query", "response", "history", "messages", "system", "tools",
     "images", "videos", "audios", "chosen", "rejected", "kto_tag",
@@ -48,9 +47,6 @@ FIELDS = {
     "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name", "file_name", "file_sha1", "subset",
     "split", "folder", "revision", "num_samples", "ranking", "formatting", "columns", "tags",
 }  # fmt: skip
-READ_CHARACTERS = (
-    1 << 20
-)  # how much of a .json file is held while one object is parsed; grows for longer objects
 
 
 @dataclass(frozen=True)
@@ -115,7 +111,7 @@ def find_dataset(name: str, dataset_dir: str | Path, default_split: str = "train
     listing = Path(dataset_dir) / "dataset_info.json"
     if not listing.is_file():
         raise ValueError(
-            f"dataset: {name!r} is neither a file nor a folder, and {listing} does not exist (dataset_dir)"
+            f"dataset: {name!r} is no file or folder, and {listing} does not exist (dataset_dir)"
         )
     near = difflib.get_close_matches(name, entries, n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(repr(match) for match in near)}?" if near else ""
@@ -301,7 +297,7 @@ def read_rows(info: DatasetInfo, opened: Iterable[dict] | None = None) -> Iterat
             yield f"{info.location} row {number}", row
         return
     for path in list_files(info):
-        yield from READERS[path.suffix.lower()](path)
+        yield from read_file(path)
 
 
 def open_hub(info: DatasetInfo, hub: HubAccess, streaming: bool):
@@ -358,181 +354,3 @@ def check_sha1(info: DatasetInfo) -> str | None:
     if found == info.file_sha1.lower():
         return None
     return f"dataset {info.name!r}: {files[0]} has sha1 {found}, but file_sha1 says {info.file_sha1}: other contents"
-
-
-def _read_text(path: Path) -> Iterator[tuple[int, str]]:
-    with open(path, encoding="utf-8-sig", newline=None) as file:
-        try:
-            yield from enumerate(file, start=1)
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{path}: not UTF-8 text ({error.reason} at byte {error.start} of a block)"
-            ) from error
-
-
-def _read_lines(path: Path) -> Iterator[tuple[str, dict]]:
-    """.txt: one document per line. Blank lines come as empty documents, which the report counts."""
-    for line, text in _read_text(path):
-        yield f"{path}:{line}", {"text": text.rstrip("\r\n")}
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
-    for line, text in _read_text(path):
-        if text.isspace():
-            continue
-        try:
-            row = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path}:{line}: not JSON ({error.msg}, column {error.colno}). One object per line."
-            ) from error
-        yield f"{path}:{line}", _object(row, f"{path}:{line}")
-
-
-def _object(row, place: str) -> dict:
-    if not isinstance(row, dict):
-        raise ValueError(
-            f"{place}: expected an object with named columns, found {type(row).__name__} {str(row)[:60]!r}"
-        )
-    return row
-
-
-def _read_json(path: Path) -> Iterator[tuple[str, dict]]:
-    """A .json file: one array of objects, or one object per line (many hub files are JSON lines in disguise)."""
-    with open(path, encoding="utf-8-sig") as file:
-        head = file.read(READ_CHARACTERS).lstrip()
-    if not head:
-        raise ValueError(f"{path}: the file is empty; expected a JSON array of objects")
-    if head[0] == "{":
-        # `{...}` alone over several lines would be one object: not rows
-        yield from _read_jsonl(path)
-        return
-    if head[0] != "[":
-        raise ValueError(f"{path}:1: expected '[' (an array of objects), found {head[:20]!r}")
-    for number, (line, row) in enumerate(_iterate_array(path)):
-        yield f"{path}:{line}", _object(row, f"{path}:{line} (row {number})")
-
-
-def _iterate_array(path: Path) -> Iterator[tuple[int, object]]:
-    """Yield (line, value) of a top-level JSON array, holding only the value being parsed (and a block of text)."""
-    decoder = json.JSONDecoder()
-    with open(path, encoding="utf-8-sig") as file:
-        text, start, line = file.read(READ_CHARACTERS), 0, 1
-        step, ended = READ_CHARACTERS, False
-
-        def more() -> bool:
-            nonlocal text, start, step, ended
-            block = file.read(step)
-            text, start, ended = text[start:] + block, 0, not block
-            step *= 2  # doubling keeps a single huge object from being parsed again and again
-            return bool(block)
-
-        def skip(characters: str) -> str:
-            """Move over blanks and the given characters; return the character found there ("" at the end)."""
-            nonlocal start, line
-            while True:
-                while start < len(text) and text[start] in characters:
-                    line += text[start] == "\n"
-                    start += 1
-                if start < len(text) or not more():
-                    return text[start : start + 1]
-
-        skip(" \t\r\n")
-        start += 1  # the "["
-        if skip(" \t\r\n") == "]":
-            return
-        while True:
-            step = READ_CHARACTERS
-            while True:
-                try:
-                    value, end = decoder.raw_decode(text, start)
-                except json.JSONDecodeError as error:
-                    if more():
-                        continue
-                    at = line + text.count("\n", start, error.pos)
-                    raise ValueError(f"{path}:{at}: not JSON ({error.msg}, column {error.colno})") from error
-                # a number at the very end of the block may go on in the next one
-                if end < len(text) or not more():
-                    break
-            yield line, value
-            line += text.count("\n", start, end)
-            start = end
-            found = skip(" \t\r\n")
-            if found == ",":
-                start += 1
-                skip(" \t\r\n")
-            elif found == "]":
-                start += 1
-                if rest := skip(" \t\r\n"):
-                    raise ValueError(f"{path}:{line}: expected the end of the file after ']', found {rest!r}")
-                return
-            else:
-                raise ValueError(
-                    f"{path}:{line}: expected ',' or ']' after a row, found {found or 'the end of the file'!r}"
-                )
-
-
-def _read_csv(path: Path) -> Iterator[tuple[str, dict]]:
-    """First line = column names; every value stays text."""
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # documents are longer than csv's 128 KiB default
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        try:
-            for row in reader:
-                place = f"{path}:{reader.line_num}"
-                if None in row:
-                    raise ValueError(
-                        f"{place}: {len(row[None])} more fields than the header's {len(row) - 1}"
-                    )
-                missing = [name for name, value in row.items() if value is None]
-                if missing:
-                    raise ValueError(f"{place}: the line ends before the column {missing[0]!r}")
-                yield place, row
-        except csv.Error as error:
-            raise ValueError(f"{path}:{reader.line_num}: not CSV ({error})") from error
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[str, dict]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path}: not a parquet file ({error})") from error
-    yield from _arrow_rows(path, file.iter_batches(batch_size=1024))
-
-
-def _read_arrow(path: Path) -> Iterator[tuple[str, dict]]:
-    """Both layouts: the file format (with footer) and the stream format that `datasets` writes."""
-    import pyarrow
-
-    with pyarrow.memory_map(str(path)) as source:
-        try:
-            if source.read(6) == b"ARROW1":
-                reader = pyarrow.ipc.open_file(source)
-                batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-            else:
-                source.seek(0)
-                batches = iter(pyarrow.ipc.open_stream(source))
-        except pyarrow.ArrowInvalid as error:
-            raise ValueError(f"{path}: not an arrow file ({error})") from error
-        yield from _arrow_rows(path, batches)
-
-
-def _arrow_rows(path: Path, batches) -> Iterator[tuple[str, dict]]:
-    number = 0
-    for batch in batches:
-        for row in batch.to_pylist():
-            yield f"{path} row {number}", row
-            number += 1
-
-
-READERS = {
-    ".json": _read_json,
-    ".jsonl": _read_jsonl,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-    ".arrow": _read_arrow,
-    ".txt": _read_lines,
-}

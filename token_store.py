@@ -30,6 +30,7 @@ ARRAYS = {
     "lengths": ("lengths.i32", np.dtype("<i4")),
     "rows": ("rows.i64", np.dtype("<i8")),
 }
+SETS_FILE = "anvil_tokenised.json"
 CHECK_BYTES = 1 << 24  # read this much at a time for checksums
 
 
@@ -239,6 +240,43 @@ class StoreWriter:
         if self.folder.exists():
             shutil.rmtree(self.folder)
         os.replace(self.partial, self.folder)
+
+
+def save_sets(folder: Path, sets: dict[str, ExampleStore], meta: dict) -> None:
+    """Write several stores that may share parts, and `meta`, into a new folder; complete or absent."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    parts = list({id(part): part for store in sets.values() for part in store.parts}.values())
+    for number, part in enumerate(parts):
+        writer = StoreWriter(partial / f"part-{number}")
+        writer.append(part.as_chunk())
+        writer.finish()
+    described = []
+    for number, (name, store) in enumerate(sets.items()):
+        np.save(partial / f"index-{number}.npy", store.index)
+        used = [next(i for i, part in enumerate(parts) if part is mine) for mine in store.parts]
+        described.append({"name": name, "datasets": store.datasets, "parts": used})
+    (partial / SETS_FILE).write_text(json.dumps(meta | {"sets": described}, indent=1))
+    os.replace(partial, folder)
+
+
+def load_sets(folder: Path) -> tuple[dict, dict[str, ExampleStore]]:
+    """What save_sets wrote. Raises ValueError for a folder of something else or damaged files."""
+    meta = _read_json(folder / SETS_FILE)
+    if meta is None:
+        raise ValueError(f"{folder} exists but holds no tokenised data of Anvil ({SETS_FILE} is missing)")
+    opened: dict[int, TokenFiles] = {}
+    sets = {}
+    for number, entry in enumerate(meta["sets"]):
+        for part in entry["parts"]:
+            if part not in opened:
+                opened[part] = TokenFiles.open(folder / f"part-{part}")
+        index = np.load(folder / f"index-{number}.npy", allow_pickle=False)
+        sets[entry["name"]] = ExampleStore(
+            [opened[part] for part in entry["parts"]], entry["datasets"], index
+        )
+    return meta, sets
 
 
 @contextmanager
