@@ -236,19 +236,19 @@ def test_magnitudes_keep_fp32_precision_under_bf16(dropout):
     assert sizes[1] / sizes[0] == pytest.approx(1.503 / 1.5, abs=2e-4)
 
 
+@pytest.mark.parametrize("names", [("bias",), ("weight", "bias")])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_base_that_trains_keeps_its_gradients(kind):
+def test_a_base_that_trains_keeps_its_gradients(kind, names):
     ours, twin = pair(kind)
     x = torch.randn(31, 17)
-    theirs = twin.base_model.model
-    for linear in (ours.q_proj.base, theirs.q_proj.base_layer):
-        linear.requires_grad_(True)
-    for model in (ours, twin):
+    linears = ours.q_proj.base, twin.base_model.model.q_proj.base_layer
+    for linear, model in zip(linears, (ours, twin)):
+        for name in names:
+            linear.get_parameter(name).requires_grad_(True)
         model(x).square().sum().backward()
-    for mine, expected in zip(
-        ours.q_proj.base.parameters(), theirs.q_proj.base_layer.parameters(), strict=True
-    ):
-        torch.testing.assert_close(mine.grad, expected.grad, rtol=1e-4, atol=1e-5)
+    for name in names:
+        mine, expected = (linear.get_parameter(name).grad for linear in linears)
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_dora_row_of_zeros_stays_finite():
