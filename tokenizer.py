@@ -40,7 +40,8 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._post_processor = backend.post_processor
-        # encode() calls the post-processor by hand: ByteLevel's trims the offsets that encode_parts needs.
+        # encode() calls the post-processor by hand: ByteLevel's moves the begin of a token behind its spaces, so
+        # that encode_parts would find a token of spaces on the wrong side of a border.
         backend.post_processor = None
         self._backend = backend
         self._continuation = _without_prefix_space(backend)
@@ -146,8 +147,6 @@ class Tokenizer:
     def _left_is_independent(self, text: str, ids: list[int], offsets: list[tuple[int, int]]) -> bool:
         """Whether `text` alone encodes to `ids`, its share of a longer text. Only what follows the last special
         token has to be encoded again, because texts are cut at special tokens first."""
-        if ids and offsets[-1][1] > len(text):
-            return False
         anchor = max(len(ids) - 1, 0)
         while anchor > 0 and ids[anchor] not in self._anchor_ids:
             anchor -= 1

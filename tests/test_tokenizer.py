@@ -137,6 +137,21 @@ def test_a_token_across_a_border_is_split_there(folders, kind):
     assert ours.decode(prompt + answer) == "What is the capital of France?"  # no space is put into the word
 
 
+CLEAN_PARTS = {
+    "chatml": ["<|im_start|>assistant\n", "I am<|im_end|>", "\n<|im_start|>user\nHello", " you"],
+    "llama3": ["<|start_header_id|>user<|end_header_id|>\n\n", "Hello ", "<|eot_id|>", " you"],
+    "llama2": ["<s>[INST] Hello [/INST]", " I am </s>", "<s>[INST]"],
+    "metaspace": ["<s>[INST] Hello [/INST]", " I am </s>", "\n"],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_clean_borders_are_cut_from_one_encoding(folders, kind, monkeypatch):
+    ours = Tokenizer.from_folder(folders[kind])
+    monkeypatch.setattr(ours, "_encode_one_by_one", None)  # the slow path; it would also be right
+    assert in_one(ours, CLEAN_PARTS[kind]) == ours.encode("".join(CLEAN_PARTS[kind]))
+
+
 def test_starts_of_tokens_are_indices_into_the_joined_text(pair):
     ours, _ = pair
     parts = ["Hello who", " are you?", "\n", "", "\u65e5\u672c fine", "ly"]
