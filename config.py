@@ -375,14 +375,17 @@ def load(
     program: str,
     description: str,
     other_sections: Iterable[type] = (),
+    foreign_keys: bool = False,
 ) -> Config:
     """Read files and command line into `sections`. --help prints every key and exits with 0.
 
     other_sections: options of other scripts; their keys are checked and then left out, so that for example
-    chat.py reads a training file.  Raises ConfigError with every mistake found, one a line.
+    chat.py reads a training file.  foreign_keys: keys of a file that no section here has are left out, for scripts
+    that must not import the sections of others; the command line is still checked.  Raises ConfigError with every mistake found, one a line.
     """
     keys = _declared(sections)
     reader = _Reader(keys, {k: v for k, v in _declared(other_sections).items() if k not in keys})
+    reader.foreign_keys = foreign_keys
     if "--help" in argv or "-h" in argv:
         print(_help_text(keys, program, description), end="")
         raise SystemExit(0)
@@ -592,6 +595,7 @@ class _Reader:
 
     keys: dict[str, _Key]
     others: dict[str, _Key]
+    foreign_keys: bool = False
     problems: list[str] = field(default_factory=list)
     renamed: dict[str, str] = field(default_factory=dict)
     harmless: dict[str, str] = field(default_factory=dict)
@@ -612,7 +616,10 @@ class _Reader:
                 meant = self.meaning(setting.key, setting.raw, raws)
                 typed = {key: _typed(self.known(key), raw) for key, raw in meant.items()}
             except ValueError as error:
-                self.problems.append(f"{setting}: {error}")
+                if self.is_foreign(setting):
+                    self.unused[setting.key] = None
+                else:
+                    self.problems.append(f"{setting}: {error}")
                 continue
             for key, value in typed.items():
                 if key in found and found[key][0] != value:
@@ -620,6 +627,10 @@ class _Reader:
                 found[key] = (value, setting)
         self.unused |= dict.fromkeys(key for key in found if key not in self.keys)
         return {key: pair for key, pair in found.items() if key in self.keys}
+
+    def is_foreign(self, setting: _Setting) -> bool:
+        names = (setting.key, *self.targets_of(setting.key))
+        return self.foreign_keys and setting.origin != "command line" and not any(map(self.known, names))
 
     def known(self, name: str) -> _Key | None:
         return self.keys.get(name) or self.others.get(name)

@@ -512,7 +512,7 @@ def main(argv: list[str]) -> int:
     try:
         chosen = config.load(
             argv[1:], [PreviewOptions, DataOptions, TemplateOptions], program="data.py preview",
-            description="Show a training batch token by token.", allow_unknown=True,
+            description="Show a training batch token by token.", foreign_keys=True,
         )  # fmt: skip
         colour = in_colour()
         for line in preview(chosen[DataOptions], chosen[TemplateOptions], chosen[PreviewOptions], colour):

@@ -102,32 +102,26 @@ def token_table(
     batch: Batch, tokenizer, datasets: list[str], places: dict[tuple[int, int], str], colour: bool
 ) -> Iterator[str]:
     """Lines that show a batch token by token: place in the segment, id, text, turn, role, trained or not, and why."""
-    labels, tokens = batch.labels.numpy(), batch.tokens.numpy()
-    trained_total = int((labels != IGNORED).sum())
-    yield f"{len(tokens)} tokens in {len(batch.sources)} segments, {trained_total} trained"
+    labels, tokens, roles = batch.labels.tolist(), batch.tokens.tolist(), batch.roles.tolist()
+    total = len(batch.label_rows)
+    yield f"{len(tokens)} tokens in {len(batch.sources)} segments, {total} trained"
     for segment, source in enumerate(batch.sources):
         start, end = batch.borders[segment], batch.borders[segment + 1]
-        # labels are shifted: token t is a target where the label of the place before it is set
-        trained = np.concatenate([[False], labels[start : end - 1] != IGNORED])
-        place = places.get(source, "")
-        title = f"segment {segment}: data set {datasets[source[0]]}, row {source[1]}" + (
-            f" ({place})" if place else ""
-        )
-        title += f", {end - start} tokens, {int(trained.sum())} trained"
+        # labels are shifted: a token is a target where the label of the place before it is set
+        trained = [False] + [label != IGNORED for label in labels[start : end - 1]]
+        place = f" ({places[source]})" if source in places else ""
+        title = f"segment {segment}: data set {datasets[source[0]]}, row {source[1]}{place}"
+        title += f", {end - start} tokens, {sum(trained)} trained"
         yield ""
         yield f"{BOLD}{title}{PLAIN}" if colour else title
-        for t in range(end - start):
-            role, answer = (
-                ROLES[batch.roles[start + t] & ~ANSWER & 255],
-                bool(batch.roles[start + t] & ANSWER),
-            )
+        for t, token in enumerate(tokens[start:end]):
+            role, answer = ROLES[roles[start + t] % ANSWER], roles[start + t] >= ANSWER
             turn = int(batch.turns[start + t])
-            mark = "train" if trained[t] else "-"
-            piece = repr(tokenizer.piece(int(tokens[start + t])))
-            line = (
-                f"{t:6d} {int(tokens[start + t]):7d}  {piece:<24} {'turn ' + str(turn) if turn >= 0 else '':<8} "
-                f"{role:<12} {mark:<6} {reason(t, role, answer, bool(trained[t]))}"
-            )
+            fields = (
+                f"{t:6d} {token:7d}", f"{tokenizer.piece(token)!r:<24}", f"turn {turn}" if turn >= 0 else "      ",
+                f"{role:<11}", "train" if trained[t] else "  -  ", reason(t, role, answer, trained[t]),
+            )  # fmt: skip
+            line = "  ".join(fields)
             yield f"{GREEN if trained[t] else DIM}{line}{PLAIN}" if colour else line
 
 
@@ -141,7 +135,7 @@ def reason(place: int, role: str, answer: bool, trained: bool) -> str:
         return "first token: nothing before it predicts it"
     if answer:
         return "earlier answer, masked by mask_history"
-    return "template text around an answer" if role in ("assistant", "function") else "prompt"
+    return "template text, or an answer shown as context" if role in ("assistant", "function") else "prompt"
 
 
 def in_colour() -> bool:
