@@ -78,6 +78,16 @@ class KVCache:
         storage[..., : self.capacity, :] = self.storage
         self.storage, self.capacity = storage, grown
 
+    def drop(self, sequence: int) -> None:
+        """Forget one sequence. The last one takes its place, so at most one sequence is copied."""
+        last = len(self.lengths) - 1
+        if sequence != last:
+            filled = self.lengths[last]
+            self.storage[:, :, sequence, :, :filled] = self.storage[:, :, last, :, :filled]
+        lengths = list(self.lengths)
+        lengths[sequence] = lengths[last]
+        self.storage, self.lengths = self.storage[:, :, :last], lengths[:last]
+
     def keep(self, sequences: list[int]) -> None:
         """Drop all sequences but these (finished ones make room)."""
         self.storage = self.storage[:, :, sequences]

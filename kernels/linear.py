@@ -66,7 +66,7 @@ def linear_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
 
 
 def matvec_by_rows(x: torch.Tensor, table: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x (1, in) times table (in, out), rows contiguous -> (1, out). The product of decoding: bound by reading the table.
+    """x (1, in) times table (in, out), rows contiguous -> (1, out): the product of decoding, bound by memory speed.
 
     Written as an embedding bag, y = sum_i x[i] * table[i], because torch's kernel for that (fbgemm, weights of the rows
     = x) streams the table at the speed of memory: measured 95% of a plain read, against 60% for oneDNN's product and
