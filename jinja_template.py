@@ -137,6 +137,8 @@ class JinjaTemplate:
             if _has_marks(self.source)
             else ", answers found by prefixes)"
         )
+        if "strftime_now" in self.source:
+            text += "; it writes today's date into the text"
         if not self.trains_earlier_answers():
             text += "; it rewrites earlier answers once later turns exist, so only the last one is trained"
         return text

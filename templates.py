@@ -23,12 +23,8 @@ from tool_formats import TOOL_TEXTS, qwen_tools
 
 @dataclass(frozen=True)
 class TemplateOptions:
-    template: Annotated[
-        str | None, "chat template by name; none = the one that comes with the checkpoint"
-    ] = None
-    default_system: Annotated[str | None, "system text of dialogues that have none; '' = no system turn"] = (
-        None
-    )
+    template: Annotated[str | None, "chat template by name; none: the checkpoint's own"] = None
+    default_system: Annotated[str | None, "system text of dialogues without one; '' = no system turn"] = None
     enable_thinking: Annotated[bool, "thinking models: whether the model is asked to think"] = True
 
 
@@ -44,9 +40,8 @@ class ChatTemplate:
     answer: str = "{{content}}{{eos}}"  # trained
     turn_end: str = ""  # after an answer, not trained
     observation: str | None = None  # None: as user
-    function: str = (
-        "Action: {{name}}\nAction Input: {{arguments}}"  # content of a function turn that is a JSON call
-    )
+    # what becomes of a function turn that is a JSON call; any other text stands as it is
+    function: str = "Action: {{name}}\nAction Input: {{arguments}}"
     tools: str = "generic"  # how tool definitions are written, a key of TOOL_TEXTS
     default_system: str | None = None
     system_in_first_user: bool = False
@@ -155,9 +150,7 @@ class ChatTemplate:
         if self.default_system:
             text += f", default system text {self.default_system!r}"
         if self.thinking:
-            text += (
-                ", trains what follows the last user turn (earlier answers are shown without their thoughts)"
-            )
+            text += ", trains what follows the last user turn (earlier answers are shown without thoughts)"
         return text
 
     def to_jinja(self) -> str:

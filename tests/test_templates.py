@@ -338,7 +338,7 @@ def test_thinking_answers_of_qwen3():
         assert (text_of(left), answers_of(left)) == (text_of(right), answers_of(right))
     assert not jinja.trains_earlier_answers()
     assert "only the last one is trained" in jinja.describe()
-    assert "earlier answers are shown without" in qwen3.describe()
+    assert "earlier answers are shown without thoughts" in qwen3.describe()
     assert len(answers_of(TEMPLATES["qwen3_nothink"].render([USER, ANSWER] * 2, None, "</s>"))) == 2
     assert split_thought("no block") == ("", "no block")
 
