@@ -190,6 +190,19 @@ class LoraLinear(nn.Module):
         # a row of zeros has no direction: with a tiny norm in place of 0 it stays zero instead of 0 / 0
         return squares.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
 
+    @property
+    def weight(self) -> Tensor:
+        """The matrix (out, in) that base and adapter are together, fp32, with gradient: for whom a product is not
+        enough, such as the reader of model.head_weight(). forward is cheaper, and exact in bf16 too."""
+        if self.merged or self.off:
+            return self.base_weight()
+        if self.training and self.dropout_probability > 0:
+            raise ValueError("lora_dropout: with dropout an adapted layer is no single matrix; call the layer")
+        updated = _wide(self.base_weight()) + self.scale * (_wide(self.lora_b) @ _wide(self.lora_a))
+        if self.magnitude is not None:
+            updated = updated * (_wide(self.magnitude) / self.updated_norm())[:, None]
+        return updated
+
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """The weight (out, in) that alone does what base and adapter do together; fp32, not yet rounded."""

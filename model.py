@@ -259,7 +259,8 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (T, E) -> (T, V) in hidden's dtype."""
-        return kernels.linear(hidden, self.head_weight())
+        # an untied head is asked as a layer: it may have an adapter
+        return kernels.linear(hidden, self.embed_tokens.weight) if self.config.tied_head else self.lm_head(hidden)
 
     def _rotation(self, positions: Tensor, row: Row, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin (T, D/2) of every token's angles; angles in fp32, since bf16 cannot count past 256."""

@@ -1,8 +1,8 @@
 """What a run minimises: one small class per kind of loss, used by several stages.
 
-The contract with the loop (train.py): `weight(batch)` is the number of things the loss is a sum over (tokens here), known
-on the host; `loss(model, batch)` is the fp32 SUM over them and a dict of tensors to log. The loop divides by the weights
-of all micro-batches and all ranks, so batch 8, 8 x 1 accumulated and 2 ranks x 1 x 4 give the same gradients.
+The contract with the loop (train.py): `weight(batch)` is the number of things the loss is a sum over (tokens here),
+known on the host; `loss(model, batch)` is the fp32 SUM over them and a dict of tensors to log. The loop divides by the
+weights of all micro-batches and all ranks, so batch 8, 8 x 1 accumulated and 2 ranks x 1 x 4 give the same gradients.
 """
 
 import torch.nn.functional as F
