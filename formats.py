@@ -275,9 +275,9 @@ def _tool_calls(calls, where: str) -> str:
             f"{where}.tool_calls: expected a list of objects with 'function', found {_show(calls)}"
         )
     texts = [call["function"] for call in calls]
-    for call in texts:
+    for i, call in enumerate(texts):
         if isinstance(call, dict) and isinstance(call.get("arguments"), str):
-            call["arguments"] = _parsed(call["arguments"])
+            texts[i] = call | {"arguments": _parsed(call["arguments"])}
     return _check_calls(json.dumps(texts if len(texts) > 1 else texts[0], ensure_ascii=False), where)
 
 

@@ -21,17 +21,17 @@ READ_CHARACTERS = (
 
 def read_file(path: Path) -> Iterator[tuple[str, dict]]:
     """Yield (place, row); place is "file:line", or "file row n" where there are no lines."""
-    return _READERS[path.suffix.lower()](path)
+    try:
+        yield from _READERS[path.suffix.lower()](path)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: not UTF-8 text ({error.reason}: {error.object[error.start]:#04x})"
+        ) from error
 
 
 def _read_text(path: Path) -> Iterator[tuple[int, str]]:
-    with open(path, encoding="utf-8-sig", newline=None) as file:
-        try:
-            yield from enumerate(file, start=1)
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{path}: not UTF-8 text ({error.reason} at byte {error.start} of a block)"
-            ) from error
+    with open(path, encoding="utf-8-sig") as file:
+        yield from enumerate(file, start=1)
 
 
 def _read_lines(path: Path) -> Iterator[tuple[str, dict]]:
@@ -64,7 +64,9 @@ def _object(row, place: str) -> dict:
 def _read_json(path: Path) -> Iterator[tuple[str, dict]]:
     """A .json file: one array of objects, or one object per line (many hub files are JSON lines in disguise)."""
     with open(path, encoding="utf-8-sig") as file:
-        head = file.read(READ_CHARACTERS).lstrip()
+        while (head := file.read(READ_CHARACTERS)).isspace():
+            pass
+    head = head.lstrip()
     if not head:
         raise ValueError(f"{path}: the file is empty; expected a JSON array of objects")
     if head[0] == "{":
