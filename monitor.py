@@ -1,90 +1,119 @@
-"""What a person and a machine see of a run: progress bar, log lines, trainer_log.jsonl, plot, TensorBoard and friends.
+"""What a person and a machine see of a run: progress bar, log lines, trainer_log.jsonl, plot, TensorBoard and friends;
+and the instruments of the loop: Window (loss and speed since the last line) and Health (is every loss finite).
 
 Only rank 0 makes a Monitor that writes. File names and keys are the ones the ecosystem knows (LLaMA-Factory's
 trainer_log.jsonl, the Hugging Face trainer's log_history and all_results.json).
 """
 
+import importlib.util
 import json
 import math
 import os
+import resource
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
+
+from batches import Batch
+from parallel import World
 
 LOG_FILE, PLOT_FILE = "trainer_log.jsonl", "training_loss.png"
 SERVICES = ("tensorboard", "wandb", "mlflow")
+QUIET_SECONDS = 30  # without a terminal: a line at least this often, so that a log file shows life
+
+
+def check_services(services: tuple[str, ...]) -> None:
+    """ValueError for a service that is unknown or not installed."""
+    for name in services:
+        if name not in SERVICES:
+            raise ValueError(f"report_to: {name!r} is not one of none, {', '.join(SERVICES)}")
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"report_to: {name} is not installed; pip install {name}")
 
 
 class Monitor:
     """Collects the numbers of one run. `history` is the Hugging Face trainer's log_history."""
 
-    def __init__(self, folder: Path, total_steps: int, services: tuple[str, ...], run_name: str, active: bool):
-        self.folder, self.total_steps, self.active = folder, total_steps, active
+    def __init__(self, folder: Path, services: tuple[str, ...], run_name: str, active: bool):
+        self.folder, self.active, self.run_name = folder, active, run_name
+        self.service_names = services
+        self.services: list = []
         self.history: list[dict] = []
-        self.started_at = time.monotonic()
-        self.steps_before = 0  # steps done by an earlier process that this one resumes
         self.bar: tqdm | None = None
-        self.services = [_open_service(name, folder, run_name) for name in services] if active else []
+        self.total_steps = 0
 
-    def resume(self, step: int, history: list[dict]) -> None:
-        """Continue after `step`: what the log says beyond it is of steps that will be done again."""
-        self.steps_before = step
-        self.history = [entry for entry in history if entry["step"] <= step]
-        path = self.folder / LOG_FILE
-        if self.active and path.exists():
-            kept = []
-            for line in path.read_text().splitlines():
-                try:
-                    entry = json.loads(line)
-                except json.JSONDecodeError:
-                    continue  # the line that was being written when the process was killed
-                if entry.get("current_steps", 0) <= step:
-                    kept.append(line + "\n")
-            path.write_text("".join(kept))
+    def begin(self, step: int, total_steps: int, history: list[dict], seconds_before: float) -> None:
+        """Start after `step` updates, made by earlier processes in seconds_before; open the bar and the services.
 
-    def open_bar(self) -> None:
-        if self.active:
-            self.bar = tqdm(total=self.total_steps, initial=self.steps_before, unit="step", dynamic_ncols=True)
+        What trainer_log.jsonl says beyond `step` is of updates that will be done again, or of another run: it goes.
+        """
+        self.total_steps, self.history = total_steps, list(history)
+        self.steps_before, self.seconds_before = step, seconds_before
+        self.started_at = self.spoke_at = time.monotonic()
+        if not self.active:
+            return
+        _cut_log(self.folder / LOG_FILE, step)
+        self.services = [_open_service(name, self.folder, self.run_name, step) for name in self.service_names]
+        if sys.stderr.isatty() and sys.stdout.isatty():  # in a pipe the bar and the lines would overwrite each other
+            self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
 
-    def advance(self) -> None:
+    def seconds(self) -> float:
+        """Of training, over all processes that worked on this run."""
+        return self.seconds_before + time.monotonic() - self.started_at
+
+    def advance(self, step: int) -> None:
         if self.bar is not None:
             self.bar.update()
+        elif self.active and time.monotonic() - self.spoke_at > QUIET_SECONDS:
+            self._say(f"step {step}/{self.total_steps}  {clock(self._remaining(step))} left")
 
     def log(self, step: int, epoch: float, values: dict[str, float]) -> None:
         """One line for the reader, one JSON object for machines, one entry for trainer_state.json."""
         self.history.append({**values, "epoch": round(epoch, 4), "step": step})
         if not self.active:
             return
-        elapsed = time.monotonic() - self.started_at
-        done = step - self.steps_before
-        remaining = elapsed / done * (self.total_steps - step) if done else 0.0
+        remaining = clock(self._remaining(step))
         entry = {
             "current_steps": step,
             "total_steps": self.total_steps,
             **values,
             "epoch": round(epoch, 4),
             "percentage": round(100 * step / max(self.total_steps, 1), 2),
-            "elapsed_time": _clock(elapsed),
-            "remaining_time": _clock(remaining),
+            "elapsed_time": clock(self.seconds()),
+            "remaining_time": remaining,
         }
-        with open(self.folder / LOG_FILE, "a") as file:
+        with open(self.folder / LOG_FILE, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
         for service in self.services:
             service.log(values, step)
-        if self.bar is not None:
-            if "loss" in values:
-                self.bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['tokens_per_second']:.0f} tok/s")
-            self.bar.write(_line(step, self.total_steps, values), file=sys.stdout)
-        else:
-            print(_line(step, self.total_steps, values), flush=True)
+        if self.bar is not None and "loss" in values:
+            rate = f"{values['tokens_per_second']:.0f} tok/s"
+            self.bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate}", refresh=False)
+        self._say(_line(step, self.total_steps, values) + (f"  {remaining} left" if "loss" in values else ""))
 
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+            self.bar = None
         for service in self.services:
             service.close()
+        self.services = []
+
+    def _say(self, text: str) -> None:
+        self.spoke_at = time.monotonic()
+        if self.bar is not None:
+            self.bar.write(text)
+        else:
+            print(text, flush=True)
+
+    def _remaining(self, step: int) -> float:
+        """Seconds, at the pace of this process."""
+        done = step - self.steps_before
+        return (time.monotonic() - self.started_at) / done * (self.total_steps - step) if done else 0.0
 
     def save_results(self, name: str, results: dict) -> None:
         """Write <name>_results.json and merge it into all_results.json."""
@@ -101,11 +130,31 @@ class Monitor:
             plot_losses(self.history, self.folder / PLOT_FILE)
 
 
-def write_json(path: Path, value: object) -> None:
-    """Write JSON under a temporary name and rename: the file is complete or the old one is still there."""
+def _cut_log(path: Path, step: int) -> None:
+    """Keep the lines up to `step`."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the line that was being written when the process was killed
+        if entry.get("current_steps", 0) <= step:
+            kept.append(line + "\n")
+    _replace(path, "".join(kept) if step else "")
+
+
+def _replace(path: Path, text: str) -> None:
+    """The file is complete or the old one is still there."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON; the file is complete or the old one is still there."""
+    _replace(path, json.dumps(value, indent=2) + "\n")
 
 
 def smooth(values: list[float]) -> list[float]:
@@ -151,42 +200,129 @@ def _line(step: int, total: int, values: dict[str, float]) -> str:
         "grad_norm": "grad {:.2f}",
         "tokens_per_second": "{:.0f} tok/s",
         "peak_memory": "{:.2f} GB",
+        "loss_scale": "scale {:.0f}",
     }
     for name, value in values.items():
         parts.append(formats.get(name, name + " {:.4f}").format(value))
     return "  ".join(parts)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     hours, rest = divmod(int(seconds), 3600)
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+
+
+# Instruments of the loop
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Over all ranks, since the last log line."""
+
+    steps: int
+    loss: float  # sum over steps
+    tokens: int
+    examples: int
+    seconds: float
+
+
+class Window:
+    """What this rank did since the last log line. Adding to it never waits for the device."""
+
+    def __init__(self, world: World):
+        self.world = world
+        self.loss = torch.zeros((), dtype=torch.float64, device=world.device)
+        self.reset()
+
+    def reset(self) -> None:
+        self.loss.zero_()
+        self.steps = self.tokens = self.examples = 0
+        self.started_at = time.monotonic()
+
+    def add(self, loss: torch.Tensor, group: list[Batch]) -> None:
+        self.loss += loss
+        self.steps += 1
+        self.examples += sum(len(batch) for batch in group)
+        self.tokens += sum(batch.tokens.shape[0] for batch in group if batch.sources)  # not an empty batch's one
+
+    def totals(self) -> Totals:
+        """All ranks have to ask. Waits for the device."""
+        counts = torch.tensor([self.tokens, self.examples], dtype=torch.float64, device=self.loss.device)
+        loss, tokens, examples = self.world.sum(torch.cat([self.loss[None], counts])).tolist()
+        seconds = max(time.monotonic() - self.started_at, 1e-9)
+        return Totals(self.steps, loss, int(tokens), int(examples), seconds)
+
+    def leave_out(self, seconds: float) -> None:
+        """Time that was not training."""
+        self.started_at += seconds
+
+    def state(self) -> dict:
+        seconds = time.monotonic() - self.started_at
+        counts = {"steps": self.steps, "tokens": self.tokens, "examples": self.examples}
+        return counts | {"loss": self.loss.item(), "seconds": seconds}
+
+    def restore(self, state: dict) -> None:
+        self.steps, self.tokens, self.examples = state["steps"], state["tokens"], state["examples"]
+        self.loss.fill_(state["loss"])
+        self.started_at = time.monotonic() - state["seconds"]
+
+
+class Health:
+    """Finds the first update whose loss or gradient is not finite, without waiting for the device each time."""
+
+    def __init__(self, world: World, names: list[str]):
+        self.world, self.names = world, names  # names: of the data sets
+        self.first_bad = torch.zeros((), dtype=torch.int64, device=world.device)  # step, 0 = none yet
+        self.seen: list[tuple[int, list[tuple[int, int]]]] = []  # (step, sources) since the last check
+
+    def watch(self, step: int, numbers: list[torch.Tensor], group: list[Batch]) -> None:
+        for number in numbers:
+            bad = ~torch.isfinite(number) & (self.first_bad == 0)
+            self.first_bad = torch.where(bad, step, self.first_bad)
+        self.seen.append((step, [source for batch in group for source in batch.sources]))
+
+    def problem(self) -> str | None:
+        """The first bad update since the last call, with this rank's rows. All ranks have to ask."""
+        step = int(self.first_bad.item())
+        if not self.world.any(step > 0):
+            self.seen.clear()
+            return None
+        if not step:
+            return "the loss of another rank is not a finite number"
+        rows = dict(self.seen)[step]
+        listed = ", ".join(f"{self.names[dataset]} row {row}" for dataset, row in rows[:16])
+        more = f" and {len(rows) - 16} more" if len(rows) > 16 else ""
+        return f"the loss or its gradient is not a finite number at step {step}; rows of that update: {listed}{more}"
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """GB (1e9 bytes): of the GPU's allocator, or of the process's resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 # Outside services. Each is imported where it is used, so that none is needed to train.
 
 
-def _open_service(name: str, folder: Path, run_name: str):
+def _open_service(name: str, folder: Path, run_name: str, step: int):
     if name == "tensorboard":
-        return _TensorBoard(folder)
-    if name == "wandb":
-        return _Wandb(folder, run_name)
-    if name == "mlflow":
-        return _Mlflow(run_name)
-    raise ValueError(f"report_to: {name!r} is not one of none, {', '.join(SERVICES)}")
+        return _TensorBoard(folder, step)
+    return _Wandb(folder, run_name) if name == "wandb" else _Mlflow(run_name)
 
 
 class _TensorBoard:
-    def __init__(self, folder: Path):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ValueError("report_to: tensorboard is not installed; pip install tensorboard") from error
-        self.writer = SummaryWriter(str(folder / "runs"))
+    def __init__(self, folder: Path, step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        # purge_step: a resumed run draws over what the killed one wrote after its last checkpoint
+        self.writer = SummaryWriter(str(folder / "runs"), purge_step=step + 1 if step else None)
 
     def log(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():
             group = "eval/" + name.removeprefix("eval_") if name.startswith("eval_") else "train/" + name
             self.writer.add_scalar(group, value, step)
+        self.writer.flush()
 
     def close(self) -> None:
         self.writer.close()
@@ -194,10 +330,8 @@ class _TensorBoard:
 
 class _Wandb:
     def __init__(self, folder: Path, run_name: str):
-        try:
-            import wandb
-        except ImportError as error:
-            raise ValueError("report_to: wandb is not installed; pip install wandb") from error
+        import wandb
+
         self.run = wandb.init(project=os.environ.get("WANDB_PROJECT", "anvil"), name=run_name, dir=str(folder))
 
     def log(self, values: dict[str, float], step: int) -> None:
@@ -209,10 +343,8 @@ class _Wandb:
 
 class _Mlflow:
     def __init__(self, run_name: str):
-        try:
-            import mlflow
-        except ImportError as error:
-            raise ValueError("report_to: mlflow is not installed; pip install mlflow") from error
+        import mlflow
+
         self.mlflow = mlflow
         mlflow.start_run(run_name=run_name)
 

@@ -1,8 +1,8 @@
 """Several processes as one: process group, gradient sums, rank-0 output. One process needs no launcher.
 
-`torchrun --nproc_per_node N train.py ...` sets RANK, WORLD_SIZE, LOCAL_RANK; without them the world has size 1 and every
-function here does nothing or the obvious. Gradients are SUMMED over ranks: the loop already divides by the number of
-tokens of all ranks, so (2 ranks x batch 4) and (batch 8) give the same gradients.
+`torchrun --nproc_per_node N train.py ...` sets RANK, WORLD_SIZE, LOCAL_RANK; without them the world has size 1 and
+every function here does nothing or the obvious. Gradients are SUMMED over ranks: the loop already divides by the
+number of tokens of all ranks, so (2 ranks x batch 4) and (batch 8) give the same gradients.
 """
 
 import datetime
@@ -38,13 +38,17 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank. Goes over the host's own group, so it never waits for a GPU."""
+    def most(self, *numbers: int) -> list[int]:
+        """The largest of each number over all ranks. Goes over the host's own group, so it never waits for a GPU."""
         if self.size == 1:
-            return flag
-        tensor = torch.tensor(int(flag))
+            return list(numbers)
+        tensor = torch.tensor(numbers)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=_host_group())
-        return bool(tensor)
+        return tensor.tolist()
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        return bool(self.most(int(flag))[0])
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -66,7 +70,12 @@ def start(device: str = "auto", timeout_seconds: int = 1800) -> World:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         if not torch.cuda.is_available():
-            raise ValueError("device: cuda asked for, but torch sees no GPU here; use device=cpu or install a CUDA build")
+            raise ValueError("device: cuda asked for, but torch sees no GPU; use device=cpu or install a CUDA build")
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"device: process {local_rank} of this machine has no GPU (there are {torch.cuda.device_count()}); "
+                "start torchrun with --nproc_per_node of at most that"
+            )
         torch.cuda.set_device(local_rank)
         place = torch.device("cuda", local_rank)
     else:
