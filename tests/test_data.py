@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -399,27 +400,16 @@ def test_a_partial_folder_that_does_not_fit_together_is_begun_again(home, tokeni
     assert everything(load(home, tokenizer, "a").train) == everything(store)
 
 
-def _load_in_process(home, folder, queue):
-    tokenizer = Tokenizer.from_folder(folder)
-    options = DataOptions(dataset=("a",), dataset_dir=str(home))
-    prepared = load_datasets(
-        options, CHATML, tokenizer, "sft", seed=1, cache_dir=home / "shared", is_main=False
-    )
-    queue.put(int(prepared.train.lengths.sum()))
-
-
-def test_processes_that_start_together_share_one_tokenisation(home, tokenizer, folder):
-    put(home, "a", questions(300))
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    processes = [context.Process(target=_load_in_process, args=(home, folder, queue)) for _ in range(2)]
-    for process in processes:
-        process.start()
-    totals = [queue.get(timeout=60) for _ in processes]
-    for process in processes:
-        process.join(60)
-    assert len(set(totals)) == 1
-    assert len([path for path in (home / "shared" / "tokenised").iterdir() if path.is_dir()]) == 1
+def test_who_wants_what_another_process_tokenises_waits_for_it(home, tokenizer):
+    put(home, "a", questions(5))
+    load(home, tokenizer, "a")
+    lock = next((home / "cache").rglob("*.lock"))
+    with ThreadPoolExecutor(1) as pool, token_store.locked(lock):
+        waiting = pool.submit(load, home, tokenizer, "a")
+        time.sleep(0.3)
+        assert not waiting.done()
+    # leaving the block lets go of the lock first, then waits for the thread
+    assert len(waiting.result(timeout=30).train) == 5
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
