@@ -13,7 +13,7 @@ from tiny_runs import assert_same_weights, start_ranks, tiny_runs
 import checkpoint
 import runs
 
-LONG = {"num_train_epochs": 12, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 3}  # 84 updates
+LONG = {"num_train_epochs": 8, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 3}  # 56 updates
 NOISY = {"lora_dropout": 0.2, "neftune_noise_alpha": 5}
 
 
@@ -110,7 +110,7 @@ def test_a_signal_leaves_a_complete_checkpoint_and_the_status_of_the_signal(tiny
     assert child.wait() == 128 + number
     assert f"{number.name}: stopped after step" in child.text()
     (stopped,) = tiny.checkpoints(name)
-    assert 5 <= stopped < 84 and stopped == len(tiny.log(name))
+    assert 5 <= stopped < 56 and stopped == len(tiny.log(name))
     assert tiny.train(name, **keys) == 0
     assert_equal_runs(tiny, long_run, name)
 
@@ -155,7 +155,7 @@ def test_kill_9_at_random_moments_changes_nothing(tiny, long_run):
     assert not list(folder.glob(".tmp-*"))
     assert tiny.losses("killed") == tiny.losses(long_run)
     assert_same_weights(tiny.weights("killed"), tiny.weights(long_run))
-    assert tiny.checkpoints("killed") == [80, 84]
+    assert tiny.checkpoints("killed") == [52, 56]
 
 
 def test_two_processes_resume_exactly(tiny):
@@ -229,7 +229,8 @@ def test_other_data_is_refused(tiny, copied, capsys):
 
 
 def test_length_and_bookkeeping_may_change(tiny, copied, capsys):
-    assert resume(tiny, copied, num_train_epochs=3, logging_steps=5, save_steps=5, report_to="none", plot_loss=True) == 0
+    changed = {"num_train_epochs": 3, "logging_steps": 5, "save_steps": 5, "report_to": "none", "plot_loss": True}
+    assert resume(tiny, copied, **changed) == 0
     assert "checkpoint-10 at step 10 of 15" in capsys.readouterr().out
     assert max(tiny.checkpoints(copied)) == 15
 

@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import resource
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -42,7 +41,7 @@ CONFIG = {
     "hidden_act": "silu",
     "dtype": "float32",
 }
-WORDS = "the hammer sings upon an anvil while blue sparks fly and 12 smiths count to seven".split()
+WORDS = ["the", "hammer", "sings", "upon", "an", "anvil", "while", "blue", "sparks", "fly", "and", "12", "smiths", "count", "to", "seven"]
 
 
 def make_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
@@ -92,19 +91,9 @@ class TinyRuns:
         return train.main(self.words(name, **keys))
 
     def child(self, name: str, file_limit: int | None = None, **keys) -> "Child":
+        """The same in a process of its own, output in <folder>/<name>.txt."""
         environment = {"XDG_CACHE_HOME": str(self.folder / "cache")}
-        return Child(self.words(name, **keys), self.folder / f"{name}.txt", environment, file_limit)
-
-    def start(self, name: str, processes: int = 1, **keys) -> subprocess.Popen:
-        """The same in a process of its own, under torchrun for more than one."""
-        launcher = [sys.executable]
-        if processes > 1:
-            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(
-            [*launcher, str(ROOT / "train.py"), *self.words(name, **keys)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=self.folder,
-        )  # fmt: skip
+        return fork(train.main, (self.words(name, **keys),), self.folder / f"{name}.txt", environment, file_limit)
 
     def weights(self, name: str) -> dict[str, torch.Tensor]:
         folder = self.folder / name
@@ -149,26 +138,22 @@ def assert_same_weights(mine: dict, other: dict, tolerance: float = 0.0) -> None
 # Processes of their own, forked from one server that has imported train.py: 0.3 s each in place of 4 s
 
 
-def run_child(argv: list[str], output: str, environment: dict[str, str], file_limit: int | None) -> None:
-    """In the child: train.main with stdout and stderr in a file; ends with its exit status."""
+def run_child(function, arguments: tuple, output: str, environment: dict[str, str], file_limit: int | None) -> None:
+    """In the child: stdout and stderr go to a file; what the function gives is the exit status."""
     os.environ.update(environment)
     handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     if file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-    sys.exit(train.main(argv))
+    sys.exit(function(*arguments))
 
 
 class Child:
-    """One forked training."""
+    """A process and where its output goes."""
 
-    def __init__(self, argv: list[str], output: Path, environment: dict[str, str] | None = None, file_limit=None):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tiny_runs"])
-        self.output = output
-        self.process = context.Process(target=run_child, args=(argv, str(output), environment or {}, file_limit))
-        self.process.start()
+    def __init__(self, process: multiprocessing.Process, output: Path):
+        self.process, self.output = process, output
 
     def wait(self, seconds: float = 60) -> int:
         """The exit status; -9 after a kill."""
@@ -190,6 +175,18 @@ class Child:
         return self.output.read_text() if self.output.exists() else ""
 
 
+def fork(function, arguments: tuple, output: Path, environment: dict[str, str], file_limit=None) -> Child:
+    """Run function(*arguments) in a child of the server."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tiny_runs"])
+    # Python 3.11's server ignores sys.path when it preloads, and then silently preloads nothing
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    process = context.Process(target=run_child, args=(function, arguments, str(output), environment, file_limit))
+    process.start()
+    del os.environ["PYTHONPATH"]
+    return Child(process, output)
+
+
 def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -200,6 +197,6 @@ def start_ranks(argv: list[str], output: Path, size: int = 2) -> list[Child]:
     """`size` processes that form one world, as torchrun would start them."""
     shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     return [
-        Child(argv, output.with_suffix(f".{rank}"), shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        fork(train.main, (argv,), output.with_suffix(f".{rank}"), shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(size)
     ]
