@@ -11,7 +11,7 @@ over whole examples: none is ever split, and attention never crosses a segment b
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 import numpy as np
@@ -29,6 +29,7 @@ ROLES = (
     "text",
 )  # order is stored in caches
 ANSWER = 64  # bit in Example.roles
+ROW_MULTIPLE = 32  # tokens; see Batch.rounded
 GROUP_BATCHES = 50  # batches per length-sorted megabatch, as in transformers' LengthGroupedSampler
 
 
@@ -76,6 +77,28 @@ class Batch:
                 value.to(device, non_blocking=non_blocking) if torch.is_tensor(value) else value
             )
         return Batch(**moved)
+
+    def rounded(self, multiple: int) -> "Batch":
+        """The same batch with one segment of untrained tokens behind it, so that T is a multiple of this.
+
+        Products are compiled per shape (oneDNN: 1.2 ms and up to 1 MB for each new T and weight), so few values of T
+        are faster and smaller than exactly the tokens. Nothing sees that segment, and no loss or gradient comes of it.
+        """
+        count = -len(self.tokens) % multiple
+        if count == 0:
+            return self
+        fill = torch.zeros(count, dtype=torch.int64)
+        return replace(
+            self,
+            tokens=torch.cat([self.tokens, fill]),
+            positions=torch.cat([self.positions, torch.arange(count, dtype=torch.int32)]),
+            cu_seqlens=torch.cat([self.cu_seqlens, self.cu_seqlens[-1:] + count]),
+            max_seqlen=max(self.max_seqlen, count),
+            labels=torch.cat([self.labels, fill + IGNORED]),
+            borders=[*self.borders, self.borders[-1] + count],
+            turns=None if self.turns is None else np.pad(self.turns, (0, count), constant_values=-1),
+            roles=None if self.roles is None else np.pad(self.roles, (0, count)),
+        )
 
     def __len__(self) -> int:
         return len(self.sources)

@@ -28,7 +28,7 @@ import monitor
 import optim
 import parallel
 import runs
-from batches import Batch, BatchLoader, StreamingLoader
+from batches import ROW_MULTIPLE, Batch, BatchLoader, StreamingLoader
 from checkpoint import (
     ModelOptions,
     load_config,
@@ -390,7 +390,7 @@ def update(this: Run, group: list[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
     Gives this rank's share of the mean loss and the gradient norm, both () on the device.
     """
     device, stage = this.world.device, this.stage
-    group = [batch.to(device) for batch in group]
+    group = [batch.rounded(ROW_MULTIPLE).to(device) for batch in group]
     total = torch.tensor(float(sum(stage.weight(batch) for batch in group)), device=device)
     total = this.world.sum(total).clamp_(min=1)
     loss = torch.zeros((), device=device)

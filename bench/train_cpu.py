@@ -59,7 +59,7 @@ def make_batches(shape: str, model_folder: str, count: int) -> list[dict[str, li
 def anvil(folder: str, adapter: str, dtype: torch.dtype):
     import lora
     import optim
-    from batches import Example, collate
+    from batches import ROW_MULTIPLE, Example, collate
     from checkpoint import load_adapter, load_model
     from objectives import TokenLoss
 
@@ -79,7 +79,7 @@ def anvil(folder: str, adapter: str, dtype: torch.dtype):
     def step(rows) -> float:
         batch = collate(
             [example(np.array(ids, np.int32), np.array(trained, bool)) for ids, trained in rows]
-        )
+        ).rounded(ROW_MULTIPLE)
         loss, _ = stage.loss(model, batch)
         loss = loss / stage.weight(batch)
         loss.backward()

@@ -20,8 +20,13 @@ def linear_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
 
 
 def matmul_transposed(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a (M, K) times b (N, K) transposed -> (M, N), no autograd. Strides are free; fp32 on a CPU goes to oneDNN."""
+    """a (M, K) times b (N, K) transposed -> (M, N), no autograd; fp32 on a CPU goes to oneDNN.
+
+    a is copied unless it is contiguous; b may be contiguous either way round (a weight or its transpose).
+    """
     if a.dtype is torch.float32 and a.device.type == "cpu" and onednn_fp32_available():
+        if not (b.is_contiguous() or b.T.is_contiguous()):
+            b = b.contiguous()  # oneDNN takes a strided b too, but 4000 times slower
         return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], None)
     return a @ b.T
 
@@ -60,7 +65,8 @@ def linear_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
         bias = bias.to(x.dtype)
     if x.shape[0] == 1 and weight.stride(0) == 1 and weight.dtype is x.dtype and not torch.is_grad_enabled():
         return matvec_by_rows(x, weight.T, bias)
-    if x.dtype is torch.float32 and weight.dtype is torch.float32:
+    plain = weight.is_contiguous() or weight.T.is_contiguous()  # oneDNN is very slow on other strides
+    if x.dtype is torch.float32 and weight.dtype is torch.float32 and plain:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], None)
     return F.linear(x, weight.to(x.dtype), bias)
 

@@ -52,7 +52,8 @@ class _LoraLinear(torch.autograd.Function):
             low = matmul_transposed(x, narrow_a)
         grad_low = matmul_transposed(grad, narrow_b.T).mul_(ctx.scale)  # (T, R)
         grad_a = matmul_transposed(grad_low.T, x.T).to(lora_a.dtype)
-        grad_b = matmul_transposed(grad.T, low.T).mul_(ctx.scale).to(lora_b.dtype)
+        # the small factor goes first: the first one is copied when it is transposed
+        grad_b = matmul_transposed(low.T, grad.T).mul_(ctx.scale).T.to(lora_b.dtype)  # (out, R)
         grad_x = None
         if ctx.needs_input_grad[0]:
             if ctx.merged:

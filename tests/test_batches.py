@@ -339,3 +339,14 @@ def test_whole_rows_are_held_out(size, rows):
 def test_holding_out_everything_is_refused():
     with pytest.raises(ValueError, match="val_size is 5, but there are only 5 rows"):
         hold_out(np.array([(0, row) for row in range(5)]), 5, 0)
+
+
+def test_rounding_adds_untrained_tokens_that_nothing_sees():
+    batch = collate([example(0, 5), example(1, 9)])
+    rounded = batch.rounded(8)
+    assert len(rounded.tokens) == 16 and rounded.borders == [0, 5, 14, 16]
+    assert rounded.positions[14:].tolist() == [0, 1] and (rounded.labels[14:] == IGNORED).all()
+    assert torch.equal(rounded.label_rows, batch.label_rows) and rounded.sources == batch.sources
+    assert torch.equal(rounded.tokens[:14], batch.tokens) and torch.equal(rounded.labels[:14], batch.labels)
+    assert len(rounded.turns) == len(rounded.roles) == 16
+    assert rounded.rounded(8) is rounded
