@@ -1,0 +1,281 @@
+"""Talk to a model in the terminal.
+
+    python chat.py model_name_or_path=models/SmolLM2-135M-Instruct
+    python chat.py model_name_or_path=saves/demo                        # a run folder names its base and template
+    python chat.py model_name_or_path=BASE adapter_name_or_path=A,B template=chatml prompt="Who are you?"
+
+`clear` forgets the conversation, `exit` leaves, Ctrl-C stops an answer. The keys and values that the model computed for
+the conversation so far are kept, so a turn costs only its own tokens.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
+
+import torch
+
+import config as configuration
+from checkpoint import DTYPES
+from data import DataOptions
+from generate import GenerateOptions, TextStream, split_stop_words
+from hub import ModelOptions
+from inference import find_source, load_source
+from lora import LoraOptions
+from model import Decoder, KVCache, lay_out_for_decoding
+from optim import OptimOptions
+from runs import TrainOptions
+from templates import Message, TemplateOptions, encode_dialogue
+from tokenizer import Tokenizer
+
+DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+THINK, THOUGHT = "<think>", "</think>"
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    prompt: Annotated[str | None, "answer this one message and end; default: a conversation"] = None
+    seed: Annotated[int | None, "seed of the draws; default: another one each time"] = None
+    device: Annotated[Literal["auto", "cpu", "cuda"], "auto = a GPU if there is one"] = "auto"
+
+
+SECTIONS = [ModelOptions, TemplateOptions, GenerateOptions, ChatOptions]
+
+
+def main(argv: list[str]) -> int:
+    try:
+        config = configuration.load(
+            argv,
+            SECTIONS,
+            program="chat.py",
+            description=__doc__.splitlines()[0],
+            other_sections=[TrainOptions, DataOptions, LoraOptions, OptimOptions],  # training files can be read too
+        )
+        for notice in config.notices:
+            _say(f"note: {notice}")
+        conversation = open_conversation(config)
+    except (ValueError, OSError) as error:
+        if os.environ.get("ANVIL_TRACEBACK"):
+            raise
+        print(f"chat.py: {error}", file=sys.stderr)
+        return 2
+    prompt = config[ChatOptions].prompt
+    if prompt is None:
+        return talk(conversation)
+    try:
+        return 130 if answer(conversation, prompt) else 0
+    except ValueError as error:
+        print(f"chat.py: {error}", file=sys.stderr)
+        return 2
+
+
+def open_conversation(config: configuration.Config) -> "Conversation":
+    """Load everything the options name. Raises ValueError or OSError with a message for the user."""
+    options = config[ChatOptions]
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: cuda was asked for, but torch sees no GPU; use device=cpu")
+    given = {key for key, origin in config.origins.items() if origin != "default"}
+    source = find_source(config[ModelOptions], config[TemplateOptions], given)
+    for notice in source.notices:
+        _say(f"note: {notice}")
+    model, tokenizer, template = load_source(source, DTYPES.get(config[ModelOptions].infer_dtype), device)
+    lay_out_for_decoding(model)
+    generator = torch.Generator()
+    if options.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(options.seed)
+    dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
+    parts = " + ".join(str(path) for path in (source.base, *source.adapters))
+    _say(f"{parts}, {dtype} on {device}, template {template.name}")
+    return Conversation(
+        model, tokenizer, template, config[GenerateOptions], source.template.enable_thinking, generator
+    )
+
+
+def talk(conversation: "Conversation") -> int:
+    """Read messages until `exit` or the end of the input."""
+    terminal = sys.stdin.isatty()
+    if terminal:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  (line editing for input())
+        _say("`clear` forgets the conversation, `exit` leaves, Ctrl-C stops an answer")
+    while True:
+        try:
+            text = input("User: " if terminal else "").strip()
+        except EOFError:
+            if terminal:
+                print()
+            return 0
+        except KeyboardInterrupt:
+            print("\n(`exit` or Ctrl-D leaves)", file=sys.stderr)
+            continue
+        if text == "exit":
+            return 0
+        if text == "clear":
+            conversation.clear()
+            _say("the conversation is forgotten")
+        elif text:
+            if terminal:
+                print("Assistant: ", end="", flush=True)
+            try:
+                answer(conversation, text)
+            except ValueError as error:
+                print(f"chat.py: {error} (`clear` starts anew)", file=sys.stderr)
+
+
+def answer(conversation: "Conversation", text: str) -> bool:
+    """Print one answer as it is made, then its speed. True if Ctrl-C stopped it."""
+    painter = Painter(sys.stdout.isatty(), conversation.begins_in_thought)
+    started, first, interrupted = time.perf_counter(), None, False
+    try:
+        for piece in conversation.ask(text):
+            first = first or time.perf_counter()
+            sys.stdout.write(painter.paint(piece))
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        interrupted = True
+    print(painter.end() + (" (stopped)" if interrupted else ""), flush=True)
+    now, count = time.perf_counter(), conversation.new_tokens
+    if count:
+        rate = (count - 1) / (now - first) if first and count > 1 and now > first else count / (now - started)
+        _say(f"[{count} tokens, {rate:.1f} tokens/s, the first after {(first or now) - started:.2f} s]")
+    return interrupted
+
+
+class Conversation:
+    """Messages so far, and the model's cache of them.
+
+    ask() adds the user's message at once and the answer when the iteration ends, however it ends; a message that got no
+    answer at all is taken back.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer,
+        template,
+        options: GenerateOptions,
+        enable_thinking: bool,
+        generator: torch.Generator,
+    ):
+        self.model, self.tokenizer, self.template = model, tokenizer, template
+        self.enable_thinking, self.generator = enable_thinking, generator
+        ids, words = split_stop_words(tokenizer, template.stop_words(tokenizer.eos_token))
+        self.stop_ids = (*tokenizer.stop_ids, *ids)
+        # words that the template knows as text, for example the next "Human:" of a template without special tokens
+        self.options = replace(options, stop=tuple(dict.fromkeys([*options.stop, *words])))
+        self.messages: list[Message] = []
+        self.cache: KVCache | None = None
+        self.cached_ids: list[int] = []  # what the cache holds
+        self.new_tokens = 0  # of the last answer
+        self.begins_in_thought = self._prompt_text([Message("user", "")]).rstrip().endswith(THINK)
+
+    def clear(self) -> None:
+        self.messages = []
+
+    def ask(self, text: str) -> Iterator[str]:
+        """The answer to one more message, piece by piece. Raises ValueError when the conversation gets too long."""
+        self.new_tokens = 0
+        # a lone surrogate (bytes that were no UTF-8) has no tokens
+        self.messages.append(Message("user", text.encode("utf-8", "replace").decode("utf-8")))
+        pieces: list[str] = []
+        try:
+            stream = TextStream(
+                self.model,
+                self.tokenizer,
+                self._prompt(),
+                self.options,
+                stop_ids=self.stop_ids,
+                generator=self.generator,
+                cache=self.cache,
+            )
+            self.cache = stream.decoding.cache
+            try:
+                for piece in stream:
+                    pieces.append(piece)
+                    yield piece
+            finally:
+                self.cached_ids = stream.cached_ids
+                self.new_tokens = len(stream.ids)
+        finally:
+            content = self.template.content("".join(pieces))
+            if content:
+                self.messages.append(Message("assistant", content))
+            else:
+                self.messages.pop()
+
+    def _prompt(self) -> list[int]:
+        """Tokens of the conversation; the cache is cut back to what it shares with them."""
+        spans = self._render(self.messages)
+        ids = encode_dialogue(self.tokenizer, spans).ids
+        if self.cache is not None:
+            # one token at least has to be fed, so that there are logits
+            pairs = zip(ids[:-1], self.cached_ids)
+            longest = min(len(ids) - 1, len(self.cached_ids))
+            shared = next((i for i, (ours, cached) in enumerate(pairs) if ours != cached), longest)
+            if self.model.config.rope.kind == "dynamic":
+                shared = 0  # its angles change with the length of the text
+            self.cache.lengths = [shared]
+            self.cached_ids = self.cached_ids[:shared]
+        return ids
+
+    def _render(self, messages: list[Message]):
+        tokens = self.tokenizer.bos_token, self.tokenizer.eos_token
+        options = {"generation_prompt": True, "enable_thinking": self.enable_thinking}
+        return self.template.render(messages, *tokens, **options)
+
+    def _prompt_text(self, messages: list[Message]) -> str:
+        return "".join(span.text for span in self._render(messages))
+
+
+class Painter:
+    """Text between <think> and </think> is dimmed in a terminal; a mark may come in several pieces."""
+
+    def __init__(self, colours: bool, begins_in_thought: bool = False):
+        self.colours, self.in_thought, self._held = colours, False, ""
+        self._begin = begins_in_thought and colours
+
+    def paint(self, piece: str) -> str:
+        if not self.colours:
+            return piece
+        piece = piece.replace("\x1b", "\u241b")  # a model's text must not steer the terminal
+        out = ""
+        if self._begin:
+            out, self.in_thought, self._begin = DIM, True, False
+        text, self._held = self._held + piece, ""
+        while True:
+            mark = THOUGHT if self.in_thought else THINK
+            before, found, text_after = text.partition(mark)
+            if not found:
+                break
+            out += before + (mark + PLAIN if self.in_thought else DIM + mark)
+            self.in_thought, text = not self.in_thought, text_after
+        keep = next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:n])), 0)
+        self._held = text[len(text) - keep :]
+        return out + text[: len(text) - keep]
+
+    def end(self) -> str:
+        """What was held back, and the end of the colour."""
+        held, self._held = self._held, ""
+        return held + (PLAIN if self.in_thought else "")
+
+
+def _say(text: str) -> None:
+    """A remark that is no answer: to stderr, dimmed in a terminal."""
+    print(f"{DIM}{text}{PLAIN}" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also when a shell started it in the background
+    # what cannot be shown, or was typed in another encoding, becomes a question mark instead of an error
+    sys.stdout.reconfigure(errors="replace")
+    sys.stdin.reconfigure(errors="replace")
+    sys.exit(main(sys.argv[1:]))

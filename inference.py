@@ -1,0 +1,144 @@
+"""What to load for chat and export: a model folder, a hub id, an adapter, or the folder of a training run.
+
+A run folder says by itself what it needs: adapter_config.json names the base model, run_config.yaml (the resolved
+options of the run) the chat template, the stretched rope and the adapters that lay under the trained one. Options
+that the user gives beat those of the run.
+
+    source = find_source(ModelOptions(model_name_or_path="saves/demo"), TemplateOptions(), given=())
+    model, tokenizer, template = load_source(source, dtype=None, device="cpu")
+"""
+
+from collections.abc import Container
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import yaml
+
+from adapter_files import ADAPTER_CONFIG, merge_adapters
+from architectures import ModelConfig, scale_rope
+from checkpoint import load_config, load_model
+from hub import ModelOptions, resolve_adapters, resolve_model
+from model import Decoder
+from runs import RUN_CONFIG
+from templates import TemplateOptions, get_template
+from tensor_files import read_json
+from tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Source:
+    base: Path  # model folder
+    adapters: tuple[Path, ...]  # in the order in which they are merged
+    tokenizer: Path  # folder
+    template: TemplateOptions
+    rope_scaling: str | None
+    cutoff_len: int | None  # tokens; decides the factor of rope_scaling
+    notices: tuple[str, ...]  # what was taken from a run; for the user
+
+
+def find_source(model: ModelOptions, template: TemplateOptions, given: Container[str]) -> Source:
+    """Everything to load.  given: keys that the user set (they beat the run's).  Raises ValueError naming the key."""
+    name, adapters = model.model_name_or_path, resolve_adapters(model)
+    if name and is_adapter(Path(name)):
+        adapters.insert(0, Path(name))
+        name = None
+    for folder in adapters:
+        if not is_adapter(folder):
+            raise ValueError(f"adapter_name_or_path: {folder} holds no {ADAPTER_CONFIG}; give an adapter folder")
+    run_folder = adapters[-1] if adapters else Path(name or "")
+    run = read_run(run_folder)
+    notices = []
+    expanded: list[Path] = []
+    for folder in adapters:
+        below = _adapters_below(read_run(folder))
+        unnamed = [path for path in below if path not in adapters]
+        notices += [f"{folder} was trained on top of {path}, which is merged first" for path in unnamed]
+        expanded += [path for path in (*below, folder) if path not in expanded]
+    if not name and adapters:
+        name = str(read_json(expanded[0] / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
+        notices.append(f"base model {name}, as {expanded[0]} says")
+        base = _resolve_base(replace(model, model_name_or_path=name), expanded[0])
+    else:
+        base = resolve_model(model)
+    if run:
+        for key in ("template", "default_system", "enable_thinking"):
+            if key not in given and run.get(key) is not None:
+                template = replace(template, **{key: run[key]})
+        if template.template and "template" not in given:
+            notices.append(f"template {template.template}, as {run_folder / RUN_CONFIG} says")
+    scaling, cutoff_len = model.rope_scaling, None
+    if "rope_scaling" not in given and adapters and run.get("rope_scaling"):
+        scaling, cutoff_len = run["rope_scaling"], run.get("cutoff_len")  # a full model's config.json has it already
+    tokenizer = next((f for f in reversed(expanded) if (f / "tokenizer.json").is_file()), base)
+    scaling = None if scaling == "none" else scaling
+    return Source(base, tuple(expanded), tokenizer, template, scaling, cutoff_len, tuple(notices))
+
+
+def load_source(source: Source, dtype: torch.dtype | None, device: str) -> tuple[Decoder, Tokenizer, object]:
+    """Model with its adapters merged, tokenizer, chat template. dtype None = the checkpoint's."""
+    # cheap mistakes come first
+    config = load_config(source.base)
+    tokenizer = Tokenizer.from_folder(source.tokenizer)
+    check_tokenizer(tokenizer, config, source)
+    options = source.template
+    template = get_template(options.template, tokenizer.chat_template, options.default_system)
+    model = load_model(source.base, dtype, device, source.rope_scaling, source.cutoff_len)
+    merge_adapters(model, source.adapters)
+    return model, tokenizer, template
+
+
+def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig, source: Source) -> None:
+    """Raises ValueError when the tokenizer has tokens that the model has not."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{source.tokenizer}: the tokenizer has {tokenizer.vocab_size} tokens, but the model in {source.base} has "
+            f"{config.vocab_size}; tokenizer and model do not belong together"
+        )
+
+
+def scaled_config(source: Source) -> ModelConfig:
+    """The base model's switches, with the rope stretched as it will be used."""
+    config = load_config(source.base)
+    return scale_rope(config, source.rope_scaling, source.cutoff_len) if source.rope_scaling else config
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def read_run(folder: Path) -> dict:
+    """The resolved options of the run that wrote this folder, {} if no run did. Raises ValueError naming the file."""
+    path = folder / RUN_CONFIG
+    if not path.is_file():
+        return {}
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: not YAML ({reason}); remove it and give template and adapters yourself") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected keys and values; remove it and give template and adapters yourself")
+    return values
+
+
+def _adapters_below(run: dict) -> list[Path]:
+    """Adapters that the run merged into its base before it trained its own."""
+    names = run.get("adapter_name_or_path") or []
+    names = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
+    return [Path(name) for name in (names if run.get("create_new_adapter") else names[:-1])]
+
+
+def _resolve_base(model: ModelOptions, adapter: Path) -> Path:
+    if not model.model_name_or_path:
+        raise ValueError(
+            f"model_name_or_path: {adapter / ADAPTER_CONFIG} does not name its base model; give "
+            f"model_name_or_path=BASE adapter_name_or_path={adapter}"
+        )
+    try:
+        return resolve_model(model)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. That is the base model {adapter / ADAPTER_CONFIG} names; if it lies elsewhere, give "
+            f"model_name_or_path=BASE adapter_name_or_path={adapter}"
+        ) from error
