@@ -178,10 +178,10 @@ def load_adapter(
     layers, full = {}, {}
     for module, parts in file.modules.items():
         if "lora_A" in parts or "lora_B" in parts:
-            layers[module] = _adapted(model, module, file, dtype, dropout_probability)
+            layers[module] = adapted_linear(model, module, file, dtype, dropout_probability)
         else:
             full |= {f"{module}.{part}": tensor for part, tensor in parts.items()}
-    parameters = {name: _parameter(model, name, tensor, file) for name, tensor in full.items()}
+    parameters = {name: trained_parameter(model, name, tensor, file) for name, tensor in full.items()}
     model.requires_grad_(False)
     for module, layer in layers.items():
         layer.base.requires_grad_(False)
@@ -300,7 +300,7 @@ def _by_pattern(config: dict, patterns_key: str, common_key: str, module: str) -
     return value
 
 
-def _adapted(
+def adapted_linear(
     model: Decoder, module: str, file: AdapterFile, dtype: torch.dtype, dropout_probability: float
 ) -> LoraLinear:
     """The model's linear with the file's update around it; the model itself is not changed yet."""
@@ -339,7 +339,7 @@ def _adapted(
     return layer
 
 
-def _parameter(model: Decoder, name: str, tensor: torch.Tensor, file: AdapterFile) -> torch.nn.Parameter:
+def trained_parameter(model: Decoder, name: str, tensor: torch.Tensor, file: AdapterFile) -> torch.nn.Parameter:
     try:
         parameter = model.get_parameter(name)
     except AttributeError as error:
