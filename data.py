@@ -162,6 +162,16 @@ class Prepared:
             )
         return BatchLoader(self.train, group_by_length=options.group_by_length, **shared)
 
+    def first_example(self) -> Example:
+        """What to show before training starts."""
+        if isinstance(self.train, RowStream):
+            made = (self.train.encoders[k].encode(row, Tally()) for k, row in self.train.rows(0))
+            first = next((example for examples in made for example in examples), None)
+            if first is None:
+                raise ValueError("dataset: the streamed data holds no row that can be trained on")
+            return first
+        return (self.train if self.train is not None else next(iter(self.eval.values()))).example(0)
+
     def eval_loaders(
         self, options: DataOptions, *, rows_per_batch: int, rank: int = 0, world: int = 1
     ) -> dict[str, BatchLoader]:
@@ -189,10 +199,10 @@ def load_datasets(
         raise ValueError(
             f"group_by_length: stage {stage} packs rows (packing={packing}); set one of the two to false"
         )
+    shared = ("cutoff_len", "truncation_strategy", "reserved_label_len", "train_on_prompt", "mask_history")
     encode = EncodeOptions(
-        stage, options.cutoff_len, options.truncation_strategy, options.reserved_label_len, options.train_on_prompt,
-        options.mask_history, enable_thinking,
-    )  # fmt: skip
+        stage=stage, enable_thinking=enable_thinking, **{key: getattr(options, key) for key in shared}
+    )
     seed = seed if options.data_seed is None else options.data_seed
     cache = Path(cache_dir or default_cache_dir()) / "tokenised"
     work = _Work(options, encode, template, tokenizer, seed, is_main, cache, hub or HubAccess())
@@ -297,6 +307,8 @@ def _prepare_stream(work: _Work) -> tuple[RowStream | None, dict[str, ExampleSto
     encoders = [work.encoder(info, k) for k, info in enumerate(infos)]
     opened = [None if info.kind == "file" else open_hub(info, work.hub, streaming=True) for info in infos]
     stream = RowStream(encoders, opened, options.mix_strategy, options.interleave_probs, work.seed)
+    for name, tally in zip(stream.datasets, stream.tallies):
+        report.datasets.append(DatasetReport(name, "streamed so far", tally))
     if options.val_size > 0:
         held = list(islice(stream.rows(0), int(options.val_size)))
         tally, examples = Tally(), []

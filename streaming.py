@@ -1,7 +1,7 @@
 """Rows that are read while training: one pass after another, several data sets mixed, evaluation rows left out."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from batches import Example
 from encoding import ChunkEncoder, Row, numbered_rows
@@ -20,6 +20,10 @@ class RowStream:
     interleave_probs: tuple[float, ...]
     seed: int
     held_out: frozenset[tuple[int, int]] = frozenset()  # (data set, row) of the evaluation rows
+    tallies: list[Tally] = field(default_factory=list)  # of what was read so far, every pass counted
+
+    def __post_init__(self):
+        self.tallies = [Tally() for _ in self.encoders]
 
     @property
     def datasets(self) -> list[str]:
@@ -33,7 +37,7 @@ class RowStream:
 
     def encode(self, item: tuple[int, Row]) -> list[Example]:
         part, row = item
-        return self.encoders[part].encode(row, Tally())
+        return self.encoders[part].encode(row, self.tallies[part])
 
     def _read(self, part: int) -> Iterator[Row]:
         return numbered_rows(read_rows(self.encoders[part].info, self.opened[part]))

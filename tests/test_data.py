@@ -110,7 +110,7 @@ def test_mask_history_and_train_on_prompt(home, tokenizer):
     row = {"instruction": "c?", "output": "d.", "history": [["a?", "b."]]}
     columns = {"prompt": "instruction", "response": "output", "history": "history"}
     put(home, "talk", [row], columns=columns)
-    last = load(home, tokenizer, "talk", mask_history=True).train.example(0)
+    last = load(home, tokenizer, "talk", mask_history=True).first_example()
     assert tokenizer.decode(last.tokens[last.trained].tolist(), skip_special=False) == "d.<|im_end|>"
     whole = load(home, tokenizer, "talk", train_on_prompt=True).train.example(0)
     assert whole.trained.tolist() == [False] + [True] * (len(whole) - 1)  # nothing predicts the first token
@@ -622,8 +622,11 @@ def streamed(home, tokenizer, *names, count=20, start=0, **options):
 
 def test_streaming_stores_nothing_and_resumes(home, tokenizer):
     put(home, "a", [*questions(7), {"instruction": "a", "output": None}])
-    _, batches = streamed(home, tokenizer, "a")
+    prepared, batches = streamed(home, tokenizer, "a", count=20)
     assert not (home / "cache").exists()
+    tally = prepared.report.datasets[0].tally  # grows while rows are read
+    assert tally.read == tally.used + tally.dropped["no answer"] and tally.dropped["no answer"] >= 5
+    assert "a (streamed so far)" in str(prepared.report)
     assert sorted(row for batch in batches[:7] for _, row in batch) == sorted([*range(7)] * 2)
     for start in (3, 11):
         assert streamed(home, tokenizer, "a", start=start, count=20 - start)[1] == batches[start:]
@@ -634,6 +637,7 @@ def test_streamed_tokens_are_those_of_the_stored_set(home, tokenizer):
     stored = {source: ids for ids, _, source in everything(load(home, tokenizer, "a").train)}
     prepared = load(home, tokenizer, "a", streaming=True)
     batch = next(prepared.train_loader(DataOptions(streaming=True), rows_per_batch=6, seed=1).batches())
+    assert prepared.first_example().tokens.tolist() == stored[(0, 0)]
     for source, start, end in zip(batch.sources, batch.borders, batch.borders[1:]):
         assert batch.tokens[start:end].tolist() == stored[source]
 
