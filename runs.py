@@ -77,7 +77,7 @@ class TrainOptions:
     report_to: Annotated[tuple[str, ...], "none, tensorboard, wandb, mlflow"] = ("none",)
     run_name: Annotated[str | None, "name of the run in report_to services; default: output_dir"] = None
     plot_loss: Annotated[bool, "write training_loss.png"] = False
-    save_strategy: Annotated[Literal["steps", "epoch", "no"], "when checkpoints are written (steps: at the end too)"] = "steps"
+    save_strategy: Annotated[Literal["steps", "epoch", "no"], "when to save; with steps at the end too"] = "steps"
     save_steps: Annotated[int, "updates between checkpoints"] = 500
     save_total_limit: Annotated[int | None, "keep at most this many checkpoints (and the best one)"] = None
     save_only_model: Annotated[bool, "checkpoints without optimizer state; they cannot be resumed"] = False
@@ -138,6 +138,19 @@ class Progress:
     best_metric: float | None = None
     best_checkpoint: str | None = None
     stale_evaluations: int = 0  # evaluations since the last gain
+
+
+def trainer_state(output_dir: Path, progress: Progress, total_steps: int, epoch: float, tokens: int) -> dict:
+    """The Hugging Face trainer's trainer_state.json, but for log_history."""
+    best = None if progress.best_checkpoint is None else str(output_dir / progress.best_checkpoint)
+    return {
+        "global_step": progress.step,
+        "max_steps": total_steps,
+        "epoch": round(epoch, 4),
+        "num_input_tokens_seen": tokens,
+        "best_metric": progress.best_metric,
+        "best_model_checkpoint": best,
+    }
 
 
 # Which folder, and which checkpoint in it
@@ -370,6 +383,18 @@ def _flush(path: Path) -> None:
 
 
 # Reading
+
+
+def read_checkpoint(folder: Path, fingerprint: Mapping[str, str], world: World) -> dict:
+    """The state in a checkpoint and this rank's own. Raises ValueError unless this run may continue it."""
+    state = read_state(folder / STATE_FILE)
+    check_fingerprint(folder, state["fingerprint"], fingerprint)
+    if "optimizer" not in state:
+        raise ValueError(
+            f"{folder}: saved with save_only_model, so there is no optimizer state to continue from; set "
+            "overwrite_output_dir=true, or give it as adapter_name_or_path or model_name_or_path of another run"
+        )
+    return state | {"rank": read_state(folder / f"rank_state_{world.rank}.pt")}
 
 
 def read_state(path: Path) -> dict:

@@ -130,7 +130,7 @@ def run(config: configuration.Config, world: World) -> int:
     loader, eval_loaders = make_loaders(prepared, options, config[DataOptions], world)
     total_steps = count_steps(options, loader)
     fingerprint = runs.fingerprint(config.values, world, describe_data(prepared))
-    state = None if resume is None else read_checkpoint(resume, fingerprint, world)
+    state = None if resume is None else runs.read_checkpoint(resume, fingerprint, world)
     torch.manual_seed(options.seed + world.rank)  # dropout and noise differ between ranks, adapters do not (generator)
     model = build_model(config, source, world)
     world.print(trainable_report(model))
@@ -328,6 +328,7 @@ def train(this: Run, history: list[dict]) -> int:
             loss, norm = update(this, group)
             progress.step += 1
             this.window.add(loss, group)
+            this.monitor.advance(progress.step)
             # under fp16 an infinite gradient only means that the scaler skipped this update and halves its scale
             this.health.watch(progress.step, [loss] if options.fp16 else [loss, norm], group)
             stop, on_demand = world.most(max(received, default=0), wants_checkpoint(this))
@@ -338,7 +339,6 @@ def train(this: Run, history: list[dict]) -> int:
                 log_training(this, norm)
             if due.evaluate:
                 judge(this)
-            this.monitor.advance(progress.step)
             early = this.out_of_patience()
             if due.save or on_demand or stop or (early and options.save_strategy != "no"):
                 path = save_checkpoint(this)
@@ -536,20 +536,14 @@ def finish(this: Run) -> None:
             world.print(f"best: {best}, {options.metric} {progress.best_metric:.4f}")
         else:
             world.print(f"note: the best evaluation was at {best.name}, which was not saved; the last weights stay")
-    tokens = progress.logged_tokens
-
-    def write(folder: Path) -> None:
-        this.save_weights(folder)
-        write_json(folder / runs.TRAINER_STATE, trainer_state(this, tokens))
-
-    runs.write_result(this.output_dir, world, write)
+    runs.write_result(this.output_dir, world, lambda folder: save_model_state(this, folder, progress.logged_tokens))
     results = {
         "epoch": round(this.epoch(progress.step), 4),
         "train_loss": progress.logged_loss / max(progress.step, 1),  # mean over all updates of the run
         "train_runtime": round(progress.seconds, 2),
         "train_samples_per_second": round(progress.logged_examples / progress.seconds, 3),
         "train_steps_per_second": round(progress.step / progress.seconds, 3),
-        "train_tokens_per_second": round(tokens / progress.seconds, 1),
+        "train_tokens_per_second": round(progress.logged_tokens / progress.seconds, 1),
         "train_steps": progress.step,
         "peak_memory": round(peak_memory_gb(world.device), 3),
     }
@@ -560,22 +554,15 @@ def finish(this: Run) -> None:
     world.print(f"saved to {this.output_dir}")
 
 
-def trainer_state(this: Run, tokens: int) -> dict:
-    """The Hugging Face trainer's trainer_state.json."""
-    progress = this.progress
-    best = None if progress.best_checkpoint is None else str(this.output_dir / progress.best_checkpoint)
-    return {
-        "global_step": progress.step,
-        "max_steps": this.total_steps,
-        "epoch": round(this.epoch(progress.step), 4),
-        "num_input_tokens_seen": tokens,
-        "best_metric": progress.best_metric,
-        "best_model_checkpoint": best,
-        "log_history": this.monitor.history,
-    }
-
-
 # Checkpoints
+
+
+def save_model_state(this: Run, folder: Path, tokens: int) -> None:
+    """What other programs read: weights, tokenizer, configuration, the Hugging Face trainer's trainer_state.json."""
+    this.save_weights(folder)
+    epoch = this.epoch(this.progress.step)
+    state = runs.trainer_state(this.output_dir, this.progress, this.total_steps, epoch, tokens)
+    write_json(folder / runs.TRAINER_STATE, state | {"log_history": this.monitor.history})
 
 
 def save_checkpoint(this: Run) -> Path:
@@ -586,8 +573,7 @@ def save_checkpoint(this: Run) -> Path:
     tokens = progress.logged_tokens + this.window.totals().tokens
 
     def write(folder: Path) -> None:
-        this.save_weights(folder)
-        write_json(folder / runs.TRAINER_STATE, trainer_state(this, tokens))
+        save_model_state(this, folder, tokens)
         state = {"progress": asdict(progress), "fingerprint": this.fingerprint}
         if not options.save_only_model:
             state |= {"optimizer": this.optimizer.state_dict(), "scaler": this.scaler.state_dict()}
@@ -599,18 +585,6 @@ def save_checkpoint(this: Run) -> Path:
         runs.rotate(this.output_dir, options.save_total_limit, progress.best_checkpoint)
     this.window.leave_out(time.monotonic() - started)
     return path
-
-
-def read_checkpoint(folder: Path, fingerprint: dict[str, str], world: World) -> dict:
-    """The state in a checkpoint and this rank's own. Raises ValueError unless this run may continue it."""
-    state = runs.read_state(folder / runs.STATE_FILE)
-    runs.check_fingerprint(folder, state["fingerprint"], fingerprint)
-    if "optimizer" not in state:
-        raise ValueError(
-            f"{folder}: saved with save_only_model, so there is no optimizer state to continue from; set "
-            "overwrite_output_dir=true, or give it as adapter_name_or_path or model_name_or_path of another run"
-        )
-    return state | {"rank": runs.read_state(folder / f"rank_state_{world.rank}.pt")}
 
 
 def restore(this: Run, folder: Path, state: dict) -> None:

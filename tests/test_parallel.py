@@ -20,9 +20,7 @@ def tiny(tmp_path_factory):
 SGD = {"optim": "sgd", "learning_rate": 0.3, "num_train_epochs": 3}
 METHODS = {
     "full": {"finetuning_type": "full", **SGD},
-    "lora": {"lora_rank": 4, **SGD},
-    "dora": {"use_dora": True, "gradient_checkpointing": True, **SGD},
-    "freeze": {"finetuning_type": "freeze", "num_layer_trainable": 1, **SGD},
+    "lora": {"use_dora": True, "gradient_checkpointing": True, **SGD},
     "packing": {"packing": True, "cutoff_len": 64, "finetuning_type": "full", **SGD},
     "streaming": {"streaming": True, "buffer_size": 5, **SGD, "num_train_epochs": None, "max_steps": 5},
 }
