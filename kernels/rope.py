@@ -12,3 +12,29 @@ def rope_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tor
     first, second = x.chunk(2, dim=-1)
     cos, sin = cos[:, None, :], sin[:, None, :]  # (T, 1, D/2)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """rope_reference in two passes over x, keeping nothing of x for the backward pass: that one rotates back."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return _rotate(x, cos, sin)
+    return _Rope.apply(x, cos, sin)
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return _rotate(grad, cos, -sin), None, None
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x * (cos, cos) + (x2, x1) * (-sin, sin), with the halves of x swapped."""
+    cos = torch.cat((cos, cos), dim=-1)[:, None]  # (T, 1, D)
+    sin = torch.cat((-sin, sin), dim=-1)[:, None]
+    return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, dims=-1), sin)

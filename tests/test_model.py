@@ -160,7 +160,7 @@ def test_decoding_with_a_cache_equals_the_whole_text(pair):
         for i, text in enumerate(full):
             n = len(text)
             alone = ours(text, torch.arange(n).int(), torch.tensor([0, n], dtype=torch.int32), n)
-            torch.testing.assert_close(torch.cat(got[i]), alone, atol=2e-5, rtol=2e-5)
+            torch.testing.assert_close(torch.cat(got[i]), alone, atol=1e-5 * alone.abs().max().item(), rtol=2e-5)
 
 
 @pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn", "llama3"])
