@@ -56,6 +56,7 @@ PARTS = {
     ".lora_magnitude_vector": "magnitude",
     ".lora_magnitude_vector.weight": "magnitude",
 }
+ADAPTER_PARTS = set(PARTS.values())  # every other part of a module is a tensor of the module itself
 
 
 # Writing
@@ -160,6 +161,10 @@ class AdapterFile:
     def dora(self) -> bool:
         return bool(self.config.get("use_dora"))
 
+    def lists_in_full(self, module: str) -> bool:
+        """Whether modules_to_save names this module (our name), by the end of its name as peft does."""
+        return any(f".model.{module}".endswith(f".{name}") for name in self.config.get("modules_to_save") or ())
+
 
 def load_adapter(
     model: Decoder,
@@ -169,26 +174,28 @@ def load_adapter(
 ) -> None:
     """Put the PEFT adapter in this folder on the model; it trains, everything else is frozen.
 
-    dtype is that of all that trains, the modules trained in full (modules_to_save) included. Raises ValueError naming
-    file and tensor when the adapter is of a kind that is not built here, or of another model; the model stays whole.
+    dtype is that of all that trains, the modules trained in full (modules_to_save) included. Other whole tensors in the
+    file (peft adds the embedding and the head where the head has an adapter) replace the model's and stay frozen.
+    Raises ValueError naming file and tensor when the adapter is of a kind that is not built here, or of another model;
+    the model is then unchanged.
     """
     file = read_adapter(folder, model.config)
     if lora_layers(model):
         raise ValueError(f"{folder}: the model has an adapter already; merge that first (lora.merge_for_good)")
-    layers, full = {}, {}
+    adapted = [module for module, parts in file.modules.items() if "lora_A" in parts or "lora_B" in parts]
+    whole = []  # (parameter, its new value, whether it trains)
     for module, parts in file.modules.items():
-        if "lora_A" in parts or "lora_B" in parts:
-            layers[module] = adapted_linear(model, module, file, dtype, dropout_probability)
-        else:
-            full |= {f"{module}.{part}": tensor for part, tensor in parts.items()}
-    parameters = {name: trained_parameter(model, name, tensor, file) for name, tensor in full.items()}
+        trains = module not in adapted and file.lists_in_full(module)
+        for part in sorted(parts.keys() - ADAPTER_PARTS):
+            parameter = trained_parameter(model, f"{module}.{part}", parts[part], file)
+            whole.append((parameter, parts[part], trains))
+    layers = {module: adapted_linear(model, module, file, dtype, dropout_probability) for module in adapted}
     model.requires_grad_(False)
+    for parameter, tensor, trains in whole:
+        parameter.data = tensor.to(parameter.device, dtype if trains else parameter.dtype, copy=True)
+        parameter.requires_grad_(trains)
     for module, layer in layers.items():
-        layer.base.requires_grad_(False)
         replace_module(model, module, layer.train(model.training))
-    for name, parameter in parameters.items():
-        parameter.data = full[name].to(parameter.device, dtype, copy=True)
-        parameter.requires_grad_(True)
 
 
 def read_adapter(folder: str | Path, model_config: ModelConfig) -> AdapterFile:
@@ -203,9 +210,8 @@ def read_adapter(folder: str | Path, model_config: ModelConfig) -> AdapterFile:
     if model_config.tied_head:
         _join_tied_head(file)
     for name in file.config.get("modules_to_save") or ():
-        if not any(f".{module}".endswith(f".{name.removeprefix('model.')}") for module in file.modules):
-            if name == "lm_head" and model_config.tied_head:
-                continue
+        joined = name == "lm_head" and model_config.tied_head
+        if not joined and not any(f".model.{module}".endswith(f".{name}") for module in file.modules):
             raise file.fault(f"{ADAPTER_CONFIG} lists {name} in modules_to_save, but the file has no tensor of it")
     return file
 
@@ -318,10 +324,10 @@ def adapted_linear(
     shapes = {"lora_A": (rank, base.in_features), "lora_B": (base.out_features, rank)}
     if file.dora:
         shapes["magnitude"] = (base.out_features,)
-    for part, tensor in parts.items():
+    for part in sorted(parts.keys() & ADAPTER_PARTS):
         if part not in shapes:
             raise file.fault(f"{module}.{part} does not belong to an adapter of this kind ({', '.join(shapes)})")
-        _check_shape(f"{module}.{part}", tensor, shapes[part], file)
+        _check_shape(f"{module}.{part}", parts[part], shapes[part], file)
     layer = LoraLinear(
         base,
         rank,
@@ -340,10 +346,11 @@ def adapted_linear(
 
 
 def trained_parameter(model: Decoder, name: str, tensor: torch.Tensor, file: AdapterFile) -> torch.nn.Parameter:
+    """The model's parameter that this tensor of the file replaces."""
     try:
         parameter = model.get_parameter(name)
     except AttributeError as error:
-        raise file.fault(f"trains {name}, which this model does not have") from error
+        raise file.fault(f"holds {name}, which this model does not have") from error
     _check_shape(name, tensor, tuple(parameter.shape), file)
     return parameter
 
