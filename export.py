@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import config as configuration
-from adapter_files import adapted_linear, read_adapter, trained_parameter
+from adapter_files import ADAPTER_PARTS, adapted_linear, read_adapter, trained_parameter
 from architectures import ModelConfig, from_hf_name, to_hf_name
 from checkpoint import DTYPES, checkpoint_dtype, copy_side_files, write_model_json
 from data import DataOptions
@@ -172,18 +172,17 @@ class Adapter:
         self.layers: dict[str, LoraLinear] = {}
         for module, parts in self.file.modules.items():
             if "lora_A" in parts or "lora_B" in parts:
-                parts.pop("weight", None)  # peft stores a tied head's own base weight beside its adapter
                 self.layers[module] = adapted_linear(skeleton, module, self.file, torch.float32, 0.0)
-            for part in parts if module not in self.layers else ():
+            for part in parts.keys() - ADAPTER_PARTS:
                 trained_parameter(skeleton, f"{module}.{part}", parts[part], self.file)
 
     def apply(self, name: str, tensor: Tensor) -> Tensor:
         """One of the model's tensors after this adapter; fp32 where an update was added."""
         module, _, part = name.rpartition(".")
         parts = self.file.modules.get(module, {})
-        if module in self.layers and part == "weight":
-            return self._merged(module, parts, tensor)
-        return parts[part].to(tensor.device) if part in parts else tensor
+        if part in parts:  # trained in full; or, where the head has an adapter, the base that peft stores beside it
+            tensor = parts[part].to(tensor.device)
+        return self._merged(module, parts, tensor) if module in self.layers and part == "weight" else tensor
 
     def _merged(self, module: str, parts: dict[str, Tensor], weight: Tensor) -> Tensor:
         layer = self.layers[module]

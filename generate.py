@@ -146,12 +146,12 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
 def draw(logits: Tensor, uniforms: list[float]) -> Tensor:
     """One token per row, (B,): where the row's number from [0, 1) falls in the cumulative distribution.
 
-    Summed in fp64: 150 thousand fp32 terms would leave out the unlikely end. Tokens at -inf are never drawn.
+    Summed in fp64: 150 thousand fp32 terms would leave out the unlikely end. Tokens at -inf are never drawn: they add
+    nothing to the sum, and the largest number below 1 times the total rounds to less than the total.
     """
     cumulative = logits.softmax(-1).double().cumsum(-1)  # (B, V)
     total = cumulative[:, -1:]
     target = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)[:, None] * total
-    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))  # the product may round up
     return torch.searchsorted(cumulative, target, right=True)[:, 0]
 
 

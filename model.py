@@ -317,7 +317,7 @@ def inverse_frequencies(rope: Rope, size: int, device=None) -> Tensor:
 
 
 def dynamic_inverse_frequencies(rope: Rope, size: int, lengths: Tensor) -> Tensor:
-    """NTK-aware base by text length: theta * (f s / L0 - (f - 1))^(D / (D - 2)) for s > L0.  lengths (N,) -> (N, D/2)."""
+    """NTK-aware base by text length: theta * (f s / L0 - (f - 1))^(D / (D - 2)) for s > L0; lengths (N,) -> (N, D/2)."""
     length = lengths.float().clamp(min=rope.original_positions)
     growth = rope.factor * length / rope.original_positions - (rope.factor - 1)
     theta = rope.theta * growth ** (size / (size - 2))  # (N,)

@@ -107,8 +107,9 @@ def assert_equal_logits(found: torch.Tensor, expected: torch.Tensor) -> None:
         {"use_dora": True, "use_rslora": True, "target_modules": ["q_proj", "down_proj"]},
         {"rank_pattern": {"q_proj": 7, "layers.1.mlp.up_proj": 2}, "alpha_pattern": {"k_proj": 30}},
         {"modules_to_save": ["norm"]},
+        {"target_modules": "all-linear", "exclude_modules": ["lm_head"]},
     ],
-    ids=["lora", "rslora", "dora", "rsdora", "patterns", "full-module"],
+    ids=["lora", "rslora", "dora", "rsdora", "patterns", "full-module", "all-linear"],
 )
 def test_merged_logits_equal_peft(base, tmp_path, options):
     model, folder = base
@@ -135,6 +136,14 @@ def test_several_adapters_are_merged_in_order(base, tmp_path):
         expected = both(TOKENS).logits
     assert_equal_logits(logits_of(tmp_path / "ab"), expected)
     assert not torch.allclose(logits_of(tmp_path / "ba"), expected, atol=1e-2)
+
+
+def test_an_untied_head_with_an_adapter_equals_peft(untied, tmp_path):
+    model, folder = untied
+    adapted = add_adapter(model, tmp_path / "adapter", target_modules=["v_proj", "lm_head"])
+    assert run(tmp_path / "adapter", model=folder, target=tmp_path / "out") == 0
+    with torch.no_grad():
+        assert_equal_logits(logits_of(tmp_path / "out"), adapted(TOKENS).logits)
 
 
 # Tied heads
