@@ -14,6 +14,7 @@ Run: python -c "from templates import *; print(TEMPLATES['chatml'].render([Messa
 import difflib
 import json
 import re
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -461,11 +462,14 @@ def encode_dialogue(tokenizer, spans: list[Span]) -> EncodedDialogue:
     for flag, (part_ids, part_starts) in zip(flags, tokenizer.encode_parts_with_starts(parts)):
         ids += part_ids
         answer += [flag] * len(part_ids)
-        for start in part_starts:
-            while owner + 1 < len(spans) and starts[owner + 1] <= start:
-                owner += 1
-            turn.append(spans[owner].turn)
-            role.append(spans[owner].role)
+        begin = 0
+        while begin < len(part_ids):
+            last = owner + 1 == len(spans)
+            end = len(part_ids) if last else bisect_left(part_starts, starts[owner + 1], begin)
+            turn += [spans[owner].turn] * (end - begin)
+            role += [spans[owner].role] * (end - begin)
+            begin = end
+            owner += begin < len(part_ids)
     return EncodedDialogue(ids, answer, turn, role)
 
 

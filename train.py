@@ -48,6 +48,7 @@ from objectives import STAGES
 from optim import OptimOptions
 from parallel import World
 from runs import Progress, StopRun, TrainOptions
+from sources import HubAccess
 from templates import TemplateOptions, get_template
 from token_store import ExampleStore
 from tokenizer import Tokenizer
@@ -111,8 +112,10 @@ def main(argv: list[str]) -> int:
     except (StopRun, ValueError, OSError) as error:
         if os.environ.get("ANVIL_TRACEBACK"):
             raise
-        print(f"{name}: {error}\n(set ANVIL_TRACEBACK=1 to see where)", file=sys.stderr, flush=True)
-        return 1 if isinstance(error, StopRun) else 2
+        full = isinstance(error, OSError) and error.errno in runs.DISK_FULL
+        text = f"output_dir: {options.output_dir}: {error}; make room and run the same command again" if full else error
+        print(f"{name}: {text}\n(set ANVIL_TRACEBACK=1 to see where)", file=sys.stderr, flush=True)
+        return 1 if full or isinstance(error, StopRun) else 2
     finally:
         parallel.stop()
 
@@ -186,7 +189,7 @@ def find_start(config: configuration.Config) -> tuple[Path | None, Path]:
 
 def prepare_data(config: configuration.Config, source: Path, template, tokenizer: Tokenizer, world: World) -> Prepared:
     """Tokenise, report what was lost, show the first example, and see that the model knows every token id."""
-    options, data_options = config[TrainOptions], config[DataOptions]
+    options, data_options, model_options = config[TrainOptions], config[DataOptions], config[ModelOptions]
     prepared = load_datasets(
         data_options,
         template,
@@ -195,13 +198,16 @@ def prepare_data(config: configuration.Config, source: Path, template, tokenizer
         seed=options.seed,
         is_main=world.is_main,
         enable_thinking=config[TemplateOptions].enable_thinking,
+        cache_dir=model_options.cache_dir,
+        hub=HubAccess(model_options.hf_hub_token, model_options.ms_hub_token, model_options.cache_dir),
     )
     world.print(prepared.report)
-    stores = [store for store in (prepared.train, *prepared.eval.values()) if isinstance(store, ExampleStore)]
-    if stores:
-        world.print(f"\nthe first example: {describe_example(stores[0].example(0), tokenizer)}\n")
+    first = prepared.first_example()
+    if first is not None:
+        world.print(f"\nthe first example: {describe_example(first, tokenizer)}\n")
     known = load_config(source).vocab_size
     if tokenizer.vocab_size > known:  # some tokenizers hold ids that are never used; those do no harm
+        stores = [store for store in (prepared.train, *prepared.eval.values()) if isinstance(store, ExampleStore)]
         largest = max((int(part.tokens.max()) for store in stores for part in store.parts), default=0)
         if data_options.streaming:
             largest = tokenizer.vocab_size - 1
