@@ -187,7 +187,7 @@ def load_adapter(
     for module, parts in file.modules.items():
         trains = module not in adapted and file.lists_in_full(module)
         for part in sorted(parts.keys() - ADAPTER_PARTS):
-            parameter = trained_parameter(model, f"{module}.{part}", parts[part], file)
+            parameter = whole_parameter(model, f"{module}.{part}", parts[part], file)
             whole.append((parameter, parts[part], trains))
     layers = {module: adapted_linear(model, module, file, dtype, dropout_probability) for module in adapted}
     model.requires_grad_(False)
@@ -345,7 +345,7 @@ def adapted_linear(
     return layer
 
 
-def trained_parameter(model: Decoder, name: str, tensor: torch.Tensor, file: AdapterFile) -> torch.nn.Parameter:
+def whole_parameter(model: Decoder, name: str, tensor: torch.Tensor, file: AdapterFile) -> torch.nn.Parameter:
     """The model's parameter that this tensor of the file replaces."""
     try:
         parameter = model.get_parameter(name)
