@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import config as configuration
-from adapter_files import ADAPTER_PARTS, adapted_linear, read_adapter, trained_parameter
+from adapter_files import ADAPTER_PARTS, adapted_linear, read_adapter, whole_parameter
 from architectures import ModelConfig, from_hf_name, to_hf_name
 from checkpoint import DTYPES, checkpoint_dtype, copy_side_files, write_model_json
 from data import DataOptions
@@ -174,7 +174,7 @@ class Adapter:
             if "lora_A" in parts or "lora_B" in parts:
                 self.layers[module] = adapted_linear(skeleton, module, self.file, torch.float32, 0.0)
             for part in parts.keys() - ADAPTER_PARTS:
-                trained_parameter(skeleton, f"{module}.{part}", parts[part], self.file)
+                whole_parameter(skeleton, f"{module}.{part}", parts[part], self.file)
 
     def apply(self, name: str, tensor: Tensor) -> Tensor:
         """One of the model's tensors after this adapter; fp32 where an update was added."""
