@@ -1,0 +1,75 @@
+"""The README's commands and snippets run as written (shortened by overrides at the end of the line)."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+# what keeps a real command to seconds: options that the README's reader would not need
+SHORTER = {
+    "train.py": ["max_steps=1", "max_samples=12", "cutoff_len=64", "evaluation_strategy=no", "val_size=0"],
+    "chat.py": ["max_new_tokens=3"],
+}
+
+needs_model = pytest.mark.skipif(not MODEL.is_dir(), reason="the demonstration model is not here; make test fetches it")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands() -> list[str]:
+    return [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder that looks like the repository, so that the commands' outputs land beside nobody's work."""
+    folder = tmp_path_factory.mktemp("readme")
+    for path in ROOT.iterdir():
+        if path.suffix == ".py" or path.name in ("configs", "data", "kernels"):
+            (folder / path.name).symlink_to(path)
+    (folder / "models").mkdir()
+    (folder / "models" / MODEL.name).symlink_to(MODEL)
+    return folder
+
+
+@needs_model
+def test_every_command_of_the_readme_runs_in_order(workplace):
+    assert len(commands()) >= 6
+    for line in commands():
+        words = shlex.split(line, comments=True)
+        assert words[0] == "python", f"the test runs python commands only: {line}"
+        more = SHORTER.get(words[1], [])
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(workplace / "cache")}
+        done = subprocess.run(
+            [sys.executable, *words[1:], *more], cwd=workplace, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
+@needs_model
+def test_the_python_snippet_gives_hidden_states_and_logits(workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
+    (snippet,) = blocks("python")
+    assert len(snippet.splitlines()) == 5
+    names: dict = {}
+    exec(compile(snippet, "README.md", "exec"), names)
+    count = len(names["tokens"])
+    assert names["hidden"].shape == (count, 576) and names["logits"].shape == (count, 49152)
+    tokenizer = names["tokenizer"].Tokenizer.from_folder(f"models/{MODEL.name}")
+    assert tokenizer.decode([names["logits"][-1].argmax().item()]) == " Paris"
+
+
+def test_files_that_the_readme_names_exist():
+    for name in set(re.findall(r"`([a-z_]+\.py|[a-z]+/[a-z_./]*)`", README)):
+        if not name.startswith(("saves/", "models/", "output_dir/")):
+            assert (ROOT / name).exists(), name
