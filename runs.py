@@ -34,6 +34,7 @@ SAVE_REQUEST = "SAVE"  # `touch output_dir/SAVE` asks a running training for a c
 # what an overwriting run removes beside the checkpoints; weights stay until the new ones replace them
 LOGS = ("trainer_log.jsonl", TRAINER_STATE, RESULTS, "eval_results.json", "all_results.json", "training_loss.png")
 WEIGHTS = ("adapter_config.json", "adapter_model.safetensors", "model*.safetensors", "model.safetensors.index.json")
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NAME = re.compile(r"checkpoint-(\d+)")
 _TEMPORARY = ".tmp-"
 _GRACE_SECONDS = 1.0  # a terminal and a launcher may both pass on one Ctrl-C; a later one means it
@@ -247,7 +248,7 @@ def refuse_to_destroy(output_dir: Path, overwrite: bool, sources: Mapping[str, S
 def prepare_folder(output_dir: Path, resume: Path | None, overwrite: bool) -> list[str]:
     """Remove what killed processes left, and what would be mistaken for this run's. Gives notices."""
     for path in output_dir.glob(f"{_TEMPORARY}*"):
-        _remove(path)
+        _remove(path) if path.is_dir() else path.unlink()
     notices = []
     (output_dir / SAVE_REQUEST).unlink(missing_ok=True)
     if resume is None and overwrite:

@@ -164,7 +164,8 @@ def run(config: configuration.Config, world: World) -> int:
         if world.is_main:
             for notice in runs.prepare_folder(output_dir, resume, options.overwrite_output_dir):
                 world.print(f"note: {notice}")
-            config.save(output_dir / runs.RUN_CONFIG)
+            config.save(output_dir / f".tmp-{runs.RUN_CONFIG}")
+            os.replace(output_dir / f".tmp-{runs.RUN_CONFIG}", output_dir / runs.RUN_CONFIG)
         status = train(this, runs.read_history(resume) if resume is not None else [])
     if options.do_eval and eval_loaders and status == 0:
         results = evaluate(this)

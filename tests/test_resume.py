@@ -363,3 +363,10 @@ def test_a_disk_that_is_full_at_the_end_is_said_so(tiny, tmp_path):
     assert child.wait() == 1
     assert f"output_dir: {tmp_path}/end could not be written" in child.text()
     assert not list((tmp_path / "end").glob("adapter*")) and not list((tmp_path / "end").glob(".tmp*"))
+
+
+def test_a_disk_too_full_for_the_small_files_is_said_so(tiny, tmp_path):
+    child = tiny.child("log", file_limit=2500, output_dir=tmp_path / "log")
+    assert child.wait() == 1
+    assert f"output_dir: {tmp_path}/log: " in child.text() and "make room" in child.text()
+    assert "Traceback" not in child.text() and not (tmp_path / "log/run_config.yaml").exists()

@@ -10,6 +10,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from tiny_runs import CONFIG, ROOT, assert_same_weights, make_rows, tiny_runs
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import config as configuration
 import runs
@@ -91,6 +92,37 @@ def test_neftune_changes_training_and_not_evaluation(tiny, out):
     assert tiny.train(out, overwrite_output_dir=True, neftune_noise_alpha=5, **keys) == 0
     noisy = tiny.losses(out), tiny.losses(out, "eval_loss")
     assert plain[0] != noisy[0] and plain[1] == noisy[1]
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what makes the host wait for a GPU: .item(), int(tensor), bool(tensor), nonzero."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keys=None):
+        self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return function(*arguments, **(keys or {}))
+
+
+@pytest.mark.parametrize("keys", [{"gradient_accumulation_steps": 2, "lora_dropout": 0.1}, {"fp16": True}], ids=str)
+def test_the_loop_does_not_wait_for_the_device_between_log_lines(tiny, out, keys):
+    counts = []
+    for steps in (2, 7):
+        with HostReads() as reads:
+            assert tiny.train(out, max_steps=steps, logging_steps=100, overwrite_output_dir=True, **keys) == 0
+        counts.append(reads.count)
+    assert counts[0] == counts[1]
+
+
+def test_evaluating_changes_nothing_of_the_training(tiny, out):
+    keys = {"lora_dropout": 0.2, "neftune_noise_alpha": 5, "eval_dataset": tiny.folder / "few.json"}
+    assert tiny.train(out, **keys) == 0
+    losses, weights = tiny.losses(out), tiny.weights(out)
+    assert tiny.train(out, evaluation_strategy="steps", eval_steps=1, overwrite_output_dir=True, **keys) == 0
+    assert losses == tiny.losses(out)
+    assert_same_weights(weights, tiny.weights(out))
 
 
 def test_gradient_checkpointing_changes_no_bit(tiny, out):
