@@ -24,7 +24,8 @@ def matmul_transposed(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
     a is copied unless it is contiguous; b may be contiguous either way round (a weight or its transpose).
     """
-    if a.dtype is torch.float32 and a.device.type == "cpu" and onednn_fp32_available():
+    # without rows oneDNN refuses
+    if a.dtype is torch.float32 and a.device.type == "cpu" and a.numel() > 0 and onednn_fp32_available():
         if not (b.is_contiguous() or b.T.is_contiguous()):
             b = b.contiguous()  # oneDNN takes a strided b too, but 4000 times slower
         return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], None)
@@ -66,7 +67,7 @@ def linear_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     if x.shape[0] == 1 and weight.stride(0) == 1 and weight.dtype is x.dtype and not torch.is_grad_enabled():
         return matvec_by_rows(x, weight.T, bias)
     plain = weight.is_contiguous() or weight.T.is_contiguous()  # oneDNN is very slow on other strides
-    if x.dtype is torch.float32 and weight.dtype is torch.float32 and plain:
+    if x.dtype is torch.float32 and weight.dtype is torch.float32 and plain and x.numel() > 0:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], None)
     return F.linear(x, weight.to(x.dtype), bias)
 
