@@ -44,13 +44,17 @@ class KVCache:
 
     def __init__(self, config: ModelConfig, sequences: int, capacity: int, dtype=torch.float32, device="cpu"):
         shape = (config.num_layers, 2, sequences, config.num_kv_heads, capacity, config.head_dim)
-        self.storage = torch.zeros(shape, dtype=dtype, device=device)  # zeros: a masked NaN is still a NaN
+        self._hold(torch.zeros(shape, dtype=dtype, device=device))  # zeros: a masked NaN is still a NaN
         self.capacity = capacity  # tokens per sequence
         self.lengths = [0] * sequences
 
+    def _hold(self, storage: Tensor) -> None:
+        self.storage = storage
+        self._layers = [tuple(layer.unbind(0)) for layer in storage]  # (keys, values) of each, made once
+
     def append(self, layer: int, k: Tensor, v: Tensor, borders: list[int]) -> tuple[Tensor, Tensor]:
         """Store the new k, v (T, K, D) of one layer behind each sequence's filled part; give back the whole layer."""
-        keys, values = self.storage[layer].unbind(0)
+        keys, values = self._layers[layer]
         if k.shape[0] == len(self.lengths) and borders[-1] == len(self.lengths):  # one new token each
             if len(set(self.lengths)) == 1:  # all at the same place: two copies serve every sequence
                 place = self.lengths[0]
@@ -74,9 +78,10 @@ class KVCache:
             return
         grown = max(capacity, self.capacity + self.capacity // 2)
         *shape, _, head_dim = self.storage.shape
-        storage = self.storage.new_empty((*shape, grown, head_dim))
+        storage = self.storage.new_zeros((*shape, grown, head_dim))
         storage[..., : self.capacity, :] = self.storage
-        self.storage, self.capacity = storage, grown
+        self._hold(storage)
+        self.capacity = grown
 
     def drop(self, sequence: int) -> None:
         """Forget one sequence. The last one takes its place, so at most one sequence is copied."""
@@ -86,11 +91,12 @@ class KVCache:
             self.storage[:, :, sequence, :, :filled] = self.storage[:, :, last, :, :filled]
         lengths = list(self.lengths)
         lengths[sequence] = lengths[last]
-        self.storage, self.lengths = self.storage[:, :, :last], lengths[:last]
+        self._hold(self.storage[:, :, :last])
+        self.lengths = lengths[:last]
 
     def keep(self, sequences: list[int]) -> None:
         """Drop all sequences but these (finished ones make room)."""
-        self.storage = self.storage[:, :, sequences]
+        self._hold(self.storage[:, :, sequences])
         self.lengths = [self.lengths[i] for i in sequences]
 
 

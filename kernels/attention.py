@@ -46,7 +46,12 @@ def cached_attention_reference(q, keys, values, borders, lengths, window: int | 
     """
     gqa = q.shape[1] != keys.shape[1]
     count = len(lengths)
-    if q.shape[0] == count and count > 1:  # one new token each: one call for all sequences
+    if q.shape[0] == count == 1:  # one new token of one sequence: no mask, no loop
+        first = 0 if window is None else max(0, lengths[0] - window)
+        keys, values = keys[:, :, first : lengths[0]], values[:, :, first : lengths[0]]
+        out = F.scaled_dot_product_attention(q[:, :, None], keys, values, scale=scale, enable_gqa=gqa)
+        return out[:, :, 0]  # (1, H, 1, D) -> (1, H, D)
+    if q.shape[0] == count:  # one new token each: one call for all sequences
         longest = max(lengths)
         positions = torch.arange(longest, device=q.device)
         ends = torch.tensor(lengths, device=q.device)[:, None]

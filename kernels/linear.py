@@ -2,7 +2,7 @@
 
 Why a file for one matrix product: on x86 machines that are not Intel's, torch sends fp32 products to MKL, which there
 stays on its 256-bit path; oneDNN (already inside torch) runs the same product with 512-bit registers, measured 2.2 times
-as fast (bench/train_cpu.py prints both rates). The product is still true fp32. bf16 and fp16 go to oneDNN in any case.
+as fast (bench/train_cpu.py prints both). The product is still true fp32. bf16 and fp16 go to oneDNN in any case.
 
 Casting here instead of under autocast keeps precision visible: parameters may be fp32 masters while x is bf16, and the
 backward pass casts again instead of holding a second copy of every weight.
@@ -32,6 +32,7 @@ def matmul_transposed(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a @ b.T
 
 
+@functools.cache  # asked at every product
 def onednn_fp32_available() -> bool:
     """Whether this torch build carries oneDNN's linear operator and the processor has 512-bit registers."""
     return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_supported()
@@ -80,7 +81,8 @@ def matvec_by_rows(x: torch.Tensor, table: torch.Tensor, bias: torch.Tensor | No
     35% for MKL's on the shapes of a 135M model. One bag per thread, each over its share of the rows.
     """
     rows, starts = _shares(table.shape[0], min(torch.get_num_threads(), table.shape[0]))
-    result = torch.embedding_bag(table, rows, starts, mode=0, per_sample_weights=x[0])[0]  # (bags, out)
+    # detached: where a gradient could be asked for, the operation also builds what its backward pass would need
+    result = torch.embedding_bag(table.detach(), rows, starts, mode=0, per_sample_weights=x[0])[0]  # (bags, out)
     result = result.sum(0, keepdim=True)
     return result if bias is None else result.add_(bias)
 
