@@ -61,7 +61,8 @@ class _Linear(torch.autograd.Function):
 
 def linear_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """linear_reference with fp32 products on oneDNN, forward and backward. x must be (T, in)."""
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    trained = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    if trained and torch.is_grad_enabled():
         return _Linear.apply(x, weight, bias)
     if bias is not None:
         bias = bias.to(x.dtype)
