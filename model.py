@@ -100,6 +100,9 @@ class KVCache:
         self.lengths = [self.lengths[i] for i in sequences]
 
 
+_QKV, _GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")  # what Joined joins
+
+
 class Joined:
     """Linears with one input, as one product for decoding on a CPU: (T, in) -> one (T, out) per part.
 
@@ -117,9 +120,10 @@ class Joined:
             self.weight = table.T
             self.bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
 
-    def serves(self, *linears: nn.Module) -> bool:
-        """Whether these are still the layers that were joined: an adapter may have been put around one since."""
-        return all(linear is part for linear, part in zip(linears, self.parts))
+    def serve(self, owner: nn.Module, names: tuple[str, ...]) -> bool:
+        """Whether the owner still has the layers that were joined: an adapter may have been put around one since."""
+        children = owner._modules  # a plain dict: this is asked in every layer of every step
+        return all([children[name] is part for name, part in zip(names, self.parts)])
 
     def __call__(self, x: Tensor) -> Tensor:
         return kernels.linear(x, self.weight, self.bias)
@@ -143,26 +147,26 @@ class Attention(nn.Module):
         self.layer = layer
         self.joined: Joined | None = None
 
-    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor, row: "Row") -> tuple[Tensor, Tensor, Tensor]:
         """x (T, E) -> q (T, H, D), k and v (T, K, D), q and k normalised and rotated."""
-        q_proj, k_proj, v_proj = self.q_proj, self.k_proj, self.v_proj
-        if self.joined is not None and self.joined.serves(q_proj, k_proj, v_proj):
+        if self.joined is not None and self.joined.serve(self, _QKV):
             heads = self.joined(x).view(x.shape[0], -1, self.head_dim)  # (T, H + 2K, D)
             queries, keys, _ = (size // self.head_dim for size in self.joined.sizes)
+            if row.tables is not None and not self.qk_norm:  # q and k stand side by side: one rotation for both
+                v = heads.narrow(1, queries + keys, keys)
+                heads = kernels.rotate(heads.narrow(1, 0, queries + keys), *row.tables)
+                return heads.narrow(1, 0, queries), heads.narrow(1, queries, keys), v
             q, k, v = heads.split([queries, keys, keys], dim=1)
-            if not self.qk_norm:  # q and k stand side by side: one rotation for both
-                q, k = kernels.rope(heads[:, : queries + keys], cos, sin).split([queries, keys], dim=1)
-                return q, k, v
         else:
-            q = q_proj(x).unflatten(-1, (-1, self.head_dim))
-            k = k_proj(x).unflatten(-1, (-1, self.head_dim))
-            v = v_proj(x).unflatten(-1, (-1, self.head_dim))
+            q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
+            k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))
+            v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         return kernels.rope(q, cos, sin), kernels.rope(k, cos, sin), v
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, row: "Row") -> Tensor:
-        q, k, v = self.project(x, cos, sin)
+        q, k, v = self.project(x, cos, sin, row)
         if row.cache is None:
             out = kernels.attention(q, k, v, row.cu_seqlens, row.max_seqlen, self.window, self.scale)
         else:
@@ -182,11 +186,10 @@ class MLP(nn.Module):
         self.joined: Joined | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        gate_proj, up_proj = self.gate_proj, self.up_proj
-        if self.joined is not None and self.joined.serves(gate_proj, up_proj):
+        if self.joined is not None and self.joined.serve(self, _GATE_UP):
             gate, up = self.joined(x).chunk(2, dim=-1)
         else:
-            gate, up = gate_proj(x), up_proj(x)
+            gate, up = self.gate_proj(x), self.up_proj(x)
         return self.down_proj(kernels.gated_mlp(gate, up, self.activation))
 
 
@@ -208,6 +211,7 @@ class Row:
 
     def __init__(self, cu_seqlens: Tensor, max_seqlen: int, cache: KVCache | None):
         self.cu_seqlens, self.max_seqlen, self.cache = cu_seqlens, max_seqlen, cache
+        self.tables: tuple[Tensor, Tensor] | None = None  # of the rotation, when decoding without gradient
         if cache is not None:
             self.borders = cu_seqlens.tolist()
             new = [stop - start for start, stop in zip(self.borders, self.borders[1:])]
@@ -250,6 +254,8 @@ class Decoder(nn.Module):
             x = x + _neftune_noise(x, cu_seqlens, self.embedding_noise)
         row = Row(cu_seqlens, max_seqlen, cache)
         cos, sin = self._rotation(positions, row, x.dtype)
+        if cache is not None and not torch.is_grad_enabled():
+            row.tables = kernels.rotation_tables(cos, sin)
         for block in self.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, row, use_reentrant=False)

@@ -27,6 +27,8 @@ __all__ = [
     "lora_linear",
     "rms_norm",
     "rope",
+    "rotate",
+    "rotation_tables",
 ]
 
 
@@ -42,6 +44,7 @@ def _mode() -> str:
 _REFERENCE = _mode() == "reference"  # read once: the choice must not change in the middle of a run
 
 rope = _rope.rope_reference if _REFERENCE else _rope.rope
+rotate, rotation_tables = _rope.rotate, _rope.rotation_tables  # the same in two steps, for decoding
 gated_mlp = _gated_mlp.gated_mlp_reference if _REFERENCE else _gated_mlp.gated_mlp
 linear_cross_entropy = (
     _cross_entropy.linear_cross_entropy_reference if _REFERENCE else _cross_entropy.linear_cross_entropy

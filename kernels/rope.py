@@ -34,7 +34,14 @@ class _Rope(torch.autograd.Function):
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x * (cos, cos) + (x2, x1) * (-sin, sin), with the halves of x swapped."""
-    cos = torch.cat((cos, cos), dim=-1)[:, None]  # (T, 1, D)
-    sin = torch.cat((-sin, sin), dim=-1)[:, None]
+    return rotate(x, *rotation_tables(cos, sin))
+
+
+def rotation_tables(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos, sin (T, D/2) -> (cos, cos) and (-sin, sin), each (T, 1, D): made once for all layers when decoding."""
+    return torch.cat((cos, cos), dim=-1)[:, None], torch.cat((-sin, sin), dim=-1)[:, None]
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x (T, heads, D) * (cos, cos) + (x2, x1) * (-sin, sin): the halves of x swapped; cos, sin by rotation_tables."""
     return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, dims=-1), sin)
