@@ -1,0 +1,261 @@
+"""Greedy decoding on a CPU: Anvil beside transformers generate (and llama.cpp), same prompts, in one run.
+
+    python bench/decode_cpu.py
+    python bench/decode_cpu.py prompt=64 new=128 threads=2 repeats=7 batch=1 dtype=float32 out=result.json
+    python bench/decode_cpu.py systems=anvil,transformers,llama.cpp gguf=model-f16.gguf
+
+Every system has a process of its own; they take turns, A-B-A-B, so a noisy neighbour meets all of them. transformers
+runs with its fastest plain settings (sdpa, cache). batch > 1: prompts of different lengths, which transformers pads on
+the left. The time is that of the whole call: prompt and new tokens. A system that cannot run here is listed as "not
+run". In fp32 all systems have to write the same tokens, or the run fails. The bound: every weight is read once per
+step, at the speed at which this run reads a large tensor.
+"""
+
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+DEFAULTS = {"model": str(ROOT / "models/SmolLM2-135M-Instruct"), "systems": "anvil,transformers,llama.cpp"}
+DEFAULTS |= {"prompt": "64", "new": "128", "batch": "1", "repeats": "7", "threads": "2", "dtype": "float32"}
+DEFAULTS |= {"gguf": "", "out": str(ROOT / "bench/results/decode_cpu.json")}
+WARMUP_RUNS = 1
+SEED = 0
+
+
+def make_prompts(folder: str, length: int, batch: int) -> list[list[int]]:
+    """Pieces of a text in the model's own tokens; in a batch of lengths from half to all of `length`."""
+    from tokenizer import Tokenizer
+
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    ids = Tokenizer.from_folder(folder).encode(text)
+    lengths = [length - i * length // (2 * batch) for i in range(batch)]
+    starts = torch.randint(0, len(ids) - length, (batch,), generator=torch.Generator().manual_seed(SEED)).tolist()
+    return [ids[start : start + size] for start, size in zip(starts, lengths)]
+
+
+# The systems. Each gives a function run(prompts, new) -> new tokens of every prompt.
+
+
+def anvil(options: dict):
+    from checkpoint import load_model
+    from generate import GenerateOptions, generate
+    from model import lay_out_for_decoding
+
+    model = load_model(options["model"], dtype=getattr(torch, options["dtype"]))
+    lay_out_for_decoding(model)
+
+    def run(prompts, new: int) -> list[list[int]]:
+        greedy = GenerateOptions(do_sample=False, max_new_tokens=new)
+        return [completion.ids for completion in generate(model, prompts, greedy, stop_ids=())]
+
+    return run
+
+
+def transformers_generate(options: dict):
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        options["model"], dtype=getattr(torch, options["dtype"]), attn_implementation="sdpa"
+    ).eval()
+
+    @torch.inference_mode()
+    def run(prompts, new: int) -> list[list[int]]:
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        greedy = {"do_sample": False, "use_cache": True, "max_new_tokens": new, "eos_token_id": None, "pad_token_id": 0}
+        out = model.generate(ids, attention_mask=mask, **greedy)
+        return out[:, longest:].tolist()
+
+    return run
+
+
+def llama_cpp(options: dict):
+    import llama_cpp
+
+    threads = int(options["threads"])
+    model = llama_cpp.Llama(options["gguf"], n_ctx=2048, n_threads=threads, n_threads_batch=threads, verbose=False)
+
+    def run(prompts, new: int) -> list[list[int]]:
+        result = []
+        for prompt in prompts:  # one after the other: the binding has no batches
+            model.reset()
+            tokens = model.generate(prompt, temp=0.0, top_k=1, repeat_penalty=1.0)
+            result.append([next(tokens) for _ in range(new)])
+        return result
+
+    return run
+
+
+SYSTEMS = {"anvil": anvil, "transformers": transformers_generate, "llama.cpp": llama_cpp}
+
+
+def why_not(system: str, options: dict) -> str | None:
+    """Why this system cannot run here, or None."""
+    module = {"anvil": "torch", "transformers": "transformers", "llama.cpp": "llama_cpp"}[system]
+    if importlib.util.find_spec(module) is None:
+        return f"{module} is not installed"
+    if system == "llama.cpp" and not options["gguf"]:
+        return "no gguf=FILE given"
+    return None
+
+
+def worker(system: str, options: dict) -> None:
+    """Reads prompts as JSON lines, answers {seconds, tokens}."""
+    torch.set_num_threads(int(options["threads"]))
+    run = SYSTEMS[system](options)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        prompts = json.loads(line)
+        start = time.perf_counter()
+        tokens = run(prompts, int(options["new"]))
+        print(json.dumps({"seconds": time.perf_counter() - start, "tokens": tokens}), flush=True)
+
+
+def start_worker(system: str, options: dict) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": options["threads"], "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, __file__, "--worker", system, json.dumps(options)]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, bufsize=1
+    )
+    for line in process.stdout:
+        if line.strip() == "ready":
+            return process
+    raise SystemExit(f"{system}: the worker ended before it was ready")
+
+
+def read_rate(threads: int) -> float:
+    """GB/s at which a tensor of 512 MB is summed: median of 9."""
+    torch.set_num_threads(threads)
+    tensor = torch.ones(128 * 2**20)
+    times = []
+    for _ in range(9):
+        start = time.perf_counter()
+        tensor.sum()
+        times.append(time.perf_counter() - start)
+    return tensor.numel() * 4 / statistics.median(times) / 1e9
+
+
+def weight_bytes(options: dict) -> int:
+    """What one step reads: every weight once. A tied head reads the embedding whole; an untied embedding a few rows."""
+    from checkpoint import load_config
+    from model import Decoder
+
+    model = Decoder(load_config(options["model"]), device="meta")
+    numbers = sum(p.numel() for name, p in model.named_parameters() if name != "embed_tokens.weight")
+    numbers += model.embed_tokens.weight.numel() if model.config.tied_head else 0
+    return numbers * getattr(torch, options["dtype"]).itemsize
+
+
+def measure(options: dict) -> tuple[dict, dict]:
+    """Rates of every system that runs, and why the others do not."""
+    systems = options["systems"].split(",")
+    not_run = {system: reason for system in systems if (reason := why_not(system, options))}
+    prompts = make_prompts(options["model"], int(options["prompt"]), int(options["batch"]))
+    workers = {system: start_worker(system, options) for system in systems if system not in not_run}
+    answers = {system: [] for system in workers}
+    for _ in range(WARMUP_RUNS + int(options["repeats"])):
+        for system, process in workers.items():
+            process.stdin.write(json.dumps(prompts) + "\n")
+            answers[system].append(json.loads(process.stdout.readline()))
+    for process in workers.values():
+        process.stdin.close()
+        process.wait()
+    count = int(options["new"]) * len(prompts)
+    reference = next(iter(answers.values()))[0]["tokens"]
+    result = {}
+    for system, runs in answers.items():
+        rates = [count / run["seconds"] for run in runs[WARMUP_RUNS:]]
+        pairs = zip(sum(runs[-1]["tokens"], []), sum(reference, []))
+        result[system] = {
+            "tokens_per_second": statistics.median(rates),
+            "spread": [min(rates), max(rates)],
+            "equal_tokens": sum(a == b for a, b in pairs) / count,
+        }
+    return result, not_run
+
+
+def main(argv: list[str]) -> int:
+    if argv[:1] == ["--worker"]:
+        worker(argv[1], json.loads(argv[2]))
+        return 0
+    options = DEFAULTS | dict(word.split("=", 1) for word in argv)
+    unknown = options.keys() - DEFAULTS.keys()
+    if unknown:
+        raise SystemExit(f"unknown option {', '.join(sorted(unknown))}; there are {', '.join(DEFAULTS)}")
+    before = read_rate(int(options["threads"]))
+    result, not_run = measure(options)
+    import transformers
+
+    report = {
+        "command": "python bench/decode_cpu.py " + " ".join(argv),
+        "commit": subprocess.check_output(["git", "-C", ROOT, "rev-parse", "HEAD"], text=True).strip(),
+        "machine": cpu_name(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        **{key: int(options[key]) for key in ("threads", "prompt", "new", "batch", "repeats")},
+        "dtype": options["dtype"],
+        "read_gb_per_second": [before, read_rate(int(options["threads"]))],
+        "weight_gb_per_step": weight_bytes(options) / 1e9,
+        "systems": result,
+        "not_run": not_run,
+    }
+    print_table(report)
+    if options["out"]:
+        Path(options["out"]).parent.mkdir(parents=True, exist_ok=True)
+        Path(options["out"]).write_text(json.dumps(report, indent=1) + "\n")
+    different = [system for system, row in result.items() if row["equal_tokens"] < 1 and system != "llama.cpp"]
+    if different and options["dtype"] == "float32":
+        print(f"the tokens differ: {', '.join(different)}")
+        return 1
+    return 0
+
+
+def print_table(report: dict) -> None:
+    reading = statistics.mean(report["read_gb_per_second"])
+    bound = reading / report["weight_gb_per_step"]  # steps per second
+    first, last = report["read_gb_per_second"]
+    print(
+        f"{report['machine']}, {report['threads']} threads, torch {report['torch']}, {report['dtype']}, prompt "
+        f"{report['prompt']}, {report['new']} new tokens, batch {report['batch']}, {report['repeats']} runs each\n"
+        f"reading a tensor: {first:.0f} GB/s before and {last:.0f} after; a step reads "
+        f"{report['weight_gb_per_step']:.2f} GB, so at most {bound:.0f} steps/s"
+    )
+    print(f"{'system':14} {'tok/s':>8} {'min..max':>16} {'of bound':>9} {'equal tokens':>13}")
+    for system, row in report["systems"].items():
+        low, high = row["spread"]
+        share = row["tokens_per_second"] / report["batch"] / bound
+        rate, equal = row["tokens_per_second"], row["equal_tokens"]
+        print(f"{system:14} {rate:8.1f} {low:7.1f}..{high:<7.1f} {share:9.0%} {equal:13.0%}")
+    for system, reason in report["not_run"].items():
+        print(f"{system:14} not run: {reason}")
+    systems = report["systems"]
+    if "anvil" in systems:
+        for rival in systems.keys() - {"anvil"}:
+            ratio = systems["anvil"]["tokens_per_second"] / systems[rival]["tokens_per_second"]
+            print(f"anvil is {ratio:.2f} times as fast as {rival}")
+
+
+def cpu_name() -> str:
+    """The processor's name, as the operating system gives it."""
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        for line in path.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
