@@ -162,8 +162,8 @@ class AdapterFile:
         return bool(self.config.get("use_dora"))
 
     def lists_in_full(self, module: str) -> bool:
-        """Whether modules_to_save names this module (our name), by the end of its name as peft does."""
-        return any(f".model.{module}".endswith(f".{name}") for name in self.config.get("modules_to_save") or ())
+        """Whether modules_to_save names this module (our name): as peft, by the last letters ("norm": each norm)."""
+        return any(f"model.{module}".endswith(name) for name in self.config.get("modules_to_save") or ())
 
 
 def load_adapter(
@@ -211,7 +211,7 @@ def read_adapter(folder: str | Path, model_config: ModelConfig) -> AdapterFile:
         _join_tied_head(file)
     for name in file.config.get("modules_to_save") or ():
         joined = name == "lm_head" and model_config.tied_head
-        if not joined and not any(f".model.{module}".endswith(f".{name}") for module in file.modules):
+        if not joined and not any(f"model.{module}".endswith(name) for module in file.modules):
             raise file.fault(f"{ADAPTER_CONFIG} lists {name} in modules_to_save, but the file has no tensor of it")
     return file
 

@@ -97,6 +97,14 @@ def test_shards_load_as_the_single_file_does(folder):
     assert_same(state(load_model(split_in_shards(folder))), whole)
 
 
+def test_of_two_layouts_in_a_folder_the_single_file_is_read_as_in_transformers(source, folder):
+    split_in_shards(folder)
+    change_json(folder / INDEX, weight_map={"model.norm.weight": "model-00009-of-00009.safetensors"})
+    shutil.copy(source / SINGLE, folder)
+    assert_same(state(load_model(folder)), state(load_model(source)))
+    transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
 def _bin_only(folder):
     (folder / SINGLE).rename(folder / "pytorch_model.bin")
 

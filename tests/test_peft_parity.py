@@ -117,12 +117,13 @@ THEIRS = {
 def test_their_adapter_computes_as_in_peft(bases, tmp_path, case, kind):
     their_adapter(bases(case), **THEIRS[kind]).save_pretrained(tmp_path)
     # read back: saving sorts the patterns, which changes what they mean where two fit
-    theirs = peft.PeftModel.from_pretrained(their_model(bases(case)), tmp_path).eval()
+    theirs = peft.PeftModel.from_pretrained(their_model(bases(case)), tmp_path, is_trainable=True).eval()
     expected, plain = logits_of(theirs), logits_of(load_model(bases(case)))
     assert (expected - plain).abs().max() > 0.01  # else the test would see nothing
     beside, merged = load_model(bases(case)), load_model(bases(case))
     load_adapter(beside, tmp_path)
     assert_close(logits_of(beside), expected)
+    trained_parameters(beside, theirs)  # the same ones train on
     merge_adapters(merged, [tmp_path])
     assert not lora_layers(merged) and not any(parameter.requires_grad for parameter in merged.parameters())
     assert_close(logits_of(merged), expected)
