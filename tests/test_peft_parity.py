@@ -241,6 +241,20 @@ def test_several_adapters_are_merged_in_order(bases, tmp_path):
         load_adapter(model, folders[0])
 
 
+def test_an_embedding_that_is_only_stored_beside_an_adapter_replaces_ours_and_stays_frozen(bases, tmp_path):
+    """peft adds it when the vocabulary was resized, or when it is told to."""
+    theirs = their_adapter(bases("llama-biases"), target_modules=["q_proj"])
+    with torch.no_grad():
+        theirs.base_model.model.model.embed_tokens.weight[5] += 1.0
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    assert "base_model.model.model.embed_tokens.weight" in load_file(tmp_path / ADAPTER_WEIGHTS)
+    model = load_model(bases("llama-biases"))
+    load_adapter(model, tmp_path)
+    assert not model.embed_tokens.weight.requires_grad and not model.lm_head.weight.requires_grad
+    assert_close(logits_of(model), logits_of(theirs))
+    assert torch.equal(model.embed_tokens.weight, theirs.base_model.model.model.embed_tokens.weight)
+
+
 def test_modules_trained_in_full_keep_their_precision_over_a_bf16_base(bases, tmp_path):
     theirs = their_adapter(bases("llama-biases"), target_modules=["q_proj"], modules_to_save=["lm_head"])
     theirs.save_pretrained(tmp_path)
