@@ -29,6 +29,7 @@ from generate import (
     sample,
     split_stop_words,
 )
+from kernels.linear import matvec_by_rows
 from lora import LoraOptions, add_lora
 from model import lay_out_for_decoding
 from tests.tiny_tokenizers import make_tokenizer
@@ -372,11 +373,29 @@ def test_an_adapter_put_on_after_the_layout_is_not_passed_over(model):
         assert generate(model, prompt, GREEDY, stop_ids=[]) == before
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("inputs, outputs", [(1, 7), (2, 1), (123, 45), (576, 960)])
+def test_the_one_row_product_is_exact_for_any_number_of_threads(threads, inputs, outputs):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((1, inputs), (inputs, outputs), (outputs,))
+    x, table, bias = (torch.randn(*shape, generator=generator) for shape in shapes)
+    try:
+        for given in (None, bias):
+            expected = x.double() @ table.double() + (0 if given is None else given)
+            found = matvec_by_rows(x, table, given).double()
+            plain = torch.nn.functional.linear(x, table.T, given).double()
+            error, allowed = (found - expected).abs().max(), (plain - expected).abs().max()
+            assert found.shape == (1, outputs) and error <= 2 * allowed + 1e-6 * expected.abs().max()
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_narrow_dtypes_decode_as_the_same_model_without_the_layout(model, tmp_path, dtype):
+def test_narrow_dtypes_decode_in_the_layout_near_the_wide_model(model, tmp_path, dtype):
     narrow = load_model_like(model, tmp_path, dtype)
-    prompts = prompts_of([9, 4])
-    plain = Decoding(narrow, prompts, GREEDY, stop_ids=[])
+    plain = Decoding(narrow, prompts_of([9, 4]), GREEDY, stop_ids=[])
     lay_out_for_decoding(narrow)
     tokens, positions = torch.tensor([5]), torch.tensor([0], dtype=torch.int32)
     borders = torch.tensor([0, 1], dtype=torch.int32)
