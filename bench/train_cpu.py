@@ -195,6 +195,7 @@ def measure(shape: str, options: dict, adapter: str) -> dict:
             process.stdin.write(json.dumps(rows) + "\n")
             process.stdin.flush()
             answers[system].append(json.loads(process.stdout.readline()))
+            print(f"{shape} {system} {answers[system][-1]}", file=sys.stderr, flush=True)
     for process in processes.values():
         process.stdin.close()
         process.wait()
