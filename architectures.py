@@ -57,7 +57,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class Family:
-    """How one architecture's config.json maps to switches: a key's name (str), a constant, or a function of the file."""
+    """How one architecture's config.json maps to switches: a key's name, a constant, or a function of the file."""
 
     model_type: str
     qkv_bias: str | bool = False
@@ -132,7 +132,9 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     layers, heads = hf["num_hidden_layers"], hf["num_attention_heads"]
     kv_heads = hf.get("num_key_value_heads") or heads
     if heads % kv_heads:
-        raise ValueError(f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+        raise ValueError(
+            f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
+        )
     if hf["hidden_act"] not in _ACTIVATIONS:
         raise ValueError(f"config.json: hidden_act {hf['hidden_act']!r} is not one of {', '.join(_ACTIVATIONS)}")
     if hf.get("quantization_config"):

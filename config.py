@@ -381,7 +381,8 @@ def load(
 
     other_sections: options of other scripts; their keys are checked and then left out, so that for example
     chat.py reads a training file.  foreign_keys: keys of a file that no section here has are left out, for scripts
-    that must not import the sections of others; the command line is still checked.  Raises ConfigError with every mistake found, one a line.
+    that must not import the sections of others; the command line is still checked.  Raises ConfigError with
+    every mistake found, one a line.
     """
     keys = _declared(sections)
     reader = _Reader(keys, {k: v for k, v in _declared(other_sections).items() if k not in keys})

@@ -123,7 +123,7 @@ class Joined:
     def serve(self, owner: nn.Module, names: tuple[str, ...]) -> bool:
         """Whether the owner still has the layers that were joined: an adapter may have been put around one since."""
         children = owner._modules  # a plain dict: this is asked in every layer of every step
-        return all([children[name] is part for name, part in zip(names, self.parts)])
+        return all(children[name] is part for name, part in zip(names, self.parts))
 
     def __call__(self, x: Tensor) -> Tensor:
         return kernels.linear(x, self.weight, self.bias)
@@ -329,7 +329,7 @@ def inverse_frequencies(rope: Rope, size: int, device=None) -> Tensor:
 
 
 def dynamic_inverse_frequencies(rope: Rope, size: int, lengths: Tensor) -> Tensor:
-    """NTK-aware base by text length: theta * (f s / L0 - (f - 1))^(D / (D - 2)) for s > L0; lengths (N,) -> (N, D/2)."""
+    """NTK-aware base by text length: theta * (f s / L0 - (f - 1))^(D / (D - 2)) for s > L0; (N,) -> (N, D/2)."""
     length = lengths.float().clamp(min=rope.original_positions)
     growth = rope.factor * length / rope.original_positions - (rope.factor - 1)
     theta = rope.theta * growth ** (size / (size - 2))  # (N,)

@@ -35,6 +35,7 @@ from checkpoint import (
     load_model,
     prepare_adapters,
     random_model,
+    resolve_adapters,
     resolve_model,
     restore_trained,
     save_trained,
@@ -291,7 +292,7 @@ def build_model(config: configuration.Config, source: Path, world: World) -> Dec
         cutoff_len = config[DataOptions].cutoff_len
         model = load_model(source, frozen, world.device, scaling, cutoff_len)
     generator = torch.Generator().manual_seed(options.seed)
-    prepare_adapters(model, model_options.adapter_name_or_path, lora_options, generator, trained)
+    prepare_adapters(model, resolve_adapters(model_options), lora_options, generator, trained)
     for parameter in model.parameters():
         # frozen weights in the compute dtype, trained ones in full precision
         parameter.data = parameter.data.to(trained if parameter.requires_grad else compute)

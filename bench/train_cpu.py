@@ -4,9 +4,9 @@
     python bench/train_cpu.py model=... steps=12 threads=2 shapes=equal,alpaca dtype=float32
 
 LoRA r=8 on all linears, AdamW, no dropout. `equal`: 4 x 256 tokens, every token trained, no padding on either side.
-`alpaca`: rows of data/alpaca_en_demo.json, batch 8, prompt masked; the rival pads to the longest row of each batch, as its
-collators do; only real tokens count. Each system lives in its own process (so peak memory is its own) and the parent
-lets them take turns step by step, A-B-A-B. Also prints the rate of torch's matmul in this run, and what share the
+`alpaca`: rows of data/alpaca_en_demo.json, batch 8, prompt masked; the rival pads to the longest row of each batch, as
+its collators do; only real tokens count. Each system lives in its own process (so peak memory is its own) and the
+parent lets them take turns step by step, A-B-A-B. Also prints the rate of torch's matmul in this run, and what share the
 multiply-adds of a LoRA step (4 per weight and token, 2 for the head's rows ...) make of it.
 """
 
@@ -57,13 +57,13 @@ def make_batches(shape: str, model_folder: str, count: int) -> list[dict[str, li
 
 
 def anvil(folder: str, adapter: str, dtype: torch.dtype):
+    import numpy as np
+
     import lora
     import optim
     from batches import ROW_MULTIPLE, Example, collate
     from checkpoint import load_adapter, load_model
     from objectives import TokenLoss
-
-    import numpy as np
 
     model = load_model(folder, dtype=dtype)
     load_adapter(model, adapter)
@@ -120,7 +120,8 @@ def peft(folder: str, adapter: str, dtype: torch.dtype):
             mask[i, : len(tokens)] = 1
             labels[i, : len(tokens)] = torch.where(torch.tensor(trained), torch.tensor(tokens), -100)
         # without padding no mask is given: that lets the rival take its fastest attention
-        loss = model(input_ids=ids, attention_mask=None if bool(mask.all()) else mask, labels=labels, use_cache=False).loss
+        given = None if bool(mask.all()) else mask
+        loss = model(input_ids=ids, attention_mask=given, labels=labels, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -179,7 +180,8 @@ def measure(shape: str, options: dict, adapter: str) -> dict:
     systems = options["systems"].split(",")
     processes = {}
     for system in systems:
-        command = [sys.executable, __file__, "--worker", system, options["model"], adapter, str(threads), options["dtype"]]
+        command = [sys.executable, __file__, "--worker", system, options["model"], adapter]
+        command += [str(threads), options["dtype"]]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
         processes[system] = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -231,7 +233,7 @@ def main(argv: list[str]) -> None:
 
     report = {
         "command": "python bench/train_cpu.py " + " ".join(argv),
-        "commit": subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        "commit": commit(),
         "machine": cpu_name(),
         "threads": int(options["threads"]),
         "dtype": options["dtype"],
@@ -255,7 +257,8 @@ def print_table(report: dict) -> None:
     rates = report["matmul_gflops"]
     print(f"{report['machine']}, {report['threads']} threads, torch {report['torch']}, {report['dtype']}")
     print(f"matmul in this run: torch.mm {rates['torch.mm']:.0f} GF/s, kernels {rates['kernels']:.0f} GF/s")
-    print(f"{'shape':8} {'system':8} {'tok/s':>8} {'median':>8} {'min..max':>16} {'GF/s':>6} {'of matmul':>9} {'peak GB':>8}")
+    print(f"{'shape':8} {'system':8} {'tok/s':>8} {'median':>8} {'min..max':>16} ", end="")
+    print(f"{'GF/s':>6} {'of matmul':>9} {'peak GB':>8}")
     for shape, result in report["shapes"].items():
         for system, row in result.items():
             if not isinstance(row, dict):
@@ -273,6 +276,12 @@ def print_table(report: dict) -> None:
                 f"{shape:8} ratio    {ratio:8.2f}x speed, {memory:.2f}x memory, "
                 f"losses differ by at most {result['largest_loss_difference']:.1e}"
             )
+
+
+def commit() -> str:
+    """The commit that was measured; empty outside a checkout."""
+    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
 def cpu_name() -> str:

@@ -36,7 +36,7 @@ def _mode() -> str:
     mode = os.environ.get("KERNELS", "auto")
     if mode not in ("auto", "reference"):
         raise ValueError(
-            f"KERNELS={mode}: known are auto and reference (Triton kernels are not in this version); unset it or pick one"
+            f"KERNELS={mode}: known are auto and reference (Triton kernels are not in this version); unset it"
         )
     return mode
 

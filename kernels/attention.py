@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 
 def attention_reference(q, k, v, cu_seqlens, max_seqlen: int, window: int | None, scale: float) -> torch.Tensor:
-    """q (T, H, D), k and v (T, K, D), one dtype; cu_seqlens (N+1,) int32 borders; window in tokens or None -> (T, H, D)."""
+    """q (T, H, D), k and v (T, K, D), one dtype; cu_seqlens (N+1,) int32; window: tokens or None -> (T, H, D)."""
     if q.device.type != "cpu":
         return _one_mask(q, k, v, cu_seqlens, window, scale)
     pieces = []

@@ -1,9 +1,9 @@
 """y = x W^T + b + s (x A^T) B^T as one autograd function that saves x once.  Hu et al., arXiv 2106.09685, eq. 3.
 
 Two orders of the same product. Separate: the low-rank branch beside the base product, 2 T R (in + out) multiply-adds.
-Merged: first W + s B A, then one product; 2 in out R multiply-adds, and no pass over a (T, out) tensor for the sum. With
-R << T the second costs less as soon as T > in out / (in + out). It is used in fp32 only: in bf16 the sum W + s B A would
-round a small update away.
+Merged: first W + s B A, then one product; 2 in out R multiply-adds, and no pass over a (T, out) tensor for the sum.
+With R << T the second costs less as soon as T > in out / (in + out). It is used in fp32 only: in bf16 the sum
+W + s B A would round a small update away.
 """
 
 import torch
@@ -12,7 +12,7 @@ from kernels.linear import matmul_transposed
 
 
 def lora_linear_reference(x, weight, bias, lora_a, lora_b, scale: float) -> torch.Tensor:
-    """x (T, in), weight (out, in), bias (out,) or None, lora_a (R, in), lora_b (out, R), scale -> (T, out) in x's dtype."""
+    """x (T, in), weight (out, in), bias (out,) or None, lora_a (R, in), lora_b (out, R) -> (T, out) in x's dtype."""
     result = torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     return result + (x @ lora_a.to(x.dtype).T) @ lora_b.to(x.dtype).T * scale
 

@@ -1,4 +1,4 @@
-"""Packing, order, sharding, resuming, mixing: nothing is lost, nothing crosses a border, batch i depends on (seed, i)."""
+"""Packing, order, sharding, resuming, mixing: nothing is lost, no border is crossed, batch i depends on (seed, i)."""
 
 import itertools
 import time

@@ -1,4 +1,4 @@
-"""The decoder equals transformers on tiny random models of every family, rope kind and switch; packing changes nothing."""
+"""The decoder equals transformers on tiny models of every family, rope kind and switch; packing changes nothing."""
 
 import dataclasses
 
@@ -54,7 +54,8 @@ CASES = {
     "qwen3": ("Qwen3", {"head_dim": 14}),
     "qwen3-bias-window": (
         "Qwen3",
-        {"head_dim": 12, "attention_bias": True, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2},
+        {"head_dim": 12, "attention_bias": True, "use_sliding_window": True, "sliding_window": 4}
+        | {"max_window_layers": 2},
     ),
 }
 
