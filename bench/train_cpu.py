@@ -6,8 +6,9 @@
 LoRA r=8 on all linears, AdamW, no dropout. `equal`: 4 x 256 tokens, every token trained, no padding on either side.
 `alpaca`: rows of data/alpaca_en_demo.json, batch 8, prompt masked; the rival pads to the longest row of each batch, as
 its collators do; only real tokens count. Each system lives in its own process (so peak memory is its own) and the
-parent lets them take turns step by step, A-B-A-B. Also prints the rate of torch's matmul in this run, and what share the
-multiply-adds of a LoRA step (4 per weight and token, 2 for the head's rows ...) make of it.
+parent lets them take turns step by step, A-B-A-B. Also prints the rate of torch's matmul in this run, and the share
+of it that the multiply-adds of a LoRA step make: 4 per weight of the blocks and token, 4 per weight of the head and
+trained row.
 """
 
 import json
