@@ -114,7 +114,7 @@ def find_dataset(name: str, dataset_dir: str | Path, default_split: str = "train
             f"dataset: {name!r} is no file or folder, and {listing} does not exist (dataset_dir)"
         )
     near = difflib.get_close_matches(name, entries, n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(repr(match) for match in near)}?" if near else ""
+    hint = f"; did you mean {' or '.join(repr(match) for match in near)}?" if near else "."
     known = ", ".join(list(entries)[:12]) + (", ..." if len(entries) > 12 else "")
     raise ValueError(
         f"dataset: {name!r} is not in {listing} and is no path of a file or folder{hint} Known: {known}"
