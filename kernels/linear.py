@@ -78,8 +78,8 @@ def matvec_by_rows(x: torch.Tensor, table: torch.Tensor, bias: torch.Tensor | No
     """x (1, in) times table (in, out), rows contiguous -> (1, out): the product of decoding, bound by memory speed.
 
     Written as an embedding bag, y = sum_i x[i] * table[i], because torch's kernel for that (fbgemm, weights of the rows
-    = x) streams the table at the speed of memory: measured 80 to 95% of a plain read, against 60% for oneDNN's product and
-    35% for MKL's on the shapes of a 135M model. One bag per thread, each over its share of the rows.
+    = x) streams the table at the speed of memory: measured 80 to 95% of a plain read, against 60% for oneDNN's
+    product and 35% for MKL's on the shapes of a 135M model. One bag per thread, each over its share of the rows.
     """
     rows, starts = _shares(table.shape[0], min(torch.get_num_threads(), table.shape[0]))
     # detached: where a gradient could be asked for, the operation also builds what its backward pass would need
