@@ -1,7 +1,9 @@
 """The only place that chooses between implementations of an operation (by device, dtype and shape).
 
-One file per operation; each holds its formula, a plain reference, and what is faster where. `KERNELS=reference` in the
-environment forces the references everywhere; the default `auto` takes the fastest. `choices()` says what was taken.
+One file per operation; each holds its formula, a plain reference, and what is faster where. KERNELS in the environment:
+auto (default) takes the Triton kernels on a GPU and torch on a CPU; triton insists on the kernels (on a CPU with
+TRITON_INTERPRET=1); reference forces the references everywhere. `choices()` says what was taken. A shape that a kernel
+does not know goes to the reference, which is said once.
 """
 
 import os
@@ -10,12 +12,13 @@ import torch
 
 from kernels import cross_entropy as _cross_entropy
 from kernels import gated_mlp as _gated_mlp
+from kernels import launch
 from kernels import linear as _linear
 from kernels import lora_linear as _lora_linear
+from kernels import rms_norm as _rms_norm
 from kernels import rope as _rope
 from kernels.attention import attention_reference as attention
 from kernels.attention import cached_attention_reference as cached_attention
-from kernels.rms_norm import rms_norm_reference as rms_norm
 
 __all__ = [
     "attention",
@@ -34,14 +37,34 @@ __all__ = [
 
 def _mode() -> str:
     mode = os.environ.get("KERNELS", "auto")
-    if mode not in ("auto", "reference"):
-        raise ValueError(
-            f"KERNELS={mode}: known are auto and reference (Triton kernels are not in this version); unset it"
-        )
+    if mode not in ("auto", "triton", "reference"):
+        raise ValueError(f"KERNELS={mode}: known are auto, triton and reference; unset it for auto")
     return mode
 
 
-_REFERENCE = _mode() == "reference"  # read once: the choice must not change in the middle of a run
+_MODE = _mode()  # read once: the choice must not change in the middle of a run
+_REFERENCE = _MODE == "reference"
+
+
+def _triton_serves(operation: str, device: torch.device, problem: str | None = None) -> bool:
+    """Whether the operation's Triton kernel is taken. problem: what its `unsupported` says about these tensors."""
+    if _REFERENCE or (_MODE == "auto" and device.type != "cuda"):
+        return False
+    missing = launch.unavailable(device)
+    if missing is not None and _MODE == "triton":
+        raise ValueError(f"KERNELS=triton: {missing}; unset KERNELS to take what runs here")
+    if missing is not None or problem is not None:
+        launch.say_once(f"kernels: {operation} takes the torch reference: {missing or problem}")
+        return False
+    return True
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
+    """weight * x / rms(x) over the last dimension; with offset 1, (1 + weight). See kernels/rms_norm.py."""
+    if _triton_serves("rms_norm", x.device, _rms_norm.unsupported(x, weight)):
+        return _rms_norm.rms_norm_triton(x, weight, eps, offset)
+    return _rms_norm.rms_norm_reference(x, weight, eps, offset)
+
 
 rope = _rope.rope_reference if _REFERENCE else _rope.rope
 rotate, rotation_tables = _rope.rotate, _rope.rotation_tables  # the same in two steps, for decoding

@@ -1,6 +1,6 @@
 """Every operation against its formula in fp64: values and all gradients, odd sizes, each dtype.
 
-The rule: the error against fp64 is at most twice that of the plain reference in the same dtype, plus 1e-6 of the size.
+tests/kernel_checks.py states the error rule. The Triton kernels have files of their own, test_triton_*.py.
 """
 
 import importlib
@@ -21,42 +21,12 @@ from kernels.linear import linear_onednn, linear_reference, onednn_fp32_availabl
 from kernels.lora_linear import lora_linear_reference
 from kernels.rms_norm import rms_norm_reference
 from kernels.rope import rope_reference
+from tests.kernel_checks import assert_as_exact_as, evaluate, random, relative_error
 
 ROOT = Path(__file__).resolve().parent.parent
 cross_entropy, lora_linear = (importlib.import_module(f"kernels.{name}") for name in ("cross_entropy", "lora_linear"))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 needs_onednn = pytest.mark.skipif(not onednn_fp32_available(), reason="no oneDNN with 512-bit registers here")
-
-
-def random(*shape, seed=0, scale=1.0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + 7 * len(shape))) * scale
-
-
-def evaluate(function, inputs, dtype, trained):
-    """(result, gradients of the trained inputs) in this dtype; integers stay. The loss weighs every output apart."""
-    cast = [x.to(dtype) if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs]
-    leaves = [cast[i].detach().requires_grad_(True) for i in trained]
-    for i, leaf in zip(trained, leaves):
-        cast[i] = leaf
-    result = function(*cast)
-    weight = random(*result.shape, seed=99).to(result.dtype)
-    gradients = torch.autograd.grad((result * weight).sum(), leaves) if leaves else ()
-    return [result.detach(), *gradients]
-
-
-def relative_error(found, exact):
-    return ((found.double() - exact).norm() / exact.norm().clamp_min(1e-12)).item()
-
-
-def assert_as_exact_as(kernel, reference, inputs, dtype, trained, oracle=None):
-    """The rule above. inputs are rounded to dtype first, so that only the arithmetic is judged."""
-    inputs = [x.to(dtype) if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs]
-    exact = evaluate(oracle or reference, inputs, torch.float64, trained)
-    plain = evaluate(reference, inputs, dtype, trained)
-    found = evaluate(kernel, inputs, dtype, trained)
-    for one, other, truth in zip(found, plain, exact):
-        assert one.shape == truth.shape and one.dtype == other.dtype
-        assert relative_error(one, truth) <= 2 * relative_error(other, truth) + 1e-6
 
 
 def test_references_in_fp64_are_the_formulas():
@@ -428,7 +398,7 @@ def test_the_environment_forces_the_references():
     assert forced.split("\n")[1].split() == ["rope_reference", "gated_mlp_reference", "linear_cross_entropy_reference"]
     wrong = run("fastest")
     assert wrong.returncode != 0
-    assert "KERNELS=fastest: known are auto and reference" in wrong.stderr
+    assert "KERNELS=fastest: known are auto, triton and reference" in wrong.stderr
 
 
 def test_choices_names_every_operation_in_one_line():

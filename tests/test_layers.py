@@ -49,6 +49,7 @@ LAYERS = {
     "import_gguf": 8,
 }
 KERNEL_LAYERS = {  # within kernels/: the operations know at most each other's products, the choice knows all
+    "launch": 0,
     "linear": 0,
     "attention": 1,
     "cross_entropy": 1,

@@ -1,0 +1,43 @@
+"""Every Triton kernel compiles for A100 and H100 at the block sizes its launcher chooses; no GPU is needed.
+
+Shared memory fits, no register is spilled, and kernels that multiply matrices use the matrix instructions.
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).resolve().parent.parent
+OPERATIONS = sorted(path.stem for path in ROOT.glob("tests/specimens/*.py") if path.stem != "__init__")
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}  # CUDA programming guide, table of compute capabilities
+INSTRUCTION = {80: "mma", 90: "wgmma"}
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_compiles_within_the_limits_of_the_gpu(operation, capability, tmp_path):
+    command = [sys.executable, str(ROOT / "tests" / "compile_kernels.py"), operation, str(capability)]
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    compiled = [json.loads(line) for line in done.stdout.splitlines()]
+    names = {kernel["kernel"] for kernel in compiled}
+    matrix = importlib.import_module(f"tests.specimens.{operation}").MATRIX
+    assert names and matrix <= names
+    for kernel in compiled:
+        assert kernel["shared_bytes"] <= SHARED_BYTES[capability], kernel
+        assert kernel["spilled_bytes"] == 0, kernel
+        if kernel["kernel"] in matrix:
+            assert kernel["matrix_instruction"] == INSTRUCTION[capability], kernel
+
+
+def test_every_kernel_of_every_file_is_compiled():
+    """A file with kernels has its specimens, so a new kernel cannot stay outside of this check."""
+    with_kernels = {path.stem for path in ROOT.glob("kernels/*.py") if "@jit" in path.read_text(encoding="utf-8")}
+    assert with_kernels - {"launch"} == set(OPERATIONS)
