@@ -52,6 +52,25 @@ class KVCache:
         self.storage = storage
         self._layers = [tuple(layer.unbind(0)) for layer in storage]  # (keys, values) of each, made once
 
+    def plan(self, cu_seqlens: Tensor) -> tuple[list[int], list[int]]:
+        """Borders of a row's new tokens, and how much of each sequence is filled once they are stored."""
+        borders = cu_seqlens.tolist()
+        if len(borders) - 1 != len(self.lengths):
+            raise ValueError(f"cache: {len(self.lengths)} sequences, but the row has {len(borders) - 1} segments")
+        lengths = [filled + stop - start for filled, start, stop in zip(self.lengths, borders, borders[1:])]
+        if max(lengths) > self.capacity:
+            raise ValueError(f"cache: {max(lengths)} tokens do not fit its capacity of {self.capacity}")
+        return borders, lengths
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, row: "Row", window, scale: float) -> Tensor:
+        """Store k, v (T, K, D) of one layer, then attention of q (T, H, D) against everything stored."""
+        keys, values = self.append(layer, k, v, row.borders)
+        return kernels.cached_attention(q, keys, values, row.borders, row.lengths, window, scale)
+
+    def advance(self, row: "Row") -> None:
+        """All layers have stored the row's tokens."""
+        self.lengths = row.lengths
+
     def append(self, layer: int, k: Tensor, v: Tensor, borders: list[int]) -> tuple[Tensor, Tensor]:
         """Store the new k, v (T, K, D) of one layer behind each sequence's filled part; give back the whole layer."""
         keys, values = self._layers[layer]
@@ -170,8 +189,7 @@ class Attention(nn.Module):
         if row.cache is None:
             out = kernels.attention(q, k, v, row.cu_seqlens, row.max_seqlen, self.window, self.scale)
         else:
-            keys, values = row.cache.append(self.layer, k, v, row.borders)
-            out = kernels.cached_attention(q, keys, values, row.borders, row.lengths, self.window, self.scale)
+            out = row.cache.attend(self.layer, q, k, v, row, self.window, self.scale)
         return self.o_proj(out.flatten(-2))  # (T, H, D) -> (T, E)
 
 
@@ -213,13 +231,7 @@ class Row:
         self.cu_seqlens, self.max_seqlen, self.cache = cu_seqlens, max_seqlen, cache
         self.tables: tuple[Tensor, Tensor] | None = None  # of the rotation, when decoding without gradient
         if cache is not None:
-            self.borders = cu_seqlens.tolist()
-            new = [stop - start for start, stop in zip(self.borders, self.borders[1:])]
-            if len(new) != len(cache.lengths):
-                raise ValueError(f"cache: {len(cache.lengths)} sequences, but the row has {len(new)} segments")
-            self.lengths = [filled + n for filled, n in zip(cache.lengths, new)]
-            if max(self.lengths) > cache.capacity:
-                raise ValueError(f"cache: {max(self.lengths)} tokens do not fit its capacity of {cache.capacity}")
+            self.borders, self.lengths = cache.plan(cu_seqlens)
 
 
 class Decoder(nn.Module):
@@ -262,7 +274,7 @@ class Decoder(nn.Module):
             else:
                 x = block(x, cos, sin, row)
         if cache is not None:
-            cache.lengths = row.lengths
+            cache.advance(row)
         return self.norm(x)
 
     def head_weight(self) -> Tensor:
@@ -287,7 +299,7 @@ class Decoder(nn.Module):
     def _dynamic_frequencies(self, row: Row, tokens: int, device) -> Tensor:
         """Each segment by its own length, so that a packed row equals its segments alone."""
         if row.cache is not None:
-            lengths = torch.tensor(row.lengths, device=device)
+            lengths = torch.as_tensor(row.lengths, device=device)
         else:
             lengths = row.cu_seqlens[1:] - row.cu_seqlens[:-1]
         frequency = dynamic_inverse_frequencies(self.config.rope, self.config.head_dim, lengths)  # (N, D/2)
