@@ -13,12 +13,13 @@ unless somebody asks. Weight names are Hugging Face's for Llama without the lead
 """
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import kernels
+import recompute
 from architectures import ModelConfig, Rope
 
 
@@ -36,7 +37,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return kernels.rms_norm(x, self.weight, self.eps)
+        return recompute.cheap(kernels.rms_norm, x, self.weight, self.eps)
 
 
 class KVCache:
@@ -208,7 +209,7 @@ class MLP(nn.Module):
             gate, up = self.joined(x).chunk(2, dim=-1)
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(kernels.gated_mlp(gate, up, self.activation))
+        return self.down_proj(recompute.cheap(kernels.gated_mlp, gate, up, self.activation))
 
 
 class Block(nn.Module):
@@ -237,8 +238,8 @@ class Row:
 class Decoder(nn.Module):
     """Token ids -> hidden states after the final norm.
 
-    compute_dtype: dtype of the activations; None = that of the embedding. gradient_checkpointing: recompute each block
-    in the backward pass. embedding_noise: NEFTune's alpha (arXiv 2310.05914), active in train mode only.
+    compute_dtype: dtype of the activations; None = that of the embedding. recompute: what the blocks keep for the
+    backward pass (recompute.py). embedding_noise: NEFTune's alpha (arXiv 2310.05914), active in train mode only.
     """
 
     def __init__(self, config: ModelConfig, dtype=torch.float32, device=None):
@@ -251,7 +252,7 @@ class Decoder(nn.Module):
         if not config.tied_head:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, **kind)
         self.compute_dtype: torch.dtype | None = None
-        self.gradient_checkpointing = False
+        self.recompute = recompute.Plan()
         self.embedding_noise = 0.0
 
     def forward(self, tokens, positions, cu_seqlens, max_seqlen: int, cache: KVCache | None = None) -> Tensor:
@@ -268,11 +269,8 @@ class Decoder(nn.Module):
         cos, sin = self._rotation(positions, row, x.dtype)
         if cache is not None and not torch.is_grad_enabled():
             row.tables = kernels.rotation_tables(cos, sin)
-        for block in self.layers:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, row, use_reentrant=False)
-            else:
-                x = block(x, cos, sin, row)
+        for number, block in enumerate(self.layers):
+            x = self.recompute.run(number, partial(block, cos=cos, sin=sin, row=row), x)
         if cache is not None:
             cache.advance(row)
         return self.norm(x)

@@ -27,6 +27,7 @@ import kernels
 import monitor
 import optim
 import parallel
+import recompute
 import runs
 from batches import ROW_MULTIPLE, Batch, BatchLoader, StreamingLoader
 from checkpoint import (
@@ -297,8 +298,8 @@ def build_model(config: configuration.Config, source: Path, world: World) -> Dec
         # frozen weights in the compute dtype, trained ones in full precision
         parameter.data = parameter.data.to(trained if parameter.requires_grad else compute)
     model.compute_dtype = compute
-    recompute = options.gradient_checkpointing
-    model.gradient_checkpointing = world.device.type == "cuda" if recompute is None else recompute
+    if options.gradient_checkpointing or (options.gradient_checkpointing is None and world.device.type == "cuda"):
+        model.recompute = recompute.Plan(full=model.config.num_layers)
     model.embedding_noise = options.neftune_noise_alpha or 0.0
     return model
 

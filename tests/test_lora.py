@@ -11,6 +11,7 @@ import lora
 from architectures import config_from_hf
 from lora import LoraLinear, LoraOptions
 from model import Decoder, initialize_weights
+from recompute import Plan
 
 KINDS = [
     {},
@@ -420,7 +421,7 @@ def test_checkpointing_and_ddp_give_the_gradients_of_the_plain_run(dora, tmp_pat
     run(model).square().sum().backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
     model.zero_grad()
-    model.gradient_checkpointing = True
+    model.recompute = Plan(full=model.config.num_layers)
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
