@@ -11,6 +11,7 @@ import os
 import torch
 
 from kernels import cross_entropy as _cross_entropy
+from kernels import decode_attention as _decode_attention
 from kernels import gated_mlp as _gated_mlp
 from kernels import launch
 from kernels import linear as _linear
@@ -24,6 +25,7 @@ __all__ = [
     "attention",
     "cached_attention",
     "choices",
+    "decode_attention",
     "gated_mlp",
     "linear",
     "linear_cross_entropy",
@@ -32,6 +34,7 @@ __all__ = [
     "rope",
     "rotate",
     "rotation_tables",
+    "store_in_cache",
 ]
 
 
@@ -64,6 +67,20 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 
     if _triton_serves("rms_norm", x.device, _rms_norm.unsupported(x, weight)):
         return _rms_norm.rms_norm_triton(x, weight, eps, offset)
     return _rms_norm.rms_norm_reference(x, weight, eps, offset)
+
+
+def decode_attention(q, keys, values, cu_seqlens, lengths, max_new, window, scale, softcap=None, slopes=None):
+    """New tokens against a cache whose lengths only the device knows -> (T, H, D). See kernels/decode_attention.py."""
+    serves = _triton_serves("decode_attention", q.device, _decode_attention.unsupported(q, keys, max_new))
+    chosen = _decode_attention.decode_attention_triton if serves else _decode_attention.decode_attention_reference
+    return chosen(q, keys, values, cu_seqlens, lengths, max_new, window, scale, softcap, slopes)
+
+
+def store_in_cache(k, v, keys, values, cu_seqlens, lengths, max_new) -> None:
+    """k, v (T, K, D) into the last filled slots of keys and values (N, K, capacity, D). The same file."""
+    serves = _triton_serves("store_in_cache", k.device)
+    store = _decode_attention.store_triton if serves else _decode_attention.store_reference
+    store(k, v, keys, values, cu_seqlens, lengths, max_new)
 
 
 rope = _rope.rope_reference if _REFERENCE else _rope.rope

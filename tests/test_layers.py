@@ -54,6 +54,7 @@ KERNEL_LAYERS = {  # within kernels/: the operations know at most each other's p
     "linear": 0,
     "attention": 1,
     "cross_entropy": 1,
+    "decode_attention": 1,
     "gated_mlp": 1,
     "lora_linear": 1,
     "rms_norm": 1,
