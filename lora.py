@@ -158,14 +158,37 @@ class LoraLinear(nn.Module):
         return F.dropout(x, self.dropout_probability, self.training)
 
     def _one_kernel_serves(self, x: Tensor) -> bool:
-        """The fused product knows a flat row, a frozen nn.Linear and no dropout."""
-        drops = self.training and self.dropout_probability > 0
-        return x.dim() == 2 and not drops and _is_plain(self.base) and not _trains(self.base)
+        """The fused product knows a flat row, a frozen base and no dropout; a quantised base is dequantised for it,
+        which pays where its backward pass follows (without one, the base's own forward may be cheaper)."""
+        if x.dim() != 2 or (self.training and self.dropout_probability > 0) or _trains(self.base):
+            return False
+        return _is_plain(self.base) or (torch.is_grad_enabled() and hasattr(self.base, "dequantize"))
 
     def _kernel(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        # cast here, not in the kernel: bf16 adapters may sit on an fp32 base
-        lora_a, lora_b = self.lora_a.to(x.dtype), self.lora_b.to(x.dtype)
-        return kernels.lora_linear(x, self.base.weight, bias, lora_a, lora_b, self.scale)
+        return kernels.lora_linear(x, *self._part(bias))
+
+    def _part(self, bias: Tensor | None) -> kernels.LoraPart:
+        weight = self.base.weight if _is_plain(self.base) else self.base
+        return kernels.LoraPart(weight, bias, self.lora_a, self.lora_b, self.scale)
+
+    @staticmethod
+    def together(x: Tensor, layers: list[nn.Module]) -> list[Tensor]:
+        """[layer(x) for layer in layers], in one function for those that allow it: x is saved and read once.
+
+        These are adapters that one kernel serves and, beside them, frozen linears without an adapter.
+        """
+        parts: dict[int, kernels.LoraPart] = {}
+        for place, layer in enumerate(layers):
+            if isinstance(layer, LoraLinear):
+                asleep = layer.merged or layer.off or layer.magnitude is not None
+                if not asleep and layer._one_kernel_serves(x):
+                    parts[place] = layer._part(layer.base.bias)
+            elif _is_plain(layer) and not _trains(layer) and x.dim() == 2:
+                parts[place] = kernels.LoraPart(layer.weight, layer.bias, None, None, 0.0)
+        if sum(part.lora_a is not None for part in parts.values()) == 0 or len(parts) == 1:
+            return [layer(x) for layer in layers]
+        results = dict(zip(parts, kernels.lora_linears(x, list(parts.values()))))
+        return [results[place] if place in results else layer(x) for place, layer in enumerate(layers)]
 
     def _without_bias(self, result: Tensor) -> Tensor:
         return result if self.base.bias is None else _wide(result) - self.base.bias

@@ -149,6 +149,16 @@ class Joined:
         return kernels.linear(x, self.weight, self.bias)
 
 
+def project_together(x: Tensor, layers: list[nn.Module]) -> list[Tensor]:
+    """[layer(x) for layer in layers]. A kind of layer that gains from one input for several (an adapter: it saves and
+    reads x once) says so by a static method `together(x, layers)`, which then does it; its results are the same."""
+    for layer in layers:
+        together = getattr(type(layer), "together", None)
+        if together is not None:
+            return together(x, layers)
+    return [layer(x) for layer in layers]
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, **kind):
         super().__init__()
@@ -178,9 +188,8 @@ class Attention(nn.Module):
                 return heads.narrow(1, 0, queries), heads.narrow(1, queries, keys), v
             q, k, v = heads.split([queries, keys, keys], dim=1)
         else:
-            q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
-            k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))
-            v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+            heads = project_together(x, [self.q_proj, self.k_proj, self.v_proj])
+            q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in heads)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         return kernels.rope(q, cos, sin), kernels.rope(k, cos, sin), v
@@ -208,7 +217,7 @@ class MLP(nn.Module):
         if self.joined is not None and self.joined.serve(self, _GATE_UP):
             gate, up = self.joined(x).chunk(2, dim=-1)
         else:
-            gate, up = self.gate_proj(x), self.up_proj(x)
+            gate, up = project_together(x, [self.gate_proj, self.up_proj])
         return self.down_proj(recompute.cheap(kernels.gated_mlp, gate, up, self.activation))
 
 

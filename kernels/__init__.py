@@ -20,8 +20,10 @@ from kernels import rms_norm as _rms_norm
 from kernels import rope as _rope
 from kernels.attention import attention_reference as attention
 from kernels.attention import cached_attention_reference as cached_attention
+from kernels.lora_linear import Part as LoraPart
 
 __all__ = [
+    "LoraPart",
     "attention",
     "cached_attention",
     "choices",
@@ -30,6 +32,7 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "lora_linear",
+    "lora_linears",
     "rms_norm",
     "rope",
     "rotate",
@@ -100,9 +103,15 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 def lora_linear(x, weight, bias, lora_a, lora_b, scale: float) -> torch.Tensor:
     """Base product and low-rank branch in one. See kernels/lora_linear.py."""
-    separate = _REFERENCE or weight.requires_grad
+    separate = _REFERENCE or (isinstance(weight, torch.Tensor) and weight.requires_grad)
     chosen = _lora_linear.lora_linear_reference if separate else _lora_linear.lora_linear
     return chosen(x, weight, bias, lora_a, lora_b, scale)
+
+
+def lora_linears(x: torch.Tensor, parts: list[LoraPart]) -> list[torch.Tensor]:
+    """Several frozen linears with adapters and one input, which is saved and read once. See kernels/lora_linear.py."""
+    chosen = _lora_linear.lora_linears_reference if _REFERENCE else _lora_linear.lora_linears
+    return chosen(x, parts)
 
 
 def choices(device: torch.device | str) -> str:

@@ -1,63 +1,217 @@
 """y = x W^T + b + s (x A^T) B^T as one autograd function that saves x once.  Hu et al., arXiv 2106.09685, eq. 3.
 
+Linears with one input (q/k/v, gate/up) go through it together: x is saved once; the stacked A read x once where
+separate adapters read it once each, forward and again for A's gradient; and dx is summed in one buffer. W may be
+dense or quantised: anything with dequantize(), which is called again in the backward pass instead of being saved.
+
 Two orders of the same product. Separate: the low-rank branch beside the base product, 2 T R (in + out) multiply-adds.
 Merged: first W + s B A, then one product; 2 in out R multiply-adds, and no pass over a (T, out) tensor for the sum.
-With R << T the second costs less as soon as T > in out / (in + out). It is used in fp32 only: in bf16 the sum
-W + s B A would round a small update away.
+With R << T the second costs less as soon as T > in out / (in + out). It is used on a CPU in fp32 only: in bf16 the
+sum W + s B A would round a small update away, and a GPU would write and read a second weight.
+
+No Triton kernel adds the branch, by count of bytes. An own kernel for y += s low B^T reads and writes y, 4 T out bytes
+in bf16, and so does addmm_ after the base product. But the other way round, first y = s low B^T + b, then the base
+product with beta = 1, the branch is a pure write of 2 T out bytes, and y is read in the epilogue of the large product,
+under its arithmetic; y is also rounded in the better order. Likewise dx. On a CPU the base comes first (oneDNN's fp32
+product does not accumulate). What a kernel could save is the second of two reads of dy in the backward pass
+(dy B and dy^T low), 2 T out bytes: left until it can be measured.
 """
 
+from typing import Any, NamedTuple
+
 import torch
+from torch import Tensor
 
 from kernels.linear import matmul_transposed
 
 
-def lora_linear_reference(x, weight, bias, lora_a, lora_b, scale: float) -> torch.Tensor:
+class Part(NamedTuple):
+    """One linear of several with the same input."""
+
+    weight: Any  # (out, in) tensor, frozen; or something with dequantize() -> (out, in)
+    bias: Tensor | None  # (out,), frozen
+    lora_a: Tensor | None  # (R, in); None: no adapter
+    lora_b: Tensor | None  # (out, R)
+    scale: float
+
+
+def lora_linear_reference(x, weight, bias, lora_a, lora_b, scale: float) -> Tensor:
     """x (T, in), weight (out, in), bias (out,) or None, lora_a (R, in), lora_b (out, R) -> (T, out) in x's dtype."""
-    result = torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    weight = _dense(weight).to(x.dtype)
+    result = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    if lora_a is None:
+        return result
     return result + (x @ lora_a.to(x.dtype).T) @ lora_b.to(x.dtype).T * scale
 
 
-def lora_linear(x, weight, bias, lora_a, lora_b, scale: float) -> torch.Tensor:
+def lora_linears_reference(x: Tensor, parts: list[Part]) -> list[Tensor]:
+    """lora_linears, one after the other."""
+    return [lora_linear_reference(x, *part) for part in parts]
+
+
+def lora_linear(x, weight, bias, lora_a, lora_b, scale: float) -> Tensor:
     """The same as lora_linear_reference for a frozen weight and bias; gradients for x, lora_a and lora_b."""
-    return _LoraLinear.apply(x, weight, bias, lora_a, lora_b, scale)
+    return lora_linears(x, [Part(weight, bias, lora_a, lora_b, scale)])[0]
 
 
-def _merge_is_cheaper(rows: int, weight: torch.Tensor, dtype: torch.dtype) -> bool:
+def lora_linears(x: Tensor, parts: list[Part]) -> list[Tensor]:
+    """x (T, in) through several frozen linears with adapters -> [(T, out)] in x's dtype, one for each part.
+
+    Gradients for x and every lora_a and lora_b, each in its own dtype; adapters are cast to x's dtype where they are
+    used. Weights and biases get none: the caller sees to it that they are frozen.
+    """
+    tensors, others = [], []
+    for weight, bias, lora_a, lora_b, scale in parts:
+        dense = isinstance(weight, Tensor)
+        tensors += [weight if dense else None, bias, lora_a, lora_b]
+        others.append((None if dense else weight, scale))
+    return list(_LoraLinears.apply(x, tuple(others), *tensors))
+
+
+def _dense(weight) -> Tensor:
+    return weight if isinstance(weight, Tensor) else weight.dequantize()
+
+
+def _branch_first(device: torch.device) -> bool:
+    """Whether products add to what is there for free, so that the low-rank branch is written first (file's head)."""
+    return device.type != "cpu"
+
+
+def _merge_is_cheaper(rows: int, weight: Tensor, dtype: torch.dtype) -> bool:
     outputs, inputs = weight.shape
-    return dtype is torch.float32 and weight.dtype is dtype and rows * (inputs + outputs) > inputs * outputs
+    fits = dtype is torch.float32 and weight.dtype is dtype and not _branch_first(weight.device)
+    return fits and rows * (inputs + outputs) > inputs * outputs
 
 
-class _LoraLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, lora_a, lora_b, scale):
-        ctx.scale = scale
-        ctx.merged = _merge_is_cheaper(x.shape[0], weight, x.dtype)
-        if ctx.merged:
-            low = None
-            result = matmul_transposed(x, torch.addmm(weight, lora_b, lora_a, alpha=scale))
-        else:
-            result = matmul_transposed(x, weight.to(x.dtype))
-            low = matmul_transposed(x, lora_a.to(x.dtype))  # (T, R)
-            result.addmm_(low, lora_b.to(x.dtype).T, alpha=scale)
-        if bias is not None:
-            result += bias.to(x.dtype)
-        ctx.save_for_backward(x, weight, lora_a, lora_b, low)
-        return result
+class _LoraLinears(torch.autograd.Function):
+    """tensors: weight (None if quantised), bias, lora_a, lora_b of every part; others: (quantised weight, scale)."""
 
     @staticmethod
-    def backward(ctx, grad):
-        x, weight, lora_a, lora_b, low = ctx.saved_tensors
-        narrow_a, narrow_b = lora_a.to(grad.dtype), lora_b.to(grad.dtype)
-        if low is None:
-            low = matmul_transposed(x, narrow_a)
-        grad_low = matmul_transposed(grad, narrow_b.T).mul_(ctx.scale)  # (T, R)
-        grad_a = matmul_transposed(grad_low.T, x.T).to(lora_a.dtype)
-        # the small factor goes first: the first one is copied when it is transposed
-        grad_b = matmul_transposed(low.T, grad.T).mul_(ctx.scale).T.to(lora_b.dtype)  # (out, R)
+    def forward(ctx, x, others, *tensors):
+        parts = _unpack(others, tensors)
+        merged = [_merged(x, part) for part in parts]
+        stacked, low = _stacked(parts, x.dtype), None
+        if not all(one or part.lora_a is None for one, part in zip(merged, parts)):
+            low = matmul_transposed(x, stacked)  # (T, sum of R); if all are merged it waits for the backward pass
+        results = [_forward(x, *each) for each in zip(parts, merged, _columns(low, parts))]
+        ctx.save_for_backward(x, low, *tensors)
+        ctx.others, ctx.merged = others, merged
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        x, low, *tensors = ctx.saved_tensors
+        parts = _unpack(ctx.others, tensors)
+        gradients, grad_low = [None] * len(tensors), None
+        stacked = _stacked(parts, x.dtype)
+        if stacked is not None:
+            low = matmul_transposed(x, stacked) if low is None else low
+            grad_low = torch.empty_like(low)  # (T, sum of R)
+            columns = _columns(low, parts), _columns(grad_low, parts)
+            for place, (part, grad, one, grad_one) in enumerate(zip(parts, grads, *columns)):
+                if part.lora_a is not None:
+                    _scaled_product(grad, part.lora_b.to(x.dtype), part.scale, grad_one)
+                    gradients[4 * place + 3] = _grad_b(grad, one, part)
+            grad_a = matmul_transposed(grad_low.T, x.T).T  # (in, sum of R): all of them from one pass over x
+            for place, (part, grad) in enumerate(zip(parts, _columns(grad_a, parts))):
+                if part.lora_a is not None:
+                    gradients[4 * place + 2] = grad.T.to(part.lora_a.dtype)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            if ctx.merged:
-                grad_x = matmul_transposed(grad, torch.addmm(weight, lora_b, lora_a, alpha=ctx.scale).T)
-            else:
-                grad_x = matmul_transposed(grad, weight.to(grad.dtype).T).addmm_(grad_low, narrow_a)
-        return grad_x, None, None, grad_a, grad_b, None
+            grad_x = _grad_x(x, grads, parts, ctx.merged, stacked, grad_low)
+        return grad_x, None, *gradients
+
+
+def _unpack(others, tensors) -> list[Part]:
+    parts = []
+    for place, (quantised, scale) in enumerate(others):
+        weight, *rest = tensors[4 * place : 4 * place + 4]
+        parts.append(Part(quantised if weight is None else weight, *rest, scale))
+    return parts
+
+
+def _stacked(parts: list[Part], dtype: torch.dtype) -> Tensor | None:
+    """Every A, one under the other (sum of R, in); None without adapters."""
+    rows = [part.lora_a for part in parts if part.lora_a is not None]
+    if len(rows) <= 1:
+        return rows[0].to(dtype) if rows else None
+    return torch.cat(rows).to(dtype)
+
+
+def _columns(low: Tensor | None, parts: list[Part]) -> list[Tensor | None]:
+    """The columns (..., R) of each part; None for one without an adapter."""
+    sizes = [0 if part.lora_a is None else part.lora_a.shape[0] for part in parts]
+    if low is None:
+        return [None] * len(parts)
+    return [columns if size else None for columns, size in zip(low.split(sizes, dim=1), sizes)]
+
+
+def _merged(x: Tensor, part: Part) -> bool:
+    dense = part.lora_a is not None and isinstance(part.weight, Tensor)
+    return dense and _merge_is_cheaper(x.shape[0], part.weight, x.dtype)
+
+
+def _updated(part: Part) -> Tensor:
+    """W + s B A, fp32."""
+    weight = part.weight
+    return torch.addmm(weight, part.lora_b.to(weight.dtype), part.lora_a.to(weight.dtype), alpha=part.scale)
+
+
+def _forward(x: Tensor, part: Part, merged: bool, low: Tensor | None) -> Tensor:
+    bias = None if part.bias is None else part.bias.to(x.dtype)
+    if merged:
+        result = matmul_transposed(x, _updated(part))
+    elif low is None:
+        result = matmul_transposed(x, _dense(part.weight).to(x.dtype))
+    elif _branch_first(x.device):
+        lora_b = part.lora_b.to(x.dtype)
+        if bias is None:
+            result = _scaled_product(low, lora_b.T, part.scale, x.new_empty(x.shape[0], lora_b.shape[0]))
+        else:
+            result = torch.addmm(bias, low, lora_b.T, alpha=part.scale)
+        return result.addmm_(x, _dense(part.weight).to(x.dtype).T)
+    else:
+        result = matmul_transposed(x, _dense(part.weight).to(x.dtype))
+        result.addmm_(low, part.lora_b.to(x.dtype).T, alpha=part.scale)
+    return result if bias is None else result.add_(bias)
+
+
+def _scaled_product(a: Tensor, b: Tensor, scale: float, out: Tensor) -> Tensor:
+    """out = scale * a b, in one launch on a GPU."""
+    if _branch_first(a.device):
+        return torch.addmm(out, a, b, beta=0, alpha=scale, out=out)
+    return out.copy_(matmul_transposed(a, b.T)).mul_(scale)
+
+
+def _grad_b(grad: Tensor, low: Tensor, part: Part) -> Tensor:
+    """s dy^T low (out, R)."""
+    if _branch_first(grad.device):
+        grad_b = _scaled_product(grad.T, low, part.scale, low.new_empty(grad.shape[1], low.shape[1]))
+    else:
+        # the small factor goes first: the first one is copied when it is transposed
+        grad_b = matmul_transposed(low.T, grad.T).mul_(part.scale).T
+    return grad_b.to(part.lora_b.dtype)
+
+
+def _grad_x(x, grads, parts: list[Part], merged: list[bool], stacked, grad_low) -> Tensor:
+    """sum over parts of dy W + grad_low A (T, in), in one buffer."""
+    total = None
+    branch_first = grad_low is not None and _branch_first(x.device)
+    if branch_first:
+        total = grad_low @ stacked
+    for part, grad, one in zip(parts, grads, merged):
+        weight = _updated(part) if one else _dense(part.weight).to(x.dtype)  # (out, in)
+        if total is None:
+            total = matmul_transposed(grad, weight.T)
+        elif x.device.type == "cpu" and x.dtype is torch.float32:
+            total += matmul_transposed(grad, weight.T)  # oneDNN's fp32 product does not accumulate
+        else:
+            total.addmm_(grad, weight)
+    if grad_low is None or branch_first:
+        return total
+    if not any(merged):
+        return total.addmm_(grad_low, stacked)
+    for part, one, columns in zip(parts, merged, _columns(grad_low, parts)):
+        if columns is not None and not one:
+            total.addmm_(columns, part.lora_a.to(x.dtype))
+    return total
