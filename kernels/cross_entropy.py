@@ -45,12 +45,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = matmul_transposed(rows, narrow).float()  # (rows, V); fp32: bf16 would lose the softmax tail
             if bias is not None:
                 logits += bias
-            log_probability = torch.log_softmax(logits, dim=-1)
-            total -= log_probability.gather(1, target).sum()
+            best, chosen = logits.amax(1, keepdim=True), logits.gather(1, target)
+            probability = torch.softmax(logits, 1, out=logits)  # in the logits' own memory: fresh pages cost more
+            # log(sum of exp) = best - log(largest probability); in this order a loss near 0 keeps its digits
+            total += (best - chosen - probability.amax(1, keepdim=True).log()).sum()
             if not (need_hidden or need_weight or need_bias):
                 continue
-            grad = torch.exp(log_probability, out=logits)  # softmax, in the logits' own memory
-            grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=grad.dtype))
+            grad = probability.scatter_add_(1, target, torch.full_like(target, -1, dtype=probability.dtype))
             if need_bias:
                 grad_bias += grad.sum(0)
             grad = grad.to(hidden.dtype)
