@@ -39,6 +39,13 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return recompute.cheap(kernels.rms_norm, x, self.weight, self.eps)
 
+    def of_sum(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x, delta (T, E) -> the norm of x + delta, and x + delta: one kernel on a GPU. delta None: nothing to add."""
+        if delta is None:
+            return self(x), x
+        normed, total = kernels.add_rms_norm(x, delta, self.weight, self.eps)
+        return recompute.remember(normed, kernels.rms_norm, total, self.weight, self.eps), total
+
 
 class KVCache:
     """Keys and values of several sequences, for decoding. `lengths` are host ints: how much of each is filled."""
@@ -192,7 +199,7 @@ class Attention(nn.Module):
             q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in heads)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        return kernels.rope(q, cos, sin), kernels.rope(k, cos, sin), v
+        return *kernels.rope(q, k, cos, sin), v
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, row: "Row") -> Tensor:
         q, k, v = self.project(x, cos, sin, row)
@@ -229,9 +236,14 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps, **kind)
         self.mlp = MLP(config, **kind)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, row: "Row") -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, row)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x: Tensor, delta: Tensor | None, cos: Tensor, sin: Tensor, row: "Row") -> tuple[Tensor, Tensor]:
+        """Residual stream x and what is still to be added to it -> the same two, each (T, E).
+
+        Pending, because the next norm adds it in the kernel that reads both anyway.
+        """
+        normed, x = self.input_layernorm.of_sum(x, delta)
+        normed, x = self.post_attention_layernorm.of_sum(x, self.self_attn(normed, cos, sin, row))
+        return x, self.mlp(normed)
 
 
 class Row:
@@ -278,11 +290,14 @@ class Decoder(nn.Module):
         cos, sin = self._rotation(positions, row, x.dtype)
         if cache is not None and not torch.is_grad_enabled():
             row.tables = kernels.rotation_tables(cos, sin)
+        delta = None  # what the last block adds to x: the next norm does it
         for number, block in enumerate(self.layers):
-            x = self.recompute.run(number, partial(block, cos=cos, sin=sin, row=row), x)
+            if delta is not None and self.recompute.runs_again(number):
+                x, delta = x + delta, None  # such a block keeps its input: one tensor, not two
+            x, delta = self.recompute.run(number, partial(block, cos=cos, sin=sin, row=row), x, delta)
         if cache is not None:
             cache.advance(row)
-        return self.norm(x)
+        return self.norm.of_sum(x, delta)[0]
 
     def head_weight(self) -> Tensor:
         """The output head (V, E); the embedding itself when tied."""

@@ -35,11 +35,14 @@ class Plan:
     selective: int = 0
     offload: "Offload | None" = None  # where the inputs of the `full` blocks wait
 
+    def runs_again(self, number: int) -> bool:
+        return torch.is_grad_enabled() and number < self.full
+
     def run(self, number: int, block: Callable, *state):
         """block(*state), which is block `number`. What is no tensor of its own comes to the block by closure."""
         if not torch.is_grad_enabled():
             return block(*state)
-        if number < self.full:
+        if self.runs_again(number):
             if self.offload is None:
                 return checkpoint(block, *state, use_reentrant=False)
             with self.offload.block(number):

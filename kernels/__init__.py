@@ -24,6 +24,7 @@ from kernels.lora_linear import Part as LoraPart
 
 __all__ = [
     "LoraPart",
+    "add_rms_norm",
     "attention",
     "cached_attention",
     "choices",
@@ -86,7 +87,20 @@ def store_in_cache(k, v, keys, values, cu_seqlens, lengths, max_new) -> None:
     store(k, v, keys, values, cu_seqlens, lengths, max_new)
 
 
-rope = _rope.rope_reference if _REFERENCE else _rope.rope
+def add_rms_norm(
+    x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """rms_norm of x + delta, and that sum: the step of a residual stream. See kernels/rms_norm.py."""
+    return _rms_norm.add_rms_norm_reference(x, delta, weight, eps, offset)
+
+
+def rope(q, k, cos, sin, interleaved: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """q (T, H, D) and k (T, K, D) rotated by their angles, given as cos and sin (T, R/2). See kernels/rope.py."""
+    if _triton_serves("rope", q.device, _rope.unsupported(q, k)):
+        return _rope.rope_triton(q, k, cos, sin, interleaved)
+    return (_rope.rope_reference if _REFERENCE else _rope.rope)(q, k, cos, sin, interleaved)
+
+
 rotate, rotation_tables = _rope.rotate, _rope.rotation_tables  # the same in two steps, for decoding
 gated_mlp = _gated_mlp.gated_mlp_reference if _REFERENCE else _gated_mlp.gated_mlp
 linear_cross_entropy = (

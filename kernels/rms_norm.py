@@ -21,6 +21,12 @@ def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float, offset
     return normal.to(x.dtype) * weight.to(x.dtype)
 
 
+def add_rms_norm_reference(x, delta, weight, eps: float, offset: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """x, delta (..., E) -> rms_norm_reference(x + delta), x + delta."""
+    total = x + delta
+    return rms_norm_reference(total, weight, eps, offset), total
+
+
 def unsupported(x: torch.Tensor, weight: torch.Tensor) -> str | None:
     """Why the kernel does not serve these tensors; None if it does."""
     if x.shape[-1] > MAX_SIZE:

@@ -7,6 +7,7 @@ import importlib
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,8 @@ def test_references_in_fp64_are_the_formulas():
     q = random(5, 2, 8, seed=4).double()
     turned = torch.complex(q[..., :4], q[..., 4:]) * torch.polar(torch.ones_like(angle), angle)[:, None]
     expected = torch.cat((turned.real, turned.imag), dim=-1)
-    torch.testing.assert_close(rope_reference(q, angle.cos(), angle.sin()), expected)
+    for found in rope_reference(q, q, angle.cos(), angle.sin()):
+        torch.testing.assert_close(found, expected)
     labels = torch.tensor([0, 2, 1, 1, 0])
     logits = (x.float() @ weight.float().T + bias.float()).double()
     expected = (logits.logsumexp(1) - logits[torch.arange(5), labels]).sum()
@@ -344,20 +346,32 @@ def test_rms_norm_takes_the_mean_in_fp32():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1, 2), (17, 3, 14), (5, 8, 64)])
-def test_rope(shape, dtype):
-    angle = random(shape[0], shape[2] // 2, seed=1, scale=5.0)
-    operands = [random(*shape), angle.cos(), angle.sin()]
-    assert_as_exact_as(kernels.rope, rope_reference, operands, dtype, (0,))
-    assert_as_exact_as(kernels.rope, rope_reference, operands, dtype, ())
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("heads", "size", "rotary"), [((1, 1), 2, 2), ((3, 1), 14, 14), ((6, 2), 64, 24)])
+def test_rope(heads, size, rotary, interleaved, dtype):
+    tokens = 17
+    angle = random(tokens, rotary // 2, seed=1, scale=5.0)
+    operands = [random(tokens, heads[0], size), random(tokens, heads[1], size, seed=2), angle.cos(), angle.sin()]
+    for trained in ((0, 1), (1,), ()):
+        kernel, reference = (partial(function, interleaved=interleaved) for function in (kernels.rope, rope_reference))
+        assert_as_exact_as(kernel, reference, operands, dtype, trained)
 
 
-def test_rope_reads_a_part_of_a_wider_tensor():
-    """As the joined projections give it: q and k side by side."""
+def test_the_two_rotary_conventions_are_the_same_up_to_the_order_of_the_values():
+    q, k, angle = random(6, 3, 8), random(6, 1, 8, seed=2), random(6, 4, seed=1)
+    order = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
+    half_split = rope_reference(q, k, angle.cos(), angle.sin())
+    interleaved = rope_reference(q[..., order], k[..., order], angle.cos(), angle.sin(), interleaved=True)
+    for one, other in zip(interleaved, half_split):
+        torch.testing.assert_close(one, other[..., order])
+
+
+def test_rope_reads_parts_of_a_wider_tensor_and_leaves_them_alone():
+    """As the joined projections give them: q and k side by side."""
     wide, angle = random(6, 5, 8), random(6, 4, seed=1)
-    part = wide[:, 1:4]
-    expected = rope_reference(part.clone(), angle.cos(), angle.sin())
-    torch.testing.assert_close(kernels.rope(part, angle.cos(), angle.sin()), expected)
+    q, k = wide[:, 1:4], wide[:, 4:]
+    expected = rope_reference(q.clone(), k.clone(), angle.cos(), angle.sin())
+    torch.testing.assert_close(kernels.rope(q, k, angle.cos(), angle.sin()), expected)
     assert torch.equal(wide, random(6, 5, 8))
 
 
@@ -383,19 +397,23 @@ def test_gated_mlp_leaves_its_inputs_alone():
 
 
 def test_the_environment_forces_the_references():
+    """What autograd recorded says which implementation ran: the references have no functions of their own."""
     script = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import torch, kernels;"
-        "print(kernels.choices('cpu')); print(kernels.rope.__name__, kernels.gated_mlp.__name__,"
-        " kernels.linear_cross_entropy.__name__)"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import torch, kernels; print(kernels.choices('cpu'));"
+        "x = torch.ones(3, 4, requires_grad=True); heads = x[:, None]; angle = torch.ones(3, 2);"
+        "print(kernels.rope(heads, heads, angle, angle)[0].grad_fn.name(),"
+        " kernels.gated_mlp(x, x, 'silu').grad_fn.name(),"
+        " kernels.linear_cross_entropy(x, torch.ones(5, 4), torch.zeros(3).long()).grad_fn.name())"
     )
 
     def run(mode):
         environment = {**os.environ, "KERNELS": mode}
         return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
 
-    forced = run("reference").stdout
-    assert "reference everywhere" in forced
-    assert forced.split("\n")[1].split() == ["rope_reference", "gated_mlp_reference", "linear_cross_entropy_reference"]
+    forced, chosen = run("reference").stdout.split("\n"), run("auto").stdout.split("\n")
+    assert "reference everywhere" in forced[0] and "reference everywhere" not in chosen[0]
+    assert all("::" not in name and name.endswith("0") for name in forced[1].split())  # torch's own: MulBackward0
+    assert not any(name.endswith("0") for name in chosen[1].split())
     wrong = run("fastest")
     assert wrong.returncode != 0
     assert "KERNELS=fastest: known are auto, triton and reference" in wrong.stderr
