@@ -278,7 +278,7 @@ class Health:
     def watch(self, step: int, numbers: list[torch.Tensor], group: list[Batch]) -> None:
         for number in numbers:
             bad = ~torch.isfinite(number) & (self.first_bad == 0)
-            self.first_bad = torch.where(bad, step, self.first_bad)
+            self.first_bad.masked_fill_(bad, step)  # where(bad, step, ...) would copy the step to the device and wait
         self.seen.append((step, [source for batch in group for source in batch.sources]))
 
     def problem(self) -> str | None:

@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -49,6 +50,7 @@ from monitor import Health, Monitor, Window, peak_memory_gb, write_json
 from objectives import STAGES
 from optim import OptimOptions
 from parallel import World
+from prefetch import ahead
 from runs import Progress, StopRun, TrainOptions
 from sources import HubAccess
 from templates import TemplateOptions, get_template
@@ -332,8 +334,8 @@ def train(this: Run, history: list[dict]) -> int:
         return 0
     this.monitor.begin(progress.step, this.total_steps, history, progress.seconds)
     this.model.train()
-    with runs.catch_signals() as received:
-        for group in groups(this):
+    with runs.catch_signals() as received, groups(this) as ready:
+        for group in ready:
             loss, norm = update(this, group)
             progress.step += 1
             this.window.add(loss, group)
@@ -372,25 +374,35 @@ def is_finished(this: Run) -> bool:
     return over and (this.output_dir / runs.RESULTS).exists()
 
 
-def groups(this: Run) -> Iterator[list[Batch]]:
-    """Accumulation groups from the current step to the last.
+@contextmanager
+def groups(this: Run) -> Iterator[Iterator[list[Batch]]]:
+    """Accumulation groups from the current step to the last; on a GPU the next one is prepared while this one trains.
 
     A group ends with its epoch: so batch 8, 8 x 1 accumulated and 2 ranks x 1 x 4 train on the same groups of rows.
     """
-    size, loader, progress = this.options.gradient_accumulation_steps, this.loader, this.progress
-    if this.out_of_patience():
-        return
+    size, loader, first = this.options.gradient_accumulation_steps, this.loader, this.progress.step
     per_epoch = steps_per_epoch(this.options, loader)
     if per_epoch is None:
-        batches = loader.batches(start=progress.step * size)
+        batches = loader.batches(start=first * size)
     else:
-        epoch, place = divmod(progress.step, per_epoch)
+        epoch, place = divmod(first, per_epoch)
         batches = loader.batches(start=epoch * loader.batches_per_epoch + place * size)
-    while progress.step < this.total_steps:
-        count = size
-        if per_epoch is not None:
-            count = min(size, loader.batches_per_epoch - progress.step % per_epoch * size)
-        yield [next(batches) for _ in range(count)]
+
+    def count(step: int) -> int:
+        return size if per_epoch is None else min(size, loader.batches_per_epoch - step % per_epoch * size)
+
+    last = first if this.out_of_patience() else this.total_steps
+    on_gpu = this.world.device.type == "cuda"
+    prepared = (prepare(batch, this.world.device) for batch in batches)
+    # without a GPU there is nothing to hide the preparation behind: the threads of the step need every core
+    with ahead(prepared, depth=max(2, size) if on_gpu else 0) as ready:
+        yield ([next(ready) for _ in range(count(step))] for step in range(first, last))
+
+
+def prepare(batch: Batch, device: torch.device) -> Batch:
+    """What the host can do for a batch before its turn."""
+    batch = batch.rounded(ROW_MULTIPLE[device.type])
+    return batch.pinned() if device.type == "cuda" else batch
 
 
 def update(this: Run, group: list[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -399,8 +411,9 @@ def update(this: Run, group: list[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
     Gives this rank's share of the mean loss and the gradient norm, both () on the device.
     """
     device, stage = this.world.device, this.stage
-    group = [batch.rounded(ROW_MULTIPLE).to(device) for batch in group]
-    total = torch.tensor(float(sum(stage.weight(batch) for batch in group)), device=device)
+    group = [batch.to(device) for batch in group]
+    # full, not tensor: the latter would copy a number of the host's and wait for it
+    total = torch.full((), float(sum(stage.weight(batch) for batch in group)), device=device)
     total = this.world.sum(total).clamp_(min=1)
     loss = torch.zeros((), device=device)
     for number, batch in enumerate(group, start=1):

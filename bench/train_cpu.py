@@ -80,7 +80,7 @@ def anvil(folder: str, adapter: str, dtype: torch.dtype):
     def step(rows) -> float:
         batch = collate(
             [example(np.array(ids, np.int32), np.array(trained, bool)) for ids, trained in rows]
-        ).rounded(ROW_MULTIPLE)
+        ).rounded(ROW_MULTIPLE["cpu"])
         loss, _ = stage.loss(model, batch)
         loss = loss / stage.weight(batch)
         loss.backward()

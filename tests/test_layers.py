@@ -15,6 +15,7 @@ LAYERS = {
     "config": 0,
     "kernels": 0,
     "parallel": 0,
+    "prefetch": 0,
     "recompute": 0,
     "tokenizer": 0,
     "batches": 0,
