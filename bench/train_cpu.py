@@ -1,14 +1,18 @@
-"""LoRA training on a CPU: Anvil beside transformers + peft, same weights, same adapters, same batches, in one run.
+"""Training on a CPU: Anvil beside transformers + peft, same weights, same adapters, same batches, in one run.
 
     python bench/train_cpu.py model=models/SmolLM2-135M-Instruct
     python bench/train_cpu.py model=... steps=12 threads=2 shapes=equal,alpaca dtype=float32
+    python bench/train_cpu.py shapes=equal dtype=bfloat16 systems=anvil,peft,peft:float32
+    python bench/train_cpu.py shapes=equal tuning=full
 
-LoRA r=8 on all linears, AdamW, no dropout. `equal`: 4 x 256 tokens, every token trained, no padding on either side.
+tuning=lora: r=8 on all linears, adapters in fp32 as both systems keep them; tuning=full: every weight. AdamW, no
+dropout. A system may have a dtype of its own (peft:float32).
+`equal`: 4 x 256 tokens, every token trained, no padding on either side.
 `alpaca`: rows of data/alpaca_en_demo.json, batch 8, prompt masked; the rival pads to the longest row of each batch, as
-its collators do; only real tokens count. Each system lives in its own process (so peak memory is its own) and the
-parent lets them take turns step by step, A-B-A-B. Also prints the rate of torch's matmul in this run, and the share
-of it that the multiply-adds of a LoRA step make: 4 per weight of the blocks and token, 4 per weight of the head and
-trained row.
+its collators do; only real tokens count.
+Each system lives in its own process (so peak memory is its own) and the parent lets them take turns step by step,
+A-B-A-B. Also prints the rate of torch's matmul in this run, and the share of it that the multiply-adds of a step make:
+4 (full: 6) per weight of the blocks and token, as many per weight of the head and trained row.
 """
 
 import json
@@ -28,6 +32,7 @@ import torch  # noqa: E402
 
 DEFAULTS = {"model": str(ROOT / "models/SmolLM2-135M-Instruct"), "steps": "12", "threads": "2"}
 DEFAULTS |= {"shapes": "equal,alpaca", "systems": "anvil,peft", "dtype": "float32", "out": ""}
+DEFAULTS |= {"tuning": "lora"}
 RANK, ALPHA, LEARNING_RATE = 8, 16.0, 1e-4
 WARMUP_STEPS = 2
 
@@ -67,10 +72,11 @@ def anvil(folder: str, adapter: str, dtype: torch.dtype):
     from objectives import TokenLoss
 
     model = load_model(folder, dtype=dtype)
-    load_adapter(model, adapter)
+    if adapter:
+        load_adapter(model, adapter)
+        assert len(lora.lora_layers(model)) == 7 * model.config.num_layers
     optimizer = optim.make_optimizer(model, optim.OptimOptions(learning_rate=LEARNING_RATE))
     parameters = [layer for layer in model.parameters() if layer.requires_grad]
-    assert len(lora.lora_layers(model)) == 7 * model.config.num_layers
     stage = TokenLoss()
     model.train()
 
@@ -92,22 +98,29 @@ def anvil(folder: str, adapter: str, dtype: torch.dtype):
     return step
 
 
-def peft_model(folder: str, dtype: torch.dtype):
-    import peft
+def transformers_model(folder: str, dtype: torch.dtype):
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+
+
+def peft_model(folder: str, dtype: torch.dtype):
+    import peft
+
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    return peft.get_peft_model(model, peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=names))
+    options = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=names)
+    return peft.get_peft_model(transformers_model(folder, dtype), options)
 
 
 def peft(folder: str, adapter: str, dtype: torch.dtype):
+    from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    model = peft_model(folder, dtype).train()
-    from peft import set_peft_model_state_dict
-
-    set_peft_model_state_dict(model, load_file(f"{adapter}/adapter_model.safetensors"))
+    if adapter:
+        model = peft_model(folder, dtype).train()
+        set_peft_model_state_dict(model, load_file(f"{adapter}/adapter_model.safetensors"))
+    else:
+        model = transformers_model(folder, dtype).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
 
@@ -165,14 +178,15 @@ def matmul_rates(threads: int, dtype: torch.dtype) -> dict[str, float]:
     return {"torch.mm": rate(lambda: torch.mm(a, b)), "kernels": rate(lambda: matmul_transposed(a, b))}
 
 
-def flop_per_token(folder: str) -> tuple[float, float]:
-    """Multiply-adds x 2 that LoRA on a frozen base cannot avoid: per token in the blocks, per row in the head."""
+def flop_per_token(folder: str, tuning: str) -> tuple[float, float]:
+    """Multiply-adds x 2 that a step cannot avoid: per token in the blocks, per row in the head."""
     from checkpoint import load_config
 
     c = load_config(folder)
     qo, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     block = c.hidden_size * (2 * qo + 2 * kv + 3 * c.intermediate_size)
-    return 4.0 * block * c.num_layers, 4.0 * c.vocab_size * c.hidden_size
+    each = {"lora": 4.0, "full": 6.0}[tuning]  # forward and gradient of x, 2 each; gradient of the weight 2
+    return each * block * c.num_layers, each * c.vocab_size * c.hidden_size
 
 
 def measure(shape: str, options: dict, adapter: str) -> dict:
@@ -181,8 +195,9 @@ def measure(shape: str, options: dict, adapter: str) -> dict:
     systems = options["systems"].split(",")
     processes = {}
     for system in systems:
-        command = [sys.executable, __file__, "--worker", system, options["model"], adapter]
-        command += [str(threads), options["dtype"]]
+        name, _, dtype = system.partition(":")
+        command = [sys.executable, __file__, "--worker", name, options["model"], adapter]
+        command += [str(threads), dtype or options["dtype"]]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
         processes[system] = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -204,7 +219,7 @@ def measure(shape: str, options: dict, adapter: str) -> dict:
         process.wait()
     tokens = [sum(len(ids) for ids, _ in rows) for rows in batches][WARMUP_STEPS:]
     trained = [sum(sum(flags[1:]) for _, flags in rows) for rows in batches][WARMUP_STEPS:]
-    per_block, per_head = flop_per_token(options["model"])
+    per_block, per_head = flop_per_token(options["model"], options["tuning"])
     result = {}
     for system, lines in answers.items():
         timed = lines[WARMUP_STEPS:]
@@ -238,14 +253,18 @@ def main(argv: list[str]) -> None:
         "machine": cpu_name(),
         "threads": int(options["threads"]),
         "dtype": options["dtype"],
+        "tuning": options["tuning"],
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "matmul_gflops": matmul_rates(int(options["threads"]), getattr(torch, options["dtype"])),
         "shapes": {},
     }
     with tempfile.TemporaryDirectory() as adapter:
-        torch.manual_seed(0)
-        peft_model(options["model"], torch.float32).save_pretrained(adapter)
+        if options["tuning"] == "full":
+            adapter = ""
+        else:
+            torch.manual_seed(0)
+            peft_model(options["model"], torch.float32).save_pretrained(adapter)
         for shape in options["shapes"].split(","):
             report["shapes"][shape] = measure(shape, options, adapter)
     print_table(report)
@@ -256,9 +275,10 @@ def main(argv: list[str]) -> None:
 
 def print_table(report: dict) -> None:
     rates = report["matmul_gflops"]
-    print(f"{report['machine']}, {report['threads']} threads, torch {report['torch']}, {report['dtype']}")
+    print(f"{report['machine']}, {report['threads']} threads, torch {report['torch']}", end=", ")
+    print(f"{report['dtype']}, {report['tuning']}")
     print(f"matmul in this run: torch.mm {rates['torch.mm']:.0f} GF/s, kernels {rates['kernels']:.0f} GF/s")
-    print(f"{'shape':8} {'system':8} {'tok/s':>8} {'median':>8} {'min..max':>16} ", end="")
+    print(f"{'shape':8} {'system':12} {'tok/s':>8} {'median':>8} {'min..max':>16} ", end="")
     print(f"{'GF/s':>6} {'of matmul':>9} {'peak GB':>8}")
     for shape, result in report["shapes"].items():
         for system, row in result.items():
@@ -267,16 +287,14 @@ def print_table(report: dict) -> None:
             low, high = row["spread"]
             share = row["useful_gflops"] / rates["kernels"]
             print(
-                f"{shape:8} {system:8} {row['tokens_per_second']:8.0f} {row['median_tokens_per_second']:8.0f} "
+                f"{shape:8} {system:12} {row['tokens_per_second']:8.0f} {row['median_tokens_per_second']:8.0f} "
                 f"{low:7.0f}..{high:<7.0f} {row['useful_gflops']:6.0f} {share:9.0%} {row['peak_gb']:8.2f}"
             )
-        if "anvil" in result and "peft" in result:
-            ratio = result["anvil"]["tokens_per_second"] / result["peft"]["tokens_per_second"]
-            memory = result["anvil"]["peak_gb"] / result["peft"]["peak_gb"]
-            print(
-                f"{shape:8} ratio    {ratio:8.2f}x speed, {memory:.2f}x memory, "
-                f"losses differ by at most {result['largest_loss_difference']:.1e}"
-            )
+        for rival in [name for name in result if name.startswith("peft") and "anvil" in result]:
+            ratio = result["anvil"]["tokens_per_second"] / result[rival]["tokens_per_second"]
+            memory = result["anvil"]["peak_gb"] / result[rival]["peak_gb"]
+            print(f"{shape:8} anvil / {rival}: {ratio:.2f}x speed, {memory:.2f}x memory")
+        print(f"{shape:8} losses differ by at most {result['largest_loss_difference']:.1e}")
 
 
 def commit() -> str:
