@@ -53,14 +53,15 @@ LAYERS = {
 KERNEL_LAYERS = {  # within kernels/: the operations know at most each other's products, the choice knows all
     "launch": 0,
     "linear": 0,
-    "attention": 1,
+    "attention": 2,
+    "attention_by_products": 1,
     "cross_entropy": 1,
     "decode_attention": 1,
     "gated_mlp": 1,
     "lora_linear": 1,
     "rms_norm": 1,
     "rope": 1,
-    "__init__": 2,
+    "__init__": 3,
 }
 ORACLES = {"transformers", "peft", "trl", "accelerate", "deepspeed"}  # for tests/ and bench/ only
 ONLY_IN = {"gguf": {"import_gguf.py", "gguf_tokenizer.py"}}
