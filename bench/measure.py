@@ -116,13 +116,13 @@ def _nvidia_smi(field: str, device: torch.device) -> str:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call: the median of the samples, the fastest and the slowest of them."""
+    """Seconds of one call: median of the samples; low and high are their 10th and 90th percentiles."""
 
     seconds: float
     low: float
     high: float
     samples: int
-    how: str  # graph: replays of a CUDA graph; events: calls as the host starts them; host: the host's clock
+    how: str  # graph: replays of a CUDA graph; events: as the host starts the calls; host: by the host's clock
 
     @property
     def text(self) -> str:
@@ -160,13 +160,16 @@ class Timer:
                 call()
         if not self.on_gpu:
             return self._host(calls)
-        if not graph:
-            rounds, sample, how = list(calls), lambda: [call() for call in calls], "events"
-        else:
-            once = self._sample(lambda: [call() for call in calls]) / len(calls)
+        rounds, sample, how = list(calls), lambda: [call() for call in calls], "events"
+        if graph:
+            once = self._sample(sample) / len(calls)
             count = min(MOST_CALLS, max(len(calls), math.ceil(GRAPH_SECONDS / max(once, 1e-6))))
-            rounds = [calls[i % len(calls)] for i in range(count)]
-            sample, how = self._capture(rounds), "graph"
+            repeated = [calls[i % len(calls)] for i in range(count)]
+            try:
+                rounds, sample, how = repeated, self._capture(repeated), "graph"
+            except RuntimeError as error:
+                rounds, how = list(calls), "events"
+                print(f"not captured, timed as the host starts it: {str(error).splitlines()[0]}", flush=True)
         first = self._sample(sample)
         samples = [first] + [self._sample(sample) for _ in range(self._count(first))]
         return self._summary(samples[1:], len(rounds), how)
@@ -205,7 +208,8 @@ class Timer:
 
     def _summary(self, samples: list[float], calls: int, how: str) -> Timing:
         samples = [value / calls for value in samples]
-        return Timing(statistics.median(samples), min(samples), max(samples), len(samples), how)
+        tenths = statistics.quantiles(samples, n=10, method="inclusive")
+        return Timing(statistics.median(samples), tenths[0], tenths[-1], len(samples), how)
 
 
 # What the machine can do at all

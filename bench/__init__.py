@@ -1,0 +1,1 @@
+"""Benchmarks. Scripts and what they share; nothing outside this folder imports them."""

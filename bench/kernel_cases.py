@@ -1,0 +1,440 @@
+"""What bench/kernels.py measures: per operation its inputs, the systems that compute it, and the least work there is.
+
+Work counts each input read once and each output written once, and the multiply-adds (times 2) of the products; so
+floor = max(bytes / bandwidth, operations / rate) and nothing can show more than 100% of it. bf16 on a GPU; on a CPU
+(smoke test) fp32 at tiny sizes. Systems beside `anvil`: `eager` (plain torch), `compile` (torch.compile of it),
+torch's own fused operations, Liger-Kernel if it is installed.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import kernels
+from kernels.attention import attention_reference
+from kernels.cross_entropy import linear_cross_entropy_reference
+from kernels.gated_mlp import gated_mlp_reference
+from kernels.lora_linear import lora_linear_reference
+from kernels.rms_norm import rms_norm_reference
+
+EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class Work:
+    """The least that must be moved and computed. limit: which ceiling bounds the bytes, copy or read."""
+
+    bytes: float
+    operations: float = 0.0
+    limit: str = "copy"
+
+
+@dataclass(frozen=True)
+class System:
+    """function(*inputs, **setup(*inputs)) -> one or several tensors. setup is outside of the time."""
+
+    function: Callable
+    setup: Callable[..., dict[str, Any]] = lambda *inputs: {}
+    slow: bool = False  # compiles for seconds: measured last, if there is time
+    graph: bool = True  # False: it waits for the GPU inside, so it cannot be captured
+    cpu: bool = True  # False: does not exist on a CPU
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    file: str  # of kernels/
+    sizes: str
+    inputs: Callable[[int, bool], list]  # (seed, small: for the comparison with fp64) -> tensors, numbers, None
+    systems: dict[str, System]  # `anvil` among them
+    trained: tuple[int, ...]  # places of the inputs that get a gradient
+    passes: dict[str, Work]  # forward, backward apart; or both, for operations that take the gradient on the way
+    reference: Callable | None = None  # the oracle; None: nothing to compare
+    quick: bool = True  # part of the quick run
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the shapes K1-K4 (performance goals), or tiny ones for a smoke test."""
+
+    device: torch.device
+    dtype: torch.dtype
+    tokens: int
+    small: int  # tokens of the comparison with fp64
+    hidden: int
+    mlp: int
+    heads: int
+    head: int
+    vocabularies: tuple[int, ...]
+    lengths: tuple[int, ...]  # of attention
+    rank: int
+    adapters: int  # LoRA matrices that the optimizer steps
+
+
+def sizes_for(device: torch.device) -> Sizes:
+    if device.type == "cuda":
+        lengths = (4096, 2048, 8192, 16384)  # the first is part of the quick run
+        return Sizes(device, torch.bfloat16, 8192, 257, 4096, 11008, 32, 128, (32000, 128256), lengths, 16, 448)
+    return Sizes(device, torch.float32, 32, 17, 64, 96, 4, 16, (101, 257), (24, 40), 4, 8)
+
+
+class Draw:
+    """Random tensors of one set, reproducible by the seed. Never zeros: they read faster than data."""
+
+    def __init__(self, sizes: Sizes, seed: int):
+        self.sizes = sizes
+        self.generator = torch.Generator(sizes.device).manual_seed(seed)
+
+    def __call__(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> torch.Tensor:
+        values = torch.randn(shape, generator=self.generator, device=self.sizes.device) * scale
+        return values.to(dtype or self.sizes.dtype)
+
+    def integers(self, high: int, count: int) -> torch.Tensor:
+        return torch.randint(high, (count,), generator=self.generator, device=self.sizes.device)
+
+
+def all_cases(sizes: Sizes) -> Iterator[Case]:
+    """In order of importance: what a short budget leaves out stands last."""
+    yield from norms(sizes)
+    yield rope(sizes)
+    yield gated_mlp(sizes)
+    yield from attention(sizes)
+    yield from losses(sizes)
+    yield from lora(sizes)
+    yield adamw(sizes)
+
+
+def compiled(function: Callable) -> System:
+    """torch.compile with static shapes; on a CPU (smoke test) without its code generator."""
+    # a timed backward pass runs again and again on what one forward pass saved, so none of it may be given away
+    import torch._functorch.config as settings
+
+    settings.donated_buffer = False
+    backend = "inductor" if torch.cuda.is_available() else "aot_eager"
+    return System(torch.compile(function, dynamic=False, backend=backend), slow=True)
+
+
+def liger(name: str, **keywords) -> Callable:
+    """A function of Liger-Kernel's public interface, looked up when it is called."""
+
+    def call(*inputs):
+        from liger_kernel.transformers import functional
+
+        return getattr(functional, name)(*inputs, **keywords)
+
+    return call
+
+
+# Norms, rotation, activation: bound by bandwidth
+
+
+def norms(sizes: Sizes) -> Iterator[Case]:
+    pass_bytes = sizes.tokens * sizes.hidden * sizes.dtype.itemsize  # one pass over (T, E)
+    text = f"{sizes.tokens}x{sizes.hidden}"
+
+    def one(seed: int, small: bool) -> list:
+        draw, tokens = Draw(sizes, seed), sizes.small if small else sizes.tokens
+        return [draw(tokens, sizes.hidden), draw(sizes.hidden)]
+
+    yield Case(
+        "rms_norm",
+        "rms_norm",
+        text,
+        one,
+        {
+            "anvil": System(lambda x, weight: kernels.rms_norm(x, weight, EPS)),
+            "eager": System(lambda x, weight: rms_norm_reference(x, weight, EPS)),
+            "torch": System(lambda x, weight: F.rms_norm(x, weight.shape, weight, EPS)),
+            "compile": compiled(lambda x, weight: rms_norm_reference(x, weight, EPS)),
+            "liger": System(lambda x, weight: liger("liger_rms_norm")(x, weight, EPS), cpu=False),
+        },
+        (0, 1),
+        {"forward": Work(2 * pass_bytes), "backward": Work(3 * pass_bytes)},
+        lambda x, weight: rms_norm_reference(x, weight, EPS),
+    )
+
+
+def rope(sizes: Sizes) -> Case:
+    heads, kv_heads = sizes.heads, sizes.heads // 4
+    pass_bytes = sizes.tokens * (heads + kv_heads) * sizes.head * sizes.dtype.itemsize
+
+    def inputs(seed: int, small: bool) -> list:
+        draw, tokens = Draw(sizes, seed), sizes.small if small else sizes.tokens
+        angle = draw(tokens, sizes.head // 2, scale=100.0, dtype=torch.float32)
+        tables = [angle.cos().to(sizes.dtype), angle.sin().to(sizes.dtype)]
+        return [draw(tokens, heads, sizes.head), draw(tokens, kv_heads, sizes.head), *tables]
+
+    def plain(q, k, cos, sin):
+        """As transformers writes it."""
+        cos, sin = torch.cat((cos, cos), -1)[:, None], torch.cat((sin, sin), -1)[:, None]
+
+        def turned(x):
+            first, second = x.chunk(2, -1)
+            return torch.cat((-second, first), -1)
+
+        return q * cos + turned(q) * sin, k * cos + turned(k) * sin
+
+    return Case(
+        "rope",
+        "rope",
+        f"{sizes.tokens} tokens, {heads}+{kv_heads} heads of {sizes.head}",
+        inputs,
+        {"anvil": System(kernels.rope), "eager": System(plain), "compile": compiled(plain)},
+        (0, 1),
+        {"forward": Work(2 * pass_bytes), "backward": Work(2 * pass_bytes)},
+        plain,
+    )
+
+
+def gated_mlp(sizes: Sizes) -> Case:
+    pass_bytes = sizes.tokens * sizes.mlp * sizes.dtype.itemsize
+
+    def inputs(seed: int, small: bool) -> list:
+        draw, tokens = Draw(sizes, seed), sizes.small if small else sizes.tokens
+        return [draw(tokens, sizes.mlp), draw(tokens, sizes.mlp)]
+
+    def plain(gate, up):
+        return gated_mlp_reference(gate, up, "silu")
+
+    return Case(
+        "gated_mlp",
+        "gated_mlp",
+        f"{sizes.tokens}x{sizes.mlp} silu",
+        inputs,
+        {
+            "anvil": System(lambda gate, up: kernels.gated_mlp(gate, up, "silu")),
+            "eager": System(plain),
+            "compile": compiled(plain),
+            "liger": System(liger("liger_swiglu"), cpu=False),
+        },
+        (0, 1),
+        {"forward": Work(3 * pass_bytes), "backward": Work(5 * pass_bytes)},
+        plain,
+    )
+
+
+# Attention: bound by the matrix units
+
+
+def attention(sizes: Sizes) -> Iterator[Case]:
+    batch = 4 if sizes.device.type == "cuda" else 2
+    for place, length in enumerate(sizes.lengths):
+        for head in (sizes.head, sizes.head // 2):
+            yield _equal_lengths(sizes, batch, length, head, quick=place == 0)
+            if place == 0 and head == sizes.head:
+                yield packed_attention(sizes)
+
+
+def _attention_work(sizes: Sizes, lengths: list[int], head: int) -> dict[str, Work]:
+    """Causal: half of the scores; backward: five products for the two of forward (flash recompute)."""
+    forward = sum(2 * length**2 * head * sizes.heads for length in lengths)
+    pass_bytes = sum(lengths) * sizes.heads * head * sizes.dtype.itemsize
+    return {"forward": Work(4 * pass_bytes, forward), "backward": Work(8 * pass_bytes, 2.5 * forward)}
+
+
+def _flat_inputs(sizes: Sizes, lengths: list[int], head: int, seed: int) -> list:
+    draw, borders = Draw(sizes, seed), [0]
+    for length in lengths:
+        borders.append(borders[-1] + length)
+    cu_seqlens = torch.tensor(borders, dtype=torch.int32, device=sizes.device)
+    return [*(draw(borders[-1], sizes.heads, head) for _ in range(3)), cu_seqlens, max(lengths)]
+
+
+def _anvil_attention(q, k, v, cu_seqlens, max_seqlen):
+    return kernels.attention(q, k, v, cu_seqlens, max_seqlen, None, q.shape[-1] ** -0.5)
+
+
+def _reference_attention(q, k, v, cu_seqlens, max_seqlen):
+    return attention_reference(q, k, v, cu_seqlens, max_seqlen, None, q.shape[-1] ** -0.5)
+
+
+def _sdpa(backend: str) -> Callable:
+    def call(q, k, v, cu_seqlens, max_seqlen):
+        batch = cu_seqlens.shape[0] - 1
+        rows = [x.view(batch, max_seqlen, *x.shape[1:]).transpose(1, 2) for x in (q, k, v)]  # (B, H, S, D)
+        with sdpa_kernel(getattr(SDPBackend, backend if q.is_cuda else "MATH")):
+            return F.scaled_dot_product_attention(*rows, is_causal=True).transpose(1, 2).reshape(q.shape)
+
+    return call
+
+
+def _equal_lengths(sizes: Sizes, batch: int, length: int, head: int, quick: bool) -> Case:
+    return Case(
+        "attention",
+        "flash_attention",
+        f"B{batch} H{sizes.heads} S{length} D{head} causal",
+        lambda seed, small: _flat_inputs(sizes, [sizes.small if small else length] * batch, head, seed),
+        {
+            "anvil": System(_anvil_attention),
+            "cudnn": System(_sdpa("CUDNN_ATTENTION")),
+            "flash": System(_sdpa("FLASH_ATTENTION")),
+        },
+        (0, 1, 2),
+        _attention_work(sizes, [length] * batch, head),
+        _reference_attention,
+        quick=quick,
+    )
+
+
+def _varlen_flash(q, k, v, cu_seqlens, max_seqlen):
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=(-1, 0))  # causal
+
+
+def _document_mask(q, k, v, cu_seqlens, max_seqlen) -> dict[str, Any]:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    tokens = q.shape[0]
+    document = torch.searchsorted(cu_seqlens[1:].contiguous(), torch.arange(tokens, device=q.device), right=True)
+
+    def same_document(b, h, query, key):
+        return (query >= key) & (document[query] == document[key])
+
+    function = torch.compile(flex_attention, dynamic=False) if q.is_cuda else flex_attention
+    return {"flex": function, "mask": create_block_mask(same_document, None, None, tokens, tokens, device=q.device)}
+
+
+def _flex(q, k, v, cu_seqlens, max_seqlen, flex, mask):
+    rows = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, H, T, D)
+    return flex(*rows, block_mask=mask)[0].transpose(0, 1)
+
+
+def packed_attention(sizes: Sizes) -> Case:
+    """Documents of many lengths in one row, about as long as chat data packs."""
+    count = 16384 if sizes.device.type == "cuda" else 64
+    lengths, generator = [], torch.Generator().manual_seed(0)
+    while sum(lengths) < count:
+        longest = min(count // 4, count - sum(lengths))
+        lengths.append(min(longest, int(torch.randint(count // 256 + 1, count // 4, (1,), generator=generator))))
+    return Case(
+        "attention packed",
+        "flash_attention",
+        f"{len(lengths)} documents of {min(lengths)}..{max(lengths)}, H{sizes.heads} D{sizes.head} causal",
+        lambda seed, small: _flat_inputs(sizes, [5, 17, sizes.small] if small else lengths, sizes.head, seed),
+        {
+            "anvil": System(_anvil_attention),
+            "flash varlen": System(_varlen_flash, cpu=False),
+            "flex document": System(_flex, _document_mask, slow=True, cpu=False),
+        },
+        (0, 1, 2),
+        _attention_work(sizes, lengths, sizes.head),
+        _reference_attention,
+    )
+
+
+# Losses: the head's products and one read and write of the logits
+
+
+def losses(sizes: Sizes) -> Iterator[Case]:
+    for vocabulary in sizes.vocabularies:
+        yield linear_cross_entropy(sizes, vocabulary)
+
+
+def linear_cross_entropy(sizes: Sizes, vocabulary: int) -> Case:
+    """Frozen head: the gradient goes to the hidden rows only."""
+
+    def inputs(seed: int, small: bool) -> list:
+        draw, rows = Draw(sizes, seed), sizes.small if small else sizes.tokens
+        head = draw(vocabulary, sizes.hidden, scale=sizes.hidden**-0.5)
+        return [draw(rows, sizes.hidden), head, draw.integers(vocabulary, rows)]
+
+    def two_products(hidden, weight, labels):
+        return (hidden @ weight.T) @ weight  # what any implementation has to multiply, and nothing else
+
+    liger_loss = liger("liger_fused_linear_cross_entropy", reduction="sum")
+    return Case(
+        "linear_cross_entropy",
+        "cross_entropy",
+        f"{sizes.tokens}x{sizes.hidden}, V {vocabulary}, frozen head",
+        inputs,
+        {
+            "anvil": System(kernels.linear_cross_entropy),
+            "two products": System(lambda *x: two_products(*(t.detach() for t in x))),
+            "eager": System(linear_cross_entropy_reference),
+            "compile": compiled(linear_cross_entropy_reference),
+            "liger": System(liger_loss, graph=False, cpu=False),
+        },
+        (0,),
+        {"both": Work(0, 4.0 * sizes.tokens * vocabulary * sizes.hidden)},
+        linear_cross_entropy_reference,
+    )
+
+
+# Products with adapters
+
+
+def lora(sizes: Sizes) -> Iterator[Case]:
+    for outputs in (sizes.hidden, sizes.mlp):
+        yield lora_linear(sizes, outputs)
+
+
+def lora_linear(sizes: Sizes, outputs: int) -> Case:
+    tokens, size, rank = sizes.tokens, sizes.hidden, sizes.rank
+
+    def inputs(seed: int, small: bool) -> list:
+        draw, rows = Draw(sizes, seed), sizes.small if small else tokens
+        weight = draw(outputs, size, scale=size**-0.5)
+        low = draw(rank, size, scale=size**-0.5, dtype=torch.float32), draw(outputs, rank, dtype=torch.float32)
+        return [draw(rows, size), weight, None, *low, 0.5]
+
+    def as_peft(x, weight, bias, lora_a, lora_b, scale):
+        """Adapter in fp32 as peft keeps it, cast as autocast would."""
+        low = F.linear(F.linear(x, lora_a.to(x.dtype)), lora_b.to(x.dtype))
+        return F.linear(x, weight, bias) + low * scale
+
+    def base_only(x, weight, bias, lora_a, lora_b, scale):
+        return F.linear(x, weight)  # so the rest of the time is what the adapter costs
+
+    base, branch = 2.0 * tokens * size * outputs, 2.0 * tokens * rank * (size + outputs)
+    return Case(
+        "lora_linear",
+        "lora_linear",
+        f"{tokens}x{size} -> {outputs}, rank {rank}",
+        inputs,
+        {
+            "anvil": System(kernels.lora_linear),
+            "eager": System(as_peft),
+            "compile": compiled(as_peft),
+            "base only": System(base_only),
+        },
+        (0, 3, 4),
+        {"forward": Work(0, base + branch), "backward": Work(0, base + 2 * branch)},
+        lora_linear_reference,
+    )
+
+
+# The optimizer: a streaming pass over the state
+
+
+def adamw(sizes: Sizes) -> Case:
+    """Steps of the adapters of Llama-2-7B at rank 16: fp32 weight, gradient and two moments, 28 bytes a value."""
+    shape = (sizes.rank, sizes.hidden + sizes.mlp // 2)
+
+    def inputs(seed: int, small: bool) -> list:
+        draw = Draw(sizes, seed)
+        parameters = [draw(*shape, dtype=torch.float32) for _ in range(sizes.adapters)]
+        for parameter in parameters:
+            parameter.grad = draw(*shape, dtype=torch.float32)
+        return parameters
+
+    def stepper(**keywords) -> System:
+        def setup(*parameters) -> dict[str, Any]:
+            return {"step": torch.optim.AdamW(parameters, lr=1e-6, **keywords).step}
+
+        return System(lambda *parameters, step: step() or (), setup, graph=False)
+
+    values = sizes.adapters * shape[0] * shape[1]
+    return Case(
+        "adamw",
+        "",
+        f"{sizes.adapters} tensors, {values / 1e6:.1f} M values",
+        inputs,
+        {"anvil": stepper(fused=True), "foreach": stepper(foreach=True)},
+        (),
+        {"forward": Work(28 * values)},
+    )
