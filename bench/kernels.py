@@ -206,7 +206,8 @@ def print_report(session: Session, ceilings: Ceilings, machine: dict) -> None:
         if row["workspace_mib"] is not None:
             line["MiB"] = f"{row['workspace_mib']:.0f}"
         lines.append(line)
-    print(f"\n{machine.get('gpu') or 'CPU, smoke test'}, torch {machine['torch']}, triton {machine['triton']}, ", end="")
+    where = machine.get("gpu") or "CPU, smoke test"
+    print(f"\n{where}, torch {machine['torch']}, triton {machine['triton']}, ", end="")
     print(f"commit {machine['commit']}\n{ceilings.text}\nerror: anvil's against fp64 / the plain reference's\n")
     print(table(lines))
 

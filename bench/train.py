@@ -19,7 +19,7 @@ import json
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -170,10 +170,12 @@ class Entry:
     """One system of a row, with what belongs to it alone."""
 
     system: Any
-    own_bytes: int = 0
-    losses: list = None
-    seconds: list = None
-    peak_bytes: int = 0
+    prepared: list = field(default_factory=list)  # the groups in the system's own form
+    losses: list[float] = field(default_factory=list)  # of every step, warm-up too
+    seconds: list[float] = field(default_factory=list)  # per step, one number for each turn
+    step_seconds: float = 0.0  # of the last step of the warm-up
+    own_bytes: int = 0  # between steps: adapters and their state, and the weights if they are not shared
+    peak_bytes: int = 0  # beyond that during a step
     reserved_bytes: int = 0
 
 
@@ -201,3 +203,158 @@ def measure_row(row: Row, device: torch.device, seconds: float, with_compile: bo
     result["not_run"] = not_run
     result["largest_loss_difference"] = compare_losses(row, result["systems"], session)
     return result
+
+
+def build_all(makers: dict, groups, device, shared_bytes: int, not_run: dict[str, str]) -> dict[str, Entry]:
+    """Construct and warm up every system. A rival's next recipe is taken where one runs out of memory.
+
+    Anvil is constructed first (its adapters are what the rivals copy) and stepped last (so they copy them untrained).
+    """
+    entries: dict[str, Entry] = {}
+    before = allocated(device)
+    own = makers["anvil"][0]()
+    own_bytes = allocated(device) - before + (0 if shared_bytes else model_bytes(own.run.model))
+    for name, recipes in makers.items():
+        if name == "anvil":
+            continue
+        for make in recipes:
+            entry, problem = try_system(make, groups, device)
+            release(device)  # here, where the failed system is in nobody's hands any more
+            if entry is not None:
+                entries[name] = entry
+                break
+            not_run[f"{name} ({problem[0]})"] = problem[1]
+            print(f"{name} ({problem[0]}): {problem[1]}", flush=True)
+            if not problem[1].startswith("OutOfMemoryError"):
+                break
+    entry = Entry(own)
+    before = allocated(device)
+    warm_up(entry, groups, device)
+    entry.own_bytes = own_bytes + allocated(device) - before
+    return {"anvil": entry, **entries}
+
+
+def try_system(make, groups, device) -> tuple[Entry | None, tuple[str, str]]:
+    """(the system, warm) or (None, (its settings, why not)). Nothing of a failed one survives in a traceback."""
+    before, note = allocated(device), "construction"
+    try:
+        system = make()
+        note = system.note
+        entry = Entry(system)
+        warm_up(entry, groups, device)
+    except Exception as error:  # a rival may raise what it likes; the table then says so
+        text = str(error).splitlines()[0] if str(error) else ""
+        return None, (note, f"{type(error).__name__}: {text}"[:300])
+    entry.own_bytes = allocated(device) - before
+    return entry, (note, "")
+
+
+def warm_up(entry: Entry, groups, device) -> None:
+    entry.prepared = [entry.system.prepare(group) for group in groups]
+    for step in range(WARMUP_STEPS):
+        synchronize(device)
+        start = time.perf_counter()
+        loss = entry.system.step(entry.prepared[step % len(groups)])
+        entry.losses.append(loss.item())
+        entry.step_seconds = time.perf_counter() - start
+
+
+def plan(entries: dict[str, Entry], seconds: float) -> tuple[int, int]:
+    """(timed steps in a turn, turns) that fit: 5 turns of 4 where there is time, never fewer than 2 of 3."""
+    step_seconds = sum(entry.step_seconds for entry in entries.values())
+    for steps, turns in ((4, 5), (4, 4), (4, 3), (3, 3), (3, 2)):
+        if step_seconds * (steps + 1) * turns <= seconds:
+            break
+    return steps, turns
+
+
+def take_turn(entry: Entry, groups, first: int, steps: int, device) -> None:
+    """One step to come back into the memory, then `steps` timed ones without looking at any result in between."""
+    release(device)
+    at_start = allocated(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        reserved_at_start = torch.cuda.memory_reserved(device)
+    losses = [entry.system.step(entry.prepared[first % len(groups)])]
+    synchronize(device)
+    start = time.perf_counter()
+    for step in range(first + 1, first + 1 + steps):
+        losses.append(entry.system.step(entry.prepared[step % len(groups)]))
+    synchronize(device)
+    entry.seconds.append((time.perf_counter() - start) / steps)
+    entry.losses += torch.stack(losses).tolist()
+    if device.type == "cuda":
+        entry.peak_bytes = max(entry.peak_bytes, torch.cuda.max_memory_allocated(device) - at_start)
+        grown = torch.cuda.max_memory_reserved(device) - reserved_at_start
+        entry.reserved_bytes = max(entry.reserved_bytes, grown)
+
+
+def summarise(entry: Entry, groups, setting: Setting, shared_bytes: int) -> dict[str, Any]:
+    """Medians over the turns."""
+    tokens = statistics.mean(sum(len(d.ids) for rows in g for row in rows for d in row) for g in groups)
+    work = statistics.mean(flops_per_step(setting, group) for group in groups)
+    seconds = statistics.median(entry.seconds)
+    return {
+        "setting": entry.system.note,
+        "tokens_per_second": tokens / seconds,
+        "spread": [tokens / max(entry.seconds), tokens / min(entry.seconds)],
+        "step_seconds": entry.seconds,
+        "model_tflops": work / seconds / 1e12,
+        "peak_gib": (shared_bytes + entry.own_bytes + entry.peak_bytes) / 2**30 if entry.peak_bytes else None,
+        "reserved_gib": (shared_bytes + entry.own_bytes + entry.reserved_bytes) / 2**30 if entry.peak_bytes else None,
+        "losses": entry.losses,
+    }
+
+
+def compare_losses(row: Row, systems: dict[str, dict], session: Session) -> dict[str, float]:
+    """Largest difference of a step's loss to Anvil's, per rival; beyond the tolerance is a failure."""
+    own, found = systems["anvil"]["losses"], {}
+    for name, result in systems.items():
+        if name == "anvil":
+            continue
+        found[name] = max(abs(a - b) for a, b in zip(own, result["losses"], strict=True))
+        if not found[name] <= LOSS_TOLERANCE * max(own):  # NaN fails too
+            session.failed.append(f"{row.name}: losses of {name} differ by {found[name]:.3g} from {own[0]:.3f}")
+    return found
+
+
+def allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def model_bytes(model) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def print_report(results: dict[str, dict], ceilings, machine: dict) -> None:
+    lines = []
+    for name, result in results.items():
+        systems, row = result["systems"], result["row"]
+        own = systems["anvil"]["tokens_per_second"]
+        for place, (system, found) in enumerate(systems.items()):
+            low, high = found["spread"]
+            line = {"row": f"{name} {row['model']} {row['what']}" if place == 0 else "", "system": system}
+            line |= {"tok/s": f"{found['tokens_per_second']:.0f}", "min..max": f"{low:.0f}..{high:.0f}"}
+            line |= {"TF": f"{found['model_tflops']:.0f}"}
+            line["share"] = f"{found['model_tflops'] / ceilings.sustained_tflops:.0%}"
+            if found["peak_gib"] is not None:
+                line |= {"peak GiB": f"{found['peak_gib']:.1f}", "reserved": f"{found['reserved_gib']:.1f}"}
+            if system != "anvil":
+                line["anvil is"] = f"{own / found['tokens_per_second']:.2f}x"
+                line["losses differ"] = f"{result['largest_loss_difference'][system]:.1e}"
+            lines.append(line | {"settings": found["setting"]})
+        for system, reason in result["not_run"].items():
+            lines.append({"row": "", "system": system, "tok/s": "not run", "settings": reason[:60]})
+    print(f"\n{machine.get('gpu') or 'CPU, smoke test'}, torch {machine['torch']}, transformers ", end="")
+    print(f"{machine['transformers']}, peft {machine['peft']}, commit {machine['commit']}\n{ceilings.text}\n")
+    print(table(lines))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

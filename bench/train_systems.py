@@ -86,7 +86,6 @@ class Anvil:
         options = lora.LoraOptions(kind, lora_rank=max(1, setting.rank))
         lora.prepare_trainable(model, options, torch.Generator().manual_seed(0))
         model.compute_dtype = setting.dtype
-        model.gradient_checkpointing = False
         model.train()
         optim_options = optim.OptimOptions(learning_rate=LEARNING_RATE, lr_scheduler_type="constant")
         world = parallel.World(0, 1, 0, setting.device)
@@ -207,8 +206,8 @@ def _transformers_model(setting: Setting, source: Decoder):
     model.load_state_dict(tensors, assign=True, strict=True)
     if source.config.tied_head:
         model.tie_weights()
-    rotary = type(model.model.rotary_emb)
-    model.model.rotary_emb = rotary(config=config, device=setting.device)  # its frequencies are in no state_dict
+    with setting.device:  # the frequencies of the rotation are in no state_dict
+        model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
     left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     assert not left, f"without values: {left}"
     return model
@@ -260,8 +259,8 @@ def _padded(rows: MicroBatch, device: torch.device) -> tuple[dict[str, torch.Ten
 def flops_per_step(setting: Setting, group: list[MicroBatch]) -> float:
     """Model operations of one step: 4N per token with a frozen base (6N in full) + attention + 6 per adapter weight.
 
-    The head counts on trained rows only. Attention, causal, per token of a document of length S: 2 d S forward and 4 d S
-    backward in every layer; nothing that is recomputed counts.
+    The head counts on trained rows only. Attention, causal, per token of a document of length S: 2 d S forward and
+    4 d S backward in every layer; nothing that is recomputed counts.
     """
     config = config_from_hf(MODELS[setting.model])
     query, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
