@@ -17,9 +17,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import kernels
 from kernels.attention import attention_reference
 from kernels.cross_entropy import linear_cross_entropy_reference
+from kernels.decode_attention import decode_attention_reference
 from kernels.gated_mlp import gated_mlp_reference
 from kernels.lora_linear import lora_linear_reference
-from kernels.rms_norm import rms_norm_reference
+from kernels.rms_norm import add_rms_norm_reference, rms_norm_reference
+from kernels.rope import rope_reference
 
 EPS = 1e-5
 
@@ -103,6 +105,7 @@ def all_cases(sizes: Sizes) -> Iterator[Case]:
     yield rope(sizes)
     yield gated_mlp(sizes)
     yield from attention(sizes)
+    yield from decode_attention(sizes)
     yield from losses(sizes)
     yield from lora(sizes)
     yield adamw(sizes)
@@ -157,6 +160,29 @@ def norms(sizes: Sizes) -> Iterator[Case]:
         lambda x, weight: rms_norm_reference(x, weight, EPS),
     )
 
+    def two(seed: int, small: bool) -> list:
+        draw, tokens = Draw(sizes, seed), sizes.small if small else sizes.tokens
+        return [draw(tokens, sizes.hidden), draw(tokens, sizes.hidden), draw(sizes.hidden)]
+
+    def plain_add(x, delta, weight):
+        return add_rms_norm_reference(x, delta, weight, EPS)
+
+    yield Case(
+        "add_rms_norm",
+        "rms_norm",
+        text,
+        two,
+        {
+            "anvil": System(lambda x, delta, weight: kernels.add_rms_norm(x, delta, weight, EPS)),
+            "eager": System(plain_add),
+            "compile": compiled(plain_add),
+            "liger": System(lambda x, r, weight: liger("liger_fused_add_rms_norm")(x, r, weight, EPS), cpu=False),
+        },
+        (0, 1, 2),
+        {"forward": Work(4 * pass_bytes), "backward": Work(4 * pass_bytes)},
+        plain_add,
+    )
+
 
 def rope(sizes: Sizes) -> Case:
     heads, kv_heads = sizes.heads, sizes.heads // 4
@@ -186,7 +212,7 @@ def rope(sizes: Sizes) -> Case:
         {"anvil": System(kernels.rope), "eager": System(plain), "compile": compiled(plain)},
         (0, 1),
         {"forward": Work(2 * pass_bytes), "backward": Work(2 * pass_bytes)},
-        plain,
+        rope_reference,
     )
 
 
@@ -324,6 +350,47 @@ def packed_attention(sizes: Sizes) -> Case:
         (0, 1, 2),
         _attention_work(sizes, lengths, sizes.head),
         _reference_attention,
+    )
+
+
+def decode_attention(sizes: Sizes) -> Iterator[Case]:
+    """One new token per sequence against a full cache, four query heads to a KV head: bound by reading the cache."""
+    on_gpu = sizes.device.type == "cuda"
+    for sequences, capacity in ((1, 8192), (32, 2048)) if on_gpu else ((1, 24), (3, 16)):
+        yield _decode_case(sizes, sequences, capacity)
+
+
+def _decode_case(sizes: Sizes, sequences: int, capacity: int) -> Case:
+    heads, kv_heads = sizes.heads, sizes.heads // 4
+
+    def inputs(seed: int, small: bool) -> list:
+        draw, device = Draw(sizes, seed), sizes.device
+        room = min(capacity, sizes.small) if small else capacity
+        keys, values = (draw(sequences, kv_heads, room, sizes.head) for _ in range(2))
+        borders = torch.arange(sequences + 1, dtype=torch.int32, device=device)
+        lengths = torch.full((sequences,), room, dtype=torch.int32, device=device)
+        return [draw(sequences, heads, sizes.head), keys, values, borders, lengths]
+
+    def ours(q, keys, values, borders, lengths):
+        return kernels.decode_attention(q, keys, values, borders, lengths, 1, None, q.shape[-1] ** -0.5)
+
+    def reference(q, keys, values, borders, lengths):
+        scale = q.shape[-1] ** -0.5
+        return decode_attention_reference(q, keys, values, borders, lengths, 1, None, scale, None, None)
+
+    def sdpa(q, keys, values, borders, lengths):
+        return F.scaled_dot_product_attention(q[:, :, None], keys, values, enable_gqa=True)[:, :, 0]
+
+    cache_bytes = 2.0 * sequences * kv_heads * capacity * sizes.head * sizes.dtype.itemsize
+    return Case(
+        "decode_attention",
+        "decode_attention",
+        f"{sequences} x {capacity} cached, heads {heads}/{kv_heads} of {sizes.head}",
+        inputs,
+        {"anvil": System(ours), "sdpa": System(sdpa)},
+        (),
+        {"forward": Work(cache_bytes, limit="read")},
+        reference,
     )
 
 

@@ -110,7 +110,8 @@ class Anvil:
         )
 
     def prepare(self, group: list[MicroBatch]):
-        return [collate([_example(one) for row in rows for one in row]) for rows in group]
+        batches = [collate([_example(one) for row in rows for one in row]) for rows in group]
+        return [train.prepare(batch, self.run.world.device) for batch in batches]
 
     def step(self, group) -> torch.Tensor:
         loss, _ = train.update(self.run, group)

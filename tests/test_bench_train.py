@@ -1,0 +1,74 @@
+"""bench/train.py from its command line, on a CPU at tiny sizes, and the operations that it counts."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("peft")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def start(*words):
+    command = [sys.executable, str(ROOT / "bench" / "train.py"), *words]
+    return subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True)
+
+
+def test_all_systems_train_alike_in_every_row(tmp_path):
+    """Equal lengths, full tuning with accumulation, padding and packing: the rivals get the same losses as Anvil."""
+    done = start("device=cpu", f"out={tmp_path}")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    report = json.loads((tmp_path / "train_cpu.json").read_text())
+    assert set(report["rows"]) == {"T1", "T6", "T4", "T4p"} and report["failed"] == []
+    for name, row in report["rows"].items():
+        assert set(row["systems"]) == {"anvil", "peft default", "peft best"} and row["not_run"] == {}, name
+        assert max(row["largest_loss_difference"].values()) < 1e-5, name
+        losses = row["systems"]["anvil"]["losses"]
+        assert len(losses) == 5 + row["turns"] * (row["steps_per_turn"] + 1)
+        assert losses[-1] != losses[0]  # it trains
+    assert report["rows"]["T4p"]["systems"]["peft best"]["setting"] == "no recompute, sdpa cudnn"
+
+
+def test_a_rival_that_cannot_run_is_listed_and_its_next_recipe_taken(tmp_path):
+    script = (
+        "import sys; sys.path.insert(0, '.'); import torch; from bench import train as b\n"
+        "class Full:\n"
+        "    note = 'no recompute'\n"
+        "    def prepare(self, group): raise torch.OutOfMemoryError('CUDA out of memory. Tried')\n"
+        "setting = b.Setting('tiny', 4, torch.device('cpu')); source = b.random_decoder(setting)\n"
+        "groups = b.make_groups(b.SMOKE_ROWS[0], 2); not_run = {}\n"
+        "makers = {'anvil': [lambda: b.Anvil(setting, source, 9)],\n"
+        "          'peft best': [Full, lambda: b.Rival('peft best', setting, source, b.BEST[1])]}\n"
+        "entries = b.build_all(makers, groups, setting.device, 0, not_run)\n"
+        "assert list(entries) == ['anvil', 'peft best'] and entries['peft best'].system.recipe.checkpointing\n"
+        "assert not_run == {'peft best (no recompute)': 'OutOfMemoryError: CUDA out of memory. Tried'}, not_run"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_operations_of_a_step_are_those_of_the_formula():
+    """Llama-2-7B at 2,048 tokens: 28.6 GF per token for LoRA, 41.5 in full (performance goals, section 5.1)."""
+    from bench.train_systems import Document, Setting, flops_per_step
+
+    document = Document(np.zeros(2048, np.int32), np.ones(2048, bool))
+    found = {rank: flops_per_step(Setting("Llama-2-7B", rank, torch.device("cpu")), [[[document]]]) for rank in (0, 16)}
+    adapters = 6 * 39.98e6 * 2048
+    assert found[16] == pytest.approx(28.04e9 * 2048 + adapters, rel=0.01)
+    assert found[0] == pytest.approx(41.3e9 * 2048, rel=0.01)
+
+
+def test_a_mistaken_row_is_named():
+    done = start("device=cpu", "rows=T9")
+    assert done.returncode == 1 and "T9" in done.stderr and "T4p" in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so():
+    done = start()
+    assert done.returncode == 1 and "no CUDA GPU" in done.stderr
