@@ -29,6 +29,7 @@ from bench.measure import (  # noqa: E402
     Timer,
     Timing,
     describe_machine,
+    is_on,
     pick_device,
     read_options,
     save,
@@ -38,18 +39,18 @@ from bench.measure import (  # noqa: E402
 from tests.kernel_checks import evaluate, relative_error  # noqa: E402
 
 DEFAULTS = {"device": "auto", "quick": "false", "seconds": "", "only": "", "out": "", "list": "false"}
-SECONDS = {"false": 130.0, "true": 50.0}
+SECONDS = {False: 130.0, True: 50.0}
 NEEDED = {False: 2.0, True: 12.0}  # seconds that one system takes at most; True: it compiles
 
 
 def main(argv: list[str]) -> int:
     options = read_options(argv, DEFAULTS, __doc__)
-    if options["list"] == "true":
+    if is_on(options["list"]):
         for case in all_cases(sizes_for(torch.device("cpu"))):
             print(case.file or "-", case.name)
         return 0
-    device, quick = pick_device(options["device"]), options["quick"] == "true"
-    session = Session(float(options["seconds"] or SECONDS[options["quick"]]))
+    device, quick = pick_device(options["device"]), is_on(options["quick"])
+    session = Session(float(options["seconds"] or SECONDS[quick]))
     timer = Timer(device, seconds=0.005 if device.type == "cpu" else 0.1 if quick else 0.2)
     machine = describe_machine(device, "python bench/kernels.py " + " ".join(argv))
     with timer.stream():

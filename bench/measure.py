@@ -50,6 +50,13 @@ def read_options(argv: Sequence[str], defaults: dict[str, str], usage: str) -> d
     return defaults | given
 
 
+def is_on(text: str) -> bool:
+    """Of an option: true or 1 is yes; false, 0 and nothing are no."""
+    if text.lower() not in ("true", "1", "false", "0", ""):
+        raise SystemExit(f"{text!r} is neither true nor false")
+    return text.lower() in ("true", "1")
+
+
 def pick_device(name: str) -> torch.device:
     """`auto`: the GPU. A benchmark goes to the CPU only when it is told to: its numbers there mean nothing."""
     if name == "auto":

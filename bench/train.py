@@ -34,6 +34,7 @@ from bench.measure import (  # noqa: E402
     Session,
     Timer,
     describe_machine,
+    is_on,
     pick_device,
     read_options,
     save,
@@ -57,7 +58,7 @@ from bench.train_systems import (  # noqa: E402
 )
 
 DEFAULTS = {"device": "auto", "quick": "false", "seconds": "", "rows": "", "compile": "false", "out": ""}
-SECONDS = {"false": 160.0, "true": 70.0}
+SECONDS = {False: 160.0, True: 70.0}
 WARMUP_STEPS = 5
 DIFFERENT_GROUPS = 4  # repeated, so that the loss falls and the comparison of losses tells something
 LOSS_TOLERANCE = 0.01  # of the loss: bf16 noise over 20 steps is below it, a wrong gradient is not
@@ -97,9 +98,9 @@ SMOKE_ROWS = [
 
 def main(argv: list[str]) -> int:
     options = read_options(argv, DEFAULTS, __doc__)
-    device, quick = pick_device(options["device"]), options["quick"] == "true"
+    device, quick = pick_device(options["device"]), is_on(options["quick"])
     on_gpu = device.type == "cuda"
-    session = Session(float(options["seconds"] or SECONDS[options["quick"]]))
+    session = Session(float(options["seconds"] or SECONDS[quick]))
     rows = [row for row in (ROWS if on_gpu else SMOKE_ROWS) if row.quick or not quick or options["rows"]]
     if options["rows"]:
         wanted = options["rows"].split(",")
@@ -118,7 +119,7 @@ def main(argv: list[str]) -> int:
             continue
         seconds = session.left if place + 1 == len(rows) else session.left * 0.6
         with session.part(row.name):
-            results[row.name] = measure_row(row, device, seconds, options["compile"] == "true", session)
+            results[row.name] = measure_row(row, device, seconds, is_on(options["compile"]), session)
         release(device)
     print_report(results, ceilings, machine)
     report = {"ceilings": ceilings, "rows": results, "left_out": session.left_out, "failed": session.failed}
