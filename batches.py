@@ -239,6 +239,13 @@ class BatchLoader:
     def batches(self, start: int = 0) -> Iterator[Batch]:
         return (self.batch(i) for i in itertools.count(start))
 
+    def most_tokens(self) -> int:
+        """Tokens of the largest batch that an epoch's order can make."""
+        lengths = np.asarray(self.store.lengths)
+        if self.rows is not None:
+            lengths = np.array([lengths[row].sum() for row in self.rows])
+        return int(np.sort(lengths)[-self.rows_per_batch :].sum())
+
     def _permutation(self, count: int, *stream: int) -> np.ndarray:
         return np.random.default_rng([self.seed, *stream]).permutation(count)
 
@@ -289,6 +296,10 @@ class StreamingLoader:
     def batches(self, start: int = 0) -> Iterator[Batch]:
         mine = itertools.islice(self._global_batches(), self.rank, None, self.world)
         return map(collate, itertools.islice(mine, start, None))
+
+    def most_tokens(self) -> int:
+        """Tokens of the largest batch that may come: nobody knows the stream's lengths."""
+        return self.rows_per_batch * self.cutoff_len
 
     def _global_batches(self) -> Iterator[list[Example]]:
         units = self._packed_rows() if self.packing else ([example] for example in self._examples())

@@ -234,6 +234,10 @@ def _negated(ours):
     return lambda raw, given, keys: {ours: _word(not _truth(raw))}
 
 
+def _no_recomputation(raw, given, keys):
+    return {"gradient_checkpointing": _Plain("none")} if _truth(raw) else {}  # false leaves the choice to memory
+
+
 # key elsewhere -> function(raw value, all raw values beside it, keys of this script) -> {our key: raw value}
 CONVERTED: dict[str, Callable[[object, Mapping, Iterable], dict[str, object]]] = {
     "bits": lambda raw, given, keys: {} if _number(raw) in (16, 32) else {"quantization_bit": raw},
@@ -245,7 +249,7 @@ CONVERTED: dict[str, Callable[[object, Mapping, Iterable], dict[str, object]]] =
     "target_max_len": _source_and_target,
     "train_dataset_sample": lambda raw, given, keys: {} if _number(raw) < 0 else {"max_samples": raw},
     "gradient_checkpointing": _negated("disable_gradient_checkpointing"),
-    "disable_gradient_checkpointing": _negated("gradient_checkpointing"),
+    "disable_gradient_checkpointing": _no_recomputation,
     "neat_packing": lambda raw, given, keys: {"packing": raw} if _truth(raw) else {},  # ours never leaks
     "train_sampling_strategy": _sampling,
     "use_auth_token": lambda raw, given, keys: {} if str(raw).lower() in _BOOLEANS else {"hf_hub_token": raw},

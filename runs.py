@@ -66,8 +66,13 @@ class TrainOptions:
     fp16: Annotated[bool, "fp16 compute with loss scaling, fp32 trainable weights"] = False
     pure_bf16: Annotated[bool, "everything in bf16, trainable weights too"] = False
     gradient_checkpointing: Annotated[
-        bool | None, "recompute activations in the backward pass; default: on a GPU yes, on a CPU no"
-    ] = None
+        bool | Literal["auto", "none", "selective", "full", "offload"],
+        "what the backward pass computes again: nothing, norms and activations, whole blocks (true), those with their "
+        "inputs in host memory; auto = as little as memory allows",
+    ] = "auto"
+    torch_compile: Annotated[bool, "compile each block with torch.compile; the kernels fuse most of it already"] = False
+    torch_compile_backend: Annotated[str, "backend of torch.compile"] = "inductor"
+    torch_compile_mode: Annotated[str | None, "mode of torch.compile's inductor: default, max-autotune, ..."] = None
     neftune_noise_alpha: Annotated[float | None, "noise on the embeddings while training; 5 is typical"] = None
     train_from_scratch: Annotated[bool, "random weights; the model folder gives config.json and tokenizer"] = False
     seed: Annotated[int, "seed of adapters, dropout and, without data_seed, of the data order"] = 42
@@ -100,12 +105,24 @@ class TrainOptions:
                 raise ValueError(f"{key}: {getattr(self, key)} must be at least 1")
         if self.do_train is False and not self.do_eval:
             raise ValueError("do_train: false, and do_eval is not set either, so there is nothing to do")
+        if self.torch_compile and self.recomputation == "selective":
+            raise ValueError(
+                "gradient_checkpointing: selective is of no use with torch_compile, which chooses by itself what it "
+                "keeps; set it to none or full"
+            )
         if self.max_steps <= 0 and not self.num_train_epochs > 0:
             raise ValueError(f"num_train_epochs: {self.num_train_epochs} must be above 0 (or set max_steps)")
 
     @property
     def trains(self) -> bool:
         return not self.do_eval if self.do_train is None else self.do_train
+
+    @property
+    def recomputation(self) -> str:
+        """One of recompute.POLICIES."""
+        if isinstance(self.gradient_checkpointing, bool):
+            return "full" if self.gradient_checkpointing else "none"
+        return self.gradient_checkpointing
 
     @property
     def services(self) -> tuple[str, ...]:

@@ -25,10 +25,10 @@ import torch
 
 import config as configuration
 import kernels
+import memory
 import monitor
 import optim
 import parallel
-import recompute
 import runs
 from batches import ROW_MULTIPLE, Batch, BatchLoader, StreamingLoader
 from checkpoint import (
@@ -142,6 +142,8 @@ def run(config: configuration.Config, world: World) -> int:
     model = build_model(config, source, world)
     world.print(trainable_report(model))
     world.print(kernels.choices(world.device))
+    if loader is not None:
+        world.print(choose_recomputation(model, loader, config, world))
     this = Run(
         options=options,
         optim_options=config[OptimOptions],
@@ -300,10 +302,24 @@ def build_model(config: configuration.Config, source: Path, world: World) -> Dec
         # frozen weights in the compute dtype, trained ones in full precision
         parameter.data = parameter.data.to(trained if parameter.requires_grad else compute)
     model.compute_dtype = compute
-    if options.gradient_checkpointing or (options.gradient_checkpointing is None and world.device.type == "cuda"):
-        model.recompute = recompute.Plan(full=model.config.num_layers)
     model.embedding_noise = options.neftune_noise_alpha or 0.0
     return model
+
+
+def choose_recomputation(model: Decoder, loader, config: configuration.Config, world: World) -> str:
+    """Tell the model what its blocks keep for the backward pass; gives a line that says so."""
+    options = config[TrainOptions]
+    multiple = ROW_MULTIPLE[world.device.type]
+    tokens = -(-loader.most_tokens() // multiple) * multiple
+    need = memory.need(model, tokens, config[OptimOptions].optim, world.size)
+    if options.torch_compile:
+        need = need.without_selective()
+        for block in model.layers:
+            block.compile(backend=options.torch_compile_backend, mode=options.torch_compile_mode)
+    free = memory.free_bytes(world.device)
+    layers = model.config.num_layers
+    model.recompute, line = memory.plan(options.recomputation, need, layers, world.device, free)
+    return line
 
 
 def weight_writer(model: Decoder, source: Path, tokenizer: Tokenizer, template, config) -> Callable[[Path], None]:

@@ -43,6 +43,7 @@ LAYERS = {
     "generate": 5,
     "adapter_files": 5,
     "checkpoint": 6,
+    "memory": 5,
     "objectives": 6,
     "inference": 7,
     "train": 8,

@@ -14,6 +14,7 @@ from tiny_runs import CONFIG, ROOT, assert_same_weights, make_rows, tiny_runs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import config as configuration
+import memory
 import prefetch
 import runs
 import train
@@ -187,13 +188,51 @@ def test_evaluating_changes_nothing_of_the_training(tiny, out):
     assert_same_weights(weights, tiny.weights(out))
 
 
-def test_gradient_checkpointing_changes_no_bit(tiny, out):
-    keys = {"lora_dropout": 0.2, "neftune_noise_alpha": 5}
-    assert tiny.train(out, gradient_checkpointing=False, **keys) == 0
-    losses, weights = tiny.losses(out), tiny.weights(out)
-    assert tiny.train(out, gradient_checkpointing=True, overwrite_output_dir=True, **keys) == 0
-    assert losses == tiny.losses(out)
+def test_gradient_checkpointing_changes_no_bit_and_is_said_once(tiny, out, capsys):
+    keys = {"lora_dropout": 0.2, "neftune_noise_alpha": 5, "overwrite_output_dir": True}
+    found = []
+    lines = {
+        "none": "0 of 2 blocks (none: needs",
+        "false": "0 of 2 blocks (none: needs",
+        "auto": "0 of 2 blocks (auto: needs",
+        "selective": "0 of 2 blocks, norms and activations of 2 (selective: needs",
+        "full": "2 of 2 blocks (full: needs",
+        "true": "2 of 2 blocks (full: needs",
+        "offload": "2 of 2 blocks (offload: needs",
+    }
+    for policy, words in lines.items():
+        assert tiny.train(out, gradient_checkpointing=policy, **keys) == 0
+        assert capsys.readouterr().out.count(f"gradient checkpointing: {words}") == 1
+        found.append((tiny.losses(out), tiny.weights(out)))
+    for losses, weights in found[1:]:
+        assert losses == found[0][0]
+        assert_same_weights(weights, found[0][1])
+
+
+def test_too_little_memory_recomputes_and_changes_no_bit(tiny, out, capsys, monkeypatch):
+    assert tiny.train(out, disable_gradient_checkpointing=False) == 0
+    assert "0 of 2 blocks (auto" in capsys.readouterr().out
+    weights = tiny.weights(out)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1e6)
+    assert tiny.train(out, overwrite_output_dir=True) == 0
+    line = "2 of 2 blocks (auto: needs 0.5 of 0.0 GiB free, 0.5 without); that may be too much"
+    assert line in capsys.readouterr().out
     assert_same_weights(weights, tiny.weights(out))
+    assert tiny.train(out, overwrite_output_dir=True, disable_gradient_checkpointing=True) == 0
+    assert "0 of 2 blocks (none" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call")
+def test_compiled_blocks_train_the_same(tiny, out):
+    """With a backend that needs no compiler: graphs are taken, then run as they are. (Of LoRA that takes a minute.)"""
+    one_block = tiny.make_model("one", seed=1, num_hidden_layers=1)
+    keys = {"model_name_or_path": one_block, "finetuning_type": "full", "max_steps": 2, "overwrite_output_dir": True}
+    assert tiny.train(out, **keys) == 0
+    losses, weights = tiny.losses(out), tiny.weights(out)
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager", "gradient_checkpointing": True}
+    assert tiny.train(out, **compiled, **keys) == 0
+    assert losses == pytest.approx(tiny.losses(out), abs=1e-5)
+    assert_same_weights(weights, tiny.weights(out), tolerance=1e-4)
 
 
 def test_loss_and_weights_equal_plain_torch(tiny, out):
@@ -509,6 +548,9 @@ def test_options_that_make_no_sense(tiny, out, capsys):
     assert "per_device_train_batch_size" in refused(tiny, out, capsys, per_device_train_batch_size=0)
     assert "choose one" in refused(tiny, out, capsys, bf16=True, fp16=True)
     assert "learning_rat" in refused(tiny, out, capsys, learning_rat=1)
+    assert "gradient_checkpointing" in refused(tiny, out, capsys, gradient_checkpointing="some")
+    compiled = {"torch_compile": True, "gradient_checkpointing": "selective"}
+    assert "of no use with torch_compile" in refused(tiny, out, capsys, **compiled)
 
 
 def test_an_interrupt_before_the_first_update(tiny, out, capsys, monkeypatch):
