@@ -14,8 +14,10 @@ from kernels import cross_entropy as _cross_entropy
 from kernels import decode_attention as _decode_attention
 from kernels import gated_mlp as _gated_mlp
 from kernels import launch
+from kernels import layer_norm as _layer_norm
 from kernels import linear as _linear
 from kernels import lora_linear as _lora_linear
+from kernels import norms as _norms
 from kernels import rms_norm as _rms_norm
 from kernels import rope as _rope
 from kernels.attention import attention_reference as attention
@@ -30,6 +32,7 @@ __all__ = [
     "choices",
     "decode_attention",
     "gated_mlp",
+    "layer_norm",
     "linear",
     "linear_cross_entropy",
     "lora_linear",
@@ -68,7 +71,7 @@ def _triton_serves(operation: str, device: torch.device, problem: str | None = N
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
     """weight * x / rms(x) over the last dimension; with offset 1, (1 + weight). See kernels/rms_norm.py."""
-    if _triton_serves("rms_norm", x.device, _rms_norm.unsupported(x, weight)):
+    if _triton_serves("rms_norm", x.device, _norms.unsupported(x)):
         return _rms_norm.rms_norm_triton(x, weight, eps, offset)
     return _rms_norm.rms_norm_reference(x, weight, eps, offset)
 
@@ -91,7 +94,16 @@ def add_rms_norm(
     x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """rms_norm of x + delta, and that sum: the step of a residual stream. See kernels/rms_norm.py."""
+    if _triton_serves("rms_norm", x.device, _norms.unsupported(x, delta)):
+        return _rms_norm.add_rms_norm_triton(x, delta, weight, eps, offset)
     return _rms_norm.add_rms_norm_reference(x, delta, weight, eps, offset)
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """weight * (x - mean) / deviation + bias over the last dimension. See kernels/layer_norm.py."""
+    if _triton_serves("layer_norm", x.device, _norms.unsupported(x)):
+        return _layer_norm.layer_norm_triton(x, weight, bias, eps)
+    return _layer_norm.layer_norm_reference(x, weight, bias, eps)
 
 
 def rope(q, k, cos, sin, interleaved: bool = False) -> tuple[torch.Tensor, torch.Tensor]:

@@ -86,7 +86,7 @@ def run(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
     """Start a kernel. arguments: in the kernel's order; options: its constants by name, num_warps, num_stages."""
     if _recording is not None:
         _recording.launches.append(_describe(kernel, arguments, options))
-    else:
+    elif all(grid):  # without rows there is nothing to start, and CUDA refuses an empty grid
         kernel[grid](*arguments, **options)
 
 

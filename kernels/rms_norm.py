@@ -1,15 +1,13 @@
 """RMSNorm: y = weight * x / sqrt(mean(x^2) + eps).  Zhang and Sennrich, arXiv 1910.07467, eq. 4.
 
 As in Llama, the normalised value is rounded to x's dtype before it meets the weight. With offset 1 the factor is
-1 + weight and nothing is rounded on the way (Gemma). Backward, with n = x / rms and g = grad * (offset + weight):
-    dx = (g - n mean(g n)) / rms        dweight = sum over rows of grad * n
+1 + weight and nothing is rounded on the way (Gemma). add_rms_norm adds the residual in the same kernel, and its
+backward pass the gradient that the sum has from elsewhere. kernels/norms.py has the kernels and the gradients.
 """
 
 import torch
 
-from kernels.launch import jit, next_power_of_2, run, tl
-
-MAX_SIZE = 65536  # values per row that one program holds in registers
+from kernels import norms
 
 
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
@@ -27,43 +25,33 @@ def add_rms_norm_reference(x, delta, weight, eps: float, offset: float = 0.0) ->
     return rms_norm_reference(total, weight, eps, offset), total
 
 
-def unsupported(x: torch.Tensor, weight: torch.Tensor) -> str | None:
-    """Why the kernel does not serve these tensors; None if it does."""
-    if x.shape[-1] > MAX_SIZE:
-        return f"rows of {x.shape[-1]} values; at most {MAX_SIZE}"
-    return None
-
-
 def rms_norm_triton(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
-    """rms_norm_reference as one kernel forward and two backward."""
-    return _RMSNorm.apply(x, weight, eps, offset)
+    """rms_norm_reference as one kernel. Backward: one, and a small one if the weight trains; keeps x and 1 / rms."""
+    return _RMSNorm.apply(x, None, weight, eps, offset)
 
 
-@jit
-def _forward_kernel(x, weight, y, rstd, stride, size, eps, offset, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < size
-    value = tl.load(x + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
-    factor = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(value * value) / size + eps)
-    tl.store(rstd + row, scale)
-    normal = value * scale
-    if offset == 0.0:
-        normal = normal.to(y.dtype.element_ty).to(tl.float32)
-    tl.store(y + row * size + columns, (normal * (offset + factor)).to(y.dtype.element_ty), mask=inside)
+def add_rms_norm_triton(x, delta, weight, eps: float, offset: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """add_rms_norm_reference in the same number of kernels as rms_norm_triton; keeps the sum and 1 / rms."""
+    return _RMSNorm.apply(x, delta, weight, eps, offset)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, eps, offset):
-        rows = x.reshape(-1, x.shape[-1])
-        count, size = rows.shape
-        y = torch.empty_like(rows)
-        rstd = torch.empty(count, dtype=torch.float32, device=x.device)
-        block = next_power_of_2(size)
-        run(
-            _forward_kernel, (count,), rows, weight, y, rstd, rows.stride(0), size, eps, offset,
-            BLOCK=block, num_warps=min(16, max(1, block // 512)),
-        )  # fmt: skip
-        return y.view(x.shape)
+    def forward(ctx, x, delta, weight, eps, offset):
+        y, total, _, rstd = norms.forward(x, delta, weight, None, eps, offset, centered=False)
+        ctx.save_for_backward(total, weight, rstd)
+        ctx.offset, ctx.added = offset, delta is not None
+        ctx.set_materialize_grads(False)
+        return (y, total) if ctx.added else y
+
+    @staticmethod
+    def backward(ctx, grad, total_grad=None):
+        total, weight, rstd = ctx.saved_tensors
+        dx, dweight = total_grad, None
+        if grad is not None:
+            want_weight = ctx.needs_input_grad[2]
+            dx, dweight, _ = norms.backward(
+                grad, total_grad, total, weight, None, rstd, ctx.offset, want_weight, want_bias=False
+            )
+            dweight = dweight.to(weight.dtype) if want_weight else None
+        return dx, dx if ctx.added else None, dweight, None, None

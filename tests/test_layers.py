@@ -60,7 +60,9 @@ KERNEL_LAYERS = {  # within kernels/: the operations know at most each other's p
     "decode_attention": 1,
     "gated_mlp": 1,
     "lora_linear": 1,
-    "rms_norm": 1,
+    "norms": 1,
+    "layer_norm": 2,
+    "rms_norm": 2,
     "rope": 1,
     "__init__": 3,
 }
