@@ -114,7 +114,16 @@ def rope(q, k, cos, sin, interleaved: bool = False) -> tuple[torch.Tensor, torch
 
 
 rotate, rotation_tables = _rope.rotate, _rope.rotation_tables  # the same in two steps, for decoding
-gated_mlp = _gated_mlp.gated_mlp_reference if _REFERENCE else _gated_mlp.gated_mlp
+
+
+def gated_mlp(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    """act(gate) * up, each (T, F); activation: silu, gelu, gelu_tanh or relu. See kernels/gated_mlp.py."""
+    if _triton_serves("gated_mlp", gate.device, _gated_mlp.unsupported(gate, up)):
+        return _gated_mlp.gated_mlp_triton(gate, up, activation)
+    chosen = _gated_mlp.gated_mlp_reference if _REFERENCE else _gated_mlp.gated_mlp
+    return chosen(gate, up, activation)
+
+
 linear_cross_entropy = (
     _cross_entropy.linear_cross_entropy_reference if _REFERENCE else _cross_entropy.linear_cross_entropy
 )
