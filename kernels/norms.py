@@ -55,7 +55,7 @@ def forward(x, delta, weight, bias, eps: float, offset: float, centered: bool):
     )  # fmt: skip
     tile_rows, block, warps = _tile(size)
     if block > MAX_BLOCK:
-        run(_wide_forward_kernel, (count,), *arguments, **flags, BLOCK=WIDE_BLOCK, num_warps=8)
+        run(_wide_forward_kernel, (count,), *arguments, **flags, BLOCK=WIDE_BLOCK, num_warps=16)
     else:
         grid = (ceil_divide(count, tile_rows),)
         run(_forward_kernel, grid, *arguments, **flags, ROWS=tile_rows, BLOCK=block, num_warps=warps)
@@ -73,7 +73,7 @@ def backward(grad, total_grad, x, weight, mean, rstd, offset: float, want_weight
     sums = int(want_weight) + int(want_bias)
     wide = block > (MAX_BLOCK_WITH_SUMS if sums else MAX_BLOCK)
     tiles = count if wide else ceil_divide(count, tile_rows)
-    programs = _programs(tiles, 8 if wide else warps, x.device) if sums else tiles
+    programs = _programs(tiles, 16 if wide else warps, x.device) if sums else tiles
     # the wide kernel adds to its sums in memory
     allocate = torch.zeros if wide else torch.empty
     parts = allocate((sums, programs, size), dtype=torch.float32, device=x.device)
@@ -84,7 +84,7 @@ def backward(grad, total_grad, x, weight, mean, rstd, offset: float, want_weight
         float(offset),
     )  # fmt: skip
     if wide:
-        run(_wide_backward_kernel, (programs,), *arguments, BLOCK=WIDE_BLOCK, num_warps=8)
+        run(_wide_backward_kernel, (programs,), *arguments, BLOCK=WIDE_BLOCK, num_warps=16)
     else:
         stages = _stages(tile_rows * block, warps, x.element_size(), 2 if total_grad is None else 3) if sums else 1
         constants = {"ROWS": tile_rows, "BLOCK": block, "STAGES": stages}
