@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import kernels
 import recompute
 from architectures import ModelConfig, Rope
+from one_row import Layer, OneRow, Product
 
 
 class Linear(nn.Linear):
@@ -275,6 +276,7 @@ class Decoder(nn.Module):
         self.compute_dtype: torch.dtype | None = None
         self.recompute = recompute.Plan()
         self.embedding_noise = 0.0
+        self.one_row: OneRow | None = None  # the short way for one token on a CPU, see lay_out_for_decoding
 
     def forward(self, tokens, positions, cu_seqlens, max_seqlen: int, cache: KVCache | None = None) -> Tensor:
         """tokens (T,) int64, positions (T,), cu_seqlens (N+1,) int32, max_seqlen host int -> hidden (T, E).
@@ -288,6 +290,10 @@ class Decoder(nn.Module):
             x = x + _neftune_noise(x, cu_seqlens, self.embedding_noise)
         row = Row(cu_seqlens, max_seqlen, cache)
         cos, sin = self._rotation(positions, row, x.dtype)
+        if type(cache) is KVCache and self.one_row is not None and self.one_row.serves(x):
+            x = self.one_row(x, cos, sin, cache.storage, cache.lengths[0])
+            cache.advance(row)
+            return self.norm(x)
         if cache is not None and not torch.is_grad_enabled():
             row.tables = kernels.rotation_tables(cos, sin)
         delta = None  # what the last block adds to x: the next norm does it
@@ -383,7 +389,8 @@ def lay_out_for_decoding(model: Decoder) -> None:
     """Order the weights in memory so that one token at a time is fast on a CPU; values, names and shapes stay.
 
     For models that will only generate: training and saving work too, but are not faster. Layers that are not plain
-    linears (adapters, quantised) keep their layout; so does a tied head, whose rows the embedding reads.
+    linears (adapters, quantised) keep their layout. A tied head is turned too: the embedding then gathers a token's
+    numbers from E places, which costs 0.02 ms where the head saves 0.5 (fp32) to 1.7 ms (bf16) of a 135M model.
     """
     if model.embed_tokens.weight.device.type != "cpu":
         return
@@ -396,6 +403,42 @@ def lay_out_for_decoding(model: Decoder) -> None:
         for linear in (attention.o_proj, mlp.down_proj):
             if _all_plain(linear):
                 Joined([linear])
+    if model.config.tied_head:
+        weight = model.embed_tokens.weight
+        turned = weight.detach().T.contiguous().T  # (V, E), a token's numbers V apart
+        model.embed_tokens.weight = nn.Parameter(turned, requires_grad=weight.requires_grad)
+    elif _all_plain(model.lm_head):
+        Joined([model.lm_head])
+    places = [place for block in model.layers for place in _linears(block)]
+    if _all_plain(*(layer for _, _, layer in places)) and not model.config.qk_norm:
+        model.one_row = OneRow([_straight(block) for block in model.layers], places, model.config)
+
+
+def _linears(block: Block) -> list[tuple[nn.Module, str, nn.Module]]:
+    """(parent, name, layer) of every linear of a block, whatever stands in its place now."""
+    attention, mlp = block.self_attn, block.mlp
+    places = [(attention, name) for name in (*_QKV, "o_proj")] + [(mlp, name) for name in (*_GATE_UP, "down_proj")]
+    return [(parent, name, getattr(parent, name)) for parent, name in places]
+
+
+def _straight(block: Block) -> Layer:
+    """The block's tensors as the straight line of one_row.py reads them; they stay those of the parameters."""
+
+    def product(linear) -> Product:
+        table = linear.weight.detach().T
+        rows, starts = kernels.shares_of_rows(table.shape[0], min(torch.get_num_threads(), table.shape[0]))
+        return Product(table, None if linear.bias is None else linear.bias.detach(), rows, starts)
+
+    attention, mlp = block.self_attn, block.mlp
+    return Layer(
+        attention_norm=block.input_layernorm.weight.detach(),
+        qkv=product(attention.joined),
+        o=product(attention.o_proj),
+        mlp_norm=block.post_attention_layernorm.weight.detach(),
+        gate_up=product(mlp.joined),
+        down=product(mlp.down_proj),
+        window=attention.window,
+    )
 
 
 def _all_plain(*linears: nn.Module) -> bool:

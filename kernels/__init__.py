@@ -41,6 +41,7 @@ __all__ = [
     "rope",
     "rotate",
     "rotation_tables",
+    "shares_of_rows",
     "store_in_cache",
 ]
 
@@ -113,6 +114,7 @@ def rope(q, k, cos, sin, interleaved: bool = False) -> tuple[torch.Tensor, torch
     return (_rope.rope_reference if _REFERENCE else _rope.rope)(q, k, cos, sin, interleaved)
 
 
+shares_of_rows = _linear.shares_of_rows
 rotate, rotation_tables = _rope.rotate, _rope.rotation_tables  # the same in two steps, for decoding
 
 

@@ -33,6 +33,7 @@ LAYERS = {
     "runs": 1,
     "monitor": 1,
     "architectures": 2,
+    "one_row": 2,
     "formats": 2,
     "data_report": 2,
     "model": 3,

@@ -1,0 +1,72 @@
+"""The straight line for one token (CPU): it is taken after the layout for decoding, and equals the modules."""
+
+import copy
+
+import pytest
+import torch
+from kernel_checks import relative_error
+
+from architectures import ModelConfig, Rope
+from model import Decoder, KVCache, initialize_weights, lay_out_for_decoding
+
+SIZES = {"vocab_size": 97, "hidden_size": 60, "intermediate_size": 77, "num_layers": 3, "max_positions": 96}
+SIZES |= {"num_heads": 6, "num_kv_heads": 2, "head_dim": 10, "sliding_windows": (None, None, None)}
+SIZES |= {"norm_eps": 1e-5, "rope": Rope(theta=1e4), "initializer_range": 0.3}
+KINDS = {
+    "plain": {},
+    "biases, tied head": {"qkv_bias": True, "out_bias": True, "mlp_bias": True, "tied_head": True},
+    "windows, as many key heads as query heads": {"sliding_windows": (7, None, 1), "num_kv_heads": 6},
+    "another activation, wide heads": {"activation": "gelu_tanh", "head_dim": 16, "num_kv_heads": 1},
+}
+
+
+def decoder(kind, dtype):
+    model = Decoder(ModelConfig(**(SIZES | KINDS[kind])), dtype=dtype).eval()
+    initialize_weights(model, torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:  # biases and norms that do nothing would prove nothing
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.3)
+    return model
+
+
+def token_by_token(model, tokens):
+    """Hidden rows (T, E), and what the cache holds."""
+    cache, rows = KVCache(model.config, 1, len(tokens), model.embed_tokens.weight.dtype), []
+    with torch.inference_mode():
+        for place, token in enumerate(tokens):
+            rows.append(model(token[None], torch.tensor([place]), torch.tensor([0, 1], dtype=torch.int32), 1, cache))
+    assert cache.lengths == [len(tokens)]
+    return torch.cat(rows), cache.storage
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_the_modules(kind, dtype, monkeypatch):
+    model = decoder(kind, dtype)
+    tokens = torch.randint(97, (13,), generator=torch.Generator().manual_seed(1))
+    exact = token_by_token(copy.deepcopy(model).double(), tokens)
+    by_modules = token_by_token(model, tokens)
+    lay_out_for_decoding(model)
+    for block in model.layers:  # whoever took the long way would fail
+        monkeypatch.setattr(block, "forward", None)
+    for found, plain, truth in zip(token_by_token(model, tokens), by_modules, exact):
+        assert relative_error(found, truth) <= 2 * relative_error(plain, truth) + 1e-6
+
+
+def test_is_not_taken_with_gradients_or_for_several_rows():
+    model = decoder("plain", torch.float32)
+    lay_out_for_decoding(model)
+    rows = torch.zeros(2, 60)
+    with torch.no_grad():
+        assert model.one_row.serves(rows[:1]) and not model.one_row.serves(rows)
+        assert not model.one_row.serves(rows[:1].double())
+    assert not model.one_row.serves(rows[:1])
+
+
+def test_a_tied_head_is_turned_in_place_of_being_held_twice():
+    model = decoder("biases, tied head", torch.float32)
+    weight = model.embed_tokens.weight.clone()
+    lay_out_for_decoding(model)
+    assert torch.equal(model.embed_tokens.weight, weight) and model.embed_tokens.weight.stride() == (1, 97)
+    assert model.head_weight() is model.embed_tokens.weight
