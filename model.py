@@ -42,8 +42,6 @@ class RMSNorm(nn.Module):
 
     def of_sum(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
         """x, delta (T, E) -> the norm of x + delta, and x + delta: one kernel on a GPU. delta None: nothing to add."""
-        if delta is None:
-            return self(x), x
         normed, total = kernels.add_rms_norm(x, delta, self.weight, self.eps)
         return recompute.remember(normed, kernels.rms_norm, total, self.weight, self.eps), total
 

@@ -61,13 +61,19 @@ def _triton_serves(operation: str, device: torch.device, problem: str | None = N
     """Whether the operation's Triton kernel is taken. problem: what its `unsupported` says about these tensors."""
     if _REFERENCE or (_MODE == "auto" and device.type != "cuda"):
         return False
-    missing = launch.unavailable(device)
-    if missing is not None and _MODE == "triton":
-        raise ValueError(f"KERNELS=triton: {missing}; unset KERNELS to take what runs here")
+    missing = _missing(device)
     if missing is not None or problem is not None:
         launch.say_once(f"kernels: {operation} takes the torch reference: {missing or problem}")
         return False
     return True
+
+
+def _missing(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run there; an error if they were insisted on."""
+    missing = launch.unavailable(device)
+    if missing is not None and _MODE == "triton":
+        raise ValueError(f"KERNELS=triton: {missing}; unset KERNELS to take what runs here")
+    return missing
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
@@ -92,9 +98,9 @@ def store_in_cache(k, v, keys, values, cu_seqlens, lengths, max_new) -> None:
 
 
 def add_rms_norm(
-    x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0
+    x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float, offset: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """rms_norm of x + delta, and that sum: the step of a residual stream. See kernels/rms_norm.py."""
+    """rms_norm of x + delta, and that sum: the step of a residual stream; delta None is 0. See kernels/rms_norm.py."""
     if _triton_serves("rms_norm", x.device, _norms.unsupported(x, delta)):
         return _rms_norm.add_rms_norm_triton(x, delta, weight, eps, offset)
     return _rms_norm.add_rms_norm_reference(x, delta, weight, eps, offset)
@@ -155,7 +161,13 @@ def choices(device: torch.device | str) -> str:
     """One line for the start of a run: which implementation serves each operation on this device."""
     if _REFERENCE:
         return "kernels: reference everywhere (KERNELS=reference)"
-    on_cpu = torch.device(device).type == "cpu"
+    device = torch.device(device)
+    on_cpu = device.type == "cpu"
+    missing = _missing(device) or ("torch is faster on a CPU" if on_cpu and _MODE == "auto" else None)
+    pointwise = "Triton" if missing is None else "torch"
     product = "oneDNN fp32" if on_cpu and _linear.onednn_fp32_available() else "torch"
     attention_name = "torch flash per segment" if on_cpu else "torch with a block mask"
-    return f"kernels: linear {product}, attention {attention_name}, cross entropy chunked, lora fused, the rest torch"
+    return (
+        f"kernels: linear {product}, attention {attention_name}, cross entropy chunked, lora fused, "
+        f"norms, rope and gated mlp {pointwise}"
+    )

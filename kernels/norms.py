@@ -23,13 +23,13 @@ WIDE_BLOCK = 4096
 PIPELINE_BYTES = 10000  # of shared memory per warp: 16 warps then fit A100's 163 KB and what it reserves
 
 
-def unsupported(x: torch.Tensor, *others: torch.Tensor) -> str | None:
-    """Why the kernels do not serve x and others of its shape; None if they do."""
+def unsupported(x: torch.Tensor, delta: torch.Tensor | None = None) -> str | None:
+    """Why the kernels do not serve x, or x + delta; None if they do."""
     if x.dtype is torch.float64:
         return "float64; it computes in float32"
     if x.shape[-1] > MAX_SIZE:
         return f"rows of {x.shape[-1]} values; at most {MAX_SIZE}"
-    if any(other.shape != x.shape or other.dtype != x.dtype for other in others):
+    if delta is not None and (delta.shape != x.shape or delta.dtype != x.dtype):
         return "summands of two shapes or dtypes"
     return None
 

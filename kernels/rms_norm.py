@@ -20,14 +20,14 @@ def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float, offset
 
 
 def add_rms_norm_reference(x, delta, weight, eps: float, offset: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """x, delta (..., E) -> rms_norm_reference(x + delta), x + delta."""
-    total = x + delta
+    """x, delta (..., E) -> rms_norm_reference(x + delta), x + delta. delta None: nothing to add."""
+    total = x if delta is None else x + delta
     return rms_norm_reference(total, weight, eps, offset), total
 
 
 def rms_norm_triton(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
     """rms_norm_reference as one kernel. Backward: one, and a small one if the weight trains; keeps x and 1 / rms."""
-    return _RMSNorm.apply(x, None, weight, eps, offset)
+    return _RMSNorm.apply(x, None, weight, eps, offset)[0]
 
 
 def add_rms_norm_triton(x, delta, weight, eps: float, offset: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,10 +42,10 @@ class _RMSNorm(torch.autograd.Function):
         ctx.save_for_backward(total, weight, rstd)
         ctx.offset, ctx.added = offset, delta is not None
         ctx.set_materialize_grads(False)
-        return (y, total) if ctx.added else y
+        return y, total  # x itself without delta: whoever goes on with it has its gradient added in the kernel, too
 
     @staticmethod
-    def backward(ctx, grad, total_grad=None):
+    def backward(ctx, grad, total_grad):
         total, weight, rstd = ctx.saved_tensors
         dx, dweight = total_grad, None
         if grad is not None:

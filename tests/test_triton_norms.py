@@ -117,6 +117,23 @@ def test_only_the_gradients_that_are_asked_for(trained):
     check_layer_norm(9, 24, torch.float32, True, True, trained)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_to_add(dtype):
+    """The stream goes on unchanged, and its gradient is added by the kernel all the same."""
+
+    def kernel(x, weight):
+        return add_rms_norm_triton(x, None, weight, 1e-5)
+
+    def reference(x, weight):
+        return add_rms_norm_reference(x, None, weight, 1e-5)
+
+    inputs = [random(9, 24), random(24, seed=2)]
+    assert_as_exact_as(kernel, reference, inputs, dtype, (0, 1))
+    x = inputs[0].requires_grad_(True)
+    normed, total = kernel(x, inputs[1])
+    assert total.data_ptr() == x.data_ptr() and normed.grad_fn is total.grad_fn
+
+
 @pytest.mark.parametrize("result", [0, 1])
 def test_a_result_that_nobody_uses(result):
     inputs = [random(9, 24), random(9, 24, seed=1), random(24, seed=2)]
