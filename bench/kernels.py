@@ -29,6 +29,7 @@ from bench.measure import (  # noqa: E402
     Timer,
     Timing,
     describe_machine,
+    file_name,
     is_on,
     pick_device,
     read_options,
@@ -65,7 +66,7 @@ def main(argv: list[str]) -> int:
     session.rows.sort(key=lambda row: row["place"])
     print_report(session, ceilings, machine)
     report = {"ceilings": ceilings, "rows": session.rows, "left_out": session.left_out, "failed": session.failed}
-    save("kernels", machine, report, options["out"])
+    save(file_name("kernels", quick, options["only"]), machine, report, options["out"])
     return session.finish()
 
 

@@ -150,8 +150,9 @@ class Timer:
         self.on_gpu = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if self.on_gpu else None
         self.cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size if self.on_gpu else 2**20
-        # read before each sample: what then lies in the cache is clean, so nobody pays for writing it back
-        self._flush = torch.ones(4 * self.cache_bytes // 4, device=device) if self.on_gpu else None
+        # read before each sample, four times the cache's size: what then lies in it is clean, so that nobody pays for
+        # writing it back
+        self._flush = torch.ones(self.cache_bytes, device=device) if self.on_gpu else None
 
     def stream(self):
         """Context: a stream of its own, since the default one cannot be captured, nor what it ran be differentiated."""
@@ -381,6 +382,11 @@ def table(rows: Sequence[dict[str, str]]) -> str:
         return "  ".join(texts).rstrip()
 
     return "\n".join([line({key: key for key in columns}), *(line(row) for row in rows)])
+
+
+def file_name(what: str, quick: bool, only: str) -> str:
+    """A quick run and a run of some parts get names of their own, so they never replace or mix with a whole one."""
+    return "_".join([what, *["quick"] * quick, *(part.replace(" ", "-") for part in only.split(",") if part)])
 
 
 def save(what: str, machine: dict[str, Any], report: dict[str, Any], folder: str) -> Path:

@@ -11,7 +11,7 @@ step without and several with the clock, the host free to run ahead as in traini
 losses of all systems are compared step by step. tokens/s counts real tokens, never padding. Model TF: 4N per token for
 LoRA (6N in full) + attention + adapters, the head on trained tokens only, nothing recomputed; `share` is of the
 sustained rate of products in this run. Peak memory is torch's, without what belongs to the other systems.
-Results: bench/results/train_<gpu>.json.
+"hf" are transformers, with peft where there are adapters. Results: bench/results/train_<gpu>.json.
 """
 
 import gc
@@ -34,6 +34,7 @@ from bench.measure import (  # noqa: E402
     Session,
     Timer,
     describe_machine,
+    file_name,
     is_on,
     pick_device,
     read_options,
@@ -112,18 +113,19 @@ def main(argv: list[str]) -> int:
     with timer.stream():
         ceilings = take_ceilings(timer, sustained_seconds=0.05 if not on_gpu else 1.0 if quick else 3.0)
     del timer
+    release(device)
     print(ceilings.text, flush=True)
     results = {}
     for place, row in enumerate(rows):
         if not session.allows(row.name, row.needs_seconds):
             continue
-        seconds = session.left if place + 1 == len(rows) else session.left * 0.6
+        seconds = session.left if place + 1 == len(rows) else session.left / 2
         with session.part(row.name):
             results[row.name] = measure_row(row, device, seconds, is_on(options["compile"]), session)
         release(device)
     print_report(results, ceilings, machine)
     report = {"ceilings": ceilings, "rows": results, "left_out": session.left_out, "failed": session.failed}
-    save("train", machine, report, options["out"])
+    save(file_name("train", quick, options["rows"]), machine, report, options["out"])
     return session.finish()
 
 
@@ -190,10 +192,10 @@ def measure_row(row: Row, device: torch.device, seconds: float, with_compile: bo
     not_run: dict[str, str] = {}
     # rivals first: they copy the weights and adapters before Anvil changes them
     makers = {"anvil": [lambda: Anvil(setting, source, 1000)]}
-    makers["peft default"] = [lambda: Rival("peft default", setting, source, DEFAULT)]
-    makers["peft best"] = [lambda r=recipe: Rival("peft best", setting, source, r) for recipe in BEST]
+    makers["hf default"] = [lambda: Rival("hf default", setting, source, DEFAULT)]
+    makers["hf best"] = [lambda r=recipe: Rival("hf best", setting, source, r) for recipe in BEST]
     if with_compile:
-        makers["peft compile"] = [lambda r=recipe: Rival("peft compile", setting, source, r) for recipe in COMPILED]
+        makers["hf compile"] = [lambda r=recipe: Rival("hf compile", setting, source, r) for recipe in COMPILED]
     entries = build_all(makers, groups, device, shared_bytes, not_run)
     # a smoke test on a CPU takes the fewest
     turn_steps, turns = plan(entries, start + seconds - time.monotonic() if device.type == "cuda" else 0)

@@ -21,17 +21,17 @@ def start(*words):
 
 def test_all_systems_train_alike_in_every_row(tmp_path):
     """Equal lengths, full tuning with accumulation, padding and packing: the rivals get the same losses as Anvil."""
-    done = start("device=cpu", f"out={tmp_path}")
+    done = start("device=cpu", "seconds=900", f"out={tmp_path}")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     report = json.loads((tmp_path / "train_cpu.json").read_text())
     assert set(report["rows"]) == {"T1", "T6", "T4", "T4p"} and report["failed"] == []
     for name, row in report["rows"].items():
-        assert set(row["systems"]) == {"anvil", "peft default", "peft best"} and row["not_run"] == {}, name
+        assert set(row["systems"]) == {"anvil", "hf default", "hf best"} and row["not_run"] == {}, name
         assert max(row["largest_loss_difference"].values()) < 1e-5, name
         losses = row["systems"]["anvil"]["losses"]
         assert len(losses) == 5 + row["turns"] * (row["steps_per_turn"] + 1)
         assert losses[-1] != losses[0]  # it trains
-    assert report["rows"]["T4p"]["systems"]["peft best"]["setting"] == "no recompute, sdpa cudnn"
+    assert report["rows"]["T4p"]["systems"]["hf best"]["setting"] == "no recompute, sdpa cudnn"
 
 
 def test_a_rival_that_cannot_run_is_listed_and_its_next_recipe_taken(tmp_path):
@@ -43,10 +43,10 @@ def test_a_rival_that_cannot_run_is_listed_and_its_next_recipe_taken(tmp_path):
         "setting = b.Setting('tiny', 4, torch.device('cpu')); source = b.random_decoder(setting)\n"
         "groups = b.make_groups(b.SMOKE_ROWS[0], 2); not_run = {}\n"
         "makers = {'anvil': [lambda: b.Anvil(setting, source, 9)],\n"
-        "          'peft best': [Full, lambda: b.Rival('peft best', setting, source, b.BEST[1])]}\n"
+        "          'hf best': [Full, lambda: b.Rival('hf best', setting, source, b.BEST[1])]}\n"
         "entries = b.build_all(makers, groups, setting.device, 0, not_run)\n"
-        "assert list(entries) == ['anvil', 'peft best'] and entries['peft best'].system.recipe.checkpointing\n"
-        "assert not_run == {'peft best (no recompute)': 'OutOfMemoryError: CUDA out of memory. Tried'}, not_run"
+        "assert list(entries) == ['anvil', 'hf best'] and entries['hf best'].system.recipe.checkpointing\n"
+        "assert not_run == {'hf best (no recompute)': 'OutOfMemoryError: CUDA out of memory. Tried'}, not_run"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
