@@ -19,6 +19,7 @@ from kernels.attention import attention_reference
 from kernels.cross_entropy import linear_cross_entropy_reference
 from kernels.decode_attention import decode_attention_reference
 from kernels.gated_mlp import gated_mlp_reference
+from kernels.layer_norm import layer_norm_reference
 from kernels.lora_linear import lora_linear_reference
 from kernels.rms_norm import add_rms_norm_reference, rms_norm_reference
 from kernels.rope import rope_reference
@@ -49,7 +50,7 @@ class System:
 @dataclass(frozen=True)
 class Case:
     name: str
-    file: str  # of kernels/
+    files: tuple[str, ...]  # of kernels/ that it measures
     sizes: str
     inputs: Callable[[int, bool], list]  # (seed, small: for the comparison with fp64) -> tensors, numbers, None
     systems: dict[str, System]  # `anvil` among them
@@ -145,7 +146,7 @@ def norms(sizes: Sizes) -> Iterator[Case]:
 
     yield Case(
         "rms_norm",
-        "rms_norm",
+        ("rms_norm", "norms"),
         text,
         one,
         {
@@ -169,7 +170,7 @@ def norms(sizes: Sizes) -> Iterator[Case]:
 
     yield Case(
         "add_rms_norm",
-        "rms_norm",
+        ("rms_norm", "norms"),
         text,
         two,
         {
@@ -181,6 +182,29 @@ def norms(sizes: Sizes) -> Iterator[Case]:
         (0, 1, 2),
         {"forward": Work(4 * pass_bytes), "backward": Work(4 * pass_bytes)},
         plain_add,
+    )
+
+    def three(seed: int, small: bool) -> list:
+        draw, tokens = Draw(sizes, seed), sizes.small if small else sizes.tokens
+        return [draw(tokens, sizes.hidden), draw(sizes.hidden), draw(sizes.hidden)]
+
+    def plain_layer(x, weight, bias):
+        return layer_norm_reference(x, weight, bias, EPS)
+
+    yield Case(
+        "layer_norm",
+        ("layer_norm", "norms"),
+        text,
+        three,
+        {
+            "anvil": System(lambda x, weight, bias: kernels.layer_norm(x, weight, bias, EPS)),
+            "eager": System(plain_layer),
+            "compile": compiled(plain_layer),
+        },
+        (0, 1, 2),
+        {"forward": Work(2 * pass_bytes), "backward": Work(3 * pass_bytes)},
+        plain_layer,
+        quick=False,
     )
 
 
@@ -206,7 +230,7 @@ def rope(sizes: Sizes) -> Case:
 
     return Case(
         "rope",
-        "rope",
+        ("rope",),
         f"{sizes.tokens} tokens, {heads}+{kv_heads} heads of {sizes.head}",
         inputs,
         {"anvil": System(kernels.rope), "eager": System(plain), "compile": compiled(plain)},
@@ -228,7 +252,7 @@ def gated_mlp(sizes: Sizes) -> Case:
 
     return Case(
         "gated_mlp",
-        "gated_mlp",
+        ("gated_mlp",),
         f"{sizes.tokens}x{sizes.mlp} silu",
         inputs,
         {
@@ -291,7 +315,7 @@ def _sdpa(backend: str) -> Callable:
 def _equal_lengths(sizes: Sizes, batch: int, length: int, head: int, quick: bool) -> Case:
     return Case(
         "attention",
-        "flash_attention",
+        ("flash_attention",),
         f"B{batch} H{sizes.heads} S{length} D{head} causal",
         lambda seed, small: _flat_inputs(sizes, [sizes.small if small else length] * batch, head, seed),
         {
@@ -339,7 +363,7 @@ def packed_attention(sizes: Sizes) -> Case:
         lengths.append(min(longest, int(torch.randint(count // 256 + 1, count // 4, (1,), generator=generator))))
     return Case(
         "attention packed",
-        "flash_attention",
+        ("flash_attention",),
         f"{len(lengths)} documents of {min(lengths)}..{max(lengths)}, H{sizes.heads} D{sizes.head} causal",
         lambda seed, small: _flat_inputs(sizes, [5, 17, sizes.small] if small else lengths, sizes.head, seed),
         {
@@ -384,7 +408,7 @@ def _decode_case(sizes: Sizes, sequences: int, capacity: int) -> Case:
     cache_bytes = 2.0 * sequences * kv_heads * capacity * sizes.head * sizes.dtype.itemsize
     return Case(
         "decode_attention",
-        "decode_attention",
+        ("decode_attention",),
         f"{sequences} x {capacity} cached, heads {heads}/{kv_heads} of {sizes.head}",
         inputs,
         {"anvil": System(ours), "sdpa": System(sdpa)},
@@ -416,7 +440,7 @@ def linear_cross_entropy(sizes: Sizes, vocabulary: int) -> Case:
     liger_loss = liger("liger_fused_linear_cross_entropy", reduction="sum")
     return Case(
         "linear_cross_entropy",
-        "cross_entropy",
+        ("cross_entropy",),
         f"{sizes.tokens}x{sizes.hidden}, V {vocabulary}, frozen head",
         inputs,
         {
@@ -460,7 +484,7 @@ def lora_linear(sizes: Sizes, outputs: int) -> Case:
     base, branch = 2.0 * tokens * size * outputs, 2.0 * tokens * rank * (size + outputs)
     return Case(
         "lora_linear",
-        "lora_linear",
+        ("lora_linear",),
         f"{tokens}x{size} -> {outputs}, rank {rank}",
         inputs,
         {
@@ -498,7 +522,7 @@ def adamw(sizes: Sizes) -> Case:
     values = sizes.adapters * shape[0] * shape[1]
     return Case(
         "adamw",
-        "",
+        (),
         f"{sizes.adapters} tensors, {values / 1e6:.1f} M values",
         inputs,
         {"anvil": stepper(fused=True), "foreach": stepper(foreach=True)},

@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     options = read_options(argv, DEFAULTS, __doc__)
     if is_on(options["list"]):
         for case in all_cases(sizes_for(torch.device("cpu"))):
-            print(case.file or "-", case.name)
+            print(",".join(case.files) or "-", case.name)
         return 0
     device, quick = pick_device(options["device"]), is_on(options["quick"])
     session = Session(float(options["seconds"] or SECONDS[quick]))
