@@ -192,10 +192,10 @@ def measure_row(row: Row, device: torch.device, seconds: float, with_compile: bo
     not_run: dict[str, str] = {}
     # rivals first: they copy the weights and adapters before Anvil changes them
     makers = {"anvil": [lambda: Anvil(setting, source, 1000)]}
-    makers["hf default"] = [lambda: Rival("hf default", setting, source, DEFAULT)]
-    makers["hf best"] = [lambda r=recipe: Rival("hf best", setting, source, r) for recipe in BEST]
+    makers["hf default"] = [lambda: Rival(setting, source, DEFAULT)]
+    makers["hf best"] = [lambda r=recipe: Rival(setting, source, r) for recipe in BEST]
     if with_compile:
-        makers["hf compile"] = [lambda r=recipe: Rival("hf compile", setting, source, r) for recipe in COMPILED]
+        makers["hf compile"] = [lambda r=recipe: Rival(setting, source, r) for recipe in COMPILED]
     entries = build_all(makers, groups, device, shared_bytes, not_run)
     # a smoke test on a CPU takes the fewest
     turn_steps, turns = plan(entries, start + seconds - time.monotonic() if device.type == "cuda" else 0)

@@ -13,6 +13,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lora
+import memory
 import optim
 import parallel
 import train
@@ -79,7 +80,7 @@ def random_decoder(setting: Setting) -> Decoder:
 class Anvil:
     """The project's own step: train.update on flat rows without padding."""
 
-    name = note = "anvil"
+    note = "train.update"
 
     def __init__(self, setting: Setting, model: Decoder, steps: int):
         kind = "lora" if setting.rank else "full"
@@ -87,9 +88,9 @@ class Anvil:
         lora.prepare_trainable(model, options, torch.Generator().manual_seed(0))
         model.compute_dtype = setting.dtype
         model.train()
+        self.tokens = 0  # of the largest micro-batch seen
         optim_options = optim.OptimOptions(learning_rate=LEARNING_RATE, lr_scheduler_type="constant")
         world = parallel.World(0, 1, 0, setting.device)
-        self.note = "train.update"
         self.run = train.Run(
             options=TrainOptions(output_dir="unused"),
             optim_options=optim_options,
@@ -111,7 +112,17 @@ class Anvil:
 
     def prepare(self, group: list[MicroBatch]):
         batches = [collate([_example(one) for row in rows for one in row]) for rows in group]
-        return [train.prepare(batch, self.run.world.device) for batch in batches]
+        batches = [train.prepare(batch, self.run.world.device) for batch in batches]
+        self.tokens = max(self.tokens, *(len(batch.tokens) for batch in batches))
+        self._plan_memory()
+        return batches
+
+    def _plan_memory(self) -> None:
+        """What is recomputed: as `gradient_checkpointing: auto` decides for what is free now."""
+        model, device = self.run.model, self.run.world.device
+        need = memory.need(model, self.tokens, self.run.optim_options.optim)
+        free = memory.free_bytes(device)
+        model.recompute, self.note = memory.plan("auto", need, model.config.num_layers, device, free)
 
     def step(self, group) -> torch.Tensor:
         loss, _ = train.update(self.run, group)
@@ -147,8 +158,8 @@ COMPILED = [replace(BEST[0], compiled=True), replace(BEST[1], compiled=True)]
 class Rival:
     """transformers + peft: padded or packed rows, labels shifted inside the model, fused AdamW."""
 
-    def __init__(self, name: str, setting: Setting, source: Decoder, recipe: Recipe):
-        self.name, self.note, self.recipe, self.setting = name, recipe.text, recipe, setting
+    def __init__(self, setting: Setting, source: Decoder, recipe: Recipe):
+        self.note, self.recipe, self.setting = recipe.text, recipe, setting
         self.model = _transformers_model(setting, source).train()
         if recipe.checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

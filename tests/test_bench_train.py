@@ -43,7 +43,7 @@ def test_a_rival_that_cannot_run_is_listed_and_its_next_recipe_taken(tmp_path):
         "setting = b.Setting('tiny', 4, torch.device('cpu')); source = b.random_decoder(setting)\n"
         "groups = b.make_groups(b.SMOKE_ROWS[0], 2); not_run = {}\n"
         "makers = {'anvil': [lambda: b.Anvil(setting, source, 9)],\n"
-        "          'hf best': [Full, lambda: b.Rival('hf best', setting, source, b.BEST[1])]}\n"
+        "          'hf best': [Full, lambda: b.Rival(setting, source, b.BEST[1])]}\n"
         "entries = b.build_all(makers, groups, setting.device, 0, not_run)\n"
         "assert list(entries) == ['anvil', 'hf best'] and entries['hf best'].system.recipe.checkpointing\n"
         "assert not_run == {'hf best (no recompute)': 'OutOfMemoryError: CUDA out of memory. Tried'}, not_run"
