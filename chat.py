@@ -22,13 +22,14 @@ import torch
 import config as configuration
 from checkpoint import DTYPES
 from data import DataOptions
-from generate import GenerateOptions, TextStream, split_stop_words
+from generate import TextStream, split_stop_words
 from hub import ModelOptions
 from inference import find_source, load_source
 from lora import LoraOptions
 from model import Decoder, KVCache, lay_out_for_decoding
 from optim import OptimOptions
 from runs import TrainOptions
+from sampling import GenerateOptions
 from templates import Message, TemplateOptions, encode_dialogue
 from tokenizer import Tokenizer
 

@@ -1,63 +1,27 @@
-"""Decoding: samplers as pure functions, and a loop over sequences of different lengths with a key/value cache.
+"""Decoding: a loop over sequences of different lengths with a key/value cache, and text as it comes out of it.
 
 A step feeds every live sequence what its cache does not hold yet: the whole prompt at first, then one token. So
-prompts need no padding, a conversation that goes on re-uses the cache of its beginning, and there is one code path.
+prompts need no padding, and a conversation that goes on re-uses the cache of its beginning. On a GPU the steps of one
+token each run ahead of the host, at fixed shapes (token_steps.py).
 Every sampled sequence has a random generator of its own, so its text does not depend on its neighbours in the batch.
 
     completions = generate(model, [ids], GenerateOptions(do_sample=False), stop_ids=tokenizer.stop_ids)
     for piece in TextStream(model, tokenizer, ids, options, stop_ids=tokenizer.stop_ids): print(piece, end="")
-
-Sources: the definitions of transformers' logits processors, in their order; nucleus sampling arXiv 1904.09751, min-p
-arXiv 2407.01082, repetition penalty arXiv 1909.05858. Defaults are LLaMA-Factory's.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from architectures import ModelConfig
 from model import Decoder, KVCache
+from sampling import Draws, GenerateOptions, ban_repeated_ngrams, choose
+from token_steps import AHEAD, TokenSteps
 
 FIRST_ROOM = 256  # tokens a new cache holds beyond the prompt; it grows from there
-CANDIDATES = 4  # times top_k: how many of the best logits are looked at before all of them are
-
-
-@dataclass(frozen=True)
-class GenerateOptions:
-    do_sample: Annotated[bool, "draw tokens at random; false = always the most likely one"] = True
-    temperature: Annotated[float, "logits are divided by it; lower = more predictable"] = 0.95
-    top_p: Annotated[float, "smallest set of tokens that holds this probability; 1 = off"] = 0.7
-    top_k: Annotated[int, "only the k most likely tokens; 0 = off"] = 50
-    min_p: Annotated[float, "only tokens at least this share as likely as the likeliest; 0 = off"] = 0.0
-    repetition_penalty: Annotated[float, "above 1: tokens that stand in the text get less likely; 1 = off"] = 1.0
-    no_repeat_ngram_size: Annotated[int, "no run of this many tokens comes twice; 0 = off"] = 0
-    max_new_tokens: Annotated[int, "longest answer in tokens"] = 1024
-    stop: Annotated[tuple[str, ...], "texts that end the answer; they are not shown"] = ()
-
-    def __post_init__(self):
-        if self.do_sample and not (0 < self.temperature < math.inf):
-            raise ValueError(
-                f"temperature: {self.temperature} with do_sample=true; expected a number above 0 "
-                "(for the most likely token always, set do_sample=false)"
-            )
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: {self.top_p}; expected more than 0 and at most 1 (1 = off)")
-        if self.top_k < 0:
-            raise ValueError(f"top_k: {self.top_k}; expected 0 (off) or more")
-        if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p: {self.min_p}; expected 0 (off) to 1")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise ValueError(f"repetition_penalty: {self.repetition_penalty}; expected a number above 0 (1 = off)")
-        if self.no_repeat_ngram_size < 0:
-            raise ValueError(f"no_repeat_ngram_size: {self.no_repeat_ngram_size}; expected 0 (off) or more")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens: {self.max_new_tokens}; expected 1 or more")
-        if "" in self.stop:
-            raise ValueError("stop: an empty text would end every answer before it begins")
+GRAPH_PAYS = 16  # tokens: capturing a step takes about as long as some steps
 
 
 @dataclass(frozen=True)
@@ -76,17 +40,20 @@ def generate(
     generator: torch.Generator | None = None,
     on_token: Callable[[int, int], bool | None] | None = None,
     tokenizer=None,
+    cache: KVCache | None = None,
 ) -> list[Completion]:
     """Continue every prompt; the prompts may differ in length.
 
     stop_ids: tokens that end a text.  generator: on the CPU; gives each sequence its seed (None = torch's global one).
     on_token(sequence, token) is called for every new token; returning True ends that sequence. tokenizer: needed for
-    options.stop; fills Completion.text.  Raises ValueError for prompts that are empty or too long for the model.
+    options.stop; fills Completion.text.  cache: one to use again, after its restart(); on a GPU it also keeps the steps
+    that were captured for it, so give it up when layers of the model are replaced or adapters switched.
+    Raises ValueError for prompts that are empty or too long for the model.
     """
     if tokenizer is None and options.stop:
         raise ValueError("stop: stop words are found in the text; give generate() the tokenizer")
     more_ids, words = split_stop_words(tokenizer, options.stop) if options.stop else ((), ())
-    decoding = Decoding(model, prompts, options, stop_ids=(*stop_ids, *more_ids), generator=generator)
+    decoding = Decoding(model, prompts, options, stop_ids=(*stop_ids, *more_ids), generator=generator, cache=cache)
     writers = None if tokenizer is None else [TextWriter(tokenizer, words) for _ in prompts]
     pieces: list[list[str]] = [[] for _ in prompts]
     while decoding.live:
@@ -103,87 +70,6 @@ def generate(
     return [decoding.completion(sequence, text) for sequence, text in enumerate(texts)]
 
 
-# Samplers: logits (B, V) fp32 -> (B, V) fp32, excluded tokens at -inf. The input is not changed.
-
-
-def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """seen (B, V) bool: the token stands in the text. Positive logits are divided, negative ones multiplied."""
-    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
-
-
-def ban_repeated_ngrams(logits: Tensor, texts: list[list[int]], size: int) -> Tensor:
-    """Exclude every token that would complete a run of `size` tokens that the text of its row holds already."""
-    logits = logits.clone()
-    for row, text in enumerate(texts):
-        prefix = text[len(text) - size + 1 :]
-        if len(text) >= size:
-            ends = range(size - 1, len(text))
-            banned = {text[end] for end in ends if text[end - size + 1 : end] == prefix}
-            logits[row, sorted(banned)] = -math.inf
-    return logits
-
-
-def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Exclude what is less likely than the k-th; tokens equal to the k-th all stay."""
-    k = min(k, logits.shape[-1])
-    return logits.masked_fill(logits < logits.topk(k).values[:, -1:], -math.inf)
-
-
-def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Exclude the unlikely end whose probabilities add up to at most 1 - p; the likeliest token always stays."""
-    ordered, places = logits.sort(descending=False)
-    excluded = ordered.softmax(-1).cumsum(-1) <= 1 - p
-    excluded[:, -1] = False
-    return logits.masked_fill(excluded.scatter(1, places, excluded), -math.inf)
-
-
-def keep_min_p(logits: Tensor, p: float) -> Tensor:
-    """Exclude tokens less than p times as likely as the likeliest."""
-    probability = logits.softmax(-1)
-    return logits.masked_fill(probability < p * probability.amax(-1, keepdim=True), -math.inf)
-
-
-def draw(logits: Tensor, uniforms: list[float]) -> Tensor:
-    """One token per row, (B,): where the row's number from [0, 1) falls in the cumulative distribution.
-
-    Summed in fp64: 150 thousand fp32 terms would leave out the unlikely end. Tokens at -inf are never drawn: they add
-    nothing to the sum, and the largest number below 1 times the total rounds to less than the total.
-    """
-    cumulative = logits.softmax(-1).double().cumsum(-1)  # (B, V)
-    total = cumulative[:, -1:]
-    target = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)[:, None] * total
-    return torch.searchsorted(cumulative, target, right=True)[:, 0]
-
-
-def sample(logits: Tensor, options: GenerateOptions, uniforms: list[float]) -> Tensor:
-    """logits (B, V) fp32, already penalised -> (B,) tokens, drawn after temperature, top-k, top-p and min-p."""
-    logits = logits / options.temperature
-    logits, tokens = _candidates(logits, options.top_k)
-    if options.top_k:
-        logits = keep_top_k(logits, options.top_k)
-    if options.top_p < 1:
-        logits = keep_top_p(logits, options.top_p)
-    if options.min_p:
-        logits = keep_min_p(logits, options.min_p)
-    chosen = draw(logits, uniforms)
-    return chosen if tokens is None else tokens.gather(1, chosen[:, None])[:, 0]
-
-
-def _candidates(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor | None]:
-    """The best few logits and their tokens (B, n), if top-k surely keeps no other; else all of them and None.
-
-    Sorting a few hundred numbers instead of the vocabulary is what makes top-p cheap. Equal logits at the k-th place
-    all stay, so the few have to reach below it. Only on a CPU: the test would make a GPU wait.
-    """
-    count = CANDIDATES * top_k
-    if not top_k or count >= logits.shape[-1] or logits.device.type != "cpu":
-        return logits, None
-    best, tokens = logits.topk(count)
-    if bool((best[:, -1] < best[:, top_k - 1]).all()):
-        return best, tokens
-    return logits, None
-
-
 # The loop
 
 
@@ -191,8 +77,10 @@ class Decoding:
     """Sequences that are decoded together. Call step() while there are `live` ones.
 
     texts    per sequence: prompt and new tokens
-    live     numbers of the unfinished sequences, in the order of the cache's rows
+    rows     the sequence of each of the cache's rows; a finished one leaves when there is reason to move rows
     cache    may be given, with one row per prompt that already holds the beginning of it (`cache.lengths` tokens)
+
+    fixed_shapes: take token_steps.py for steps of one token; None = on a GPU.
     """
 
     def __init__(
@@ -204,6 +92,7 @@ class Decoding:
         stop_ids: Iterable[int],
         generator: torch.Generator | None = None,
         cache: KVCache | None = None,
+        fixed_shapes: bool | None = None,
     ):
         if model.training:
             raise ValueError("the model is in training mode, so dropout would disturb the text; call model.eval()")
@@ -215,31 +104,44 @@ class Decoding:
         self.texts = [list(prompt) for prompt in prompts]
         self.prompt_lengths = [len(prompt) for prompt in prompts]
         self.ends = [min(len(prompt) + options.max_new_tokens, limit) for prompt in prompts]  # tokens
-        self.live = list(range(len(prompts)))
+        self.rows = list(range(len(prompts)))
         self.finish_reasons: list[str | None] = [None] * len(prompts)
         self.device = model.embed_tokens.weight.device
         if cache is None and prompts:
             room = max(self.prompt_lengths) + min(options.max_new_tokens, FIRST_ROOM)
             cache = new_cache(model, len(prompts), room)
         self.cache = cache
-        seeds = torch.randint(2**62, (len(prompts),), generator=generator).tolist() if options.do_sample else []
-        self.randoms = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.seen = None
+        fixed_shapes = self.device.type == "cuda" if fixed_shapes is None else fixed_shapes
+        self.fixed_shapes = fixed_shapes and not options.no_repeat_ngram_size  # that one reads the texts on the host
+        self.steps: TokenSteps | None = None
+        self.draws = None
+        if options.do_sample:
+            self.draws = Draws(torch.randint(2**62, (len(prompts),), generator=generator).tolist())
+        self.seen = None  # (rows, V)
         if options.repetition_penalty != 1:
             self.seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=self.device)
             for row, prompt in enumerate(prompts):
                 self.seen[row, torch.tensor(prompt, device=self.device)] = True
 
+    @property
+    def live(self) -> list[int]:
+        """Numbers of the unfinished sequences, in the order of the cache's rows."""
+        return [sequence for sequence in self.rows if self.finish_reasons[sequence] is None]
+
     @torch.inference_mode()
     def step(self) -> list[tuple[int, int]]:
         """One new token for every live sequence: (sequence, token) pairs. Finished ones leave `live`."""
-        logits = self._next_logits()  # (B, V)
-        tokens = self._choose(logits).tolist()
-        chosen = list(zip(self.live, tokens))
+        # a step of fixed shapes brings one token each; the first step brings the prompts
+        one_each = self.steps is not None or all(len(self.texts[s]) - n == 1 for s, n in self._filled())
+        tokens = self._fixed_step() if self.fixed_shapes and one_each else self._ordinary_step()
+        chosen = [(s, token) for s, token in zip(self.rows, tokens) if self.finish_reasons[s] is None]
+        if any(token < 0 for _, token in chosen):
+            raise ValueError(
+                "the model's logits are not finite numbers; its weights are damaged, or too large for float16 "
+                "(then set infer_dtype=bfloat16 or float32)"
+            )
         for sequence, token in chosen:
             self.texts[sequence].append(token)
-            if self.seen is not None:
-                self.seen[sequence, token] = True
             if token in self.stop_ids:
                 self.stop(sequence)
             elif len(self.texts[sequence]) >= self.ends[sequence]:
@@ -248,27 +150,39 @@ class Decoding:
 
     def stop(self, sequence: int, reason: str = "stop") -> None:
         """End this sequence; the first reason stays."""
-        if sequence not in self.live:
+        if self.finish_reasons[sequence] is not None:
             if reason == "stop" and self.finish_reasons[sequence] == "length":
                 self.finish_reasons[sequence] = reason  # a stop word completed by the last token that had room
             return
         self.finish_reasons[sequence] = reason
-        place = self.live.index(sequence)
-        last = self.live.pop()
-        if self.live:  # the last one's cache stays as it is: a conversation may go on from it
-            self.cache.drop(place)
-        if place < len(self.live):
-            self.live[place] = last  # as the cache does
+        if self.steps is not None:
+            self.steps.retire(self.rows.index(sequence))
 
     def completion(self, sequence: int, text: str | None = None) -> Completion:
         new = self.texts[sequence][self.prompt_lengths[sequence] :]
         return Completion(new, self.finish_reasons[sequence] or "stop", text)
 
-    def _next_logits(self) -> Tensor:
-        """Feed what the cache lacks; logits (B, V) fp32 after the last token of every live sequence."""
-        cache = self.cache
-        texts = [self.texts[sequence] for sequence in self.live]
-        cache.reserve(max(len(text) for text in texts))
+    def _filled(self) -> list[tuple[int, int]]:
+        """(sequence, tokens that the cache holds of it) for the live ones."""
+        return [(s, n) for s, n in zip(self.rows, self.cache.lengths) if self.finish_reasons[s] is None]
+
+    def _make_room(self) -> None:
+        """Only live rows, and space for what they do not hold yet."""
+        for row in reversed(range(len(self.rows))):
+            if self.finish_reasons[self.rows[row]] is None:
+                continue
+            self.cache.drop(row)  # the last row takes its place, here as there
+            self.rows[row] = self.rows[-1]
+            self.rows.pop()
+            if self.seen is not None:
+                self.seen[row] = self.seen[-1].clone()
+                self.seen = self.seen[:-1]
+        self.cache.reserve(max(len(self.texts[sequence]) for sequence in self.rows))
+
+    def _ordinary_step(self) -> list[int]:
+        """Feed what the cache lacks; one token per row."""
+        self._make_room()
+        cache, texts = self.cache, [self.texts[sequence] for sequence in self.rows]
         tokens, positions, borders = [], [], [0]
         for filled, text in zip(cache.lengths, texts):
             tokens += text[filled:]
@@ -283,26 +197,59 @@ class Decoding:
         )  # (T, E)
         if len(tokens) > len(texts):
             hidden = hidden[torch.tensor(borders[1:], device=self.device) - 1]  # (B, E)
-        return self.model.logits(hidden).float()
+        logits = self.model.logits(hidden).float()  # (B, V)
+        if self.options.no_repeat_ngram_size:
+            logits = ban_repeated_ngrams(logits, texts, self.options.no_repeat_ngram_size)
+        uniforms = None if self.draws is None else self._uniforms(self.rows)(0, 1)[0].to(self.device)
+        return choose(logits, self.options, self.seen, uniforms).tolist()
 
-    def _choose(self, logits: Tensor) -> Tensor:
-        """logits (B, V) -> (B,) tokens."""
-        options = self.options
-        best = logits.argmax(-1)
-        if not torch.isfinite(logits.gather(1, best[:, None])).all():
-            raise ValueError(
-                "the model's logits are not finite numbers; its weights are damaged, or too large for float16 "
-                "(then set infer_dtype=bfloat16 or float32)"
+    def _fixed_step(self) -> list[int]:
+        """The next token of every row, of several steps that are on their way."""
+        allowed = self._steps_allowed()
+        if self.steps is None or (allowed == 0 and self.steps.waiting == 0):
+            self._make_room()
+            self._begin_steps()
+            allowed = self._steps_allowed()
+        for _ in range(allowed - self.steps.waiting):
+            self.steps.launch()
+        tokens = self.steps.read()
+        self.cache.lengths = [n + (self.finish_reasons[s] is None) for s, n in zip(self.rows, self.cache.lengths)]
+        return tokens
+
+    def _begin_steps(self) -> None:
+        """Steps of fixed shapes for the rows there are; those that the cache kept from an earlier text if they fit."""
+        options = replace(self.options, max_new_tokens=1, stop=())  # of no matter to a step
+        kept, key = self.cache.kept, (len(self.rows), options)
+        if key not in kept or kept[key].model is not self.model:
+            kept[key] = TokenSteps(
+                self.model,
+                self.cache,
+                lambda logits, seen, uniforms: choose(logits, options, seen, uniforms),
+                is_drawn=options.do_sample,
+                notes_seen=self.seen is not None,
             )
-        if self.seen is not None:
-            logits = penalize_repetition(logits, self.seen[self.live], options.repetition_penalty)
-        if options.no_repeat_ngram_size:
-            texts = [self.texts[sequence] for sequence in self.live]
-            logits = ban_repeated_ngrams(logits, texts, options.no_repeat_ngram_size)
-        if not options.do_sample:
-            return logits.argmax(-1)
-        uniforms = [_uniform(self.randoms[sequence]) for sequence in self.live]
-        return sample(logits, options, uniforms)
+        self.steps = kept[key]
+        self.steps.begin(
+            [self.texts[sequence][-1] for sequence in self.rows],
+            self.cache.lengths,
+            seen=self.seen,
+            draws=None if self.draws is None else self._uniforms(list(self.rows)),
+            capture=max(self.ends[sequence] - len(self.texts[sequence]) for sequence in self.rows) >= GRAPH_PAYS,
+        )
+        self.seen = self.steps.seen
+
+    def _steps_allowed(self) -> int:
+        """Steps that may be on their way; 0 = read those, then begin anew with fewer rows or more room."""
+        filled = self._filled()
+        if 2 * len(filled) <= len(self.rows):
+            return 0
+        wanted = max(self.ends[sequence] - len(self.texts[sequence]) for sequence, _ in filled)
+        return min(AHEAD, wanted, self.cache.capacity - max(n for _, n in filled))
+
+    def _uniforms(self, rows: list[int]) -> Callable[[int, int], Tensor]:
+        """draws(first, count) for these sequences, counted from the next token on."""
+        begin = [len(self.texts[sequence]) - self.prompt_lengths[sequence] for sequence in rows]
+        return lambda first, count: self.draws.rows(rows, [start + first for start in begin], count)
 
 
 def context_limit(config: ModelConfig) -> int:
@@ -315,10 +262,6 @@ def context_limit(config: ModelConfig) -> int:
 def new_cache(model: Decoder, sequences: int, capacity: int) -> KVCache:
     weight = model.embed_tokens.weight
     return KVCache(model.config, sequences, capacity, model.compute_dtype or weight.dtype, weight.device)
-
-
-def _uniform(random: torch.Generator) -> float:
-    return torch.rand((), generator=random, dtype=torch.float64).item()
 
 
 def _check_prompt(number: int, prompt: list[int], vocab_size: int, limit: int) -> None:

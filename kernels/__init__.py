@@ -22,9 +22,11 @@ from kernels import rms_norm as _rms_norm
 from kernels import rope as _rope
 from kernels.attention import attention_reference as attention
 from kernels.attention import cached_attention_reference as cached_attention
+from kernels.decode_attention import MAX_NEW
 from kernels.lora_linear import Part as LoraPart
 
 __all__ = [
+    "MAX_NEW",
     "LoraPart",
     "add_rms_norm",
     "attention",

@@ -14,24 +14,26 @@ from checkpoint import load_model
 from generate import (
     Completion,
     Decoding,
-    GenerateOptions,
     TextStream,
     TextWriter,
-    ban_repeated_ngrams,
     context_limit,
-    draw,
     generate,
-    keep_min_p,
-    keep_top_k,
-    keep_top_p,
     new_cache,
-    penalize_repetition,
-    sample,
     split_stop_words,
 )
 from kernels.linear import matvec_by_rows
 from lora import LoraOptions, add_lora
 from model import lay_out_for_decoding
+from sampling import (
+    GenerateOptions,
+    ban_repeated_ngrams,
+    draw,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    penalize_repetition,
+    sample,
+)
 from tests.tiny_tokenizers import make_tokenizer
 from tokenizer import Tokenizer
 
@@ -178,12 +180,13 @@ def test_samplers_equal_transformers_processors(ties):
 
 def test_draw_follows_the_probabilities_and_never_takes_an_excluded_token():
     logits = torch.tensor([[0.0, math.log(3.0), -math.inf, math.log(4.0), -math.inf]])  # 1/8, 3/8, 0, 4/8, 0
-    uniforms = ((torch.arange(8000, dtype=torch.float64) + 0.5) / 8000).tolist()
+    uniforms = (torch.arange(8000, dtype=torch.float64) + 0.5) / 8000
     tokens = draw(logits.expand(8000, -1), uniforms)
     assert torch.bincount(tokens, minlength=5).tolist() == [1000, 3000, 0, 4000, 0]
-    assert draw(logits, [0.0]).item() == 0
-    assert draw(logits, [1 - 2**-53]).item() == 3
-    assert draw(torch.tensor([[-math.inf, 0.0]]), [0.0]).item() == 1
+    first, last = torch.zeros(1, dtype=torch.float64), torch.full((1,), 1 - 2**-53, dtype=torch.float64)
+    assert draw(logits, first).item() == 0
+    assert draw(logits, last).item() == 3
+    assert draw(torch.tensor([[-math.inf, 0.0]]), first).item() == 1
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -193,7 +196,7 @@ def test_looking_at_few_candidates_changes_no_probability(ties):
     options = GenerateOptions(temperature=0.8, top_k=20, top_p=top_p, min_p=0.02)
     expected = keep_min_p(keep_top_p(keep_top_k(logits / 0.8, 20), top_p), 0.02).softmax(-1)[0]
     assert not ties or (expected > 0).sum() > 20
-    uniforms = ((torch.arange(20000, dtype=torch.float64) + 0.5) / 20000).tolist()
+    uniforms = (torch.arange(20000, dtype=torch.float64) + 0.5) / 20000
     tokens = sample(logits.expand(20000, -1), options, uniforms)
     shares = torch.bincount(tokens, minlength=5000) / 20000
     torch.testing.assert_close(shares, expected, atol=2e-4, rtol=0)

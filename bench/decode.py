@@ -1,0 +1,269 @@
+"""Greedy decoding on a GPU beside transformers, one machine, one run, the same weights in the same memory.
+
+    python bench/decode.py                      # D1 and D3 of the goals; writes bench/results/decode_<gpu>.json
+    python bench/decode.py quick=1              # fewer repeats, without the compiled rival of the batches
+    python bench/decode.py cases=d1 repeats=9 systems=anvil,static
+    python bench/decode.py device=cpu           # smoke test at a tiny size: its numbers mean nothing
+
+Cases: d1 = Llama-2-7B's shape, one sequence, prompt 128, 256 new tokens; d3-32 and d3-128 = Llama-3-8B's shape, that
+many sequences, prompt 128, 128 new. Weights are random, bf16. Systems: anvil; eager = transformers generate with its
+defaults (sdpa); static = the same with a static cache, which it compiles (reduce-overhead). The time is that of the
+whole call, prompt included; compilation and capture fall into the calls before the timed ones. Systems take turns,
+A-B-C-A-B-C. The bound: every weight and every filled slot of the cache is read once per step at the rate at which this
+run reads, and products run at the rate at which this run multiplies.
+"""
+
+import importlib.util
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+
+from architectures import config_from_hf  # noqa: E402
+from bench.measure import (  # noqa: E402
+    Session,
+    Timer,
+    describe_machine,
+    pick_device,
+    read_options,
+    save,
+    synchronize,
+    table,
+    take_ceilings,
+)
+from generate import GenerateOptions, generate, new_cache  # noqa: E402
+from model import Decoder, initialize_weights, lay_out_for_decoding  # noqa: E402
+
+DEFAULTS = {"device": "auto", "cases": "d1,d3-32,d3-128", "systems": "anvil,eager,static", "repeats": "5"}
+DEFAULTS |= {"dtype": "", "quick": "", "seconds": "400", "out": ""}
+
+LLAMA_2_7B = {
+    "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 32, "vocab_size": 32000, "max_position_embeddings": 4096,
+}  # fmt: skip
+LLAMA_3_8B = {
+    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192,
+}  # fmt: skip
+TINY = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 301, "max_position_embeddings": 64, "initializer_range": 0.3,
+}  # fmt: skip
+COMMON = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5, "hidden_act": "silu"}
+COMMON |= {"tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+
+# name: (shape, sequences, tokens of the prompt, new tokens)
+CASES = {
+    "d1": (LLAMA_2_7B, 1, 128, 256),
+    "d3-32": (LLAMA_3_8B, 32, 128, 128),
+    "d3-128": (LLAMA_3_8B, 128, 128, 128),
+}
+TINY_CASES = {"d1": (TINY, 1, 9, 20), "d3-32": (TINY, 3, 9, 12), "d3-128": (TINY, 5, 9, 12)}
+NEEDS_SECONDS = {"anvil": 20, "eager": 60, "static": 150}  # a system's first call and its turns, at 7B, guessed
+LOGITS_MAY_DIFFER = 0.05  # relative, after the prompt: bf16 through 32 layers
+
+
+def build(shape: dict, dtype: torch.dtype, device: torch.device) -> Decoder:
+    """A model of this shape with random weights, made on the device."""
+    model = Decoder(config_from_hf(COMMON | shape), dtype=dtype, device="meta").to_empty(device=device).eval()
+    model.requires_grad_(False)
+    initialize_weights(model, torch.Generator(device).manual_seed(0))
+    lay_out_for_decoding(model)
+    return model
+
+
+def build_rival(shape: dict, model: Decoder):
+    """transformers' model around the very same tensors."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    config = transformers.LlamaConfig(**(COMMON | shape))
+    weight = model.embed_tokens.weight
+    with torch.device("meta"):
+        rival = transformers.LlamaForCausalLM._from_config(config, dtype=weight.dtype, attn_implementation="sdpa")
+    tensors = {name if name == "lm_head.weight" else f"model.{name}": t for name, t in model.state_dict().items()}
+    rival.load_state_dict(tensors, assign=True)
+    # its angles are no parameters, so on the meta device they got no values
+    rival.model.rotary_emb = type(rival.model.rotary_emb)(config=config).to(weight.device)
+    return rival.eval()
+
+
+# The systems: each gives run(prompts, new) -> new tokens of every prompt
+
+
+def anvil(model: Decoder, rival, sequences: int, capacity: int):
+    cache = new_cache(model, sequences, capacity)  # kept, with the graphs captured for it
+
+    def run(prompts: list[list[int]], new: int) -> list[list[int]]:
+        cache.restart(len(prompts))
+        greedy = GenerateOptions(do_sample=False, max_new_tokens=new)
+        return [text.ids for text in generate(model, prompts, greedy, stop_ids=(), cache=cache)]
+
+    return run
+
+
+def transformers_generate(rival, **more):
+    @torch.inference_mode()
+    def run(prompts: list[list[int]], new: int) -> list[list[int]]:
+        ids = torch.tensor(prompts, device=rival.device)
+        greedy = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new, "pad_token_id": 0}
+        return rival.generate(ids, attention_mask=torch.ones_like(ids), **greedy, **more)[:, ids.shape[1] :].tolist()
+
+    return run
+
+
+SYSTEMS = {
+    "anvil": anvil,
+    "eager": lambda model, rival, *_: transformers_generate(rival),
+    "static": lambda model, rival, *_: transformers_generate(rival, cache_implementation="static"),
+}
+
+
+def least_seconds(model: Decoder, case: tuple, ceilings) -> float:
+    """What the whole call takes at least: the steps at the bound of memory or arithmetic, and the prompt's products."""
+    shape, sequences, prompt, new = case
+    config, weight = model.config, model.head_weight()
+    numbers = sum(p.numel() for name, p in model.named_parameters() if name != "embed_tokens.weight")
+    slot = 2 * config.num_layers * config.num_kv_heads * config.head_dim * weight.itemsize  # bytes of one token's keys
+    read, burst = ceilings.read_gb_per_second * 1e9, ceilings.burst_tflops * 1e12
+    total = 2 * (numbers - weight.numel()) * sequences * prompt / burst
+    for context in range(prompt, prompt + new):
+        step_bytes = numbers * weight.itemsize + sequences * context * slot
+        total += max(step_bytes / read, 2 * numbers * sequences / burst)
+    return total
+
+
+def logits_difference(model: Decoder, rival, prompt: list[int]) -> float:
+    """Relative difference of the logits after one prompt."""
+    device = model.embed_tokens.weight.device
+    ids, size = torch.tensor(prompt, device=device), len(prompt)
+    with torch.inference_mode():
+        borders = torch.tensor([0, size], dtype=torch.int32, device=device)
+        ours = model.logits(model(ids, torch.arange(size, device=device), borders, size)[-1:]).double()
+        theirs = rival(ids[None]).logits[0, -1:].double()
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def measure(name: str, case: tuple, systems: dict, repeats: int, device: torch.device) -> dict:
+    """Seconds and tokens of every system's calls; the first call of each is not timed."""
+    _, sequences, prompt, new = case
+    vocabulary = case[0]["vocab_size"]
+    generator = torch.Generator().manual_seed(1)
+    prompts = torch.randint(2, vocabulary, (sequences, prompt), generator=generator).tolist()
+    seconds, tokens = {system: [] for system in systems}, {}
+    for turn in range(1 + repeats):
+        for system, run in systems.items():
+            synchronize(device)
+            start = time.perf_counter()
+            tokens[system] = run(prompts, new)
+            synchronize(device)
+            seconds[system].append(time.perf_counter() - start)
+            if turn == 0:
+                print(f"{name}, {system}: first call {seconds[system][0]:.1f} s", flush=True)
+    return {
+        system: {"first": found[0], "seconds": found[1:], "tokens": tokens[system]} for system, found in seconds.items()
+    }
+
+
+def row_of(name: str, case: tuple, system: str, found: dict, reference: list, least: float) -> dict:
+    _, sequences, _, new = case
+    count = sequences * new
+    pairs = [pair for ours, theirs in zip(found["tokens"], reference) for pair in zip(ours, theirs)]
+    median = statistics.median(found["seconds"])
+    return {
+        "case": name,
+        "system": system,
+        "tokens_per_second": count / median,
+        "slowest": count / max(found["seconds"]),
+        "fastest": count / min(found["seconds"]),
+        "first_call_seconds": found["first"],
+        "share_of_bound": least / median,
+        "equal_tokens": sum(a == b for a, b in pairs) / count,
+    }
+
+
+def run_case(name: str, case: tuple, model: Decoder, rival, session: Session, options: dict, ceilings) -> None:
+    _, sequences, prompt, new = case
+    device = model.embed_tokens.weight.device
+    chosen = {}
+    for system in options["systems"].split(","):
+        if system != "anvil" and rival is None:
+            session.left_out.append(f"{name} {system} (transformers is not installed)")
+        elif options["quick"] and system == "static" and sequences > 1:
+            session.left_out.append(f"{name} {system} (quick)")
+        elif device.type == "cpu" or session.allows(f"{name} {system}", NEEDS_SECONDS[system]):
+            chosen[system] = SYSTEMS[system](model, rival, sequences, prompt + new)
+    if not chosen:
+        return
+    found = measure(name, case, chosen, int(options["repeats"]), device)
+    least = least_seconds(model, case, ceilings)
+    reference = next(iter(found.values()))["tokens"]
+    session.rows += [row_of(name, case, system, result, reference, least) for system, result in found.items()]
+
+
+def check(name: str, model: Decoder, rival, prompt_length: int, session: Session, report: dict) -> None:
+    difference = logits_difference(model, rival, list(range(2, 2 + prompt_length)))
+    report[name] = difference
+    print(f"{name}: logits after a prompt differ from transformers' by {difference:.1e} of their size")
+    if difference > LOGITS_MAY_DIFFER:
+        raise ValueError(f"the logits differ by {difference:.1e}; the systems do not compute the same")
+
+
+def print_rows(rows: list[dict]) -> None:
+    ours = {row["case"]: row["tokens_per_second"] for row in rows if row["system"] == "anvil"}
+    print(table([
+        {
+            "case": row["case"],
+            "system": row["system"],
+            "tokens/s": f"{row['tokens_per_second']:.1f}",
+            "slowest..fastest": f"{row['slowest']:.1f}..{row['fastest']:.1f}",
+            "of the bound": f"{row['share_of_bound']:.1%}",
+            "anvil is": f"{ours[row['case']] / row['tokens_per_second']:.2f}x" if row["case"] in ours else "",
+            "equal tokens": f"{row['equal_tokens']:.0%}",
+        }
+        for row in rows
+    ]))  # fmt: skip
+
+
+def main(argv: list[str]) -> int:
+    options = read_options(argv, DEFAULTS, __doc__)
+    device = pick_device(options["device"])
+    cases = CASES if device.type == "cuda" else TINY_CASES
+    unknown = set(options["cases"].split(",")) - set(cases) | set(options["systems"].split(",")) - set(SYSTEMS)
+    if unknown:
+        raise SystemExit(f"unknown: {', '.join(sorted(unknown))}; cases: {', '.join(cases)}; {', '.join(SYSTEMS)}")
+    if options["quick"] and "repeats" not in " ".join(argv):
+        options["repeats"] = "3"
+    dtype = getattr(torch, options["dtype"] or ("bfloat16" if device.type == "cuda" else "float32"))
+    session, timer = Session(float(options["seconds"])), Timer(device)
+    machine = describe_machine(device, "python bench/decode.py " + " ".join(argv))
+    with timer.stream():
+        ceilings = take_ceilings(timer, sustained_seconds=0.5)
+    print(ceilings.text, flush=True)
+    has_rival = importlib.util.find_spec("transformers") is not None
+    differences: dict[str, float] = {}
+    model, shape = None, None
+    for name in options["cases"].split(","):
+        with session.part(name):
+            if cases[name][0] is not shape:
+                model = rival = None  # the last shape's memory is needed
+                shape = cases[name][0]
+                model = build(shape, dtype, device)
+                rival = build_rival(shape, model) if has_rival else None
+                if rival is not None:
+                    check(name, model, rival, cases[name][2], session, differences)
+            run_case(name, cases[name], model, rival, session, options, ceilings)
+    print_rows(session.rows)
+    report = {"dtype": str(dtype).removeprefix("torch."), "repeats": int(options["repeats"]), "ceilings": ceilings}
+    report |= {"logits_differ_by": differences, "rows": session.rows}
+    report |= {"left_out": session.left_out, "failed": session.failed}
+    save("decode", machine, report, options["out"])
+    return session.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
