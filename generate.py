@@ -10,7 +10,7 @@ Every sampled sequence has a random generator of its own, so its text does not d
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -218,25 +218,17 @@ class Decoding:
 
     def _begin_steps(self) -> None:
         """Steps of fixed shapes for the rows there are; those that the cache kept from an earlier text if they fit."""
-        options = replace(self.options, max_new_tokens=1, stop=())  # of no matter to a step
-        kept, key = self.cache.kept, (len(self.rows), options)
-        if key not in kept or kept[key].model is not self.model:
-            kept[key] = TokenSteps(
-                self.model,
-                self.cache,
-                lambda logits, seen, uniforms: choose(logits, options, seen, uniforms),
-                is_drawn=options.do_sample,
-                notes_seen=self.seen is not None,
-            )
-        self.steps = kept[key]
+        kept, count = self.cache.kept, len(self.rows)
+        if count not in kept or kept[count].model is not self.model:
+            kept[count] = TokenSteps(self.model, self.cache)
+        self.steps, seen = kept[count], self.seen
         self.steps.begin(
             [self.texts[sequence][-1] for sequence in self.rows],
             self.cache.lengths,
-            seen=self.seen,
+            lambda logits, uniforms: choose(logits, self.options, seen, uniforms),
             draws=None if self.draws is None else self._uniforms(list(self.rows)),
             capture=max(self.ends[sequence] - len(self.texts[sequence]) for sequence in self.rows) >= GRAPH_PAYS,
         )
-        self.seen = self.steps.seen
 
     def _steps_allowed(self) -> int:
         """Steps that may be on their way; 0 = read those, then begin anew with fewer rows or more room."""

@@ -3,11 +3,12 @@ replay the step.
 
 The ordinary step in generate.py builds its tensors from what the host knows: last tokens, lengths, random numbers. On a
 GPU that costs more than the step itself. Here all of it lives on the device from one step to the next; the host starts
-several steps ahead and learns each step's tokens while the next ones are running. On a CPU the same step runs without
-a graph, and tests show that it gives the ordinary path's tokens.
+several steps ahead and learns each step's tokens while the next ones are running. The graph holds the model; choosing
+the token, a few kernels that differ with every option, follows it. On a CPU the same step runs without a graph, and
+tests show that it gives the ordinary path's tokens.
 
-    steps = TokenSteps(model, cache, choose)
-    steps.begin(last_tokens, cache.lengths)
+    steps = TokenSteps(model, cache)
+    steps.begin(last_tokens, cache.lengths, choose)
     steps.launch(); steps.launch()
     tokens = steps.read()       # of the first one
 """
@@ -90,53 +91,41 @@ class Replay:
 class TokenSteps:
     """Tokens for every row of a cache, step after step; begin() sets out, also a second time.
 
-    choose(logits (B, V) fp32, seen, uniforms) -> (B,) tokens, -1 for a row whose logits are not finite; it may not
-    synchronise. seen: (B, V) bool that it reads and writes, or None. uniforms: (B,) fp64 from [0, 1), or None.
     The cache must have room for every step that is launched; its `lengths` are left to the caller.
     """
 
-    def __init__(
-        self,
-        model: Decoder,
-        cache: KVCache,
-        choose: Callable[[Tensor, Tensor | None, Tensor | None], Tensor],
-        *,
-        is_drawn: bool = False,
-        notes_seen: bool = False,
-    ):
+    def __init__(self, model: Decoder, cache: KVCache):
         device, rows = cache.storage.device, len(cache.lengths)
-        self.model, self.choose = model, choose
+        self.model = model
         self.cache = DeviceCache(cache)
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=device)  # (B,) what the last step chose
         self.borders = torch.arange(rows + 1, dtype=torch.int32, device=device)
-        self.uniforms = torch.zeros(DRAWS, rows, dtype=torch.float64, device=device) if is_drawn else None
-        self.turn = torch.zeros(1, dtype=torch.int64, device=device)  # row of uniforms that comes next
-        vocabulary = model.config.vocab_size
-        self.seen = torch.zeros(rows, vocabulary, dtype=torch.bool, device=device) if notes_seen else None
+        self.logits: Tensor | None = None  # (B, V) fp32 of the last step; once captured, always the same memory
         pinned = device.type == "cuda"
         self.results = [torch.zeros(rows, dtype=torch.int64, pin_memory=pinned) for _ in range(AHEAD)]
         self.arrivals = [torch.cuda.Event() if pinned else None for _ in range(AHEAD)]
-        self.replay = Replay(self._step, device)
+        self.replay = Replay(self._forward, device)
 
     def begin(
         self,
         last_tokens: list[int],
         lengths: list[int],
+        choose: Callable[[Tensor, Tensor | None], Tensor],
         *,
-        seen: Tensor | None = None,
         draws: Callable[[int, int], Tensor] | None = None,
         capture: bool = True,
     ) -> None:
         """last_tokens: per row, what its cache, filled to `lengths`, does not hold yet.
 
-        draws(first, count) -> (count, B) fp64 on the host: the uniform numbers of steps first .. first + count - 1.
-        capture: whether so many steps follow that a graph pays.
+        choose(logits (B, V) fp32, uniforms (B,) fp64 or None) -> (B,) tokens, -1 for a row whose logits are not finite;
+        on a GPU it must not synchronise. draws(first, count) -> (count, B) fp64 on the host: the uniform numbers of
+        steps first .. first + count - 1; None = nothing is drawn. capture: whether so many steps follow that a graph
+        pays.
         """
         self.tokens.copy_(torch.tensor(last_tokens))
         self.cache.begin(lengths)
-        if self.seen is not None:
-            self.seen.copy_(seen)
-        self.draws, self.capture = draws, capture
+        self.choose, self.draws, self.capture = choose, draws, capture
+        self.uniforms: Tensor | None = None  # (DRAWS, B) fp64
         self.launched = self.told = 0  # steps
 
     @property
@@ -146,13 +135,15 @@ class TokenSteps:
 
     def launch(self) -> None:
         """Start one more step for all rows; at most AHEAD may be waiting."""
-        if self.uniforms is not None and self.launched % DRAWS == 0:
-            numbers = self.draws(self.launched, DRAWS)
-            numbers = numbers.pin_memory() if self.uniforms.is_cuda else numbers
-            self.uniforms.copy_(numbers, non_blocking=True)
-            self.turn.zero_()
+        place, uniforms = self.launched % AHEAD, None
+        if self.draws is not None:
+            if self.launched % DRAWS == 0:
+                numbers = self.draws(self.launched, DRAWS)
+                numbers = numbers.pin_memory() if self.tokens.is_cuda else numbers
+                self.uniforms = numbers.to(self.tokens.device, non_blocking=True)
+            uniforms = self.uniforms[self.launched % DRAWS]
         self.replay(self.capture)
-        place = self.launched % AHEAD
+        self.tokens.copy_(self.choose(self.logits, uniforms))
         self.results[place].copy_(self.tokens, non_blocking=True)
         if self.arrivals[place] is not None:
             self.arrivals[place].record()
@@ -170,12 +161,8 @@ class TokenSteps:
         """The row's text has ended; its tokens mean nothing from now on."""
         self.cache.retire(row)
 
-    def _step(self) -> None:
-        """Everything between two tokens; only tensors made above go in and out."""
+    def _forward(self) -> None:
+        """From the last tokens to the next logits; only tensors that stay go in and out."""
         tokens = self.tokens.clamp(min=0)  # after logits that were not finite, until the host hears of it
         hidden = self.model(tokens, self.cache.lengths, self.borders, 1, self.cache)  # (B, E)
-        uniforms = None
-        if self.uniforms is not None:
-            uniforms = self.uniforms.index_select(0, self.turn)[0]
-            self.turn += 1
-        self.tokens.copy_(self.choose(self.model.logits(hidden).float(), self.seen, uniforms))
+        self.logits = self.model.logits(hidden).float()

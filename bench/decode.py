@@ -1,7 +1,7 @@
 """Greedy decoding on a GPU beside transformers, one machine, one run, the same weights in the same memory.
 
     python bench/decode.py                      # D1 and D3 of the goals; writes bench/results/decode_<gpu>.json
-    python bench/decode.py quick=1              # fewer repeats, without the compiled rival of the batches
+    python bench/decode.py quick=true           # fewer repeats, without the compiled rival of the batches
     python bench/decode.py cases=d1 repeats=9 systems=anvil,static
     python bench/decode.py device=cpu           # smoke test at a tiny size: its numbers mean nothing
 
@@ -28,10 +28,10 @@ from bench.measure import (  # noqa: E402
     Session,
     Timer,
     describe_machine,
+    is_on,
     pick_device,
     read_options,
     save,
-    synchronize,
     table,
     take_ceilings,
 )
@@ -39,7 +39,7 @@ from generate import GenerateOptions, generate, new_cache  # noqa: E402
 from model import Decoder, initialize_weights, lay_out_for_decoding  # noqa: E402
 
 DEFAULTS = {"device": "auto", "cases": "d1,d3-32,d3-128", "systems": "anvil,eager,static", "repeats": "5"}
-DEFAULTS |= {"dtype": "", "quick": "", "seconds": "400", "out": ""}
+DEFAULTS |= {"dtype": "", "quick": "false", "seconds": "400", "out": ""}
 
 LLAMA_2_7B = {
     "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -63,7 +63,7 @@ CASES = {
     "d3-128": (LLAMA_3_8B, 128, 128, 128),
 }
 TINY_CASES = {"d1": (TINY, 1, 9, 20), "d3-32": (TINY, 3, 9, 12), "d3-128": (TINY, 5, 9, 12)}
-NEEDS_SECONDS = {"anvil": 20, "eager": 60, "static": 150}  # a system's first call and its turns, at 7B, guessed
+NEEDS_SECONDS = {"anvil": 8, "eager": 20, "static": 70}  # a system's first call and one turn, at 7B, guessed
 LOGITS_MAY_DIFFER = 0.05  # relative, after the prompt: bf16 through 32 layers
 
 
@@ -148,19 +148,23 @@ def logits_difference(model: Decoder, rival, prompt: list[int]) -> float:
     return ((ours - theirs).norm() / theirs.norm()).item()
 
 
-def measure(name: str, case: tuple, systems: dict, repeats: int, device: torch.device) -> dict:
-    """Seconds and tokens of every system's calls; the first call of each is not timed."""
+def measure(name: str, case: tuple, systems: dict, repeats: int, session: Session) -> dict:
+    """Seconds and tokens of every system's calls; the first call of each is not timed. Fewer turns if time is out.
+
+    Every run() ends with its tokens on the host, so the host's clock is right.
+    """
     _, sequences, prompt, new = case
     vocabulary = case[0]["vocab_size"]
     generator = torch.Generator().manual_seed(1)
     prompts = torch.randint(2, vocabulary, (sequences, prompt), generator=generator).tolist()
     seconds, tokens = {system: [] for system in systems}, {}
     for turn in range(1 + repeats):
+        if turn > 1 and session.left < sum(times[-1] for times in seconds.values()):
+            print(f"{name}: {turn - 1} turns of {repeats}, for time")
+            break
         for system, run in systems.items():
-            synchronize(device)
             start = time.perf_counter()
             tokens[system] = run(prompts, new)
-            synchronize(device)
             seconds[system].append(time.perf_counter() - start)
             if turn == 0:
                 print(f"{name}, {system}: first call {seconds[system][0]:.1f} s", flush=True)
@@ -189,23 +193,24 @@ def row_of(name: str, case: tuple, system: str, found: dict, reference: list, le
 def run_case(name: str, case: tuple, model: Decoder, rival, session: Session, options: dict, ceilings) -> None:
     _, sequences, prompt, new = case
     device = model.embed_tokens.weight.device
-    chosen = {}
+    chosen, needed = {}, 0
     for system in options["systems"].split(","):
         if system != "anvil" and rival is None:
             session.left_out.append(f"{name} {system} (transformers is not installed)")
-        elif options["quick"] and system == "static" and sequences > 1:
+        elif is_on(options["quick"]) and system == "static" and sequences > 1:
             session.left_out.append(f"{name} {system} (quick)")
-        elif device.type == "cpu" or session.allows(f"{name} {system}", NEEDS_SECONDS[system]):
+        elif device.type == "cpu" or session.allows(f"{name} {system}", needed + NEEDS_SECONDS[system]):
+            needed += NEEDS_SECONDS[system]
             chosen[system] = SYSTEMS[system](model, rival, sequences, prompt + new)
     if not chosen:
         return
-    found = measure(name, case, chosen, int(options["repeats"]), device)
+    found = measure(name, case, chosen, int(options["repeats"]), session)
     least = least_seconds(model, case, ceilings)
     reference = next(iter(found.values()))["tokens"]
     session.rows += [row_of(name, case, system, result, reference, least) for system, result in found.items()]
 
 
-def check(name: str, model: Decoder, rival, prompt_length: int, session: Session, report: dict) -> None:
+def check(name: str, model: Decoder, rival, prompt_length: int, report: dict) -> None:
     difference = logits_difference(model, rival, list(range(2, 2 + prompt_length)))
     report[name] = difference
     print(f"{name}: logits after a prompt differ from transformers' by {difference:.1e} of their size")
@@ -236,8 +241,8 @@ def main(argv: list[str]) -> int:
     unknown = set(options["cases"].split(",")) - set(cases) | set(options["systems"].split(",")) - set(SYSTEMS)
     if unknown:
         raise SystemExit(f"unknown: {', '.join(sorted(unknown))}; cases: {', '.join(cases)}; {', '.join(SYSTEMS)}")
-    if options["quick"] and "repeats" not in " ".join(argv):
-        options["repeats"] = "3"
+    if is_on(options["quick"]):
+        options["repeats"] = str(min(3, int(options["repeats"])))
     dtype = getattr(torch, options["dtype"] or ("bfloat16" if device.type == "cuda" else "float32"))
     session, timer = Session(float(options["seconds"])), Timer(device)
     machine = describe_machine(device, "python bench/decode.py " + " ".join(argv))
@@ -246,16 +251,16 @@ def main(argv: list[str]) -> int:
     print(ceilings.text, flush=True)
     has_rival = importlib.util.find_spec("transformers") is not None
     differences: dict[str, float] = {}
-    model, shape = None, None
+    model = rival = shape = None
     for name in options["cases"].split(","):
         with session.part(name):
             if cases[name][0] is not shape:
                 model = rival = None  # the last shape's memory is needed
+                model = build(cases[name][0], dtype, device)
+                rival = build_rival(cases[name][0], model) if has_rival else None
                 shape = cases[name][0]
-                model = build(shape, dtype, device)
-                rival = build_rival(shape, model) if has_rival else None
                 if rival is not None:
-                    check(name, model, rival, cases[name][2], session, differences)
+                    check(name, model, rival, cases[name][2], differences)
             run_case(name, cases[name], model, rival, session, options, ceilings)
     print_rows(session.rows)
     report = {"dtype": str(dtype).removeprefix("torch."), "repeats": int(options["repeats"]), "ceilings": ceilings}

@@ -37,7 +37,7 @@ def test_it_measures_all_systems_and_writes_what_it_printed(tmp_path):
 
 
 def test_quick_leaves_the_compiled_rival_of_batches_out_and_says_so(tmp_path, capsys):
-    words = "device=cpu", "repeats=1", "quick=1", "cases=d3-32", "systems=anvil,static", f"out={tmp_path}"
+    words = "device=cpu", "repeats=1", "quick=true", "cases=d3-32", "systems=anvil,static", f"out={tmp_path}"
     assert decode.main(list(words)) == 0
     assert "d3-32 static (quick)" in capsys.readouterr().out
 
