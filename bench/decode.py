@@ -28,6 +28,7 @@ from bench.measure import (  # noqa: E402
     Session,
     Timer,
     describe_machine,
+    file_name,
     is_on,
     pick_device,
     read_options,
@@ -266,7 +267,8 @@ def main(argv: list[str]) -> int:
     report = {"dtype": str(dtype).removeprefix("torch."), "repeats": int(options["repeats"]), "ceilings": ceilings}
     report |= {"logits_differ_by": differences, "rows": session.rows}
     report |= {"left_out": session.left_out, "failed": session.failed}
-    save("decode", machine, report, options["out"])
+    only = "" if options["cases"] == DEFAULTS["cases"] else options["cases"]
+    save(file_name("decode", is_on(options["quick"]), only), machine, report, options["out"])
     return session.finish()
 
 

@@ -83,18 +83,18 @@ def measure_case(case: Case, slow: bool, timer: Timer, ceilings: Ceilings, sessi
             continue
         rows: list[dict[str, Any]] = []
         label = {"case": case.name, "sizes": case.sizes, "system": name}
-        if name == "anvil":
-            with session.part(f"{case.name} {case.sizes}"):
+        if not (timer.on_gpu or system.cpu):
+            rows = [{"pass": "", "not_run": "no CPU version"}]
+        elif name.startswith("anvil"):
+            with session.part(f"{case.name} {case.sizes}: {name}"):
                 rows = measure_system(case, system, timer, ceilings)
                 check(case, system, session, rows)
-        elif timer.on_gpu or system.cpu:
+        else:
             try:
                 rows = measure_system(case, system, timer, ceilings)
             except Exception as error:  # a rival may raise what it likes; its row then says so
                 text = str(error).splitlines()[0] if str(error) else ""
                 rows = [{"pass": "", "not_run": f"{type(error).__name__}: {text}"}]
-        else:
-            rows = [{"pass": "", "not_run": "no CPU version"}]
         session.rows += [{"place": (case_place(session, case), place), **label, **row} for row in rows]
         gc.collect()
         if timer.on_gpu:
