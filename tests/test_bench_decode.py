@@ -23,7 +23,7 @@ def run(*words):
 def test_it_measures_all_systems_and_writes_what_it_printed(tmp_path):
     done = run("device=cpu", "repeats=2", "cases=d1,d3-32", f"out={tmp_path}")
     assert done.returncode == 0, done.stdout + done.stderr
-    report = json.loads((tmp_path / "decode_cpu.json").read_text())
+    report = json.loads((tmp_path / "decode_d1_d3-32_cpu.json").read_text())
     assert report["machine"]["gpu"] is None and "mean nothing" in report["machine"]["note"]
     assert [(row["case"], row["system"]) for row in report["rows"]] == [
         (case, system) for case in ("d1", "d3-32") for system in ("anvil", "eager", "static")
