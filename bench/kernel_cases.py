@@ -298,6 +298,10 @@ def _anvil_attention(q, k, v, cu_seqlens, max_seqlen):
     return kernels.attention(q, k, v, cu_seqlens, max_seqlen, None, q.shape[-1] ** -0.5)
 
 
+def _triton_attention(q, k, v, cu_seqlens, max_seqlen):
+    return kernels.attention(q, k, v, cu_seqlens, max_seqlen, None, q.shape[-1] ** -0.5, flash_attn="triton")
+
+
 def _reference_attention(q, k, v, cu_seqlens, max_seqlen):
     return attention_reference(q, k, v, cu_seqlens, max_seqlen, None, q.shape[-1] ** -0.5)
 
@@ -320,6 +324,7 @@ def _equal_lengths(sizes: Sizes, batch: int, length: int, head: int, quick: bool
         lambda seed, small: _flat_inputs(sizes, [sizes.small if small else length] * batch, head, seed),
         {
             "anvil": System(_anvil_attention),
+            "anvil triton": System(_triton_attention, cpu=False),
             "cudnn": System(_sdpa("CUDNN_ATTENTION")),
             "flash": System(_sdpa("FLASH_ATTENTION")),
         },
@@ -368,6 +373,7 @@ def packed_attention(sizes: Sizes) -> Case:
         lambda seed, small: _flat_inputs(sizes, [5, 17, sizes.small] if small else lengths, sizes.head, seed),
         {
             "anvil": System(_anvil_attention),
+            "anvil triton": System(_triton_attention, cpu=False),
             "flash varlen": System(_varlen_flash, cpu=False),
             "flex document": System(_flex, _document_mask, slow=True, cpu=False),
         },
