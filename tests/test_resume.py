@@ -8,10 +8,12 @@ import time
 
 import pytest
 import torch
-from tiny_runs import assert_same_weights, start_ranks, tiny_runs
+from tiny_runs import assert_same_weights, fork, start_ranks, tiny_runs
 
 import checkpoint
+import prefetch
 import runs
+import train
 
 LONG = {"num_train_epochs": 8, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 3}  # 56 updates
 NOISY = {"lora_dropout": 0.2, "neftune_noise_alpha": 5}
@@ -99,11 +101,20 @@ def long_run(tiny):
     return "long"
 
 
+def train_with_a_thread(words: list[str]) -> int:
+    """As on a GPU, where the next batches are prepared by a thread."""
+    train.ahead = lambda items, depth: prefetch.ahead(items, 4)
+    return train.main(words)
+
+
+@pytest.mark.parametrize("threaded", [False, True], ids=["", "with a thread"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_leaves_a_complete_checkpoint_and_the_status_of_the_signal(tiny, long_run, number):
-    name = f"signal{int(number)}"
+def test_a_signal_leaves_a_complete_checkpoint_and_the_status_of_the_signal(tiny, long_run, number, threaded):
+    name = f"signal{int(number)}{threaded}"
     keys = {"save_strategy": "steps", "save_steps": 40, **LONG, **NOISY}
-    child = tiny.child(name, **keys)
+    start = train_with_a_thread if threaded else train.main
+    environment = {"XDG_CACHE_HOME": str(tiny.folder / "cache")}
+    child = fork(start, (tiny.words(name, **keys),), tiny.folder / f"{name}.txt", environment)
     log = tiny.folder / name / "trainer_log.jsonl"
     child.wait_for(lambda: log.exists() and log.read_text().count("\n") >= 5)
     child.signal(number)
