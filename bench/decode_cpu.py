@@ -2,7 +2,8 @@
 
     python bench/decode_cpu.py
     python bench/decode_cpu.py prompt=64 new=128 threads=2 repeats=7 batch=1 dtype=float32 out=result.json
-    python bench/decode_cpu.py systems=anvil,transformers,llama.cpp gguf=model-f16.gguf
+    python bench/decode_cpu.py gguf=model.F16.gguf,model.Q8_0.gguf     (bench/make_gguf.py writes them)
+    python bench/decode_cpu.py prompt=512 new=1                        prefill: the time of reading the prompt
 
 Every system has a process of its own; they take turns, A-B-A-B, so a noisy neighbour meets all of them. transformers
 runs with its fastest plain settings (sdpa, cache). batch > 1: prompts of different lengths, which transformers pads on
@@ -103,18 +104,26 @@ SYSTEMS = {"anvil": anvil, "transformers": transformers_generate, "llama.cpp": l
 
 def why_not(system: str, options: dict) -> str | None:
     """Why this system cannot run here, or None."""
-    module = {"anvil": "torch", "transformers": "transformers", "llama.cpp": "llama_cpp"}[system]
+    module = {"anvil": "torch", "transformers": "transformers", "llama.cpp": "llama_cpp"}[system.split()[0]]
     if importlib.util.find_spec(module) is None:
         return f"{module} is not installed"
-    if system == "llama.cpp" and not options["gguf"]:
+    if system == "llama.cpp":
         return "no gguf=FILE given"
     return None
+
+
+def systems_of(options: dict) -> list[str]:
+    """The systems asked for; llama.cpp once for each of its files."""
+    files = [f"llama.cpp {Path(name).name}" for name in options["gguf"].split(",") if name]
+    return [name for system in options["systems"].split(",") for name in (files * (system == "llama.cpp") or [system])]
 
 
 def worker(system: str, options: dict) -> None:
     """Reads prompts as JSON lines, answers {seconds, tokens}."""
     torch.set_num_threads(int(options["threads"]))
-    run = SYSTEMS[system](options)
+    kind, _, file = system.partition(" ")
+    paths = [name for name in options["gguf"].split(",") if file and Path(name).name == file]
+    run = SYSTEMS[kind](options | {"gguf": paths[0]} if paths else options)
     print("ready", flush=True)
     for line in sys.stdin:
         prompts = json.loads(line)
@@ -160,7 +169,7 @@ def weight_bytes(options: dict) -> int:
 
 def measure(options: dict) -> tuple[dict, dict]:
     """Rates of every system that runs, and why the others do not."""
-    systems = options["systems"].split(",")
+    systems = systems_of(options)
     not_run = {system: reason for system in systems if (reason := why_not(system, options))}
     prompts = make_prompts(options["model"], int(options["prompt"]), int(options["batch"]))
     workers = {system: start_worker(system, options) for system in systems if system not in not_run}
@@ -215,7 +224,7 @@ def main(argv: list[str]) -> int:
     if options["out"]:
         Path(options["out"]).parent.mkdir(parents=True, exist_ok=True)
         Path(options["out"]).write_text(json.dumps(report, indent=1) + "\n")
-    different = [system for system, row in result.items() if row["equal_tokens"] < 1 and system != "llama.cpp"]
+    different = [name for name, row in result.items() if row["equal_tokens"] < 1 and not name.startswith("llama.cpp")]
     if different and options["dtype"] == "float32":
         print(f"the tokens differ: {', '.join(different)}")
         return 1
@@ -232,19 +241,22 @@ def print_table(report: dict) -> None:
         f"reading a tensor: {first:.0f} GB/s before and {last:.0f} after; a step reads "
         f"{report['weight_gb_per_step']:.2f} GB, so at most {bound:.0f} steps/s"
     )
-    print(f"{'system':14} {'tok/s':>8} {'min..max':>16} {'of bound':>9} {'equal tokens':>13}")
+    print(f"{'system':32} {'tok/s':>8} {'min..max':>16} {'of bound':>9} {'equal tokens':>13}")
     for system, row in report["systems"].items():
         low, high = row["spread"]
         share = row["tokens_per_second"] / report["batch"] / bound
         rate, equal = row["tokens_per_second"], row["equal_tokens"]
-        print(f"{system:14} {rate:8.1f} {low:7.1f}..{high:<7.1f} {share:9.0%} {equal:13.0%}")
+        print(f"{system:32} {rate:8.1f} {low:7.1f}..{high:<7.1f} {share:9.0%} {equal:13.0%}")
     for system, reason in report["not_run"].items():
-        print(f"{system:14} not run: {reason}")
+        print(f"{system:32} not run: {reason}")
     systems = report["systems"]
     if "anvil" in systems:
         for rival in systems.keys() - {"anvil"}:
             ratio = systems["anvil"]["tokens_per_second"] / systems[rival]["tokens_per_second"]
             print(f"anvil is {ratio:.2f} times as fast as {rival}")
+    if report["new"] == 1:
+        rates = [f"{system} {row['tokens_per_second'] * report['prompt']:.0f}" for system, row in systems.items()]
+        print("tokens of the prompt per second: " + ", ".join(rates))
 
 
 def cpu_name() -> str:
