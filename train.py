@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 import config as configuration
+import host_memory
 import kernels
 import memory
 import monitor
@@ -104,6 +105,8 @@ def main(argv: list[str]) -> int:
     options, name = config[TrainOptions], "train.py"
     try:
         world = parallel.start(options.device, options.ddp_timeout)
+        if world.device.type == "cpu":
+            host_memory.keep_freed()
         name += f" [rank {world.rank}]" if world.rank else ""
         with runs.reserve(Path(options.output_dir), world):
             return run(config, world)

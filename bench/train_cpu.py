@@ -65,12 +65,14 @@ def make_batches(shape: str, model_folder: str, count: int) -> list[dict[str, li
 def anvil(folder: str, adapter: str, dtype: torch.dtype):
     import numpy as np
 
+    import host_memory
     import lora
     import optim
     from batches import ROW_MULTIPLE, Example, collate
     from checkpoint import load_adapter, load_model
     from objectives import TokenLoss
 
+    host_memory.keep_freed()  # as train.py does
     model = load_model(folder, dtype=dtype)
     if adapter:
         load_adapter(model, adapter)

@@ -15,6 +15,7 @@ LAYERS = {
     "config": 0,
     "kernels": 0,
     "parallel": 0,
+    "host_memory": 0,
     "prefetch": 0,
     "sampling": 0,
     "recompute": 0,
