@@ -18,7 +18,7 @@ TILE = 4096  # values per program of narrow rows; 16 per thread with 8 warps
 THREAD_VALUES = 16  # two 16-byte loads per tensor in bf16; 8 warps and 3 tensors are enough under way to hide latency
 MAX_SIZE = 65536  # values per row
 # values of a row that fit in the registers of one program; wider rows are read twice, the second time from the L2 cache
-MAX_BLOCK, MAX_BLOCK_WITH_SUMS = 16384, 8192
+MAX_BLOCK, MAX_BLOCK_BACKWARD = 16384, 8192
 WIDE_BLOCK = 4096
 PIPELINE_BYTES = 10000  # of shared memory per warp: 16 warps then fit A100's 163 KB and what it reserves
 
@@ -71,7 +71,7 @@ def backward(grad, total_grad, x, weight, mean, rstd, offset: float, want_weight
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     tile_rows, block, warps = _tile(size)
     sums = int(want_weight) + int(want_bias)
-    wide = block > (MAX_BLOCK_WITH_SUMS if sums else MAX_BLOCK)
+    wide = block > MAX_BLOCK_BACKWARD
     tiles = count if wide else ceil_divide(count, tile_rows)
     programs = _programs(tiles, 16 if wide else warps, x.device) if sums else tiles
     # the wide kernel adds to its sums in memory
@@ -138,18 +138,8 @@ def _load_sum(x, delta, place, delta_place, inside):
 
 
 @jit
-def _load_parameters(weight, bias, column, inside):
-    """Their values, or None for None."""
-    factor, shift = weight, bias
-    if weight is not None:
-        factor = tl.load(weight + column, mask=inside, other=0.0)
-    if bias is not None:
-        shift = tl.load(bias + column, mask=inside, other=0.0)
-    return factor, shift
-
-
-@jit
 def _scale_and_shift(normal, factor, shift, offset, ROUNDED: tl.constexpr, dtype: tl.constexpr):
+    """factor, shift: pieces of weight and bias, or None."""
     if ROUNDED:
         normal = normal.to(dtype).to(tl.float32)
     if factor is not None:
@@ -170,7 +160,11 @@ def _forward_kernel(
     begin = (row // inner).to(tl.int64) * outer_stride + row % inner * inner_stride
     place = row.to(tl.int64) * size + column  # in what is contiguous
     value = _load_sum(x, delta, begin + column, place, inside)
-    factor, shift = _load_parameters(weight, bias, column, column < size)  # before the sums wait for x
+    factor, shift = weight, bias
+    if weight is not None:  # loaded here, before the sums wait for x
+        factor = tl.load(weight + column, mask=column < size, other=0.0)
+    if bias is not None:
+        shift = tl.load(bias + column, mask=column < size, other=0.0)
     if delta is not None:
         tl.store(total + place, value.to(total.dtype.element_ty), mask=inside)
     if CENTERED:
@@ -214,7 +208,11 @@ def _wide_forward_kernel(
         value = _load_sum(x, delta, begin + column, place + column, inside)
         if delta is not None:
             tl.store(total + place + column, value.to(total.dtype.element_ty), mask=inside)
-        factor, shift = _load_parameters(weight, bias, column, inside)
+        factor, shift = weight, bias
+        if weight is not None:
+            factor = tl.load(weight + column, mask=inside, other=0.0)
+        if bias is not None:
+            shift = tl.load(bias + column, mask=inside, other=0.0)
         result = _scale_and_shift((value - average) * scale, factor, shift, offset, ROUNDED, y.dtype.element_ty)
         tl.store(y + place + column, result, mask=inside)
 

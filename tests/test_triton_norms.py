@@ -19,7 +19,7 @@ ROWS, SIZE = st.integers(1, 70), st.integers(2, 700)
 def small_blocks(monkeypatch):
     """Rows of more than 64 values are wide, so that the interpreter has few of them to do."""
     monkeypatch.setattr(norms, "MAX_BLOCK", 64)
-    monkeypatch.setattr(norms, "MAX_BLOCK_WITH_SUMS", 32)
+    monkeypatch.setattr(norms, "MAX_BLOCK_BACKWARD", 32)
     monkeypatch.setattr(norms, "WIDE_BLOCK", 32)
 
 
