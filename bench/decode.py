@@ -1,6 +1,6 @@
 """Greedy decoding on a GPU beside transformers, one machine, one run, the same weights in the same memory.
 
-    python bench/decode.py                      # D1 and D3 of the goals; writes bench/results/decode_<gpu>.json
+    python bench/decode.py                      # D1 and D3 of the goals; writes a file in bench/results
     python bench/decode.py quick=true           # fewer repeats, without the compiled rival of the batches
     python bench/decode.py cases=d1 repeats=9 systems=anvil,static
     python bench/decode.py device=cpu           # smoke test at a tiny size: its numbers mean nothing
@@ -267,8 +267,8 @@ def main(argv: list[str]) -> int:
     report = {"dtype": str(dtype).removeprefix("torch."), "repeats": int(options["repeats"]), "ceilings": ceilings}
     report |= {"logits_differ_by": differences, "rows": session.rows}
     report |= {"left_out": session.left_out, "failed": session.failed}
-    only = "" if options["cases"] == DEFAULTS["cases"] else options["cases"]
-    save(file_name("decode", is_on(options["quick"]), only), machine, report, options["out"])
+    partial = ",".join(options[key] for key in ("cases", "systems") if options[key] != DEFAULTS[key])
+    save(file_name("decode", is_on(options["quick"]), partial), machine, report, options["out"])
     return session.finish()
 
 

@@ -183,6 +183,18 @@ def test_ending_a_sequence_from_outside_leaves_the_others_alone(model):
     assert decoding.completion(3) == free[3]
 
 
+def test_a_finished_row_reads_and_fills_no_more_of_the_cache(model):
+    decoding = Decoding(model, prompts_of(), GREEDY, stop_ids=[], fixed_shapes=True)
+    for _ in range(4):
+        decoding.step()
+    begun = decoding.steps
+    decoding.stop(1)
+    while decoding.live:
+        decoding.step()
+    assert decoding.steps is begun  # one of five: no reason to begin anew
+    assert [length > 0 for length in begun.cache.lengths.tolist()] == [True, False, True, True, True]
+
+
 def test_logits_that_are_not_finite_are_reported(tmp_path):
     """Also when the damage shows in the middle of a text only."""
     model = make_model(tmp_path)
