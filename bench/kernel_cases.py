@@ -519,11 +519,11 @@ def adamw(sizes: Sizes) -> Case:
             parameter.grad = draw(*shape, dtype=torch.float32)
         return parameters
 
-    def stepper(**keywords) -> System:
+    def stepper(graph: bool = False, **keywords) -> System:
         def setup(*parameters) -> dict[str, Any]:
-            return {"step": torch.optim.AdamW(parameters, lr=1e-6, **keywords).step}
+            return {"step": torch.optim.AdamW(parameters, lr=1e-6, capturable=graph, **keywords).step}
 
-        return System(lambda *parameters, step: step() or (), setup, graph=False)
+        return System(lambda *parameters, step: step() or (), setup, graph=graph, cpu=not graph)
 
     values = sizes.adapters * shape[0] * shape[1]
     return Case(
@@ -531,7 +531,8 @@ def adamw(sizes: Sizes) -> Case:
         (),
         f"{sizes.adapters} tensors, {values / 1e6:.1f} M values",
         inputs,
-        {"anvil": stepper(fused=True), "foreach": stepper(foreach=True)},
+        # the first as training starts it, the second without the host's part
+        {"anvil": stepper(fused=True), "captured": stepper(True, fused=True), "foreach": stepper(foreach=True)},
         (),
         {"forward": Work(28 * values)},
     )

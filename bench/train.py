@@ -81,7 +81,7 @@ class Row:
 
 
 ROWS = [
-    Row("T1", "LoRA r16, 4 x 2048", "Llama-2-7B", 16, (2048,) * 4, quick=True, needs_seconds=40),
+    Row("T1", "LoRA r16, 4 x 2048", "Llama-2-7B", 16, (2048,) * 4, quick=True, needs_seconds=35),
     Row("T6", "full bf16, 8 x 2048", "TinyLlama-1.1B", 0, (2048,) * 8, quick=True, needs_seconds=20),
     Row("T4", "LoRA r16, Alpaca lengths, batch 4", "Llama-2-7B", 16),
     Row("T2b", "LoRA r8, 4 x 1024, accumulate 2", "Llama-2-7B", 8, (1024,) * 4, accumulation=2, needs_seconds=30),
