@@ -3,10 +3,10 @@
     python bench/train_cpu.py model=models/SmolLM2-135M-Instruct
     python bench/train_cpu.py model=... steps=12 threads=2 shapes=equal,alpaca dtype=float32
     python bench/train_cpu.py shapes=equal dtype=bfloat16 systems=anvil,peft,peft:float32
-    python bench/train_cpu.py shapes=equal tuning=full
+    python bench/train_cpu.py shapes=equal tuning=full checkpointing=selective     (none | selective | full)
 
 tuning=lora: r=8 on all linears, adapters in fp32 as both systems keep them; tuning=full: every weight. AdamW, no
-dropout. A system may have a dtype of its own (peft:float32).
+dropout. A system may have a dtype of its own (peft:float32). checkpointing is Anvil's: the rival keeps everything.
 `equal`: 4 x 256 tokens, every token trained, no padding on either side.
 `alpaca`: rows of data/alpaca_en_demo.json, batch 8, prompt masked; the rival pads to the longest row of each batch, as
 its collators do; only real tokens count.
@@ -32,7 +32,7 @@ import torch  # noqa: E402
 
 DEFAULTS = {"model": str(ROOT / "models/SmolLM2-135M-Instruct"), "steps": "12", "threads": "2"}
 DEFAULTS |= {"shapes": "equal,alpaca", "systems": "anvil,peft", "dtype": "float32", "out": ""}
-DEFAULTS |= {"tuning": "lora"}
+DEFAULTS |= {"tuning": "lora", "checkpointing": "none"}
 RANK, ALPHA, LEARNING_RATE = 8, 16.0, 1e-4
 WARMUP_STEPS = 2
 
@@ -62,12 +62,13 @@ def make_batches(shape: str, model_folder: str, count: int) -> list[dict[str, li
 # The two systems. Each gives a function step(rows) -> loss.
 
 
-def anvil(folder: str, adapter: str, dtype: torch.dtype):
+def anvil(folder: str, adapter: str, dtype: torch.dtype, checkpointing: str = "none"):
     import numpy as np
 
     import host_memory
     import lora
     import optim
+    import recompute
     from batches import ROW_MULTIPLE, Example, collate
     from checkpoint import load_adapter, load_model
     from objectives import TokenLoss
@@ -79,6 +80,8 @@ def anvil(folder: str, adapter: str, dtype: torch.dtype):
         assert len(lora.lora_layers(model)) == 7 * model.config.num_layers
     optimizer = optim.make_optimizer(model, optim.OptimOptions(learning_rate=LEARNING_RATE))
     parameters = [layer for layer in model.parameters() if layer.requires_grad]
+    if checkpointing != "none":
+        model.recompute = recompute.Plan(**{checkpointing: model.config.num_layers})
     stage = TokenLoss()
     model.train()
 
@@ -114,7 +117,7 @@ def peft_model(folder: str, dtype: torch.dtype):
     return peft.get_peft_model(transformers_model(folder, dtype), options)
 
 
-def peft(folder: str, adapter: str, dtype: torch.dtype):
+def peft(folder: str, adapter: str, dtype: torch.dtype, checkpointing: str = "none"):
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
@@ -147,10 +150,10 @@ def peft(folder: str, adapter: str, dtype: torch.dtype):
     return step
 
 
-def worker(system: str, folder: str, adapter: str, threads: int, dtype: str) -> None:
+def worker(system: str, folder: str, adapter: str, threads: int, dtype: str, checkpointing: str) -> None:
     """Reads batches as JSON lines, answers {seconds, loss, peak_gb}."""
     torch.set_num_threads(threads)
-    step = {"anvil": anvil, "peft": peft}[system](folder, adapter, getattr(torch, dtype))
+    step = {"anvil": anvil, "peft": peft}[system](folder, adapter, getattr(torch, dtype), checkpointing)
     print("ready", flush=True)
     for line in sys.stdin:
         rows = json.loads(line)
@@ -199,7 +202,7 @@ def measure(shape: str, options: dict, adapter: str) -> dict:
     for system in systems:
         name, _, dtype = system.partition(":")
         command = [sys.executable, __file__, "--worker", name, options["model"], adapter]
-        command += [str(threads), dtype or options["dtype"]]
+        command += [str(threads), dtype or options["dtype"], options["checkpointing"]]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
         processes[system] = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -243,7 +246,7 @@ def measure(shape: str, options: dict, adapter: str) -> dict:
 
 def main(argv: list[str]) -> None:
     if argv[:1] == ["--worker"]:
-        return worker(argv[1], argv[2], argv[3], int(argv[4]), argv[5])
+        return worker(argv[1], argv[2], argv[3], int(argv[4]), argv[5], argv[6])
     options = DEFAULTS | dict(word.split("=", 1) for word in argv)
     import tempfile
 
@@ -256,6 +259,7 @@ def main(argv: list[str]) -> None:
         "threads": int(options["threads"]),
         "dtype": options["dtype"],
         "tuning": options["tuning"],
+        "checkpointing": options["checkpointing"],
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "matmul_gflops": matmul_rates(int(options["threads"]), getattr(torch, options["dtype"])),
@@ -278,7 +282,7 @@ def main(argv: list[str]) -> None:
 def print_table(report: dict) -> None:
     rates = report["matmul_gflops"]
     print(f"{report['machine']}, {report['threads']} threads, torch {report['torch']}", end=", ")
-    print(f"{report['dtype']}, {report['tuning']}")
+    print(f"{report['dtype']}, {report['tuning']}, checkpointing {report['checkpointing']}")
     print(f"matmul in this run: torch.mm {rates['torch.mm']:.0f} GF/s, kernels {rates['kernels']:.0f} GF/s")
     print(f"{'shape':8} {'system':12} {'tok/s':>8} {'median':>8} {'min..max':>16} ", end="")
     print(f"{'GF/s':>6} {'of matmul':>9} {'peak GB':>8}")
