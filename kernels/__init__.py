@@ -32,11 +32,13 @@ __all__ = [
     "attention",
     "cached_attention",
     "choices",
+    "cross_entropy",
     "decode_attention",
     "gated_mlp",
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "linear_logprobs",
     "lora_linear",
     "lora_linears",
     "rms_norm",
@@ -134,9 +136,58 @@ def gated_mlp(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Te
     return chosen(gate, up, activation)
 
 
-linear_cross_entropy = (
-    _cross_entropy.linear_cross_entropy_reference if _REFERENCE else _cross_entropy.linear_cross_entropy
-)
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> torch.Tensor:
+    """Summed loss of hidden rows under the head, without (L, V) logits. See kernels/cross_entropy.py."""
+    chosen = _of_cross_entropy("linear_cross_entropy", hidden)
+    terms = {"softcap": softcap, "logit_scale": logit_scale, "label_smoothing": label_smoothing, "z_loss": z_loss}
+    return chosen(hidden, weight, labels, bias, **terms)
+
+
+def linear_logprobs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> torch.Tensor:
+    """(L,) log-probabilities of the labels, with gradient, without (L, V) logits. See kernels/cross_entropy.py."""
+    chosen = _of_cross_entropy("linear_logprobs", hidden)
+    return chosen(hidden, weight, labels, bias, softcap=softcap, logit_scale=logit_scale)
+
+
+def cross_entropy(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> torch.Tensor:
+    """Summed loss of logits (L, V), over which the gradient is written. See kernels/cross_entropy.py."""
+    chosen = _of_cross_entropy("cross_entropy", logits)
+    terms = {"softcap": softcap, "logit_scale": logit_scale, "label_smoothing": label_smoothing, "z_loss": z_loss}
+    return chosen(logits, labels, **terms)
+
+
+def _of_cross_entropy(operation: str, x: torch.Tensor):
+    """That operation of kernels/cross_entropy.py, in torch, Triton or as reference."""
+    suffix = "_reference" if _REFERENCE else ""
+    if _triton_serves("cross_entropy", x.device, _cross_entropy.unsupported(x)):
+        suffix = "_triton"
+    return getattr(_cross_entropy, operation + suffix)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -170,6 +221,6 @@ def choices(device: torch.device | str) -> str:
     product = "oneDNN fp32" if on_cpu and _linear.onednn_fp32_available() else "torch"
     attention_name = "torch flash per segment" if on_cpu else "torch with a block mask"
     return (
-        f"kernels: linear {product}, attention {attention_name}, cross entropy chunked, lora fused, "
+        f"kernels: linear {product}, attention {attention_name}, cross entropy chunked in {pointwise}, lora fused, "
         f"norms, rope and gated mlp {pointwise}"
     )
