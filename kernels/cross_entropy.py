@@ -483,7 +483,7 @@ def _row_kernel(
     logits, labels, factors, losses, at_label, rows, size, stride, logit_scale, z_weight,
     GRADIENT: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The usual loss of rows that a program holds in registers: 32 values of each of 1024 threads, and no room for more.
+    """The usual loss of rows that a program holds in registers: 32 values a thread of 1024, and no room for more.
 
     So bias, cap and smoothing are _long_row_kernel's, and so is the subtraction at the label _label_kernel's (telling
     where it stands spills 112 bytes a thread). Persistent: the next row is on its way to shared memory meanwhile.

@@ -19,7 +19,7 @@ def specimens(dtype):
         yield f"every term {vocabulary}", lambda v=vocabulary: linear(linear_cross_entropy_triton, v, **every_term)
         yield f"logprobs {vocabulary}", lambda v=vocabulary: linear(linear_logprobs_triton, v, softcap=30.0)
     for vocabulary in (32000, 50257):
-        yield f"bias {vocabulary}", lambda v=vocabulary: linear(linear_cross_entropy_triton, v, biased=True, **every_term)
+        yield f"bias {vocabulary}", lambda v=vocabulary: linear(linear_cross_entropy_triton, v, True, **every_term)
 
     def plain(columns, narrow):
         logits = torch.empty(8192, columns, dtype=narrow, device="meta", requires_grad=True)
