@@ -65,7 +65,7 @@ CASES = {
 }
 TINY_CASES = {"d1": (TINY, 1, 9, 20), "d3-32": (TINY, 3, 9, 12), "d3-128": (TINY, 5, 9, 12)}
 NEEDS_SECONDS = {"anvil": 8, "eager": 20, "static": 70}  # a system's first call and one turn, at 7B, guessed
-LOGITS_MAY_DIFFER = 0.05  # relative, after the prompt: bf16 through 32 layers
+LOGITS_MAY_DIFFER = 0.15  # relative, after the prompt: bf16 through 32 layers; 1.4 if they had nothing in common
 
 
 def build(shape: dict, dtype: torch.dtype, device: torch.device) -> Decoder:
