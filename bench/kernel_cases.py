@@ -7,7 +7,7 @@ torch's own fused operations, Liger-Kernel if it is installed.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
 from kernels.attention import attention_reference
-from kernels.cross_entropy import linear_cross_entropy_reference
+from kernels.cross_entropy import (
+    cross_entropy_reference,
+    linear_cross_entropy_reference,
+    linear_logprobs_reference,
+)
 from kernels.decode_attention import decode_attention_reference
 from kernels.gated_mlp import gated_mlp_reference
 from kernels.layer_norm import layer_norm_reference
@@ -428,8 +432,38 @@ def _decode_case(sizes: Sizes, sequences: int, capacity: int) -> Case:
 
 
 def losses(sizes: Sizes) -> Iterator[Case]:
+    yield cross_entropy(sizes)
     for vocabulary in sizes.vocabularies:
         yield linear_cross_entropy(sizes, vocabulary)
+    yield linear_logprobs(sizes)
+
+
+def cross_entropy(sizes: Sizes) -> Case:
+    """Of logits that exist. Anvil and Liger write the gradient over them, so later rounds see that in their place."""
+    vocabulary = sizes.vocabularies[0]
+
+    def inputs(seed: int, small: bool) -> list:
+        draw, rows = Draw(sizes, seed), sizes.small if small else sizes.tokens
+        return [draw(rows, vocabulary), draw.integers(vocabulary, rows)]
+
+    def plain(logits, labels):
+        return F.cross_entropy(logits.float(), labels, reduction="sum")
+
+    return Case(
+        "cross_entropy",
+        ("cross_entropy",),
+        f"{sizes.tokens}x{vocabulary}",
+        inputs,
+        {
+            "anvil": System(kernels.cross_entropy),
+            "eager": System(plain),
+            "compile": compiled(plain),
+            "liger": System(liger("liger_cross_entropy", reduction="sum"), graph=False, cpu=False),
+        },
+        (0,),
+        {"both": Work(2.0 * sizes.tokens * vocabulary * sizes.dtype.itemsize)},
+        cross_entropy_reference,
+    )
 
 
 def linear_cross_entropy(sizes: Sizes, vocabulary: int) -> Case:
@@ -459,6 +493,23 @@ def linear_cross_entropy(sizes: Sizes, vocabulary: int) -> Case:
         (0,),
         {"both": Work(0, 4.0 * sizes.tokens * vocabulary * sizes.hidden)},
         linear_cross_entropy_reference,
+    )
+
+
+def linear_logprobs(sizes: Sizes) -> Case:
+    """One log-probability per row, for preference losses; frozen head."""
+    vocabulary = sizes.vocabularies[0]
+    case = linear_cross_entropy(sizes, vocabulary)
+    return replace(
+        case,
+        name="linear_logprobs",
+        systems={
+            "anvil": System(kernels.linear_logprobs),
+            "two products": case.systems["two products"],
+            "eager": System(linear_logprobs_reference),
+        },
+        reference=linear_logprobs_reference,
+        quick=False,
     )
 
 
