@@ -67,7 +67,8 @@ def cheap(function: Callable, *inputs):
 
 def remember(value: Tensor, function: Callable, *inputs) -> Tensor:
     """Gives back `value`, which function(*inputs) would make bit by bit; see `cheap`."""
-    book = _BOOK.get()
+    # a compiled block has no recipes (train.py refuses the pair), and asking for them would break its graph in two
+    book = None if torch.compiler.is_compiling() else _BOOK.get()
     if book is not None:
         book.add(value, function, inputs)
     return value
