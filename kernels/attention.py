@@ -75,14 +75,19 @@ def cached_attention_reference(q, keys, values, borders, lengths, window: int | 
         return out[:, :, 0]
     pieces = []
     for i, length in enumerate(lengths):
-        rows = q[borders[i] : borders[i + 1]].transpose(0, 1)[None]  # (1, H, new, D)
-        new = rows.shape[2]
+        rows = q[borders[i] : borders[i + 1]]  # (new, H, D)
+        new = rows.shape[0]
+        whole = new == length and (window is None or window >= length)  # a first prompt
+        if whole and q.device.type == "cpu" and attention_by_products.pays(q.dtype, length):
+            k, v = (x[i, :, :length].transpose(0, 1) for x in (keys, values))
+            pieces.append(attention_by_products.attention_by_products(rows, k, v, 1, scale))
+            continue
         first = max(0, length - window) if window is not None and new == 1 else 0
         mask = None
         if new > 1 and (new < length or (window is not None and window < length)):
             mask = _window_mask(new, length, window or length, q.device)
         out = F.scaled_dot_product_attention(
-            rows,
+            rows.transpose(0, 1)[None],  # (1, H, new, D)
             keys[i : i + 1, :, first:length],
             values[i : i + 1, :, first:length],
             attn_mask=mask,

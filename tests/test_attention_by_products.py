@@ -35,6 +35,22 @@ def test_equals_the_formula(segments, length, size, heads, dtype, monkeypatch):
     assert_as_exact_as(by_products.attention_by_products, formula, inputs, dtype, trained)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_first_prompt_in_a_cache_equals_the_row_alone(dtype, monkeypatch):
+    monkeypatch.setattr(by_products, "SHORTEST_FP32", 1)
+    q, k, v = (x.to(dtype) for x in operands(1, 30, (6, 2), 8))
+    keys, values = (torch.zeros(2, 2, 40, 8, dtype=dtype) for _ in range(2))
+    borders = [0, 13, 30]
+    for i, (start, stop) in enumerate(zip(borders, borders[1:])):
+        keys[i, :, : stop - start], values[i, :, : stop - start] = (x[start:stop].transpose(0, 1) for x in (k, v))
+    found = kernels.cached_attention(q, keys, values, borders, [13, 17], None, 0.3)
+    row = kernels.attention(q, k, v, torch.tensor(borders, dtype=torch.int32), 17, None, 0.3)
+    torch.testing.assert_close(found, row)
+    monkeypatch.setattr(by_products, "pays", lambda dtype, length: False)
+    other = kernels.cached_attention(q, keys, values, borders, [13, 17], None, 0.3)
+    torch.testing.assert_close(found.float(), other.float(), atol=0.03 if dtype is torch.bfloat16 else 1e-6, rtol=0)
+
+
 @pytest.mark.parametrize(("dtype", "length"), [(torch.bfloat16, 40), (torch.float32, by_products.SHORTEST_FP32)])
 def test_is_taken_where_it_pays_and_never_for_a_window(dtype, length):
     if not by_products.pays(dtype, length):
