@@ -1,10 +1,16 @@
-"""Causal attention over flat rows: softmax(q k^T * scale) v inside every segment, never across a border.
+"""Attention over flat rows: softmax(q k^T * scale) v inside every segment, never across a border.
 
-T tokens, N segments, H query heads, K key/value heads (H is a multiple of K), D head size.
-With a sliding window W, position p sees keys p-W+1 .. p (arXiv 2310.06825, section 2).
-Two entries: `attention_reference` for rows whose keys are the row itself, `cached_attention_reference` for rows
-whose keys stand in a cache. On a CPU both go segment by segment into torch's flash kernel, so nothing (T, T) exists;
-on a GPU one block-diagonal mask keeps the host out of it (the fused kernel replaces that path).
+T tokens, N segments, H query heads, K key/value heads (H is a multiple of K), D head size. Query head h reads
+key/value head h // (H / K). Of the scores s = q k^T * scale, in this order:
+    soft cap c:        s = c tanh(s / c)                 (Gemma 2, arXiv 2408.00118, section 2)
+    ALiBi slope m_h:   s = s - m_h |query - key|         (arXiv 2108.12409, section 3)
+    causal:            a query sees its own position and those before it
+    window W:          position p sees keys p-W+1 .. p   (arXiv 2310.06825, section 2); causal only
+
+`attention_reference` is the formula and the oracle of the tests. `attention_sdpa` is what runs on a CPU: segment by
+segment into torch's flash kernel, so nothing (T, T) exists; on a GPU its one block-diagonal mask keeps the host out
+of it. The Triton kernels are in flash_attention.py, torch's own flash kernels for the GPU in attention_rivals.py.
+`cached_attention_reference` serves rows whose keys stand in a cache.
 """
 
 import torch
@@ -13,10 +19,40 @@ import torch.nn.functional as F
 from kernels import attention_by_products
 
 
-def attention_reference(q, k, v, cu_seqlens, max_seqlen: int, window: int | None, scale: float) -> torch.Tensor:
-    """q (T, H, D), k and v (T, K, D), one dtype; cu_seqlens (N+1,) int32; window: tokens or None -> (T, H, D)."""
+def attention_reference(
+    q, k, v, cu_seqlens, max_seqlen: int, window: int | None, scale: float, causal=True, softcap=None, alibi_slopes=None
+) -> torch.Tensor:
+    """Every score written out, (H, T, T) of them: memory grows with the square of the row.
+
+    q (T, H, D), k and v (T, K, D), one dtype; cu_seqlens (N+1,) int32; max_seqlen, window: tokens; softcap: logits;
+    alibi_slopes (H,) fp32 -> (T, H, D). Products in q's dtype, softmax in fp32 (fp64 stays).
+    Raises ValueError for a window without causal.
+    """
+    check(window, causal)
+    place = torch.arange(q.shape[0], device=q.device)
+    segment = torch.searchsorted(cu_seqlens[1:].contiguous(), place, right=True)
+    allowed = (segment[:, None] == segment[None, :]) & _seen(place[:, None], place[None, :], window, causal)
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    scores = torch.einsum("nhd,mhd->hnm", q, k)  # (H, T, T)
+    scores = (scores if q.dtype is torch.float64 else scores.float()) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if alibi_slopes is not None:
+        scores = scores - alibi_slopes.to(scores.dtype)[:, None, None] * (place[:, None] - place[None, :]).abs()
+    weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1).to(q.dtype)
+    return torch.einsum("hnm,mhd->nhd", weights, v)
+
+
+def attention_sdpa(
+    q, k, v, cu_seqlens, max_seqlen: int, window: int | None, scale: float, causal=True, softcap=None, alibi_slopes=None
+) -> torch.Tensor:
+    """attention_reference through torch's scaled_dot_product_attention, which knows no soft cap (ValueError)."""
+    check(window, causal)
+    if softcap is not None:
+        raise ValueError("torch's scaled_dot_product_attention has no soft cap; take flash_attn: triton or disabled")
     if q.device.type != "cpu":
-        return _one_mask(q, k, v, cu_seqlens, window, scale)
+        return _one_mask(q, k, v, cu_seqlens, window, scale, causal, alibi_slopes)
     pieces = []
     for start, count, length in _runs_of_equal_length(cu_seqlens.tolist()):
         stop = start + count * length
@@ -31,17 +67,25 @@ def attention_reference(q, k, v, cu_seqlens, max_seqlen: int, window: int | None
         mask = None
         if window is not None and window < length:
             mask = _window_mask(length, length, window, q.device)
+        if alibi_slopes is not None:
+            mask = _alibi_bias(length, window, causal, alibi_slopes, q.dtype)
         out = F.scaled_dot_product_attention(
             heads_first(q),
             heads_first(k),
             heads_first(v),
             attn_mask=mask,
-            is_causal=mask is None,
+            is_causal=causal and mask is None,
             scale=scale,
             enable_gqa=q.shape[1] != k.shape[1],
         )  # (count, H, length, D)
         pieces.append(out.transpose(1, 2).reshape(count * length, *q.shape[1:]))
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces) if pieces else torch.zeros_like(q)
+
+
+def check(window: int | None, causal: bool) -> None:
+    """Raise ValueError for what has no meaning."""
+    if window is not None and (window < 1 or not causal):
+        raise ValueError(f"attention window {window}: at least 1 token, and causal attention only")
 
 
 def cached_attention_reference(q, keys, values, borders, lengths, window: int | None, scale: float) -> torch.Tensor:
@@ -115,21 +159,36 @@ def _window_mask(queries: int, keys: int, window: int, device) -> torch.Tensor:
     """(queries, keys) bool; the queries are the last positions of the keys."""
     key = torch.arange(keys, device=device)
     query = torch.arange(keys - queries, keys, device=device)[:, None]
-    return (key <= query) & (key > query - window)
+    return _seen(query, key, window, True)
 
 
-def _one_mask(q, k, v, cu_seqlens, window, scale):
+def _seen(query, key, window: int | None, causal: bool) -> torch.Tensor:
+    """Which keys a query sees, by their places; without causal all of them."""
+    if not causal:
+        return torch.ones((), dtype=torch.bool, device=query.device)
+    return key <= query if window is None else (key <= query) & (key > query - window)
+
+
+def _alibi_bias(length: int, window, causal: bool, slopes, dtype) -> torch.Tensor:
+    """(H, length, length): what is added to the scores, -inf where a key is not seen."""
+    place = torch.arange(length, device=slopes.device)
+    distance = (place[:, None] - place[None, :]).abs()
+    bias = -slopes.to(dtype)[:, None, None] * distance
+    return bias.masked_fill(~_seen(place[:, None], place[None, :], window, causal), -torch.inf)
+
+
+def _one_mask(q, k, v, cu_seqlens, window, scale, causal=True, alibi_slopes=None):
     """The same on any device without a host synchronisation; (T, T) mask, so for short rows and tests only."""
     place = torch.arange(q.shape[0], device=q.device)
     segment = torch.searchsorted(cu_seqlens[1:].contiguous(), place, right=True)
-    allowed = (segment[:, None] == segment[None, :]) & (place[None, :] <= place[:, None])
-    if window is not None:
-        allowed &= place[None, :] > place[:, None] - window
+    mask = (segment[:, None] == segment[None, :]) & _seen(place[:, None], place[None, :], window, causal)
+    if alibi_slopes is not None:
+        mask = _alibi_bias(q.shape[0], window, causal, alibi_slopes, q.dtype).masked_fill(~mask, -torch.inf)
     out = F.scaled_dot_product_attention(
         q.transpose(0, 1)[None],
         k.transpose(0, 1)[None],
         v.transpose(0, 1)[None],
-        attn_mask=allowed[None, None],
+        attn_mask=mask[None] if mask.dim() == 3 else mask[None, None],
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
     )

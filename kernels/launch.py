@@ -31,8 +31,8 @@ try:
 except ImportError:  # there are no wheels outside Linux; the references serve there
     triton, tl = None, SimpleNamespace(constexpr=None)
 
-    def jit(function):
-        return function
+    def jit(function=None, **options):
+        return function or jit
 
 
 # What is assumed about a GPU that is not there. Capability -> multiprocessors of A100 and H100.
@@ -97,7 +97,8 @@ def _describe(kernel, arguments, options) -> Launch:
     for place, parameter in enumerate(kernel.params):
         value = values[parameter.name]
         # as Triton's own launcher does it: None and 1 become constants, multiples of 16 are marked
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        free = not parameter.do_not_specialize  # @jit(do_not_specialize=[...]): any value, one compiled kernel
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and free):
             launch.signature[parameter.name] = "constexpr"
             launch.constants[parameter.name] = value
         elif isinstance(value, torch.Tensor):
@@ -107,7 +108,7 @@ def _describe(kernel, arguments, options) -> Launch:
             launch.signature[parameter.name] = "fp32"
         else:
             launch.signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and free:
                 launch.divisible.append(place)
     return launch
 

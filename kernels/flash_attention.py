@@ -1,0 +1,535 @@
+"""Flash attention on flat rows: forward and backward of attention.attention_reference without its (H, T, T) scores.
+
+Forward, one program per block of queries and query head, over blocks of keys (Dao, arXiv 2307.08691, algorithm 1):
+    top' = max(top, s)    p = 2^(s - top')    total' = total 2^(top - top') + sum p    acc' = acc 2^(top - top') + p v
+    out = acc / total     lse = top + log2 total, saved (H, T) fp32; s is in units of log 2, so that exp is one exp2
+Backward (the same, algorithm 2), with delta = sum over D of grad * out:
+    p = 2^(s - lse)    dv = p^T grad    ds = p (grad v^T - delta)    dq = scale ds k    dk = scale ds^T q
+with ds times 1 - tanh^2 under a soft cap. dk and dv: one program per block of keys and key/value head, which goes
+through the query heads of the group; dq: one program per block of queries, which takes the scores once more. No
+atomics: 7 products instead of 5, and the same bits every time.
+
+Where the work is: a segment's blocks never cross its borders. Block b of the grid belongs to the segment i with the
+largest cu_seqlens[i] // BLOCK + i <= b, found by bisection in the kernel; so T // BLOCK + N blocks serve any
+segments, at most one each is idle, and the host never looks at cu_seqlens. Blocks that no mask touches run in a loop
+of their own; blocks outside of the window or above the diagonal are not run. Long programs come first.
+Head sizes that are no power of two are padded with zeros in registers.
+"""
+
+import math
+
+import torch
+
+from kernels.attention import check
+from kernels.launch import capability, ceil_divide, jit, next_power_of_2, run, tl
+
+MAX_HEAD_DIM = 256  # beyond it the accumulators do not fit the registers
+DELTA_ROWS = 64
+LOG2E = math.log2(math.e)
+L2_BYTES = 24 * 2**20  # keys and values in use at a time; half of an H100's cache, to leave room for the rest
+
+
+def unsupported(q, k, v, cu_seqlens) -> str | None:
+    """Why the kernels do not serve these tensors; None if they do."""
+    if q.shape[-1] > MAX_HEAD_DIM:
+        return f"head size {q.shape[-1]}; at most {MAX_HEAD_DIM}"
+    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"dtype {q.dtype}"
+    if not q.dtype == k.dtype == v.dtype:
+        return f"q, k and v of different dtypes: {q.dtype}, {k.dtype}, {v.dtype}"
+    return None
+
+
+def flash_attention_triton(
+    q, k, v, cu_seqlens, max_seqlen: int, window: int | None, scale: float, causal=True, softcap=None, alibi_slopes=None
+) -> torch.Tensor:
+    """attention.attention_reference; gradients of q, k and v. scale > 0. Strides are free, but D lies contiguous."""
+    check(window, causal)
+    if scale <= 0:
+        raise ValueError(f"attention scale {scale}: the kernels need a positive one")
+    if q.shape[0] == 0:
+        return torch.zeros_like(q)
+    return _FlashAttention.apply(q, k, v, cu_seqlens, max_seqlen, window, scale, causal, softcap, alibi_slopes)
+
+
+def _blocks(kernel: str, head_block: int, dtype: torch.dtype, generation: int) -> dict[str, int]:
+    """Block sizes, warps and stages of forward, keys (dk, dv) and queries (dq).
+
+    Bounds: registers (the fp32 accumulators of BLOCK x D and the scores, 255 a thread) and shared memory (163 KB on
+    an A100, 227 KB on an H100: the block that stays, plus `num_stages` of the blocks that stream).
+    """
+    if generation == 0:  # the interpreter: small, so that small tests have several blocks
+        return {"BLOCK_M": 16 if kernel == "keys" else 32, "BLOCK_N": 32 if kernel == "keys" else 16}
+    if dtype is torch.float32:  # no tensor cores: products of fp32 numbers keep fp32's precision
+        m, n = (32, 32) if head_block <= 64 else (16, 32) if kernel == "keys" else (32, 16)
+        return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": 4, "num_stages": 1}
+    m, n, warps, stages = TILES[generation >= 90][kernel][max(64, head_block)]
+    return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
+
+
+# kernel -> padded head size -> BLOCK_M (queries), BLOCK_N (keys), warps, stages
+_AMPERE = {
+    "forward": {64: (128, 64, 4, 3), 128: (128, 64, 8, 2), 256: (64, 32, 4, 2)},
+    "keys": {64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (32, 32, 4, 1)},
+    "queries": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 1)},
+}
+_HOPPER = {
+    "forward": {64: (128, 128, 8, 3), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
+    "keys": {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 2)},
+    "queries": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+}
+TILES = {False: _AMPERE, True: _HOPPER}
+
+
+def _heads_together(q, k, max_seqlen: int) -> int:
+    """How many query heads run side by side: as many as have their keys and values in the L2 cache at a time.
+
+    More heads side by side keep the heavy blocks first for all of them; fewer read keys and values from the cache.
+    """
+    heads, group = q.shape[1], q.shape[1] // k.shape[1]
+    bytes_per_head = 2 * max_seqlen * k.shape[2] * k.element_size() / group
+    fitting = [n for n in range(1, heads + 1) if heads % n == 0 and n * bytes_per_head <= L2_BYTES]
+    return max(fitting, default=1)
+
+
+class _Shared:
+    """What the kernels of one call share: sizes, switches and the numbers that change the scores. Holds no tensor."""
+
+    def __init__(self, q, k, cu_seqlens, max_seqlen, window, scale, causal, softcap):
+        self.tokens, self.heads, self.head_dim = q.shape
+        self.kv_heads, self.segments = k.shape[1], cu_seqlens.shape[0] - 1
+        self.dtype, self.generation, self.scale = q.dtype, capability(q.device), scale
+        self.together = _heads_together(q, k, max_seqlen)
+        self.numbers = (
+            min(window or 0, 2**30),
+            scale * LOG2E if softcap is None else scale / softcap,  # of q k^T: to units of log 2, or to tanh's
+            0.0 if softcap is None else softcap * LOG2E,
+        )
+        self.switches = {
+            "GROUP": self.heads // self.kv_heads,
+            "D": self.head_dim,
+            "BLOCK_D": max(16, next_power_of_2(self.head_dim)),
+            "CAUSAL": causal,
+            "WINDOW": window is not None,
+            "CAP": softcap is not None,
+            "PRECISION": "ieee" if q.dtype is torch.float32 else "tf32",  # of no effect on 16-bit products
+        }
+
+    def start(self, kernel, name: str, *arguments) -> None:
+        """Start one of the three kernels on its grid (blocks, heads)."""
+        options = _blocks(name, self.switches["BLOCK_D"], self.dtype, self.generation)
+        block = options["BLOCK_N" if name == "keys" else "BLOCK_M"]
+        heads, together = self.heads, self.together
+        if name == "keys":
+            heads, together = self.kv_heads, max(1, together // self.switches["GROUP"])
+        grid = (self.tokens // block + self.segments, heads)
+        sizes = (self.tokens, self.segments, together)
+        run(kernel, grid, *arguments, *sizes, *self.numbers, **self.switches, **options)
+
+
+class _FlashAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, cu_seqlens, max_seqlen, window, scale, causal, softcap, alibi_slopes):
+        q, k, v = (_aligned(x) for x in (q, k, v))
+        shared = _Shared(q, k, cu_seqlens, max_seqlen, window, scale, causal, softcap)
+        slopes = None if alibi_slopes is None else alibi_slopes.float().contiguous()
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+        shared.start(
+            _forward_kernel, "forward", q, k, v, out, lse, cu_seqlens, slopes, *_strides(q, k, v, out)
+        )  # fmt: skip
+        ctx.shared = shared
+        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, slopes)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, out, lse, cu_seqlens, slopes = ctx.saved_tensors
+        shared, grad = ctx.shared, _aligned(grad)
+        delta = torch.empty_like(lse)
+        run(
+            _delta_kernel, (ceil_divide(shared.tokens, DELTA_ROWS), shared.heads), out, grad, delta, shared.tokens,
+            *_strides(out, grad), ROWS=DELTA_ROWS, D=shared.head_dim, BLOCK_D=shared.switches["BLOCK_D"], num_warps=4,
+        )  # fmt: skip
+        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        inputs = (q, k, v, grad, lse, delta)
+        if any(ctx.needs_input_grad[1:3]):
+            strides = _strides(q, k, v, grad, dk, dv)
+            shared.start(_keys_kernel, "keys", *inputs, dk, dv, cu_seqlens, slopes, *strides, shared.scale)
+        if ctx.needs_input_grad[0]:
+            strides = _strides(q, k, v, grad, dq)
+            shared.start(_queries_kernel, "queries", *inputs, dq, cu_seqlens, slopes, *strides, shared.scale)
+        return dq, dk, dv, None, None, None, None, None, None, None
+
+
+def _strides(*tensors: torch.Tensor) -> list[int]:
+    """Of each the steps from token to token and from head to head."""
+    return [stride for tensor in tensors for stride in tensor.stride()[:2]]
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """x itself where its heads can be read 16 bytes at a time; a contiguous copy otherwise."""
+    width = 16 // x.element_size()
+    aligned = all(number % width == 0 for number in (*x.stride()[:2], x.storage_offset()))
+    return x if aligned and x.stride(2) == 1 else x.contiguous()
+
+
+@jit
+def _place(cu_seqlens, tokens, segments, together, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
+    """Program -> (head, first token of the segment (int64), its length, first row of the block within it).
+
+    The grid (blocks, heads) is taken as one list: `together` heads at a time, their blocks side by side.
+    LAST_FIRST: the blocks of a segment backwards, which under a causal mask puts the long programs first.
+    """
+    blocks = tl.num_programs(0)
+    program = tl.program_id(0) + tl.program_id(1) * blocks
+    chunk = program // (blocks * together)
+    rest = program - chunk * blocks * together
+    block = rest // together
+    head = chunk * together + rest - block * together
+    if LAST_FIRST:
+        block = blocks - 1 - block
+    low = block * 0
+    high = low + segments - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        inside = tl.load(cu_seqlens + middle) // BLOCK + middle <= block
+        low = tl.where(inside, middle, low)
+        high = tl.where(inside, high, middle - 1)
+    start = tl.load(cu_seqlens + low)
+    length = tl.load(cu_seqlens + low + 1) - start
+    first = (block - start // BLOCK - low) * BLOCK
+    return head, start.to(tl.int64), length, first
+
+
+@jit
+def _rows(tensor, first, stride, length, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """BLOCK rows of one head, of which the first is row `first` of its segment -> (BLOCK, BLOCK_D).
+
+    tensor points at that row. MASKED: zeros past the end of the segment.
+    """
+    row = tl.arange(0, BLOCK)
+    column = tl.arange(0, BLOCK_D)
+    place = tensor + row[:, None] * stride + column[None, :]
+    if MASKED:
+        if D == BLOCK_D:
+            return tl.load(place, mask=(first + row < length)[:, None], other=0.0)
+        return tl.load(place, mask=(first + row < length)[:, None] & (column < D)[None, :], other=0.0)
+    if D == BLOCK_D:
+        return tl.load(place)
+    return tl.load(place, mask=(column < D)[None, :], other=0.0)
+
+
+@jit
+def _store(tensor, value, first, stride, length, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    row = tl.arange(0, BLOCK)
+    column = tl.arange(0, BLOCK_D)
+    place = tensor + row[:, None] * stride + column[None, :]
+    inside = (first + row < length)[:, None] & (column < D)[None, :]
+    tl.store(place, value.to(tensor.dtype.element_ty), mask=inside)
+
+
+@jit
+def _tanh(x, EXACT: tl.constexpr):
+    """EXACT: also small x to fp32's precision, where 1 - 2 / (1 + e^2x) cancels; its series reaches to x^9."""
+    result = 1.0 - 2.0 / (tl.exp2(x * 2.8853900817779268) + 1.0)  # 2 log2 e
+    if EXACT:
+        square = x * x
+        series = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
+        result = tl.where(tl.abs(x) < 0.25, series, result)
+    return result
+
+
+@jit
+def _seen(query, key, length, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    """Which keys a query sees; query and key are places in the segment, one a row and the other a column."""
+    if CAUSAL:
+        seen = key <= query
+        if WINDOW:
+            seen = seen & (key > query - window)
+    else:
+        seen = key < length + 0 * query
+    return seen
+
+
+@jit
+def _key_range(first, length, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    """For queries first .. first + BLOCK_M - 1: keys start .. left and right .. stop need masks, left .. right none."""
+    start, left, stop, right = first * 0, first * 0, length, length // BLOCK_N * BLOCK_N
+    if CAUSAL:
+        stop = tl.minimum(first + BLOCK_M, length)
+        right = (first + 1) // BLOCK_N * BLOCK_N
+    if WINDOW:
+        start = tl.maximum(first - window + 1, 0) // BLOCK_N * BLOCK_N
+        left = tl.maximum(stop - window, 0)  # the first key that the last query sees
+        left = tl.minimum((left + BLOCK_N - 1) // BLOCK_N * BLOCK_N, stop)
+    return start, left, tl.maximum(left, right), stop
+
+
+@jit
+def _forward_blocks(
+    acc, total, top, query, k, v, stride_k, stride_v, first, start, stop, length, window, scale, cap, slope,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
+    ALIBI: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The online softmax over keys start .. stop - 1."""
+    row = first + tl.arange(0, BLOCK_M)
+    k += start.to(tl.int64) * stride_k
+    v += start.to(tl.int64) * stride_v
+    for place in tl.range(start, stop, BLOCK_N):
+        keys = _rows(k, place, stride_k, length, BLOCK_N, D, BLOCK_D, MASKED)
+        s = tl.dot(query, tl.trans(keys), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
+        column = place + tl.arange(0, BLOCK_N)
+        unit = scale
+        if CAP:
+            s = cap * _tanh(s * scale, PRECISION == "ieee")
+            unit = 1.0
+        if ALIBI:
+            s = s * unit - slope * tl.abs(row[:, None] - column[None, :])
+            unit = 1.0
+        if MASKED:
+            # finite: a row may see nothing of a block, and what it then adds is scaled by 2^-huge = 0 later
+            s = tl.where(_seen(row[:, None], column[None, :], length, window, CAUSAL, WINDOW), s, -1e30)
+        new = tl.maximum(top, tl.max(s, 1) * unit)
+        p = tl.exp2(s * unit - new[:, None])
+        shrink = tl.exp2(top - new)
+        total = total * shrink + tl.sum(p, 1)
+        acc = acc * shrink[:, None]
+        values = _rows(v, place, stride_v, length, BLOCK_N, D, BLOCK_D, MASKED)
+        acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
+        top = new
+        k += BLOCK_N * stride_k
+        v += BLOCK_N * stride_v
+    return acc, total, top
+
+
+@jit(do_not_specialize=["tokens", "segments", "together", "window"])
+def _forward_kernel(
+    q, k, v, out, lse, cu_seqlens, slopes,
+    stride_q, head_q, stride_k, head_k, stride_v, head_v, stride_out, head_out,
+    tokens, segments, together, window, scale, cap,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    CAP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    head, begin, length, first = _place(cu_seqlens, tokens, segments, together, BLOCK_M, CAUSAL)
+    if first >= length:
+        return
+    query = _rows(q + (begin + first) * stride_q + head * head_q, first, stride_q, length, BLOCK_M, D, BLOCK_D, True)
+    k += begin * stride_k + head // GROUP * head_k
+    v += begin * stride_v + head // GROUP * head_v
+    slope = 0.0
+    if slopes is not None:
+        slope = tl.load(slopes + head) * 1.4426950408889634  # log2 e
+    start, left, right, stop = _key_range(first, length, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    if WINDOW:
+        acc, total, top = _forward_blocks(
+            acc, total, top, query, k, v, stride_k, stride_v, first, start, left, length, window, scale, cap, slope,
+            D, BLOCK_D, CAUSAL, WINDOW, CAP, slopes is not None, PRECISION, BLOCK_M, BLOCK_N, True,
+        )  # fmt: skip
+    acc, total, top = _forward_blocks(
+        acc, total, top, query, k, v, stride_k, stride_v, first, left, right, length, window, scale, cap, slope,
+        D, BLOCK_D, CAUSAL, WINDOW, CAP, slopes is not None, PRECISION, BLOCK_M, BLOCK_N, False,
+    )  # fmt: skip
+    acc, total, top = _forward_blocks(
+        acc, total, top, query, k, v, stride_k, stride_v, first, right, stop, length, window, scale, cap, slope,
+        D, BLOCK_D, CAUSAL, WINDOW, CAP, slopes is not None, PRECISION, BLOCK_M, BLOCK_N, True,
+    )  # fmt: skip
+    row = first + tl.arange(0, BLOCK_M)
+    tl.store(lse + head.to(tl.int64) * tokens + begin + row, top + tl.log2(total), mask=row < length)
+    out += (begin + first) * stride_out + head * head_out
+    _store(out, acc / total[:, None], first, stride_out, length, BLOCK_M, D, BLOCK_D)
+
+
+@jit(do_not_specialize=["tokens"])
+def _delta_kernel(
+    out, grad, delta, tokens, stride_out, head_out, stride_grad, head_grad,
+    ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """delta[h, t] = sum over D of grad * out."""
+    first, head = tl.program_id(0) * ROWS, tl.program_id(1)
+    one = _rows(out + first.to(tl.int64) * stride_out + head * head_out, first, stride_out, tokens, ROWS, D, BLOCK_D, True).to(tl.float32)
+    other = _rows(grad + first.to(tl.int64) * stride_grad + head * head_grad, first, stride_grad, tokens, ROWS, D, BLOCK_D, True).to(tl.float32)
+    row = first + tl.arange(0, ROWS)
+    tl.store(delta + head.to(tl.int64) * tokens + row, tl.sum(one * other, 1), mask=row < tokens)
+
+
+@jit
+def _probabilities(
+    s, query, key, lse, length, window, scale, cap, slope,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, ALIBI: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Products q k^T -> (p, ds / d product without `scale`); query, key and lse along the axes of s."""
+    slack = 1.0
+    if CAP:
+        tanh = _tanh(s * scale, PRECISION == "ieee")
+        s = cap * tanh
+        slack = 1.0 - tanh * tanh
+    else:
+        s = s * scale
+    if ALIBI:
+        s = s - slope * tl.abs(query - key)
+    p = tl.exp2(s - lse)
+    if MASKED:
+        p = tl.where(_seen(query, key, length, window, CAUSAL, WINDOW), p, 0.0)
+    return p, slack
+
+
+@jit
+def _keys_blocks(
+    dk, dv, keys, values, q, grad, lse, delta, stride_q, stride_grad, first, start, stop, length, window, scale, cap, slope,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
+    ALIBI: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """What queries start .. stop - 1 of one head add to dk and dv. Scores stand transposed: (keys, queries)."""
+    key = (first + tl.arange(0, BLOCK_N))[:, None]
+    q += start.to(tl.int64) * stride_q
+    grad += start.to(tl.int64) * stride_grad
+    for place in tl.range(start, stop, BLOCK_M):
+        row = place + tl.arange(0, BLOCK_M)
+        inside = row < length
+        query = _rows(q, place, stride_q, length, BLOCK_M, D, BLOCK_D, MASKED)
+        row_lse = tl.load(lse + row, mask=inside, other=0.0) if MASKED else tl.load(lse + row)
+        s = tl.dot(keys, tl.trans(query), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
+        p, slack = _probabilities(
+            s, row[None, :], key, row_lse[None, :], length, window, scale, cap, slope,
+            CAUSAL, WINDOW, CAP, ALIBI, PRECISION, MASKED,
+        )  # fmt: skip
+        rows = _rows(grad, place, stride_grad, length, BLOCK_M, D, BLOCK_D, MASKED)
+        row_delta = tl.load(delta + row, mask=inside, other=0.0) if MASKED else tl.load(delta + row)
+        dv = tl.dot(p.to(rows.dtype), rows, dv, input_precision=PRECISION)
+        dp = tl.dot(values, tl.trans(rows), input_precision=PRECISION)
+        ds = p * (dp - row_delta[None, :]) * slack
+        dk = tl.dot(ds.to(query.dtype), query, dk, input_precision=PRECISION)
+        q += BLOCK_M * stride_q
+        grad += BLOCK_M * stride_grad
+    return dk, dv
+
+
+@jit(do_not_specialize=["tokens", "segments", "together", "window"])
+def _keys_kernel(
+    q, k, v, grad, lse, delta, dk, dv, cu_seqlens, slopes,
+    stride_q, head_q, stride_k, head_k, stride_v, head_v, stride_grad, head_grad, stride_dk, head_dk, stride_dv, head_dv,
+    factor, tokens, segments, together, window, scale, cap,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    CAP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of one block of keys and one key/value head; the first blocks of a segment have the most queries."""
+    kv_head, begin, length, first = _place(cu_seqlens, tokens, segments, together, BLOCK_N, False)
+    if first >= length:
+        return
+    keys = _rows(k + (begin + first) * stride_k + kv_head * head_k, first, stride_k, length, BLOCK_N, D, BLOCK_D, True)
+    values = _rows(v + (begin + first) * stride_v + kv_head * head_v, first, stride_v, length, BLOCK_N, D, BLOCK_D, True)
+    last = tl.minimum(first + BLOCK_N, length) - 1
+    # queries start .. left and right .. stop need masks, left .. right none
+    start, left, right, stop = first * 0, first * 0, length, length
+    if CAUSAL:
+        start = first // BLOCK_M * BLOCK_M
+        left = (last + BLOCK_M - 1) // BLOCK_M * BLOCK_M
+    if WINDOW:
+        right = tl.minimum(length, first + window)
+        stop = tl.minimum(length, last + window)
+    left = tl.minimum(left, stop)
+    right = tl.maximum(left, right // BLOCK_M * BLOCK_M)
+    sum_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    sum_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for member in range(GROUP):
+        head = kv_head * GROUP + member
+        slope = 0.0
+        if slopes is not None:
+            slope = tl.load(slopes + head) * 1.4426950408889634  # log2 e
+        q_head = q + begin * stride_q + head * head_q
+        grad_head = grad + begin * stride_grad + head * head_grad
+        numbers = head.to(tl.int64) * tokens + begin
+        if CAUSAL:
+            sum_k, sum_v = _keys_blocks(
+                sum_k, sum_v, keys, values, q_head, grad_head, lse + numbers, delta + numbers, stride_q, stride_grad,
+                first, start, left, length, window, scale, cap, slope,
+                D, BLOCK_D, CAUSAL, WINDOW, CAP, slopes is not None, PRECISION, BLOCK_M, BLOCK_N, True,
+            )  # fmt: skip
+        sum_k, sum_v = _keys_blocks(
+            sum_k, sum_v, keys, values, q_head, grad_head, lse + numbers, delta + numbers, stride_q, stride_grad,
+            first, left, right, length, window, scale, cap, slope,
+            D, BLOCK_D, CAUSAL, WINDOW, CAP, slopes is not None, PRECISION, BLOCK_M, BLOCK_N, False,
+        )  # fmt: skip
+        sum_k, sum_v = _keys_blocks(
+            sum_k, sum_v, keys, values, q_head, grad_head, lse + numbers, delta + numbers, stride_q, stride_grad,
+            first, right, stop, length, window, scale, cap, slope,
+            D, BLOCK_D, CAUSAL, WINDOW, CAP, slopes is not None, PRECISION, BLOCK_M, BLOCK_N, True,
+        )  # fmt: skip
+    dk += (begin + first) * stride_dk + kv_head * head_dk
+    dv += (begin + first) * stride_dv + kv_head * head_dv
+    _store(dk, sum_k * factor, first, stride_dk, length, BLOCK_N, D, BLOCK_D)
+    _store(dv, sum_v, first, stride_dv, length, BLOCK_N, D, BLOCK_D)
+
+
+@jit
+def _queries_blocks(
+    dq, query, grad, lse, delta, k, v, stride_k, stride_v, first, start, stop, length, window, scale, cap, slope,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
+    ALIBI: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """What keys start .. stop - 1 add to dq."""
+    row = (first + tl.arange(0, BLOCK_M))[:, None]
+    k += start.to(tl.int64) * stride_k
+    v += start.to(tl.int64) * stride_v
+    for place in tl.range(start, stop, BLOCK_N):
+        column = (place + tl.arange(0, BLOCK_N))[None, :]
+        keys = _rows(k, place, stride_k, length, BLOCK_N, D, BLOCK_D, MASKED)
+        values = _rows(v, place, stride_v, length, BLOCK_N, D, BLOCK_D, MASKED)
+        s = tl.dot(query, tl.trans(keys), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
+        dp = tl.dot(grad, tl.trans(values), input_precision=PRECISION)
+        p, slack = _probabilities(
+            s, row, column, lse[:, None], length, window, scale, cap, slope,
+            CAUSAL, WINDOW, CAP, ALIBI, PRECISION, MASKED,
+        )  # fmt: skip
+        ds = p * (dp - delta[:, None]) * slack
+        dq = tl.dot(ds.to(keys.dtype), keys, dq, input_precision=PRECISION)
+        k += BLOCK_N * stride_k
+        v += BLOCK_N * stride_v
+    return dq
+
+
+@jit(do_not_specialize=["tokens", "segments", "together", "window"])
+def _queries_kernel(
+    q, k, v, grad, lse, delta, dq, cu_seqlens, slopes,
+    stride_q, head_q, stride_k, head_k, stride_v, head_v, stride_grad, head_grad, stride_dq, head_dq,
+    factor, tokens, segments, together, window, scale, cap,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    CAP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dq of one block of queries and one query head."""
+    head, begin, length, first = _place(cu_seqlens, tokens, segments, together, BLOCK_M, CAUSAL)
+    if first >= length:
+        return
+    query = _rows(q + (begin + first) * stride_q + head * head_q, first, stride_q, length, BLOCK_M, D, BLOCK_D, True)
+    rows = _rows(grad + (begin + first) * stride_grad + head * head_grad, first, stride_grad, length, BLOCK_M, D, BLOCK_D, True)
+    numbers = head.to(tl.int64) * tokens + begin + first + tl.arange(0, BLOCK_M)
+    inside = first + tl.arange(0, BLOCK_M) < length
+    row_lse = tl.load(lse + numbers, mask=inside, other=0.0)
+    row_delta = tl.load(delta + numbers, mask=inside, other=0.0)
+    k += begin * stride_k + head // GROUP * head_k
+    v += begin * stride_v + head // GROUP * head_v
+    slope = 0.0
+    if slopes is not None:
+        slope = tl.load(slopes + head) * 1.4426950408889634  # log2 e
+    start, left, right, stop = _key_range(first, length, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    if WINDOW:
+        acc = _queries_blocks(
+            acc, query, rows, row_lse, row_delta, k, v, stride_k, stride_v, first, start, left, length, window,
+            scale, cap, slope, D, BLOCK_D, CAUSAL, WINDOW, CAP, slopes is not None, PRECISION, BLOCK_M, BLOCK_N, True,
+        )  # fmt: skip
+    acc = _queries_blocks(
+        acc, query, rows, row_lse, row_delta, k, v, stride_k, stride_v, first, left, right, length, window,
+        scale, cap, slope, D, BLOCK_D, CAUSAL, WINDOW, CAP, slopes is not None, PRECISION, BLOCK_M, BLOCK_N, False,
+    )  # fmt: skip
+    acc = _queries_blocks(
+        acc, query, rows, row_lse, row_delta, k, v, stride_k, stride_v, first, right, stop, length, window,
+        scale, cap, slope, D, BLOCK_D, CAUSAL, WINDOW, CAP, slopes is not None, PRECISION, BLOCK_M, BLOCK_N, True,
+    )  # fmt: skip
+    dq += (begin + first) * stride_dq + head * head_dq
+    _store(dq, acc * factor, first, stride_dq, length, BLOCK_M, D, BLOCK_D)
