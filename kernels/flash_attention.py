@@ -11,8 +11,9 @@ atomics: 7 products instead of 5, and the same bits every time.
 
 Where the work is: a segment's blocks never cross its borders. Block b of the grid belongs to the segment i with the
 largest cu_seqlens[i] // BLOCK + i <= b, found by bisection in the kernel; so T // BLOCK + N blocks serve any
-segments, at most one each is idle, and the host never looks at cu_seqlens. Blocks that no mask touches run in a loop
-of their own; blocks outside of the window or above the diagonal are not run. Long programs come first.
+segments, at most one each is idle, and the host never looks at cu_seqlens. Blocks outside of the window or
+above the diagonal are not run, those in between are not masked. One loop serves all: a branch around the mask costs
+less than draining the pipeline between loops, and a third of the code. Long programs come first.
 Head sizes that are no power of two are padded with zeros in registers.
 """
 
@@ -203,21 +204,17 @@ def _place(cu_seqlens, tokens, segments, together, BLOCK: tl.constexpr, LAST_FIR
 
 
 @jit
-def _rows(tensor, first, stride, length, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
-    """BLOCK rows of one head, of which the first is row `first` of its segment -> (BLOCK, BLOCK_D).
+def _rows(tensor, first, stride, length, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """BLOCK rows of one head from row `first` of its segment on, where tensor points -> (BLOCK, BLOCK_D).
 
-    tensor points at that row. MASKED: zeros past the end of the segment.
+    Zeros past the end of the segment and of the head.
     """
     row = tl.arange(0, BLOCK)
     column = tl.arange(0, BLOCK_D)
-    place = tensor + row[:, None] * stride + column[None, :]
-    if MASKED:
-        if D == BLOCK_D:
-            return tl.load(place, mask=(first + row < length)[:, None], other=0.0)
-        return tl.load(place, mask=(first + row < length)[:, None] & (column < D)[None, :], other=0.0)
-    if D == BLOCK_D:
-        return tl.load(place)
-    return tl.load(place, mask=(column < D)[None, :], other=0.0)
+    inside = (first + row < length)[:, None]
+    if D != BLOCK_D:
+        inside = inside & (column < D)[None, :]
+    return tl.load(tensor + row[:, None] * stride + column[None, :], mask=inside, other=0.0)
 
 
 @jit
@@ -266,43 +263,6 @@ def _key_range(first, length, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constex
     return start, left, tl.maximum(left, right), stop
 
 
-@jit
-def _forward_blocks(
-    acc, total, top, query, k, v, stride_k, stride_v, first, start, stop, length, window, scale, cap, slope,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
-    ALIBI: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """The online softmax over keys start .. stop - 1."""
-    row = first + tl.arange(0, BLOCK_M)
-    k += start.to(tl.int64) * stride_k
-    v += start.to(tl.int64) * stride_v
-    for place in tl.range(start, stop, BLOCK_N):
-        keys = _rows(k, place, stride_k, length, BLOCK_N, D, BLOCK_D, MASKED)
-        s = tl.dot(query, tl.trans(keys), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
-        column = place + tl.arange(0, BLOCK_N)
-        unit = scale
-        if CAP:
-            s = cap * _tanh(s * scale, PRECISION == "ieee")
-            unit = 1.0
-        if ALIBI:
-            s = s * unit - slope * tl.abs(row[:, None] - column[None, :])
-            unit = 1.0
-        if MASKED:
-            # finite: a row may see nothing of a block, and what it then adds is scaled by 2^-huge = 0 later
-            s = tl.where(_seen(row[:, None], column[None, :], length, window, CAUSAL, WINDOW), s, -1e30)
-        new = tl.maximum(top, tl.max(s, 1) * unit)
-        p = tl.exp2(s * unit - new[:, None])
-        shrink = tl.exp2(top - new)
-        total = total * shrink + tl.sum(p, 1)
-        acc = acc * shrink[:, None]
-        values = _rows(v, place, stride_v, length, BLOCK_N, D, BLOCK_D, MASKED)
-        acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
-        top = new
-        k += BLOCK_N * stride_k
-        v += BLOCK_N * stride_v
-    return acc, total, top
-
-
 @jit(do_not_specialize=["tokens", "segments", "together", "window"])
 def _forward_kernel(
     q, k, v, out, lse, cu_seqlens, slopes,
@@ -314,7 +274,7 @@ def _forward_kernel(
     head, begin, length, first = _place(cu_seqlens, tokens, segments, together, BLOCK_M, CAUSAL)
     if first >= length:
         return
-    query = _rows(q + (begin + first) * stride_q + head * head_q, first, stride_q, length, BLOCK_M, D, BLOCK_D, True)
+    query = _rows(q + (begin + first) * stride_q + head * head_q, first, stride_q, length, BLOCK_M, D, BLOCK_D)
     k += begin * stride_k + head // GROUP * head_k
     v += begin * stride_v + head // GROUP * head_v
     slope = 0.0
@@ -324,20 +284,33 @@ def _forward_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    if WINDOW:
-        acc, total, top = _forward_blocks(
-            acc, total, top, query, k, v, stride_k, stride_v, first, start, left, length, window, scale, cap, slope,
-            D, BLOCK_D, CAUSAL, WINDOW, CAP, slopes is not None, PRECISION, BLOCK_M, BLOCK_N, True,
-        )  # fmt: skip
-    acc, total, top = _forward_blocks(
-        acc, total, top, query, k, v, stride_k, stride_v, first, left, right, length, window, scale, cap, slope,
-        D, BLOCK_D, CAUSAL, WINDOW, CAP, slopes is not None, PRECISION, BLOCK_M, BLOCK_N, False,
-    )  # fmt: skip
-    acc, total, top = _forward_blocks(
-        acc, total, top, query, k, v, stride_k, stride_v, first, right, stop, length, window, scale, cap, slope,
-        D, BLOCK_D, CAUSAL, WINDOW, CAP, slopes is not None, PRECISION, BLOCK_M, BLOCK_N, True,
-    )  # fmt: skip
     row = first + tl.arange(0, BLOCK_M)
+    k += start.to(tl.int64) * stride_k
+    v += start.to(tl.int64) * stride_v
+    for place in tl.range(start, stop, BLOCK_N):
+        keys = _rows(k, place, stride_k, length, BLOCK_N, D, BLOCK_D)
+        s = tl.dot(query, tl.trans(keys), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
+        column = place + tl.arange(0, BLOCK_N)
+        unit = scale
+        if CAP:
+            s = cap * _tanh(s * scale, PRECISION == "ieee")
+            unit = 1.0
+        if slopes is not None:
+            s = s * unit - slope * tl.abs(row[:, None] - column[None, :])
+            unit = 1.0
+        if (place < left) | (place >= right):
+            # finite: a row may see nothing of a block, and what it then adds is scaled by 2^-huge = 0 later
+            s = tl.where(_seen(row[:, None], column[None, :], length, window, CAUSAL, WINDOW), s, -1e30)
+        new = tl.maximum(top, tl.max(s, 1) * unit)
+        p = tl.exp2(s * unit - new[:, None])
+        shrink = tl.exp2(top - new)
+        total = total * shrink + tl.sum(p, 1)
+        acc = acc * shrink[:, None]
+        values = _rows(v, place, stride_v, length, BLOCK_N, D, BLOCK_D)
+        acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
+        top = new
+        k += BLOCK_N * stride_k
+        v += BLOCK_N * stride_v
     tl.store(lse + head.to(tl.int64) * tokens + begin + row, top + tl.log2(total), mask=row < length)
     out += (begin + first) * stride_out + head * head_out
     _store(out, acc / total[:, None], first, stride_out, length, BLOCK_M, D, BLOCK_D)
@@ -350,19 +323,18 @@ def _delta_kernel(
 ):  # fmt: skip
     """delta[h, t] = sum over D of grad * out."""
     first, head = tl.program_id(0) * ROWS, tl.program_id(1)
-    one = _rows(out + first.to(tl.int64) * stride_out + head * head_out, first, stride_out, tokens, ROWS, D, BLOCK_D, True).to(tl.float32)
-    other = _rows(grad + first.to(tl.int64) * stride_grad + head * head_grad, first, stride_grad, tokens, ROWS, D, BLOCK_D, True).to(tl.float32)
+    one = _rows(out + first.to(tl.int64) * stride_out + head * head_out, first, stride_out, tokens, ROWS, D, BLOCK_D).to(tl.float32)
+    other = _rows(grad + first.to(tl.int64) * stride_grad + head * head_grad, first, stride_grad, tokens, ROWS, D, BLOCK_D).to(tl.float32)
     row = first + tl.arange(0, ROWS)
     tl.store(delta + head.to(tl.int64) * tokens + row, tl.sum(one * other, 1), mask=row < tokens)
 
 
 @jit
 def _probabilities(
-    s, query, key, lse, length, window, scale, cap, slope,
+    s, query, key, lse, free, length, window, scale, cap, slope,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, ALIBI: tl.constexpr, PRECISION: tl.constexpr,
-    MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Products q k^T -> (p, ds / d product without `scale`); query, key and lse along the axes of s."""
+    """Products q k^T -> (p, ds / d product without `scale`). query, key, lse lie along s; free: no mask touches s."""
     slack = 1.0
     if CAP:
         tanh = _tanh(s * scale, PRECISION == "ieee")
@@ -373,40 +345,9 @@ def _probabilities(
     if ALIBI:
         s = s - slope * tl.abs(query - key)
     p = tl.exp2(s - lse)
-    if MASKED:
+    if not free:
         p = tl.where(_seen(query, key, length, window, CAUSAL, WINDOW), p, 0.0)
     return p, slack
-
-
-@jit
-def _keys_blocks(
-    dk, dv, keys, values, q, grad, lse, delta, stride_q, stride_grad, first, start, stop, length, window, scale, cap, slope,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
-    ALIBI: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """What queries start .. stop - 1 of one head add to dk and dv. Scores stand transposed: (keys, queries)."""
-    key = (first + tl.arange(0, BLOCK_N))[:, None]
-    q += start.to(tl.int64) * stride_q
-    grad += start.to(tl.int64) * stride_grad
-    for place in tl.range(start, stop, BLOCK_M):
-        row = place + tl.arange(0, BLOCK_M)
-        inside = row < length
-        query = _rows(q, place, stride_q, length, BLOCK_M, D, BLOCK_D, MASKED)
-        row_lse = tl.load(lse + row, mask=inside, other=0.0) if MASKED else tl.load(lse + row)
-        s = tl.dot(keys, tl.trans(query), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
-        p, slack = _probabilities(
-            s, row[None, :], key, row_lse[None, :], length, window, scale, cap, slope,
-            CAUSAL, WINDOW, CAP, ALIBI, PRECISION, MASKED,
-        )  # fmt: skip
-        rows = _rows(grad, place, stride_grad, length, BLOCK_M, D, BLOCK_D, MASKED)
-        row_delta = tl.load(delta + row, mask=inside, other=0.0) if MASKED else tl.load(delta + row)
-        dv = tl.dot(p.to(rows.dtype), rows, dv, input_precision=PRECISION)
-        dp = tl.dot(values, tl.trans(rows), input_precision=PRECISION)
-        ds = p * (dp - row_delta[None, :]) * slack
-        dk = tl.dot(ds.to(query.dtype), query, dk, input_precision=PRECISION)
-        q += BLOCK_M * stride_q
-        grad += BLOCK_M * stride_grad
-    return dk, dv
 
 
 @jit(do_not_specialize=["tokens", "segments", "together", "window"])
@@ -421,8 +362,8 @@ def _keys_kernel(
     kv_head, begin, length, first = _place(cu_seqlens, tokens, segments, together, BLOCK_N, False)
     if first >= length:
         return
-    keys = _rows(k + (begin + first) * stride_k + kv_head * head_k, first, stride_k, length, BLOCK_N, D, BLOCK_D, True)
-    values = _rows(v + (begin + first) * stride_v + kv_head * head_v, first, stride_v, length, BLOCK_N, D, BLOCK_D, True)
+    keys = _rows(k + (begin + first) * stride_k + kv_head * head_k, first, stride_k, length, BLOCK_N, D, BLOCK_D)
+    values = _rows(v + (begin + first) * stride_v + kv_head * head_v, first, stride_v, length, BLOCK_N, D, BLOCK_D)
     last = tl.minimum(first + BLOCK_N, length) - 1
     # queries start .. left and right .. stop need masks, left .. right none
     start, left, right, stop = first * 0, first * 0, length, length
@@ -434,6 +375,7 @@ def _keys_kernel(
         stop = tl.minimum(length, last + window)
     left = tl.minimum(left, stop)
     right = tl.maximum(left, right // BLOCK_M * BLOCK_M)
+    key = (first + tl.arange(0, BLOCK_N))[:, None]
     sum_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     sum_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for member in range(GROUP):
@@ -441,56 +383,31 @@ def _keys_kernel(
         slope = 0.0
         if slopes is not None:
             slope = tl.load(slopes + head) * 1.4426950408889634  # log2 e
-        q_head = q + begin * stride_q + head * head_q
-        grad_head = grad + begin * stride_grad + head * head_grad
+        q_head = q + (begin + start) * stride_q + head * head_q
+        grad_head = grad + (begin + start) * stride_grad + head * head_grad
         numbers = head.to(tl.int64) * tokens + begin
-        if CAUSAL:
-            sum_k, sum_v = _keys_blocks(
-                sum_k, sum_v, keys, values, q_head, grad_head, lse + numbers, delta + numbers, stride_q, stride_grad,
-                first, start, left, length, window, scale, cap, slope,
-                D, BLOCK_D, CAUSAL, WINDOW, CAP, slopes is not None, PRECISION, BLOCK_M, BLOCK_N, True,
+        for place in tl.range(start, stop, BLOCK_M):
+            row = place + tl.arange(0, BLOCK_M)
+            query = _rows(q_head, place, stride_q, length, BLOCK_M, D, BLOCK_D)
+            row_lse = tl.load(lse + numbers + row, mask=row < length, other=0.0)
+            s = tl.dot(keys, tl.trans(query), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M): transposed scores
+            free = (place >= left) & (place < right)
+            p, slack = _probabilities(
+                s, row[None, :], key, row_lse[None, :], free, length, window, scale, cap, slope,
+                CAUSAL, WINDOW, CAP, slopes is not None, PRECISION,
             )  # fmt: skip
-        sum_k, sum_v = _keys_blocks(
-            sum_k, sum_v, keys, values, q_head, grad_head, lse + numbers, delta + numbers, stride_q, stride_grad,
-            first, left, right, length, window, scale, cap, slope,
-            D, BLOCK_D, CAUSAL, WINDOW, CAP, slopes is not None, PRECISION, BLOCK_M, BLOCK_N, False,
-        )  # fmt: skip
-        sum_k, sum_v = _keys_blocks(
-            sum_k, sum_v, keys, values, q_head, grad_head, lse + numbers, delta + numbers, stride_q, stride_grad,
-            first, right, stop, length, window, scale, cap, slope,
-            D, BLOCK_D, CAUSAL, WINDOW, CAP, slopes is not None, PRECISION, BLOCK_M, BLOCK_N, True,
-        )  # fmt: skip
+            rows = _rows(grad_head, place, stride_grad, length, BLOCK_M, D, BLOCK_D)
+            row_delta = tl.load(delta + numbers + row, mask=row < length, other=0.0)
+            sum_v = tl.dot(p.to(rows.dtype), rows, sum_v, input_precision=PRECISION)
+            dp = tl.dot(values, tl.trans(rows), input_precision=PRECISION)
+            ds = p * (dp - row_delta[None, :]) * slack
+            sum_k = tl.dot(ds.to(query.dtype), query, sum_k, input_precision=PRECISION)
+            q_head += BLOCK_M * stride_q
+            grad_head += BLOCK_M * stride_grad
     dk += (begin + first) * stride_dk + kv_head * head_dk
     dv += (begin + first) * stride_dv + kv_head * head_dv
     _store(dk, sum_k * factor, first, stride_dk, length, BLOCK_N, D, BLOCK_D)
     _store(dv, sum_v, first, stride_dv, length, BLOCK_N, D, BLOCK_D)
-
-
-@jit
-def _queries_blocks(
-    dq, query, grad, lse, delta, k, v, stride_k, stride_v, first, start, stop, length, window, scale, cap, slope,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
-    ALIBI: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """What keys start .. stop - 1 add to dq."""
-    row = (first + tl.arange(0, BLOCK_M))[:, None]
-    k += start.to(tl.int64) * stride_k
-    v += start.to(tl.int64) * stride_v
-    for place in tl.range(start, stop, BLOCK_N):
-        column = (place + tl.arange(0, BLOCK_N))[None, :]
-        keys = _rows(k, place, stride_k, length, BLOCK_N, D, BLOCK_D, MASKED)
-        values = _rows(v, place, stride_v, length, BLOCK_N, D, BLOCK_D, MASKED)
-        s = tl.dot(query, tl.trans(keys), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
-        dp = tl.dot(grad, tl.trans(values), input_precision=PRECISION)
-        p, slack = _probabilities(
-            s, row, column, lse[:, None], length, window, scale, cap, slope,
-            CAUSAL, WINDOW, CAP, ALIBI, PRECISION, MASKED,
-        )  # fmt: skip
-        ds = p * (dp - delta[:, None]) * slack
-        dq = tl.dot(ds.to(keys.dtype), keys, dq, input_precision=PRECISION)
-        k += BLOCK_N * stride_k
-        v += BLOCK_N * stride_v
-    return dq
 
 
 @jit(do_not_specialize=["tokens", "segments", "together", "window"])
@@ -505,8 +422,8 @@ def _queries_kernel(
     head, begin, length, first = _place(cu_seqlens, tokens, segments, together, BLOCK_M, CAUSAL)
     if first >= length:
         return
-    query = _rows(q + (begin + first) * stride_q + head * head_q, first, stride_q, length, BLOCK_M, D, BLOCK_D, True)
-    rows = _rows(grad + (begin + first) * stride_grad + head * head_grad, first, stride_grad, length, BLOCK_M, D, BLOCK_D, True)
+    query = _rows(q + (begin + first) * stride_q + head * head_q, first, stride_q, length, BLOCK_M, D, BLOCK_D)
+    rows = _rows(grad + (begin + first) * stride_grad + head * head_grad, first, stride_grad, length, BLOCK_M, D, BLOCK_D)
     numbers = head.to(tl.int64) * tokens + begin + first + tl.arange(0, BLOCK_M)
     inside = first + tl.arange(0, BLOCK_M) < length
     row_lse = tl.load(lse + numbers, mask=inside, other=0.0)
@@ -518,18 +435,23 @@ def _queries_kernel(
         slope = tl.load(slopes + head) * 1.4426950408889634  # log2 e
     start, left, right, stop = _key_range(first, length, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    if WINDOW:
-        acc = _queries_blocks(
-            acc, query, rows, row_lse, row_delta, k, v, stride_k, stride_v, first, start, left, length, window,
-            scale, cap, slope, D, BLOCK_D, CAUSAL, WINDOW, CAP, slopes is not None, PRECISION, BLOCK_M, BLOCK_N, True,
+    row = (first + tl.arange(0, BLOCK_M))[:, None]
+    k += start.to(tl.int64) * stride_k
+    v += start.to(tl.int64) * stride_v
+    for place in tl.range(start, stop, BLOCK_N):
+        column = (place + tl.arange(0, BLOCK_N))[None, :]
+        keys = _rows(k, place, stride_k, length, BLOCK_N, D, BLOCK_D)
+        values = _rows(v, place, stride_v, length, BLOCK_N, D, BLOCK_D)
+        s = tl.dot(query, tl.trans(keys), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
+        dp = tl.dot(rows, tl.trans(values), input_precision=PRECISION)
+        free = (place >= left) & (place < right)
+        p, slack = _probabilities(
+            s, row, column, row_lse[:, None], free, length, window, scale, cap, slope,
+            CAUSAL, WINDOW, CAP, slopes is not None, PRECISION,
         )  # fmt: skip
-    acc = _queries_blocks(
-        acc, query, rows, row_lse, row_delta, k, v, stride_k, stride_v, first, left, right, length, window,
-        scale, cap, slope, D, BLOCK_D, CAUSAL, WINDOW, CAP, slopes is not None, PRECISION, BLOCK_M, BLOCK_N, False,
-    )  # fmt: skip
-    acc = _queries_blocks(
-        acc, query, rows, row_lse, row_delta, k, v, stride_k, stride_v, first, right, stop, length, window,
-        scale, cap, slope, D, BLOCK_D, CAUSAL, WINDOW, CAP, slopes is not None, PRECISION, BLOCK_M, BLOCK_N, True,
-    )  # fmt: skip
+        ds = p * (dp - row_delta[:, None]) * slack
+        acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PRECISION)
+        k += BLOCK_N * stride_k
+        v += BLOCK_N * stride_v
     dq += (begin + first) * stride_dq + head * head_dq
     _store(dq, acc * factor, first, stride_dq, length, BLOCK_M, D, BLOCK_D)
