@@ -44,7 +44,7 @@ def unsupported(q, k, v, cu_seqlens) -> str | None:
 def flash_attention_triton(
     q, k, v, cu_seqlens, max_seqlen: int, window: int | None, scale: float, causal=True, softcap=None, alibi_slopes=None
 ) -> torch.Tensor:
-    """attention.attention_reference; gradients of q, k and v. scale > 0. Strides are free, but D lies contiguous."""
+    """attention.attention_reference; gradients of q, k and v. scale > 0; q, k, v not contiguous are copied."""
     check(window, causal)
     if scale <= 0:
         raise ValueError(f"attention scale {scale}: the kernels need a positive one")
@@ -68,16 +68,17 @@ def _blocks(kernel: str, head_block: int, dtype: torch.dtype, generation: int) -
     return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
 
 
-# kernel -> padded head size -> BLOCK_M (queries), BLOCK_N (keys), warps, stages
+# kernel -> padded head size -> BLOCK_M (queries), BLOCK_N (keys), warps, stages. With two stages the copy of the next
+# block is started when this one is done and waited for at once, so it takes three to hide it.
 _AMPERE = {
-    "forward": {64: (128, 64, 4, 3), 128: (128, 64, 8, 2), 256: (64, 32, 4, 2)},
-    "keys": {64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (32, 32, 4, 1)},
-    "queries": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 1)},
+    "forward": {64: (128, 64, 4, 3), 128: (128, 32, 4, 3), 256: (128, 32, 8, 2)},
+    "keys": {64: (64, 128, 8, 3), 128: (32, 128, 8, 3), 256: (32, 32, 8, 2)},
+    "queries": {64: (128, 64, 8, 3), 128: (128, 32, 8, 3), 256: (64, 32, 8, 2)},
 }
 _HOPPER = {
-    "forward": {64: (128, 128, 8, 3), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
-    "keys": {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 2)},
-    "queries": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+    "forward": {64: (128, 128, 8, 3), 128: (128, 128, 8, 3), 256: (128, 32, 8, 3)},
+    "keys": {64: (64, 128, 8, 3), 128: (64, 128, 8, 3), 256: (32, 64, 8, 3)},
+    "queries": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 3)},
 }
 TILES = {False: _AMPERE, True: _HOPPER}
 
@@ -108,6 +109,7 @@ class _Shared:
         )
         self.switches = {
             "GROUP": self.heads // self.kv_heads,
+            "KV_HEADS": self.kv_heads,
             "D": self.head_dim,
             "BLOCK_D": max(16, next_power_of_2(self.head_dim)),
             "CAUSAL": causal,
@@ -131,14 +133,13 @@ class _Shared:
 class _FlashAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, cu_seqlens, max_seqlen, window, scale, causal, softcap, alibi_slopes):
-        q, k, v = (_aligned(x) for x in (q, k, v))
+        # contiguous, so that steps between rows are constants: with addresses in registers the kernels would spill
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         shared = _Shared(q, k, cu_seqlens, max_seqlen, window, scale, causal, softcap)
         slopes = None if alibi_slopes is None else alibi_slopes.float().contiguous()
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        out = torch.empty_like(q)
         lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
-        shared.start(
-            _forward_kernel, "forward", q, k, v, out, lse, cu_seqlens, slopes, *_strides(q, k, v, out)
-        )  # fmt: skip
+        shared.start(_forward_kernel, "forward", q, k, v, out, lse, cu_seqlens, slopes)
         ctx.shared = shared
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, slopes)
         return out
@@ -146,33 +147,21 @@ class _FlashAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         q, k, v, out, lse, cu_seqlens, slopes = ctx.saved_tensors
-        shared, grad = ctx.shared, _aligned(grad)
+        shared, grad = ctx.shared, grad.contiguous()
         delta = torch.empty_like(lse)
         run(
             _delta_kernel, (ceil_divide(shared.tokens, DELTA_ROWS), shared.heads), out, grad, delta, shared.tokens,
-            *_strides(out, grad), ROWS=DELTA_ROWS, D=shared.head_dim, BLOCK_D=shared.switches["BLOCK_D"], num_warps=4,
+            HEADS=shared.heads, ROWS=DELTA_ROWS, D=shared.head_dim, BLOCK_D=shared.switches["BLOCK_D"], num_warps=4,
         )  # fmt: skip
-        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        dq = dk = dv = None
         inputs = (q, k, v, grad, lse, delta)
         if any(ctx.needs_input_grad[1:3]):
-            strides = _strides(q, k, v, grad, dk, dv)
-            shared.start(_keys_kernel, "keys", *inputs, dk, dv, cu_seqlens, slopes, *strides, shared.scale)
+            dk, dv = torch.empty_like(k), torch.empty_like(v)
+            shared.start(_keys_kernel, "keys", *inputs, dk, dv, cu_seqlens, slopes, shared.scale)
         if ctx.needs_input_grad[0]:
-            strides = _strides(q, k, v, grad, dq)
-            shared.start(_queries_kernel, "queries", *inputs, dq, cu_seqlens, slopes, *strides, shared.scale)
+            dq = torch.empty_like(q)
+            shared.start(_queries_kernel, "queries", *inputs, dq, cu_seqlens, slopes, shared.scale)
         return dq, dk, dv, None, None, None, None, None, None, None
-
-
-def _strides(*tensors: torch.Tensor) -> list[int]:
-    """Of each the steps from token to token and from head to head."""
-    return [stride for tensor in tensors for stride in tensor.stride()[:2]]
-
-
-def _aligned(x: torch.Tensor) -> torch.Tensor:
-    """x itself where its heads can be read 16 bytes at a time; a contiguous copy otherwise."""
-    width = 16 // x.element_size()
-    aligned = all(number % width == 0 for number in (*x.stride()[:2], x.storage_offset()))
-    return x if aligned and x.stride(2) == 1 else x.contiguous()
 
 
 @jit
@@ -204,7 +193,7 @@ def _place(cu_seqlens, tokens, segments, together, BLOCK: tl.constexpr, LAST_FIR
 
 
 @jit
-def _rows(tensor, first, stride, length, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def _rows(tensor, first, stride: tl.constexpr, length, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """BLOCK rows of one head from row `first` of its segment on, where tensor points -> (BLOCK, BLOCK_D).
 
     Zeros past the end of the segment and of the head.
@@ -218,7 +207,7 @@ def _rows(tensor, first, stride, length, BLOCK: tl.constexpr, D: tl.constexpr, B
 
 
 @jit
-def _store(tensor, value, first, stride, length, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def _store(tensor, value, first, stride: tl.constexpr, length, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     row = tl.arange(0, BLOCK)
     column = tl.arange(0, BLOCK_D)
     place = tensor + row[:, None] * stride + column[None, :]
@@ -266,17 +255,18 @@ def _key_range(first, length, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constex
 @jit(do_not_specialize=["tokens", "segments", "together", "window"])
 def _forward_kernel(
     q, k, v, out, lse, cu_seqlens, slopes,
-    stride_q, head_q, stride_k, head_k, stride_v, head_v, stride_out, head_out,
     tokens, segments, together, window, scale, cap,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     CAP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    STRIDE_K: tl.constexpr = KV_HEADS * D
+    STRIDE_Q: tl.constexpr = GROUP * STRIDE_K
     head, begin, length, first = _place(cu_seqlens, tokens, segments, together, BLOCK_M, CAUSAL)
     if first >= length:
         return
-    query = _rows(q + (begin + first) * stride_q + head * head_q, first, stride_q, length, BLOCK_M, D, BLOCK_D)
-    k += begin * stride_k + head // GROUP * head_k
-    v += begin * stride_v + head // GROUP * head_v
+    query = _rows(q + (begin + first) * STRIDE_Q + head * D, first, STRIDE_Q, length, BLOCK_M, D, BLOCK_D)
+    k += begin * STRIDE_K + head // GROUP * D
+    v += begin * STRIDE_K + head // GROUP * D
     slope = 0.0
     if slopes is not None:
         slope = tl.load(slopes + head) * 1.4426950408889634  # log2 e
@@ -285,10 +275,10 @@ def _forward_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row = first + tl.arange(0, BLOCK_M)
-    k += start.to(tl.int64) * stride_k
-    v += start.to(tl.int64) * stride_v
+    k += start.to(tl.int64) * STRIDE_K
+    v += start.to(tl.int64) * STRIDE_K
     for place in tl.range(start, stop, BLOCK_N):
-        keys = _rows(k, place, stride_k, length, BLOCK_N, D, BLOCK_D)
+        keys = _rows(k, place, STRIDE_K, length, BLOCK_N, D, BLOCK_D)
         s = tl.dot(query, tl.trans(keys), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
         column = place + tl.arange(0, BLOCK_N)
         unit = scale
@@ -306,25 +296,25 @@ def _forward_kernel(
         shrink = tl.exp2(top - new)
         total = total * shrink + tl.sum(p, 1)
         acc = acc * shrink[:, None]
-        values = _rows(v, place, stride_v, length, BLOCK_N, D, BLOCK_D)
+        values = _rows(v, place, STRIDE_K, length, BLOCK_N, D, BLOCK_D)
         acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
         top = new
-        k += BLOCK_N * stride_k
-        v += BLOCK_N * stride_v
+        k += BLOCK_N * STRIDE_K
+        v += BLOCK_N * STRIDE_K
     tl.store(lse + head.to(tl.int64) * tokens + begin + row, top + tl.log2(total), mask=row < length)
-    out += (begin + first) * stride_out + head * head_out
-    _store(out, acc / total[:, None], first, stride_out, length, BLOCK_M, D, BLOCK_D)
+    out += (begin + first) * STRIDE_Q + head * D
+    _store(out, acc / total[:, None], first, STRIDE_Q, length, BLOCK_M, D, BLOCK_D)
 
 
 @jit(do_not_specialize=["tokens"])
 def _delta_kernel(
-    out, grad, delta, tokens, stride_out, head_out, stride_grad, head_grad,
-    ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    out, grad, delta, tokens, HEADS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """delta[h, t] = sum over D of grad * out."""
+    STRIDE_Q: tl.constexpr = HEADS * D
     first, head = tl.program_id(0) * ROWS, tl.program_id(1)
-    one = _rows(out + first.to(tl.int64) * stride_out + head * head_out, first, stride_out, tokens, ROWS, D, BLOCK_D).to(tl.float32)
-    other = _rows(grad + first.to(tl.int64) * stride_grad + head * head_grad, first, stride_grad, tokens, ROWS, D, BLOCK_D).to(tl.float32)
+    one = _rows(out + first.to(tl.int64) * STRIDE_Q + head * D, first, STRIDE_Q, tokens, ROWS, D, BLOCK_D).to(tl.float32)
+    other = _rows(grad + first.to(tl.int64) * STRIDE_Q + head * D, first, STRIDE_Q, tokens, ROWS, D, BLOCK_D).to(tl.float32)
     row = first + tl.arange(0, ROWS)
     tl.store(delta + head.to(tl.int64) * tokens + row, tl.sum(one * other, 1), mask=row < tokens)
 
@@ -344,26 +334,26 @@ def _probabilities(
         s = s * scale
     if ALIBI:
         s = s - slope * tl.abs(query - key)
-    p = tl.exp2(s - lse)
     if not free:
-        p = tl.where(_seen(query, key, length, window, CAUSAL, WINDOW), p, 0.0)
-    return p, slack
+        s = tl.where(_seen(query, key, length, window, CAUSAL, WINDOW), s, float("-inf"))
+    return tl.exp2(s - lse), slack
 
 
 @jit(do_not_specialize=["tokens", "segments", "together", "window"])
 def _keys_kernel(
     q, k, v, grad, lse, delta, dk, dv, cu_seqlens, slopes,
-    stride_q, head_q, stride_k, head_k, stride_v, head_v, stride_grad, head_grad, stride_dk, head_dk, stride_dv, head_dv,
     factor, tokens, segments, together, window, scale, cap,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     CAP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one block of keys and one key/value head; the first blocks of a segment have the most queries."""
+    STRIDE_K: tl.constexpr = KV_HEADS * D
+    STRIDE_Q: tl.constexpr = GROUP * STRIDE_K
     kv_head, begin, length, first = _place(cu_seqlens, tokens, segments, together, BLOCK_N, False)
     if first >= length:
         return
-    keys = _rows(k + (begin + first) * stride_k + kv_head * head_k, first, stride_k, length, BLOCK_N, D, BLOCK_D)
-    values = _rows(v + (begin + first) * stride_v + kv_head * head_v, first, stride_v, length, BLOCK_N, D, BLOCK_D)
+    keys = _rows(k + (begin + first) * STRIDE_K + kv_head * D, first, STRIDE_K, length, BLOCK_N, D, BLOCK_D)
+    values = _rows(v + (begin + first) * STRIDE_K + kv_head * D, first, STRIDE_K, length, BLOCK_N, D, BLOCK_D)
     last = tl.minimum(first + BLOCK_N, length) - 1
     # queries start .. left and right .. stop need masks, left .. right none
     start, left, right, stop = first * 0, first * 0, length, length
@@ -378,80 +368,84 @@ def _keys_kernel(
     key = (first + tl.arange(0, BLOCK_N))[:, None]
     sum_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     sum_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for member in range(GROUP):
+    blocks = tl.cdiv(tl.maximum(stop - start, 0), BLOCK_M)
+    # the blocks of all heads of the group in one loop: between heads the pipeline keeps running
+    for step in tl.range(0, blocks * GROUP):
+        member = step // blocks
+        place = start + (step - member * blocks) * BLOCK_M
         head = kv_head * GROUP + member
+        row = place + tl.arange(0, BLOCK_M)
+        offset = (begin + place) * STRIDE_Q + head * D
+        numbers = head.to(tl.int64) * tokens + begin + place + tl.arange(0, BLOCK_M)
+        query = _rows(q + offset, place, STRIDE_Q, length, BLOCK_M, D, BLOCK_D)
+        row_lse = tl.load(lse + numbers, mask=row < length, other=0.0)
+        s = tl.dot(keys, tl.trans(query), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M): transposed scores
+        free = (place >= left) & (place < right)
         slope = 0.0
         if slopes is not None:
             slope = tl.load(slopes + head) * 1.4426950408889634  # log2 e
-        q_head = q + (begin + start) * stride_q + head * head_q
-        grad_head = grad + (begin + start) * stride_grad + head * head_grad
-        numbers = head.to(tl.int64) * tokens + begin
-        for place in tl.range(start, stop, BLOCK_M):
-            row = place + tl.arange(0, BLOCK_M)
-            query = _rows(q_head, place, stride_q, length, BLOCK_M, D, BLOCK_D)
-            row_lse = tl.load(lse + numbers + row, mask=row < length, other=0.0)
-            s = tl.dot(keys, tl.trans(query), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M): transposed scores
-            free = (place >= left) & (place < right)
-            p, slack = _probabilities(
-                s, row[None, :], key, row_lse[None, :], free, length, window, scale, cap, slope,
-                CAUSAL, WINDOW, CAP, slopes is not None, PRECISION,
-            )  # fmt: skip
-            rows = _rows(grad_head, place, stride_grad, length, BLOCK_M, D, BLOCK_D)
-            row_delta = tl.load(delta + numbers + row, mask=row < length, other=0.0)
-            sum_v = tl.dot(p.to(rows.dtype), rows, sum_v, input_precision=PRECISION)
-            dp = tl.dot(values, tl.trans(rows), input_precision=PRECISION)
-            ds = p * (dp - row_delta[None, :]) * slack
-            sum_k = tl.dot(ds.to(query.dtype), query, sum_k, input_precision=PRECISION)
-            q_head += BLOCK_M * stride_q
-            grad_head += BLOCK_M * stride_grad
-    dk += (begin + first) * stride_dk + kv_head * head_dk
-    dv += (begin + first) * stride_dv + kv_head * head_dv
-    _store(dk, sum_k * factor, first, stride_dk, length, BLOCK_N, D, BLOCK_D)
-    _store(dv, sum_v, first, stride_dv, length, BLOCK_N, D, BLOCK_D)
+        p, slack = _probabilities(
+            s, row[None, :], key, row_lse[None, :], free, length, window, scale, cap, slope,
+            CAUSAL, WINDOW, CAP, slopes is not None, PRECISION,
+        )  # fmt: skip
+        rows = _rows(grad + offset, place, STRIDE_Q, length, BLOCK_M, D, BLOCK_D)
+        row_delta = tl.load(delta + numbers, mask=row < length, other=0.0)
+        sum_v = tl.dot(p.to(rows.dtype), rows, sum_v, input_precision=PRECISION)
+        # starting the product at -delta, instead of subtracting it, frees its registers
+        less = tl.broadcast_to(-row_delta[None, :], (BLOCK_N, BLOCK_M))
+        dp = tl.dot(values, tl.trans(rows), less, input_precision=PRECISION)
+        ds = p * dp * slack
+        sum_k = tl.dot(ds.to(query.dtype), query, sum_k, input_precision=PRECISION)
+    dk += (begin + first) * STRIDE_K + kv_head * D
+    dv += (begin + first) * STRIDE_K + kv_head * D
+    _store(dk, sum_k * factor, first, STRIDE_K, length, BLOCK_N, D, BLOCK_D)
+    _store(dv, sum_v, first, STRIDE_K, length, BLOCK_N, D, BLOCK_D)
 
 
 @jit(do_not_specialize=["tokens", "segments", "together", "window"])
 def _queries_kernel(
     q, k, v, grad, lse, delta, dq, cu_seqlens, slopes,
-    stride_q, head_q, stride_k, head_k, stride_v, head_v, stride_grad, head_grad, stride_dq, head_dq,
     factor, tokens, segments, together, window, scale, cap,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     CAP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dq of one block of queries and one query head."""
+    STRIDE_K: tl.constexpr = KV_HEADS * D
+    STRIDE_Q: tl.constexpr = GROUP * STRIDE_K
     head, begin, length, first = _place(cu_seqlens, tokens, segments, together, BLOCK_M, CAUSAL)
     if first >= length:
         return
-    query = _rows(q + (begin + first) * stride_q + head * head_q, first, stride_q, length, BLOCK_M, D, BLOCK_D)
-    rows = _rows(grad + (begin + first) * stride_grad + head * head_grad, first, stride_grad, length, BLOCK_M, D, BLOCK_D)
+    query = _rows(q + (begin + first) * STRIDE_Q + head * D, first, STRIDE_Q, length, BLOCK_M, D, BLOCK_D)
+    rows = _rows(grad + (begin + first) * STRIDE_Q + head * D, first, STRIDE_Q, length, BLOCK_M, D, BLOCK_D)
     numbers = head.to(tl.int64) * tokens + begin + first + tl.arange(0, BLOCK_M)
     inside = first + tl.arange(0, BLOCK_M) < length
     row_lse = tl.load(lse + numbers, mask=inside, other=0.0)
     row_delta = tl.load(delta + numbers, mask=inside, other=0.0)
-    k += begin * stride_k + head // GROUP * head_k
-    v += begin * stride_v + head // GROUP * head_v
+    k += begin * STRIDE_K + head // GROUP * D
+    v += begin * STRIDE_K + head // GROUP * D
     slope = 0.0
     if slopes is not None:
         slope = tl.load(slopes + head) * 1.4426950408889634  # log2 e
     start, left, right, stop = _key_range(first, length, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     row = (first + tl.arange(0, BLOCK_M))[:, None]
-    k += start.to(tl.int64) * stride_k
-    v += start.to(tl.int64) * stride_v
+    less = tl.broadcast_to(-row_delta[:, None], (BLOCK_M, BLOCK_N))  # as in the kernel above
+    k += start.to(tl.int64) * STRIDE_K
+    v += start.to(tl.int64) * STRIDE_K
     for place in tl.range(start, stop, BLOCK_N):
         column = (place + tl.arange(0, BLOCK_N))[None, :]
-        keys = _rows(k, place, stride_k, length, BLOCK_N, D, BLOCK_D)
-        values = _rows(v, place, stride_v, length, BLOCK_N, D, BLOCK_D)
+        keys = _rows(k, place, STRIDE_K, length, BLOCK_N, D, BLOCK_D)
+        values = _rows(v, place, STRIDE_K, length, BLOCK_N, D, BLOCK_D)
         s = tl.dot(query, tl.trans(keys), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
-        dp = tl.dot(rows, tl.trans(values), input_precision=PRECISION)
+        dp = tl.dot(rows, tl.trans(values), less, input_precision=PRECISION)
         free = (place >= left) & (place < right)
         p, slack = _probabilities(
             s, row, column, row_lse[:, None], free, length, window, scale, cap, slope,
             CAUSAL, WINDOW, CAP, slopes is not None, PRECISION,
         )  # fmt: skip
-        ds = p * (dp - row_delta[:, None]) * slack
+        ds = p * dp * slack
         acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PRECISION)
-        k += BLOCK_N * stride_k
-        v += BLOCK_N * stride_v
-    dq += (begin + first) * stride_dq + head * head_dq
-    _store(dq, acc * factor, first, stride_dq, length, BLOCK_M, D, BLOCK_D)
+        k += BLOCK_N * STRIDE_K
+        v += BLOCK_N * STRIDE_K
+    dq += (begin + first) * STRIDE_Q + head * D
+    _store(dq, acc * factor, first, STRIDE_Q, length, BLOCK_M, D, BLOCK_D)
