@@ -8,7 +8,7 @@ key/value head h // (H / K). Of the scores s = q k^T * scale, in this order:
     window W:          position p sees keys p-W+1 .. p   (arXiv 2310.06825, section 2); causal only
 
 `attention_reference` is the formula and the oracle of the tests. `attention_sdpa` is what runs on a CPU: segment by
-segment into torch's flash kernel, so nothing (T, T) exists; on a GPU its one block-diagonal mask keeps the host out
+segment into torch's flash kernel (nothing (T, T) exists), or through two products where those are faster; on a GPU its one block-diagonal mask keeps the host out
 of it. The Triton kernels are in flash_attention.py, torch's own flash kernels for the GPU in attention_rivals.py.
 `cached_attention_reference` serves rows whose keys stand in a cache.
 """
@@ -56,7 +56,8 @@ def attention_sdpa(
     pieces = []
     for start, count, length in _runs_of_equal_length(cu_seqlens.tolist()):
         stop = start + count * length
-        if (window is None or window >= length) and attention_by_products.pays(q.dtype, length):
+        plain = causal and alibi_slopes is None and (window is None or window >= length)
+        if plain and attention_by_products.pays(q.dtype, length):
             whole = (x[start:stop] for x in (q, k, v))
             pieces.append(attention_by_products.attention_by_products(*whole, count, scale))
             continue

@@ -53,8 +53,8 @@ def flash_attention_triton(
     return _FlashAttention.apply(q, k, v, cu_seqlens, max_seqlen, window, scale, causal, softcap, alibi_slopes)
 
 
-def _blocks(kernel: str, head_block: int, dtype: torch.dtype, generation: int) -> dict[str, int]:
-    """Block sizes, warps and stages of forward, keys (dk, dv) and queries (dq).
+def _blocks(kernel: str, head_block: int, dtype: torch.dtype, generation: int, plain: bool) -> dict[str, int]:
+    """Block sizes, warps and stages of forward, keys (dk, dv) and queries (dq). plain: no soft cap, no ALiBi.
 
     Bounds: registers (the fp32 accumulators of BLOCK x D and the scores, 255 a thread) and shared memory (163 KB on
     an A100, 227 KB on an H100: the block that stays, plus `num_stages` of the blocks that stream).
@@ -65,19 +65,23 @@ def _blocks(kernel: str, head_block: int, dtype: torch.dtype, generation: int) -
         m, n = (32, 32) if head_block <= 64 else (16, 32) if kernel == "keys" else (32, 16)
         return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": 4, "num_stages": 1}
     m, n, warps, stages = TILES[generation >= 90][kernel][max(64, head_block)]
+    if (m, n) == (128, 128) and not plain:
+        n = 64  # what changes the scores takes registers too
     return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
 
 
 # kernel -> padded head size -> BLOCK_M (queries), BLOCK_N (keys), warps, stages. With two stages the copy of the next
-# block is started when this one is done and waited for at once, so it takes three to hide it.
+# block is started when this one is done and waited for at once, so it takes three to hide it. Chosen by what compiles
+# without spilling; none of them has been timed yet. keys at 128 on a GPU of the H100's kind could also take
+# (64, 128, 8, 3): fewer blocks, but some 60 bytes spilled.
 _AMPERE = {
     "forward": {64: (128, 64, 4, 3), 128: (128, 32, 4, 3), 256: (128, 32, 8, 2)},
-    "keys": {64: (64, 128, 8, 3), 128: (32, 128, 8, 3), 256: (32, 32, 8, 2)},
+    "keys": {64: (32, 128, 8, 3), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
     "queries": {64: (128, 64, 8, 3), 128: (128, 32, 8, 3), 256: (64, 32, 8, 2)},
 }
 _HOPPER = {
     "forward": {64: (128, 128, 8, 3), 128: (128, 128, 8, 3), 256: (128, 32, 8, 3)},
-    "keys": {64: (64, 128, 8, 3), 128: (64, 128, 8, 3), 256: (32, 64, 8, 3)},
+    "keys": {64: (64, 128, 8, 3), 128: (32, 128, 8, 3), 256: (32, 32, 8, 3)},
     "queries": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 3)},
 }
 TILES = {False: _AMPERE, True: _HOPPER}
@@ -97,10 +101,11 @@ def _heads_together(q, k, max_seqlen: int) -> int:
 class _Shared:
     """What the kernels of one call share: sizes, switches and the numbers that change the scores. Holds no tensor."""
 
-    def __init__(self, q, k, cu_seqlens, max_seqlen, window, scale, causal, softcap):
+    def __init__(self, q, k, cu_seqlens, max_seqlen, window, scale, causal, softcap, alibi):
         self.tokens, self.heads, self.head_dim = q.shape
         self.kv_heads, self.segments = k.shape[1], cu_seqlens.shape[0] - 1
         self.dtype, self.generation, self.scale = q.dtype, capability(q.device), scale
+        self.plain = softcap is None and not alibi
         self.together = _heads_together(q, k, max_seqlen)
         self.numbers = (
             min(window or 0, 2**30),
@@ -120,7 +125,7 @@ class _Shared:
 
     def start(self, kernel, name: str, *arguments) -> None:
         """Start one of the three kernels on its grid (blocks, heads)."""
-        options = _blocks(name, self.switches["BLOCK_D"], self.dtype, self.generation)
+        options = _blocks(name, self.switches["BLOCK_D"], self.dtype, self.generation, self.plain)
         block = options["BLOCK_N" if name == "keys" else "BLOCK_M"]
         heads, together = self.heads, self.together
         if name == "keys":
@@ -135,7 +140,7 @@ class _FlashAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, cu_seqlens, max_seqlen, window, scale, causal, softcap, alibi_slopes):
         # contiguous, so that steps between rows are constants: with addresses in registers the kernels would spill
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        shared = _Shared(q, k, cu_seqlens, max_seqlen, window, scale, causal, softcap)
+        shared = _Shared(q, k, cu_seqlens, max_seqlen, window, scale, causal, softcap, alibi_slopes is not None)
         slopes = None if alibi_slopes is None else alibi_slopes.float().contiguous()
         out = torch.empty_like(q)
         lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)

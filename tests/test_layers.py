@@ -68,7 +68,9 @@ KERNEL_LAYERS = {  # within kernels/: the operations know at most each other's p
     "layer_norm": 2,
     "rms_norm": 2,
     "rope": 1,
-    "__init__": 3,
+    "attention_rivals": 3,
+    "flash_attention": 3,
+    "__init__": 4,
 }
 ORACLES = {"transformers", "peft", "trl", "accelerate", "deepspeed"}  # for tests/ and bench/ only
 ONLY_IN = {"gguf": {"import_gguf.py", "gguf_tokenizer.py"}}
