@@ -37,6 +37,7 @@ RENAMED = {
     "adapter_name_or_path": "ckpt_dir checkpoint_dir lora_model_name_or_path lora_weights adapters",
     "model_revision": "revision",
     "hf_hub_token": "hub_token",
+    "flash_attn": "attn_impl attn_implementation",
     "template": "template_type prompt_template",
     "default_system": "system system_message system_prompt",
     "dataset": "dataset_name data_path",
@@ -86,6 +87,12 @@ RENAMED_VALUES = {
     "eval_strategy": {"false": "no", "none": "no"},
     "save_strategy": {"false": "no", "none": "no"},
     "infer_dtype": {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"},
+    "flash_attn": {
+        "eager": "disabled",
+        "flash_attn": "auto",
+        "flash_attention_2": "fa2",
+        "flash_attention_3": "fa3",
+    },
     "hub_strategy": {"push_best": "end", "push_last": "every_save"},
     "optim": {"adamw_hf": "adamw_torch"},
 }
@@ -97,7 +104,7 @@ HARMLESS = {
     "weights are always read tensor by tensor": "low_cpu_mem_usage offload_folder",
     "weights are always safetensors": "save_safetensors",
     "kernels are chosen by device and shape": """
-        flash_attn use_flash_attn attn_impl use_unsloth use_unsloth_gc enable_liger_kernel
+        use_flash_attn use_unsloth use_unsloth_gc enable_liger_kernel
         use_liger_kernel liger_kernel_config use_v1_kernels use_reentrant_gc
         gradient_checkpointing_kwargs tf32 torch_compile torch_compile_backend torch_compile_mode
         torch_empty_cache_steps""",

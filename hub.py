@@ -24,6 +24,10 @@ class ModelOptions:
     rope_scaling: Annotated[
         Literal["none", "linear", "dynamic", "yarn", "llama3"] | None, "stretch the rotary embedding to longer texts"
     ] = None
+    flash_attn: Annotated[
+        Literal["auto", "triton", "sdpa", "disabled", "fa2", "fa3"],
+        "attention kernel; auto = on a GPU what measures fastest; fa2 and fa3 need their packages",
+    ] = "auto"
     infer_dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"], "dtype for chat and export; auto = the checkpoint's"
     ] = "auto"

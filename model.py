@@ -226,7 +226,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, row: "Row") -> Tensor:
         q, k, v = self.project(x, cos, sin, row)
         if row.cache is None:
-            out = kernels.attention(q, k, v, row.cu_seqlens, row.max_seqlen, self.window, self.scale)
+            out = kernels.attention(
+                q, k, v, row.cu_seqlens, row.max_seqlen, self.window, self.scale, flash_attn=row.flash_attn
+            )
         else:
             out = row.cache.attend(self.layer, q, k, v, row, self.window, self.scale)
         return self.o_proj(out.flatten(-2))  # (T, H, D) -> (T, E)
@@ -271,8 +273,9 @@ class Block(nn.Module):
 class Row:
     """What every layer needs to know of the row: borders, and the cache if there is one."""
 
-    def __init__(self, cu_seqlens: Tensor, max_seqlen: int, cache: KVCache | None):
+    def __init__(self, cu_seqlens: Tensor, max_seqlen: int, cache: KVCache | None, flash_attn: str = "auto"):
         self.cu_seqlens, self.max_seqlen, self.cache = cu_seqlens, max_seqlen, cache
+        self.flash_attn = flash_attn
         self.tables: tuple[Tensor, Tensor] | None = None  # of the rotation, when decoding on a CPU
         self.filled: Tensor | None = None
         if cache is not None:
@@ -283,7 +286,8 @@ class Decoder(nn.Module):
     """Token ids -> hidden states after the final norm.
 
     compute_dtype: dtype of the activations; None = that of the embedding. recompute: what the blocks keep for the
-    backward pass (recompute.py). embedding_noise: NEFTune's alpha (arXiv 2310.05914), active in train mode only.
+    backward pass (recompute.py). flash_attn: which attention, one of kernels.ATTENTION. embedding_noise: NEFTune's
+    alpha (arXiv 2310.05914), active in train mode only.
     """
 
     def __init__(self, config: ModelConfig, dtype=torch.float32, device=None):
@@ -297,6 +301,7 @@ class Decoder(nn.Module):
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, **kind)
         self.compute_dtype: torch.dtype | None = None
         self.recompute = recompute.Plan()
+        self.flash_attn = "auto"
         self.embedding_noise = 0.0
         self.one_row: OneRow | None = None  # the short way for one token on a CPU, see lay_out_for_decoding
 
@@ -310,7 +315,7 @@ class Decoder(nn.Module):
             x = x.to(self.compute_dtype)
         if self.training and self.embedding_noise:
             x = x + _neftune_noise(x, cu_seqlens, self.embedding_noise)
-        row = Row(cu_seqlens, max_seqlen, cache)
+        row = Row(cu_seqlens, max_seqlen, cache, self.flash_attn)
         cos, sin = self._rotation(positions, row, x.dtype)
         if type(cache) is KVCache and self.one_row is not None and self.one_row.serves(x):
             x = self.one_row(x, cos, sin, cache.storage, cache.lengths[0])

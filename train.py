@@ -286,6 +286,7 @@ def count_steps(options: TrainOptions, loader) -> int:
 def build_model(config: configuration.Config, source: Path, world: World) -> Decoder:
     """Weights on the device, in the dtypes that the precision options ask for, with what trains marked."""
     options, model_options, lora_options = config[TrainOptions], config[ModelOptions], config[LoraOptions]
+    kernels.require_attention(model_options.flash_attn)
     compute = torch.float32
     if options.bf16 or options.pure_bf16:
         compute = torch.bfloat16
@@ -305,6 +306,7 @@ def build_model(config: configuration.Config, source: Path, world: World) -> Dec
         # frozen weights in the compute dtype, trained ones in full precision
         parameter.data = parameter.data.to(trained if parameter.requires_grad else compute)
     model.compute_dtype = compute
+    model.flash_attn = model_options.flash_attn
     model.embedding_noise = options.neftune_noise_alpha or 0.0
     return model
 

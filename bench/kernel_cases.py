@@ -299,7 +299,8 @@ def _flat_inputs(sizes: Sizes, lengths: list[int], head: int, seed: int) -> list
 
 
 def _anvil_attention(q, k, v, cu_seqlens, max_seqlen):
-    return kernels.attention(q, k, v, cu_seqlens, max_seqlen, None, q.shape[-1] ** -0.5)
+    ours = "triton" if q.is_cuda else "auto"
+    return kernels.attention(q, k, v, cu_seqlens, max_seqlen, None, q.shape[-1] ** -0.5, flash_attn=ours)
 
 
 def _triton_attention(q, k, v, cu_seqlens, max_seqlen):

@@ -10,8 +10,10 @@ import os
 
 import torch
 
+from kernels import attention_rivals as _rivals
 from kernels import cross_entropy as _cross_entropy
 from kernels import decode_attention as _decode_attention
+from kernels import flash_attention as _flash
 from kernels import gated_mlp as _gated_mlp
 from kernels import launch
 from kernels import layer_norm as _layer_norm
@@ -20,12 +22,13 @@ from kernels import lora_linear as _lora_linear
 from kernels import norms as _norms
 from kernels import rms_norm as _rms_norm
 from kernels import rope as _rope
-from kernels.attention import attention_reference as attention
+from kernels.attention import attention_reference
 from kernels.attention import cached_attention_reference as cached_attention
 from kernels.decode_attention import MAX_NEW
 from kernels.lora_linear import Part as LoraPart
 
 __all__ = [
+    "ATTENTION",
     "MAX_NEW",
     "LoraPart",
     "add_rms_norm",
@@ -41,6 +44,7 @@ __all__ = [
     "linear_logprobs",
     "lora_linear",
     "lora_linears",
+    "require_attention",
     "rms_norm",
     "rope",
     "rotate",
@@ -85,6 +89,41 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 
     if _triton_serves("rms_norm", x.device, _norms.unsupported(x)):
         return _rms_norm.rms_norm_triton(x, weight, eps, offset)
     return _rms_norm.rms_norm_reference(x, weight, eps, offset)
+
+
+ATTENTION = ("auto", "triton", "sdpa", "disabled", "fa2", "fa3")  # values of `flash_attn`
+require_attention = _rivals.require_package
+_chooser = _rivals.Chooser(_rivals.time_on_gpu)
+
+
+def attention(
+    q, k, v, cu_seqlens, max_seqlen, window, scale, causal=True, softcap=None, alibi_slopes=None, flash_attn="auto"
+) -> torch.Tensor:
+    """q (T, H, D) over k, v (T, K, D) within segments -> (T, H, D). See kernels/attention.py.
+
+    flash_attn: auto = on a CPU torch's kernels, on a GPU what measures fastest for the shape; triton, sdpa, fa2, fa3 =
+    that one, ValueError if it cannot be had; disabled = the plain formula.
+    """
+    arguments = (q, k, v, cu_seqlens, max_seqlen, window, scale, causal, softcap, alibi_slopes)
+    if flash_attn == "disabled" or _REFERENCE:
+        return attention_reference(*arguments)
+    if flash_attn == "sdpa":
+        return _rivals.attention_torch(*arguments)
+    if flash_attn in _rivals.PACKAGES:
+        return _rivals.attention_package(flash_attn, *arguments)
+    if flash_attn == "triton":
+        problem = launch.unavailable(q.device) or _flash.unsupported(q, k, v)
+        if problem is not None:
+            raise ValueError(f"flash_attn: triton: {problem}; take auto")
+        return _flash.flash_attention_triton(*arguments)
+    if not _triton_serves("attention", q.device, _flash.unsupported(q, k, v)):
+        return _rivals.attention_torch(*arguments)
+    if _MODE == "triton" or launch.recorded_or_traced(q.device):
+        return _flash.flash_attention_triton(*arguments)
+    candidates = {"triton": _flash.flash_attention_triton, **_rivals.rivals(*arguments)}
+    trained = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    shapes = _rivals.shape_class(q, k, cu_seqlens, max_seqlen, window, causal, trained)
+    return _chooser.choose((*shapes, softcap is None, alibi_slopes is None), candidates, arguments)(*arguments)
 
 
 def decode_attention(q, keys, values, cu_seqlens, lengths, max_new, window, scale, softcap=None, slopes=None):
@@ -219,7 +258,8 @@ def choices(device: torch.device | str) -> str:
     missing = _missing(device) or ("torch is faster on a CPU" if on_cpu and _MODE == "auto" else None)
     pointwise = "Triton" if missing is None else "torch"
     product = "oneDNN fp32" if on_cpu and _linear.onednn_fp32_available() else "torch"
-    attention_name = "torch flash per segment" if on_cpu else "torch with a block mask"
+    measured = "torch flash per segment" if on_cpu else "measured per shape"
+    attention_name = "Triton" if _MODE == "triton" else measured if missing is None or on_cpu else "torch"
     return (
         f"kernels: linear {product}, attention {attention_name}, cross entropy chunked in {pointwise}, lora fused, "
         f"norms, rope and gated mlp {pointwise}"

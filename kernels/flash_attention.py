@@ -30,7 +30,7 @@ LOG2E = math.log2(math.e)
 L2_BYTES = 24 * 2**20  # keys and values in use at a time; half of an H100's cache, to leave room for the rest
 
 
-def unsupported(q, k, v, cu_seqlens) -> str | None:
+def unsupported(q, k, v) -> str | None:
     """Why the kernels do not serve these tensors; None if they do."""
     if q.shape[-1] > MAX_HEAD_DIM:
         return f"head size {q.shape[-1]}; at most {MAX_HEAD_DIM}"
@@ -212,7 +212,10 @@ def _rows(tensor, first, stride: tl.constexpr, length, BLOCK: tl.constexpr, D: t
 
 
 @jit
-def _store(tensor, value, first, stride: tl.constexpr, length, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def _store(
+    tensor, value, first, stride: tl.constexpr, length, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """The reverse of _rows."""
     row = tl.arange(0, BLOCK)
     column = tl.arange(0, BLOCK_D)
     place = tensor + row[:, None] * stride + column[None, :]
@@ -244,7 +247,10 @@ def _seen(query, key, length, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr
 
 
 @jit
-def _key_range(first, length, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+def _key_range(
+    first, length, window,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
     """For queries first .. first + BLOCK_M - 1: keys start .. left and right .. stop need masks, left .. right none."""
     start, left, stop, right = first * 0, first * 0, length, length // BLOCK_N * BLOCK_N
     if CAUSAL:
@@ -261,8 +267,8 @@ def _key_range(first, length, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constex
 def _forward_kernel(
     q, k, v, out, lse, cu_seqlens, slopes,
     tokens, segments, together, window, scale, cap,
-    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    CAP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     STRIDE_K: tl.constexpr = KV_HEADS * D
     STRIDE_Q: tl.constexpr = GROUP * STRIDE_K
@@ -318,8 +324,9 @@ def _delta_kernel(
     """delta[h, t] = sum over D of grad * out."""
     STRIDE_Q: tl.constexpr = HEADS * D
     first, head = tl.program_id(0) * ROWS, tl.program_id(1)
-    one = _rows(out + first.to(tl.int64) * STRIDE_Q + head * D, first, STRIDE_Q, tokens, ROWS, D, BLOCK_D).to(tl.float32)
-    other = _rows(grad + first.to(tl.int64) * STRIDE_Q + head * D, first, STRIDE_Q, tokens, ROWS, D, BLOCK_D).to(tl.float32)
+    offset = first.to(tl.int64) * STRIDE_Q + head * D
+    one = _rows(out + offset, first, STRIDE_Q, tokens, ROWS, D, BLOCK_D).to(tl.float32)
+    other = _rows(grad + offset, first, STRIDE_Q, tokens, ROWS, D, BLOCK_D).to(tl.float32)
     row = first + tl.arange(0, ROWS)
     tl.store(delta + head.to(tl.int64) * tokens + row, tl.sum(one * other, 1), mask=row < tokens)
 
@@ -348,8 +355,8 @@ def _probabilities(
 def _keys_kernel(
     q, k, v, grad, lse, delta, dk, dv, cu_seqlens, slopes,
     factor, tokens, segments, together, window, scale, cap,
-    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    CAP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one block of keys and one key/value head; the first blocks of a segment have the most queries."""
     STRIDE_K: tl.constexpr = KV_HEADS * D
@@ -411,8 +418,8 @@ def _keys_kernel(
 def _queries_kernel(
     q, k, v, grad, lse, delta, dq, cu_seqlens, slopes,
     factor, tokens, segments, together, window, scale, cap,
-    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    CAP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dq of one block of queries and one query head."""
     STRIDE_K: tl.constexpr = KV_HEADS * D

@@ -152,6 +152,13 @@ def unavailable(device: torch.device) -> str | None:
     return f"Triton has no {device.type} backend; TRITON_INTERPRET=1 runs the kernels in its (slow) interpreter"
 
 
+def recorded_or_traced(device: torch.device) -> bool:
+    """Whether nothing may be timed now: launches are recorded, torch.compile traces, or a CUDA graph is captured."""
+    if _recording is not None or torch.compiler.is_compiling():
+        return True
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 @functools.cache
 def say_once(message: str) -> None:
     """To stderr, the first time only: what was chosen instead of what could have been expected."""
