@@ -95,7 +95,8 @@ class KVCache:
         else:
             self.append(layer, k, v, row.borders)
         if row.is_whole:  # the cache was empty, so the row holds all there is
-            return kernels.attention(q, k, v, row.cu_seqlens, row.max_seqlen, window, scale)
+            chosen = row.flash_attn
+            return kernels.attention(q, k, v, row.cu_seqlens, row.max_seqlen, window, scale, flash_attn=chosen)
         if row.filled is not None and row.max_seqlen <= kernels.MAX_NEW:
             return kernels.decode_attention(q, keys, values, row.cu_seqlens, row.filled, row.max_seqlen, window, scale)
         return kernels.cached_attention(q, keys, values, row.borders, row.lengths, window, scale)
