@@ -42,6 +42,7 @@ def test_every_file_with_kernels_is_measured():
     with_kernels = {path.stem for path in ROOT.glob("kernels/*.py") if "@jit" in path.read_text(encoding="utf-8")}
     measured = {name for line in start("list=true").stdout.splitlines() for name in line.split()[0].split(",")}
     assert with_kernels - {"launch"} <= measured
+    assert measured - {"-"} <= {path.stem for path in ROOT.glob("kernels/*.py")}
 
 
 def test_a_wrong_kernel_fails_the_run_and_the_other_cases_still_run(tmp_path):
