@@ -105,7 +105,6 @@ def linear_cross_entropy(hidden, weight, labels, bias=None, **terms) -> Tensor:
     hidden (L, E) compute dtype; weight (V, E); labels (L,) int64 in 0..V-1; bias (V,) or None -> () fp32.
     L may be 0: the loss is 0 and every gradient exists. Gradients: hidden, weight, bias, each only if it is asked for.
     """
-    _check_labels(labels, weight.shape[0])
     return _LinearCrossEntropy.apply(hidden, weight, labels, bias, Terms(**terms).check(), _TorchChunks)
 
 
@@ -116,7 +115,6 @@ def linear_cross_entropy_triton(hidden, weight, labels, bias=None, **terms) -> T
 
 def linear_logprobs(hidden, weight, labels, bias=None, **terms) -> Tensor:
     """log p(label) of each row -> (L,) fp32, with gradient. Operands and terms (softcap, logit_scale) as above."""
-    _check_labels(labels, weight.shape[0])
     return _LinearLogprobs.apply(hidden, weight, labels, bias, Terms(**terms).check(), _TorchChunks)
 
 
@@ -131,7 +129,6 @@ def cross_entropy(logits, labels, **terms) -> Tensor:
     Where a gradient is asked for it is written over the logits, which nobody may use afterwards (autograd refuses
     where it can see it; a second backward pass is refused too).
     """
-    _check_labels(labels, logits.shape[1])
     return _CrossEntropy.apply(logits, labels, Terms(**terms).check(), _TorchChunks)
 
 
@@ -145,13 +142,6 @@ def unsupported(logits_or_hidden: Tensor) -> str | None:
     if logits_or_hidden.dtype is torch.float64:
         return "float64; the kernels compute in float32"
     return None
-
-
-def _check_labels(labels: Tensor, classes: int) -> None:
-    if labels.device.type == "cpu" and labels.numel() > 0:
-        low, high = (int(value) for value in labels.aminmax())
-        if low < 0 or high >= classes:
-            raise ValueError(f"labels: {low if low < 0 else high} is not in 0..{classes - 1}")
 
 
 class _TorchChunks:
@@ -185,7 +175,11 @@ class _TorchChunks:
             slope = 1 - z.square() if gradient else None
             z *= terms.softcap
         smoothing = terms.label_smoothing
-        best, chosen = z.amax(1), z.gather(1, target)[:, 0]
+        try:
+            chosen = z.gather(1, target)[:, 0]
+        except RuntimeError as error:  # asked beforehand, the labels would make the host wait in the GPU's step
+            raise ValueError(f"labels: not all are in 0..{classes - 1} ({error})") from error
+        best = z.amax(1)
         if smoothing:
             chosen = (1 - smoothing) * chosen + smoothing * z.mean(1)
         grad = torch.softmax(z, 1, out=z)  # in the logits' own memory: fresh pages cost more
