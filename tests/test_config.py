@@ -925,3 +925,13 @@ def test_config_imports_no_other_file_of_the_project():
     code = "import sys, config; print(*{'torch', 'data', 'lora', 'model', 'templates'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def test_the_attention_of_other_systems_is_known_by_its_name():
+    @dataclass(frozen=True)
+    class Part:
+        flash_attn: Annotated[Literal["auto", "triton", "sdpa", "disabled", "fa2", "fa3"], "attention"] = "auto"
+
+    for given, value in (("flash_attn=sdpa", "sdpa"), ("attn_impl=flash_attention_2", "fa2")):
+        assert load(given, sections=[Part]).values["flash_attn"] == value
+    assert load("attn_impl=eager", sections=[Part]).values["flash_attn"] == "disabled"

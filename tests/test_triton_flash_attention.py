@@ -257,3 +257,20 @@ def test_shape_classes():
 
     assert of((30, 20)) == of((29, 22))
     assert len({of((30, 20)), of((25, 25)), of((60, 20)), of((30, 20), trained=False)}) == 4
+
+
+def test_the_option_reaches_the_attention_of_every_layer(monkeypatch):
+    from architectures import config_from_hf
+    from model import Decoder
+
+    hf = {"model_type": "llama", "vocab_size": 11, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2}
+    model = Decoder(config_from_hf({**hf, "num_attention_heads": 2, "num_key_value_heads": 1, "rms_norm_eps": 1e-5}))
+    seen = []
+    real = kernels.attention
+    monkeypatch.setattr(kernels, "attention", lambda *a, **b: seen.append(b["flash_attn"]) or real(*a, **b))
+    tokens = torch.arange(5)
+    borders = torch.tensor([0, 5], dtype=torch.int32)
+    expected = model(tokens, tokens, borders, 5)
+    model.flash_attn = "triton" if DEVICE == "cpu" else "disabled"
+    torch.testing.assert_close(model(tokens, tokens, borders, 5), expected, rtol=1e-4, atol=1e-5)
+    assert seen == ["auto"] * 2 + [model.flash_attn] * 2
