@@ -932,6 +932,6 @@ def test_the_attention_of_other_systems_is_known_by_its_name():
     class Part:
         flash_attn: Annotated[Literal["auto", "triton", "sdpa", "disabled", "fa2", "fa3"], "attention"] = "auto"
 
-    for given, value in (("flash_attn=sdpa", "sdpa"), ("attn_impl=flash_attention_2", "fa2")):
-        assert load(given, sections=[Part]).values["flash_attn"] == value
+    for argument, value in (("flash_attn=sdpa", "sdpa"), ("attn_impl=flash_attention_2", "fa2")):
+        assert load(argument, sections=[Part]).values["flash_attn"] == value
     assert load("attn_impl=eager", sections=[Part]).values["flash_attn"] == "disabled"
