@@ -317,8 +317,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         def scaled(grad, dtype):
             if grad is None:
                 return None
-            # multiplied in fp32: with fp16 loss scaling grad_total may be 2^16. No third buffer of the head's size
-            return torch.mul(grad, grad_total, out=torch.empty_like(grad, dtype=dtype))
+            # multiplied in fp32: with fp16 loss scaling grad_total may be 2^16. No third buffer of the head's size.
+            # On a GPU a number without dimensions would be rounded to grad's dtype first; one with a dimension is not
+            factor = grad_total if grad_total.device.type == "cpu" else grad_total.reshape(1)
+            return torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype))
 
         hidden, weight, bias = (scaled(*each) for each in zip(ctx.saved_tensors, ctx.dtypes))
         return hidden, weight, None, bias, None, None

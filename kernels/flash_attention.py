@@ -94,8 +94,12 @@ def _heads_together(q, k, max_seqlen: int) -> int:
     """
     heads, group = q.shape[1], q.shape[1] // k.shape[1]
     bytes_per_head = 2 * max_seqlen * k.shape[2] * k.element_size() / group
-    fitting = [n for n in range(1, heads + 1) if heads % n == 0 and n * bytes_per_head <= L2_BYTES]
-    return max(fitting, default=1)
+    return _largest_divisor(heads, int(L2_BYTES // max(1, bytes_per_head)))
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    """The largest divisor of number that is at most `most`; 1 if most is 0. _place takes heads in equal chunks."""
+    return max(n for n in range(1, max(1, min(number, most)) + 1) if number % n == 0)
 
 
 class _Shared:
@@ -129,7 +133,8 @@ class _Shared:
         block = options["BLOCK_N" if name == "keys" else "BLOCK_M"]
         heads, together = self.heads, self.together
         if name == "keys":
-            heads, together = self.kv_heads, max(1, together // self.switches["GROUP"])
+            heads = self.kv_heads
+            together = _largest_divisor(heads, together // self.switches["GROUP"])
         grid = (self.tokens // block + self.segments, heads)
         sizes = (self.tokens, self.segments, together)
         run(kernel, grid, *arguments, *sizes, *self.numbers, **self.switches, **options)
@@ -284,7 +289,9 @@ def _forward_kernel(
     start, left, right, stop = _key_range(first, length, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    # finite, while masked scores are -inf: a row may see nothing of a block, and 2^(-inf - top) is then 0. Were both
+    # -inf it would be NaN; were both finite, s * unit - top in one rounding (FMA) would not be 0 but huge: 2^huge
+    top = tl.full((BLOCK_M,), -1e30, tl.float32)
     row = first + tl.arange(0, BLOCK_M)
     k += start.to(tl.int64) * STRIDE_K
     v += start.to(tl.int64) * STRIDE_K
@@ -300,8 +307,7 @@ def _forward_kernel(
             s = s * unit - slope * tl.abs(row[:, None] - column[None, :])
             unit = 1.0
         if (place < left) | (place >= right):
-            # finite: a row may see nothing of a block, and what it then adds is scaled by 2^-huge = 0 later
-            s = tl.where(_seen(row[:, None], column[None, :], length, window, CAUSAL, WINDOW), s, -1e30)
+            s = tl.where(_seen(row[:, None], column[None, :], length, window, CAUSAL, WINDOW), s, float("-inf"))
         new = tl.maximum(top, tl.max(s, 1) * unit)
         p = tl.exp2(s * unit - new[:, None])
         shrink = tl.exp2(top - new)

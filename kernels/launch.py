@@ -83,11 +83,16 @@ def recording(capability: int) -> Iterator[list[Launch]]:
 
 
 def run(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
-    """Start a kernel. arguments: in the kernel's order; options: its constants by name, num_warps, num_stages."""
+    """Start a kernel. arguments: in the kernel's order, a tensor first; options: its constants by name, num_warps, num_stages."""
     if _recording is not None:
         _recording.launches.append(_describe(kernel, arguments, options))
     elif all(grid):  # without rows there is nothing to start, and CUDA refuses an empty grid
-        kernel[grid](*arguments, **options)
+        device = arguments[0].device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):  # Triton starts kernels on the current GPU, wherever the tensors are
+                kernel[grid](*arguments, **options)
+        else:
+            kernel[grid](*arguments, **options)
 
 
 def _describe(kernel, arguments, options) -> Launch:

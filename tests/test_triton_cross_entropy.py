@@ -73,6 +73,19 @@ def test_linear_logprobs(name, classes, terms, dtype):
     assert_agrees(getattr(file, name), linear_logprobs_reference, inputs, dtype, (0, 1), **terms)
 
 
+@pytest.mark.parametrize("name", LINEAR)
+def test_a_loss_scale_beyond_float16_reaches_the_gradients_unrounded(name):
+    """GradScaler begins with 2^16; fp16 ends below it, and would round 2049 to 2048."""
+    hidden, weight, labels, _ = operands(9, 33, 48)
+    inputs = [(x * 1e-2).half().requires_grad_(True) for x in (hidden, weight)]
+    loss = getattr(file, name)(*inputs, labels)
+    plain = torch.autograd.grad(loss, inputs, retain_graph=True)
+    for scale in (2.0**16, 2.0**11 + 1):
+        scaled = torch.autograd.grad(loss, inputs, torch.tensor(scale, device=DEVICE), retain_graph=True)
+        assert torch.equal(scaled[0], (plain[0].float() * scale).half())
+        assert scaled[1].isfinite().all()
+
+
 @pytest.mark.parametrize("trained", [(0,), (1,), (3,), (0, 3), ()])
 @pytest.mark.parametrize("name", LINEAR + LOGPROBS)
 def test_with_a_bias_each_gradient_comes_alone(name, trained):

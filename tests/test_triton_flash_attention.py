@@ -131,6 +131,24 @@ def test_large_scores_do_not_overflow():
     torch.testing.assert_close(flash.flash_attention_triton(*arguments), attention_reference(*arguments))
 
 
+def test_a_block_without_a_key_that_a_row_sees_adds_nothing_at_any_scale():
+    """A window begins within or behind the first block of keys. At such a scale a finite mask would be infinite; at a
+    usual one it would be off by its rounding, which a GPU's FMA sees and the interpreter does not."""
+    q, k, v = operands(80, 1, 1, 16)
+    arguments = (q * 1e-5, k * 1e-5, v, borders_of((80,)), 80, 19, 3e9)
+    torch.testing.assert_close(
+        flash.flash_attention_triton(*arguments), attention_reference(*arguments), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("together", [1, 2, 5, 7, 10])
+def test_heads_run_in_chunks_that_leave_none_over(together, monkeypatch):
+    """Also those of keys: of 5 there are no chunks of two, as 4 or 5 query heads at a time would ask for."""
+    lengths, size = (40, 9), 16
+    monkeypatch.setattr(flash, "L2_BYTES", together * 2 * 40 * size * 4 / 2)
+    check(lengths, 10, 5, size, torch.float32)
+
+
 def test_what_the_kernels_refuse():
     q, k, v = operands(3, 1, 1, 16)
     assert "head size 512" in flash.unsupported(*operands(3, 1, 1, 512))
