@@ -83,7 +83,7 @@ def recording(capability: int) -> Iterator[list[Launch]]:
 
 
 def run(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
-    """Start a kernel. arguments: in the kernel's order, a tensor first; options: its constants by name, num_warps, num_stages."""
+    """Start a kernel. arguments: in its order, a tensor first; options: constants by name, num_warps, num_stages."""
     if _recording is not None:
         _recording.launches.append(_describe(kernel, arguments, options))
     elif all(grid):  # without rows there is nothing to start, and CUDA refuses an empty grid
