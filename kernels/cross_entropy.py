@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.launch import ceil_divide, jit, next_power_of_2, processors, run, tl
+from kernels.launch import ceil_divide, jit, next_power_of_2, processors, run, tanh, tl
 from kernels.linear import matmul_transposed
 
 CHUNK_BYTES = 32 * 2**20  # of fp32 logits on a CPU: large enough for full-rate products, small beside any model
@@ -420,16 +420,6 @@ class _Gradients:
 
 
 @jit
-def _tanh(x):
-    """The quotient loses digits for small x, where the series (up to x^9) is exact to fp32."""
-    square = x * x
-    series = x * (1.0 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
-    decay = tl.exp(-2.0 * tl.abs(x))
-    quotient = (1.0 - decay) / (1.0 + decay)
-    return tl.where(tl.abs(x) < 0.3, series, tl.where(x < 0.0, -quotient, quotient))
-
-
-@jit
 def _adjust(logits, bias, places, mask, softcap, logit_scale):
     """Logits as stored -> z in fp32: bias, scale and cap."""
     z = logits.to(tl.float32)
@@ -437,7 +427,7 @@ def _adjust(logits, bias, places, mask, softcap, logit_scale):
         z += tl.load(bias + places, mask=mask, other=0.0).to(tl.float32)
     z *= logit_scale
     if softcap is not None:
-        z = softcap * _tanh(z / softcap)
+        z = softcap * tanh(z / softcap, True)
     return z
 
 

@@ -15,7 +15,7 @@ capacity, and the programs divide between them what they find filled.
 
 import torch
 
-from kernels.launch import ceil_divide, jit, next_power_of_2, processors, run, tl
+from kernels.launch import ceil_divide, jit, next_power_of_2, processors, run, tanh, tl
 
 MAX_NEW = 16  # tokens per sequence
 MAX_SPLITS = 64
@@ -191,8 +191,8 @@ def _decode_kernel(
         key = tl.load(keys + offset, mask=inside, other=0.0)
         score = tl.dot(queries, key.T, input_precision=PRECISION) * scale  # (ROWS, KEYS), in bits
         if SOFTCAP:
-            cap = softcap * 1.4426950408889634
-            score = cap * (1 - 2 / (1 + tl.exp2(2 * score / softcap)))  # cap * tanh
+            cap = softcap * 1.4426950408889634  # log2 e
+            score = cap * tanh(score / cap, PRECISION == "ieee")
         if slopes is not None:
             score += slope[:, None] * (slot - position[:, None]).to(tl.float32)
         seen = (slot <= position[:, None]) & (slot < last)

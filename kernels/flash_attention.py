@@ -22,7 +22,7 @@ import math
 import torch
 
 from kernels.attention import check
-from kernels.launch import capability, ceil_divide, jit, next_power_of_2, run, tl
+from kernels.launch import capability, ceil_divide, jit, next_power_of_2, run, tanh, tl
 
 MAX_HEAD_DIM = 256  # beyond it the accumulators do not fit the registers
 DELTA_ROWS = 64
@@ -175,7 +175,7 @@ class _FlashAttention(torch.autograd.Function):
 
 
 @jit
-def _place(cu_seqlens, tokens, segments, together, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
+def _place(cu_seqlens, segments, together, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
     """Program -> (head, first token of the segment (int64), its length, first row of the block within it).
 
     The grid (blocks, heads) is taken as one list: `together` heads at a time, their blocks side by side.
@@ -229,17 +229,6 @@ def _store(
 
 
 @jit
-def _tanh(x, EXACT: tl.constexpr):
-    """EXACT: also small x to fp32's precision, where 1 - 2 / (1 + e^2x) cancels; its series reaches to x^9."""
-    result = 1.0 - 2.0 / (tl.exp2(x * 2.8853900817779268) + 1.0)  # 2 log2 e
-    if EXACT:
-        square = x * x
-        series = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
-        result = tl.where(tl.abs(x) < 0.25, series, result)
-    return result
-
-
-@jit
 def _seen(query, key, length, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
     """Which keys a query sees; query and key are places in the segment, one a row and the other a column."""
     if CAUSAL:
@@ -277,7 +266,7 @@ def _forward_kernel(
 ):  # fmt: skip
     STRIDE_K: tl.constexpr = KV_HEADS * D
     STRIDE_Q: tl.constexpr = GROUP * STRIDE_K
-    head, begin, length, first = _place(cu_seqlens, tokens, segments, together, BLOCK_M, CAUSAL)
+    head, begin, length, first = _place(cu_seqlens, segments, together, BLOCK_M, CAUSAL)
     if first >= length:
         return
     query = _rows(q + (begin + first) * STRIDE_Q + head * D, first, STRIDE_Q, length, BLOCK_M, D, BLOCK_D)
@@ -301,7 +290,7 @@ def _forward_kernel(
         column = place + tl.arange(0, BLOCK_N)
         unit = scale
         if CAP:
-            s = cap * _tanh(s * scale, PRECISION == "ieee")
+            s = cap * tanh(s * scale, PRECISION == "ieee")
             unit = 1.0
         if slopes is not None:
             s = s * unit - slope * tl.abs(row[:, None] - column[None, :])
@@ -345,9 +334,9 @@ def _probabilities(
     """Products q k^T -> (p, ds / d product without `scale`). query, key, lse lie along s; free: no mask touches s."""
     slack = 1.0
     if CAP:
-        tanh = _tanh(s * scale, PRECISION == "ieee")
-        s = cap * tanh
-        slack = 1.0 - tanh * tanh
+        bent = tanh(s * scale, PRECISION == "ieee")
+        s = cap * bent
+        slack = 1.0 - bent * bent
     else:
         s = s * scale
     if ALIBI:
@@ -367,7 +356,7 @@ def _keys_kernel(
     """dk and dv of one block of keys and one key/value head; the first blocks of a segment have the most queries."""
     STRIDE_K: tl.constexpr = KV_HEADS * D
     STRIDE_Q: tl.constexpr = GROUP * STRIDE_K
-    kv_head, begin, length, first = _place(cu_seqlens, tokens, segments, together, BLOCK_N, False)
+    kv_head, begin, length, first = _place(cu_seqlens, segments, together, BLOCK_N, False)
     if first >= length:
         return
     keys = _rows(k + (begin + first) * STRIDE_K + kv_head * D, first, STRIDE_K, length, BLOCK_N, D, BLOCK_D)
@@ -430,7 +419,7 @@ def _queries_kernel(
     """dq of one block of queries and one query head."""
     STRIDE_K: tl.constexpr = KV_HEADS * D
     STRIDE_Q: tl.constexpr = GROUP * STRIDE_K
-    head, begin, length, first = _place(cu_seqlens, tokens, segments, together, BLOCK_M, CAUSAL)
+    head, begin, length, first = _place(cu_seqlens, segments, together, BLOCK_M, CAUSAL)
     if first >= length:
         return
     query = _rows(q + (begin + first) * STRIDE_Q + head * D, first, STRIDE_Q, length, BLOCK_M, D, BLOCK_D)

@@ -176,3 +176,17 @@ def next_power_of_2(number: int) -> int:
 
 def ceil_divide(number: int, divisor: int) -> int:
     return -(-number // divisor)
+
+
+@jit
+def tanh(x, EXACT: tl.constexpr):
+    """For kernels with a soft cap; Triton has none that runs everywhere.
+
+    EXACT: also small x to fp32's precision, where 1 - 2 / (1 + e^2x) cancels; its series reaches to x^9.
+    """
+    result = 1.0 - 2.0 / (tl.exp2(x * 2.8853900817779268) + 1.0)  # 2 log2 e
+    if EXACT:
+        square = x * x
+        series = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
+        result = tl.where(tl.abs(x) < 0.25, series, result)
+    return result
