@@ -214,7 +214,8 @@ def test_a_quantised_base_gets_the_gradients_of_its_dense_twin():
     packed = Packed(nn.Linear(60, 77)).to(DEVICE)
     bias = packed.bias.detach()
     for dtype in DTYPES:
-        inputs = [random(31, 60).to(dtype), random(5, 60, seed=3, scale=0.3), random(77, 5, seed=4, scale=0.3)]
+        inputs = [random(31, 60), random(5, 60, seed=3, scale=0.3), random(77, 5, seed=4, scale=0.3)]
+        inputs = [x.to(dtype) for x in inputs]
 
         def function(x, a, b, kernel):
             return kernel(x, packed, bias, a, b, 1.7)
