@@ -209,6 +209,15 @@ def test_without_shuffling_examples_come_in_order():
     assert epoch(loader) == [[0, 1], [2, 3], [4]]
 
 
+@pytest.mark.parametrize("options", [{}, {"packing": True, "cutoff_len": 20}, {"group_by_length": True}])
+def test_no_batch_is_larger_than_the_loader_says(options):
+    """What memory is planned by; over some epochs a batch comes to it."""
+    store = Store([3, 20, 7, 1, 13, 19, 2])
+    batches = BatchLoader(store, rows_per_batch=2, **options)
+    found = [int(batch.cu_seqlens[-1]) for batch in itertools.islice(batches.batches(), 40 * batches.batches_per_epoch)]
+    assert max(found) == batches.most_tokens()
+
+
 def test_packed_rows_hold_at_most_cutoff_len_tokens():
     loader = BatchLoader(Store(LENGTHS), rows_per_batch=1, packing=True, cutoff_len=40)
     batches = list(itertools.islice(loader.batches(), loader.batches_per_epoch))
