@@ -84,11 +84,12 @@ def open_conversation(config: configuration.Config) -> "Conversation":
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: cuda was asked for, but torch sees no GPU; use device=cpu")
     given = {key for key, origin in config.origins.items() if origin != "default"}
-    kernels.require_attention(config[ModelOptions].flash_attn)
+    kernels.require_attention(config[ModelOptions].flash_attn, device)
     source = find_source(config[ModelOptions], config[TemplateOptions], given)
     for notice in source.notices:
         _say(f"note: {notice}")
     model, tokenizer, template = load_source(source, DTYPES.get(config[ModelOptions].infer_dtype), device)
+    kernels.require_attention(config[ModelOptions].flash_attn, device, model.embed_tokens.weight.dtype)
     model.flash_attn = config[ModelOptions].flash_attn
     lay_out_for_decoding(model)
     generator = torch.Generator()

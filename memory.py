@@ -10,6 +10,8 @@ again. To it come gradients, optimizer state, one block's backward pass and the 
 safe side (tests compare them with what torch keeps on a CPU); a wrong one costs time or memory, never a bit.
 """
 
+import os
+import sys
 from dataclasses import dataclass, replace
 
 import torch
@@ -153,10 +155,12 @@ def plan(policy: str, need: Need, layers: int, device: torch.device, free: float
 
 def free_bytes(device: torch.device) -> float:
     """What this process may still take: on a GPU the driver's free memory and what torch has cached, on a CPU the
-    memory that Linux calls available."""
+    memory that Linux calls available, elsewhere all there is."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
+    if not sys.platform.startswith("linux"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with open("/proc/meminfo", encoding="ascii") as file:
         numbers = dict(line.split(":") for line in file)
     return int(numbers["MemAvailable"].split()[0]) * 1024

@@ -48,6 +48,8 @@ FREE = frozenset(
     dataset_dir tokenized_path cache_dir hf_hub_token ms_hub_token infer_dtype flash_attn""".split()  # noqa: SIM905
 )
 
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # of inductor
+
 
 @dataclass(frozen=True)
 class TrainOptions:
@@ -71,8 +73,8 @@ class TrainOptions:
         "inputs in host memory; auto = as little as memory allows",
     ] = "auto"
     torch_compile: Annotated[bool, "compile each block with torch.compile; the kernels fuse most of it already"] = False
-    torch_compile_backend: Annotated[str, "backend of torch.compile"] = "inductor"
-    torch_compile_mode: Annotated[str | None, "mode of torch.compile's inductor: default, max-autotune, ..."] = None
+    torch_compile_backend: Annotated[str | None, "backend of torch.compile, inductor by default; turns it on"] = None
+    torch_compile_mode: Annotated[str | None, "mode of inductor: default, max-autotune, ...; turns it on too"] = None
     neftune_noise_alpha: Annotated[float | None, "noise on the embeddings while training; 5 is typical"] = None
     train_from_scratch: Annotated[bool, "random weights; the model folder gives config.json and tokenizer"] = False
     seed: Annotated[int, "seed of adapters, dropout and, without data_seed, of the data order"] = 42
@@ -105,7 +107,9 @@ class TrainOptions:
                 raise ValueError(f"{key}: {getattr(self, key)} must be at least 1")
         if self.do_train is False and not self.do_eval:
             raise ValueError("do_train: false, and do_eval is not set either, so there is nothing to do")
-        if self.torch_compile and self.recomputation == "selective":
+        if self.compiles:
+            self._check_compilation()
+        if self.compiles and self.recomputation == "selective":
             raise ValueError(
                 "gradient_checkpointing: selective is of no use with torch_compile, which chooses by itself what it "
                 "keeps; set it to none or full"
@@ -116,6 +120,22 @@ class TrainOptions:
     @property
     def trains(self) -> bool:
         return not self.do_eval if self.do_train is None else self.do_train
+
+    def _check_compilation(self) -> None:
+        backends = torch.compiler.list_backends(exclude_tags=())
+        backend, mode = self.torch_compile_backend or "inductor", self.torch_compile_mode
+        if backend not in backends:
+            usual = ", ".join(torch.compiler.list_backends())
+            raise ValueError(f"torch_compile_backend: {backend} is unknown to torch; it has {usual}")
+        if mode is not None and backend != "inductor":
+            raise ValueError(f"torch_compile_mode: {mode} is for inductor, not for {backend}; drop one of the two")
+        if mode not in (None, *COMPILE_MODES):
+            raise ValueError(f"torch_compile_mode: {mode} is not one of {', '.join(COMPILE_MODES)}")
+
+    @property
+    def compiles(self) -> bool:
+        """As in the Hugging Face trainer: a backend or a mode alone turns torch.compile on."""
+        return self.torch_compile or self.torch_compile_backend is not None or self.torch_compile_mode is not None
 
     @property
     def recomputation(self) -> str:

@@ -133,6 +133,7 @@ def run(config: configuration.Config, world: World) -> int:
     for notice in config.notices:
         world.print(f"note: {notice}")
     monitor.check_services(options.services)
+    kernels.require_attention(config[ModelOptions].flash_attn, world.device, compute_dtype(options))
     resume, source = find_start(config)
     tokenizer = Tokenizer.from_folder(source)
     template = pick_template(config, tokenizer)
@@ -144,7 +145,7 @@ def run(config: configuration.Config, world: World) -> int:
     torch.manual_seed(options.seed + world.rank)  # dropout and noise differ between ranks, adapters do not (generator)
     model = build_model(config, source, world)
     world.print(trainable_report(model))
-    world.print(kernels.choices(world.device))
+    world.print(kernels.choices(world.device, config[ModelOptions].flash_attn))
     if loader is not None:
         world.print(choose_recomputation(model, loader, config, world))
     this = Run(
@@ -283,15 +284,16 @@ def count_steps(options: TrainOptions, loader) -> int:
     return max(1, math.ceil(options.num_train_epochs * per_epoch))
 
 
+def compute_dtype(options: TrainOptions) -> torch.dtype:
+    if options.bf16 or options.pure_bf16:
+        return torch.bfloat16
+    return torch.float16 if options.fp16 else torch.float32
+
+
 def build_model(config: configuration.Config, source: Path, world: World) -> Decoder:
     """Weights on the device, in the dtypes that the precision options ask for, with what trains marked."""
     options, model_options, lora_options = config[TrainOptions], config[ModelOptions], config[LoraOptions]
-    kernels.require_attention(model_options.flash_attn)
-    compute = torch.float32
-    if options.bf16 or options.pure_bf16:
-        compute = torch.bfloat16
-    elif options.fp16:
-        compute = torch.float16
+    compute = compute_dtype(options)
     frozen = compute if lora_options.finetuning_type == "lora" or options.pure_bf16 else torch.float32
     trained = torch.bfloat16 if options.pure_bf16 else torch.float32
     if options.train_from_scratch:
@@ -317,10 +319,10 @@ def choose_recomputation(model: Decoder, loader, config: configuration.Config, w
     multiple = ROW_MULTIPLE[world.device.type]
     tokens = -(-loader.most_tokens() // multiple) * multiple
     need = memory.need(model, tokens, config[OptimOptions].optim, world.size)
-    if options.torch_compile:
+    if options.compiles:
         need = need.without_selective()
         for block in model.layers:
-            block.compile(backend=options.torch_compile_backend, mode=options.torch_compile_mode)
+            block.compile(backend=options.torch_compile_backend or "inductor", mode=options.torch_compile_mode)
     free = memory.free_bytes(world.device)
     layers = model.config.num_layers
     model.recompute, line = memory.plan(options.recomputation, need, layers, world.device, free)

@@ -27,6 +27,8 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+from bench.measure import read_options  # noqa: E402
+
 DEFAULTS = {"model": str(ROOT / "models/SmolLM2-135M-Instruct"), "systems": "anvil,transformers,llama.cpp"}
 DEFAULTS |= {"prompt": "64", "new": "128", "batch": "1", "repeats": "7", "threads": "2", "dtype": "float32"}
 DEFAULTS |= {"gguf": "", "out": str(ROOT / "bench/results/decode_cpu.json")}
@@ -199,10 +201,7 @@ def main(argv: list[str]) -> int:
     if argv[:1] == ["--worker"]:
         worker(argv[1], json.loads(argv[2]))
         return 0
-    options = DEFAULTS | dict(word.split("=", 1) for word in argv)
-    unknown = options.keys() - DEFAULTS.keys()
-    if unknown:
-        raise SystemExit(f"unknown option {', '.join(sorted(unknown))}; there are {', '.join(DEFAULTS)}")
+    options = read_options(argv, DEFAULTS, __doc__)
     before = read_rate(int(options["threads"]))
     result, not_run = measure(options)
     import transformers

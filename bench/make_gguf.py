@@ -16,6 +16,8 @@ SPECIAL = ("GGUF.", "general.architecture", "general.file_type", "general.quanti
 
 
 def main(argv: list[str]) -> None:
+    if len(argv) != 3:
+        raise SystemExit(__doc__.strip())
     source, target, name = argv
     kind = gguf.GGMLQuantizationType[name]
     reader = gguf.GGUFReader(source)

@@ -30,6 +30,8 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+from bench.measure import read_options  # noqa: E402
+
 DEFAULTS = {"model": str(ROOT / "models/SmolLM2-135M-Instruct"), "steps": "12", "threads": "2"}
 DEFAULTS |= {"shapes": "equal,alpaca", "systems": "anvil,peft", "dtype": "float32", "out": ""}
 DEFAULTS |= {"tuning": "lora", "checkpointing": "none"}
@@ -247,7 +249,7 @@ def measure(shape: str, options: dict, adapter: str) -> dict:
 def main(argv: list[str]) -> None:
     if argv[:1] == ["--worker"]:
         return worker(argv[1], argv[2], argv[3], int(argv[4]), argv[5], argv[6])
-    options = DEFAULTS | dict(word.split("=", 1) for word in argv)
+    options = read_options(argv, DEFAULTS, __doc__)
     import tempfile
 
     import transformers

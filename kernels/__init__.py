@@ -54,14 +54,8 @@ __all__ = [
 ]
 
 
-def _mode() -> str:
-    mode = os.environ.get("KERNELS", "auto")
-    if mode not in ("auto", "triton", "reference"):
-        raise ValueError(f"KERNELS={mode}: known are auto, triton and reference; unset it for auto")
-    return mode
-
-
-_MODE = _mode()  # read once: the choice must not change in the middle of a run
+_MODES = ("auto", "triton", "reference")
+_MODE = os.environ.get("KERNELS") or "auto"  # read once: the choice must not change in the middle of a run
 _REFERENCE = _MODE == "reference"
 
 
@@ -78,6 +72,8 @@ def _triton_serves(operation: str, device: torch.device, problem: str | None = N
 
 def _missing(device: torch.device) -> str | None:
     """Why Triton kernels cannot run there; an error if they were insisted on."""
+    if _MODE not in _MODES:
+        raise ValueError(f"KERNELS={_MODE}: known are auto, triton and reference; unset it for auto")
     missing = launch.unavailable(device)
     if missing is not None and _MODE == "triton":
         raise ValueError(f"KERNELS=triton: {missing}; unset KERNELS to take what runs here")
@@ -92,8 +88,23 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 
 
 
 ATTENTION = ("auto", "triton", "sdpa", "disabled", "fa2", "fa3")  # values of `flash_attn`
-require_attention = _rivals.require_package
 _chooser = _rivals.Chooser(_rivals.time_on_gpu)
+
+
+def require_attention(flash_attn: str, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
+    """Raise ValueError, before there is work to lose, if KERNELS or this `flash_attn` cannot be had there."""
+    device = torch.device(device)
+    if _REFERENCE:
+        return
+    missing = _missing(device)
+    if flash_attn == "triton" and missing is not None:
+        raise ValueError(f"flash_attn=triton: {missing}; or set flash_attn=auto")
+    _rivals.require_package(flash_attn)
+    if flash_attn in _rivals.PACKAGES:
+        if device.type != "cuda":
+            raise ValueError(f"flash_attn={flash_attn}: it runs on a GPU, not on {device.type}; set flash_attn=auto")
+        if dtype is torch.float32:
+            raise ValueError(f"flash_attn={flash_attn}: it knows no fp32; compute in bf16, or set flash_attn=auto")
 
 
 def attention(
@@ -114,7 +125,7 @@ def attention(
     if flash_attn == "triton":
         problem = launch.unavailable(q.device) or _flash.unsupported(q, k, v)
         if problem is not None:
-            raise ValueError(f"flash_attn: triton: {problem}; take auto")
+            raise ValueError(f"flash_attn=triton: {problem}; or set flash_attn=auto")
         return _flash.flash_attention_triton(*arguments)
     if not _triton_serves("attention", q.device, _flash.unsupported(q, k, v)):
         return _rivals.attention_torch(*arguments)
@@ -249,7 +260,7 @@ def lora_linears(x: torch.Tensor, parts: list[LoraPart]) -> list[torch.Tensor]:
     return chosen(x, parts)
 
 
-def choices(device: torch.device | str) -> str:
+def choices(device: torch.device | str, flash_attn: str = "auto") -> str:
     """One line for the start of a run: which implementation serves each operation on this device."""
     if _REFERENCE:
         return "kernels: reference everywhere (KERNELS=reference)"
@@ -260,6 +271,8 @@ def choices(device: torch.device | str) -> str:
     product = "oneDNN fp32" if on_cpu and _linear.onednn_fp32_available() else "torch"
     measured = "torch flash per segment" if on_cpu else "measured per shape"
     attention_name = "Triton" if _MODE == "triton" else measured if missing is None or on_cpu else "torch"
+    if flash_attn != "auto":
+        attention_name = {"disabled": "by the plain formula", "triton": "Triton"}.get(flash_attn, flash_attn)
     return (
         f"kernels: linear {product}, attention {attention_name}, cross entropy chunked in {pointwise}, lora fused, "
         f"norms, rope and gated mlp {pointwise}"

@@ -96,7 +96,10 @@ def require_package(flash_attn: str) -> None:
     """Raise ValueError if this value of flash_attn needs a package that is not installed."""
     module, command = PACKAGES.get(flash_attn, (None, None))
     if module is not None and importlib.util.find_spec(module) is None:
-        raise ValueError(f"flash_attn: {flash_attn} needs the package {module}, which is not installed: {command}")
+        raise ValueError(
+            f"flash_attn={flash_attn} needs the package {module}, which is not "
+            f"installed: {command}; or set flash_attn=auto"
+        )
 
 
 def attention_package(name: str, q, k, v, cu_seqlens, max_seqlen, window, scale, causal, softcap, alibi_slopes):

@@ -419,8 +419,20 @@ def test_the_environment_forces_the_references():
     assert "KERNELS=fastest: known are auto, triton and reference" in wrong.stderr
 
 
+@pytest.mark.parametrize("words", [["train.py", "dataset=identity", "output_dir={}"], ["chat.py", "prompt=Hi"]])
+def test_a_wrong_choice_is_one_message_of_the_scripts(words, tmp_path):
+    script, *options = (word.format(tmp_path / "out") for word in words)
+    command = [sys.executable, str(ROOT / script), f"model_name_or_path={tmp_path}", *options]
+    environment = {**os.environ, "KERNELS": "fastest"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"{script}: KERNELS=fastest: known are" in done.stderr, done.stderr
+
+
 def test_choices_names_every_operation_in_one_line():
     line = kernels.choices("cpu")
     assert line.startswith("kernels: ") and "\n" not in line
     for operation in () if "reference everywhere" in line else ("linear", "attention", "cross entropy", "lora"):
         assert operation in line
+    if "reference everywhere" not in line:
+        assert "attention by the plain formula" in kernels.choices("cpu", "disabled")

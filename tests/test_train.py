@@ -551,6 +551,12 @@ def test_options_that_make_no_sense(tiny, out, capsys):
     assert "gradient_checkpointing" in refused(tiny, out, capsys, gradient_checkpointing="some")
     compiled = {"torch_compile": True, "gradient_checkpointing": "selective"}
     assert "of no use with torch_compile" in refused(tiny, out, capsys, **compiled)
+    assert "torch_compile_backend: best is unknown" in refused(tiny, out, capsys, torch_compile_backend="best")
+    assert "torch_compile_mode: best is not one of" in refused(tiny, out, capsys, torch_compile_mode="best")
+    compiled = {"torch_compile_backend": "eager", "torch_compile_mode": "default"}
+    assert "is for inductor, not for eager" in refused(tiny, out, capsys, **compiled)
+    compiled = {"torch_compile_backend": "eager", "gradient_checkpointing": "selective"}  # a backend alone turns it on
+    assert "of no use with torch_compile" in refused(tiny, out, capsys, **compiled)
 
 
 def test_an_interrupt_before_the_first_update(tiny, out, capsys, monkeypatch):

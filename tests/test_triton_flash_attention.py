@@ -215,12 +215,16 @@ def test_a_package_is_called_or_named_when_it_is_missing(name, monkeypatch):
         with pytest.raises(ValueError, match=f"{name} needs the package {module}.*pip install"):
             kernels.attention(*arguments, flash_attn=name)
         with pytest.raises(ValueError, match="pip install"):
-            kernels.require_attention(name)
+            kernels.require_attention(name, "cuda")
     fake, seen = types.ModuleType(module), {}
     fake.__spec__ = importlib.machinery.ModuleSpec(module, None)
     fake.flash_attn_varlen_func = lambda q, *rest, **options: seen.update(options) or q
     monkeypatch.setitem(sys.modules, module, fake)
     assert kernels.attention(*arguments, flash_attn=name) is arguments[0]
+    with pytest.raises(ValueError, match=f"flash_attn={name}: it runs on a GPU, not on cpu"):
+        kernels.require_attention(name, "cpu", torch.bfloat16)
+    with pytest.raises(ValueError, match=f"flash_attn={name}: it knows no fp32"):
+        kernels.require_attention(name, "cuda", torch.float32)
     assert seen == {"softmax_scale": 0.3, "causal": True, "window_size": (3, 0)}
 
 
