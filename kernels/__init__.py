@@ -55,7 +55,13 @@ __all__ = [
 
 
 _MODES = ("auto", "triton", "reference")
-_MODE = os.environ.get("KERNELS") or "auto"  # read once: the choice must not change in the middle of a run
+
+
+def _mode() -> str:
+    return os.environ.get("KERNELS") or "auto"
+
+
+_MODE = _mode()  # read once: the choice must not change in the middle of a run
 _REFERENCE = _MODE == "reference"
 
 
