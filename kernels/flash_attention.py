@@ -57,14 +57,14 @@ def _blocks(kernel: str, head_block: int, dtype: torch.dtype, generation: int, p
     """Block sizes, warps and stages of forward, keys (dk, dv) and queries (dq). plain: no soft cap, no ALiBi.
 
     Bounds: registers (the fp32 accumulators of BLOCK x D and the scores, 255 a thread) and shared memory (163 KB on
-    an A100, 227 KB on an H100: the block that stays, plus `num_stages` of the blocks that stream).
+    an A100, 227 KB on an H100, 99 KB on others: the block that stays, plus `num_stages` of the blocks that stream).
     """
     if generation == 0:  # the interpreter: small, so that small tests have several blocks
         return {"BLOCK_M": 16 if kernel == "keys" else 32, "BLOCK_N": 32 if kernel == "keys" else 16}
     if dtype is torch.float32:  # no tensor cores: products of fp32 numbers keep fp32's precision
         m, n = (32, 32) if head_block <= 64 else (16, 32) if kernel == "keys" else (32, 16)
         return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": 4, "num_stages": 1}
-    m, n, warps, stages = TILES[generation >= 90][kernel][max(64, head_block)]
+    m, n, warps, stages = _tiles(generation)[kernel][max(64, head_block)]
     if (m, n) == (128, 128) and not plain:
         n = 64  # what changes the scores takes registers too
     return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
@@ -84,7 +84,17 @@ _HOPPER = {
     "keys": {64: (64, 128, 8, 3), 128: (32, 128, 8, 3), 256: (32, 32, 8, 3)},
     "queries": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 3)},
 }
-TILES = {False: _AMPERE, True: _HOPPER}
+_SMALL = {  # 99 KB of shared memory: RTX 30, 40 and 50, L4, L40, A10
+    **_AMPERE,
+    "forward": _AMPERE["forward"] | {256: (64, 32, 8, 2)},
+    "queries": _AMPERE["queries"] | {128: (64, 32, 4, 3), 256: (32, 32, 8, 2)},
+}
+
+
+def _tiles(generation: int) -> dict[str, dict[int, tuple[int, int, int, int]]]:
+    if 90 <= generation < 120:
+        return _HOPPER
+    return _AMPERE if generation in (80, 87) else _SMALL
 
 
 def _heads_together(q, k, max_seqlen: int) -> int:

@@ -35,8 +35,8 @@ except ImportError:  # there are no wheels outside Linux; the references serve t
         return function or jit
 
 
-# What is assumed about a GPU that is not there. Capability -> multiprocessors of A100 and H100.
-RECORDED_PROCESSORS = {80: 108, 90: 132}
+# What is assumed about a GPU that is not there. Capability -> multiprocessors of A100, RTX 4090 and H100.
+RECORDED_PROCESSORS = {80: 108, 89: 128, 90: 132}
 TRITON_TYPES = {
     torch.float64: "fp64",
     torch.float32: "fp32",
