@@ -45,6 +45,7 @@ SWITCHES = {
     "causal": {},
     "window": {"window": 19},
     "window-of-two": {"window": 2},
+    "window-of-more-than-a-block": {"window": 41},
     "wide-window": {"window": 300},
     "bidirectional": {"causal": False},
     "soft-cap": {"softcap": 1.5},
@@ -100,6 +101,22 @@ def test_no_segment_sees_another():
         part = (x[start : start + length] for x in (q, k, v))
         alone = flash.flash_attention_triton(*part, borders_of((length,)), length, None, 0.3)
         assert torch.equal(whole[start : start + length], alone)
+
+
+def test_blocks_outside_of_the_window_are_not_read():
+    """Not a number in one of them would spoil every result it meets, even with a weight of 0."""
+    q, k, v = (x.requires_grad_(True) for x in operands(640, 1, 1, 16))
+    with torch.no_grad():
+        v[:100] = torch.nan
+    out = flash.flash_attention_triton(q, k, v, borders_of((640,)), 640, 20, 0.3)
+    assert out[512:].isfinite().all() and not out[:100].isfinite().any()
+    with torch.no_grad():
+        v[:100] = 0.0
+    out = flash.flash_attention_triton(q, k, v, borders_of((640,)), 640, 20, 0.3)
+    grad = torch.ones_like(out)
+    grad[512:] = torch.nan
+    for one in torch.autograd.grad(out, (q, k, v), grad):
+        assert one[:256].isfinite().all() and not one[620:].isfinite().any()
 
 
 def test_the_gradients_are_the_same_bits_every_time_and_only_those_asked_for():
