@@ -137,12 +137,6 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         )
     if hf["hidden_act"] not in _ACTIVATIONS:
         raise ValueError(f"config.json: hidden_act {hf['hidden_act']!r} is not one of {', '.join(_ACTIVATIONS)}")
-    if hf.get("quantization_config"):
-        method = hf["quantization_config"].get("quant_method", "unknown")
-        raise ValueError(
-            f"config.json: quantization_config ({method}): quantised checkpoints are not in this version; "
-            "use the model's 16-bit release"
-        )
     head_dim = hf.get("head_dim") or hf["hidden_size"] // heads
 
     def switch(where: str | bool) -> bool:

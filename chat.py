@@ -21,6 +21,7 @@ import torch
 
 import config as configuration
 import kernels
+import quant
 from checkpoint import DTYPES
 from data import DataOptions
 from generate import TextStream, split_stop_words
@@ -29,6 +30,7 @@ from inference import find_source, load_source
 from lora import LoraOptions
 from model import Decoder, KVCache, lay_out_for_decoding
 from optim import OptimOptions
+from quant import QuantOptions
 from runs import TrainOptions
 from sampling import GenerateOptions
 from templates import Message, TemplateOptions, encode_dialogue
@@ -45,7 +47,7 @@ class ChatOptions:
     device: Annotated[Literal["auto", "cpu", "cuda"], "auto = a GPU if there is one"] = "auto"
 
 
-SECTIONS = [ModelOptions, TemplateOptions, GenerateOptions, ChatOptions]
+SECTIONS = [ModelOptions, QuantOptions, TemplateOptions, GenerateOptions, ChatOptions]
 
 
 def main(argv: list[str]) -> int:
@@ -88,7 +90,8 @@ def open_conversation(config: configuration.Config) -> "Conversation":
     source = find_source(config[ModelOptions], config[TemplateOptions], given)
     for notice in source.notices:
         _say(f"note: {notice}")
-    model, tokenizer, template = load_source(source, DTYPES.get(config[ModelOptions].infer_dtype), device)
+    dtype, quantization = DTYPES.get(config[ModelOptions].infer_dtype), quant.from_options(config[QuantOptions])
+    model, tokenizer, template = load_source(source, dtype, device, quantization)
     kernels.require_attention(config[ModelOptions].flash_attn, device, model.embed_tokens.weight.dtype)
     model.flash_attn = config[ModelOptions].flash_attn
     lay_out_for_decoding(model)

@@ -1,9 +1,10 @@
 """Reading and writing models in the Hugging Face layout, and what a run trained.
 
 Loading is strict: every tensor of the model is set exactly once and every tensor of the files is used or named in a
-drop rule (architectures.py). Tensors stream one at a time from the memory-mapped file -> cast -> device, so the host
-never holds a second copy of the model. The files themselves: tensor_files.py; adapters: adapter_files.py; downloads:
-hub.py. Their public names can be had from here too.
+drop rule (architectures.py). Tensors stream one at a time from the memory-mapped file -> cast or quantise -> device, so
+the host never holds a second copy of the model. Linears that are quantised in the files are put together from their
+parts on the way (quant/). The files themselves: tensor_files.py; adapters: adapter_files.py; downloads: hub.py. Their
+public names can be had from here too.
 
     model = load_model("models/SmolLM2-135M-Instruct", dtype=torch.bfloat16)
     save_model(model, "out", source_folder="models/SmolLM2-135M-Instruct", shard_gigabytes=5)
@@ -14,7 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
+import quant
 from adapter_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -32,9 +35,18 @@ from adapter_files import (
 )
 from architectures import ModelConfig, config_from_hf, from_hf_name, scale_rope, to_hf_name
 from hub import ModelOptions, resolve_adapters, resolve_model
-from lora import lora_layers
+from lora import lora_layers, replace_module
 from model import Decoder, initialize_weights
-from tensor_files import read_json, staged, stream_tensors, weight_files, write_json, write_shards
+from quant import Format, QuantLinear
+from tensor_files import (
+    read_json,
+    staged,
+    stream_tensors,
+    tensor_names,
+    weight_files,
+    write_json,
+    write_shards,
+)
 
 __all__ = [
     "ADAPTER_CONFIG",
@@ -65,6 +77,7 @@ __all__ = [
     "set_parameter",
     "split_adapter_name",
     "stream_tensors",
+    "stream_weights",
     "weight_files",
     "write_model_json",
     "write_shards",
@@ -112,21 +125,69 @@ def load_model(
     device: str | torch.device = "cpu",
     rope_scaling: str | None = None,
     cutoff_len: int | None = None,
+    quantization: Format | None = None,
 ) -> Decoder:
     """The decoder in this folder with weights in `dtype` (None = the checkpoint's own) on `device`, in eval mode.
 
-    rope_scaling, cutoff_len: see architectures.scale_rope. Raises ValueError for missing, extra, misshapen tensors.
+    quantization: quantise the linears of the blocks while they are read; `dtype` is then that of the values they stand
+    for. A checkpoint that is quantised stays in its format. rope_scaling, cutoff_len: see architectures.scale_rope.
+    Raises ValueError for missing, extra, misshapen tensors, and for quantising what is quantised.
     """
     config = load_config(folder)
     if rope_scaling:
         config = scale_rope(config, rope_scaling, cutoff_len)
     dtype = dtype or checkpoint_dtype(config)
+    if quantization is not None:
+        refuse_second_quantisation(config, folder)
     model = Decoder(config, dtype=dtype, device="meta")
-    known = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    inside = [name for name, module in model.layers.named_modules(prefix="layers") if isinstance(module, nn.Linear)]
+    biases: dict[str, Tensor] = {}
+    for name, value in stream_weights(folder, config, dtype):
+        owner = name.rpartition(".")[0]
+        if isinstance(value, QuantLinear):
+            replace_module(model, name, value.to(device))
+        elif quantization is not None and owner in inside and name.endswith(".bias"):
+            biases[owner] = _own(value, dtype, device)
+        elif quantization is not None and owner in inside:
+            layer = quantization.quantise(value.to(device), None, dtype)
+            replace_module(model, owner, layer)
+        else:
+            set_parameter(model, name, nn.Parameter(_own(value, dtype, device)))
+    for name, bias in biases.items():
+        model.get_submodule(name).bias = nn.Parameter(bias, requires_grad=False)
+    return model.eval()
+
+
+def refuse_second_quantisation(config: ModelConfig, folder: str | Path) -> None:
+    """Raises ValueError if the checkpoint is quantised already."""
+    if config.hf.get("quantization_config"):
+        method = config.hf["quantization_config"].get("quant_method")
+        raise ValueError(f"quantization_bit: {folder} is quantised already ({method}); drop quantization_bit")
+
+
+def stream_weights(
+    folder: str | Path, config: ModelConfig, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor | QuantLinear]]:
+    """(our name, tensor) of every parameter in the folder's files; (our name of the linear, layer) of every linear that
+    is quantised there, as each is complete. Tensors lean on the mapped file, layers do not; `dtype` is that of the
+    values that layers stand for.
+
+    Raises ValueError naming file and tensor for missing, extra and misshapen ones.
+    """
+    skeleton = Decoder(config, device="meta")
+    known = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
+    packed = _Packed(folder, config, known, dtype)
     missing = dict(known)
+    for name in packed.waiting:
+        missing = {key: shape for key, shape in missing.items() if key.rpartition(".")[0] != name}
     for file, hf_name, tensor in stream_tensors(folder):
         name = from_hf_name(config, hf_name)
         if name is None:
+            continue
+        if (owner := packed.owner(name)) is not None:
+            layer = packed.add(owner, name, tensor, file)
+            if layer is not None:
+                yield owner, layer
             continue
         if name not in missing:
             fault = "stands twice in the files" if name in known else "has no place in the model of config.json"
@@ -136,13 +197,75 @@ def load_model(
             found = tuple(tensor.shape)
             raise ValueError(f"{file}: tensor {hf_name} has shape {found}, config.json asks for {expected}")
         if not tensor.is_floating_point():
-            raise ValueError(f"{file}: tensor {hf_name} is {tensor.dtype}; quantised files are not in this version")
-        set_parameter(model, name, torch.nn.Parameter(_own(tensor, dtype, device)))
+            raise ValueError(
+                f"{file}: tensor {hf_name} is {tensor.dtype}, not floating point; config.json says nothing of a "
+                "quantised model (quantization_config), or not of this tensor"
+            )
+        yield name, tensor
+    missing |= {f"{name}.{part}": () for name, parts in packed.waiting.items() for part in parts}
     if missing:
         names = [to_hf_name(config, name) for name in missing]
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
         raise ValueError(f"{folder}: tensors missing from the safetensors files: {', '.join(names[:4])}{more}")
-    return model.eval()
+
+
+class _Packed:
+    """The linears that a folder's files hold in a quantised format: collects the tensors of each until it has all.
+
+    waiting: our name of the linear -> the parts of its tensors' names that are still to come.
+    """
+
+    def __init__(self, folder: str | Path, config: ModelConfig, known: dict[str, tuple[int, ...]], dtype: torch.dtype):
+        self.config, self.known, self.dtype = config, known, dtype
+        self.waiting: dict[str, set[str]] = {}
+        self._held: dict[str, dict[str, Tensor]] = {}
+        settings = config.hf.get("quantization_config")
+        self.format = quant.from_config(settings) if settings else None
+        if self.format is None:
+            return
+        linears = [name.removesuffix(".weight") for name, shape in known.items() if len(shape) == 2]
+        names = [from_hf_name(config, name) for name in tensor_names(folder)]
+        marked = {name.removesuffix(f".{self.format.marker}") for name in names if name is not None}
+        self.waiting = {name: set() for name in linears if name in marked}
+        for name in names:
+            owner = None if name is None else self.owner(name)
+            if owner is not None:
+                self.waiting[owner].add(name.removeprefix(f"{owner}."))
+
+    def owner(self, name: str) -> str | None:
+        """The quantised linear that this tensor (our name) is a part of."""
+        parts = name.split(".")
+        heads = (".".join(parts[:count]) for count in range(1, len(parts)))
+        return next((head for head in heads if head in self.waiting), None)
+
+    def add(self, owner: str, name: str, tensor: Tensor, file: Path) -> QuantLinear | None:
+        """Take one tensor; the layer if it was the last one."""
+        part = name.removeprefix(f"{owner}.")
+        if part not in self.waiting[owner]:
+            raise ValueError(f"{file}: tensor {to_hf_name(self.config, name)} stands twice in the files")
+        self.waiting[owner].remove(part)
+        held = self._held.setdefault(owner, {})
+        held[part] = tensor
+        if self.waiting[owner]:
+            return None
+        del self._held[owner]
+        bias = self._bias(owner, held, file)
+        try:
+            return self.format.read(held, self.known[f"{owner}.weight"], bias, self.dtype)
+        except ValueError as error:
+            raise ValueError(f"{file}: tensor {to_hf_name(self.config, owner)}.{error}") from error
+
+    def _bias(self, owner: str, held: dict[str, Tensor], file: Path) -> Tensor | None:
+        bias, expected = held.pop("bias", None), self.known.get(f"{owner}.bias")
+        if bias is None and expected is None:
+            return None
+        found = None if bias is None else tuple(bias.shape)
+        if expected is None and found is not None and not bias.any():
+            return None  # some quantisers write a bias of zeros for every linear
+        if found != expected:
+            wanted = f"shape {expected}" if expected else "none"
+            raise ValueError(f"{file}: tensor {to_hf_name(self.config, owner)}.bias: {found}, expected {wanted}")
+        return bias
 
 
 def random_model(folder: str | Path, dtype: torch.dtype, device: str | torch.device, seed: int) -> Decoder:
@@ -152,13 +275,13 @@ def random_model(folder: str | Path, dtype: torch.dtype, device: str | torch.dev
     return model.eval()
 
 
-def set_parameter(model: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> None:
+def set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
     """Put a parameter in the place of the one with this dotted name."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, parameter)
 
 
-def _own(tensor: torch.Tensor, dtype: torch.dtype, device) -> torch.Tensor:
+def _own(tensor: Tensor, dtype: torch.dtype, device) -> Tensor:
     """A tensor that does not lean on the mapped file: training in place must not write there, files may vanish."""
     moved = tensor.to(device=device, dtype=dtype)
     return moved.clone() if moved.data_ptr() == tensor.data_ptr() else moved
@@ -172,32 +295,50 @@ def save_model(
 ) -> None:
     """Write the decoder in Hugging Face layout: shards, index, config.json, and the source's tokenizer files.
 
-    Adapters are merged on the way. A model that stands in `folder` stays until the new one is written.
+    Quantised linears are written in their format's layout, adapters are merged on the way (into 16 bit where the base
+    is quantised). A model that stands in `folder` stays until the new one is written.
     """
     with staged(folder) as staging:
         tensors = ((to_hf_name(model.config, name), tensor) for name, tensor in model_tensors(model))
-        dtype = write_shards(staging, tensors, shard_gigabytes)
-        write_model_json(staging, model.config.hf, dtype)
+        write_shards(staging, tensors, shard_gigabytes)
+        write_model_json(staging, model.config.hf, model.embed_tokens.weight.dtype, model_format(model))
         if source_folder is not None:
             copy_side_files(Path(source_folder), staging)
 
 
-def model_tensors(model: Decoder) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of a decoder without adapters; with adapters every linear's merged weight, in the base's dtype."""
+def model_tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of a decoder: parameters, the parts of quantised linears; with adapters every linear's merged
+    weight, in the base's dtype."""
     layers = lora_layers(model)
+    inside = tuple(f"{name}." for name in layers)
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear) and not name.startswith(inside):
+            yield from ((f"{name}.{part}", tensor) for part, tensor in module.tensors().items())
     for name, parameter in model.named_parameters():
-        owner = next((layer for layer in layers if name.startswith(layer + ".")), None)
-        if owner is None:
+        if not name.startswith(inside):
             yield name, parameter.detach()
-        elif name == f"{owner}.base.weight":
-            yield f"{owner}.weight", layers[owner].merged_weight().to(parameter.dtype)
-        elif name == f"{owner}.base.bias":
-            yield f"{owner}.bias", parameter.detach()
+    for name, layer in layers.items():
+        base = layer.base
+        dtype = base.dtype if isinstance(base, QuantLinear) else base.weight.dtype
+        yield f"{name}.weight", layer.merged_weight().to(dtype)
+        if base.bias is not None:
+            yield f"{name}.bias", base.bias.detach()
 
 
-def write_model_json(folder: str | Path, hf: dict, dtype: torch.dtype) -> None:
-    """config.json with the dtype of the weights, under the older key too where the source had it."""
+def model_format(model: Decoder) -> Format | None:
+    """The format of the quantised linears that model_tensors gives; None if it gives none."""
+    inside = tuple(f"{name}." for name in lora_layers(model))
+    packed = [m for name, m in model.named_modules() if isinstance(m, QuantLinear) and not name.startswith(inside)]
+    return packed[0].format if packed else None
+
+
+def write_model_json(folder: str | Path, hf: dict, dtype: torch.dtype, quantization: Format | None = None) -> None:
+    """config.json with the dtype of the weights, under the older key too where the source had it, and how they are
+    quantised."""
     name = str(dtype).removeprefix("torch.")
+    hf = {key: value for key, value in hf.items() if key != "quantization_config"}
+    if quantization is not None:
+        hf["quantization_config"] = quantization.config()
     older = {"torch_dtype": name} if "torch_dtype" in hf else {}
     write_json(Path(folder) / "config.json", {**hf, **older, "dtype": name})
 

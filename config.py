@@ -86,6 +86,7 @@ RENAMED_VALUES = {
     "lora_target": {"ALL": "all", "all-linear": "all"},
     "eval_strategy": {"false": "no", "none": "no"},
     "save_strategy": {"false": "no", "none": "no"},
+    "quantization_method": {"bnb": "bitsandbytes"},
     "infer_dtype": {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"},
     "flash_attn": {
         "eager": "disabled",
@@ -132,9 +133,8 @@ HARMLESS = {
 # part that this version does not have -> its keys (shell patterns), each with further values that switch it
 # off; null, false, none, no and 0 always do. A default of the other systems is off too: files spell it out.
 NOT_YET = {
-    "quantised base models (QLoRA)": """
-        quantization_bit=16,32 quantization_method=bnb,bitsandbytes quantization_type=nf4
-        double_quantization=true quantization_device_map fp8 fp8_*=auto""",
+    "8-bit floating point": "fp8 fp8_*=auto",
+    "spreading a quantised model over several devices": "quantization_device_map",
     "the rm, dpo, kto and orpo stages": """
         pref_beta=0.1 pref_loss=sigmoid pref_ftx pref_bco_weight dpo_label_smoothing orpo_beta=0.1
         kto_*=1.0 simpo_gamma=0.5 ld_alpha ref_model ref_model_*""",

@@ -31,6 +31,7 @@ from inference import Source, check_tokenizer, find_source, scaled_config
 from lora import LoraLinear, LoraOptions
 from model import Decoder
 from optim import OptimOptions
+from quant import QuantOptions
 from runs import TrainOptions
 from templates import TemplateOptions, get_template
 from tensor_files import stream_tensors, write_shards
@@ -70,7 +71,8 @@ def main(argv: list[str]) -> int:
             SECTIONS,
             program="export.py",
             description=__doc__.splitlines()[0],
-            other_sections=[TrainOptions, DataOptions, LoraOptions, OptimOptions],  # training files can be read too
+            # training files can be read too
+            other_sections=[TrainOptions, QuantOptions, DataOptions, LoraOptions, OptimOptions],
         )
         for notice in config.notices:
             print(f"note: {notice}")

@@ -20,6 +20,7 @@ from architectures import ModelConfig, scale_rope
 from checkpoint import load_config, load_model
 from hub import ModelOptions, resolve_adapters, resolve_model
 from model import Decoder
+from quant import Format
 from runs import RUN_CONFIG
 from templates import TemplateOptions, get_template
 from tensor_files import read_json
@@ -75,7 +76,9 @@ def find_source(model: ModelOptions, template: TemplateOptions, given: Container
     return Source(base, tuple(expanded), tokenizer, template, scaling, cutoff_len, tuple(notices))
 
 
-def load_source(source: Source, dtype: torch.dtype | None, device: str) -> tuple[Decoder, Tokenizer, object]:
+def load_source(
+    source: Source, dtype: torch.dtype | None, device: str, quantization: Format | None = None
+) -> tuple[Decoder, Tokenizer, object]:
     """Model with its adapters merged, tokenizer, chat template. dtype None = the checkpoint's."""
     # cheap mistakes come first
     config = load_config(source.base)
@@ -83,7 +86,7 @@ def load_source(source: Source, dtype: torch.dtype | None, device: str) -> tuple
     check_tokenizer(tokenizer, config, source)
     options = source.template
     template = get_template(options.template, tokenizer.chat_template, options.default_system)
-    model = load_model(source.base, dtype, device, source.rope_scaling, source.cutoff_len)
+    model = load_model(source.base, dtype, device, source.rope_scaling, source.cutoff_len, quantization)
     merge_adapters(model, source.adapters)
     return model, tokenizer, template
 

@@ -129,6 +129,10 @@ class LoraLinear(nn.Module):
             return self._dora(x)
         if self._one_kernel_serves(x):
             return self._kernel(x, self.base.bias)
+        if hasattr(self.base, "few_rows") and not (self.training and self.dropout_probability > 0):
+            result = self.base.few_rows(x, self.lora_a, self.lora_b, self.scale)
+            if result is not None:
+                return result
         result = self.base(x)
         return result + self._delta(self._dropout(x)).to(result.dtype)
 

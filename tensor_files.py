@@ -45,6 +45,18 @@ def stream_tensors(folder: str | Path) -> Iterator[tuple[Path, str, torch.Tensor
             yield path, name, tensor
 
 
+def tensor_names(folder: str | Path) -> list[str]:
+    """Names of all tensors in the folder's safetensors files; no tensor is read."""
+    names = []
+    for path in weight_files(Path(folder)):
+        try:
+            with safe_open(path, framework="pt") as file:
+                names += file.keys()
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a complete safetensors file ({error}); fetch it again") from error
+    return names
+
+
 def file_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of every tensor in one safetensors file; ValueError if it is damaged."""
     try:

@@ -30,6 +30,7 @@ import memory
 import monitor
 import optim
 import parallel
+import quant
 import runs
 from batches import ROW_MULTIPLE, Batch, BatchLoader, StreamingLoader
 from checkpoint import (
@@ -52,6 +53,7 @@ from objectives import STAGES
 from optim import OptimOptions
 from parallel import World
 from prefetch import ahead
+from quant import QuantOptions
 from runs import Progress, StopRun, TrainOptions
 from sources import HubAccess
 from templates import TemplateOptions, get_template
@@ -93,7 +95,7 @@ class Run:
         return patience is not None and self.progress.stale_evaluations >= patience
 
 
-SECTIONS = [TrainOptions, ModelOptions, DataOptions, TemplateOptions, LoraOptions, OptimOptions]
+SECTIONS = [TrainOptions, ModelOptions, QuantOptions, DataOptions, TemplateOptions, LoraOptions, OptimOptions]
 
 
 def main(argv: list[str]) -> int:
@@ -301,7 +303,8 @@ def build_model(config: configuration.Config, source: Path, world: World) -> Dec
     else:
         scaling = None if model_options.rope_scaling == "none" else model_options.rope_scaling
         cutoff_len = config[DataOptions].cutoff_len
-        model = load_model(source, frozen, world.device, scaling, cutoff_len)
+        quantization = quant.from_options(config[QuantOptions])
+        model = load_model(source, frozen, world.device, scaling, cutoff_len, quantization)
     generator = torch.Generator().manual_seed(options.seed)
     prepare_adapters(model, resolve_adapters(model_options), lora_options, generator, trained)
     for parameter in model.parameters():

@@ -28,7 +28,7 @@ from kernels.linear import matmul_transposed
 class Part(NamedTuple):
     """One linear of several with the same input."""
 
-    weight: Any  # (out, in) tensor, frozen; or something with dequantize() -> (out, in)
+    weight: Any  # (out, in) tensor, frozen; or a quantised layer: out_features, in_features, device, dequantize(out=)
     bias: Tensor | None  # (out,), frozen
     lora_a: Tensor | None  # (R, in); None: no adapter
     lora_b: Tensor | None  # (out, R)
@@ -37,7 +37,7 @@ class Part(NamedTuple):
 
 def lora_linear_reference(x, weight, bias, lora_a, lora_b, scale: float) -> Tensor:
     """x (T, in), weight (out, in), bias (out,) or None, lora_a (R, in), lora_b (out, R) -> (T, out) in x's dtype."""
-    weight = _dense(weight).to(x.dtype)
+    weight = _dense(weight, x.dtype)
     result = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
     if lora_a is None:
         return result
@@ -68,8 +68,19 @@ def lora_linears(x: Tensor, parts: list[Part]) -> list[Tensor]:
     return list(_LoraLinears.apply(x, tuple(others), *tensors))
 
 
-def _dense(weight) -> Tensor:
-    return weight if isinstance(weight, Tensor) else weight.dequantize()
+_shared: dict[tuple[torch.device, torch.dtype], Tensor] = {}  # the one buffer for dense weights, by its kind
+
+
+def _dense(weight, dtype: torch.dtype) -> Tensor:
+    """The weight (out, in) in `dtype`. A quantised one stands in the shared buffer, until the next call."""
+    if isinstance(weight, Tensor):
+        return weight.to(dtype)
+    size, key = weight.out_features * weight.in_features, (weight.device, dtype)
+    if key not in _shared or _shared[key].numel() < size:
+        _shared.pop(key, None)  # the smaller one goes before the larger one comes
+        with torch.inference_mode(False):
+            _shared[key] = torch.empty(size, dtype=dtype, device=weight.device)
+    return weight.dequantize(out=_shared[key][:size].view(weight.out_features, weight.in_features))
 
 
 def _branch_first(device: torch.device) -> bool:
@@ -162,16 +173,16 @@ def _forward(x: Tensor, part: Part, merged: bool, low: Tensor | None) -> Tensor:
     if merged:
         result = matmul_transposed(x, _updated(part))
     elif low is None:
-        result = matmul_transposed(x, _dense(part.weight).to(x.dtype))
+        result = matmul_transposed(x, _dense(part.weight, x.dtype))
     elif _branch_first(x.device):
         lora_b = part.lora_b.to(x.dtype)
         if bias is None:
             result = _scaled_product(low, lora_b.T, part.scale, x.new_empty(x.shape[0], lora_b.shape[0]))
         else:
             result = torch.addmm(bias, low, lora_b.T, alpha=part.scale)
-        return result.addmm_(x, _dense(part.weight).to(x.dtype).T)
+        return result.addmm_(x, _dense(part.weight, x.dtype).T)
     else:
-        result = matmul_transposed(x, _dense(part.weight).to(x.dtype))
+        result = matmul_transposed(x, _dense(part.weight, x.dtype))
         result.addmm_(low, part.lora_b.to(x.dtype).T, alpha=part.scale)
     return result if bias is None else result.add_(bias)
 
@@ -200,7 +211,7 @@ def _grad_x(x, grads, parts: list[Part], merged: list[bool], stacked, grad_low) 
     if branch_first:
         total = grad_low @ stacked
     for part, grad, one in zip(parts, grads, merged):
-        weight = _updated(part) if one else _dense(part.weight).to(x.dtype)  # (out, in)
+        weight = _updated(part) if one else _dense(part.weight, x.dtype)  # (out, in)
         if total is None:
             total = matmul_transposed(grad, weight.T)
         elif x.device.type == "cpu" and x.dtype is torch.float32:

@@ -205,7 +205,7 @@ def _no_weights(folder):
         (_tensors_missing, "missing from the safetensors files: model.layers.0.mlp.up_proj.bias.*model.layers.2"),
         (_tensor_extra, "model.layers.3.mlp.up_proj.bias has no place in the model of config.json"),
         (_tensor_misshapen, r"lm_head.weight has shape \(130, 60\), config.json asks for \(131, 60\)"),
-        (_tensor_of_integers, "lm_head.weight is torch.int8; quantised"),
+        (_tensor_of_integers, "lm_head.weight is torch.int8, not floating"),
         (_no_config, "config.json: file not found; is .* a complete model"),
         (_config_cut_off, "config.json: not JSON"),
         (_config_of_a_list, "config.json: holds a list, expected an object"),

@@ -556,7 +556,7 @@ def test_alias_without_its_key_in_this_script():
 
 @pytest.mark.parametrize(
     "word",
-    ["quantization_bit=4", "pref_beta=0.2", "dpo_beta=0.3", "ppo_epochs=2", "reward_model=x",
+    ["pref_beta=0.2", "dpo_beta=0.3", "ppo_epochs=2", "reward_model=x",
      "use_galore=true", "use_badam=yes", "loraplus_lr_ratio=16", "use_llama_pro=true",
      "mixture_of_depths=convert", "shift_attn=true", "deepspeed=ds_z3.json", "deepspeed_config_path=ds.json",
      "vllm_maxlen=100", "infer_backend=vllm",
@@ -573,9 +573,9 @@ def test_parts_that_this_version_lacks(word):
 
 @pytest.mark.parametrize(
     "word",
-    ["quantization_bit=null", "quantization_bit=0", "pref_beta=0.1", "pref_beta=1e-1", "dpo_loss=sigmoid",
+    ["pref_beta=0.1", "pref_beta=1e-1", "dpo_loss=sigmoid",
      "ppo_target=6.0", "use_galore=False", "deepspeed=null", "vllm_maxlen=4096", "infer_backend=huggingface",
-     "double_quantization=true", "badam_switch_block_every=50", "num_beams=1", "galore_scale=2.0", "fsdp=",
+     "badam_switch_block_every=50", "num_beams=1", "galore_scale=2.0", "fsdp=",
      "loraplus_lr_embedding=1e-6", "reward_model_type=lora"],
 )  # fmt: skip
 def test_parts_that_this_version_lacks_may_be_switched_off(word):

@@ -28,6 +28,7 @@ LAYERS = {
     "gguf_tokenizer": 0,
     "hub": 0,
     "tensor_files": 0,
+    "quant": 1,
     "optim": 1,
     "templates": 1,
     "sources": 1,
@@ -72,10 +73,12 @@ KERNEL_LAYERS = {  # within kernels/: the operations know at most each other's p
     "flash_attention": 3,
     "__init__": 4,
 }
+QUANT_LAYERS = {"linear": 0, "nf4": 1, "__init__": 2}  # within quant/: no format knows another
+INSIDE = {"kernels": KERNEL_LAYERS, "quant": QUANT_LAYERS}  # folders that are one part, and their own layers
 ORACLES = {"transformers", "peft", "trl", "accelerate", "deepspeed"}  # for tests/ and bench/ only
 ONLY_IN = {"gguf": {"import_gguf.py", "gguf_tokenizer.py"}}
 PICKLES = {"pickle", "cPickle", "dill", "joblib", "cloudpickle", "marshal", "shelve"}
-FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("kernels/*.py")])
+FILES = sorted([*ROOT.glob("*.py"), *(path for folder in INSIDE for path in ROOT.glob(f"{folder}/*.py"))])
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 
 
@@ -102,20 +105,21 @@ def calls(tree):
 
 
 def test_every_file_has_a_layer_and_every_layer_a_file():
-    modules = {path.stem for path in ROOT.glob("*.py")} | {"kernels"}
+    modules = {path.stem for path in ROOT.glob("*.py")} | set(INSIDE)
     assert modules == set(LAYERS), "add the new file to LAYERS, or take the old one out"
-    assert {path.stem for path in ROOT.glob("kernels/*.py")} == set(KERNEL_LAYERS)
+    for folder, layers in INSIDE.items():
+        assert {path.stem for path in ROOT.glob(f"{folder}/*.py")} == set(layers)
 
 
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
 def test_a_file_imports_only_from_lower_layers(path):
-    inside = path.parent.name == "kernels"
-    own = LAYERS["kernels" if inside else path.stem]
+    folder = path.parent.name if path.parent.name in INSIDE else None
+    own = LAYERS[folder or path.stem]
     for name in imports(tree_of(path)):
         first, *rest = name.split(".")
-        if first == "kernels" and inside:
-            if rest and rest[0] in KERNEL_LAYERS:
-                assert KERNEL_LAYERS[rest[0]] < KERNEL_LAYERS[path.stem], f"imports {name}"
+        if first == folder:
+            if rest and rest[0] in INSIDE[folder]:
+                assert INSIDE[folder][rest[0]] < INSIDE[folder][path.stem], f"imports {name}"
         elif first in LAYERS:
             assert LAYERS[first] < own, f"layer {own} imports {name} of layer {LAYERS[first]}"
         assert first not in ("tests", "bench")

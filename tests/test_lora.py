@@ -12,6 +12,7 @@ import lora
 from architectures import config_from_hf
 from lora import LoraLinear, LoraOptions
 from model import Decoder, initialize_weights
+from quant import QuantLinear
 from recompute import Plan
 
 KINDS = [
@@ -34,20 +35,16 @@ class Net(nn.Module):
         return self.o_proj(torch.tanh(self.q_proj(x)))
 
 
-class Packed(nn.Module):
-    """A stand-in for a quantised linear: integers and a scale in buffers, no `weight`."""
+class Packed(QuantLinear):
+    """The simplest quantised linear: integers and one scale."""
 
     def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        bias = None if linear.bias is None else linear.bias.detach().clone()
+        super().__init__(linear.out_features, linear.in_features, bias, torch.float32)
         self.register_buffer("codes", (linear.weight.detach() * 64).round().to(torch.int8))
-        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone())
 
-    def dequantize(self):
-        return self.codes.float() / 64
-
-    def forward(self, x):
-        return nn.functional.linear(x, self.dequantize().to(x.dtype), self.bias)
+    def fill(self, out):
+        out.copy_(self.codes.float() / 64)
 
 
 def decoder(tied: bool = False, layers: int = 3) -> Decoder:

@@ -212,7 +212,6 @@ def test_neftune_noise_is_bounded_by_segment_length_and_off_in_eval():
         ({"num_key_value_heads": 4}, "not a multiple"),
         ({"hidden_act": "swoosh"}, "hidden_act 'swoosh'"),
         ({"rope_parameters": {"rope_type": "spiral"}}, "rope type 'spiral'"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
     ],
 )
 def test_a_config_that_does_not_fit_names_the_key(change, message):

@@ -1,0 +1,46 @@
+"""Quantised base layers: which formats there are, and which one the options or a checkpoint ask for.
+
+    quantization = quant.from_options(QuantOptions(quantization_bit=4))          # quantise 16-bit weights on loading
+    quantization = quant.from_config(hf["quantization_config"])                  # a checkpoint that is quantised
+    layer = quantization.quantise(weight, bias, torch.bfloat16)                  # stands in the place of nn.Linear
+    layer.dequantize()                                                           # (out, in)
+
+One file per format: nf4 (and fp4). Adding one: a file with a Format and a QuantLinear (quant/linear.py says what they
+are), and a line in METHODS or from_options below.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from quant.linear import FEW_ROWS, Format, QuantLinear
+from quant.nf4 import NF4Format
+
+__all__ = ["FEW_ROWS", "Format", "QuantLinear", "QuantOptions", "from_config", "from_options"]
+
+
+@dataclass(frozen=True)
+class QuantOptions:
+    quantization_bit: Annotated[int | None, "quantise the base model to this many bits while it is read"] = None
+    quantization_method: Annotated[
+        Literal["bitsandbytes"], "how: bitsandbytes = nf4 or fp4 (4 bits)"
+    ] = "bitsandbytes"
+    quantization_type: Annotated[Literal["nf4", "fp4"], "levels of the 4-bit codes"] = "nf4"
+    double_quantization: Annotated[bool, "hold the scales of 4-bit blocks in 8 bits too"] = True
+
+    def __post_init__(self):
+        from_options(self)  # refuses what cannot be, before anything is read
+
+
+def from_options(options: QuantOptions) -> Format | None:
+    """The format that the options ask for, None for a model that is not quantised. Raises ValueError."""
+    if options.quantization_bit in (None, 0, 16, 32):
+        return None
+    if options.quantization_bit != 4:
+        raise ValueError(f"quantization_bit: {options.quantization_bit}; {options.quantization_method} has 4")
+    return NF4Format(options.quantization_type, options.double_quantization)
+
+
+def from_config(settings: dict) -> Format:
+    """The format of a checkpoint with this quantization_config. Raises ValueError naming the key."""
+    method = settings.get("quant_method", "unknown")
+    raise ValueError(f"config.json: quantization_config.quant_method {method!r} is not known; use a 16-bit release")

@@ -1,0 +1,134 @@
+"""What every quantised linear layer is, whatever its format, and what a format is.
+
+A layer stands in the place of an nn.Linear: in_features, out_features, bias, forward; and dequantize(), which is all
+that adapters, merges and exports ask of it. Its numbers are buffers, so that no cast of parameters touches them, and
+`dtype` is that of the values it stands for. A product for training writes the dense weight into one buffer that all
+layers share, uses it and forgets it, forward and once more in the backward pass: it is never saved.
+
+A format is what the layers of one model have in common: how they are made from 16-bit weights or from a checkpoint's
+tensors, and what config.json says of them. Each file of this folder has one of each.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+import kernels
+
+FEW_ROWS = 16  # up to here a product reads the codes themselves, where a kernel for that exists
+
+
+class QuantLinear(nn.Module):
+    """A frozen linear layer whose weight (out, in) is held in another form than numbers one by one.
+
+    bias (out,) or None stays a parameter in `dtype`. A format implements `fill` and `tensors`; `from_codes`
+    where it can.
+    """
+
+    def __init__(self, out_features: int, in_features: int, bias: Tensor | None, dtype: torch.dtype):
+        super().__init__()
+        self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
+        self.bias = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)
+
+    def fill(self, out: Tensor) -> None:
+        """Write the weight that the codes stand for into out (out, in), computed in fp32 and rounded to its dtype."""
+        raise NotImplementedError
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of this layer beside the bias, by the part of the name after the module's."""
+        raise NotImplementedError
+
+    def from_codes(self, x: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scale: float) -> Tensor | None:
+        """few_rows of the rows that it serves; None where this format has no faster way than the dense weight."""
+        return None
+
+    def few_rows(
+        self, x: Tensor, lora_a: Tensor | None = None, lora_b: Tensor | None = None, scale: float = 0.0
+    ) -> Tensor | None:
+        """x (T, in) with T <= FEW_ROWS -> x W^T + bias + scale (x A^T) B^T (T, out), straight from the codes.
+
+        None where a gradient may be asked for, for more rows, and where the dense weight is the faster way.
+        """
+        if torch.is_grad_enabled() or x.dim() != 2 or x.shape[0] > FEW_ROWS:
+            return None
+        return self.from_codes(x, lora_a, lora_b, scale)
+
+    def dequantize(self, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
+        """The weight (out, in) in `dtype` (None: self.dtype); written into `out` if that is given."""
+        if out is None:
+            shape = (self.out_features, self.in_features)
+            out = torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+        with torch.no_grad():
+            self.fill(out)
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out) in x's dtype; gradient for x alone."""
+        rows = x.reshape(-1, self.in_features)
+        result = self.few_rows(rows)
+        if result is None:
+            result = kernels.lora_linear(rows, self, self.bias, None, None, 0.0)
+        return result.view(*x.shape[:-1], self.out_features)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.buffers()).device
+
+    @property
+    def storage_bytes(self) -> int:
+        """Bytes of the codes and all that belongs to them; without the bias."""
+        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.storage_bytes / (self.in_features * self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"in={self.in_features}, out={self.out_features}, {self.bits_per_weight:.3f} bits a weight"
+
+
+@dataclass(frozen=True)
+class Format:
+    """The settings that all quantised layers of a model share. Equal settings are equal formats.
+
+    method   config.json's quantization_config.quant_method
+    marker   the part of a tensor's name, after the module's, that only a layer of this format has in a checkpoint
+    """
+
+    method: ClassVar[str]
+    marker: ClassVar[str]
+
+    def quantise(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> QuantLinear:
+        """A layer from the dense weight (out, in), on its device; dtype is that of the values. ValueError if it
+        cannot be."""
+        raise ValueError(f"quantization_method: {self.method} needs a checkpoint that is quantised already")
+
+    def read(
+        self, tensors: dict[str, Tensor], shape: tuple[int, int], bias: Tensor | None, dtype: torch.dtype
+    ) -> QuantLinear:
+        """A layer from a checkpoint's tensors (by the part of their names after the module's; they may lean on the
+        file) of a linear with weight shape (out, in). ValueError starts with the name of the tensor that is wrong."""
+        raise NotImplementedError
+
+    def config(self) -> dict:
+        """What transformers expects under quantization_config in config.json."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """A few words for the user: 'nf4, double quantisation'."""
+        raise NotImplementedError
+
+
+def take(tensors: dict[str, Tensor], name: str, shape: Iterable[int], dtypes: Iterable[torch.dtype]) -> Tensor:
+    """The tensor of this name, with this shape and one of these dtypes; ValueError says what was found instead."""
+    if name not in tensors:
+        raise ValueError(f"{name} is missing; the checkpoint is incomplete, fetch it again")
+    tensor, shape, dtypes = tensors[name], tuple(shape), tuple(dtypes)
+    if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        found = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+        raise ValueError(f"{name} is {found}; config.json asks for {wanted} {shape}")
+    return tensor
