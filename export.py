@@ -23,18 +23,18 @@ from torch import Tensor, nn
 
 import config as configuration
 from adapter_files import ADAPTER_PARTS, adapted_linear, read_adapter, whole_parameter
-from architectures import ModelConfig, from_hf_name, to_hf_name
-from checkpoint import DTYPES, checkpoint_dtype, copy_side_files, write_model_json
+from architectures import ModelConfig, to_hf_name
+from checkpoint import DTYPES, checkpoint_dtype, copy_side_files, stream_weights, write_model_json
 from data import DataOptions
 from hub import ModelOptions
 from inference import Source, check_tokenizer, find_source, scaled_config
 from lora import LoraLinear, LoraOptions
 from model import Decoder
 from optim import OptimOptions
-from quant import QuantOptions
+from quant import QuantLinear, QuantOptions
 from runs import TrainOptions
 from templates import TemplateOptions, get_template
-from tensor_files import stream_tensors, write_shards
+from tensor_files import write_shards
 from tokenizer import Tokenizer
 
 RECORD = "export_info.json"  # marks a folder as an export, which the next export to the same place may replace
@@ -213,7 +213,7 @@ class Adapter:
 
 
 class Merge:
-    """The base model's tensors with every adapter applied, one at a time."""
+    """The base model's dense tensors with every adapter applied, one at a time; a quantised base is dequantised."""
 
     def __init__(self, config: ModelConfig, adapters: list[Adapter], dtype: torch.dtype | None, device: str):
         self.config, self.adapters, self.dtype, self.device = config, adapters, dtype, device
@@ -228,31 +228,30 @@ class Merge:
         return numbers * (self.dtype or checkpoint_dtype(self.config)).itemsize
 
     def tensors(self, folder: Path) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, merged tensor on the CPU). Raises ValueError for missing, extra and misshapen tensors."""
-        missing = dict(self.shapes)
-        for file, hf_name, tensor in stream_tensors(folder):
-            name = from_hf_name(self.config, hf_name)
-            if name is None:
+        """(Hugging Face name, merged dense tensor on the CPU), whatever format the base is in. Raises ValueError for
+        missing, extra and misshapen tensors."""
+        for name, value in stream_weights(folder, self.config, checkpoint_dtype(self.config)):
+            if isinstance(value, QuantLinear):
+                yield from self._dequantised(name, value.to(self.device))
                 continue
-            if name not in missing:
-                fault = "stands twice in the files" if name in self.shapes else "has no place in this model"
-                raise ValueError(f"{file}: tensor {hf_name} {fault}")
-            shape = missing.pop(name)
-            if tuple(tensor.shape) != shape or not tensor.is_floating_point():
-                found = f"{tensor.dtype} {tuple(tensor.shape)}"
-                raise ValueError(f"{file}: tensor {hf_name} is {found}; config.json asks for numbers of shape {shape}")
-            yield to_hf_name(self.config, name), self._finished(name, tensor)
+            yield to_hf_name(self.config, name), self._finished(name, value, value.dtype)
             if self.unties and name == f"{EMBEDDING}.weight":
-                yield f"{HEAD}.weight", self._finished(f"{HEAD}.weight", tensor)
-        if missing:
-            first = to_hf_name(self.config, next(iter(missing)))
-            raise ValueError(f"{folder}: tensor {first} is missing from the safetensors files")
+                yield f"{HEAD}.weight", self._finished(f"{HEAD}.weight", value, value.dtype)
 
-    def _finished(self, name: str, tensor: Tensor) -> Tensor:
+    def _dequantised(self, module: str, layer: QuantLinear) -> Iterator[tuple[str, Tensor]]:
+        """A quantised linear's weight and bias. fp32 until the adapters are in, so that it is rounded once."""
+        weight = self._finished(f"{module}.weight", layer.dequantize(torch.float32), layer.dtype)
+        yield to_hf_name(self.config, f"{module}.weight"), weight
+        if layer.bias is not None:
+            bias = self._finished(f"{module}.bias", layer.bias.detach(), layer.dtype)
+            yield to_hf_name(self.config, f"{module}.bias"), bias
+
+    def _finished(self, name: str, tensor: Tensor, own: torch.dtype) -> Tensor:
+        """The tensor after all adapters, in the dtype asked for, or else in its own."""
         merged = tensor.to(self.device)
         for adapter in self.adapters:
             merged = adapter.apply(name, merged)
-        result = merged.to(self.dtype or tensor.dtype)
+        result = merged.to(self.dtype or own)
         if result.dtype is torch.float16 and not torch.isfinite(result).all() and torch.isfinite(merged).all():
             raise ValueError(f"infer_dtype: {name} holds numbers too large for float16; use bfloat16")
         return result.cpu()
