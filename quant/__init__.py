@@ -5,17 +5,22 @@
     layer = quantization.quantise(weight, bias, torch.bfloat16)                  # stands in the place of nn.Linear
     layer.dequantize()                                                           # (out, in)
 
-One file per format: nf4 (and fp4). Adding one: a file with a Format and a QuantLinear (quant/linear.py says what they
-are), and a line in METHODS or from_options below.
+One file per format: nf4 (and fp4), gptq. Adding one: a file with a Format and a QuantLinear (quant/linear.py says what
+they are), and a line in METHODS or from_options below.
 """
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from quant import gptq
 from quant.linear import FEW_ROWS, Format, QuantLinear
 from quant.nf4 import NF4Format
 
 __all__ = ["FEW_ROWS", "Format", "QuantLinear", "QuantOptions", "from_config", "from_options"]
+
+METHODS = {  # quant_method of config.json: quantization_config -> Format, ValueError starting with the key
+    "gptq": gptq.from_config,
+}
 
 
 @dataclass(frozen=True)
@@ -43,4 +48,11 @@ def from_options(options: QuantOptions) -> Format | None:
 def from_config(settings: dict) -> Format:
     """The format of a checkpoint with this quantization_config. Raises ValueError naming the key."""
     method = settings.get("quant_method", "unknown")
-    raise ValueError(f"config.json: quantization_config.quant_method {method!r} is not known; use a 16-bit release")
+    try:
+        if method not in METHODS:
+            raise ValueError(f"quant_method {method!r} is not known; use a 16-bit release")
+        return METHODS[method](settings)
+    except KeyError as error:
+        raise ValueError(f"config.json: quantization_config.{error.args[0]} is missing") from error
+    except ValueError as error:
+        raise ValueError(f"config.json: quantization_config.{error}") from error

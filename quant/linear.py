@@ -9,7 +9,7 @@ A format is what the layers of one model have in common: how they are made from 
 tensors, and what config.json says of them. Each file of this folder has one of each.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -132,3 +132,17 @@ def take(tensors: dict[str, Tensor], name: str, shape: Iterable[int], dtypes: It
         found = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
         raise ValueError(f"{name} is {found}; config.json asks for {wanted} {shape}")
     return tensor
+
+
+def refuse_others(tensors: Iterable[str], known: Iterable[str]) -> None:
+    """ValueError for a tensor that is no part of a layer of this format."""
+    for name in tensors:
+        if name not in known:
+            raise ValueError(f"{name} has no place in a layer that is quantised as config.json says")
+
+
+def row_chunks(out: Tensor) -> Iterator[slice]:
+    """Rows of out (out, in) to fill one after the other: what is computed between stays in a CPU's cache, and small
+    beside the weights on a GPU."""
+    size = max(1, (2**18 if out.device.type == "cpu" else 2**24) // out.shape[1])
+    return (slice(start, start + size) for start in range(0, out.shape[0], size))
