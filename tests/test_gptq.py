@@ -92,11 +92,10 @@ def test_both_dialects_of_symmetric_3_bit_zeros_are_read(constants):
     tensors, settings = made.tensors(), made.format.config()
     assert settings["checkpoint_format"] == "gptq_v2"
     assert stream(tensors["qzeros"].numpy(), 3) == [4] * 128
-    first, second, third = 0x49249249, 0x92492492, 0x24924924
-    taken = [first, second, third] if constants == "AutoGPTQ" else [third, second, first]
-    words = [word - constant & 0xFFFFFFFF for word, constant in zip(words_of([4] * 32, 3), taken)]
-    if constants == "AutoGPTQ":
-        assert stream(np.array(words, np.uint32), 3) == [3] * 32
+    words = words_of([3] * 32, 3)
+    if constants == "GPTQModel":
+        taken = [0x24924924, 0x92492492, 0x49249249]
+        words = [word - constant & 0xFFFFFFFF for word, constant in zip(words_of([4] * 32, 3), taken)]
     tensors["qzeros"] = torch.tensor([words * 2] * 2).to(torch.int32)
     read = from_config({**settings, "checkpoint_format": "gptq"}).read(tensors, (64, 64), None, torch.float32)
     assert torch.equal(read.dequantize(), made.dequantize())
