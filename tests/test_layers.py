@@ -73,7 +73,13 @@ KERNEL_LAYERS = {  # within kernels/: the operations know at most each other's p
     "flash_attention": 3,
     "__init__": 4,
 }
-QUANT_LAYERS = {"linear": 0, "gptq": 1, "nf4": 1, "__init__": 2}  # within quant/: no format knows another
+QUANT_LAYERS = {  # within quant/: no format knows another
+    "gptq_solver": 0,
+    "linear": 0,
+    "gptq": 1,
+    "nf4": 1,
+    "__init__": 2,
+}
 INSIDE = {"kernels": KERNEL_LAYERS, "quant": QUANT_LAYERS}  # folders that are one part, and their own layers
 ORACLES = {"transformers", "peft", "trl", "accelerate", "deepspeed"}  # for tests/ and bench/ only
 ONLY_IN = {"gguf": {"import_gguf.py", "gguf_tokenizer.py"}}

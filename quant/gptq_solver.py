@@ -1,0 +1,204 @@
+"""GPTQ: weights onto a grid of integers so that a layer's output changes least.  Frantar et al., arXiv 2210.17323.
+
+Least is sum over tokens of |(W - W') x|^2 = tr((W - W') H (W - W')^T) with H = sum of x x^T. Columns are rounded one
+after the other; what one loses is taken up by those still to come (optimal brain surgery, eq. 2-3 of the paper):
+
+    error = (w_i - rounded w_i) / R_ii,   w_j -= error R_ij for j > i,   R the upper Cholesky factor of H^-1
+
+R holds all that the successive inverses of the remaining columns would give (sec. 3.3, step 3). Columns far ahead are
+updated once per block (step 2), which changes nothing but the speed. H gets damping times its mean diagonal.
+
+    hessian = Hessian(in_features)
+    hessian.add(x)                                               # (T, in), as often as there is text
+    integers = solve(weight, hessian, GPTQOptions(bits=4))       # weight (out, in) ~ scale (code - zero)
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.linear import matmul_transposed
+
+# Scales are stored as fp16: below this a scale loses digits, above the other it is infinite.
+SMALLEST_SCALE, LARGEST_SCALE = torch.finfo(torch.float16).tiny, torch.finfo(torch.float16).max
+
+
+@dataclass(frozen=True)
+class GPTQOptions:
+    """group_size: inputs that share a scale, -1 = all. act_order: columns in the order of falling activations, groups
+    along that order. block: columns between two updates of what is far ahead; no result depends on it."""
+
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = True
+    act_order: bool = False
+    damping: float = 0.1
+    block: int = 128
+
+
+@dataclass(frozen=True)
+class Integers:
+    """weight[o, i] ~ scales[o, g] * (codes[o, i] - zeros[o, g]) with g = groups[i].
+
+    codes (out, in) uint8; scales (out, groups) fp16; zeros (out, groups) uint8, at least 1: files hold zeros - 1;
+    groups (in,) int32. Means over the calibration text of the squared length of the layer's output (size), of what is
+    wrong in it (error), and of what would be if each weight were rounded to the nearest point (rounded_error).
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    groups: Tensor
+    size: float
+    error: float
+    rounded_error: float
+
+
+class Hessian:
+    """Mean of x x^T (in, in) over tokens, fp32 whatever x's dtype is."""
+
+    def __init__(self, in_features: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
+        self.matrix = torch.zeros(in_features, in_features, device=device, dtype=dtype)
+        self.tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        """x (T, in). Raises ValueError for NaN and infinity."""
+        x = x.to(self.matrix.dtype)
+        product = matmul_transposed(x.T, x.T)  # (in, in)
+        if not torch.isfinite(product.diagonal()).all():
+            raise ValueError("the activations are not finite (NaN or too large); use bfloat16 or float32 (infer_dtype)")
+        before, self.tokens = self.tokens, self.tokens + x.shape[0]
+        self.matrix.mul_(before / self.tokens).add_(product, alpha=1 / self.tokens)  # the mean so far
+
+
+def solve(weight: Tensor, hessian: Hessian, options: GPTQOptions) -> Integers:
+    """weight (out, in) of any float dtype -> integers, computed in the Hessian's dtype on its device.
+
+    Raises ValueError for weights that are not finite or too large for an fp16 scale, and for a Hessian that cannot be
+    factored.
+    """
+    matrix = hessian.matrix
+    columns = weight.to(matrix).T.contiguous()  # (in, out): what is worked on lies together
+    if not torch.isfinite(columns).all():
+        raise ValueError("the weight holds NaN or infinity; the model is broken")
+    order = None
+    if options.act_order:
+        order = matrix.diagonal().argsort(descending=True, stable=True)
+        columns, matrix = columns[order], matrix[order][:, order]
+    scales, zeros = _grids(columns, options)
+    rounded = columns - _values(_codes(columns, scales, zeros, options), scales, zeros, options)
+    size, rounded_error = _output_size(columns, matrix), _output_size(rounded, matrix)
+    del rounded
+    codes, scales, zeros = _one_by_one(columns.clone(), inverse_root(matrix, options.damping), options)
+    error = _output_size(columns - _values(codes, scales, zeros, options), matrix)
+    groups = _groups(columns.shape[0], options.group_size, columns.device)
+    if order is not None:
+        back = order.argsort()
+        codes, groups = codes[back], groups[back]
+    codes, scales, zeros = (part.T.contiguous() for part in (codes, scales.half(), zeros.to(torch.uint8)))
+    return Integers(codes, scales, zeros, groups, size, error, rounded_error)
+
+
+def inverse_root(matrix: Tensor, damping: float) -> Tensor:
+    """Upper R with R^T R = (matrix + damping * mean diagonal)^-1.
+
+    No inverse is formed: with J the reversal of rows, J H J = L L^T gives H = (J L J)(J L J)^T, J L J is upper, and R
+    is its inverse. Inputs that never were anything but zero get a one, so that they are rounded and pass nothing on.
+    """
+    diagonal = matrix.diagonal()
+    damped = matrix.clone()
+    damped.diagonal().add_(damping * diagonal.mean())
+    damped.diagonal()[diagonal == 0] = 1.0
+    lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+    if failed.item():
+        raise ValueError(
+            "the Hessian of the calibration text is not positive definite; raise export_quantization_damp_percent "
+            f"(now {damping}) or give more text (export_quantization_nsamples)"
+        )
+    upper = lower.flip(0, 1)
+    one = torch.eye(upper.shape[0], dtype=upper.dtype, device=upper.device)
+    return torch.linalg.solve_triangular(upper, one, upper=True)
+
+
+def _one_by_one(columns: Tensor, root: Tensor, options: GPTQOptions) -> tuple[Tensor, Tensor, Tensor]:
+    """columns (in, out), which are used up -> codes (in, out) uint8, scales and zeros (groups, out)."""
+    inputs, outputs = columns.shape
+    size = _group_size(inputs, options.group_size)
+    codes = torch.empty(inputs, outputs, dtype=torch.uint8, device=columns.device)
+    scales, zeros = [], []
+    for start, stop in _blocks(inputs, size, options.block):
+        errors = columns.new_empty(stop - start, outputs)
+        for i in range(start, stop):
+            if i % size == 0:  # the weights as they are by now: blocks end where groups do, so all are up to date
+                scale, zero = _grid(columns[i : i + size], options)
+                scales.append(scale)
+                zeros.append(zero)
+            codes[i] = code = (columns[i] / scale).round_().add_(zero).clamp_(0, 2**options.bits - 1)
+            error = torch.div(columns[i] - (code - zero) * scale, root[i, i], out=errors[i - start])
+            columns[i + 1 : stop].addr_(root[i, i + 1 : stop], error, alpha=-1)
+        if stop < inputs:
+            columns[stop:] -= matmul_transposed(root[start:stop, stop:].T, errors.T)
+    return codes, torch.stack(scales), torch.stack(zeros)
+
+
+def _blocks(inputs: int, group: int, block: int) -> list[tuple[int, int]]:
+    """Blocks of columns. None starts within a group and ends in another one."""
+    if group <= block:
+        step = block // group * group
+        return [(start, min(start + step, inputs)) for start in range(0, inputs, step)]
+    starts = [start for first in range(0, inputs, group) for start in range(first, min(first + group, inputs), block)]
+    return list(zip(starts, [*starts[1:], inputs]))
+
+
+def _grid(columns: Tensor, options: GPTQOptions) -> tuple[Tensor, Tensor]:
+    """columns (inputs of a group, out) -> scale and zero (out,), whole and scale as fp16 stores it.
+
+    Symmetric: zero in the middle and the scale that the largest weight asks for (AutoGPTQ's). Else between smallest and
+    largest, with zero among them. A zero of 0 would be stored as -1, which readers disagree about: it is at least 1.
+    """
+    most = 2**options.bits - 1
+    low, high = columns.amin(0).clamp_max(0), columns.amax(0).clamp_min(0)
+    if options.symmetric:
+        scale = 2 * torch.maximum(-low, high) / most
+    else:
+        scale = torch.maximum((high - low) / most, high / (most - 1))
+    if scale.max() > LARGEST_SCALE:
+        raise ValueError(f"the weights are too large: a scale of {scale.max().item():.3g} does not fit GPTQ's fp16")
+    scale = scale.clamp_min(SMALLEST_SCALE).half().to(columns.dtype)
+    if options.symmetric:
+        return scale, torch.full_like(scale, (most + 1) // 2)
+    return scale, (-low / scale).round_().clamp_(1, most)
+
+
+def _grids(columns: Tensor, options: GPTQOptions) -> tuple[Tensor, Tensor]:
+    """The grids of all groups of weights as they are: scales, zeros (groups, out)."""
+    parts = [_grid(part, options) for part in columns.split(_group_size(columns.shape[0], options.group_size))]
+    return torch.stack([scale for scale, _ in parts]), torch.stack([zero for _, zero in parts])
+
+
+def _codes(columns: Tensor, scales: Tensor, zeros: Tensor, options: GPTQOptions) -> Tensor:
+    """Each weight's nearest point: (in, out) uint8."""
+    parts = zip(columns.split(_group_size(columns.shape[0], options.group_size)), scales, zeros)
+    most = 2**options.bits - 1
+    return torch.cat([(part / scale).round_().add_(zero).clamp_(0, most).byte() for part, scale, zero in parts])
+
+
+def _values(codes: Tensor, scales: Tensor, zeros: Tensor, options: GPTQOptions) -> Tensor:
+    """What the codes (in, out) stand for."""
+    parts = zip(codes.split(_group_size(codes.shape[0], options.group_size)), scales, zeros)
+    return torch.cat([(part - zero) * scale for part, scale, zero in parts])
+
+
+def _output_size(columns: Tensor, matrix: Tensor) -> float:
+    """columns W^T (in, out) -> mean over tokens of |W x|^2 = tr(W H W^T)."""
+    return (matmul_transposed(matrix, columns.T) * columns).sum().item()
+
+
+def _group_size(inputs: int, group_size: int) -> int:
+    return inputs if group_size == -1 else group_size
+
+
+def _groups(inputs: int, group_size: int, device) -> Tensor:
+    size = _group_size(inputs, group_size)
+    return torch.div(torch.arange(inputs, device=device), size, rounding_mode="floor").to(torch.int32)
