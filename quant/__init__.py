@@ -5,20 +5,22 @@
     layer = quantization.quantise(weight, bias, torch.bfloat16)                  # stands in the place of nn.Linear
     layer.dequantize()                                                           # (out, in)
 
-One file per format: nf4 (and fp4), gptq. Adding one: a file with a Format and a QuantLinear (quant/linear.py says what
-they are), and a line in METHODS or from_options below.
+One file per format. Adding one: a file with a Format and a QuantLinear (quant/linear.py says what they are), and a line
+in METHODS or from_options below.
 """
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from quant import gptq
+from quant import aqlm, awq, gptq
 from quant.linear import FEW_ROWS, Format, QuantLinear
 from quant.nf4 import NF4Format
 
 __all__ = ["FEW_ROWS", "Format", "QuantLinear", "QuantOptions", "from_config", "from_options"]
 
 METHODS = {  # quant_method of config.json: quantization_config -> Format, ValueError starting with the key
+    "aqlm": aqlm.from_config,
+    "awq": awq.from_config,
     "gptq": gptq.from_config,
 }
 

@@ -18,12 +18,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quant.linear import Format, QuantLinear, refuse_others, row_chunks, take
+from quant.grouped import FLOATS, GroupedLinear, pack, unpack
+from quant.linear import Format, refuse_others, take
 
 BITS = (2, 3, 4, 8)
 ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # bits: the word whose values are all 1
 SWAPPED = (0x24924924, 0x92492492, 0x49249249)  # what GPTQModel takes from every three words of 3-bit zeros
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -104,17 +104,8 @@ class GPTQFormat(Format):
         return f"GPTQ {self.bits} bits, group {'of all' if self.group_size == -1 else self.group_size}{order}"
 
 
-class GPTQLinear(QuantLinear):
-    """codes (out, in * bits / 32) int32, packed along the inputs; zeros (groups, out * bits / 32) int32, packed, as
-    they are; scales (groups, out), fp16 as a rule; group_of (in,) int32, or None for groups of inputs in a row."""
-
-    def __init__(self, format: GPTQFormat, codes, zeros, scales, group_of, bias, dtype):
-        super().__init__(codes.shape[0], codes.shape[1] * 32 // format.bits, bias, dtype)
-        self.format = format
-        if group_of is not None and torch.equal(group_of.cpu(), self._in_a_row()):
-            group_of = None
-        for name, buffer in {"codes": codes, "zeros": zeros, "scales": scales, "group_of": group_of}.items():
-            self.register_buffer(name, buffer)
+class GPTQLinear(GroupedLinear):
+    """Groups of inputs that may have been sorted; scales are fp16 as a rule."""
 
     @classmethod
     def from_integers(
@@ -154,32 +145,12 @@ class GPTQLinear(QuantLinear):
         """codes (out, in) and zeros (out, groups), int32: from_integers the other way."""
         return unpack(self.codes, self.format.bits), unpack(self.zeros, self.format.bits).T
 
-    def fill(self, out: Tensor) -> None:
-        bits, group = self.format.bits, self.format.group_size
-        scales, zeros = self.scales.T.float(), unpack(self.zeros, bits).T.float()  # (out, groups)
-        in_a_row = self.group_of is None and (group == -1 or self.in_features % group == 0)
-        group_of = None
-        if not in_a_row:
-            group_of = (self._in_a_row() if self.group_of is None else self.group_of).to(out.device)
-        for rows in row_chunks(out):
-            values = unpack(self.codes[rows], bits).float()  # (rows, in)
-            if in_a_row:
-                values = values.unflatten(1, (scales.shape[1], -1))
-                values.sub_(zeros[rows, :, None]).mul_(scales[rows, :, None])
-            else:
-                values.sub_(zeros[rows].index_select(1, group_of)).mul_(scales[rows].index_select(1, group_of))
-            out[rows] = values.view(-1, self.in_features)
-
     def tensors(self) -> dict[str, Tensor]:
         zeros = self.zeros
         if self.format.written_version == "gptq":
             zeros = _add_words(zeros, [-ONES[self.format.bits]])
-        group_of = self._in_a_row() if self.group_of is None else self.group_of
+        group_of = self.groups_in_a_row() if self.group_of is None else self.group_of
         return {"qweight": self.codes.T.contiguous(), "qzeros": zeros, "scales": self.scales, "g_idx": group_of}
-
-    def _in_a_row(self) -> Tensor:
-        size = self.in_features if self.format.group_size == -1 else self.format.group_size
-        return torch.arange(self.in_features, dtype=torch.int32) // size
 
 
 def from_config(settings: dict) -> GPTQFormat:
@@ -199,32 +170,7 @@ def from_config(settings: dict) -> GPTQFormat:
     )
 
 
-def unpack(words: Tensor, bits: int) -> Tensor:
-    """int32 words (..., n * bits / 32) -> the n values in each row (..., n) int32."""
-    width = 32
-    if bits == 3:  # 8 values in three bytes, which is the same stream of bits
-        three = words.contiguous().view(torch.uint8).unflatten(-1, (-1, 3)).int()
-        words, width = three[..., 0] | three[..., 1] << 8 | three[..., 2] << 16, 24
-    shifts = torch.arange(0, width, bits, dtype=torch.int32, device=words.device)
-    return (words[..., None] >> shifts).bitwise_and_(2**bits - 1).flatten(-2)
-
-
-def pack(values: Tensor, bits: int) -> Tensor:
-    """Whole numbers (..., n) from 0 to 2^bits - 1 -> int32 words (..., n * bits / 32)."""
-    width = 24 if bits == 3 else 32
-    shifts = torch.arange(0, width, bits, device=values.device)
-    words = (values.long().unflatten(-1, (-1, len(shifts))) << shifts).sum(-1)
-    if bits == 3:
-        words = torch.stack([words >> place & 255 for place in (0, 8, 16)], dim=-1).to(torch.uint8).flatten(-2)
-        return words.view(torch.int32)
-    return words.to(torch.int32)  # keeps the low 32 bits
-
-
 def _add_words(packed: Tensor, constants) -> Tensor:
     """Constants, taken in turn along the last dimension, added to int32 words; what overflows is dropped."""
-    return (packed.long() + _in_turn(constants, packed)).to(torch.int32)
-
-
-def _in_turn(constants, packed: Tensor) -> Tensor:
-    turn = torch.tensor(list(constants), device=packed.device)
-    return turn.repeat(packed.shape[-1] // len(turn))
+    turn = torch.tensor(list(constants), device=packed.device).repeat(packed.shape[-1] // len(constants))
+    return (packed.long() + turn).to(torch.int32)

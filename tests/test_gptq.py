@@ -57,7 +57,8 @@ def test_values_are_those_of_the_formula(bits, group, order):
         assert torch.equal(made.dequantize(dtype), torch.from_numpy(expected).to(dtype))
     again = format_of(made).read(made.tensors(), (outputs, inputs), None, torch.float32)
     assert torch.equal(again.dequantize(), torch.from_numpy(expected))
-    assert [torch.equal(mine, torch.from_numpy(other).int()) for mine, other in zip(again.integers(), (codes, zeros.T))]
+    for mine, other in zip(again.integers(), (codes, zeros.T)):
+        assert torch.equal(mine, torch.from_numpy(other).int())
 
 
 def format_of(layer: GPTQLinear) -> GPTQFormat:

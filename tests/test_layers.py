@@ -76,9 +76,12 @@ KERNEL_LAYERS = {  # within kernels/: the operations know at most each other's p
 QUANT_LAYERS = {  # within quant/: no format knows another
     "gptq_solver": 0,
     "linear": 0,
-    "gptq": 1,
+    "grouped": 1,
+    "aqlm": 1,
     "nf4": 1,
-    "__init__": 2,
+    "awq": 2,
+    "gptq": 2,
+    "__init__": 3,
 }
 INSIDE = {"kernels": KERNEL_LAYERS, "quant": QUANT_LAYERS}  # folders that are one part, and their own layers
 ORACLES = {"transformers", "peft", "trl", "accelerate", "deepspeed"}  # for tests/ and bench/ only

@@ -1,0 +1,112 @@
+"""AQLM checkpoints: every group of weights is a sum of codebook vectors.  Egiazarian et al., arXiv 2401.06118.
+
+w[output group, input group] = scale[output group] * sum over codebooks c of codebook[c, code[c]], where a vector has
+out_group_size x in_group_size (1 x 8 as a rule) numbers. In a file codes (out / og, in / ig, codebooks), int8 or int16
+that mean unsigned numbers; codebooks (codebooks, 2^bits, og, ig); scales (out / og, 1, 1, 1). Usual are 1 codebook of
+16 bits and 2 of 8, both 2 bits a weight.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quant.linear import Format, QuantLinear, refuse_others, row_chunks, take
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class AQLMFormat(Format):
+    """code_bits: of the number of a vector within its codebook."""
+
+    method: ClassVar[str] = "aqlm"
+    marker: ClassVar[str] = "codes"
+    codebooks: int = 1
+    code_bits: int = 16
+    in_group: int = 8
+    out_group: int = 1
+
+    def __post_init__(self):
+        if not 1 <= self.code_bits <= 16:
+            raise ValueError(f"nbits_per_codebook: {self.code_bits} is not from 1 to 16")
+        for key, value in (("num_codebooks", self.codebooks), ("in_group_size", self.in_group)):
+            if value < 1:
+                raise ValueError(f"{key}: {value} is not at least 1")
+        if self.out_group < 1:
+            raise ValueError(f"out_group_size: {self.out_group} is not at least 1")
+
+    def read(self, tensors, shape, bias, dtype) -> "AQLMLinear":
+        outputs, inputs = shape
+        refuse_others(tensors, ("codes", "codebooks", "scales"))
+        if outputs % self.out_group or inputs % self.in_group:
+            vector = f"{self.out_group} x {self.in_group}"
+            raise ValueError(f"codes: {outputs} x {inputs} weights do not divide into vectors of {vector}")
+        shape = (outputs // self.out_group, inputs // self.in_group, self.codebooks)
+        codes = take(tensors, "codes", shape, [torch.int8 if self.code_bits <= 8 else torch.int16])
+        vectors = (self.codebooks, 2**self.code_bits, self.out_group, self.in_group)
+        books = take(tensors, "codebooks", vectors, FLOATS)
+        scales = take(tensors, "scales", (shape[0], 1, 1, 1), FLOATS)
+        for name, tensor in (("codebooks", books), ("scales", scales)):
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} has values that are no finite numbers; the file is damaged, fetch it again")
+        low, high = int(codes.min()), int(codes.max())
+        if low < -(2 ** (self.code_bits - 1)) or high >= 2**self.code_bits:
+            raise ValueError(f"codes holds {low} to {high}, more than the {self.code_bits} bits of config.json")
+        return AQLMLinear(self, codes.clone(), books.clone(), scales.clone(), bias, dtype)
+
+    def config(self) -> dict:
+        return {
+            "quant_method": "aqlm",
+            "num_codebooks": self.codebooks,
+            "nbits_per_codebook": self.code_bits,
+            "in_group_size": self.in_group,
+            "out_group_size": self.out_group,
+            "linear_weights_not_to_quantize": ["model.embed_tokens.weight", "lm_head.weight"],
+        }
+
+    def describe(self) -> str:
+        return f"AQLM {self.codebooks}x{self.code_bits}, vectors of {self.out_group} x {self.in_group}"
+
+
+class AQLMLinear(QuantLinear):
+    """codes (out / og, in / ig, codebooks) int8 or int16; codebooks (codebooks, 2^bits, og, ig); scales
+    (out / og, 1, 1, 1)."""
+
+    def __init__(self, format: AQLMFormat, codes: Tensor, codebooks: Tensor, scales: Tensor, bias, dtype):
+        outputs, inputs = codes.shape[0] * format.out_group, codes.shape[1] * format.in_group
+        super().__init__(outputs, inputs, bias, dtype)
+        self.format = format
+        for name, buffer in {"codes": codes, "codebooks": codebooks, "scales": scales}.items():
+            self.register_buffer(name, buffer)
+
+    def fill(self, out: Tensor) -> None:
+        count, size, *vector = self.codebooks.shape
+        table = self.codebooks.float().view(count * size, -1)
+        first = torch.arange(0, count * size, size, dtype=torch.int32, device=out.device)  # of every codebook
+        grouped = out.view(-1, vector[0] * out.shape[1])  # (out / og, og * in)
+        for rows in row_chunks(grouped):
+            codes = _unsigned(self.codes[rows], self.format.code_bits) + first
+            values = F.embedding_bag(codes.flatten(0, 1), table, mode="sum")
+            values = values.view(codes.shape[0], codes.shape[1], *vector).mul_(self.scales[rows].float())
+            grouped[rows] = values.transpose(1, 2).reshape(codes.shape[0], -1)  # (rows, og, in / ig, ig)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"codes": self.codes, "codebooks": self.codebooks, "scales": self.scales}
+
+
+def _unsigned(codes: Tensor, bits: int) -> Tensor:
+    """int32 numbers from 0 on, of codes whose upper half a file holds as negative ones."""
+    return codes.int().bitwise_and_(2**bits - 1)
+
+
+def from_config(settings: dict) -> AQLMFormat:
+    """The format of a checkpoint's quantization_config. Raises ValueError starting with the key."""
+    return AQLMFormat(
+        codebooks=settings.get("num_codebooks", 1),
+        code_bits=settings.get("nbits_per_codebook", 16),
+        in_group=settings.get("in_group_size", 8),
+        out_group=settings.get("out_group_size", 1),
+    )

@@ -1,0 +1,70 @@
+"""What GPTQ and AWQ share: whole numbers packed along the inputs, and one scale and one zero for a group of inputs.
+
+w = scale[group] * (q - zero[group]). A checkpoint's own order of the bits is made and undone by the format's file.
+"""
+
+import torch
+from torch import Tensor
+
+from quant.linear import Format, QuantLinear, row_chunks
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)  # what scales may be
+
+
+class GroupedLinear(QuantLinear):
+    """codes (out, in * bits / 32) int32, packed along the inputs; zeros (groups, out * bits / 32) int32, packed along
+    the outputs, as they are; scales (groups, out); group_of (in,) int32, or None for groups of inputs in a row.
+
+    format has bits and group_size (-1: all inputs).
+    """
+
+    def __init__(self, format: Format, codes, zeros, scales, group_of, bias, dtype):
+        super().__init__(codes.shape[0], codes.shape[1] * 32 // format.bits, bias, dtype)
+        self.format = format
+        if group_of is not None and torch.equal(group_of.cpu(), self.groups_in_a_row()):
+            group_of = None
+        for name, buffer in {"codes": codes, "zeros": zeros, "scales": scales, "group_of": group_of}.items():
+            self.register_buffer(name, buffer)
+
+    def groups_in_a_row(self) -> Tensor:
+        """(in,) int32: the group of each input where nothing was sorted."""
+        size = self.in_features if self.format.group_size == -1 else self.format.group_size
+        return torch.arange(self.in_features, dtype=torch.int32) // size
+
+    def fill(self, out: Tensor) -> None:
+        bits, group = self.format.bits, self.format.group_size
+        scales, zeros = self.scales.T.float(), unpack(self.zeros, bits).T.float()  # (out, groups)
+        in_a_row = self.group_of is None and (group == -1 or self.in_features % group == 0)
+        if not in_a_row:
+            group_of = (self.groups_in_a_row() if self.group_of is None else self.group_of).to(out.device)
+        for rows in row_chunks(out):
+            values = unpack(self.codes[rows], bits).float()  # (rows, in)
+            if in_a_row:
+                values = values.unflatten(1, (scales.shape[1], -1))
+                values.sub_(zeros[rows, :, None]).mul_(scales[rows, :, None])
+            else:
+                values.sub_(zeros[rows].index_select(1, group_of)).mul_(scales[rows].index_select(1, group_of))
+            out[rows] = values.view(-1, self.in_features)
+
+
+def unpack(words: Tensor, bits: int) -> Tensor:
+    """int32 words (..., n * bits / 32) -> the n values in each row (..., n) int32."""
+    width = 32
+    if bits == 3:  # 8 values in three bytes, which is the same stream of bits
+        three = words.contiguous().view(torch.uint8).unflatten(-1, (-1, 3)).int()
+        words, width = three[..., 0] | three[..., 1] << 8 | three[..., 2] << 16, 24
+    shifts = torch.arange(0, width, bits, dtype=torch.int32, device=words.device)
+    return (words[..., None] >> shifts).bitwise_and_(2**bits - 1).flatten(-2)
+
+
+def pack(values: Tensor, bits: int) -> Tensor:
+    """Whole numbers (..., n) from 0 to 2^bits - 1 -> int32 words (..., n * bits / 32)."""
+    width = 24 if bits == 3 else 32
+    parts = values.unflatten(-1, (-1, width // bits)).unbind(-1)
+    words = parts[0].int()
+    for place, part in enumerate(parts[1:], 1):
+        words |= part.int() << bits * place
+    if bits == 3:
+        words = torch.stack([words >> place & 255 for place in (0, 8, 16)], dim=-1).to(torch.uint8)
+        return words.flatten(-2).view(torch.int32)
+    return words
