@@ -149,7 +149,10 @@ def load_model(
         elif quantization is not None and owner in inside and name.endswith(".bias"):
             biases[owner] = _own(value, dtype, device)
         elif quantization is not None and owner in inside:
-            layer = quantization.quantise(value.to(device), None, dtype)
+            try:
+                layer = quantization.quantise(value.to(device), None, dtype)
+            except ValueError as error:
+                raise ValueError(f"{folder}: tensor {to_hf_name(config, name)}: {error}") from error
             replace_module(model, owner, layer)
         else:
             set_parameter(model, name, nn.Parameter(_own(value, dtype, device)))
@@ -265,7 +268,7 @@ class _Packed:
         if found != expected:
             wanted = f"shape {expected}" if expected else "none"
             raise ValueError(f"{file}: tensor {to_hf_name(self.config, owner)}.bias: {found}, expected {wanted}")
-        return bias
+        return bias.clone()
 
 
 def random_model(folder: str | Path, dtype: torch.dtype, device: str | torch.device, seed: int) -> Decoder:
@@ -338,7 +341,7 @@ def write_model_json(folder: str | Path, hf: dict, dtype: torch.dtype, quantizat
     name = str(dtype).removeprefix("torch.")
     hf = {key: value for key, value in hf.items() if key != "quantization_config"}
     if quantization is not None:
-        hf["quantization_config"] = quantization.config()
+        hf["quantization_config"] = quantization.config_for(dtype)
     older = {"torch_dtype": name} if "torch_dtype" in hf else {}
     write_json(Path(folder) / "config.json", {**hf, **older, "dtype": name})
 

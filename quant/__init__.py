@@ -12,15 +12,23 @@ in METHODS or from_options below.
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from quant import aqlm, awq, gptq
+from quant import aqlm, awq, gptq, nf4
 from quant.linear import FEW_ROWS, Format, QuantLinear
 from quant.nf4 import NF4Format
 
 __all__ = ["FEW_ROWS", "Format", "QuantLinear", "QuantOptions", "from_config", "from_options"]
 
+
+def _bitsandbytes(settings: dict) -> Format:
+    if not settings.get("load_in_4bit"):
+        raise ValueError("load_in_4bit is not true; use a 4-bit or 16-bit release")
+    return nf4.from_config(settings)
+
+
 METHODS = {  # quant_method of config.json: quantization_config -> Format, ValueError starting with the key
     "aqlm": aqlm.from_config,
     "awq": awq.from_config,
+    "bitsandbytes": _bitsandbytes,
     "gptq": gptq.from_config,
 }
 
@@ -50,6 +58,8 @@ def from_options(options: QuantOptions) -> Format | None:
 def from_config(settings: dict) -> Format:
     """The format of a checkpoint with this quantization_config. Raises ValueError naming the key."""
     method = settings.get("quant_method", "unknown")
+    if "quant_method" not in settings and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
+        method = NF4Format.method  # older files do not say
     try:
         if method not in METHODS:
             raise ValueError(f"quant_method {method!r} is not known; use a 16-bit release")

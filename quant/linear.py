@@ -117,6 +117,10 @@ class Format:
         """What transformers expects under quantization_config in config.json."""
         raise NotImplementedError
 
+    def config_for(self, dtype: torch.dtype) -> dict:
+        """config() of a model whose values and products are in `dtype`, where a format says so there."""
+        return self.config()
+
     def describe(self) -> str:
         """A few words for the user: 'nf4, double quantisation'."""
         raise NotImplementedError

@@ -1,19 +1,29 @@
 """NF4 and FP4: blocks of 64 weights as 4-bit codes of a table and one scale.  Dettmers et al., arXiv 2305.14314.
 
 w = table[code] * absmax[block], blocks along the flattened weight, two codes a byte with the first weight in the high
-four bits. Double quantisation (sec. 3): the scales, less their mean, in 8 bits of a dynamic table with one fp32 scale
-per 256. Codes, scales and values are bit-equal to bitsandbytes', whose checkpoint layout is read and written.
+four bits. Double quantisation (sec. 3): the scales, less their mean, in 8 bits of a dynamic table (arXiv 2110.02861,
+sec. 2.2) with one fp32 scale per 256, 4.127 bits a weight instead of 4.5. Codes, scales and values are bit-equal to
+those of bitsandbytes' CPU build, whose checkpoint layout is read and written.
+
+On a CPU both ways go by lookup, in chunks that stay in its cache: a byte of codes is a row of a table of pairs of
+values; and a scaled weight's place among 32,768 equal cells of [-1, 1] gives its code, except in the 15 cells that a
+decision threshold falls into, where the thresholds themselves decide.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from quant.linear import Format, QuantLinear
+from quant.linear import Format, QuantLinear, take
 
-BLOCK = 64
+BLOCK = 64  # weights to a scale
+NESTED_BLOCK = 256  # scales to a scale of scales
 TABLES = {
     "nf4": (
         -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -22,46 +32,336 @@ TABLES = {
     ),
     "fp4": tuple(sign * x / 12 for sign in (1, -1) for x in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)),
 }  # fmt: skip
+STORAGE = (torch.uint8, torch.int8, torch.bfloat16, torch.float16, torch.float32, torch.float64)
+STATE = "weight.quant_state.bitsandbytes__"
+CHUNK, CHUNK_GPU = 1 << 16, 1 << 25  # weights at a time: a chunk and its scratch fit a CPU core's cache
+CELLS, UNSURE = 1 << 15, 255
+SMALLEST = 1e-38  # bitsandbytes divides by no scale below it
 
 
 @dataclass(frozen=True)
 class NF4Format(Format):
+    """table: nf4 or fp4.  double: scales in 8 bits.  dense: modules of the model that are not quantised, as
+    config.json names them (llm_int8_skip_modules), None = transformers' default, the head."""
+
     method: ClassVar[str] = "bitsandbytes"
     marker: ClassVar[str] = "weight.absmax"
     table: str = "nf4"
     double: bool = True
+    dense: tuple[str, ...] | None = None
 
     def quantise(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> "NF4Linear":
-        codes, absmax = quantize_4bit(weight, self.table)
-        return NF4Linear(self, tuple(weight.shape), codes, absmax, bias, dtype)
+        codes, absmax = quantise_4bit(weight, self.table)
+        scales = quantise_scales(absmax) if self.double else Scales(absmax)
+        return NF4Linear(self, tuple(weight.shape), codes, scales, bias, dtype)
+
+    def read(
+        self, tensors: dict[str, Tensor], shape: tuple[int, int], bias: Tensor | None, dtype: torch.dtype
+    ) -> "NF4Linear":
+        return read_layer(self, tensors, shape, bias, dtype)
+
+    def config(self) -> dict:
+        return {
+            "quant_method": self.method,
+            "load_in_4bit": True,
+            "load_in_8bit": False,
+            "bnb_4bit_quant_type": self.table,
+            "bnb_4bit_use_double_quant": self.double,
+            "bnb_4bit_quant_storage": "uint8",
+            "llm_int8_skip_modules": None if self.dense is None else list(self.dense),
+        }
+
+    def config_for(self, dtype: torch.dtype) -> dict:
+        return self.config() | {"bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
 
     def describe(self) -> str:
         return f"{self.table}{', double quantisation' if self.double else ''}"
 
 
-class NF4Linear(QuantLinear):
-    """codes (out * in / 2,) uint8; absmax (blocks,) fp32."""
+def from_config(settings: dict) -> NF4Format:
+    """The format of a checkpoint with this quantization_config (load_in_4bit). ValueError starts with the key."""
+    table = settings.get("bnb_4bit_quant_type", "fp4")  # transformers' default
+    if table not in TABLES:
+        raise ValueError(f"bnb_4bit_quant_type {table!r} is not one of nf4, fp4")
+    dense = settings.get("llm_int8_skip_modules")
+    if dense is not None and not (isinstance(dense, list) and all(isinstance(name, str) for name in dense)):
+        raise ValueError(f"llm_int8_skip_modules {dense!r} is not a list of names")
+    double = bool(settings.get("bnb_4bit_use_double_quant", False))
+    return NF4Format(table, double, None if dense is None else tuple(dense))
 
-    def __init__(self, format: NF4Format, shape, codes: Tensor, absmax: Tensor, bias, dtype):
+
+class Scales(NamedTuple):
+    """Scales of blocks, in fp32 or in 8 bits: absmax[i] = map[codes[i]] * nested[i // 256] + offset."""
+
+    absmax: Tensor  # (blocks,) fp32, or the codes, uint8
+    nested: Tensor | None = None  # (ceil(blocks / 256),) fp32
+    offset: Tensor | None = None  # () fp32, the mean of all scales
+    map: bytes | None = None  # 256 fp32
+
+
+class NF4Linear(QuantLinear):
+    """A linear layer in 4 bits.
+
+    codes          (ceil(out * in / 2),) uint8
+    absmax         (blocks,) fp32, or uint8 with double quantisation; blocks = ceil(out * in / 64)
+    nested_absmax  (ceil(blocks / 256),) fp32, None without double quantisation
+    offset         () fp32, None without
+    nested_map     the 256 fp32 that 8-bit scales point into, as bytes; layers with the same one share its tensor
+    """
+
+    def __init__(self, format: NF4Format, shape: tuple[int, int], codes: Tensor, scales: Scales, bias, dtype):
         super().__init__(*shape, bias, dtype)
         self.format = format
         self.register_buffer("codes", codes)
-        self.register_buffer("absmax", absmax)
+        self.register_buffer("absmax", scales.absmax)
+        self.register_buffer("nested_absmax", scales.nested)
+        self.register_buffer("offset", scales.offset)
+        self.nested_map = scales.map
+
+    def scales(self) -> Tensor:
+        """(blocks,) fp32."""
+        return dense_scales(Scales(self.absmax, self.nested_absmax, self.offset, self.nested_map))
 
     def fill(self, out: Tensor) -> None:
-        table = torch.tensor(TABLES[self.format.table], device=out.device)
-        pairs = torch.stack((self.codes >> 4, self.codes & 15), dim=1).flatten()  # the first weight is the high half
-        values = table[pairs.int()].view(-1, BLOCK) * self.absmax[:, None]
-        out.copy_(values.view(-1)[: out.numel()].view_as(out))
+        if out.is_contiguous():
+            dequantise_4bit(self.codes, self.scales(), self.format.table, out.view(-1))
+        else:
+            out.copy_(self.dequantize(out.dtype))
+
+    def tensors(self) -> dict[str, Tensor]:
+        table = table_tensor(self.format.table, self.codes.device)
+        state = {
+            "quant_type": self.format.table,
+            "blocksize": BLOCK,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "shape": [self.out_features, self.in_features],
+        }
+        parts = {"weight": self.codes[:, None], "weight.absmax": self.absmax, "weight.quant_map": table.clone()}
+        if self.nested_map is not None:
+            parts["weight.nested_absmax"] = self.nested_absmax
+            parts["weight.nested_quant_map"] = map_tensor(self.nested_map, self.codes.device).clone()
+            state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": self.offset.item()}
+        packed = json.dumps(state).encode("utf-8")
+        parts[f"{STATE}{self.format.table}"] = torch.tensor(list(packed), dtype=torch.uint8)
+        return parts
 
 
-def quantize_4bit(weight: Tensor, table: str) -> tuple[Tensor, Tensor]:
-    """weight -> codes (ceil(numel / 2),) uint8 and absmax (blocks,) fp32; the nearest table entry."""
-    flat = weight.float().flatten()
-    missing = -flat.numel() % BLOCK
-    blocks = torch.nn.functional.pad(flat, (0, missing)).view(-1, BLOCK)
-    absmax = blocks.abs().amax(1)
-    scaled = (blocks / absmax.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).flatten()
-    levels, order = torch.tensor(TABLES[table], device=flat.device).sort()
-    nearest = order[torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2)].to(torch.uint8)
-    return (nearest[0::2] << 4) | nearest[1::2], absmax
+# Quantising
+
+
+def quantise_4bit(weight: Tensor, table: str) -> tuple[Tensor, Tensor]:
+    """weight -> codes (ceil(numel / 2),) uint8 and absmax (blocks,) fp32: each weight's nearest entry of the table.
+
+    Raises ValueError if a weight is not finite.
+    """
+    flat, count = weight.reshape(-1), weight.numel()
+    codes = torch.empty((count + 1) // 2, dtype=torch.uint8, device=weight.device)
+    absmax = torch.empty(-(-count // BLOCK), dtype=torch.float32, device=weight.device)
+    for start, end in _chunks(count, weight.device):
+        whole = (end - start) % BLOCK == 0
+        blocks = flat[start:end].float().view(-1, BLOCK if whole else end - start)
+        scale = blocks.abs().amax(1)
+        if not torch.isfinite(scale).all():
+            raise ValueError("holds NaN or infinity; the weights are damaged, fetch them again")
+        if whole:
+            scaled = blocks * (1.0 / scale.clamp(min=SMALLEST))[:, None]
+        else:  # bitsandbytes divides in the last block if it is not whole, which may round differently
+            scaled = blocks / scale.clamp_(min=SMALLEST)[:, None]
+        scaled = scaled.view(-1).clamp_(-1, 1)
+        if len(scaled) % 2:
+            scaled = torch.nn.functional.pad(scaled, (0, 1))
+        absmax[start // BLOCK : -(-end // BLOCK)] = scale
+        nearest = _nearest(scaled, table)
+        codes[start // 2 : (end + 1) // 2] = (nearest[0::2] << 4) | nearest[1::2]
+    return codes, absmax
+
+
+def _chunks(count: int, device: torch.device) -> Iterator[tuple[int, int]]:
+    """(start, end) of runs of whole blocks, and last of the block that is not whole."""
+    size, whole = CHUNK if device.type == "cpu" else CHUNK_GPU, count - count % BLOCK
+    for start in range(0, whole, size):
+        yield start, min(start + size, whole)
+    if whole < count:
+        yield whole, count
+
+
+def _nearest(scaled: Tensor, table: str) -> Tensor:
+    """scaled (N,) fp32 within -1..1 -> codes (N,) uint8; half-way between two levels the lower one."""
+    thresholds, order = _thresholds(table, scaled.device)
+    if scaled.device.type != "cpu":
+        return order[torch.bucketize(scaled, thresholds, out_int32=True)]
+    codes = _cell_codes(table).index_select(0, _cells(scaled))
+    unsure = (codes == UNSURE).nonzero().view(-1)
+    if len(unsure):
+        codes[unsure] = order[torch.bucketize(scaled[unsure], thresholds, out_int32=True)]
+    return codes
+
+
+def _cells(scaled: Tensor) -> Tensor:
+    """The cell (N,) int32 of each number in -1..1; it never falls as the number rises, which is all that counts."""
+    return scaled.mul(CELLS / 2).add_(CELLS / 2).to(torch.int32)
+
+
+@lru_cache
+def _thresholds(table: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Means of neighbouring levels (15,) fp32, and the codes of the levels as they rise (16,) uint8."""
+    levels, order = table_tensor(table, device).sort(stable=True)
+    return (levels[:-1] + levels[1:]) / 2, order.to(torch.uint8)
+
+
+@lru_cache
+def _cell_codes(table: str) -> Tensor:
+    """The code of each cell (CELLS + 1,) uint8; UNSURE where a threshold falls into it."""
+    thresholds, order = _thresholds(table, torch.device("cpu"))
+    split = _cells(thresholds)
+    codes = order[torch.bucketize(torch.arange(CELLS + 1, dtype=torch.int32), split)]
+    codes[split] = UNSURE
+    return codes
+
+
+def quantise_scales(absmax: Tensor) -> Scales:
+    """absmax (blocks,) fp32 -> in 8 bits. The lookup is that of bitsandbytes' CPU build: of 65,536 places in -1..1 each
+    has the entry of the dynamic table that is nearest to it."""
+    offset = absmax.mean()
+    rest = absmax - offset
+    blocks = torch.nn.functional.pad(rest, (0, -len(rest) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
+    nested = blocks.abs().amax(1)
+    scaled = (blocks * (1.0 / nested)[:, None]).clamp_(-1, 1)
+    places = ((scaled + 1.0) * 0.5 * 65535.0 + 0.5).to(torch.int32).clamp_(0, 65535)
+    places[nested == 0] = 0  # no scale, 0 * inf above: code 0
+    codes = _place_codes(absmax.device).index_select(0, places.view(-1))[: len(rest)]
+    return Scales(codes, nested, offset, dynamic_map())
+
+
+@lru_cache
+def _place_codes(device: torch.device) -> Tensor:
+    table = map_tensor(dynamic_map(), device)
+    places = torch.arange(65536, device=device).float() / 65535.0 * 2.0 - 1.0
+    return torch.bucketize(places, (table[:-1] + table[1:]) / 2).to(torch.uint8)
+
+
+@lru_cache
+def dynamic_map() -> bytes:
+    """The 256 numbers of the signed dynamic 8-bit type: seven decades below 1, with 1, 2, 4, ... 64 numbers each in the
+    middle of equal parts of 0.1..1 and their negatives; 0 and 1."""
+    numbers = [0.0, 1.0]
+    for decade in range(7):
+        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
+        middles = (edges[:-1] + edges[1:]) / 2.0
+        for sign in (1, -1):
+            numbers += (sign * 10 ** (decade - 6) * middles).tolist()
+    return torch.tensor(sorted(numbers), dtype=torch.float32).numpy().tobytes()
+
+
+# Back to numbers
+
+
+def dense_scales(scales: Scales) -> Tensor:
+    """(blocks,) fp32."""
+    if scales.map is None:
+        return scales.absmax
+    values = map_tensor(scales.map, scales.absmax.device).index_select(0, scales.absmax.int())
+    whole = len(values) - len(values) % NESTED_BLOCK
+    values[:whole].view(-1, NESTED_BLOCK).mul_(scales.nested[: whole // NESTED_BLOCK, None])
+    values[whole:].mul_(scales.nested[whole // NESTED_BLOCK :])  # one number, or none
+    return values.add_(scales.offset)
+
+
+def dequantise_4bit(codes: Tensor, absmax: Tensor, table: str, out: Tensor) -> None:
+    """out (N,) = table[codes] * absmax in fp32, rounded to its dtype; codes (ceil(N / 2),), absmax (blocks,) fp32."""
+    pairs = _pairs(table, codes.device)
+    size = CHUNK if codes.device.type == "cpu" else CHUNK_GPU
+    scratch = torch.empty(min(size, 2 * len(codes)) // 2, dtype=torch.float64, device=codes.device)
+    for start, end in _chunks(len(out), codes.device):
+        some = codes[start // 2 : (end + 1) // 2]
+        values = torch.index_select(pairs, 0, some.int(), out=scratch[: len(some)]).view(torch.float32)[: end - start]
+        scale = absmax[start // BLOCK : -(-end // BLOCK), None]
+        torch.mul(values.view(len(scale), -1), scale, out=out[start:end].view(len(scale), -1))
+
+
+@lru_cache
+def table_tensor(table: str, device: torch.device) -> Tensor:
+    """(16,) fp32."""
+    return torch.tensor(TABLES[table], dtype=torch.float32, device=device)
+
+
+@lru_cache
+def map_tensor(numbers: bytes, device: torch.device) -> Tensor:
+    """(256,) fp32, one for all layers with these numbers on this device."""
+    return torch.frombuffer(bytearray(numbers), dtype=torch.float32).to(device)
+
+
+@lru_cache
+def _pairs(table: str, device: torch.device) -> Tensor:
+    """The two values of each byte of codes (256,), side by side in what counts as one fp64: one lookup for both."""
+    levels = table_tensor(table, device)
+    return torch.stack((levels.repeat_interleave(16), levels.repeat(16)), 1).view(torch.float64).view(-1)
+
+
+# Checkpoints
+
+
+def read_layer(format: NF4Format, tensors: dict[str, Tensor], shape: tuple[int, int], bias, dtype) -> NF4Linear:
+    """A layer from the tensors of bitsandbytes' checkpoints; see Format.read. What the tensors say of the table and of
+    double quantisation holds."""
+    count = math.prod(shape)
+    blocks = -(-count // BLOCK)
+    states = [name for name in tensors if name.startswith(STATE)]
+    if len(states) != 1 or states[0].removeprefix(STATE) not in TABLES:
+        found = ", ".join(states) or "none"
+        raise ValueError(f"{STATE}nf4 or ...fp4: found {found}, expected one; the checkpoint is incomplete")
+    state, table = _read_state(states[0], tensors.pop(states[0]), shape), states[0].removeprefix(STATE)
+    codes = _read_codes(tensors.pop("weight"), count)
+    found = take(tensors, "weight.quant_map", (16,), [torch.float32])
+    if not torch.allclose(found, table_tensor(table, found.device), rtol=0, atol=1e-6):
+        raise ValueError(f"weight.quant_map holds other levels than those of {table}")
+    double = tensors.get("weight.absmax") is not None and tensors["weight.absmax"].dtype is torch.uint8
+    absmax = take(tensors, "weight.absmax", (blocks,), [torch.uint8 if double else torch.float32]).clone()
+    known, scales = {"weight.quant_map", "weight.absmax"}, Scales(absmax)
+    if double:
+        nested = take(tensors, "weight.nested_absmax", (-(-blocks // NESTED_BLOCK),), [torch.float32]).clone()
+        numbers = take(tensors, "weight.nested_quant_map", (256,), [torch.float32])
+        offset = torch.tensor(state["nested_offset"], dtype=torch.float32)
+        scales = Scales(absmax, nested, offset, numbers.numpy().tobytes())
+        known |= {"weight.nested_absmax", "weight.nested_quant_map"}
+    for name in tensors.keys() - known:
+        raise ValueError(f"{name} is not part of a layer in 4 bits{'' if double else ' without double quantisation'}")
+    for name in ("weight.absmax", *(["weight.nested_absmax", "weight.nested_quant_map"] if double else [])):
+        if not torch.isfinite(tensors[name].float()).all():
+            raise ValueError(f"{name} holds NaN or infinity; the file is damaged, fetch it again")
+    return NF4Linear(replace(format, table=table, double=double), shape, codes, scales, bias, dtype)
+
+
+def _read_codes(weight: Tensor, count: int) -> Tensor:
+    """The codes (ceil(count / 2),) uint8, whatever dtype they are stored in (bnb_4bit_quant_storage)."""
+    found = f"{str(weight.dtype).removeprefix('torch.')} {tuple(weight.shape)}"
+    wanted = f"{(count + 1) // 2} bytes of codes, two weights each"
+    if weight.dtype not in STORAGE:
+        raise ValueError(f"weight is {found}, expected {wanted}")
+    codes = weight.reshape(-1).view(torch.uint8)
+    if len(codes) != (count + 1) // 2:
+        raise ValueError(f"weight is {found}: {len(codes)} bytes; config.json asks for {wanted}")
+    return codes.clone()
+
+
+def _read_state(name: str, packed: Tensor, shape: tuple[int, int]) -> dict:
+    """The settings that bitsandbytes stores as JSON in a tensor of bytes."""
+    if packed.dtype is not torch.uint8 or packed.dim() != 1:
+        raise ValueError(f"{name} is {packed.dtype} {tuple(packed.shape)}, expected the bytes of a JSON object")
+    try:
+        state = json.loads(packed.numpy().tobytes().decode("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{name} is not JSON ({error}); the file is damaged, fetch it again") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{name} holds a {type(state).__name__}, expected an object")
+    expected = {"quant_type": name.removeprefix(STATE), "blocksize": BLOCK, "shape": list(shape)}
+    if "nested_blocksize" in state:
+        expected |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32"}
+    for key, value in expected.items():
+        if state.get(key) != value:
+            raise ValueError(f"{name}: {key} is {state.get(key)!r}; only {value!r} fits here")
+    if "nested_blocksize" in state:
+        offset = state.get("nested_offset")
+        if not isinstance(offset, float | int) or not math.isfinite(offset):
+            raise ValueError(f"{name}: nested_offset is {offset!r}, expected a number")
+    return state
