@@ -197,8 +197,10 @@ def stream_weights(
             raise ValueError(f"{file}: tensor {hf_name} {fault}")
         expected = missing.pop(name)
         if tuple(tensor.shape) != expected:
-            found = tuple(tensor.shape)
-            raise ValueError(f"{file}: tensor {hf_name} has shape {found}, config.json asks for {expected}")
+            found, more = tuple(tensor.shape), ""
+            if packed.format is not None and not tensor.is_floating_point():
+                more = f", or for a quantised one, whose {packed.format.marker} is missing"
+            raise ValueError(f"{file}: tensor {hf_name} has shape {found}, config.json asks for {expected}{more}")
         if not tensor.is_floating_point():
             raise ValueError(
                 f"{file}: tensor {hf_name} is {tensor.dtype}, not floating point; config.json says nothing of a "

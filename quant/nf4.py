@@ -20,7 +20,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from quant.linear import Format, QuantLinear, take
+from quant.linear import Format, QuantLinear, refuse_others, take
 
 BLOCK = 64  # weights to a scale
 NESTED_BLOCK = 256  # scales to a scale of scales
@@ -310,24 +310,27 @@ def read_layer(format: NF4Format, tensors: dict[str, Tensor], shape: tuple[int, 
     if len(states) != 1 or states[0].removeprefix(STATE) not in TABLES:
         found = ", ".join(states) or "none"
         raise ValueError(f"{STATE}nf4 or ...fp4: found {found}, expected one; the checkpoint is incomplete")
-    state, table = _read_state(states[0], tensors.pop(states[0]), shape), states[0].removeprefix(STATE)
-    codes = _read_codes(tensors.pop("weight"), count)
+    state, table = _read_state(states[0], tensors[states[0]], shape), states[0].removeprefix(STATE)
+    if "weight" not in tensors:
+        raise ValueError("weight is missing; the checkpoint is incomplete, fetch it again")
+    codes = _read_codes(tensors["weight"], count)
     found = take(tensors, "weight.quant_map", (16,), [torch.float32])
     if not torch.allclose(found, table_tensor(table, found.device), rtol=0, atol=1e-6):
         raise ValueError(f"weight.quant_map holds other levels than those of {table}")
-    double = tensors.get("weight.absmax") is not None and tensors["weight.absmax"].dtype is torch.uint8
+    double = "weight.absmax" in tensors and tensors["weight.absmax"].dtype is torch.uint8
     absmax = take(tensors, "weight.absmax", (blocks,), [torch.uint8 if double else torch.float32]).clone()
-    known, scales = {"weight.quant_map", "weight.absmax"}, Scales(absmax)
+    known, scales = ["weight", states[0], "weight.quant_map", "weight.absmax"], Scales(absmax)
     if double:
         nested = take(tensors, "weight.nested_absmax", (-(-blocks // NESTED_BLOCK),), [torch.float32]).clone()
         numbers = take(tensors, "weight.nested_quant_map", (256,), [torch.float32])
+        if "nested_offset" not in state:
+            raise ValueError(f"{states[0]}: nested_offset is missing, which scales in 8 bits need")
         offset = torch.tensor(state["nested_offset"], dtype=torch.float32)
         scales = Scales(absmax, nested, offset, numbers.numpy().tobytes())
-        known |= {"weight.nested_absmax", "weight.nested_quant_map"}
-    for name in tensors.keys() - known:
-        raise ValueError(f"{name} is not part of a layer in 4 bits{'' if double else ' without double quantisation'}")
-    for name in ("weight.absmax", *(["weight.nested_absmax", "weight.nested_quant_map"] if double else [])):
-        if not torch.isfinite(tensors[name].float()).all():
+        known += ["weight.nested_absmax", "weight.nested_quant_map"]
+    refuse_others(tensors, known)
+    for name in known[2:]:
+        if tensors[name].is_floating_point() and not torch.isfinite(tensors[name]).all():
             raise ValueError(f"{name} holds NaN or infinity; the file is damaged, fetch it again")
     return NF4Linear(replace(format, table=table, double=double), shape, codes, scales, bias, dtype)
 
