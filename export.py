@@ -1,44 +1,56 @@
-"""Merge adapters into their base model and write a model folder that stands alone (or convert and re-shard a model).
+"""Merge adapters into their base model and write a model folder that stands alone (or convert, quantise, re-shard it).
 
     python export.py model_name_or_path=BASE adapter_name_or_path=A,B export_dir=out export_size=2
+    python export.py model_name_or_path=BASE quantization_bit=4 export_dir=out       # in bitsandbytes' layout
+    python export.py model_name_or_path=NF4 adapter_name_or_path=A export_merge=loftq export_dir=out
     python export.py model_name_or_path=saves/demo export_dir=out infer_dtype=bfloat16     # a run folder names its base
     python export.py ... export_hub_model_id=owner/name hf_hub_token=...
 
-Tensors go one at a time from the base's files through the merge into the new shards, so the model is never held as
-a whole; only one shard is. W' = W + s B A in fp32 for every adapter in order, rounded once at the end (LoRA, arXiv
-2106.09685); DoRA (arXiv 2402.09353) gives each row of the sum its trained length.
+Tensors go one at a time from the base's files through the merge (merging.py) into the new shards, so the model is
+never held as a whole; only one shard is. A quantised base is dequantised on the way, or put back into codes
+(requantise.py); quality.py says what that costs.
 """
 
 import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import config as configuration
-from adapter_files import ADAPTER_PARTS, adapted_linear, read_adapter, whole_parameter
-from architectures import ModelConfig, to_hf_name
-from checkpoint import DTYPES, checkpoint_dtype, copy_side_files, stream_weights, write_model_json
+import quant
+from adapter_files import load_adapter
+from architectures import ModelConfig
+from checkpoint import (
+    DTYPES,
+    checkpoint_dtype,
+    copy_side_files,
+    load_model,
+    write_model_json,
+)
 from data import DataOptions
+from generate import context_limit
 from hub import ModelOptions
 from inference import Source, check_tokenizer, find_source, scaled_config
-from lora import LoraLinear, LoraOptions
+from lora import LoraOptions, replace_module
+from merging import Adapter, Merge
 from model import Decoder
 from optim import OptimOptions
-from quant import QuantLinear, QuantOptions
+from quality import WINDOW, QualityOptions, mean_loss, measure, windows
+from quant import Format, QuantOptions
+from requantise import RANK, MergeOptions, Requantiser
 from runs import TrainOptions
 from templates import TemplateOptions, get_template
-from tensor_files import write_shards
+from tensor_files import weight_files, write_json, write_shards
 from tokenizer import Tokenizer
 
 RECORD = "export_info.json"  # marks a folder as an export, which the next export to the same place may replace
-EMBEDDING, HEAD = "embed_tokens", "lm_head"
+REMAINDER = "adapter"  # folder inside the export: what its codes cannot hold, an adapter in PEFT's format
 
 
 @dataclass(frozen=True)
@@ -61,7 +73,7 @@ class ExportOptions:
             )
 
 
-SECTIONS = [ModelOptions, TemplateOptions, ExportOptions]
+SECTIONS = [ModelOptions, TemplateOptions, ExportOptions, QuantOptions, MergeOptions, QualityOptions]
 
 
 def main(argv: list[str]) -> int:
@@ -72,7 +84,7 @@ def main(argv: list[str]) -> int:
             program="export.py",
             description=__doc__.splitlines()[0],
             # training files can be read too
-            other_sections=[TrainOptions, QuantOptions, DataOptions, LoraOptions, OptimOptions],
+            other_sections=[TrainOptions, DataOptions, LoraOptions, OptimOptions],
         )
         for notice in config.notices:
             print(f"note: {notice}")
@@ -81,7 +93,13 @@ def main(argv: list[str]) -> int:
         for notice in source.notices:
             print(f"note: {notice}")
         options = config[ExportOptions]
-        export(source, options, DTYPES.get(config[ModelOptions].infer_dtype))
+        plan = Plan(
+            DTYPES.get(config[ModelOptions].infer_dtype),
+            quant.from_options(config[QuantOptions]),
+            config[MergeOptions],
+            config[QualityOptions],
+        )
+        export(source, options, plan)
         if options.export_hub_model_id:
             url = push(Path(options.export_dir), options.export_hub_model_id, config[ModelOptions].hf_hub_token)
             print(f"uploaded to {url}")
@@ -93,8 +111,22 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def export(source: Source, options: ExportOptions, dtype: torch.dtype | None) -> None:
-    """Write the merged model to options.export_dir: complete, or not at all.  dtype None = each tensor's own.
+@dataclass(frozen=True)
+class Plan:
+    """What is asked of the result."""
+
+    dtype: torch.dtype | None = None  # None = each tensor's own
+    quantization: Format | None = None  # of linears; None = as the base
+    merge: MergeOptions = MergeOptions()
+    quality: QualityOptions = QualityOptions()
+
+    @property
+    def way(self) -> str:
+        return self.merge.export_merge or ("dequantise" if self.quantization is None else "requantise")
+
+
+def export(source: Source, options: ExportOptions, plan: Plan) -> None:
+    """Write the merged model to options.export_dir: complete, or not at all.
 
     Raises ValueError for what does not fit together, OSError when the disk is full.
     """
@@ -107,18 +139,28 @@ def export(source: Source, options: ExportOptions, dtype: torch.dtype | None) ->
     template = None
     if source.template.template:
         template = get_template(source.template.template, None, source.template.default_system)
-    merge = Merge(config, [Adapter(config, folder) for folder in source.adapters], dtype, device)
+    texts = sample(plan.quality, tokenizer, config)
+    adapters = [Adapter(config, folder) for folder in source.adapters]
+    merge = Merge(config, adapters, plan.dtype, device, in_codes(config, plan))
+    packing = requantiser(merge, plan)
     temporary = target.parent / f".{target.name}.unfinished"
     shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
     temporary.mkdir(parents=True)
     try:
-        check_space(merge.size_bytes(), target)
-        written = write_shards(temporary, merge.tensors(source.base), options.export_size)
         hf = dict(config.hf) | {"tie_word_embeddings": config.tied_head and not merge.unties}
-        write_model_json(temporary, hf, written)
+        if packing is None:
+            check_space(merge.size_bytes(), target)
+            written = write_shards(temporary, merge.tensors(source.base), options.export_size)
+            write_model_json(temporary, hf, written)
+        else:
+            write_shards(temporary, packing.tensors(merge.pieces(source.base)), options.export_size)
+            written = packing.dtype
+            write_model_json(temporary, hf, written, packing.format)
+            if packing.rank:
+                packing.save_adapter(temporary / REMAINDER, str(target))
         copy_side_files(source.base, temporary)
         tokenizer.save(temporary, template.to_jinja() if template is not None else None)
-        record = {"base": str(source.base), "adapters": [str(path) for path in source.adapters]}
+        record = {"base": str(source.base), "adapters": [str(path) for path in source.adapters], "way": plan.way}
         (temporary / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         _put_in_place(temporary, target)
     except OSError as error:
@@ -130,6 +172,92 @@ def export(source: Source, options: ExportOptions, dtype: torch.dtype | None) ->
         shutil.rmtree(temporary, ignore_errors=True)
     parts = " + ".join(str(path) for path in (source.base, *source.adapters))
     print(f"{parts} -> {target} ({str(written).removeprefix('torch.')}{', head untied' if merge.unties else ''})")
+    if packing is not None:
+        print(packing.summary())
+    tell_quality(source, merge, packing, plan, texts, target)
+
+
+# What it costs
+
+
+def in_codes(config: ModelConfig, plan: Plan) -> Format | None:
+    """The format into which a 16-bit base goes as it is read; None where it stays or is in codes already."""
+    if not config.hf.get("quantization_config"):
+        return plan.quantization
+    if plan.quantization is not None and plan.way == "dequantise":
+        raise ValueError("export_merge: dequantise writes 16 bit, and the base is quantised; drop quantization_bit")
+    return None
+
+
+def requantiser(merge: Merge, plan: Plan) -> Requantiser | None:
+    """What puts the merged weights into codes; None where they stay in 16 bit."""
+    if plan.way == "dequantise":
+        return None
+    if plan.quantization is None and not merge.config.hf.get("quantization_config"):
+        raise ValueError(f"export_merge: {plan.way} needs a quantised base; this one is not, so give quantization_bit")
+    rank = plan.merge.export_merge_rank
+    if rank is None:
+        rank = RANK if merge.adapters or plan.way == "loftq" else 0
+    rounds = plan.merge.loftq_iter if plan.way == "loftq" else None
+    return Requantiser(merge.config, plan.quantization, plan.dtype or checkpoint_dtype(merge.config), rank, rounds)
+
+
+def sample(options: QualityOptions, tokenizer: Tokenizer, config: ModelConfig) -> list[Tensor] | None:
+    if not options.export_sample_text:
+        return None
+    length = min(WINDOW, context_limit(config))
+    return windows(tokenizer, options.export_sample_text, length, options.export_sample_tokens)
+
+
+def tell_quality(
+    source: Source, merge: Merge, packing: Requantiser | None, plan: Plan, texts: list[Tensor] | None, target: Path
+) -> None:
+    """Print the losses on the sample and the report, measured on the files that were written; both to quality.json."""
+    if texts is None:
+        if packing is not None and source.adapters:
+            print("note: export_sample_text=FILE would measure what this does to the loss on a text")
+        return
+    found = {}
+    if packing is not None:
+        found["losses"] = losses(source, merge, packing, texts, target)
+        count = f"{sum(map(len, texts)):,} tokens of {plan.quality.export_sample_text}"
+        print(f"loss on {count}: " + ", ".join(f"{name} {value:.5f}" for name, value in found["losses"].items()))
+    if plan.quality.report:
+        parent = plan.quality.report_parent
+        exact = Merge(merge.config, merge.adapters, torch.float32, merge.device)
+        before = load_model(parent, torch.float32, merge.device) if parent else exact.model(source.base)
+        child = load_written(target, merge.device)
+        files = [*weight_files(target), *target.glob(f"{REMAINDER}/*.safetensors")]
+        report = measure(before, child, texts, sum(path.stat().st_size for path in files))
+        print(*report.lines(), sep="\n")
+        found["report"] = report.as_dict()
+    write_json(target / "quality.json", found)
+
+
+def losses(source: Source, merge: Merge, packing: Requantiser, texts: list[Tensor], target: Path) -> dict[str, float]:
+    """Nats a token, in fp32: of what was to be kept, of its nearest codes alone, and of what was written."""
+    name = "base + adapter" if merge.adapters else "16 bit"
+    model = Merge(merge.config, merge.adapters, torch.float32, merge.device, merge.quantization).model(source.base)
+    found = {name: mean_loss(model, texts)}
+    for module in packing.fits:
+        linear = model.get_submodule(module)
+        replace_module(model, module, packing.format.quantise(linear.weight.detach(), linear.bias, torch.float32))
+    found["quantised alone"] = mean_loss(model, texts)
+    del model
+    if packing.rank:
+        found[f"with rank {packing.rank} beside it"] = mean_loss(load_written(target, merge.device), texts)
+    return found
+
+
+def load_written(target: Path, device: str) -> Decoder:
+    """The exported model as a user has it, its adapter unmerged beside the codes, computing in fp32."""
+    model = load_model(target, torch.float32, device)
+    if (target / REMAINDER).is_dir():
+        load_adapter(model, target / REMAINDER, checkpoint_dtype(model.config))
+    return model.eval()
+
+
+# Folders
 
 
 def check_target(target: Path, source: Source) -> None:
@@ -158,108 +286,6 @@ def _put_in_place(temporary: Path, target: Path) -> None:
         target.rename(old)
     temporary.rename(target)
     shutil.rmtree(old, ignore_errors=True)
-
-
-class Adapter:
-    """A PEFT adapter, ready to be merged into one tensor at a time.
-
-    Reading it checks everything against the model's shapes: ValueError names the first tensor that does not fit.
-    """
-
-    def __init__(self, config: ModelConfig, folder: Path):
-        # read as if the head had a weight of its own: an adapter may give it one
-        untied = replace(config, tied_head=False)
-        skeleton = Decoder(untied, device="meta")  # shapes only
-        self.file = read_adapter(folder, untied)
-        self.layers: dict[str, LoraLinear] = {}
-        for module, parts in self.file.modules.items():
-            if "lora_A" in parts or "lora_B" in parts:
-                self.layers[module] = adapted_linear(skeleton, module, self.file, torch.float32, 0.0)
-            for part in parts.keys() - ADAPTER_PARTS:
-                whole_parameter(skeleton, f"{module}.{part}", parts[part], self.file)
-
-    def apply(self, name: str, tensor: Tensor) -> Tensor:
-        """One of the model's tensors after this adapter; fp32 where an update was added."""
-        module, _, part = name.rpartition(".")
-        parts = self.file.modules.get(module, {})
-        if part in parts:  # trained in full; or, where the head has an adapter, the base that peft stores beside it
-            tensor = parts[part].to(tensor.device)
-        return self._merged(module, parts, tensor) if module in self.layers and part == "weight" else tensor
-
-    def _merged(self, module: str, parts: dict[str, Tensor], weight: Tensor) -> Tensor:
-        layer = self.layers[module]
-        shape_only = layer.base.weight
-        layer.base.weight = nn.Parameter(weight, requires_grad=False)
-        for part, name in (("lora_A", "lora_a"), ("lora_B", "lora_b"), ("magnitude", "magnitude")):
-            if part in parts:
-                setattr(layer, name, nn.Parameter(parts[part].to(weight.device, torch.float32), requires_grad=False))
-        merged = layer.merged_weight()
-        layer.base.weight = shape_only
-        if not torch.isfinite(merged).all():
-            raise self.file.fault(f"the merged {module} is not finite, so the adapter is broken")
-        return merged
-
-    @property
-    def unties(self) -> bool:
-        """Whether a tied head and the embedding differ after this adapter, as peft reads it: a module that it does not
-        name keeps the base's weight. Both trained in full and equal is how a tied pair is stored."""
-        embedding, head = self.file.modules.get(EMBEDDING, {}), self.file.modules.get(HEAD, {})
-        if not embedding and not head:
-            return False
-        if not head and self.file.config.get("ensure_weight_tying"):
-            return False
-        pair = "weight" in embedding and "weight" in head
-        return not (pair and torch.equal(embedding["weight"], head["weight"]))
-
-
-class Merge:
-    """The base model's dense tensors with every adapter applied, one at a time; a quantised base is dequantised."""
-
-    def __init__(self, config: ModelConfig, adapters: list[Adapter], dtype: torch.dtype | None, device: str):
-        self.config, self.adapters, self.dtype, self.device = config, adapters, dtype, device
-        self.unties = config.tied_head and any(adapter.unties for adapter in adapters)
-        self.shapes = _shapes(config)
-
-    def size_bytes(self) -> int:
-        """What the files will take: an estimate by the checkpoint's own dtype where none is asked for."""
-        numbers = sum(torch.Size(shape).numel() for shape in self.shapes.values())
-        if self.unties:
-            numbers += torch.Size(self.shapes[f"{EMBEDDING}.weight"]).numel()
-        return numbers * (self.dtype or checkpoint_dtype(self.config)).itemsize
-
-    def tensors(self, folder: Path) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, merged dense tensor on the CPU), whatever format the base is in. Raises ValueError for
-        missing, extra and misshapen tensors."""
-        for name, value in stream_weights(folder, self.config, checkpoint_dtype(self.config)):
-            if isinstance(value, QuantLinear):
-                yield from self._dequantised(name, value.to(self.device))
-                continue
-            yield to_hf_name(self.config, name), self._finished(name, value, value.dtype)
-            if self.unties and name == f"{EMBEDDING}.weight":
-                yield f"{HEAD}.weight", self._finished(f"{HEAD}.weight", value, value.dtype)
-
-    def _dequantised(self, module: str, layer: QuantLinear) -> Iterator[tuple[str, Tensor]]:
-        """A quantised linear's weight and bias. fp32 until the adapters are in, so that it is rounded once."""
-        weight = self._finished(f"{module}.weight", layer.dequantize(torch.float32), layer.dtype)
-        yield to_hf_name(self.config, f"{module}.weight"), weight
-        if layer.bias is not None:
-            bias = self._finished(f"{module}.bias", layer.bias.detach(), layer.dtype)
-            yield to_hf_name(self.config, f"{module}.bias"), bias
-
-    def _finished(self, name: str, tensor: Tensor, own: torch.dtype) -> Tensor:
-        """The tensor after all adapters, in the dtype asked for, or else in its own."""
-        merged = tensor.to(self.device)
-        for adapter in self.adapters:
-            merged = adapter.apply(name, merged)
-        result = merged.to(self.dtype or own)
-        if result.dtype is torch.float16 and not torch.isfinite(result).all() and torch.isfinite(merged).all():
-            raise ValueError(f"infer_dtype: {name} holds numbers too large for float16; use bfloat16")
-        return result.cpu()
-
-
-def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor of the model; nothing is allocated."""
-    return {name: tuple(p.shape) for name, p in Decoder(config, device="meta").named_parameters()}
 
 
 def push(folder: Path, repository: str, token: str | None, api=None) -> str:

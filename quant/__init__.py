@@ -12,8 +12,7 @@ in METHODS or from_options below.
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from quant import aqlm, awq, gptq, hqq, nf4
-from quant.hqq import HQQFormat
+from quant import aqlm, awq, gptq, nf4
 from quant.linear import FEW_ROWS, Format, QuantLinear
 from quant.nf4 import NF4Format
 
@@ -31,17 +30,14 @@ METHODS = {  # quant_method of config.json: quantization_config -> Format, Value
     "awq": awq.from_config,
     "bitsandbytes": _bitsandbytes,
     "gptq": gptq.from_config,
-    "hqq": hqq.from_config,
 }
-
-BITS = {"bitsandbytes": (4,), "hqq": (8, 6, 5, 4, 3, 2, 1)}  # quantization_method: what quantization_bit may be
 
 
 @dataclass(frozen=True)
 class QuantOptions:
     quantization_bit: Annotated[int | None, "quantise the base model to this many bits while it is read"] = None
     quantization_method: Annotated[
-        Literal["bitsandbytes", "hqq"], "how: bitsandbytes = nf4 or fp4 (4 bits); hqq = 8, 6, 5, 4, 3, 2 or 1 bits"
+        Literal["bitsandbytes"], "how: bitsandbytes = nf4 or fp4 (4 bits)"
     ] = "bitsandbytes"
     quantization_type: Annotated[Literal["nf4", "fp4"], "levels of the 4-bit codes"] = "nf4"
     double_quantization: Annotated[bool, "hold the scales of 4-bit blocks in 8 bits too"] = True
@@ -54,11 +50,8 @@ def from_options(options: QuantOptions) -> Format | None:
     """The format that the options ask for, None for a model that is not quantised. Raises ValueError."""
     if options.quantization_bit in (None, 0, 16, 32):
         return None
-    if options.quantization_bit not in BITS[options.quantization_method]:
-        known = ", ".join(map(str, BITS[options.quantization_method]))
-        raise ValueError(f"quantization_bit: {options.quantization_bit}; {options.quantization_method} has {known}")
-    if options.quantization_method == "hqq":
-        return HQQFormat(options.quantization_bit)
+    if options.quantization_bit != 4:
+        raise ValueError(f"quantization_bit: {options.quantization_bit}; {options.quantization_method} has 4")
     return NF4Format(options.quantization_type, options.double_quantization)
 
 
