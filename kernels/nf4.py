@@ -1,0 +1,384 @@
+"""Weights in NF4 or FP4 (quant/nf4.py): to numbers, and the product of a few rows straight from the codes.
+
+w = table[code] * absmax[block], blocks of 64 along the flattened weight, the first weight of a byte in its high half.
+Dettmers et al., arXiv 2305.14314, section 3; with double quantisation absmax[b] = map[code[b]] * nested[b / 256] + mean.
+
+Two ways to a product x W^T. For many rows the weight is written out once (K5, a stream: 0.52 bytes read, 2 written a
+weight) and the library multiplies. For 1 to 16 rows, decoding, reading the weight is all the time it takes, so the
+codes are multiplied as they are read (K6): a quarter of the bytes of a bf16 weight. One row: ordinary arithmetic in
+fp32, several outputs per program, since a tensor core would be fed 15 rows of zeros. More: matrix units on blocks of
+64 outputs, rounded to x's dtype as the dense weight would be; outputs alone are too few programs for a GPU, so the
+inputs are divided too (`splits`) and a second kernel adds the parts in a fixed order.
+
+The table is read by gathers: it is one line of the first-level cache, so a warp's 32 look-ups take one access whatever
+the codes are (a table of pairs would be 16 lines). x A^T, the narrow half of an adapter, needs all of x and goes first;
+s (x A^T) B^T and the bias are added in the launch of the product. Linears with one input share their launches.
+Nothing here waits for the GPU, so all of it can be captured in a graph.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.launch import ceil_divide, jit, next_power_of_2, processors, run, tl
+
+BLOCK = 64  # weights per scale, the format's
+NESTED_BLOCK = 256  # scales per scale of scales
+MOST_ROWS = 16  # of x
+MOST_PARTS = 3  # linears in one launch: q, k, v
+TILE_BYTES = 8192  # of codes per program of the one-row kernel: 64 on their way in each of 128 threads
+
+
+class Codes(NamedTuple):
+    """A weight (out, in) in 4 bits. All on one device; the last three are None without double quantisation."""
+
+    codes: Tensor  # (ceil(out * in / 2),) uint8
+    absmax: Tensor  # (ceil(out * in / 64),) fp32, or uint8 with double quantisation
+    table: Tensor  # (16,) fp32
+    nested_absmax: Tensor | None = None  # (ceil(blocks / 256),) fp32
+    nested_table: Tensor | None = None  # (256,) fp32
+    mean: Tensor | None = None  # () fp32
+
+
+class CodesPart(NamedTuple):
+    """One linear of several with the same input."""
+
+    weight: Codes
+    bias: Tensor | None  # (out,)
+    lora_a: Tensor | None  # (R, in); None: no adapter
+    lora_b: Tensor | None  # (out, R)
+    scale: float
+    out_features: int
+
+
+def dequantise_reference(weight: Codes, out: Tensor) -> None:
+    """Write the weight into out (out, in): fp32 arithmetic, rounded to out's dtype."""
+    pairs = torch.stack((weight.codes >> 4, weight.codes & 15), dim=1).view(-1)[: out.numel()]
+    scales = scales_reference(weight).repeat_interleave(BLOCK)[: out.numel()]
+    out.copy_((weight.table[pairs.int()] * scales).view_as(out))
+
+
+def scales_reference(weight: Codes) -> Tensor:
+    """(blocks,) fp32, whether they are quantised themselves or not."""
+    if weight.nested_absmax is None:
+        return weight.absmax
+    nested = weight.nested_absmax.repeat_interleave(NESTED_BLOCK)[: weight.absmax.numel()]
+    return weight.nested_table[weight.absmax.int()] * nested + weight.mean
+
+
+def few_rows_reference(x: Tensor, part: CodesPart) -> Tensor:
+    """x (T, in) -> x W^T + bias + scale (x A^T) B^T (T, out) in x's dtype."""
+    dense = torch.empty(part.out_features, x.shape[1], dtype=x.dtype, device=x.device)
+    dequantise_reference(part.weight, dense)
+    result = torch.nn.functional.linear(x, dense, None if part.bias is None else part.bias.to(x.dtype))
+    if part.lora_a is None:
+        return result
+    return result + (x @ part.lora_a.to(x.dtype).T) @ part.lora_b.to(x.dtype).T * part.scale
+
+
+def unsupported_fill(out: Tensor) -> str | None:
+    """Why the kernel does not write this tensor; None if it does."""
+    if out.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"a weight in {out.dtype}"
+    return None if out.is_contiguous() else "a weight that is not contiguous"
+
+
+def unsupported(x: Tensor) -> str | None:
+    """Why the kernels do not multiply this x (T, in); None if they do."""
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"{x.dtype}"
+    if x.shape[1] % BLOCK:
+        return f"rows of {x.shape[1]} weights, so that scales of {BLOCK} cross from one to the next"
+    return None if 0 < x.shape[0] <= MOST_ROWS else f"{x.shape[0]} rows; 1 to {MOST_ROWS}"
+
+
+# Writing the weight out (K5)
+
+
+def dequantise_triton(weight: Codes, out: Tensor) -> None:
+    """dequantise_reference as one kernel, to the bit: what it rounds it rounds in the same order."""
+    groups, steps = 16, 4  # with 4 warps: 4 bytes of codes a thread and step, so 16 bytes of bf16, side by side
+    each = groups * BLOCK * steps
+    run(
+        _dequantise_kernel, (ceil_divide(out.numel(), each),), weight.codes, *weight[1:], out, out.numel(),
+        GROUPS=groups, STEPS=steps, WHOLE=out.numel() % each == 0, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+@jit
+def _scales(absmax, nested_absmax, nested_table, mean, block, inside):
+    """absmax of these blocks, fp32."""
+    scales = tl.load(absmax + block, mask=inside, other=0)
+    if nested_absmax is not None:
+        nested = tl.load(nested_absmax + block // 256, mask=inside, other=0.0)
+        scales = tl.load(nested_table + scales.to(tl.int32)) * nested + tl.load(mean)
+    return scales
+
+
+@jit
+def _dequantise_kernel(
+    codes, absmax, table, nested_absmax, nested_table, mean, out, numel,
+    GROUPS: tl.constexpr, STEPS: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """WHOLE: every program has all of its weights. Masks of single bytes would forbid loads of several."""
+    levels = tl.load(table + tl.arange(0, 16))
+    for step in tl.static_range(STEPS):
+        first = (tl.program_id(0).to(tl.int64) * STEPS + step) * GROUPS  # block of 64
+        group = tl.arange(0, GROUPS)
+        byte = group[:, None] * 32 + tl.arange(0, 32)
+        place = group[:, None] * 64 + tl.arange(0, 64)
+        inside, some, is_weight = group < GROUPS, byte >= 0, place >= 0
+        if not WHOLE:
+            left = tl.minimum(numel - first * 64, GROUPS * 64).to(tl.int32)  # weights of this step
+            inside, some, is_weight = group * 64 < left, byte * 2 < left, place < left
+        pair = tl.load(codes + first * 32 + byte, mask=some, other=0).to(tl.int32)
+        scale = _scales(absmax, nested_absmax, nested_table, mean, first + group, inside)
+        code = tl.interleave(pair >> 4, pair & 15)  # (GROUPS, 64)
+        values = tl.reshape(tl.gather(levels, tl.reshape(code, (GROUPS * 64,)), 0), (GROUPS, 64))
+        values = (values * scale[:, None]).to(out.dtype.element_ty)
+        tl.store(out + first * 64 + place, values, mask=is_weight)
+
+
+# The product of a few rows (K6)
+
+
+def few_rows_triton(x: Tensor, parts: list[CodesPart]) -> list[Tensor]:
+    """few_rows_reference for several linears; no gradient. Results may be columns of one tensor."""
+    if len(parts) > MOST_PARTS or len({_kind(part) for part in parts}) > 1:
+        return [result for part in parts for result in few_rows_triton(x, [part])]
+    x = x if x.stride(1) == 1 else x.contiguous()
+    sizes = [part.out_features for part in parts]
+    result = torch.empty(x.shape[0], sum(sizes), dtype=x.dtype, device=x.device)
+    low = _low(x, parts)
+    multiply = _one_row if x.shape[0] == 1 else _some_rows
+    multiply(x, parts, low, result)
+    return list(result.split(sizes, dim=1))
+
+
+def _kind(part: CodesPart) -> tuple:
+    """What the parts of one launch have in common."""
+    bias, lora_b = (None if x is None else x.dtype for x in (part.bias, part.lora_b))
+    return id(part.weight.table), id(part.weight.nested_table), bias, lora_b, _rank(part)
+
+
+def _rank(part: CodesPart) -> int:
+    return 0 if part.lora_a is None else part.lora_a.shape[0]
+
+
+def _low(x: Tensor, parts: list[CodesPart]) -> Tensor | None:
+    """x A^T of all parts side by side, (T, sum of R) fp32."""
+    rank = _rank(parts[0])
+    if rank == 0:
+        return None
+    low = torch.empty(x.shape[0], rank * len(parts), dtype=torch.float32, device=x.device)
+    tables = [part.lora_a.contiguous() for part in parts]
+    tables += tables[:1] * (MOST_PARTS - len(tables))  # of parts that are not there: never read
+    rows = max(2, next_power_of_2(x.shape[0]))
+    run(
+        _low_kernel, (low.shape[1],), x, *tables, low, x.stride(0), x.shape[0], x.shape[1], rank, low.shape[1],
+        ROWS=rows, BLOCK=max(128, 4096 // rows), num_warps=4,
+    )  # fmt: skip
+    return low
+
+
+def _arguments(parts: list[CodesPart], block: int) -> tuple[list, int]:
+    """What the kernels take of the parts, missing ones as the first, and the number of blocks of outputs."""
+    firsts, sizes, blocks, outputs = [], [], 0, 0
+    for part in parts:
+        blocks += ceil_divide(part.out_features, block)
+        firsts.append(blocks)  # the first block of the next one
+        sizes.append(outputs)
+        outputs += part.out_features
+    given = [*parts, *parts[:1] * (MOST_PARTS - len(parts))]
+    firsts += [blocks] * (MOST_PARTS - len(parts))
+    sizes += [0] * (MOST_PARTS - len(parts))
+    tensors = []
+    for part in given:
+        weight = part.weight
+        tensors += [weight.codes.view(torch.int32), weight.absmax, weight.nested_absmax, weight.mean, part.bias]
+        tensors.append(None if part.lora_b is None else part.lora_b.contiguous())
+    numbers = [part.out_features for part in given] + [float(part.scale) for part in given]
+    return [*tensors, *numbers, *firsts[:-1], *sizes[1:]], blocks
+
+
+def _one_row(x: Tensor, parts: list[CodesPart], low: Tensor | None, result: Tensor) -> None:
+    groups = x.shape[1] // BLOCK
+    tile = min(64, max(8, next_power_of_2(groups)))
+    rows = TILE_BYTES // (tile * BLOCK // 2)
+    arguments, blocks = _arguments(parts, rows)
+    run(
+        _one_row_kernel, (blocks,), x, parts[0].weight.table, parts[0].weight.nested_table, low, result, *arguments,
+        groups, RANK=_rank(parts[0]), RANKS=next_power_of_2(max(2, _rank(parts[0]))), ROWS=rows, GROUPS=tile,
+        num_warps=4,
+    )  # fmt: skip
+
+
+def _some_rows(x: Tensor, parts: list[CodesPart], low: Tensor | None, result: Tensor) -> None:
+    groups, rows, tile = x.shape[1] // BLOCK, 64, 4 if x.dtype is not torch.float32 else 2
+    arguments, blocks = _arguments(parts, rows)
+    splits = max(1, min(ceil_divide(4 * processors(x.device), blocks), ceil_divide(groups, 2 * tile), 16))
+    target = result
+    if splits > 1:
+        target = torch.empty(splits, *result.shape, dtype=torch.float32, device=x.device)
+    run(
+        _some_rows_kernel, (blocks, splits), x, parts[0].weight.table, parts[0].weight.nested_table, low, target,
+        *arguments, groups, splits, x.stride(0), x.shape[0], result.shape[1],
+        _rank(parts[0]) * len(parts),
+        RANK=_rank(parts[0]), RANKS=next_power_of_2(max(16, _rank(parts[0]))), ROWS=rows, GROUPS=tile,
+        PRECISION="ieee" if x.dtype is torch.float32 else "tf32", num_warps=4, num_stages=3,
+    )  # fmt: skip
+    if splits > 1:
+        count = result.numel()
+        run(_add_kernel, (ceil_divide(count, 512),), target, result, count, splits, BLOCK=512, num_warps=4)
+
+
+@jit
+def _of(part, first, second, third):
+    """The pointer of this part. A branch: a choice between two pointers would lose what is known of their alignment."""
+    chosen = first
+    if part == 1:
+        chosen = second
+    if part == 2:
+        chosen = third
+    return chosen
+
+
+@jit
+def _number(part, first, second, third):
+    return tl.where(part == 2, third, tl.where(part == 1, second, first))
+
+
+@jit
+def _low_kernel(
+    x, a0, a1, a2, low, x_stride, tokens, inputs, rank, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """One program per column: x times one row of one A."""
+    column = tl.program_id(0)
+    part, row = column // rank, column % rank
+    table = _of(part, a0, a1, a2)
+    token = tl.arange(0, ROWS)
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(0, inputs, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        values = tl.load(table + row.to(tl.int64) * inputs + place, mask=place < inputs, other=0.0).to(tl.float32)
+        inside = (token < tokens)[:, None] & (place < inputs)
+        total += tl.load(x + token[:, None] * x_stride + place, mask=inside, other=0.0).to(tl.float32) * values
+    tl.store(low + token * columns + column, tl.sum(total, 1), mask=token < tokens)
+
+
+@jit
+def _weights(word, levels):
+    """word (A, B, C) int32, eight codes each -> (A, B, 8 C), their levels in the order of the weights.
+
+    The first weight stands in the high half of the lowest byte. Each join adds a last dimension, the later one the
+    faster, so the eight shifts are joined in bit-reversed order.
+    """
+    first = tl.join(tl.join(word >> 4, word >> 20), tl.join(word >> 12, word >> 28))
+    second = tl.join(tl.join(word, word >> 16), tl.join(word >> 8, word >> 24))
+    code = tl.join(first, second) & 15
+    values = tl.gather(levels, tl.reshape(code, (code.numel,)), 0)
+    return tl.reshape(values, (word.shape[0], word.shape[1], word.shape[2] * 8))
+
+
+@jit
+def _one_row_kernel(
+    x, table, nested_table, low, result,
+    codes0, absmax0, nested0, mean0, bias0, lora_b0, codes1, absmax1, nested1, mean1, bias1, lora_b1,
+    codes2, absmax2, nested2, mean2, bias2, lora_b2, outs0, outs1, outs2, scale0, scale1, scale2,
+    block1, block2, column1, column2, groups,
+    RANK: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """ROWS outputs of one linear. x (1, in); result (1, sum of out); groups: blocks of 64 in a row of the weight."""
+    block = tl.program_id(0)
+    part = (block >= block1).to(tl.int32) + (block >= block2).to(tl.int32)
+    codes, absmax = _of(part, codes0, codes1, codes2), _of(part, absmax0, absmax1, absmax2)
+    nested, mean = nested0, mean0
+    if nested0 is not None:
+        nested, mean = _of(part, nested0, nested1, nested2), _of(part, mean0, mean1, mean2)
+    outs, column = _number(part, outs0, outs1, outs2), _number(part, 0, column1, column2)
+    row = (block - _number(part, 0, block1, block2)) * ROWS + tl.arange(0, ROWS)
+    levels = tl.load(table + tl.arange(0, 16))
+    total = tl.zeros((ROWS, GROUPS), tl.float32)
+    for start in range(0, groups, GROUPS):
+        group = start + tl.arange(0, GROUPS)
+        inside = (row < outs)[:, None] & (group < groups)
+        place = row[:, None] * groups + group
+        offset = place[:, :, None] * 8 + tl.arange(0, 8)
+        word = tl.load(codes + offset, mask=inside[:, :, None], other=0)  # (ROWS, GROUPS, 8), 8 codes each
+        scales = _scales(absmax, nested, nested_table, mean, place, inside)
+        values = tl.load(x + group[:, None] * 64 + tl.arange(0, 64), mask=(group < groups)[:, None], other=0.0)
+        total += tl.sum(_weights(word, levels) * values.to(tl.float32), 2) * scales
+    sums = tl.sum(total, 1)
+    if RANK > 0:
+        rank = tl.arange(0, RANKS)
+        narrow = tl.load(low + part * RANK + rank, mask=rank < RANK, other=0.0)
+        inside = (row < outs)[:, None] & (rank < RANK)
+        wide = tl.load(_of(part, lora_b0, lora_b1, lora_b2) + row[:, None] * RANK + rank, mask=inside, other=0.0)
+        sums += _number(part, scale0, scale1, scale2) * tl.sum(wide.to(tl.float32) * narrow, 1)
+    if bias0 is not None:
+        sums += tl.load(_of(part, bias0, bias1, bias2) + row, mask=row < outs, other=0.0).to(tl.float32)
+    tl.store(result + column + row, sums.to(result.dtype.element_ty), mask=row < outs)
+
+
+@jit
+def _some_rows_kernel(
+    x, table, nested_table, low, result,
+    codes0, absmax0, nested0, mean0, bias0, lora_b0, codes1, absmax1, nested1, mean1, bias1, lora_b1,
+    codes2, absmax2, nested2, mean2, bias2, lora_b2, outs0, outs1, outs2, scale0, scale1, scale2,
+    block1, block2, column1, column2, groups, splits, x_stride, tokens, columns, low_columns,
+    RANK: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """ROWS outputs of one linear over one split of the inputs. x (T, in); result (T, sum of out), or that per split."""
+    block, split = tl.program_id(0), tl.program_id(1)
+    part = (block >= block1).to(tl.int32) + (block >= block2).to(tl.int32)
+    codes, absmax = _of(part, codes0, codes1, codes2), _of(part, absmax0, absmax1, absmax2)
+    nested, mean = nested0, mean0
+    if nested0 is not None:
+        nested, mean = _of(part, nested0, nested1, nested2), _of(part, mean0, mean1, mean2)
+    outs, column = _number(part, outs0, outs1, outs2), _number(part, 0, column1, column2)
+    row = (block - _number(part, 0, block1, block2)) * ROWS + tl.arange(0, ROWS)
+    token = tl.arange(0, 16)
+    share = tl.cdiv(tl.cdiv(groups, GROUPS), splits) * GROUPS
+    first = split * share
+    last = tl.minimum(first + share, groups)
+    levels = tl.load(table + tl.arange(0, 16))
+    total = tl.zeros((ROWS, 16), tl.float32)
+    for start in range(first, last, GROUPS):
+        group = start + tl.arange(0, GROUPS)
+        inside = (row < outs)[:, None] & (group < last)
+        place = row[:, None] * groups + group
+        offset = place[:, :, None] * 8 + tl.arange(0, 8)
+        word = tl.load(codes + offset, mask=inside[:, :, None], other=0)  # (ROWS, GROUPS, 8)
+        scales = _scales(absmax, nested, nested_table, mean, place, inside)
+        weights = _weights(word, levels) * tl.reshape(scales, (ROWS, GROUPS, 1))
+        weights = tl.reshape(weights, (ROWS, GROUPS * 64)).to(x.dtype.element_ty)
+        input = start * 64 + tl.arange(0, GROUPS * 64)
+        mask = (token < tokens)[:, None] & (input < last * 64)
+        values = tl.load(x + token[:, None] * x_stride + input, mask=mask, other=0.0)
+        total = tl.dot(weights, values.T, total, input_precision=PRECISION)
+    if split == 0:
+        if RANK > 0:
+            rank = tl.arange(0, RANKS)
+            inside = (row < outs)[:, None] & (rank < RANK)
+            wide = tl.load(_of(part, lora_b0, lora_b1, lora_b2) + row[:, None] * RANK + rank, mask=inside, other=0.0)
+            place = token[None] * low_columns + part * RANK + rank[:, None]
+            inside = (token < tokens)[None] & (rank < RANK)[:, None]
+            narrow = tl.load(low + place, mask=inside, other=0.0) * _number(part, scale0, scale1, scale2)
+            kind = x.dtype.element_ty
+            total = tl.dot(wide.to(kind), narrow.to(kind), total, input_precision=PRECISION)
+        if bias0 is not None:
+            total += tl.load(_of(part, bias0, bias1, bias2) + row, mask=row < outs, other=0.0).to(tl.float32)[:, None]
+    target = (split.to(tl.int64) * tokens + token[None]) * columns + column + row[:, None]
+    mask = (row < outs)[:, None] & (token < tokens)[None]
+    tl.store(result + target, total.to(result.dtype.element_ty), mask=mask)
+
+
+@jit
+def _add_kernel(parts, result, count, splits, BLOCK: tl.constexpr):
+    """The sum over splits, always in the same order."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for split in range(splits):
+        total += tl.load(parts + split * count + place, mask=place < count, other=0.0)
+    tl.store(result + place, total.to(result.dtype.element_ty), mask=place < count)

@@ -1,0 +1,48 @@
+import torch
+
+from kernels.nf4 import Codes, CodesPart, dequantise_triton, few_rows_triton
+
+MATRIX: set[str] = set()
+SMALL_MATRIX = {"_some_rows_kernel"}  # up to 16 rows of x: too few for wgmma's side of 64 where it counts
+
+# name: (inputs, outputs of the parts, rank, double quantisation, bias)
+SHAPES = {
+    "llama-2-7b, q/k/v": (4096, (4096, 4096, 4096), 0, True, False),
+    "llama-2-7b, gate/up with adapters": (4096, (11008, 11008), 16, True, False),
+    "llama-2-7b, down": (11008, (4096,), 0, False, False),
+    "llama-3-8b, q/k/v with adapters": (4096, (4096, 1024, 1024), 64, False, False),
+    "qwen2-7b, q/k/v": (3584, (3584, 512, 512), 8, True, True),
+    "smollm2-135m, o": (576, (576,), 8, True, False),
+}
+
+
+def weight(outputs, inputs, double):
+    kind = {"device": "meta"}
+    blocks = outputs * inputs // 64
+    codes, table = torch.empty(outputs * inputs // 2, dtype=torch.uint8, **kind), torch.empty(16, **kind)
+    if not double:
+        return Codes(codes, torch.empty(blocks, **kind), table)
+    absmax = torch.empty(blocks, dtype=torch.uint8, **kind)
+    nested = torch.empty(-(-blocks // 256), **kind), torch.empty(256, **kind), torch.empty((), **kind)
+    return Codes(codes, absmax, table, *nested)
+
+
+def specimens(dtype):
+    def part(outputs, inputs, rank, double, bias):
+        low = None, None
+        if rank:
+            low = torch.empty(rank, inputs, device="meta"), torch.empty(outputs, rank, device="meta")
+        vector = torch.empty(outputs, dtype=dtype, device="meta") if bias else None
+        return CodesPart(weight(outputs, inputs, double), vector, *low, 0.5, outputs)
+
+    for name, (inputs, sizes, rank, double, bias) in SHAPES.items():
+
+        def call(rows, i=inputs, sizes=sizes, r=rank, d=double, b=bias):
+            few_rows_triton(torch.empty(rows, i, dtype=dtype, device="meta"), [part(o, i, r, d, b) for o in sizes])
+
+        for rows in (1, 4, 16):
+            yield f"{name}, {rows} rows", lambda call=call, rows=rows: call(rows)
+    for double in (False, True):
+        for out in (torch.bfloat16, torch.float16, torch.float32):
+            result = torch.empty(4096, 11008, dtype=out, device="meta")
+            yield f"{out}", lambda double=double, result=result: dequantise_triton(weight(4096, 11008, double), result)
