@@ -181,6 +181,9 @@ class LoraLinear(nn.Module):
 
         These are adapters that one kernel serves and, beside them, frozen linears without an adapter.
         """
+        results = LoraLinear._few_rows_together(x, layers)
+        if results is not None:
+            return results
         parts: dict[int, kernels.LoraPart] = {}
         for place, layer in enumerate(layers):
             if isinstance(layer, LoraLinear):
@@ -193,6 +196,23 @@ class LoraLinear(nn.Module):
             return [layer(x) for layer in layers]
         results = dict(zip(parts, kernels.lora_linears(x, list(parts.values()))))
         return [results[place] if place in results else layer(x) for place, layer in enumerate(layers)]
+
+    @staticmethod
+    def _few_rows_together(x: Tensor, layers: list[nn.Module]) -> list[Tensor] | None:
+        """The products straight from the codes of quantised bases, in fewer launches, where that serves."""
+        parts = []
+        for layer in layers:
+            adapter = layer if isinstance(layer, LoraLinear) and not (layer.merged or layer.off) else None
+            base = layer.base if isinstance(layer, LoraLinear) else layer
+            if not hasattr(base, "few_rows_of"):
+                return None
+            if adapter is None:
+                parts.append(kernels.LoraPart(base, base.bias, None, None, 0.0))
+            elif adapter.magnitude is not None or (adapter.training and adapter.dropout_probability > 0):
+                return None
+            else:
+                parts.append(kernels.LoraPart(base, base.bias, adapter.lora_a, adapter.lora_b, adapter.scale))
+        return parts[0].weight.few_rows_of(x, parts)
 
     def _without_bias(self, result: Tensor) -> Tensor:
         return result if self.base.bias is None else _wide(result) - self.base.bias

@@ -19,6 +19,7 @@ from kernels import launch
 from kernels import layer_norm as _layer_norm
 from kernels import linear as _linear
 from kernels import lora_linear as _lora_linear
+from kernels import nf4 as _nf4
 from kernels import norms as _norms
 from kernels import rms_norm as _rms_norm
 from kernels import rope as _rope
@@ -26,10 +27,13 @@ from kernels.attention import attention_reference
 from kernels.attention import cached_attention_reference as cached_attention
 from kernels.decode_attention import MAX_NEW
 from kernels.lora_linear import Part as LoraPart
+from kernels.nf4 import Codes, CodesPart
 
 __all__ = [
     "ATTENTION",
     "MAX_NEW",
+    "Codes",
+    "CodesPart",
     "LoraPart",
     "add_rms_norm",
     "attention",
@@ -37,6 +41,8 @@ __all__ = [
     "choices",
     "cross_entropy",
     "decode_attention",
+    "dequantise_4bit",
+    "few_rows_4bit",
     "gated_mlp",
     "layer_norm",
     "linear",
@@ -264,6 +270,23 @@ def lora_linears(x: torch.Tensor, parts: list[LoraPart]) -> list[torch.Tensor]:
     """Several frozen linears with adapters and one input, which is saved and read once. See kernels/lora_linear.py."""
     chosen = _lora_linear.lora_linears_reference if _REFERENCE else _lora_linear.lora_linears
     return chosen(x, parts)
+
+
+def dequantise_4bit(weight: Codes, out: torch.Tensor) -> bool:
+    """Write a weight in 4 bits into out (out, in), where a kernel does that; False leaves it to the caller. See
+    kernels/nf4.py."""
+    if not _triton_serves("weights in 4 bits", out.device, _nf4.unsupported_fill(out)):
+        return False
+    _nf4.dequantise_triton(weight, out)
+    return True
+
+
+def few_rows_4bit(x: torch.Tensor, parts: list[CodesPart]) -> list[torch.Tensor] | None:
+    """x (1 to 16 rows, in) through linears in 4 bits with their adapters, straight from the codes, no gradient; None
+    where no kernel does that, and then the dense weight is the way. See kernels/nf4.py."""
+    if not _triton_serves("products with weights in 4 bits", x.device, _nf4.unsupported(x)):
+        return None
+    return _nf4.few_rows_triton(x, parts)
 
 
 def choices(device: torch.device | str, flash_attn: str = "auto") -> str:

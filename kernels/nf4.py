@@ -1,7 +1,7 @@
 """Weights in NF4 or FP4 (quant/nf4.py): to numbers, and the product of a few rows straight from the codes.
 
 w = table[code] * absmax[block], blocks of 64 along the flattened weight, the first weight of a byte in its high half.
-Dettmers et al., arXiv 2305.14314, section 3; with double quantisation absmax[b] = map[code[b]] * nested[b / 256] + mean.
+Dettmers et al., arXiv 2305.14314, section 3; with double quantisation absmax[b] = map[q[b]] * nested[b / 256] + mean.
 
 Two ways to a product x W^T. For many rows the weight is written out once (K5, a stream: 0.52 bytes read, 2 written a
 weight) and the library multiplies. For 1 to 16 rows, decoding, reading the weight is all the time it takes, so the
@@ -10,9 +10,10 @@ fp32, several outputs per program, since a tensor core would be fed 15 rows of z
 64 outputs, rounded to x's dtype as the dense weight would be; outputs alone are too few programs for a GPU, so the
 inputs are divided too (`splits`) and a second kernel adds the parts in a fixed order.
 
-The table is read by gathers: it is one line of the first-level cache, so a warp's 32 look-ups take one access whatever
-the codes are (a table of pairs would be 16 lines). x A^T, the narrow half of an adapter, needs all of x and goes first;
-s (x A^T) B^T and the bias are added in the launch of the product. Linears with one input share their launches.
+The table of 16 is gathered from shared memory: its entries lie in different banks, so a warp's 32 look-ups take one
+access whatever the codes are (a table of pairs would not fit into the banks). x A^T, the narrow half of an adapter,
+needs all of x and goes first; s (x A^T) B^T and the bias are added in the launch of the product. Linears with one input
+share their launches.
 Nothing here waits for the GPU, so all of it can be captured in a graph.
 """
 

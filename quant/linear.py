@@ -56,6 +56,31 @@ class QuantLinear(nn.Module):
             return None
         return self.from_codes(x, lora_a, lora_b, scale)
 
+    @classmethod
+    def several_from_codes(cls, x: Tensor, parts: list[kernels.LoraPart]) -> list[Tensor] | None:
+        """from_codes for several layers of this format, with one input, in fewer launches; None: one by one."""
+        return None
+
+    @staticmethod
+    def few_rows_of(x: Tensor, parts: list[kernels.LoraPart]) -> list[Tensor] | None:
+        """few_rows for several layers with one input; None where that is no faster than one by one."""
+        kinds = {type(part.weight) for part in parts}
+        if torch.is_grad_enabled() or x.dim() != 2 or x.shape[0] > FEW_ROWS or len(kinds) > 1:
+            return None
+        return kinds.pop().several_from_codes(x, parts)
+
+    @staticmethod
+    def together(x: Tensor, layers: list[nn.Module]) -> list[Tensor]:
+        """[layer(x) for layer in layers], see model.project_together. An adapter among them sees to all of them."""
+        for layer in layers:
+            if not isinstance(layer, QuantLinear) and hasattr(layer, "together"):
+                return layer.together(x, layers)
+        results = None
+        if all(isinstance(layer, QuantLinear) for layer in layers):
+            parts = [kernels.LoraPart(layer, layer.bias, None, None, 0.0) for layer in layers]
+            results = QuantLinear.few_rows_of(x, parts)
+        return [layer(x) for layer in layers] if results is None else results
+
     def dequantize(self, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
         """The weight (out, in) in `dtype` (None: self.dtype); written into `out` if that is given."""
         if out is None:

@@ -20,6 +20,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+import kernels
 from quant.linear import Format, QuantLinear, refuse_others, take
 
 BLOCK = 64  # weights to a scale
@@ -122,7 +123,26 @@ class NF4Linear(QuantLinear):
         """(blocks,) fp32."""
         return dense_scales(Scales(self.absmax, self.nested_absmax, self.offset, self.nested_map))
 
+    def for_kernels(self) -> kernels.Codes:
+        """What the kernels take of this layer."""
+        table = table_tensor(self.format.table, self.codes.device)
+        if self.nested_map is None:
+            return kernels.Codes(self.codes, self.absmax, table)
+        numbers = map_tensor(self.nested_map, self.codes.device)
+        return kernels.Codes(self.codes, self.absmax, table, self.nested_absmax, numbers, self.offset)
+
+    def from_codes(self, x: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scale: float) -> Tensor | None:
+        results = self.several_from_codes(x, [kernels.LoraPart(self, self.bias, lora_a, lora_b, scale)])
+        return None if results is None else results[0]
+
+    @classmethod
+    def several_from_codes(cls, x: Tensor, parts: list[kernels.LoraPart]) -> list[Tensor] | None:
+        given = [kernels.CodesPart(part.weight.for_kernels(), *part[1:], part.weight.out_features) for part in parts]
+        return kernels.few_rows_4bit(x, given)
+
     def fill(self, out: Tensor) -> None:
+        if kernels.dequantise_4bit(self.for_kernels(), out):
+            return
         if out.is_contiguous():
             dequantise_4bit(self.codes, self.scales(), self.format.table, out.view(-1))
         else:

@@ -68,6 +68,7 @@ KERNEL_LAYERS = {  # within kernels/: the operations know at most each other's p
     "decode_attention": 1,
     "gated_mlp": 1,
     "lora_linear": 1,
+    "nf4": 1,
     "norms": 1,
     "layer_norm": 2,
     "rms_norm": 2,

@@ -3,8 +3,20 @@
 import pytest
 import torch
 
+import kernels
+import lora
+from architectures import config_from_hf
 from kernels import nf4
-from kernels.nf4 import Codes, CodesPart, dequantise_reference, dequantise_triton, few_rows_reference, few_rows_triton
+from kernels.nf4 import (
+    Codes,
+    CodesPart,
+    dequantise_reference,
+    dequantise_triton,
+    few_rows_reference,
+    few_rows_triton,
+)
+from model import Decoder, initialize_weights
+from quant.nf4 import NF4Format
 from tests.kernel_checks import DEVICE, DTYPES, assert_as_exact_as, random
 
 pytest.importorskip("triton")
@@ -127,3 +139,82 @@ def test_what_the_kernels_do_not_serve():
     assert "17 rows" in nf4.unsupported(random(17, 64)) and nf4.unsupported(random(16, 64)) is None
     assert "0 rows" in nf4.unsupported(random(0, 64))
     assert "contiguous" in nf4.unsupported_fill(random(6, 4).T) and nf4.unsupported_fill(random(6, 4)) is None
+
+
+# The layers of quant/ on these kernels
+
+CONFIG = {
+    "model_type": "llama", "vocab_size": 61, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2,
+    "attention_bias": True,
+}  # fmt: skip
+
+
+def quantised_decoder(format, rank):
+    """A decoder with its blocks' linears in 4 bits, and adapters on them if there is a rank, but for k_proj."""
+    model = Decoder(config_from_hf(CONFIG)).to(DEVICE).eval()
+    initialize_weights(model, torch.Generator().manual_seed(0))
+    for name, module in list(model.layers.named_modules(prefix="layers")):
+        if isinstance(module, torch.nn.Linear):
+            layer = format.quantise(module.weight.detach(), module.bias, torch.float32)
+            lora.replace_module(model, name, layer)
+    if rank:
+        targets = ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+        lora.add_lora(model, lora.LoraOptions(lora_rank=rank, lora_target=targets))
+        for place, layer in enumerate(lora.lora_layers(model).values()):
+            layer.lora_b.data = random(*layer.lora_b.shape, seed=place, scale=0.3)
+    return model
+
+
+@torch.no_grad()
+def logits_of(model, rows):
+    tokens = torch.arange(3, 3 + rows, device=DEVICE)
+    borders = torch.tensor([0, rows], dtype=torch.int32, device=DEVICE)
+    return model.logits(model(tokens, torch.arange(rows, device=DEVICE), borders, rows))
+
+
+@pytest.mark.parametrize("table, double", [("nf4", True), ("nf4", False), ("fp4", True)])
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_quantised_model_decodes_from_its_codes(monkeypatch, table, double, rank, rows):
+    """q/k/v and gate/up in one launch each (with k_proj bare: q, k, v in one each); the dense weight is never made."""
+    model, launches = quantised_decoder(NF4Format(table, double), rank), []
+    monkeypatch.setattr(kernels, "_MODE", "reference")
+    monkeypatch.setattr(kernels, "_REFERENCE", True)
+    expected = logits_of(model, rows)
+    monkeypatch.setattr(kernels, "_MODE", "triton")
+    monkeypatch.setattr(kernels, "_REFERENCE", False)
+
+    def run(kernel, grid, *rest, **more):
+        launches.append(kernel.__name__)
+        return real(kernel, grid, *rest, **more)
+
+    real = nf4.run
+    monkeypatch.setattr(nf4, "run", run)
+    found = logits_of(model, rows)
+    torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+    products = 2 * (4 if rank == 0 else 6)
+    assert launches.count("_one_row_kernel" if rows == 1 else "_some_rows_kernel") == products
+    assert "_dequantise_kernel" not in launches
+
+
+def test_more_rows_and_training_take_the_dense_weight(monkeypatch):
+    monkeypatch.setattr(kernels, "_MODE", "triton")
+    model = quantised_decoder(NF4Format("nf4", True), 3)
+    layer, x = model.layers[0].mlp.gate_proj.base, random(17, 64)
+    expected = torch.nn.functional.linear(x, layer.dequantize())
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected)
+    x = random(2, 64).requires_grad_(True)
+    layer(x).sum().backward()  # few rows, but with a gradient
+    torch.testing.assert_close(x.grad, layer.dequantize().sum(0).expand(2, -1))
+
+
+@pytest.mark.parametrize("shape", [(64, 128), (3, 7)])
+@pytest.mark.parametrize("double", [False, True])
+def test_a_layer_is_filled_by_the_kernel_to_the_bit(monkeypatch, double, shape):
+    layer = NF4Format("nf4", double).quantise(random(*shape), None, torch.float32)
+    expected = layer.dequantize()
+    monkeypatch.setattr(kernels, "_MODE", "triton")
+    monkeypatch.setattr(type(layer), "scales", None)  # the way without a kernel begins there
+    assert torch.equal(layer.dequantize(), expected)
