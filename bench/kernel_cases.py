@@ -3,7 +3,7 @@
 Work counts each input read once and each output written once, and the multiply-adds (times 2) of the products; so
 floor = max(bytes / bandwidth, operations / rate) and nothing can show more than 100% of it. bf16 on a GPU; on a CPU
 (smoke test) fp32 at tiny sizes. Systems beside `anvil`: `eager` (plain torch), `compile` (torch.compile of it),
-torch's own fused operations, Liger-Kernel if it is installed.
+torch's own fused operations, Liger-Kernel and bitsandbytes where they are installed.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,8 +25,10 @@ from kernels.decode_attention import decode_attention_reference
 from kernels.gated_mlp import gated_mlp_reference
 from kernels.layer_norm import layer_norm_reference
 from kernels.lora_linear import lora_linear_reference
+from kernels.nf4 import dequantise_reference
 from kernels.rms_norm import add_rms_norm_reference, rms_norm_reference
 from kernels.rope import rope_reference
+from quant.nf4 import NF4Format, NF4Linear
 
 EPS = 1e-5
 
@@ -110,6 +112,7 @@ def all_cases(sizes: Sizes) -> Iterator[Case]:
     yield rope(sizes)
     yield gated_mlp(sizes)
     yield from attention(sizes)
+    yield from four_bits(sizes)
     yield from decode_attention(sizes)
     yield from losses(sizes)
     yield from lora(sizes)
@@ -554,6 +557,122 @@ def lora_linear(sizes: Sizes, outputs: int) -> Case:
         (0, 3, 4),
         {"forward": Work(0, base + branch), "backward": Work(0, base + 2 * branch)},
         lora_linear_reference,
+    )
+
+
+# Weights in 4 bits: bound by bandwidth
+
+
+def four_bits(sizes: Sizes) -> Iterator[Case]:
+    for double in (True, False):
+        yield dequantise_4bit(sizes, double)
+    for rows in (1, 4, 16):
+        for inputs, outputs in ((sizes.hidden, sizes.mlp), (sizes.mlp, sizes.hidden), (sizes.hidden, sizes.hidden)):
+            yield few_rows_4bit(sizes, rows, inputs, outputs)
+    yield few_rows_4bit(sizes, 1, sizes.hidden, sizes.mlp, sizes.rank)
+
+
+def _quantised(sizes: Sizes, seed: int, outputs: int, inputs: int, double: bool) -> NF4Linear:
+    weight = Draw(sizes, seed)(outputs, inputs, scale=inputs**-0.5)
+    return NF4Format("nf4", double).quantise(weight, None, sizes.dtype)
+
+
+def bitsandbytes_state(layer: NF4Linear) -> dict[str, Any]:
+    """The layer's own codes as bitsandbytes holds them: what its functions take beside the input."""
+    from bitsandbytes.functional import QuantState
+
+    tensors = layer.tensors()
+    codes = tensors.pop("weight")
+    state = {name.removeprefix("weight."): tensor for name, tensor in tensors.items()}
+    return {"codes": codes, "state": QuantState.from_dict(state, device=codes.device)}
+
+
+def dequantise_4bit(sizes: Sizes, double: bool) -> Case:
+    shape = sizes.mlp, sizes.hidden
+
+    def inputs(seed: int, small: bool) -> list:
+        outputs = sizes.small if small else shape[0]
+        out = torch.empty(outputs, shape[1], dtype=sizes.dtype, device=sizes.device)
+        return [out, _quantised(sizes, seed, outputs, shape[1], double)]
+
+    def ours(out, layer):
+        return layer.dequantize(out=out)
+
+    def plain(out, layer):
+        dequantise_reference(layer.for_kernels(), out)
+        return out
+
+    def rival(out, layer, codes, state):
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(codes, state, out=out if out.is_cuda else None)  # its CPU build takes none
+
+    def copy(out, layer, dense):
+        return out.copy_(dense)  # the same bytes written, four times as many read
+
+    weights, scales = shape[0] * shape[1], (8 + 32 / 256) / 64 if double else 32 / 64  # bits of scales a weight
+    return Case(
+        "dequantise_4bit",
+        ("nf4",),
+        f"{shape[0]}x{shape[1]} nf4{', double quantisation' if double else ''}",
+        inputs,
+        {
+            "anvil": System(ours),
+            "bitsandbytes": System(rival, lambda out, layer: bitsandbytes_state(layer)),
+            "eager": System(plain),
+            "copy of 16 bit": System(copy, lambda out, layer: {"dense": layer.dequantize()}),
+        },
+        (),
+        {"forward": Work(weights * ((4 + scales) / 8 + sizes.dtype.itemsize))},
+        plain,
+        quick=double,
+    )
+
+
+def few_rows_4bit(sizes: Sizes, rows: int, inputs: int, outputs: int, rank: int = 0) -> Case:
+    """Decoding's product; a layer with double quantisation."""
+
+    def draw(seed: int, small: bool) -> list:
+        some, wide = Draw(sizes, seed), min(outputs, sizes.small) if small else outputs
+        low = [None, None]
+        if rank:
+            low = [some(rank, inputs, scale=inputs**-0.5, dtype=torch.float32), some(wide, rank, dtype=torch.float32)]
+        return [some(rows, inputs), _quantised(sizes, seed, wide, inputs, True), *low]
+
+    @torch.no_grad()
+    def ours(x, layer, lora_a, lora_b):
+        result = layer.few_rows(x, lora_a, lora_b, 0.5)
+        return lora_linear_reference(x, layer, None, lora_a, lora_b, 0.5) if result is None else result
+
+    @torch.no_grad()
+    def plain(x, layer, lora_a, lora_b):
+        return lora_linear_reference(x, layer, None, lora_a, lora_b, 0.5)
+
+    @torch.no_grad()
+    def rival(x, layer, lora_a, lora_b, codes, state):
+        import bitsandbytes
+
+        result = bitsandbytes.matmul_4bit(x, codes.t(), quant_state=state)
+        return result if lora_a is None else result + F.linear(F.linear(x, lora_a.to(x)), lora_b.to(x)) * 0.5
+
+    def dense(x, layer, lora_a, lora_b, dense):
+        return F.linear(x, dense)
+
+    weights = inputs * outputs
+    return Case(
+        "few_rows_4bit",
+        ("nf4",),
+        f"{rows} x {inputs} -> {outputs}" + (f", rank {rank}" if rank else ""),
+        draw,
+        {
+            "anvil": System(ours),
+            "bitsandbytes": System(rival, lambda x, layer, *_: bitsandbytes_state(layer)),
+            "16 bit": System(dense, lambda x, layer, *_: {"dense": layer.dequantize()}),
+        },
+        (),
+        {"forward": Work(weights * 4.127 / 8 + 4.0 * rank * (inputs + outputs), 2.0 * rows * weights, limit="read")},
+        plain,
+        quick=(inputs, outputs) == (sizes.hidden, sizes.mlp) and rows != 4 and not rank,
     )
 
 

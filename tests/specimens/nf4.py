@@ -10,8 +10,7 @@ SHAPES = {
     "llama-2-7b, q/k/v": (4096, (4096, 4096, 4096), 0, True, False),
     "llama-2-7b, gate/up with adapters": (4096, (11008, 11008), 16, True, False),
     "llama-2-7b, down": (11008, (4096,), 0, False, False),
-    "llama-3-8b, q/k/v with adapters": (4096, (4096, 1024, 1024), 64, False, False),
-    "qwen2-7b, q/k/v": (3584, (3584, 512, 512), 8, True, True),
+    "qwen2-7b, q/k/v with adapters": (3584, (3584, 512, 512), 64, True, True),
     "smollm2-135m, o": (576, (576,), 8, True, False),
 }
 
@@ -40,9 +39,8 @@ def specimens(dtype):
         def call(rows, i=inputs, sizes=sizes, r=rank, d=double, b=bias):
             few_rows_triton(torch.empty(rows, i, dtype=dtype, device="meta"), [part(o, i, r, d, b) for o in sizes])
 
-        for rows in (1, 4, 16):
+        for rows in (1, 16):
             yield f"{name}, {rows} rows", lambda call=call, rows=rows: call(rows)
-    for double in (False, True):
-        for out in (torch.bfloat16, torch.float16, torch.float32):
-            result = torch.empty(4096, 11008, dtype=out, device="meta")
-            yield f"{out}", lambda double=double, result=result: dequantise_triton(weight(4096, 11008, double), result)
+    for kind, double in ((torch.bfloat16, True), (torch.float16, False), (torch.float32, True)):
+        result = torch.empty(4096, 11008, dtype=kind, device="meta")
+        yield f"{kind}", lambda double=double, result=result: dequantise_triton(weight(4096, 11008, double), result)
