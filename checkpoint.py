@@ -130,7 +130,8 @@ def load_model(
     """The decoder in this folder with weights in `dtype` (None = the checkpoint's own) on `device`, in eval mode.
 
     quantization: quantise the linears of the blocks while they are read; `dtype` is then that of the values they stand
-    for. A checkpoint that is quantised stays in its format. rope_scaling, cutoff_len: see architectures.scale_rope.
+    for. A checkpoint that is quantised stays in its format, but for its head. rope_scaling, cutoff_len: see
+    architectures.scale_rope.
     Raises ValueError for missing, extra, misshapen tensors, and for quantising what is quantised.
     """
     config = load_config(folder)
@@ -144,7 +145,9 @@ def load_model(
     biases: dict[str, Tensor] = {}
     for name, value in stream_weights(folder, config, dtype):
         owner = name.rpartition(".")[0]
-        if isinstance(value, QuantLinear):
+        if isinstance(value, QuantLinear) and name not in inside:
+            set_parameter(model, f"{name}.weight", nn.Parameter(value.to(device).dequantize(dtype)))  # head, embedding
+        elif isinstance(value, QuantLinear):
             replace_module(model, name, value.to(device))
         elif quantization is not None and owner in inside and name.endswith(".bias"):
             biases[owner] = _own(value, dtype, device)

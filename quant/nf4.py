@@ -6,8 +6,8 @@ sec. 2.2) with one fp32 scale per 256, 4.127 bits a weight instead of 4.5. Codes
 those of bitsandbytes' CPU build, whose checkpoint layout is read and written.
 
 On a CPU both ways go by lookup, in chunks that stay in its cache: a byte of codes is a row of a table of pairs of
-values; and a scaled weight's place among 32,768 equal cells of [-1, 1] gives its code, except in the 15 cells that a
-decision threshold falls into, where the thresholds themselves decide.
+values; and a scaled weight's place among 131,072 equal cells of [-1, 1] gives its code, except in and beside the 15
+cells that a decision threshold falls into, where the thresholds themselves decide.
 """
 
 import json
@@ -35,8 +35,8 @@ TABLES = {
 }  # fmt: skip
 STORAGE = (torch.uint8, torch.int8, torch.bfloat16, torch.float16, torch.float32, torch.float64)
 STATE = "weight.quant_state.bitsandbytes__"
-CHUNK, CHUNK_GPU = 1 << 16, 1 << 25  # weights at a time: a chunk and its scratch fit a CPU core's cache
-CELLS, UNSURE = 1 << 15, 255
+CHUNK, CHUNK_GPU = 1 << 18, 1 << 25  # weights at a time: on a CPU a chunk and its scratch stay in its cache
+CELLS, UNSURE = 1 << 17, 64
 SMALLEST = 1e-38  # bitsandbytes divides by no scale below it
 
 
@@ -174,25 +174,24 @@ def quantise_4bit(weight: Tensor, table: str) -> tuple[Tensor, Tensor]:
 
     Raises ValueError if a weight is not finite.
     """
-    flat, count = weight.reshape(-1), weight.numel()
-    codes = torch.empty((count + 1) // 2, dtype=torch.uint8, device=weight.device)
-    absmax = torch.empty(-(-count // BLOCK), dtype=torch.float32, device=weight.device)
-    for start, end in _chunks(count, weight.device):
+    flat, count, device = weight.reshape(-1), weight.numel(), weight.device
+    codes = torch.empty((count + 1) // 2, dtype=torch.uint8, device=device)
+    absmax = torch.empty(-(-count // BLOCK), dtype=torch.float32, device=device)
+    for start, end in _chunks(count, device):
         whole = (end - start) % BLOCK == 0
         blocks = flat[start:end].float().view(-1, BLOCK if whole else end - start)
-        scale = blocks.abs().amax(1)
-        if not torch.isfinite(scale).all():
+        scales = blocks.abs().amax(1, keepdim=True)
+        if not torch.isfinite(scales).all():
             raise ValueError("holds NaN or infinity; the weights are damaged, fetch them again")
-        if whole:
-            scaled = blocks * (1.0 / scale.clamp(min=SMALLEST))[:, None]
-        else:  # bitsandbytes divides in the last block if it is not whole, which may round differently
-            scaled = blocks / scale.clamp_(min=SMALLEST)[:, None]
-        scaled = scaled.view(-1).clamp_(-1, 1)
-        if len(scaled) % 2:
-            scaled = torch.nn.functional.pad(scaled, (0, 1))
-        absmax[start // BLOCK : -(-end // BLOCK)] = scale
-        nearest = _nearest(scaled, table)
-        codes[start // 2 : (end + 1) // 2] = (nearest[0::2] << 4) | nearest[1::2]
+        if not whole:  # bitsandbytes divides in the last block if it is not whole, which may round differently
+            scales.clamp_(min=SMALLEST)
+            nearest = _nearest(torch.nn.functional.pad(blocks / scales, (0, blocks.numel() % 2)), table)
+        else:
+            scaled = blocks * (1.0 / scales.clamp(min=SMALLEST))
+            nearest = _nearest_by_lookup(scaled, table) if device.type == "cpu" else _nearest(scaled, table)
+        absmax[start // BLOCK : -(-end // BLOCK)] = scales.view(-1)
+        pairs = nearest.view(-1).view(torch.int16)  # the first weight of two is the low byte
+        codes[start // 2 : (end + 1) // 2] = (pairs << 4) | (pairs >> 8)
     return codes, absmax
 
 
@@ -206,20 +205,20 @@ def _chunks(count: int, device: torch.device) -> Iterator[tuple[int, int]]:
 
 
 def _nearest(scaled: Tensor, table: str) -> Tensor:
-    """scaled (N,) fp32 within -1..1 -> codes (N,) uint8; half-way between two levels the lower one."""
+    """scaled fp32 -> codes uint8; half-way between two levels the lower one."""
     thresholds, order = _thresholds(table, scaled.device)
-    if scaled.device.type != "cpu":
-        return order[torch.bucketize(scaled, thresholds, out_int32=True)]
-    codes = _cell_codes(table).index_select(0, _cells(scaled))
-    unsure = (codes == UNSURE).nonzero().view(-1)
+    return order[torch.bucketize(scaled.clamp(-1, 1), thresholds, out_int32=True)]
+
+
+def _nearest_by_lookup(scaled: Tensor, table: str) -> Tensor:
+    """The same of contiguous scaled (n, 64) -> (n * 64,)."""
+    cells = torch.add(torch.tensor(CELLS / 2), scaled, alpha=CELLS // 2).to(torch.int32)
+    codes = _cell_codes(table).index_select(0, cells.view(-1))
+    eights = codes.view(torch.int64)  # an unsure code among eight is found faster than one by one
+    unsure = (eights & (UNSURE * 0x0101010101010101)).nonzero().view(-1)
     if len(unsure):
-        codes[unsure] = order[torch.bucketize(scaled[unsure], thresholds, out_int32=True)]
+        eights[unsure] = _nearest(scaled.view(-1, 8)[unsure], table).view(torch.int64).view(-1)
     return codes
-
-
-def _cells(scaled: Tensor) -> Tensor:
-    """The cell (N,) int32 of each number in -1..1; it never falls as the number rises, which is all that counts."""
-    return scaled.mul(CELLS / 2).add_(CELLS / 2).to(torch.int32)
 
 
 @lru_cache
@@ -231,11 +230,12 @@ def _thresholds(table: str, device: torch.device) -> tuple[Tensor, Tensor]:
 
 @lru_cache
 def _cell_codes(table: str) -> Tensor:
-    """The code of each cell (CELLS + 1,) uint8; UNSURE where a threshold falls into it."""
+    """The code of each cell (CELLS + 1,) uint8; UNSURE where a threshold falls into it or a neighbour of it: a
+    cell is found with a rounding that depends on the processor."""
     thresholds, order = _thresholds(table, torch.device("cpu"))
-    split = _cells(thresholds)
+    split = (thresholds * (CELLS / 2) + CELLS / 2).to(torch.int32)
     codes = order[torch.bucketize(torch.arange(CELLS + 1, dtype=torch.int32), split)]
-    codes[split] = UNSURE
+    codes[split[:, None] + torch.arange(-1, 2)] = UNSURE
     return codes
 
 
@@ -289,14 +289,17 @@ def dense_scales(scales: Scales) -> Tensor:
 
 def dequantise_4bit(codes: Tensor, absmax: Tensor, table: str, out: Tensor) -> None:
     """out (N,) = table[codes] * absmax in fp32, rounded to its dtype; codes (ceil(N / 2),), absmax (blocks,) fp32."""
-    pairs = _pairs(table, codes.device)
-    size = CHUNK if codes.device.type == "cpu" else CHUNK_GPU
-    scratch = torch.empty(min(size, 2 * len(codes)) // 2, dtype=torch.float64, device=codes.device)
-    for start, end in _chunks(len(out), codes.device):
-        some = codes[start // 2 : (end + 1) // 2]
-        values = torch.index_select(pairs, 0, some.int(), out=scratch[: len(some)]).view(torch.float32)[: end - start]
-        scale = absmax[start // BLOCK : -(-end // BLOCK), None]
-        torch.mul(values.view(len(scale), -1), scale, out=out[start:end].view(len(scale), -1))
+    pairs, device = _pairs(table, codes.device), codes.device
+    size = min(CHUNK if device.type == "cpu" else CHUNK_GPU, 2 * len(codes)) // 2
+    scratch = torch.empty(size, dtype=torch.float64, device=device)
+    places = torch.empty(size, dtype=torch.int32, device=device)
+    for start, end in _chunks(len(out), device):
+        count = (end - start + 1) // 2
+        index = places[:count].copy_(codes[start // 2 : (end + 1) // 2])
+        values = torch.index_select(pairs, 0, index, out=scratch[:count]).view(torch.float32)[: end - start]
+        scales = absmax[start // BLOCK : -(-end // BLOCK), None]
+        values = values.view(len(scales), -1).mul_(scales)
+        out[start:end].view_as(values).copy_(values)
 
 
 @lru_cache

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import bitsandbytes.functional as bnb
@@ -20,7 +22,7 @@ from quant.nf4 import NF4Format, dynamic_map, map_tensor
 CPU = torch.device("cpu")
 FORMATS = [NF4Format(table, double) for table in ("nf4", "fp4") for double in (False, True)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [(1, 1), (3, 5), (1, 63), (1, 65), (7, 9), (13, 77), (64, 64), (1, 16384), (1, 16385), (257, 129), (300, 512)]
+SHAPES = [(1, 1), (3, 5), (1, 63), (1, 65), (7, 9), (13, 77), (64, 64), (1, 16384), (1, 16385), (300, 512), (513, 1031)]
 
 
 def with_zero_blocks(weight):
@@ -187,6 +189,62 @@ def test_modules_that_the_checkpoint_leaves_dense_stay_so(tmp_path):
     save_model(model, tmp_path / "again", saved)
     tokens = row_of([11])[0]
     assert torch.equal(logits(theirs(tmp_path / "again"), tokens), logits(theirs(saved), tokens))
+
+
+def test_a_head_in_4_bits_becomes_dense(tmp_path):
+    """Generation and losses ask for the head's weight as it is."""
+    saved = saved_by_transformers(tmp_path, NF4Format(), llm_int8_skip_modules=["nothing"])
+    assert "lm_head.weight.absmax" in load_file(saved / "model.safetensors")
+    model = load_model(saved)
+    assert len(quantised(model)) == 7 * model.config.num_layers
+    tokens = row_of([11])[0]
+    torch.testing.assert_close(logits(model, tokens), logits(theirs(saved), tokens), atol=1e-5, rtol=1e-5)
+
+
+PEAK = """
+import sys, threading, torch
+sys.path.insert(0, {root!r})
+from checkpoint import load_model
+from quant import QuantLinear
+from quant.nf4 import NF4Format
+
+def anonymous_bytes():
+    for line in open("/proc/self/status"):
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+
+load_model({small!r}, torch.bfloat16, quantization=NF4Format())  # imports and tables
+before = peak = anonymous_bytes()
+done = threading.Event()
+
+def watch():
+    global peak
+    while not done.wait(0.0005):
+        peak = max(peak, anonymous_bytes())
+
+thread = threading.Thread(target=watch)
+thread.start()
+model = load_model({large!r}, torch.bfloat16, quantization=NF4Format())
+done.set()
+thread.join()
+packed = sum(module.storage_bytes for module in model.modules() if isinstance(module, QuantLinear))
+print(peak - before, packed + sum(p.numel() * p.element_size() for p in model.parameters()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's count of anonymous pages")
+def test_quantising_while_loading_needs_less_than_one_tensor_beside_the_model(tmp_path):
+    """The mapped file does not count: its pages are the system's cache. 9 of the tensors have 16 MB in fp32."""
+    oracle("llama-biases").save_pretrained(tmp_path / "small")
+    sizes = {"hidden_size": 2048, "intermediate_size": 2048, "num_hidden_layers": 3, "vocab_size": 131}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=8, num_key_value_heads=1, head_dim=32)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "large")
+    root, small, large = (str(path) for path in (Path(__file__).parent.parent, tmp_path / "small", tmp_path / "large"))
+    script = PEAK.format(root=root, small=small, large=large)
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    peak, model = map(int, run.stdout.split())
+    assert 20e6 < model < 35e6  # of 200 MB
+    assert peak < model + 16.8e6
 
 
 @pytest.fixture(scope="module")
