@@ -22,7 +22,7 @@ import torch
 import config as configuration
 import kernels
 import quant
-from checkpoint import DTYPES
+from checkpoint import DTYPES, chosen_quantization
 from data import DataOptions
 from generate import TextStream, split_stop_words
 from hub import ModelOptions
@@ -90,7 +90,10 @@ def open_conversation(config: configuration.Config) -> "Conversation":
     source = find_source(config[ModelOptions], config[TemplateOptions], given)
     for notice in source.notices:
         _say(f"note: {notice}")
-    dtype, quantization = DTYPES.get(config[ModelOptions].infer_dtype), quant.from_options(config[QuantOptions])
+    dtype = DTYPES.get(config[ModelOptions].infer_dtype)
+    quantization, notice = chosen_quantization(source.base, quant.from_options(config[QuantOptions]))
+    if notice is not None:
+        _say(f"note: {notice}")
     model, tokenizer, template = load_source(source, dtype, device, quantization)
     kernels.require_attention(config[ModelOptions].flash_attn, device, model.embed_tokens.weight.dtype)
     model.flash_attn = config[ModelOptions].flash_attn

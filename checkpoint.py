@@ -56,6 +56,7 @@ __all__ = [
     "adapter_scale_alpha",
     "adapter_state",
     "checkpoint_dtype",
+    "chosen_quantization",
     "copy_side_files",
     "load_adapter",
     "load_config",
@@ -164,6 +165,15 @@ def load_model(
     return model.eval()
 
 
+def chosen_quantization(folder: str | Path, wanted: Format | None) -> tuple[Format | None, str | None]:
+    """(what load_model shall quantise with, a line for the user or None): what the options want, or nothing where the
+    checkpoint is quantised already and stays as it is."""
+    settings = load_config(folder).hf.get("quantization_config")
+    if wanted is None or not settings:
+        return wanted, None
+    return None, f"quantization_bit: ignored, {folder} is quantised already ({quant.from_config(settings).describe()})"
+
+
 def refuse_second_quantisation(config: ModelConfig, folder: str | Path) -> None:
     """Raises ValueError if the checkpoint is quantised already."""
     if config.hf.get("quantization_config"):
@@ -193,7 +203,8 @@ def stream_weights(
         if (owner := packed.owner(name)) is not None:
             layer = packed.add(owner, name, tensor, file)
             if layer is not None:
-                yield owner, layer
+                # an output head that is quantised as well is used in 16 bit, as all the others are
+                yield (owner, layer) if owner.startswith("layers.") else (f"{owner}.weight", layer.dequantize())
             continue
         if name not in missing:
             fault = "stands twice in the files" if name in known else "has no place in the model of config.json"

@@ -35,6 +35,7 @@ import runs
 from batches import ROW_MULTIPLE, Batch, BatchLoader, StreamingLoader
 from checkpoint import (
     ModelOptions,
+    chosen_quantization,
     load_config,
     load_model,
     prepare_adapters,
@@ -303,7 +304,9 @@ def build_model(config: configuration.Config, source: Path, world: World) -> Dec
     else:
         scaling = None if model_options.rope_scaling == "none" else model_options.rope_scaling
         cutoff_len = config[DataOptions].cutoff_len
-        quantization = quant.from_options(config[QuantOptions])
+        quantization, notice = chosen_quantization(source, quant.from_options(config[QuantOptions]))
+        if notice is not None:
+            world.print(f"note: {notice}")
         model = load_model(source, frozen, world.device, scaling, cutoff_len, quantization)
     generator = torch.Generator().manual_seed(options.seed)
     prepare_adapters(model, resolve_adapters(model_options), lora_options, generator, trained)

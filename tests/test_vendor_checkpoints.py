@@ -1,0 +1,164 @@
+"""GPTQ, AWQ, AQLM and HQQ checkpoints, written by formulas: loaded, trained on, talked to and exported through the
+command line like the same weights in 32 bit; damaged ones refused by the tensor's name."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_runs import assert_same_weights, tiny_runs
+from vendor_checkpoints import FORMATS, write_pair
+
+import chat
+import export
+from checkpoint import load_model
+from quant import QuantLinear
+
+LINEAR = "model.layers.1.mlp.up_proj"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    with tiny_runs(tmp_path_factory.mktemp("vendors")) as runs:
+        yield runs
+
+
+@pytest.fixture(scope="module")
+def pairs(tiny):
+    return {name: write_pair(tiny, name) for name in FORMATS}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_checkpoint_is_its_twin(pairs, name):
+    folder, twin = pairs[name]
+    model, dense = load_model(folder), load_model(twin)
+    layers = {place: module for place, module in model.named_modules() if isinstance(module, QuantLinear)}
+    assert len(layers) == 14
+    for place, layer in layers.items():
+        torch.testing.assert_close(layer.dequantize(), dense.get_submodule(place).weight, rtol=1e-6, atol=1e-7)
+    tokens = torch.arange(3, 40)
+    inputs = tokens, torch.arange(37), torch.tensor([0, 37], dtype=torch.int32), 37
+    with torch.no_grad():
+        torch.testing.assert_close(model(*inputs), dense(*inputs), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gptq act-order", "awq", "aqlm 2x8", "hqq"])
+def test_training_chatting_and_exporting_are_those_of_the_twin(tiny, pairs, name, capsys):
+    answers = []
+    for folder in pairs[name]:
+        run = f"{folder.name} run"
+        assert tiny.train(run, model_name_or_path=folder, num_train_epochs=1, lora_target="all", lora_rank=4) == 0
+        merged = tiny.folder / f"{run} merged"
+        both = [f"model_name_or_path={folder}", f"adapter_name_or_path={tiny.folder / run}", "template=chatml"]
+        capsys.readouterr()
+        assert chat.main([both[0], both[2], "prompt=the hammer", "seed=5", "max_new_tokens=8"]) == 0
+        answers.append(capsys.readouterr().out)
+        assert export.main([*both, f"export_dir={merged}"]) == 0
+    mine, other = (f"{folder.name} run" for folder in pairs[name])
+    assert tiny.losses(mine) == pytest.approx(tiny.losses(other), rel=1e-4)
+    assert len(set(tiny.losses(mine).values())) > 1
+    assert_same_weights(tiny.weights(mine), tiny.weights(other), 1e-3)
+    assert answers[0] == answers[1] and answers[0].strip()
+    assert_same_weights(tiny.weights(f"{mine} merged"), tiny.weights(f"{other} merged"), 1e-3)
+    assert "quantization_config" not in json.loads((tiny.folder / f"{mine} merged" / "config.json").read_text())
+
+
+def test_quantization_bit_is_ignored_beside_such_a_checkpoint(tiny, pairs, capsys):
+    folder = pairs["awq"][0]
+    assert tiny.train("beside", model_name_or_path=folder, quantization_bit=4, max_steps=1) == 0
+    assert f"quantization_bit: ignored, {folder} is quantised already (AWQ 4 bits, group 16)" in capsys.readouterr().out
+    words = [f"model_name_or_path={folder}", "quantization_bit=4", "template=chatml", "prompt=x", "max_new_tokens=1"]
+    assert chat.main(words) == 0
+    assert "quantization_bit: ignored" in capsys.readouterr().err
+
+
+def truncated(tensor):
+    return tensor[:-1].contiguous()
+
+
+def other_type(tensor):
+    return tensor.to(torch.int64)
+
+
+def not_finite(tensor):
+    return torch.full_like(tensor, float("nan"))
+
+
+def too_high(tensor):
+    return tensor + 1000
+
+
+DAMAGES = [  # format, part, what happens to it, what is said of it
+    ("gptq", "qweight", truncated, "int32 \\(3, 96\\); config.json asks for int32 \\(4, 96\\)"),
+    ("gptq", "qweight", other_type, "int64 .* asks for int32"),
+    ("gptq", "qzeros", None, "is missing; the checkpoint is incomplete"),
+    ("gptq", "scales", truncated, "float16 \\(1, 96\\); config.json asks for .* \\(2, 96\\)"),
+    ("gptq", "scales", not_finite, "no finite numbers"),
+    ("gptq", "g_idx", too_high, "names groups 1000 to 1001; config.json asks for 0 to 1"),
+    ("awq", "qweight", truncated, "int32 \\(31, 12\\); config.json asks for int32 \\(32, 12\\)"),
+    ("awq", "scales", None, "is missing"),
+    ("awq", "qzeros", truncated, "int32 \\(1, 12\\)"),
+    ("aqlm 2x8", "codes", truncated, "int8 \\(95, 4, 2\\); config.json asks for int8 \\(96, 4, 2\\)"),
+    ("aqlm 2x8", "codebooks", truncated, "\\(1, 256, 1, 8\\)"),
+    ("aqlm 1x12", "codes", lambda codes: codes * 0 + 5000, "holds 5000 to 5000, more than the 12 bits"),
+    ("aqlm 2x8", "scales", None, "is missing"),
+    ("hqq", "W_q", truncated, "uint8 \\(95, 16\\); config.json asks for uint8 \\(96, 16\\)"),
+    ("hqq", "scale", None, "is missing"),
+    ("hqq", "zero", truncated, "\\(191, 1\\)"),
+]
+
+
+@pytest.mark.parametrize("name, part, damage, said", DAMAGES)
+def test_a_damaged_layer_is_refused_by_name(pairs, tmp_path, name, part, damage, said):
+    folder = shutil.copytree(pairs[name][0], tmp_path / "damaged")
+    tensors = load_file(folder / "model.safetensors")
+    tensor = tensors.pop(f"{LINEAR}.{part}")
+    if damage is not None:
+        tensors[f"{LINEAR}.{part}"] = damage(tensor)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=f"model.safetensors: tensor {LINEAR}.{part} .*{said}"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    "name, change, part",
+    [
+        ("gptq", {"group_size": 8}, "qzeros"),
+        ("gptq", {"bits": 8}, "qweight"),
+        ("awq", {"group_size": 32}, "qzeros"),
+        ("aqlm 2x8", {"num_codebooks": 1}, "codes"),
+        ("aqlm 2x8", {"in_group_size": 4}, "codes"),
+    ],
+)
+def test_settings_that_are_not_those_of_the_tensors_are_refused(pairs, tmp_path, name, change, part):
+    folder = shutil.copytree(pairs[name][0], tmp_path / "changed")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= change
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"tensor model.layers.0.*.{part} is .*config.json asks for"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"quant_method": "gptq", "bits": 5}, "bits: 5; GPTQ has 2, 3, 4 and 8"),
+        ({"quant_method": "gptq"}, "bits is missing"),
+        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "checkpoint_format: 'marlin' is not read"),
+        ({"quant_method": "gptq", "bits": 4, "dynamic": {"-:x": {}}}, "dynamic: "),
+        ({"quant_method": "gptq", "bits": 4, "pack_dtype": "int8"}, "pack_dtype: int8 is not read"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 0}, "group_size: 0"),
+        ({"quant_method": "awq", "version": "gemv"}, "version: 'gemv' is not read, 'gemm' is"),
+        ({"quant_method": "awq", "bits": 3}, "bits: 3 is not read"),
+        ({"quant_method": "aqlm", "nbits_per_codebook": 20}, "nbits_per_codebook: 20"),
+        ({"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": 7}}}, "nbits: 7; HQQ has"),
+        ({"quant_method": "quip"}, "quant_method 'quip' is not known; use a 16-bit release"),
+    ],
+)
+def test_settings_that_are_not_read_are_named(pairs, tmp_path, settings, said):
+    folder = shutil.copytree(pairs["awq"][1], tmp_path / "other")
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": settings}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"config.json: quantization_config.{said}"):
+        load_model(folder)
