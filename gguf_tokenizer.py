@@ -184,11 +184,16 @@ def _byte_level_bpe(metadata, vocabulary, pre):
     if rule.normal_form_c:
         tokenizer.normalizer = normalizers.NFC()
     prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", False))
-    splits = [pre_tokenizers.Split(Regex(regex), behavior="isolated") for regex in rule.regexes]
-    spelling = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, spelling])
+    tokenizer.pre_tokenizer = splitter(rule, prefix)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer, rule.add_bos
+
+
+def splitter(rule, prefix=False):
+    """-> the pre-tokenizer that cuts text by this rule and spells it in GPT-2's byte alphabet."""
+    splits = [pre_tokenizers.Split(Regex(regex), behavior="isolated") for regex in rule.regexes]
+    spelling = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=False)
+    return pre_tokenizers.Sequence([*splits, spelling])
 
 
 def _sentencepiece_bpe(metadata, vocabulary, types):

@@ -26,6 +26,7 @@ import gguf
 import numpy as np
 from tqdm import tqdm
 
+from gguf_format import BLOCK_NAMES, QK_NORMS
 from gguf_tokenizer import read_tokenizer, write_tokenizer
 
 # GGUF architecture -> (model_type, class) of config.json
@@ -34,20 +35,6 @@ ARCHITECTURES = {
     "qwen2": ("qwen2", "Qwen2ForCausalLM"),
     "qwen3": ("qwen3", "Qwen3ForCausalLM"),
 }
-BLOCK_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-QK_NORMS = ("attn_q_norm", "attn_k_norm")  # qwen3 has them
 # dtype -> its name in safetensors, bytes of a number
 DTYPES = {"float32": ("F32", 4), "bfloat16": ("BF16", 2), "float16": ("F16", 2)}
 CHUNK_NUMBERS = 1 << 20  # turned back at a time; 4 MiB of float32 stays in the processor's cache

@@ -219,6 +219,10 @@ class Tokenizer:
         """Id of a token by the vocabulary's own spelling, for example "<|im_end|>"; None if there is none."""
         return self._backend.token_to_id(token)
 
+    def pipeline(self) -> dict:
+        """The parts of tokenizer.json, with the tokens that only the other files list; without the post-processor."""
+        return json.loads(self._backend.to_str())
+
     def stream(self, skip_special: bool = True) -> "StreamDecoder":
         """A decoder that is given one id at a time."""
         return StreamDecoder(self, _decoder_steps(self._backend), skip_special)
