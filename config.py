@@ -316,6 +316,10 @@ RULES: tuple[tuple[Callable[..., bool], str], ...] = (
      "only LoRA has adapters; set finetuning_type=lora, or drop create_new_adapter"),
     (lambda create_new_adapter, adapter_name_or_path: create_new_adapter and not adapter_name_or_path,
      "there is no adapter to put a new one on; name it in adapter_name_or_path, or drop create_new_adapter"),
+    (lambda export_gguf_type, export_merge: export_gguf_type != "none" and export_merge in ("requantise", "loftq"),
+     "a GGUF file has codes of its own, made from the dequantised merge; drop export_merge"),
+    (lambda export_gguf_type, export_sample_text: export_gguf_type != "none" and bool(export_sample_text),
+     "losses are measured on Hugging Face folders; import_gguf.py makes one from the file. Drop one of the two"),
     (lambda warmup_steps, warmup_ratio: (warmup_steps or 0) > 0 and (warmup_ratio or 0) > 0,
      "both say how long to warm up; drop one of the two"),
     (lambda do_eval, val_size, eval_dataset, tokenized_path: do_eval

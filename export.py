@@ -4,6 +4,7 @@
     python export.py model_name_or_path=BASE quantization_bit=4 export_dir=out       # in bitsandbytes' layout
     python export.py model_name_or_path=NF4 adapter_name_or_path=A export_merge=loftq export_dir=out
     python export.py model_name_or_path=saves/demo export_dir=out infer_dtype=bfloat16     # a run folder names its base
+    python export.py ... export_gguf_type=Q4_K                  # one file for llama.cpp: export_dir/model-Q4_K.gguf
     python export.py ... export_hub_model_id=owner/name hf_hub_token=...
 
 Tensors go one at a time from the base's files through the merge (merging.py) into the new shards, so the model is
@@ -15,7 +16,7 @@ import json
 import os
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 import config as configuration
+import gguf_export
 import quant
 from adapter_files import load_adapter
 from architectures import ModelConfig
@@ -45,7 +47,7 @@ from quality import WINDOW, QualityOptions, mean_loss, measure, windows
 from quant import Format, QuantOptions
 from requantise import RANK, MergeOptions, Requantiser
 from runs import TrainOptions
-from templates import TemplateOptions, get_template
+from templates import ChatTemplate, TemplateOptions, get_template
 from tensor_files import weight_files, write_json, write_shards
 from tokenizer import Tokenizer
 
@@ -59,6 +61,9 @@ class ExportOptions:
     export_size: Annotated[float, "largest shard in GB (LLaMA-Factory's newer default)"] = 5.0
     export_device: Annotated[Literal["cpu", "auto"], "where weights are merged; auto = a GPU if there is one"] = "cpu"
     export_legacy_format: Annotated[bool, "only false: weights are written as safetensors"] = False
+    export_gguf_type: Annotated[
+        Literal["none", "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_K"], "write one GGUF file with weights of this type"
+    ] = "none"
     export_hub_model_id: Annotated[str | None, "also upload to this Hugging Face repository (made private)"] = None
 
     def __post_init__(self):
@@ -99,7 +104,8 @@ def main(argv: list[str]) -> int:
             config[MergeOptions],
             config[QualityOptions],
         )
-        export(source, options, plan)
+        write = export if options.export_gguf_type == "none" else export_gguf
+        write(source, options, plan)
         if options.export_hub_model_id:
             url = push(Path(options.export_dir), options.export_hub_model_id, config[ModelOptions].hf_hub_token)
             print(f"uploaded to {url}")
@@ -132,16 +138,9 @@ def export(source: Source, options: ExportOptions, plan: Plan) -> None:
     """
     target = Path(options.export_dir)
     check_target(target, source)
-    device = "cuda" if options.export_device == "auto" and torch.cuda.is_available() else "cpu"
-    config = scaled_config(source)
-    tokenizer = Tokenizer.from_folder(source.tokenizer)
-    check_tokenizer(tokenizer, config, source)
-    template = None
-    if source.template.template:
-        template = get_template(source.template.template, None, source.template.default_system)
+    config, tokenizer, template = read_small_files(source)
     texts = sample(plan.quality, tokenizer, config)
-    adapters = [Adapter(config, folder) for folder in source.adapters]
-    merge = Merge(config, adapters, plan.dtype, device, in_codes(config, plan))
+    merge = make_merge(source, config, options, plan)
     packing = requantiser(merge, plan)
     temporary = target.parent / f".{target.name}.unfinished"
     shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
@@ -160,14 +159,10 @@ def export(source: Source, options: ExportOptions, plan: Plan) -> None:
                 packing.save_adapter(temporary / REMAINDER, str(target))
         copy_side_files(source.base, temporary)
         tokenizer.save(temporary, template.to_jinja() if template is not None else None)
-        record = {"base": str(source.base), "adapters": [str(path) for path in source.adapters], "way": plan.way}
-        (temporary / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_record(temporary, source, plan)
         _put_in_place(temporary, target)
     except OSError as error:
-        free = shutil.disk_usage(target.parent).free / 1e9
-        raise OSError(
-            f"export_dir: {target} could not be written ({error}; {free:.2f} GB are free). Nothing half-written is left"
-        ) from error
+        raise OSError(_not_written(target, error)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     parts = " + ".join(str(path) for path in (source.base, *source.adapters))
@@ -175,6 +170,53 @@ def export(source: Source, options: ExportOptions, plan: Plan) -> None:
     if packing is not None:
         print(packing.summary())
     tell_quality(source, merge, packing, plan, texts, target)
+
+
+def export_gguf(source: Source, options: ExportOptions, plan: Plan) -> None:
+    """Write the merged model as options.export_dir/model-TYPE.gguf, beside the files of earlier exports.
+
+    Weights are encoded from the fp32 merge (plan.dtype: rounded to that before).  Raises as `export`.
+    """
+    target, kind = Path(options.export_dir), options.export_gguf_type
+    check_target(target, source)
+    config, tokenizer, template = read_small_files(source)
+    merge = make_merge(source, config, options, replace(plan, dtype=plan.dtype or torch.float32))
+    if merge.quantization is not None and not source.adapters:
+        raise ValueError(f"quantization_bit: export_gguf_type={kind} has codes of its own; drop one of the two")
+    layout = gguf_export.lay_out(config, merge.hf_shapes(), kind, tokenizer, template, source.base.resolve().name)
+    for notice in layout.notices:
+        print(f"note: {notice}")
+    new_folder, name = not target.exists(), f"model-{kind}.gguf"
+    target.mkdir(parents=True, exist_ok=True)
+    unfinished = target / f".{name}.unfinished"
+    try:
+        check_space(layout.data_bytes, target)
+        gguf_export.write(unfinished, layout, merge.tensors(source.base))
+        write_record(target, source, plan)
+        unfinished.replace(target / name)
+    except OSError as error:
+        raise OSError(_not_written(target, error)) from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+        if new_folder and not any(target.iterdir()):
+            target.rmdir()
+    parts = " + ".join(str(path) for path in (source.base, *source.adapters))
+    print(f"{parts} -> {target / name} ({layout.count_kinds()})")
+
+
+def read_small_files(source: Source) -> tuple[ModelConfig, Tokenizer, ChatTemplate | None]:
+    """What can be wrong without reading weights. The template is the one asked for; None = the tokenizer's own."""
+    config = scaled_config(source)
+    tokenizer = Tokenizer.from_folder(source.tokenizer)
+    check_tokenizer(tokenizer, config, source)
+    chosen = source.template
+    return config, tokenizer, get_template(chosen.template, None, chosen.default_system) if chosen.template else None
+
+
+def make_merge(source: Source, config: ModelConfig, options: ExportOptions, plan: Plan) -> Merge:
+    device = "cuda" if options.export_device == "auto" and torch.cuda.is_available() else "cpu"
+    adapters = [Adapter(config, folder) for folder in source.adapters]
+    return Merge(config, adapters, plan.dtype, device, in_codes(config, plan))
 
 
 # What it costs
@@ -277,6 +319,16 @@ def check_space(needed_bytes: int, target: Path) -> None:
     free = shutil.disk_usage(target.parent).free
     if free < needed_bytes:
         raise OSError(f"the model takes {needed_bytes / 1e9:.2f} GB")
+
+
+def write_record(folder: Path, source: Source, plan: Plan) -> None:
+    record = {"base": str(source.base), "adapters": [str(path) for path in source.adapters], "way": plan.way}
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _not_written(target: Path, error: OSError) -> str:
+    free = shutil.disk_usage(target.parent).free / 1e9
+    return f"export_dir: {target} could not be written ({error}; {free:.2f} GB are free). Nothing half-written is left"
 
 
 def _put_in_place(temporary: Path, target: Path) -> None:

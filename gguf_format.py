@@ -3,7 +3,7 @@
 A row of a matrix is cut into blocks, each with its own scale d (fp16). With x the weights of one block:
 
     Q8_0   32 numbers in 34 bytes   x = d q, q in -127..127
-    Q4_0   32 numbers in 18 bytes   x = d (q - 8), q in 0..15; d = (the x of largest |x|) / -8, so that it is met exactly
+    Q4_0   32 numbers in 18 bytes   x = d (q - 8), q in 0..15; d = (the x of largest |x|) / -8, so it is met exactly
     Q5_0   32 numbers in 22 bytes   the same with q - 16 and 0..31: what rows get that Q4_K does not fit
     Q4_K   256 numbers in 144 bytes, 8 groups of 32   x = (d s) q - dmin m, with s, m in 0..63 of each group
 

@@ -103,6 +103,11 @@ class Merge:
             numbers += torch.Size(self.shapes[f"{EMBEDDING}.weight"]).numel()
         return numbers * (self.dtype or checkpoint_dtype(self.config)).itemsize
 
+    def hf_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Hugging Face name -> shape of every tensor that `tensors` gives."""
+        shapes = {to_hf_name(self.config, name): shape for name, shape in self.shapes.items()}
+        return shapes | ({f"{HEAD}.weight": self.shapes[f"{EMBEDDING}.weight"]} if self.unties else {})
+
     def tensors(self, folder: Path) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, merged dense tensor on the CPU), whatever format the base is in. Raises ValueError for
         missing, extra and misshapen tensors."""

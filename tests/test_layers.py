@@ -26,6 +26,9 @@ LAYERS = {
     "jinja_template": 0,
     "tool_formats": 0,
     "gguf_tokenizer": 0,
+    "gguf_format": 0,
+    "gguf_vocabulary": 1,
+    "gguf_export": 4,
     "hub": 0,
     "tensor_files": 0,
     "quant": 1,
@@ -89,7 +92,7 @@ QUANT_LAYERS = {  # within quant/: no format knows another
 }
 INSIDE = {"kernels": KERNEL_LAYERS, "quant": QUANT_LAYERS}  # folders that are one part, and their own layers
 ORACLES = {"transformers", "peft", "trl", "accelerate", "deepspeed"}  # for tests/ and bench/ only
-ONLY_IN = {"gguf": {"import_gguf.py", "gguf_tokenizer.py"}}
+ONLY_IN = {"gguf": {"import_gguf.py", "gguf_export.py"}}
 PICKLES = {"pickle", "cPickle", "dill", "joblib", "cloudpickle", "marshal", "shelve"}
 FILES = sorted([*ROOT.glob("*.py"), *(path for folder in INSIDE for path in ROOT.glob(f"{folder}/*.py"))])
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]
