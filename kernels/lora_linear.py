@@ -28,7 +28,7 @@ from kernels.linear import matmul_transposed
 class Part(NamedTuple):
     """One linear of several with the same input."""
 
-    weight: Any  # (out, in) tensor, frozen; or a quantised layer: out_features, in_features, device, dequantize(out=)
+    weight: Any  # (out, in) tensor, frozen; or a quantised layer: its sizes, device, dequantize(out=), product(x)
     bias: Tensor | None  # (out,), frozen
     lora_a: Tensor | None  # (R, in); None: no adapter
     lora_b: Tensor | None  # (out, R)
@@ -170,11 +170,12 @@ def _updated(part: Part) -> Tensor:
 
 def _forward(x: Tensor, part: Part, merged: bool, low: Tensor | None) -> Tensor:
     bias = None if part.bias is None else part.bias.to(x.dtype)
+    own = None if isinstance(part.weight, Tensor) else part.weight.product(x)
     if merged:
         result = matmul_transposed(x, _updated(part))
     elif low is None:
-        result = matmul_transposed(x, _dense(part.weight, x.dtype))
-    elif _branch_first(x.device):
+        result = matmul_transposed(x, _dense(part.weight, x.dtype)) if own is None else own
+    elif own is None and _branch_first(x.device):
         lora_b = part.lora_b.to(x.dtype)
         if bias is None:
             result = _scaled_product(low, lora_b.T, part.scale, x.new_empty(x.shape[0], lora_b.shape[0]))
@@ -182,7 +183,7 @@ def _forward(x: Tensor, part: Part, merged: bool, low: Tensor | None) -> Tensor:
             result = torch.addmm(bias, low, lora_b.T, alpha=part.scale)
         return result.addmm_(x, _dense(part.weight, x.dtype).T)
     else:
-        result = matmul_transposed(x, _dense(part.weight, x.dtype))
+        result = matmul_transposed(x, _dense(part.weight, x.dtype)) if own is None else own
         result.addmm_(low, part.lora_b.to(x.dtype).T, alpha=part.scale)
     return result if bias is None else result.add_(bias)
 

@@ -12,7 +12,8 @@ in METHODS or from_options below.
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from quant import aqlm, awq, gptq, nf4
+from quant import aqlm, awq, gptq, int8, nf4
+from quant.int8 import EETQFormat, Int8Format
 from quant.linear import FEW_ROWS, Format, QuantLinear
 from quant.nf4 import NF4Format
 
@@ -20,16 +21,26 @@ __all__ = ["FEW_ROWS", "Format", "QuantLinear", "QuantOptions", "from_config", "
 
 
 def _bitsandbytes(settings: dict) -> Format:
-    if not settings.get("load_in_4bit"):
-        raise ValueError("load_in_4bit is not true; use a 4-bit or 16-bit release")
-    return nf4.from_config(settings)
+    if settings.get("load_in_8bit"):
+        return int8.from_config(settings)
+    if settings.get("load_in_4bit"):
+        return nf4.from_config(settings)
+    raise ValueError("load_in_4bit and load_in_8bit are not true; use a 4-bit, 8-bit or 16-bit release")
 
 
 METHODS = {  # quant_method of config.json: quantization_config -> Format, ValueError starting with the key
     "aqlm": aqlm.from_config,
     "awq": awq.from_config,
     "bitsandbytes": _bitsandbytes,
+    "eetq": lambda settings: EETQFormat(),
     "gptq": gptq.from_config,
+}
+QUANTISERS = {  # quantization_method -> quantization_bit -> QuantOptions -> Format
+    "bitsandbytes": {
+        4: lambda options: NF4Format(options.quantization_type, options.double_quantization),
+        8: lambda options: Int8Format(),
+    },
+    "eetq": {8: lambda options: EETQFormat()},
 }
 
 
@@ -37,7 +48,8 @@ METHODS = {  # quant_method of config.json: quantization_config -> Format, Value
 class QuantOptions:
     quantization_bit: Annotated[int | None, "quantise the base model to this many bits while it is read"] = None
     quantization_method: Annotated[
-        Literal["bitsandbytes"], "how: bitsandbytes = nf4 or fp4 (4 bits)"
+        Literal["bitsandbytes", "eetq"],
+        "how: bitsandbytes = 4 bits (nf4 or fp4) or 8 (LLM.int8); eetq = 8, weights only",
     ] = "bitsandbytes"
     quantization_type: Annotated[Literal["nf4", "fp4"], "levels of the 4-bit codes"] = "nf4"
     double_quantization: Annotated[bool, "hold the scales of 4-bit blocks in 8 bits too"] = True
@@ -50,9 +62,11 @@ def from_options(options: QuantOptions) -> Format | None:
     """The format that the options ask for, None for a model that is not quantised. Raises ValueError."""
     if options.quantization_bit in (None, 0, 16, 32):
         return None
-    if options.quantization_bit != 4:
-        raise ValueError(f"quantization_bit: {options.quantization_bit}; {options.quantization_method} has 4")
-    return NF4Format(options.quantization_type, options.double_quantization)
+    quantisers = QUANTISERS[options.quantization_method]
+    if options.quantization_bit not in quantisers:
+        known = " and ".join(map(str, quantisers))
+        raise ValueError(f"quantization_bit: {options.quantization_bit}; {options.quantization_method} has {known}")
+    return quantisers[options.quantization_bit](options)
 
 
 def from_config(settings: dict) -> Format:

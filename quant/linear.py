@@ -24,8 +24,8 @@ FEW_ROWS = 16  # up to here a product reads the codes themselves, where a kernel
 class QuantLinear(nn.Module):
     """A frozen linear layer whose weight (out, in) is held in another form than numbers one by one.
 
-    bias (out,) or None stays a parameter in `dtype`. A format implements `fill` and `tensors`; `from_codes`
-    where it can.
+    bias (out,) or None stays a parameter in `dtype`. A format implements `fill` and `tensors`; `product` and
+    `from_codes` where it has a faster way than the dense weight.
     """
 
     def __init__(self, out_features: int, in_features: int, bias: Tensor | None, dtype: torch.dtype):
@@ -40,6 +40,11 @@ class QuantLinear(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds of this layer beside the bias, by the part of the name after the module's."""
         raise NotImplementedError
+
+    def product(self, x: Tensor) -> Tensor | None:
+        """x (T, in) -> x W^T (T, out) in x's dtype without the dense weight, for any T, in training too (the backward
+        pass takes the dense weight); None: the dense way."""
+        return None
 
     def from_codes(self, x: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scale: float) -> Tensor | None:
         """few_rows of the rows that it serves; None where this format has no faster way than the dense weight."""

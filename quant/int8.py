@@ -1,0 +1,249 @@
+"""8-bit weights with one scale per output row: LLM.int8 (Dettmers et al., arXiv 2208.07339) and weight-only int8.
+
+Both hold W[o, i] = codes[o, i] * absmax[o] / 127. They differ in the product of many rows and in their files:
+    bitsandbytes  LLM.int8, sec. 3: activations in int8 with one scale per row too; the input columns in which any value
+                  reaches the threshold (6.0) go through in 16 bit. Tensors weight, SCB (absmax), weight_format.
+    eetq          activations stay as they are. Tensors weight (in the order in which EETQ's CUDA kernel reads) and
+                  weight_scales (absmax / 127, fp16).
+The backward pass takes the dense weight, as bitsandbytes' does. Decoding reads the codes with the activations as they
+are in both formats: memory bounds it, so int8 activations would lose digits and win nothing.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from quant.linear import Format, QuantLinear, refuse_others, row_chunks, take
+
+LEVELS = 127  # the largest code; -128 is not used, so that codes are symmetric
+ROW_MAJOR = 0  # weight_format of bitsandbytes; 1 to 3 are orders of its old CUDA kernels
+PACKED_ROWS = 8  # up to here torch's int8 product is faster on a CPU than one with a dense bf16 weight (measured)
+PACKED_SIZES = 64, 16  # it reads past the end of rows that are not multiples of this: inputs, outputs
+
+
+@dataclass(frozen=True)
+class Int8Format(Format):
+    """threshold: activations of at least this size go through in 16 bit; 0 = none do."""
+
+    method: ClassVar[str] = "bitsandbytes"
+    marker: ClassVar[str] = "SCB"
+    threshold: float = 6.0
+
+    def quantise(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> "Int8Linear":
+        # by way of fp16, as bitsandbytes does: its codes for the same weight are the same
+        codes, absmax = quantise_rows(weight.to(torch.float16))
+        return Int8Linear(self, codes, absmax, bias, dtype)
+
+    def read(self, tensors, shape, bias, dtype) -> "Int8Linear":
+        codes = take(tensors, "weight", shape, [torch.int8])
+        absmax = take(tensors, "SCB", shape[:1], [torch.float32])
+        order = tensors.get("weight_format")
+        if order is not None and (order.numel() != 1 or order.item() != ROW_MAJOR):
+            raise ValueError(f"weight_format is {order.tolist()}; only {ROW_MAJOR} (row major) is known, save it again")
+        refuse_others(tensors, ("weight", "SCB", "weight_format"))
+        return Int8Linear(self, codes.clone(), _usable("SCB", absmax.clone()), bias, dtype)
+
+    def parts(self, layer: "Int8Linear") -> dict[str, Tensor]:
+        order = torch.tensor(ROW_MAJOR, dtype=torch.uint8)
+        return {"weight": layer.codes, "SCB": layer.absmax, "weight_format": order}
+
+    def config(self) -> dict:
+        return {
+            "quant_method": "bitsandbytes",
+            "load_in_8bit": True,
+            "load_in_4bit": False,
+            "llm_int8_threshold": self.threshold,
+            "llm_int8_skip_modules": ["lm_head"],
+            "llm_int8_has_fp16_weight": False,
+            "llm_int8_enable_fp32_cpu_offload": False,
+        }
+
+    def describe(self) -> str:
+        return "int8 (LLM.int8)"
+
+
+@dataclass(frozen=True)
+class EETQFormat(Format):
+    method: ClassVar[str] = "eetq"
+    marker: ClassVar[str] = "weight_scales"
+
+    def quantise(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> "Int8Linear":
+        codes, absmax = quantise_rows(weight, scale_dtype=torch.float16)
+        return Int8Linear(self, codes, absmax, bias, dtype)
+
+    def read(self, tensors, shape, bias, dtype) -> "Int8Linear":
+        outputs, inputs = shape
+        order = take(tensors, "weight", (inputs, outputs), [torch.int8])
+        scales = take(tensors, "weight_scales", (outputs,), [torch.float16, torch.float32])
+        refuse_others(tensors, ("weight", "weight_scales"))
+        if inputs % TILE or outputs % 2:
+            raise ValueError(f"weight has {inputs} inputs and {outputs} outputs; EETQ's are multiples of {TILE} and 2")
+        absmax = _usable("weight_scales", scales.float() * LEVELS)
+        return Int8Linear(self, from_eetq_order(order), absmax, bias, dtype)
+
+    def parts(self, layer: "Int8Linear") -> dict[str, Tensor]:
+        outputs, inputs = layer.codes.shape
+        if inputs % TILE or outputs % 2:
+            raise ValueError(
+                f"a linear with {inputs} inputs and {outputs} outputs does not fit EETQ's layout (multiples of {TILE} "
+                "and 2); save it with quantization_method=bitsandbytes"
+            )
+        return {"weight": to_eetq_order(layer.codes), "weight_scales": (layer.absmax / LEVELS).to(torch.float16)}
+
+    def config(self) -> dict:
+        return {"quant_method": "eetq", "weights": "int8", "modules_to_not_convert": ["lm_head"]}
+
+    def describe(self) -> str:
+        return "int8, weights only"
+
+
+class Int8Linear(QuantLinear):
+    """codes (out, in) int8, absmax (out,) fp32: weight = codes * absmax / 127."""
+
+    def __init__(self, format: Int8Format | EETQFormat, codes: Tensor, absmax: Tensor, bias, dtype):
+        super().__init__(*codes.shape, bias, dtype)
+        self.format = format
+        self.register_buffer("codes", codes)
+        self.register_buffer("absmax", absmax)
+
+    def fill(self, out: Tensor) -> None:
+        scale = self._scale()[:, None]  # (out, 1)
+        if out.dtype is torch.float32:
+            torch.mul(self.codes, scale, out=out)
+            return
+        for rows in row_chunks(out):
+            out[rows].copy_(self.codes[rows] * scale[rows])
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.format.parts(self)
+
+    def product(self, x: Tensor) -> Tensor | None:
+        threshold = getattr(self.format, "threshold", None)
+        if threshold is None or x.shape[0] == 0 or not int8_products_are_fast(x.device):
+            return None
+        return llm_int8(x, self.codes, self._scale(), threshold)
+
+    def from_codes(self, x: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scale: float) -> Tensor | None:
+        fits = self.in_features % PACKED_SIZES[0] == 0 and self.out_features % PACKED_SIZES[1] == 0
+        if x.device.type != "cpu" or x.dtype is not torch.bfloat16 or not 0 < x.shape[0] <= PACKED_ROWS or not fits:
+            return None
+        # a scale of 1: torch's product takes scales in bf16, which would round them
+        result = torch._weight_int8pack_mm(x, self.codes, x.new_ones(self.out_features))
+        result = (result * self._scale()).to(x.dtype)
+        if lora_a is not None:
+            low = (x @ lora_a.to(x.dtype).T) * scale
+            result = result.addmm_(low, lora_b.to(x.dtype).T)
+        return result if self.bias is None else result.add_(self.bias)
+
+    def _scale(self) -> Tensor:
+        return self.absmax * (1.0 / LEVELS)  # (out,)
+
+
+def from_config(settings: dict) -> Int8Format:
+    """Of bitsandbytes' quantization_config with load_in_8bit. ValueError starting with the key."""
+    threshold = settings.get("llm_int8_threshold", 6.0)
+    if not isinstance(threshold, int | float) or threshold < 0:
+        raise ValueError(f"llm_int8_threshold: {threshold!r} is no number of at least 0")
+    if settings.get("llm_int8_has_fp16_weight"):
+        raise ValueError("llm_int8_has_fp16_weight is true: the weights are 16 bit; take quantization_config out")
+    return Int8Format(float(threshold))
+
+
+def quantise_rows(weight: Tensor, scale_dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """weight (out, in) -> codes (out, in) int8 and absmax (out,) fp32, codes = round(weight * 127 / absmax).
+
+    scale_dtype: in which absmax / 127 will be stored; codes are those of the rounded one. ValueError for numbers that
+    are not finite.
+    """
+    absmax = weight.abs().amax(1).float()
+    if scale_dtype is not torch.float32:
+        absmax = (absmax / LEVELS).to(scale_dtype).float() * LEVELS
+    if not torch.isfinite(absmax).all():
+        raise ValueError("the weight holds numbers that are not finite (or too large for fp16); it cannot be quantised")
+    factor = torch.where(absmax > 0, LEVELS / absmax, 0.0)[:, None]  # rows of zeros: codes 0
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    for rows in row_chunks(codes):
+        codes[rows] = (weight[rows].float() * factor[rows]).round_().clamp_(-LEVELS, LEVELS)
+    return codes, absmax
+
+
+def llm_int8(x: Tensor, codes: Tensor, scale: Tensor, threshold: float) -> Tensor:
+    """x (T, in), codes (out, in) int8, scale (out,) fp32 -> x W^T (T, out) in x's dtype.  arXiv 2208.07339, eq. 8.
+
+    Columns of x with a value of at least `threshold` are multiplied in x's dtype, the others in int8, exactly, with one
+    scale per row of x. Which columns those are depends on all rows.
+    """
+    size = x.abs()
+    outliers = size >= threshold if threshold > 0 else None
+    columns = None
+    if outliers is not None:
+        columns = outliers.any(0).nonzero().flatten()
+        if columns.numel():
+            size = size.masked_fill_(outliers, 0)
+    absmax = size.amax(1, keepdim=True).float()  # (T, 1)
+    rows = (x * (LEVELS / absmax.clamp_min(torch.finfo(torch.float32).tiny))).round_()
+    if columns is not None and columns.numel():
+        rows[:, columns] = 0
+    result = int8_product(rows.to(torch.int8), codes).float()
+    result = result.mul_(absmax * (1.0 / LEVELS)).mul_(scale).to(x.dtype)
+    if columns is not None and columns.numel():
+        some = (codes[:, columns] * scale[:, None]).to(x.dtype)  # (out, outliers)
+        result.addmm_(x[:, columns], some.T)
+    return result
+
+
+def int8_products_are_fast(device: torch.device) -> bool:
+    """Whether int8_product beats a dense product there: on x86 with 512-bit registers and on NVIDIA GPUs."""
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_supported()
+    return device.type == "cuda" and torch.version.cuda is not None
+
+
+def int8_product(a: Tensor, b: Tensor) -> Tensor:
+    """a (T, in), b (out, in), both int8 -> a b^T (T, out) int32."""
+    if a.device.type == "cpu":
+        return torch._int_mm(a, b.T)
+    # cuBLAS wants more than 16 rows and multiples of 8
+    rows, inputs, outputs = max(0, 17 - a.shape[0]), -a.shape[1] % 8, -b.shape[0] % 8
+    pad = torch.nn.functional.pad
+    wide = torch._int_mm(pad(a, (0, inputs, 0, rows)), pad(b, (0, inputs, 0, outputs)).T)
+    return wide[: a.shape[0], : b.shape[0]]
+
+
+TILE = 64  # inputs that EETQ's kernel reads of one output before it turns to its neighbour
+
+
+def to_eetq_order(codes: Tensor) -> Tensor:
+    """codes (out, in) int8 -> (in, out) int8 as EETQ's CUDA kernel reads them.
+
+    The order of FasterTransformer's mixed products for sm_75 and later: inputs permuted within groups of 16 (below),
+    outputs in pairs that take turns every 64 inputs, codes plus 128, the middle two of four bytes exchanged.
+    """
+    outputs, inputs = codes.shape
+    order = torch.tensor(_EETQ_INPUTS)
+    turned = codes.reshape(outputs, inputs // 16, 16)[:, :, order]
+    pairs = turned.reshape(outputs // 2, 2, inputs // TILE, TILE).transpose(1, 2)
+    fours = pairs.reshape(-1, 4)[:, [0, 2, 1, 3]]
+    return (fours.view(torch.uint8) ^ 128).view(torch.int8).view(inputs, outputs)
+
+
+def from_eetq_order(order: Tensor) -> Tensor:
+    """The inverse of to_eetq_order: (in, out) -> (out, in)."""
+    inputs, outputs = order.shape
+    fours = (order.contiguous().view(torch.uint8) ^ 128).view(torch.int8).view(-1, 4)[:, [0, 2, 1, 3]]
+    turned = fours.reshape(outputs // 2, inputs // TILE, 2, TILE).transpose(1, 2).reshape(outputs, inputs // 16, 16)
+    codes = torch.empty_like(turned)
+    codes[:, :, torch.tensor(_EETQ_INPUTS)] = turned
+    return codes.view(outputs, inputs)
+
+
+_EETQ_INPUTS = (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)
+
+
+def _usable(name: str, scales: Tensor) -> Tensor:
+    if not (torch.isfinite(scales).all() and (scales >= 0).all()):
+        raise ValueError(f"{name} holds numbers that are negative or not finite; fetch the checkpoint again")
+    return scales
+
