@@ -160,8 +160,14 @@ def test_checkpoints_of_bitsandbytes_go_both_ways(tmp_path):
     model = load_model(tmp_path / "saved")
     assert len(quantised(model)) == 7 * model.config.num_layers
     assert {layer.format for layer in quantised(model).values()} == {Int8Format()}
-    # they round activations to fp16 first, after which a code may be another one
-    assert relative_error(logits(model, tokens), expected) <= 5e-3
+    # noise of the activations apart, of which theirs is another: they round them to fp16 first
+    assert relative_error(logits(model, tokens), expected) <= 0.1
+    training = theirs(tmp_path / "saved").train()  # takes the dense weights on a CPU
+    for layer in quantised(model).values():
+        layer.format = EETQFormat()
+    assert relative_error(logits(model, tokens), logits(training, tokens)) <= 1e-5
+    for layer in quantised(model).values():
+        layer.format = Int8Format()
 
     save_model(model, tmp_path / "again", tmp_path / "saved")
     one, other = load_file(tmp_path / "saved/model.safetensors"), load_file(tmp_path / "again/model.safetensors")
@@ -203,7 +209,7 @@ def test_eetq_order_is_that_of_its_preprocessing():
 
 def test_eetq_models_save_and_load(tmp_path):
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = transformers.LlamaConfig(vocab_size=99, num_hidden_layers=2, **sizes)
+    config = transformers.LlamaConfig(vocab_size=131, num_hidden_layers=2, **sizes)
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "16 bit")
     model = load_model(tmp_path / "16 bit", quantization=EETQFormat())
     save_model(model, tmp_path / "eetq", tmp_path / "16 bit")
@@ -272,8 +278,8 @@ def test_training_and_chat_from_the_command_line(method, tmp_path, capsys):
         assert tiny.train("out", num_train_epochs=1, **keys) == 0
         for step, loss in tiny.losses("dense").items():
             assert tiny.losses("out")[step] == pytest.approx(loss, abs=0.03)
-        words = [f"adapter_name_or_path={tmp_path / 'out'}", f"model_name_or_path={tiny.model}", "prompt=hammer"]
-        words += ["max_new_tokens=3", "do_sample=false", "quantization_bit=8", f"quantization_method={method}"]
+        words = [f"model_name_or_path={tiny.model}", "prompt=hammer", "template=chatml", "max_new_tokens=3"]
+        words += ["do_sample=false", "quantization_bit=8", f"quantization_method={method}"]
         assert chat.main(words) == 0
 
 
