@@ -203,8 +203,7 @@ def stream_weights(
         if (owner := packed.owner(name)) is not None:
             layer = packed.add(owner, name, tensor, file)
             if layer is not None:
-                # an output head that is quantised as well is used in 16 bit, as all the others are
-                yield (owner, layer) if owner.startswith("layers.") else (f"{owner}.weight", layer.dequantize())
+                yield owner, layer
             continue
         if name not in missing:
             fault = "stands twice in the files" if name in known else "has no place in the model of config.json"

@@ -192,7 +192,7 @@ NOT_YET_VALUES = {
     "finetuning_type": "oft lisa longlora adalora ia3 llamapro qalora",
     "rope_scaling": "longrope ntk",
     "optim": """
-        adamw_apex_fused lion_8bit lion_32bit ademamix rmsprop adagrad galore_adamw lomo grokadamw
+        adamw_apex_fused ademamix rmsprop adagrad galore_adamw lomo grokadamw
         schedule_free""",
 }
 

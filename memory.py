@@ -21,7 +21,17 @@ from model import Decoder
 from recompute import CudaTransfers, Offload, Plan
 
 # bytes of optimizer state per byte of parameter; 8-bit state is counted beside fp32 parameters
-STATE_PER_BYTE = {"sgd": 0.0, "adafactor": 0.1, "adamw_8bit": 0.55, "adamw_bnb_8bit": 0.55, "paged_adamw_8bit": 0.55}
+STATE_PER_BYTE = {
+    "sgd": 0.0,
+    "adafactor": 0.1,
+    "adamw_8bit": 0.55,
+    "adamw_bnb_8bit": 0.55,
+    "paged_adamw_8bit": 0.55,
+    "lion_8bit": 0.28,
+    "lion_32bit": 1.0,
+    "paged_lion_8bit": 0.28,
+    "paged_lion_32bit": 1.0,
+}
 LOGIT_BYTES = 2 * 256 * 2**20  # two buffers of the chunked loss at its largest
 RESERVE_BYTES = 2**29  # workspaces of cuBLAS and NCCL, and what the allocator rounds up
 SLACK = 1.05  # of everything that is estimated

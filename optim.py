@@ -1,9 +1,9 @@
 """Optimizers, parameter groups, learning-rate schedules. Knows torch only; bitsandbytes is loaded on demand.
 
 AdamW (Loshchilov & Hutter, arXiv 1711.05101), Adafactor (arXiv 1804.04235, torch's version), SGD, and
-bitsandbytes' AdamW with state in 8 bits (arXiv 2110.02861) or in paged memory. The schedules are those of the
-Hugging Face trainer under the same names, each a pure function of the step: no scheduler state to save, or to
-get wrong on resume.
+bitsandbytes' AdamW and Lion (arXiv 2302.06675) with state in 8 bits (arXiv 2110.02861) or in paged memory. The
+schedules are those of the Hugging Face trainer under the same names, each a pure function of the step: no
+scheduler state to save, or to get wrong on resume.
 
     optimizer = optim.make_optimizer(model, options)
     for step in range(total_steps):                       # step = updates done so far
@@ -43,6 +43,16 @@ BITSANDBYTES_CLASSES = {
     "adamw_bnb_8bit": "AdamW8bit",
     "paged_adamw_8bit": "PagedAdamW8bit",
     "paged_adamw_32bit": "PagedAdamW32bit",
+    "lion_8bit": "Lion8bit",
+    "lion_32bit": "Lion32bit",
+    "paged_lion_8bit": "PagedLion8bit",
+    "paged_lion_32bit": "PagedLion32bit",
+}
+ON_CPU = {  # what to take there in place of an optimizer with paged state
+    "paged_adamw_8bit": "adamw_8bit",
+    "paged_adamw_32bit": "adamw_torch",
+    "paged_lion_8bit": "lion_8bit",
+    "paged_lion_32bit": "lion_32bit",
 }
 
 
@@ -58,13 +68,18 @@ class OptimOptions:
             "adamw_bnb_8bit",
             "paged_adamw_32bit",
             "paged_adamw_8bit",
+            "lion_8bit",
+            "lion_32bit",
+            "paged_lion_8bit",
+            "paged_lion_32bit",
         ],
-        "optimizer; adamw_torch takes the fused kernel where the device has one",
+        "optimizer; adamw_torch takes the fused kernel where the device has one; 8bit, paged and lion ones are "
+        "bitsandbytes'; lion wants a learning rate of a third to a tenth of AdamW's",
     ] = "adamw_torch"
     learning_rate: Annotated[float, "peak learning rate"] = 5e-5
     weight_decay: Annotated[float, "decay of matrices; norms, biases and other vectors never decay"] = 0.0
-    adam_beta1: Annotated[float, "AdamW: decay of the first moment"] = 0.9
-    adam_beta2: Annotated[float, "AdamW: decay of the second moment"] = 0.999
+    adam_beta1: Annotated[float, "AdamW: decay of the first moment; lion: its part in an update"] = 0.9
+    adam_beta2: Annotated[float, "AdamW: decay of the second moment; lion: of its one moment"] = 0.999
     adam_epsilon: Annotated[float, "AdamW: added to the square root of the second moment"] = 1e-8
     max_grad_norm: Annotated[float, "gradients are scaled down to this total norm; 0 = no clipping"] = 1.0
     lr_scheduler_type: Annotated[
@@ -282,11 +297,12 @@ def _bitsandbytes_optimizer(model, groups, options: OptimOptions, adam) -> torch
     except ImportError as error:
         raise ValueError(f"optim: {name} needs bitsandbytes ({error}); pip install bitsandbytes") from error
     on_cpu = any(p.device.type == "cpu" for group in groups for _, p in group["params"])
-    if on_cpu and name.startswith("paged_"):
-        other = "adamw_8bit" if name.endswith("8bit") else "adamw_torch"
+    if on_cpu and name in ON_CPU:
         raise ValueError(
-            f"optim: {name} pages state out of GPU memory, but the parameters are on the CPU; use {other}"
+            f"optim: {name} pages state out of GPU memory, but the parameters are on the CPU; use {ON_CPU[name]}"
         )
+    if "lion" in name:
+        del adam["eps"]
     optimizer_class = getattr(bitsandbytes.optim, BITSANDBYTES_CLASSES[name])
     optimizer = optimizer_class(groups, lr=options.learning_rate, **adam)
     if name.endswith("8bit"):
@@ -303,8 +319,25 @@ def _keep_embeddings_in_fp32(optimizer: torch.optim.Optimizer, model: nn.Module)
     for module in model.modules():
         if isinstance(module, nn.Embedding) and module.weight.requires_grad:
             weight = module.weight
-            moments = {key: optimizer.get_state_buffer(weight, torch.float32) for key in ("state1", "state2")}
-            optimizer.state[weight] = {"step": 0, **moments}
+            moments = ("state1",) if "Lion" in type(optimizer).__name__ else ("state1", "state2")
+            buffers = {key: optimizer.get_state_buffer(weight, torch.float32) for key in moments}
+            optimizer.state[weight] = {"step": 0, **buffers}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Bring back what optimizer.state_dict() gave. Paged state is paged again: bitsandbytes alone would put all of it
+    into GPU memory, and the run that fitted before would not fit any more."""
+    optimizer.load_state_dict(state)
+    if not getattr(optimizer, "is_paged", False):
+        return
+    for parameter, values in optimizer.state.items():
+        for key in ("state1", "state2"):
+            if key in values:
+                buffer = optimizer.get_state_buffer(parameter, values[key].dtype)
+                if parameter.is_cuda:
+                    torch.cuda.synchronize(parameter.device)  # the zeros of the new buffer are written by then
+                buffer.copy_(values[key])
+                values[key] = buffer
 
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:

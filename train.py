@@ -641,7 +641,7 @@ def save_checkpoint(this: Run) -> Path:
 def restore(this: Run, folder: Path, state: dict) -> None:
     """Everything back as it was when the checkpoint was written."""
     restore_trained(this.model, folder)
-    this.optimizer.load_state_dict(state["optimizer"])
+    optim.load_optimizer(this.optimizer, state["optimizer"])
     this.scaler.load_state_dict(state["scaler"])
     this.progress = Progress(**state["progress"])
     this.window.restore(state["rank"]["window"])

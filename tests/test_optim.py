@@ -213,7 +213,7 @@ def distance(a: nn.Module, b: nn.Module) -> float:
 
 
 def by_hand(model: nn.Module, options: OptimOptions, steps: int) -> None:
-    """AdamW and SGD from their papers, in the dtype of the parameters."""
+    """AdamW, Lion and SGD from their papers, in the dtype of the parameters."""
     moments = {p: (torch.zeros_like(p), torch.zeros_like(p)) for p in model.parameters()}
     for step in range(steps):
         ids = torch.randint(97, (31,), generator=torch.Generator().manual_seed(step))
@@ -227,6 +227,11 @@ def by_hand(model: nn.Module, options: OptimOptions, steps: int) -> None:
                     p -= rate * (p.grad + decay * p)
                     continue
                 first, second = moments[p]
+                if "lion" in options.optim:  # arXiv 2302.06675, algorithm 2
+                    p *= 1 - rate * decay
+                    p -= rate * (options.adam_beta1 * first + (1 - options.adam_beta1) * p.grad).sign()
+                    first.mul_(options.adam_beta2).add_((1 - options.adam_beta2) * p.grad)
+                    continue
                 p *= 1 - rate * decay
                 first.mul_(options.adam_beta1).add_((1 - options.adam_beta1) * p.grad)
                 second.mul_(options.adam_beta2).add_((1 - options.adam_beta2) * p.grad**2)
@@ -294,8 +299,61 @@ def test_eight_bit_embedding_override_does_not_leak_into_a_second_optimizer():
     assert optimizer.state[plain[0].weight]["state1"].dtype is torch.uint8
 
 
+@pytest.mark.parametrize("kind", ["lion_32bit", "lion_8bit"])
+def test_lion_is_that_of_the_paper(kind):
+    options = OptimOptions(optim=kind, learning_rate=0.003, adam_beta1=0.8, adam_beta2=0.95, weight_decay=0.1)
+    model, expected = small_model(), small_model()
+    optimizer = optim.make_optimizer(model, options)
+    train(model, optimizer, 10)
+    by_hand(expected, options, 10)
+    wide, embeddings = (optimizer.state[layer.weight] for layer in (model.wide, model.embed_tokens))
+    assert "state2" not in wide and embeddings["state1"].dtype is torch.float32
+    if kind == "lion_32bit":
+        assert difference(model, expected) < 1e-6
+    else:  # where the mix is near zero its sign may be another one
+        assert wide["state1"].dtype is torch.uint8
+        assert 0 < distance(model, expected) < 0.3 * distance(expected, small_model())
+
+
+def test_paged_state_is_paged_again_when_it_is_read_back():
+    """On a CPU bitsandbytes makes plain tensors of it, in the same place."""
+    import bitsandbytes
+
+    class Recording(bitsandbytes.optim.PagedAdamW32bit):
+        made = 0
+
+        def get_state_buffer(self, p, dtype=torch.float32):
+            self.made += 1
+            return super().get_state_buffer(p, dtype)
+
+    def fresh(model):
+        optimizer = Recording(optim.parameter_groups(model, 0.0), lr=0.01)
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+        return optimizer
+
+    models = [small_model() for _ in range(2)]
+    whole, half = (fresh(model) for model in models)
+    train(models[0], whole, 6)
+    train(models[1], half, 3)
+    saved = io.BytesIO()
+    torch.save(half.state_dict(), saved)
+    saved.seek(0)
+    again = fresh(models[1])
+    optim.load_optimizer(again, torch.load(saved))
+    assert again.made == 2 * len(list(models[1].parameters()))
+    train(models[1], again, 3, first=3)
+    assert difference(*models) == 0.0
+
+
 @pytest.mark.parametrize(
-    "kind, other", [("paged_adamw_8bit", "adamw_8bit"), ("paged_adamw_32bit", "adamw_torch")]
+    "kind, other",
+    [
+        ("paged_adamw_8bit", "adamw_8bit"),
+        ("paged_adamw_32bit", "adamw_torch"),
+        ("paged_lion_8bit", "lion_8bit"),
+        ("paged_lion_32bit", "lion_32bit"),
+    ],
 )
 def test_paged_optimizers_are_refused_on_a_cpu(kind, other):
     with pytest.raises(ValueError, match=f"optim: {kind} .* are on the CPU; use {other}"):
