@@ -12,7 +12,8 @@ in METHODS or from_options below.
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from quant import aqlm, awq, gptq, int8, nf4
+from quant import aqlm, awq, gptq, hqq, int8, nf4
+from quant.hqq import HQQFormat
 from quant.int8 import EETQFormat, Int8Format
 from quant.linear import FEW_ROWS, Format, QuantLinear
 from quant.nf4 import NF4Format
@@ -34,6 +35,7 @@ METHODS = {  # quant_method of config.json: quantization_config -> Format, Value
     "bitsandbytes": _bitsandbytes,
     "eetq": lambda settings: EETQFormat(),
     "gptq": gptq.from_config,
+    "hqq": hqq.from_config,
 }
 QUANTISERS = {  # quantization_method -> quantization_bit -> QuantOptions -> Format
     "bitsandbytes": {
@@ -41,6 +43,7 @@ QUANTISERS = {  # quantization_method -> quantization_bit -> QuantOptions -> For
         8: lambda options: Int8Format(),
     },
     "eetq": {8: lambda options: EETQFormat()},
+    "hqq": dict.fromkeys((8, 6, 5, 4, 3, 2, 1), lambda options: HQQFormat(options.quantization_bit)),
 }
 
 
@@ -48,8 +51,8 @@ QUANTISERS = {  # quantization_method -> quantization_bit -> QuantOptions -> For
 class QuantOptions:
     quantization_bit: Annotated[int | None, "quantise the base model to this many bits while it is read"] = None
     quantization_method: Annotated[
-        Literal["bitsandbytes", "eetq"],
-        "how: bitsandbytes = 4 bits (nf4 or fp4) or 8 (LLM.int8); eetq = 8, weights only",
+        Literal["bitsandbytes", "eetq", "hqq"],
+        "how: bitsandbytes = 4 bits (nf4 or fp4) or 8 (LLM.int8); eetq = 8, weights only; hqq = 8, 6, 5, 4, 3, 2 or 1",
     ] = "bitsandbytes"
     quantization_type: Annotated[Literal["nf4", "fp4"], "levels of the 4-bit codes"] = "nf4"
     double_quantization: Annotated[bool, "hold the scales of 4-bit blocks in 8 bits too"] = True

@@ -85,6 +85,7 @@ QUANT_LAYERS = {  # within quant/: no format knows another
     "linear": 0,
     "grouped": 1,
     "aqlm": 1,
+    "hqq": 1,
     "int8": 1,
     "nf4": 1,
     "awq": 2,

@@ -1,0 +1,228 @@
+"""HQQ: groups of weights with a scale and a zero that is fitted without data.  Badri and Shaji, "Half-Quadratic
+Quantization of Large Machine Learning Models", 2023; at 1 to 6 and 8 bits.
+
+w = (q - zero[group]) * scale[group]. Given the scale, zero minimises the p-norm (p = 0.7, so that outliers count less)
+of W - (q - zero) * scale, by turns with an auxiliary error E (their eq. 4 to 7):
+    E    = shrink(W - (q - zero) * scale),      shrink(x) = sign(x) max(0, |x| - |x|^(p - 1) / beta)
+    zero = mean of q - (W - E) / scale over the group,      beta grows by 1 % a turn
+
+The flattened weight is a matrix of groups, (numel / group, group) with axis 1 and (group, numel / group) with axis 0.
+In a file its first rows stand in the highest bits of W_q's rows, the next ones below them; 3-bit codes go ten to an
+int32, 5- and 6-bit ones one to a byte. Beside it stand scale, zero, and every setting of the layer as a tensor.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from quant.linear import Format, QuantLinear, refuse_others, row_chunks, take
+
+PACKED = {8: 1, 6: 1, 5: 1, 4: 2, 3: 10, 2: 4, 1: 8}  # bits: rows of codes in one row of W_q
+PACKINGS = {8: "8bit_u8", 6: "8bit_u8", 5: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8", 1: "1bit_u8"}
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+NORM, BETA, GROWTH, TURNS = 0.7, 10.0, 1.01, 20  # p, and the schedule of beta, as the authors have them
+LEAST_SCALE = 1 / 2e4  # smaller ones lose their bits in fp16
+SETTINGS = (
+    "nbits", "group_size", "shape", "axis", "packing", "unpack_view_dtype", "view_as_float", "quant_scale",
+    "quant_zero", "compute_dtype", "offload_meta", "encoded_state_dict", "stores_quant_config", "channel_wise",
+    "optimize", "round_zero",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class HQQFormat(Format):
+    """What a layer is made with, and is read with where the file does not say otherwise of it.
+
+    group_size None: all inputs (axis 1) or outputs (axis 0).
+    """
+
+    method: ClassVar[str] = "hqq"
+    marker: ClassVar[str] = "W_q"
+    bits: int = 4
+    group_size: int | None = 64
+    axis: int = 1
+
+    def __post_init__(self):
+        if self.bits not in PACKED:
+            raise ValueError(f"nbits: {self.bits}; HQQ has 8, 6, 5, 4, 3, 2 and 1")
+        if self.axis not in (0, 1):
+            raise ValueError(f"axis: {self.axis} is neither 0 nor 1")
+        if self.group_size is not None and self.group_size < 1:
+            raise ValueError(f"group_size: {self.group_size} is not above 0")
+
+    def quantise(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> "HQQLinear":
+        if not weight.isfinite().all():
+            raise ValueError("the weight has values that are no finite numbers")
+        group, packed = self._fitting_group(weight.numel()), PACKED[self.bits]
+        groups = weight.reshape(-1, group)
+        codes = torch.zeros(math.ceil(len(groups) / packed) * packed, group, dtype=torch.uint8, device=weight.device)
+        scale, zero = (torch.empty(len(groups), 1, dtype=torch.float16, device=weight.device) for _ in range(2))
+        for rows in row_chunks(groups):
+            codes[rows][: len(groups[rows])], scale[rows], zero[rows] = fit(groups[rows].float(), self.bits)
+        if not scale.isfinite().all():
+            raise ValueError("the weight has values that are too large for scales in fp16")
+        layer = HQQFormat(self.bits, group, 1)
+        return HQQLinear(self, layer, tuple(weight.shape), pack(codes, self.bits), scale, zero, bias, dtype)
+
+    def _fitting_group(self, size: int) -> int:
+        """group_size, or where a small layer cannot be packed in such groups the next smaller one that goes."""
+        count = 1 if self.bits == 3 else PACKED[self.bits]  # 3-bit rows are filled up
+        wanted = self.group_size or 64
+        for group in (wanted, 32, 16, 8):
+            if group <= wanted and size % (group * count) == 0:
+                return group
+        raise ValueError(f"its {size} weights do not divide into groups of 8 that pack at {self.bits} bits")
+
+    def read(self, tensors, shape, bias, dtype) -> "HQQLinear":
+        refuse_others(tensors, ("W_q", "scale", "zero", *SETTINGS))
+        for name in ("quant_scale", "quant_zero"):
+            if _number(tensors, name, 0):
+                raise ValueError(f"{name} is set: scales and zeros that are quantised themselves are not read")
+        if "shape" in tensors and tuple(tensors["shape"].tolist()) != shape:
+            raise ValueError(f"shape holds {tuple(tensors['shape'].tolist())}, config.json asks for {shape}")
+        layer = HQQFormat(
+            _number(tensors, "nbits", self.bits),
+            _number(tensors, "group_size", self.group_size),
+            _number(tensors, "axis", self.axis),
+        )
+        group = layer.group_size or shape[layer.axis]
+        layer, count = HQQFormat(layer.bits, group, layer.axis), math.prod(shape) // group
+        if count * group != math.prod(shape):
+            raise ValueError(f"group_size: {shape} weights do not divide into groups of {group}")
+        codes = tensors.get("W_q")
+        if codes is not None and codes.is_floating_point():  # view_as_float: the same bytes under another name
+            tensors = {**tensors, "W_q": codes.contiguous().view(torch.int32 if layer.bits == 3 else torch.uint8)}
+        rows, columns = (count, group) if layer.axis == 1 else (group, count)
+        wanted = (math.ceil(rows / PACKED[layer.bits]), columns)
+        codes = take(tensors, "W_q", wanted, [torch.int32 if layer.bits == 3 else torch.uint8])
+        if layer.bits != 3 and rows % PACKED[layer.bits]:
+            raise ValueError(f"W_q: {rows} rows of codes do not pack at {layer.bits} bits")
+        place = (count, 1) if layer.axis == 1 else (1, count)
+        scale, zero = (take(tensors, name, place, FLOATS).clone() for name in ("scale", "zero"))
+        for name, tensor in (("scale", scale), ("zero", zero)):
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} has values that are no finite numbers; the file is damaged, fetch it again")
+        return HQQLinear(self, layer, shape, codes.clone(), scale, zero, bias, dtype)
+
+    def config(self) -> dict:
+        weights = {
+            "nbits": self.bits,
+            "channel_wise": True,
+            "group_size": self.group_size,
+            "optimize": True,
+            "round_zero": False,
+            "axis": self.axis,
+            "view_as_float": False,
+        }
+        others = {"scale_quant_params": None, "zero_quant_params": None, "offload_meta": False}
+        return {
+            "quant_method": "hqq",
+            "quant_config": {"weight_quant_params": weights, **others},
+            "skip_modules": ["lm_head"],
+        }
+
+    def describe(self) -> str:
+        return f"HQQ {self.bits} bits, group {self.group_size or 'of all'}"
+
+
+class HQQLinear(QuantLinear):
+    """codes (rows / packed, columns) uint8 or int32, scale and zero (groups, 1) or (1, groups): as in the file.
+
+    layer: bits, group and axis of this layer, which may differ from those of the model's format.
+    """
+
+    def __init__(self, format: HQQFormat, layer: HQQFormat, shape, codes, scale, zero, bias, dtype):
+        super().__init__(*shape, bias, dtype)
+        self.format, self.layer = format, layer
+        for name, buffer in {"codes": codes, "scale": scale, "zero": zero}.items():
+            self.register_buffer(name, buffer)
+
+    def fill(self, out: Tensor) -> None:
+        bits, packed = self.layer.bits, PACKED[self.layer.bits]
+        dense = out.view(-1, self.layer.group_size) if self.layer.axis == 1 else out.view(self.layer.group_size, -1)
+        for place in range(packed):
+            shift, first = _shift(bits, place), place * len(self.codes)
+            for rows in row_chunks(self.codes):
+                target = dense[first + rows.start : first + min(rows.stop, len(self.codes))]
+                codes = self.codes[rows.start : rows.start + len(target)]  # 3-bit rows that only fill up are left out
+                values = (codes >> shift).bitwise_and_(2**bits - 1).float()
+                one = slice(first + rows.start, first + rows.start + len(target)) if self.layer.axis == 1 else slice(1)
+                target.copy_(values.sub_(self.zero[one].float()).mul_(self.scale[one].float()))
+
+    def tensors(self) -> dict[str, Tensor]:
+        bits, names = self.layer.bits, {"packing": PACKINGS[self.layer.bits], "compute_dtype": str(self.scale.dtype)}
+        names["unpack_view_dtype"] = str(self.codes.dtype)
+        flags = dict.fromkeys(("view_as_float", "quant_scale", "quant_zero", "offload_meta", "round_zero"), 0)
+        flags |= dict.fromkeys(("encoded_state_dict", "stores_quant_config", "channel_wise", "optimize"), 1)
+        numbers = {"nbits": bits, "group_size": self.layer.group_size, "axis": self.layer.axis}
+        return {
+            "W_q": self.codes,
+            "scale": self.scale,
+            "zero": self.zero,
+            "shape": torch.tensor([self.out_features, self.in_features]),
+            **{name: torch.tensor(number, dtype=torch.int32) for name, number in numbers.items()},
+            **{name: torch.tensor(flag, dtype=torch.uint8) for name, flag in flags.items()},
+            **{name: torch.tensor(list(text.encode()), dtype=torch.uint8) for name, text in names.items()},
+        }
+
+
+def fit(groups: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """groups (n, g) fp32 -> codes (n, g) uint8, scale and zero (n, 1) fp16 (the head of the file says how)."""
+    most = 2**bits - 1
+    low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
+    scale = ((high - low) / most).clamp_min(LEAST_SCALE)
+    zero = -low / scale
+    same = (high == low) & (low != 0)  # a group of one number: (0 - -1) * that number
+    scale = torch.where(same, low, scale).half().float()  # as it will be stored
+    zero = torch.where(same, -1.0, zero)
+    best_zero, best, beta = zero, torch.full_like(zero, math.inf), BETA
+    for _ in range(TURNS):
+        codes = (groups / scale + zero).round_().clamp_(0, most)
+        error = groups - (codes - zero) * scale
+        size = error.abs()
+        mean = size.mean(1, keepdim=True)
+        better = mean < best
+        gained = (best - mean)[better].sum()
+        best_zero, best = torch.where(better, zero, best_zero), torch.where(better, mean, best)
+        if gained <= 1e-4 * best.sum():
+            break
+        shrunk = (size - size.pow(NORM - 1) / beta).clamp_min_(0).mul_(error.sign())
+        zero = (codes - (groups - shrunk) / scale).mean(1, keepdim=True)
+        beta *= GROWTH
+    zero = torch.where(same, -1.0, best_zero).half()
+    codes = (groups / scale + zero.float()).round_().clamp_(0, most)
+    return codes.to(torch.uint8), scale.half(), zero
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """codes (rows, columns) uint8, rows a multiple of PACKED[bits] -> W_q (rows / that, columns)."""
+    parts = codes.to(torch.int32 if bits == 3 else torch.uint8).chunk(PACKED[bits])
+    packed = parts[0] << _shift(bits, 0)
+    for place, part in enumerate(parts[1:], 1):
+        packed |= part << _shift(bits, place)
+    return packed
+
+
+def _shift(bits: int, place: int) -> int:
+    """Where in W_q's numbers the rows of the place-th part stand: the first in the highest bits."""
+    return 0 if PACKED[bits] == 1 else bits * (PACKED[bits] - 1 - place)
+
+
+def _number(tensors: dict[str, Tensor], name: str, default):
+    if name not in tensors:
+        return default
+    if tensors[name].numel() != 1:
+        raise ValueError(f"{name} is of shape {tuple(tensors[name].shape)}, not one number")
+    return int(tensors[name])
+
+
+def from_config(settings: dict) -> HQQFormat:
+    """The format of a checkpoint's quantization_config. Raises ValueError starting with the key."""
+    given = settings["quant_config"]
+    if "weight_quant_params" not in given:  # one for each kind of layer, which the layers' tensors repeat
+        given = next(iter(given.values()), {})
+    weights = given["weight_quant_params"]
+    return HQQFormat(weights["nbits"], weights.get("group_size", 64), weights.get("axis", 1))
