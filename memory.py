@@ -42,17 +42,28 @@ class Need:
     """Bytes that training adds to those of the weights. `blocks`: how many of the last have a backward pass."""
 
     blocks: int
-    fixed: float  # gradients, optimizer state, loss, the gradients within one block
+    gradients: float
+    optimizer: float  # its state
+    head: float  # rows, logits and what a trained head takes, while the loss is computed
+    block: float  # the gradients within one block, while it goes backward
     everything: float  # per block and policy
     selective: float
     full: float
 
-    def of(self, full: int, selective: int, offload: bool = False) -> float:
-        """Bytes at the fuller of two moments: the end of the forward pass, or when the last block runs again."""
+    @property
+    def fixed(self) -> float:
+        return self.gradients + self.optimizer + self.head + self.block
+
+    def activations(self, full: int, selective: int, offload: bool = False) -> float:
+        """Bytes kept at the fuller of two moments: the end of the forward pass, or when the last block runs again."""
         inputs = min(full, 2) * self.full if offload else full * self.full
         forward = inputs + selective * self.selective + (self.blocks - full - selective) * self.everything
         again = inputs + self.everything if full else 0.0
-        return SLACK * (self.fixed + max(forward, again)) + RESERVE_BYTES
+        return max(forward, again)
+
+    def of(self, full: int, selective: int, offload: bool = False) -> float:
+        """What these numbers of blocks take, with a margin."""
+        return SLACK * (self.fixed + self.activations(full, selective, offload)) + RESERVE_BYTES
 
     def without_selective(self) -> "Need":
         """For compiled blocks, which drop what is cheap by themselves or not at all."""
@@ -80,19 +91,21 @@ def need(model: Decoder, tokens: int, optimizer: str = "adamw_torch", ranks: int
     head = model.head_weight()
     trained_head = head.numel() * 4 if head.requires_grad else 0  # summed in fp32 beside the gradient itself
     narrow_head = head.numel() * size if head.dtype != compute else 0
-    first = _first_trained(model)
+    first = first_trained(model)
     return Need(
         blocks=config.num_layers - first,
-        fixed=gradients * (2 if ranks > 1 else 1) + optimizer_state + block + head_rows + logits + trained_head
-        + narrow_head,
+        gradients=gradients * (2 if ranks > 1 else 1),
+        optimizer=optimizer_state,
+        head=head_rows + logits + trained_head + narrow_head,
+        block=block,
         everything=block + copies,
         selective=block + copies - tokens * cheap * size,
         full=tokens * hidden * size,
-    )  # fmt: skip
+    )
 
 
-def _first_trained(model: Decoder) -> int:
-    """Blocks below it have no backward pass, so they keep nothing."""
+def first_trained(model: Decoder) -> int:
+    """Number of the first block with a backward pass. Blocks below it have no backward pass, so they keep nothing."""
     if model.embed_tokens.weight.requires_grad:
         return 0
     trains = [any(p.requires_grad for p in block.parameters()) for block in model.layers]

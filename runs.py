@@ -76,6 +76,7 @@ class TrainOptions:
     torch_compile_backend: Annotated[str | None, "backend of torch.compile, inductor by default; turns it on"] = None
     torch_compile_mode: Annotated[str | None, "mode of inductor: default, max-autotune, ...; turns it on too"] = None
     neftune_noise_alpha: Annotated[float | None, "noise on the embeddings while training; 5 is typical"] = None
+    plan: Annotated[bool, "print the predicted peak memory and the bound on tokens/s, read no weights, and end"] = False
     train_from_scratch: Annotated[bool, "random weights; the model folder gives config.json and tokenizer"] = False
     seed: Annotated[int, "seed of adapters, dropout and, without data_seed, of the data order"] = 42
     device: Annotated[Literal["auto", "cpu", "cuda"], "where to train; auto = a GPU if there is one"] = "auto"

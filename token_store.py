@@ -169,6 +169,12 @@ class ExampleStore:
         )
 
     @property
+    def trained_share(self) -> float:
+        """Share of all tokens that are trained on, whichever examples are drawn."""
+        total = sum(len(part.tokens) for part in self.parts)
+        return sum(int(np.count_nonzero(part.trained)) for part in self.parts) / max(1, total)
+
+    @property
     def sources(self) -> np.ndarray:
         """(n, 2): dataset and row of each example."""
         return np.stack([self.index[:, 0], self._gather("rows", np.int64)], 1)

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import config as configuration
@@ -30,6 +31,7 @@ import memory
 import monitor
 import optim
 import parallel
+import plan
 import quant
 import runs
 from batches import ROW_MULTIPLE, Batch, BatchLoader, StreamingLoader
@@ -143,6 +145,9 @@ def run(config: configuration.Config, world: World) -> int:
     prepared = prepare_data(config, source, template, tokenizer, world)
     loader, eval_loaders = make_loaders(prepared, options, config[DataOptions], world)
     total_steps = count_steps(options, loader)
+    if options.plan:
+        world.print(make_plan(config, source, prepared, loader, world))
+        return 0
     fingerprint = runs.fingerprint(config.values, world, describe_data(prepared))
     state = None if resume is None else runs.read_checkpoint(resume, fingerprint, world)
     torch.manual_seed(options.seed + world.rank)  # dropout and noise differ between ranks, adapters do not (generator)
@@ -191,6 +196,8 @@ def find_start(config: configuration.Config) -> tuple[Path | None, Path]:
     """(checkpoint to continue or None, model folder); refuses to overwrite what the run starts from."""
     options, output_dir = config[TrainOptions], Path(config[TrainOptions].output_dir)
     resume, overwrite = None, options.overwrite_output_dir
+    if options.plan:
+        return None, resolve_model(config[ModelOptions])
     if options.trains:
         resume = runs.find_resume(output_dir, options.resume_from_checkpoint, overwrite)
     source = resolve_model(config[ModelOptions])
@@ -299,7 +306,9 @@ def build_model(config: configuration.Config, source: Path, world: World) -> Dec
     compute = compute_dtype(options)
     frozen = compute if lora_options.finetuning_type == "lora" or options.pure_bf16 else torch.float32
     trained = torch.bfloat16 if options.pure_bf16 else torch.float32
-    if options.train_from_scratch:
+    if options.plan:
+        model = plan.skeleton(source, load_config(source), frozen, quant.from_options(config[QuantOptions]))
+    elif options.train_from_scratch:
         model = random_model(source, frozen, world.device, options.seed)
     else:
         scaling = None if model_options.rope_scaling == "none" else model_options.rope_scaling
@@ -319,12 +328,35 @@ def build_model(config: configuration.Config, source: Path, world: World) -> Dec
     return model
 
 
+def make_plan(config: configuration.Config, source: Path, prepared: Prepared, loader, world: World) -> str:
+    """What the run would take, without its weights; see plan.py."""
+    options = config[TrainOptions]
+    if loader is None:
+        raise ValueError("plan: there is nothing to plan without training; drop plan, or do_eval")
+    model = build_model(config, source, world)
+    free = memory.free_bytes(world.device) - plan.weight_bytes(model)
+    tokens = largest_row(loader, world)
+    need = memory.need(model, tokens, config[OptimOptions].optim, world.size)
+    chosen, line = memory.plan(options.recomputation, need, model.config.num_layers, world.device, free)
+    store = prepared.train if isinstance(prepared.train, ExampleStore) else None
+    lengths = np.full(1, config[DataOptions].cutoff_len) if store is None else np.asarray(store.lengths)
+    share = 1.0 if store is None else store.trained_share
+    peak = plan.predict_peak(model, chosen, need, source, world.device)
+    bound = plan.bound_speed(model, chosen, lengths, share, tokens, world.device)
+    text = plan.report(peak, bound, memory.free_bytes(world.device), tokens, world.device)
+    return f"{trainable_report(model)}\n{line}\n\n{text}"
+
+
+def largest_row(loader, world: World) -> int:
+    """Tokens of the largest micro-batch, with what pads the row."""
+    multiple = ROW_MULTIPLE[world.device.type]
+    return -(-loader.most_tokens() // multiple) * multiple
+
+
 def choose_recomputation(model: Decoder, loader, config: configuration.Config, world: World) -> str:
     """Tell the model what its blocks keep for the backward pass; gives a line that says so."""
     options = config[TrainOptions]
-    multiple = ROW_MULTIPLE[world.device.type]
-    tokens = -(-loader.most_tokens() // multiple) * multiple
-    need = memory.need(model, tokens, config[OptimOptions].optim, world.size)
+    need = memory.need(model, largest_row(loader, world), config[OptimOptions].optim, world.size)
     if options.compiles:
         need = need.without_selective()
         for block in model.layers:

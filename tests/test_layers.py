@@ -52,6 +52,7 @@ LAYERS = {
     "adapter_files": 5,
     "checkpoint": 6,
     "memory": 5,
+    "plan": 6,
     "objectives": 6,
     "inference": 7,
     "quality": 7,
