@@ -115,9 +115,10 @@ class Peak:
 
 
 def predict_peak(
-    model: Decoder, chosen: recompute.Plan, need: memory.Need, folder: Path, device: torch.device
+    model: Decoder, chosen: recompute.Plan, need: memory.Need, file_bytes: float, device: torch.device
 ) -> Peak:
-    """model: the skeleton, prepared as for training; chosen, need: what memory.plan and memory.need say of it."""
+    """model: the skeleton, prepared as for training; chosen, need: what memory.plan and memory.need say of it;
+    file_bytes: of the largest file of weights."""
     parts = {} if device.type == "cuda" else {"process": float(resident_bytes())}
     packed = [module for module in model.modules() if isinstance(module, QuantLinear)]
     frozen = [p for p in model.parameters() if not p.requires_grad]
@@ -126,7 +127,7 @@ def predict_peak(
     parts["adapters" if lora_layers(model) else "trained weights"] = _bytes_of(trained)
     loading = dict(parts)
     if device.type != "cuda":  # the pages of the mapped file that have been read count until it is closed
-        loading["file being read"] = float(max(path.stat().st_size for path in weight_files(Path(folder))))
+        loading["file being read"] = file_bytes
     parts["gradients"], parts["optimizer"] = need.gradients, need.optimizer
     below = model.config.num_layers - need.blocks  # blocks without a backward pass keep nothing
     counts = max(0, chosen.full - below), min(chosen.selective, need.blocks)
@@ -136,6 +137,11 @@ def predict_peak(
     parts["buffers"] = float(largest * compute.itemsize)
     parts["head" if need.head > need.block else "one block's backward"] = max(need.head, need.block)
     return Peak(loading if sum(loading.values()) > sum(parts.values()) else parts)
+
+
+def largest_file(folder: Path) -> float:
+    """Bytes of the largest file of weights; 0 where there is none yet."""
+    return float(max((path.stat().st_size for path in folder.glob("*.safetensors")), default=0))
 
 
 def weight_bytes(model: Decoder) -> float:

@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -113,7 +113,7 @@ def main(argv: list[str]) -> int:
         if world.device.type == "cpu":
             host_memory.keep_freed()
         name += f" [rank {world.rank}]" if world.rank else ""
-        with runs.reserve(Path(options.output_dir), world):
+        with nullcontext() if options.plan else runs.reserve(Path(options.output_dir), world):
             return run(config, world)
     except TokenizedDataSaved as done:
         world.print(done)
@@ -341,7 +341,7 @@ def make_plan(config: configuration.Config, source: Path, prepared: Prepared, lo
     store = prepared.train if isinstance(prepared.train, ExampleStore) else None
     lengths = np.full(1, config[DataOptions].cutoff_len) if store is None else np.asarray(store.lengths)
     share = 1.0 if store is None else store.trained_share
-    peak = plan.predict_peak(model, chosen, need, source, world.device)
+    peak = plan.predict_peak(model, chosen, need, plan.largest_file(source), world.device)
     bound = plan.bound_speed(model, chosen, lengths, share, tokens, world.device)
     text = plan.report(peak, bound, memory.free_bytes(world.device), tokens, world.device)
     return f"{trainable_report(model)}\n{line}\n\n{text}"

@@ -1,0 +1,102 @@
+"""plan=true: counts by the published formulas, sizes of what a run would hold, and the command line without weights."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_runs import tiny_runs
+
+import lora
+import memory
+import plan
+import quant
+from architectures import config_from_hf
+from checkpoint import load_config, load_model
+from lora import LoraOptions
+from model import Decoder
+from quant import QuantLinear, QuantOptions
+from recompute import Plan
+
+LLAMA_7B = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096,
+    "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
+    "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 1e4, "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}  # fmt: skip
+# weights of its linears with and without the head; 2 d S L at S = 2048; adapters of rank 16 on all linears
+N, N_BLOCKS, ATTENTION, ADAPTERS = 6.607e9, 6.476e9, 2 * 4096 * 2048 * 32, 39.98e6
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    with tiny_runs(tmp_path_factory.mktemp("plan")) as made:
+        yield made
+
+
+def llama(method: str, **options) -> Decoder:
+    model = Decoder(config_from_hf(LLAMA_7B), dtype=torch.bfloat16, device="meta")
+    lora.prepare_trainable(model, LoraOptions(finetuning_type=method, lora_rank=16, **options))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("method", "again", "expected"),
+    [
+        ("lora", 0, 4 * N + 3.5 * ATTENTION + 6 * ADAPTERS),
+        ("lora", 32, 4 * N + 3.5 * ATTENTION + 6 * ADAPTERS + 2 * N_BLOCKS + ATTENTION),
+        ("full", 0, 6 * N + 3.5 * ATTENTION),
+        ("full", 32, 6 * N + 3.5 * ATTENTION + 2 * N_BLOCKS + ATTENTION),
+    ],
+)
+def test_a_token_costs_what_the_formula_says(method, again, expected):
+    work = plan.count_flops(llama(method), Plan(full=again), context=2048, trained_share=1.0)
+    assert sum(work.values()) == pytest.approx(expected, rel=1e-3)
+
+
+def test_frozen_blocks_below_the_first_trained_one_have_no_backward_pass():
+    work = plan.count_flops(llama("freeze", num_layer_trainable=8), Plan(), 2048, 1.0)
+    assert work["linears"] == pytest.approx((2 * 24 + 6 * 8) / 32 * N_BLOCKS, rel=1e-3)
+
+
+def test_only_trained_tokens_reach_the_head():
+    whole, part = (plan.count_flops(llama("lora"), Plan(), 2048, share)["head"] for share in (1.0, 0.25))
+    assert part == whole / 4 == 32000 * 4096
+
+
+def test_the_context_is_that_of_the_mean_token():
+    assert plan.mean_context(np.array([1, 3], np.int32)) == 2.5  # one token sees 1, three see 3
+
+
+@pytest.mark.parametrize("options", [{}, {"double_quantization": False}, {"quantization_type": "fp4"}])
+def test_quantised_layers_have_the_size_of_those_that_are_loaded(tiny, options):
+    folder = tiny.make_model("sized", seed=3, hidden_size=128, intermediate_size=192, head_dim=32)
+    quantization = quant.from_options(QuantOptions(quantization_bit=4, **options))
+    real = load_model(folder, torch.float32, quantization=quantization)
+    planned = plan.skeleton(folder, load_config(folder), torch.float32, quantization)
+    names = [name for name, module in real.named_modules() if isinstance(module, QuantLinear)]
+    assert names and names == [name for name, module in planned.named_modules() if isinstance(module, QuantLinear)]
+    assert plan.weight_bytes(planned) == pytest.approx(plan.weight_bytes(real), rel=0.02)
+    assert {p.device.type for p in planned.parameters()} == {"meta"}
+
+
+def test_the_peak_holds_every_part_and_the_fuller_of_loading_and_training():
+    model = llama("lora")
+    need = memory.need(model, 4096)
+    peak = plan.predict_peak(model, Plan(), need, file_bytes=0.0, device=torch.device("cuda"))
+    assert peak.parts["weights"] == pytest.approx(2 * (N + 32000 * 4096), rel=1e-3)
+    assert peak.parts["adapters"] == pytest.approx(4 * ADAPTERS, rel=1e-3)
+    assert peak.parts["optimizer"] == pytest.approx(8 * ADAPTERS, rel=1e-3)
+    assert peak.bytes < need.of(0, 0) + 2.01 * N + 4 * ADAPTERS + 0.3e9
+    loading = plan.predict_peak(model, Plan(), memory.need(model, 1), file_bytes=1e12, device=torch.device("cpu"))
+    assert loading.parts["file being read"] == 1e12 and "activations" not in loading.parts
+
+
+def test_a_plan_is_printed_without_weights_and_nothing_is_written(tiny, capsys):
+    folder = tiny.make_model("unread", seed=2)
+    (folder / "model.safetensors").unlink()
+    keys = {"model_name_or_path": folder, "quantization_bit": 4, "plan": "true"}
+    assert tiny.train("planned", **keys) == 0
+    said = capsys.readouterr().out
+    assert "peak memory" in said and "optimizer" in said and "tokens/s: " in said
+    assert not (tiny.folder / "planned").exists()
+    assert tiny.train("planned", **keys, do_train="false", do_eval="true", val_size="3") == 2
+    assert "plan: there is nothing to plan" in capsys.readouterr().err
