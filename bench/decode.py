@@ -1,13 +1,15 @@
 """Greedy decoding on a GPU beside transformers, one machine, one run, the same weights in the same memory.
 
-    python bench/decode.py                      # D1 and D3 of the goals; writes a file in bench/results
+    python bench/decode.py                      # D1, D2 and D3 of the goals; writes a file in bench/results
     python bench/decode.py quick=true           # fewer repeats, without the compiled rival of the batches
     python bench/decode.py cases=d1 repeats=9 systems=anvil,static
     python bench/decode.py device=cpu           # smoke test at a tiny size: its numbers mean nothing
 
-Cases: d1 = Llama-2-7B's shape, one sequence, prompt 128, 256 new tokens; d3-32 and d3-128 = Llama-3-8B's shape, that
-many sequences, prompt 128, 128 new. Weights are random, bf16. Systems: anvil; eager = transformers generate with its
-defaults (sdpa); static = the same with a static cache, which it compiles (reduce-overhead). The time is that of the
+Cases: d1 = Llama-2-7B's shape, one sequence, prompt 128, 256 new tokens; d2 = the same in NF4 with double quantisation;
+d3-32 and d3-128 = Llama-3-8B's shape, that many sequences, prompt 128, 128 new. Weights are random, bf16. Systems:
+anvil; eager = transformers generate with its defaults (sdpa; d2: with bitsandbytes' layers around the same codes);
+static = the same with a static cache, which it compiles (reduce-overhead; not in d2); 16bit = for d2, anvil with the
+same numbers in bf16. The time is that of the
 whole call, prompt included; compilation and capture fall into the calls before the timed ones. Systems take turns,
 A-B-C-A-B-C. The bound: every weight and every filled slot of the cache is read once per step at the rate at which this
 run reads, and products run at the rate at which this run multiplies.
@@ -24,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 
 from architectures import config_from_hf  # noqa: E402
+from bench.four_bits import dense_twin, random_decoder, take_linears  # noqa: E402
 from bench.measure import (  # noqa: E402
     Session,
     Timer,
@@ -38,8 +41,9 @@ from bench.measure import (  # noqa: E402
 )
 from generate import GenerateOptions, generate, new_cache  # noqa: E402
 from model import Decoder, initialize_weights, lay_out_for_decoding  # noqa: E402
+from quant import QuantLinear  # noqa: E402
 
-DEFAULTS = {"device": "auto", "cases": "d1,d3-32,d3-128", "systems": "anvil,eager,static", "repeats": "5"}
+DEFAULTS = {"device": "auto", "cases": "d1,d2,d3-32,d3-128", "systems": "anvil,eager,static,16bit", "repeats": "5"}
 DEFAULTS |= {"dtype": "", "quick": "false", "seconds": "400", "out": ""}
 
 LLAMA_2_7B = {
@@ -60,16 +64,22 @@ COMMON |= {"tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": N
 # name: (shape, sequences, tokens of the prompt, new tokens)
 CASES = {
     "d1": (LLAMA_2_7B, 1, 128, 256),
+    "d2": (LLAMA_2_7B, 1, 128, 256),
     "d3-32": (LLAMA_3_8B, 32, 128, 128),
     "d3-128": (LLAMA_3_8B, 128, 128, 128),
 }
-TINY_CASES = {"d1": (TINY, 1, 9, 20), "d3-32": (TINY, 3, 9, 12), "d3-128": (TINY, 5, 9, 12)}
-NEEDS_SECONDS = {"anvil": 8, "eager": 20, "static": 70}  # a system's first call and one turn, at 7B, guessed
+IN_4_BITS = ("d2",)
+# bitsandbytes' product on a CPU is wrong where a row is no whole number of blocks
+TINY_CASES = {"d1": (TINY, 1, 9, 20), "d2": (TINY | {"intermediate_size": 128}, 1, 9, 20)}
+TINY_CASES |= {"d3-32": (TINY, 3, 9, 12), "d3-128": (TINY, 5, 9, 12)}
+NEEDS_SECONDS = {"anvil": 8, "eager": 20, "static": 70, "16bit": 8}  # its first call and one turn, at 7B, guessed
 LOGITS_MAY_DIFFER = 0.15  # relative, after the prompt: bf16 through 32 layers; 1.4 if they had nothing in common
 
 
-def build(shape: dict, dtype: torch.dtype, device: torch.device) -> Decoder:
+def build(shape: dict, dtype: torch.dtype, device: torch.device, in_4_bits: bool) -> Decoder:
     """A model of this shape with random weights, made on the device."""
+    if in_4_bits:
+        return random_decoder(config_from_hf(COMMON | shape), dtype, device)
     model = Decoder(config_from_hf(COMMON | shape), dtype=dtype, device="meta").to_empty(device=device).eval()
     model.requires_grad_(False)
     initialize_weights(model, torch.Generator(device).manual_seed(0))
@@ -77,8 +87,11 @@ def build(shape: dict, dtype: torch.dtype, device: torch.device) -> Decoder:
     return model
 
 
-def build_rival(shape: dict, model: Decoder):
-    """transformers' model around the very same tensors."""
+def build_rival(shape: dict, model: Decoder, in_4_bits: bool):
+    """transformers' model around the very same tensors; None where it, or bitsandbytes if needed, is not installed."""
+    needed = ["transformers"] + ["bitsandbytes"] * in_4_bits
+    if any(importlib.util.find_spec(package) is None for package in needed):
+        return None
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -87,9 +100,14 @@ def build_rival(shape: dict, model: Decoder):
     with torch.device("meta"):
         rival = transformers.LlamaForCausalLM._from_config(config, dtype=weight.dtype, attn_implementation="sdpa")
     tensors = {name if name == "lm_head.weight" else f"model.{name}": t for name, t in model.state_dict().items()}
-    rival.load_state_dict(tensors, assign=True)
+    if in_4_bits:
+        take_linears(rival, model, weight.dtype)
+        kept = {name.removeprefix("model.") for name, _ in model.named_parameters()}
+        tensors = {name: tensor for name, tensor in tensors.items() if name.removeprefix("model.") in kept}
+    rival.load_state_dict(tensors, assign=True, strict=not in_4_bits)
     # its angles are no parameters, so on the meta device they got no values
     rival.model.rotary_emb = type(rival.model.rotary_emb)(config=config).to(weight.device)
+    assert not any(tensor.is_meta for tensor in rival.parameters())
     return rival.eval()
 
 
@@ -117,9 +135,15 @@ def transformers_generate(rival, **more):
     return run
 
 
+def laid_out(model: Decoder) -> Decoder:
+    lay_out_for_decoding(model)
+    return model
+
+
 SYSTEMS = {
     "anvil": anvil,
     "eager": lambda model, rival, *_: transformers_generate(rival),
+    "16bit": lambda model, rival, *sizes: anvil(laid_out(dense_twin(model)), rival, *sizes),
     "static": lambda model, rival, *_: transformers_generate(rival, cache_implementation="static"),
 }
 
@@ -129,11 +153,14 @@ def least_seconds(model: Decoder, case: tuple, ceilings) -> float:
     shape, sequences, prompt, new = case
     config, weight = model.config, model.head_weight()
     numbers = sum(p.numel() for name, p in model.named_parameters() if name != "embed_tokens.weight")
+    packed = [layer for layer in model.modules() if isinstance(layer, QuantLinear)]
+    weight_bytes = numbers * weight.itemsize + sum(layer.storage_bytes for layer in packed)
+    numbers += sum(layer.in_features * layer.out_features for layer in packed)
     slot = 2 * config.num_layers * config.num_kv_heads * config.head_dim * weight.itemsize  # bytes of one token's keys
     read, burst = ceilings.read_gb_per_second * 1e9, ceilings.burst_tflops * 1e12
     total = 2 * (numbers - weight.numel()) * sequences * prompt / burst
     for context in range(prompt, prompt + new):
-        step_bytes = numbers * weight.itemsize + sequences * context * slot
+        step_bytes = weight_bytes + sequences * context * slot
         total += max(step_bytes / read, 2 * numbers * sequences / burst)
     return total
 
@@ -196,8 +223,11 @@ def run_case(name: str, case: tuple, model: Decoder, rival, session: Session, op
     device = model.embed_tokens.weight.device
     chosen, needed = {}, 0
     for system in options["systems"].split(","):
-        if system != "anvil" and rival is None:
-            session.left_out.append(f"{name} {system} (transformers is not installed)")
+        if system == ("static" if name in IN_4_BITS else "16bit"):
+            continue
+        if system in ("eager", "static") and rival is None:
+            packages = "transformers or bitsandbytes" if name in IN_4_BITS else "transformers"
+            session.left_out.append(f"{name} {system} ({packages} is not installed)")
         elif is_on(options["quick"]) and system == "static" and sequences > 1:
             session.left_out.append(f"{name} {system} (quick)")
         elif device.type == "cpu" or session.allows(f"{name} {system}", needed + NEEDS_SECONDS[system]):
@@ -250,16 +280,16 @@ def main(argv: list[str]) -> int:
     with timer.stream():
         ceilings = take_ceilings(timer, sustained_seconds=0.5)
     print(ceilings.text, flush=True)
-    has_rival = importlib.util.find_spec("transformers") is not None
     differences: dict[str, float] = {}
-    model = rival = shape = None
+    model = rival = built = None
     for name in options["cases"].split(","):
         with session.part(name):
-            if cases[name][0] is not shape:
+            in_4_bits = name in IN_4_BITS
+            if (cases[name][0], in_4_bits) != built:
                 model = rival = None  # the last shape's memory is needed
-                model = build(cases[name][0], dtype, device)
-                rival = build_rival(cases[name][0], model) if has_rival else None
-                shape = cases[name][0]
+                model = build(cases[name][0], dtype, device, in_4_bits)
+                rival = build_rival(cases[name][0], model, in_4_bits)
+                built = cases[name][0], in_4_bits
                 if rival is not None:
                     check(name, model, rival, cases[name][2], differences)
             run_case(name, cases[name], model, rival, session, options, ceilings)

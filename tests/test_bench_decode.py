@@ -36,6 +36,17 @@ def test_it_measures_all_systems_and_writes_what_it_printed(tmp_path):
     assert not report["failed"] and not report["left_out"]
 
 
+def test_decoding_in_4_bits_is_compared_with_bitsandbytes_and_with_itself_in_16(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    done = run("device=cpu", "repeats=1", "cases=d2", f"out={tmp_path}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "decode_d2_cpu.json").read_text())
+    rows = {row["system"]: row for row in report["rows"]}
+    assert list(rows) == ["anvil", "eager", "16bit"] and not report["failed"] and not report["left_out"]
+    assert rows["16bit"]["equal_tokens"] == 1.0  # fp32: the same numbers
+    assert report["logits_differ_by"]["d2"] < 0.1  # bitsandbytes multiplies in bf16 on some processors
+
+
 def test_quick_leaves_the_compiled_rival_of_batches_out_and_says_so(tmp_path, capsys):
     words = "device=cpu", "repeats=1", "quick=true", "cases=d3-32", "systems=anvil,static", f"out={tmp_path}"
     assert decode.main(list(words)) == 0
@@ -56,5 +67,13 @@ def test_the_bound_counts_weights_cache_and_products():
     seconds = decode.least_seconds(model, (None, 1, 128, 256), ceilings)
     expected = 256 * (13.214e9 + 524288 * 255.5) / 3e12 + 2 * 6.476e9 * 128 / 8e14
     assert seconds == pytest.approx(expected, rel=2e-3)
+    small = torch.device("cpu")
+    packed = decode.build(decode.TINY | {"intermediate_size": 128}, torch.float32, small, True)
+    dense = decode.dense_twin(packed)
+    linears = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)  # weights
+    difference = decode.least_seconds(dense, (None, 1, 0, 1), ceilings) - decode.least_seconds(
+        packed, (None, 1, 0, 1), ceilings
+    )
+    assert 8 * difference * 3e12 / linears == pytest.approx(32 - 4.2, abs=0.3)  # small layers: scales weigh more
     many = decode.least_seconds(model, (None, 1000, 0, 1), ceilings)  # a thousand rows: arithmetic binds
     assert many == pytest.approx(2 * 6.607e9 * 1000 / 8e14, rel=2e-3)
