@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 
 from architectures import config_from_hf  # noqa: E402
-from bench.four_bits import dense_twin, random_decoder, take_linears  # noqa: E402
+from bench.four_bits import dense_twin, plain_tensors, random_decoder, take_linears  # noqa: E402
 from bench.measure import (  # noqa: E402
     Session,
     Timer,
@@ -102,7 +102,7 @@ def build_rival(shape: dict, model: Decoder, in_4_bits: bool):
     tensors = {name if name == "lm_head.weight" else f"model.{name}": t for name, t in model.state_dict().items()}
     if in_4_bits:
         take_linears(rival, model, weight.dtype)
-        kept = {name.removeprefix("model.") for name, _ in model.named_parameters()}
+        kept = plain_tensors(model)
         tensors = {name: tensor for name, tensor in tensors.items() if name.removeprefix("model.") in kept}
     rival.load_state_dict(tensors, assign=True, strict=not in_4_bits)
     # its angles are no parameters, so on the meta device they got no values

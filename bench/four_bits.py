@@ -43,25 +43,36 @@ def quantise_linears(block: nn.Module, dtype: torch.dtype) -> None:
 
 
 def dense_twin(model: Decoder) -> Decoder:
-    """The same numbers in 16 bits; what is not quantised is shared."""
-    parameter = model.embed_tokens.weight
-    twin = Decoder(model.config, dtype=parameter.dtype, device="meta")
-    tensors = dict(model.state_dict(keep_vars=False))
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
-    tensors = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] not in layers}
-    for name, layer in layers.items():
-        tensors[f"{name}.weight"] = layer.dequantize()
-        if layer.bias is not None:
-            tensors[f"{name}.bias"] = layer.bias
+    """The same numbers in 16 bits, without adapters; what is not quantised is shared."""
+    twin = Decoder(model.config, dtype=model.embed_tokens.weight.dtype, device="meta")
+    tensors = plain_tensors(model)
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            tensors[f"{without_base(name)}.weight"] = module.dequantize()
     twin.load_state_dict(tensors, assign=True)
     return twin.requires_grad_(False).eval()
+
+
+def plain_tensors(model: Decoder) -> dict[str, torch.Tensor]:
+    """Parameters by the names that they have without adapters, and without the adapters' own."""
+    named = ((without_base(name), parameter.detach()) for name, parameter in model.named_parameters())
+    return {name: tensor for name, tensor in named if not name.endswith((".lora_a", ".lora_b"))}
+
+
+def without_base(name: str) -> str:
+    return name.replace(".base.", ".").removesuffix(".base")
+
+
+def packed_bytes(model: Decoder) -> int:
+    """Of all codes and scales."""
+    return sum(module.storage_bytes for module in model.modules() if isinstance(module, QuantLinear))
 
 
 def take_linears(rival: nn.Module, model: Decoder, dtype: torch.dtype) -> None:
     """Put bitsandbytes' layers, around the codes of ours, into transformers' model; dtype: of their products."""
     for name, layer in model.named_modules():
         if isinstance(layer, NF4Linear):
-            path = to_hf_name(model.config, f"{name.replace('.base', '')}.weight").removesuffix(".weight")
+            path = to_hf_name(model.config, f"{without_base(name)}.weight").removesuffix(".weight")
             replace_module(rival, path, linear_4bit(layer, dtype))
     rival.is_loaded_in_4bit = True  # how peft finds out
 

@@ -1,6 +1,6 @@
 """Training on this GPU: Anvil beside transformers + peft on the same random weights, adapters and batches, in one run.
 
-    python bench/train.py                           # under 160 s: T1, T6, T4, then what fits
+    python bench/train.py                           # under 200 s: T1, T2, M1, M2, then what fits
     python bench/train.py quick=true                # under 70 s
     python bench/train.py rows=T1,T2b compile=true seconds=500
     python bench/train.py device=cpu                # smoke test at tiny sizes; the numbers mean nothing
@@ -8,9 +8,12 @@
 Each rival runs with its usual recipe (gradient checkpointing, torch's choice of attention) and with its best: no
 recompute if that fits, cuDNN attention; compile=true adds torch.compile. Systems take turns, A-B-A-B: in each turn one
 step without and several with the clock, the host free to run ahead as in training. 5 steps of warm-up come before. The
-losses of all systems are compared step by step. tokens/s counts real tokens, never padding. Model TF: 4N per token for
-LoRA (6N in full) + attention + adapters, the head on trained tokens only, nothing recomputed; `share` is of the
-sustained rate of products in this run. Peak memory is torch's, without what belongs to the other systems.
+losses of all systems are compared step by step. T2, M1 and M2 train over a base in NF4 with double quantisation: the
+rival has bitsandbytes' layers around the same codes, and T2 also shows Anvil over the same numbers in 16 bits; M1 and
+M2 are there for their memory, so everything is recomputed.
+tokens/s counts real tokens, never padding. Model TF: 4N per token for LoRA (6N in full) + attention + adapters, the
+head on trained tokens only, nothing recomputed; `share` is of the sustained rate of products in this run. Peak memory
+is torch's, without what belongs to the other systems.
 "hf" are transformers, with peft where there are adapters. Results: bench/results/train_<gpu>.json.
 """
 
@@ -53,13 +56,14 @@ from bench.train_systems import (  # noqa: E402
     MicroBatch,
     Rival,
     Setting,
+    anvil_in_16_bits,
     describe,
     flops_per_step,
     random_decoder,
 )
 
 DEFAULTS = {"device": "auto", "quick": "false", "seconds": "", "rows": "", "compile": "false", "out": ""}
-SECONDS = {False: 160.0, True: 70.0}
+SECONDS = {False: 200.0, True: 70.0}
 WARMUP_STEPS = 5
 DIFFERENT_GROUPS = 4  # repeated, so that the loss falls and the comparison of losses tells something
 LOSS_TOLERANCE = 0.01  # of the loss: bf16 noise over 20 steps is below it, a wrong gradient is not
@@ -78,23 +82,46 @@ class Row:
     packed_to: int = 0  # tokens per row; then 4 rows make a micro-batch
     quick: bool = False
     needs_seconds: float = 25.0  # to be worth starting
+    in_4_bits: bool = False
+    policy: str = "auto"  # Anvil's gradient_checkpointing
+    systems: tuple[str, ...] = ("hf default", "hf best")  # beside Anvil
 
 
 ROWS = [
     Row("T1", "LoRA r16, 4 x 2048", "Llama-2-7B", 16, (2048,) * 4, quick=True, needs_seconds=35),
+    Row(
+        "T2", "LoRA r16 over NF4, 4 x 2048", "Llama-2-7B", 16, (2048,) * 4, needs_seconds=50, in_4_bits=True,
+        systems=("anvil 16 bit", "hf default", "hf best"),
+    ),
+    Row(
+        "M1", "LoRA r8 over NF4, 1 x 1024", "Llama-2-7B", 8, (1024,), needs_seconds=20, in_4_bits=True, policy="full",
+        systems=("hf default",),
+    ),
+    Row(
+        "M2", "LoRA r16 over NF4, 1 x 1024", "Llama-2-70B", 16, (1024,), needs_seconds=45, in_4_bits=True,
+        policy="full", systems=(),
+    ),
     Row("T6", "full bf16, 8 x 2048", "TinyLlama-1.1B", 0, (2048,) * 8, quick=True, needs_seconds=20),
     Row("T4", "LoRA r16, Alpaca lengths, batch 4", "Llama-2-7B", 16),
     Row("T2b", "LoRA r8, 4 x 1024, accumulate 2", "Llama-2-7B", 8, (1024,) * 4, accumulation=2, needs_seconds=30),
     Row("T4p", "the same packed, 4 rows of 1024", "Llama-2-7B", 16, packed_to=1024, needs_seconds=30),
     Row("L3", "LoRA r16, 4 x 2048", "Llama-3-8B", 16, (2048,) * 4, needs_seconds=40),
     Row("S1", "LoRA r16, 8 x 1024", "SmolLM2-135M", 16, (1024,) * 8, needs_seconds=15),
-]
+]  # fmt: skip
 SMOKE_ROWS = [
     Row("T1", "LoRA r4, 2 x 24", "tiny", 4, (24,) * 2, needs_seconds=0),
+    Row(
+        "T2", "LoRA r4 over NF4, 2 x 24", "tiny of whole blocks", 4, (24,) * 2, needs_seconds=0, in_4_bits=True,
+        systems=("anvil 16 bit", "hf default", "hf best"),
+    ),
+    Row(
+        "M2", "LoRA r4 over NF4, 1 x 24", "tiny of whole blocks", 4, (24,), needs_seconds=0, in_4_bits=True,
+        policy="full", systems=(),
+    ),
     Row("T6", "full, 2 x 24", "tiny", 0, (24,) * 2, accumulation=2, needs_seconds=0),
     Row("T4", "LoRA r4, Alpaca lengths", "tiny", 4, needs_seconds=0),
     Row("T4p", "the same packed", "tiny", 4, packed_to=1024, needs_seconds=0),
-]
+]  # fmt: skip
 
 
 def main(argv: list[str]) -> int:
@@ -184,7 +211,7 @@ class Entry:
 
 def measure_row(row: Row, device: torch.device, seconds: float, with_compile: bool, session: Session) -> dict:
     start = time.monotonic()
-    setting = Setting(row.model, row.rank, device)
+    setting = Setting(row.model, row.rank, device, row.in_4_bits, row.policy)
     before = allocated(device)
     source = random_decoder(setting)
     shared_bytes = allocated(device) - before if row.rank else 0
@@ -192,13 +219,18 @@ def measure_row(row: Row, device: torch.device, seconds: float, with_compile: bo
     not_run: dict[str, str] = {}
     # rivals first: they copy the weights and adapters before Anvil changes them
     makers = {"anvil": [lambda: Anvil(setting, source, 1000)]}
-    makers["hf default"] = [lambda: Rival(setting, source, DEFAULT)]
-    makers["hf best"] = [lambda r=recipe: Rival(setting, source, r) for recipe in BEST]
-    if with_compile:
+    others = {
+        "anvil 16 bit": [lambda: anvil_in_16_bits(setting, source, 1000)],
+        "hf default": [lambda: Rival(setting, source, DEFAULT)],
+        "hf best": [lambda r=recipe: Rival(setting, source, r) for recipe in BEST],
+    }
+    makers |= {name: others[name] for name in row.systems}
+    if with_compile and row.systems:
         makers["hf compile"] = [lambda r=recipe: Rival(setting, source, r) for recipe in COMPILED]
     entries = build_all(makers, groups, device, shared_bytes, not_run)
-    # a smoke test on a CPU takes the fewest
-    turn_steps, turns = plan(entries, start + seconds - time.monotonic() if device.type == "cuda" else 0)
+    # a smoke test on a CPU takes the fewest, and so does a row that is there for its memory
+    few = device.type == "cpu" or row.policy != "auto"
+    turn_steps, turns = plan(entries, 0 if few else start + seconds - time.monotonic())
     for turn in range(turns):
         for entry in entries.values():
             take_turn(entry, groups, WARMUP_STEPS + turn * (turn_steps + 1), turn_steps, device)
@@ -249,7 +281,7 @@ def try_system(make, groups, device) -> tuple[Entry | None, tuple[str, str]]:
     except Exception as error:  # a rival may raise what it likes; the table then says so
         text = str(error).splitlines()[0] if str(error) else ""
         return None, (note, f"{type(error).__name__}: {text}"[:300])
-    entry.own_bytes = allocated(device) - before
+    entry.own_bytes = allocated(device) - before - getattr(system, "unused_bytes", 0)
     return entry, (note, "")
 
 
@@ -348,7 +380,7 @@ def print_report(results: dict[str, dict], ceilings, machine: dict) -> None:
             line |= {"TF": f"{found['model_tflops']:.0f}"}
             line["share"] = f"{found['model_tflops'] / ceilings.sustained_tflops:.0%}"
             if found["peak_gib"] is not None:
-                line |= {"peak GiB": f"{found['peak_gib']:.1f}", "reserved": f"{found['reserved_gib']:.1f}"}
+                line |= {"peak GiB": f"{found['peak_gib']:.2f}", "reserved": f"{found['reserved_gib']:.2f}"}
             if system != "anvil":
                 line["anvil is"] = f"{own / found['tokens_per_second']:.2f}x"
                 line["losses differ"] = f"{result['largest_loss_difference'][system]:.1e}"

@@ -2,7 +2,8 @@
 
 `Anvil` trains through train.update, as users do. `Rival` is transformers + peft, with bf16 autocast over frozen bf16
 weights and fp32 adapters as its trainer does it. For LoRA all systems hold the very same frozen weights, which are in
-memory once; for full tuning each has its copy. Adapters are copied from Anvil's.
+memory once; for full tuning each has its copy. Adapters are copied from Anvil's. Over a base in 4 bits the rival has
+bitsandbytes' layers around the same codes, and Anvil once more trains over the same numbers in 16 bits.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ import train
 from adapter_files import adapter_state
 from architectures import config_from_hf, to_hf_name
 from batches import Example, collate
+from bench import four_bits
 from model import Decoder, initialize_weights
 from objectives import TokenLoss
 from runs import TrainOptions
@@ -41,9 +43,11 @@ def llama(hidden, mlp, layers, heads, kv_heads, vocabulary, theta=10000.0, tied=
 MODELS = {  # sizes of the published config.json files
     "Llama-2-7B": llama(4096, 11008, 32, 32, 32, 32000),
     "Llama-3-8B": llama(4096, 14336, 32, 32, 8, 128256, theta=500000.0),
+    "Llama-2-70B": llama(8192, 28672, 80, 64, 8, 32000),
     "TinyLlama-1.1B": llama(2048, 5632, 22, 32, 4, 32000),
     "SmolLM2-135M": llama(576, 1536, 30, 9, 3, 49152, theta=100000.0, tied=True),
     "tiny": llama(64, 96, 2, 4, 2, 101),  # smoke tests
+    "tiny of whole blocks": llama(64, 128, 2, 4, 2, 101),  # without them bitsandbytes' CPU build miscalculates
 }
 
 
@@ -58,11 +62,15 @@ MicroBatch = list[list[Document]]  # rows of documents; one document a row unles
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained. rank 0: every weight (full tuning, all in bf16)."""
+    """What is trained. rank 0: every weight (full tuning, all in bf16).
+
+    in_4_bits: over NF4 with double quantisation. policy: Anvil's gradient_checkpointing."""
 
     model: str
     rank: int
     device: torch.device
+    in_4_bits: bool = False
+    policy: str = "auto"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -70,8 +78,10 @@ class Setting:
 
 
 def random_decoder(setting: Setting) -> Decoder:
-    """Random weights on the device; adapters with B = 0 if the setting has a rank."""
+    """Random weights on the device."""
     config = config_from_hf(MODELS[setting.model])
+    if setting.in_4_bits:
+        return four_bits.random_decoder(config, setting.dtype, setting.device)
     model = Decoder(config, dtype=setting.dtype, device=setting.device)
     initialize_weights(model, torch.Generator(setting.device).manual_seed(0))
     return model
@@ -81,8 +91,10 @@ class Anvil:
     """The project's own step: train.update on flat rows without padding."""
 
     note = "train.update"
+    unused_bytes = 0  # of what all systems share
 
     def __init__(self, setting: Setting, model: Decoder, steps: int):
+        self.policy = setting.policy
         kind = "lora" if setting.rank else "full"
         options = lora.LoraOptions(kind, lora_rank=max(1, setting.rank))
         lora.prepare_trainable(model, options, torch.Generator().manual_seed(0))
@@ -118,15 +130,22 @@ class Anvil:
         return batches
 
     def _plan_memory(self) -> None:
-        """What is recomputed: as `gradient_checkpointing: auto` decides for what is free now."""
+        """What is recomputed: `gradient_checkpointing: auto` decides for what is free now."""
         model, device = self.run.model, self.run.world.device
         need = memory.need(model, self.tokens, self.run.optim_options.optim)
         free = memory.free_bytes(device)
-        model.recompute, self.note = memory.plan("auto", need, model.config.num_layers, device, free)
+        model.recompute, self.note = memory.plan(self.policy, need, model.config.num_layers, device, free)
 
     def step(self, group) -> torch.Tensor:
         loss, _ = train.update(self.run, group)
         return loss
+
+
+def anvil_in_16_bits(setting: Setting, source: Decoder, steps: int) -> Anvil:
+    """Anvil over the numbers that the source's codes stand for, with the same adapters: they follow from the seed."""
+    system = Anvil(replace(setting, in_4_bits=False), four_bits.dense_twin(source), steps)
+    system.unused_bytes = four_bits.packed_bytes(source)
+    return system
 
 
 def _example(document: Document) -> Example:
@@ -161,6 +180,8 @@ class Rival:
     def __init__(self, setting: Setting, source: Decoder, recipe: Recipe):
         self.note, self.recipe, self.setting = recipe.text, recipe, setting
         self.model = _transformers_model(setting, source).train()
+        if setting.in_4_bits and recipe is DEFAULT:
+            self._prepare_as_peft_says()
         if recipe.checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             if setting.rank:
@@ -170,6 +191,12 @@ class Rival:
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
         self.forward = torch.compile(self.model) if recipe.compiled else self.model
+
+    def _prepare_as_peft_says(self) -> None:
+        """Norms, embedding and head become fp32 copies."""
+        import peft
+
+        peft.prepare_model_for_kbit_training(self.model, use_gradient_checkpointing=False)
 
     def prepare(self, group: list[MicroBatch]):
         return [_padded(rows, self.setting.device) for rows in group]
@@ -209,13 +236,13 @@ def _transformers_model(setting: Setting, source: Decoder):
             config, dtype=setting.dtype, attn_implementation="sdpa"
         )
     tensors = {}
-    for name, parameter in source.named_parameters():
-        if not name.endswith((".lora_a", ".lora_b")):
-            tensor = parameter.detach() if setting.rank else parameter.detach().clone()
-            tensors[to_hf_name(source.config, name.replace(".base.", "."))] = tensor
+    for name, tensor in four_bits.plain_tensors(source).items():
+        tensors[to_hf_name(source.config, name)] = tensor if setting.rank else tensor.clone()
     if source.config.tied_head:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-    model.load_state_dict(tensors, assign=True, strict=True)
+    if setting.in_4_bits:
+        four_bits.take_linears(model, source, setting.dtype)
+    model.load_state_dict(tensors, assign=True, strict=not setting.in_4_bits)
     if source.config.tied_head:
         model.tie_weights()
     with setting.device:  # the frequencies of the rotation are in no state_dict

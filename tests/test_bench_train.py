@@ -11,6 +11,7 @@ import pytest
 import torch
 
 pytest.importorskip("peft")
+pytest.importorskip("bitsandbytes")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -24,14 +25,37 @@ def test_all_systems_train_alike_in_every_row(tmp_path):
     done = start("device=cpu", "seconds=900", f"out={tmp_path}")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     report = json.loads((tmp_path / "train_cpu.json").read_text())
-    assert set(report["rows"]) == {"T1", "T6", "T4", "T4p"} and report["failed"] == []
+    assert set(report["rows"]) == {"T1", "T2", "M2", "T6", "T4", "T4p"} and report["failed"] == []
+    rivals = {"T2": {"anvil 16 bit", "hf default", "hf best"}, "M2": set()}
     for name, row in report["rows"].items():
-        assert set(row["systems"]) == {"anvil", "hf default", "hf best"} and row["not_run"] == {}, name
-        assert max(row["largest_loss_difference"].values()) < 1e-5, name
+        assert set(row["systems"]) == {"anvil"} | rivals.get(name, {"hf default", "hf best"}), name
+        assert row["not_run"] == {}, name
+        assert max(row["largest_loss_difference"].values(), default=0) < 1e-5, name
         losses = row["systems"]["anvil"]["losses"]
         assert len(losses) == 5 + row["turns"] * (row["steps_per_turn"] + 1)
         assert losses[-1] != losses[0]  # it trains
     assert report["rows"]["T4p"]["systems"]["hf best"]["setting"] == "no recompute, sdpa cudnn"
+
+
+def test_models_in_4_bits_and_their_twins_are_the_same_numbers():
+    """With adapters around the layers too, and without a copy of the codes or of what is not quantised."""
+    from bench import four_bits
+    from bench.train_systems import Anvil, Setting, _transformers_model, random_decoder
+
+    setting = Setting("tiny of whole blocks", 4, torch.device("cpu"), in_4_bits=True)
+    source = random_decoder(setting)
+    Anvil(setting, source, 9)
+    layer = source.layers[1].mlp.down_proj.base
+    assert 4.1 < layer.bits_per_weight < 4.4 and four_bits.packed_bytes(source) < 2 * 41000 * 4.5 / 8
+    twin, rival = four_bits.dense_twin(source), _transformers_model(setting, source)
+    other = rival.model.layers[1].mlp.down_proj
+    x = torch.randn(3, 128, requires_grad=True)
+    expected = torch.nn.functional.linear(x, layer.dequantize())
+    torch.testing.assert_close(twin.layers[1].mlp.down_proj(x), expected)
+    torch.testing.assert_close(other(x), expected)
+    assert other.weight.data_ptr() == layer.codes.data_ptr()
+    assert twin.embed_tokens.weight.data_ptr() == source.embed_tokens.weight.data_ptr()
+    assert rival.lm_head.weight.data_ptr() == source.lm_head.weight.data_ptr()
 
 
 def test_a_rival_that_cannot_run_is_listed_and_its_next_recipe_taken(tmp_path):
