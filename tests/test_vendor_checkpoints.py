@@ -6,14 +6,18 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tiny_runs import assert_same_weights, tiny_runs
 from vendor_checkpoints import FORMATS, write_pair
 
 import chat
 import export
-from checkpoint import load_model
+import quant
+from checkpoint import load_model, save_model
+from lora import replace_module
 from quant import QuantLinear
+from quant.hqq import HQQFormat
 
 LINEAR = "model.layers.1.mlp.up_proj"
 
@@ -162,3 +166,52 @@ def test_settings_that_are_not_read_are_named(pairs, tmp_path, settings, said):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=f"config.json: quantization_config.{said}"):
         load_model(folder)
+
+
+@pytest.mark.parametrize(
+    "name, config, keys",
+    [
+        ("gptq act-order", "GPTQConfig", {"bits": 4, "group_size": 16, "desc_act": True, "sym": False}),
+        ("gptq 3 bits", "GPTQConfig", {"bits": 3, "format": "gptq_v2"}),
+        ("awq", "AwqConfig", {"bits": 4, "group_size": 16, "zero_point": True, "format": "gemm"}),
+        ("aqlm 1x12", "AqlmConfig", {"num_codebooks": 1, "nbits_per_codebook": 12, "in_group_size": 8}),
+    ],
+)
+def test_a_saved_model_is_what_was_read_and_its_config_is_that_of_transformers(pairs, tmp_path, name, config, keys):
+    folder = pairs[name][0]
+    save_model(load_model(folder), tmp_path / "saved", folder)
+    assert_same_weights(load_file(tmp_path / "saved" / "model.safetensors"), load_file(folder / "model.safetensors"))
+    settings = transformers.AutoConfig.from_pretrained(tmp_path / "saved").quantization_config
+    theirs = getattr(transformers, config).from_dict(settings)
+    assert {key: getattr(theirs, key) for key in keys} == keys
+    assert quant.from_config(theirs.to_dict()) == quant.from_config(settings)
+
+
+def test_a_model_that_was_quantised_by_hqq_is_saved_and_read(tiny, tmp_path):
+    model = load_model(tiny.model, torch.bfloat16, quantization=HQQFormat(3))
+    save_model(model, tmp_path / "saved", tiny.model)
+    again = load_model(tmp_path / "saved", torch.bfloat16)
+    for place, layer in model.named_modules():
+        if isinstance(layer, QuantLinear):
+            assert torch.equal(again.get_submodule(place).dequantize(), layer.dequantize())
+            assert layer.layer.group_size in (8, 16, 32, 64)
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
+    assert config["quant_config"]["weight_quant_params"]["nbits"] == 3 and config["skip_modules"] == ["lm_head"]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_training_on_a_base_that_hqq_quantises_follows_the_dequantised_one(tiny, bits):
+    dense = load_model(tiny.model, quantization=HQQFormat(bits))
+    for place, layer in list(dense.named_modules()):
+        if isinstance(layer, QuantLinear):
+            plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False)
+            plain.weight.data = layer.dequantize()
+            replace_module(dense, place, plain)
+    twin = tiny.make_model(f"hqq {bits} twin", seed=1)
+    save_model(dense, twin, tiny.model)
+    for run, keys in (
+        (f"hqq {bits}", {"quantization_bit": bits, "quantization_method": "hqq"}),
+        (f"hqq {bits} dense", {"model_name_or_path": twin}),
+    ):
+        assert tiny.train(run, num_train_epochs=1, lora_rank=4, **keys) == 0
+    assert tiny.losses(f"hqq {bits}") == pytest.approx(tiny.losses(f"hqq {bits} dense"), rel=1e-5)
