@@ -7,6 +7,7 @@ here than in peft is refused by name.
 
     load_adapter(model, "saves/run")      # trains on, or stays beside the weights
     merge_adapters(model, ["a", "b"])     # into the weights, in order
+    apply_adapters(model, ["a", "b"])     # for inference: the same, but beside weights that are quantised
 """
 
 import re
@@ -21,10 +22,13 @@ from lora import (
     LoraLinear,
     LoraOptions,
     full_modules,
+    is_quantised,
     lora_layers,
     merge_for_good,
     prepare_trainable,
+    quantised_linears,
     replace_module,
+    stacked,
 )
 from model import Decoder
 from tensor_files import PICKLE, file_tensors, read_json, staged, write_json, write_tensors
@@ -114,7 +118,8 @@ def _peft_targets(model: Decoder, layers: dict[str, LoraLinear]) -> list[str]:
     """The short names if every linear of that name has an adapter, else the full names of those that do."""
     short = {name.rpartition(".")[2] for name in layers}
     kinds = (torch.nn.Linear, LoraLinear)
-    same_name = {n for n, m in model.named_modules() if isinstance(m, kinds) and n.rpartition(".")[2] in short}
+    linears = (name for name, module in model.named_modules() if isinstance(module, kinds) or is_quantised(module))
+    same_name = {name for name in linears if name.rpartition(".")[2] in short}
     if same_name == set(layers):
         return sorted(short)
     return [_hf_module(model.config, name) for name in layers]
@@ -374,9 +379,15 @@ def prepare_adapters(
     """Set what trains, starting from the given adapters: all but the last are merged, the last trains on.
 
     With options.create_new_adapter all are merged and a fresh one is added; without folders see lora.prepare_trainable.
+    Raises ValueError if something would have to be merged into quantised weights.
     """
     folders = list(folders)
     trained = folders[-1:] if options.finetuning_type == "lora" and not options.create_new_adapter else []
+    if len(folders) > len(trained) and quantised_linears(model):
+        raise ValueError(
+            f"adapter_name_or_path: {folders[0]} would have to be merged into quantised weights before another one is "
+            "trained; merge it with export.py and train on the result, or train it on alone"
+        )
     merge_adapters(model, folders[: len(folders) - len(trained)])
     if trained:
         load_adapter(model, trained[0], dtype, options.lora_dropout)
@@ -393,4 +404,30 @@ def merge_adapters(model: Decoder, folders: Iterable[str | Path]) -> None:
             merge_for_good(model)
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(dtypes[name])
+    model.requires_grad_(False)
+
+
+@torch.no_grad()
+def apply_adapters(model: Decoder, folders: Iterable[str | Path]) -> None:
+    """Every adapter in use, in order, for inference: merged into dense weights, beside quantised ones, where several
+    become one of all their ranks (the 16-bit weights would be what quantising has saved). Nothing trains afterwards."""
+    if not quantised_linears(model):
+        merge_adapters(model, folders)
+        return
+    beside: dict[str, LoraLinear] = {}
+    for folder in folders:
+        dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+        load_adapter(model, folder)
+        for name, layer in lora_layers(model).items():
+            replace_module(model, name, layer.base if is_quantised(layer.base) else layer.merged_base())
+            if is_quantised(layer.base):
+                try:
+                    beside[name] = stacked(beside.get(name), layer)
+                except ValueError as error:
+                    raise ValueError(f"adapter_name_or_path: {folder}: {error}") from error
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(dtypes[name])
+    for name, layer in beside.items():
+        layer.settle(layer.base.dtype)
+        replace_module(model, name, layer.eval())
     model.requires_grad_(False)

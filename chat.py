@@ -27,7 +27,7 @@ from data import DataOptions
 from generate import TextStream, split_stop_words
 from hub import ModelOptions
 from inference import find_source, load_source
-from lora import LoraOptions
+from lora import LoraOptions, quantised_linears
 from model import Decoder, KVCache, lay_out_for_decoding
 from optim import OptimOptions
 from quant import QuantOptions
@@ -87,16 +87,18 @@ def open_conversation(config: configuration.Config) -> "Conversation":
         raise ValueError("device: cuda was asked for, but torch sees no GPU; use device=cpu")
     given = {key for key, origin in config.origins.items() if origin != "default"}
     kernels.require_attention(config[ModelOptions].flash_attn, device)
-    source = find_source(config[ModelOptions], config[TemplateOptions], given)
+    source = find_source(config[ModelOptions], config[TemplateOptions], given, config[QuantOptions])
     for notice in source.notices:
         _say(f"note: {notice}")
     dtype = DTYPES.get(config[ModelOptions].infer_dtype)
-    quantization, notice = chosen_quantization(source.base, quant.from_options(config[QuantOptions]))
+    quantization, notice = chosen_quantization(source.base, quant.from_options(source.quantization))
     if notice is not None:
         _say(f"note: {notice}")
     model, tokenizer, template = load_source(source, dtype, device, quantization)
     kernels.require_attention(config[ModelOptions].flash_attn, device, model.embed_tokens.weight.dtype)
     model.flash_attn = config[ModelOptions].flash_attn
+    if quantised_linears(model):
+        _say(quant.report(model))
     lay_out_for_decoding(model)
     generator = torch.Generator()
     if options.seed is None:

@@ -36,7 +36,7 @@ from adapter_files import (
 from architectures import ModelConfig, config_from_hf, from_hf_name, scale_rope, to_hf_name
 from hub import ModelOptions, resolve_adapters, resolve_model
 from lora import lora_layers, replace_module
-from model import Decoder, initialize_weights
+from model import Decoder, RMSNorm, initialize_weights
 from quant import Format, QuantLinear
 from tensor_files import (
     read_json,
@@ -127,12 +127,13 @@ def load_model(
     rope_scaling: str | None = None,
     cutoff_len: int | None = None,
     quantization: Format | None = None,
+    norm_dtype: torch.dtype | None = None,
 ) -> Decoder:
     """The decoder in this folder with weights in `dtype` (None = the checkpoint's own) on `device`, in eval mode.
 
     quantization: quantise the linears of the blocks while they are read; `dtype` is then that of the values they stand
-    for. A checkpoint that is quantised stays in its format, but for its head. rope_scaling, cutoff_len: see
-    architectures.scale_rope.
+    for. A checkpoint that is quantised stays in its format, but for its head. norm_dtype: that of the norms' weights;
+    None = `dtype`. rope_scaling, cutoff_len: see architectures.scale_rope.
     Raises ValueError for missing, extra, misshapen tensors, and for quantising what is quantised.
     """
     config = load_config(folder)
@@ -159,10 +160,15 @@ def load_model(
                 raise ValueError(f"{folder}: tensor {to_hf_name(config, name)}: {error}") from error
             replace_module(model, owner, layer)
         else:
-            set_parameter(model, name, nn.Parameter(_own(value, dtype, device)))
+            chosen = norm_dtype if norm_dtype and _is_norm(model, owner) else dtype
+            set_parameter(model, name, nn.Parameter(_own(value, chosen, device)))
     for name, bias in biases.items():
         model.get_submodule(name).bias = nn.Parameter(bias, requires_grad=False)
     return model.eval()
+
+
+def _is_norm(model: Decoder, module: str) -> bool:
+    return isinstance(model.get_submodule(module), RMSNorm)
 
 
 def chosen_quantization(folder: str | Path, wanted: Format | None) -> tuple[Format | None, str | None]:

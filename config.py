@@ -70,6 +70,8 @@ RENAMED = {
     "hub_strategy": "push_hub_strategy",
     "use_liger_kernel": "enable_liger_kernel",
     "enable_liger_kernel": "use_liger_kernel",
+    "quantization_bit": "quant_bits",
+    "quantization_method": "quant_method",
     "quantization_type": "quant_type bnb_4bit_quant_type",
     "double_quantization": "double_quant bnb_4bit_use_double_quant",
     "deepspeed": "deepspeed_config_path",
@@ -109,11 +111,12 @@ HARMLESS = {
         use_liger_kernel liger_kernel_config use_v1_kernels use_reentrant_gc
         gradient_checkpointing_kwargs tf32 torch_compile torch_compile_backend torch_compile_mode
         torch_empty_cache_steps""",
-    "norms and losses are always computed in fp32": "upcast_layernorm upcast_lmhead_output",
+    "losses are always computed in fp32": "upcast_lmhead_output",
     "there is no padding": "ignore_pad_token_for_loss dataloader_drop_last",
     "generation always uses the cache and streams": "use_cache use_kv_cache use_streamer",
     "every evaluation set is evaluated by itself": "eval_on_each_dataset",
     "the model family is read from config.json": "model_type tuner_backend",
+    "quantised layers compute in the dtype of the training": "bnb_4bit_comp_dtype bnb_4bit_compute_dtype",
     "models are text only": """
         media_dir image_* video_* audio_sampling_rate use_audio_in_video crop_to_patches
         freeze_vision_tower freeze_multi_modal_projector freeze_language_model""",
@@ -127,7 +130,7 @@ HARMLESS = {
         bf16_full_eval fp16_full_eval fp16_backend fp16_opt_level half_precision_backend use_ipex
         jit_mode_eval ddp_* local_rank run_name project om_hub_token print_param_status
         save_generation_config test_oom_error show_dataset_sample eval_human ignore_args_error
-        bnb_4bit_comp_dtype load_from_local hub_always_push""",
+        load_from_local hub_always_push""",
 }
 
 # part that this version does not have -> its keys (shell patterns), each with further values that switch it
@@ -273,6 +276,10 @@ def _count(names: object) -> int:
     return len(names.split(",") if isinstance(names, str) else names or ())
 
 
+def _quantised(bits: object) -> bool:
+    return bits not in (None, 0, 16, 32)
+
+
 # (predicate, what is wrong and the way out). A predicate's parameters are keys; it runs when all exist.
 RULES: tuple[tuple[Callable[..., bool], str], ...] = (
     (lambda do_train, dataset, tokenized_path: do_train and not dataset and not tokenized_path,
@@ -314,6 +321,17 @@ RULES: tuple[tuple[Callable[..., bool], str], ...] = (
      "only LoRA continues adapters; set finetuning_type=lora, or merge them first with export.py"),
     (lambda create_new_adapter, finetuning_type: create_new_adapter and finetuning_type != "lora",
      "only LoRA has adapters; set finetuning_type=lora, or drop create_new_adapter"),
+    (lambda quantization_bit, finetuning_type: _quantised(quantization_bit) and finetuning_type != "lora",
+     "quantised weights have no gradient, only adapters beside them train; set finetuning_type=lora, or drop "
+     "quantization_bit"),
+    (lambda quantization_bit, train_from_scratch: _quantised(quantization_bit) and train_from_scratch,
+     "random weights would be frozen in few bits; drop one of the two"),
+    (lambda quantization_bit, create_new_adapter: _quantised(quantization_bit) and create_new_adapter,
+     "the given adapters would have to be merged into quantised weights; merge them with export.py first and train on "
+     "the result"),
+    (lambda quantization_bit, adapter_name_or_path, finetuning_type: _quantised(quantization_bit)
+     and _count(adapter_name_or_path) > 1,
+     "all but the last adapter would have to be merged into quantised weights; give one, or merge them with export.py"),
     (lambda create_new_adapter, adapter_name_or_path: create_new_adapter and not adapter_name_or_path,
      "there is no adapter to put a new one on; name it in adapter_name_or_path, or drop create_new_adapter"),
     (lambda export_gguf_type, export_merge: export_gguf_type != "none" and export_merge in ("requantise", "loftq"),

@@ -9,18 +9,19 @@ that the user gives beat those of the run.
 """
 
 from collections.abc import Container
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 import yaml
 
-from adapter_files import ADAPTER_CONFIG, merge_adapters
+import quant
+from adapter_files import ADAPTER_CONFIG, apply_adapters
 from architectures import ModelConfig, scale_rope
 from checkpoint import load_config, load_model
 from hub import ModelOptions, resolve_adapters, resolve_model
 from model import Decoder
-from quant import Format
+from quant import Format, QuantOptions
 from runs import RUN_CONFIG
 from templates import TemplateOptions, get_template
 from tensor_files import read_json
@@ -36,10 +37,19 @@ class Source:
     rope_scaling: str | None
     cutoff_len: int | None  # tokens; decides the factor of rope_scaling
     notices: tuple[str, ...]  # what was taken from a run; for the user
+    quantization: QuantOptions = QuantOptions()  # of the base while it is read
 
 
-def find_source(model: ModelOptions, template: TemplateOptions, given: Container[str]) -> Source:
-    """Everything to load.  given: keys that the user set (they beat the run's).  Raises ValueError naming the key."""
+def find_source(
+    model: ModelOptions,
+    template: TemplateOptions,
+    given: Container[str],
+    quantization: QuantOptions | None = None,
+) -> Source:
+    """Everything to load.  given: keys that the user set (they beat the run's).  Raises ValueError naming the key.
+
+    quantization: how the base is to be quantised; an adapter's run says it where the user does not. None: not at all.
+    """
     name, adapters = model.model_name_or_path, resolve_adapters(model)
     if name and is_adapter(Path(name)):
         adapters.insert(0, Path(name))
@@ -68,18 +78,27 @@ def find_source(model: ModelOptions, template: TemplateOptions, given: Container
                 template = replace(template, **{key: run[key]})
         if template.template and "template" not in given:
             notices.append(f"template {template.template}, as {run_folder / RUN_CONFIG} says")
+    if quantization is not None and adapters and not any(item.name in given for item in fields(QuantOptions)):
+        quantization = _quantization_of(run)
+        if quant.from_options(quantization) is not None:
+            kind = quant.from_options(quantization).describe()
+            notices.append(f"the base is quantised to {kind}, as {run_folder / RUN_CONFIG} says (quantization_bit)")
     scaling, cutoff_len = model.rope_scaling, None
     if "rope_scaling" not in given and adapters and run.get("rope_scaling"):
         scaling, cutoff_len = run["rope_scaling"], run.get("cutoff_len")  # a full model's config.json has it already
     tokenizer = next((f for f in reversed(expanded) if (f / "tokenizer.json").is_file()), base)
     scaling = None if scaling == "none" else scaling
-    return Source(base, tuple(expanded), tokenizer, template, scaling, cutoff_len, tuple(notices))
+    quantization = quantization or QuantOptions()
+    return Source(base, tuple(expanded), tokenizer, template, scaling, cutoff_len, tuple(notices), quantization)
 
 
 def load_source(
     source: Source, dtype: torch.dtype | None, device: str, quantization: Format | None = None
 ) -> tuple[Decoder, Tokenizer, object]:
-    """Model with its adapters merged, tokenizer, chat template. dtype None = the checkpoint's."""
+    """Model with its adapters merged (beside the weights if these are quantised), tokenizer, chat template.
+
+    dtype None = the checkpoint's.
+    """
     # cheap mistakes come first
     config = load_config(source.base)
     tokenizer = Tokenizer.from_folder(source.tokenizer)
@@ -87,7 +106,7 @@ def load_source(
     options = source.template
     template = get_template(options.template, tokenizer.chat_template, options.default_system)
     model = load_model(source.base, dtype, device, source.rope_scaling, source.cutoff_len, quantization)
-    merge_adapters(model, source.adapters)
+    apply_adapters(model, source.adapters)
     return model, tokenizer, template
 
 
@@ -123,6 +142,12 @@ def read_run(folder: Path) -> dict:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected keys and values; remove it and give template and adapters yourself")
     return values
+
+
+def _quantization_of(run: dict) -> QuantOptions:
+    """How the run quantised its base while reading it."""
+    names = (item.name for item in fields(QuantOptions))
+    return QuantOptions(**{name: run[name] for name in names if run.get(name) is not None})
 
 
 def _adapters_below(run: dict) -> list[Path]:

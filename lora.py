@@ -110,6 +110,7 @@ class LoraLinear(nn.Module):
         self.merged = False
         self.off = False
         self._weight_before_merge: Tensor | None = None
+        self._settled_ratio: Tensor | None = None  # (out,) fp32, see settle
         device = next(itertools.chain(base.parameters(), base.buffers())).device
         lora_a = torch.empty(rank, self.in_features)
         nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5), generator=generator)
@@ -129,16 +130,17 @@ class LoraLinear(nn.Module):
             return self._dora(x)
         if self._one_kernel_serves(x):
             return self._kernel(x, self.base.bias)
-        if hasattr(self.base, "few_rows") and not (self.training and self.dropout_probability > 0):
-            result = self.base.few_rows(x, self.lora_a, self.lora_b, self.scale)
-            if result is not None:
-                return result
+        result = self._few_rows(x)
+        if result is not None:
+            return result
         result = self.base(x)
         return result + self._delta(self._dropout(x)).to(result.dtype)
 
     def _dora(self, x: Tensor) -> Tensor:
         # the ratio stays fp32: bf16 would round it to steps of 1/128, coarser than what training moves it by
-        ratio = _wide(self.magnitude) / self.updated_norm()  # (out,)
+        ratio = self._settled_ratio  # (out,)
+        if ratio is None:
+            ratio = _wide(self.magnitude) / self.updated_norm()
         if self.training and self.dropout_probability > 0:
             # peft drops the input of both branches here; only the untouched base output sees x whole
             result, dropped = self.base(x), self._dropout(x)
@@ -147,12 +149,20 @@ class LoraLinear(nn.Module):
         # peft's base + (m/n - 1) W x + (m/n) s B A x, collected: one product serves both terms
         if self._one_kernel_serves(x):
             directed = self._kernel(x, None)
+        elif (product := self._few_rows(x)) is not None:
+            directed = self._without_bias(product)
         else:
             directed = self._without_bias(self.base(x)) + self._delta(x)
         result = ratio * directed
         if self.base.bias is not None:
             result = result + self.base.bias
         return result.to(x.dtype)
+
+    def _few_rows(self, x: Tensor) -> Tensor | None:
+        """W x + bias + s B A x straight from the codes of a quantised base, where that serves."""
+        if not hasattr(self.base, "few_rows") or (self.training and self.dropout_probability > 0):
+            return None
+        return self.base.few_rows(x, self.lora_a, self.lora_b, self.scale)
 
     def _delta(self, x: Tensor) -> Tensor:
         """s B A x in x's dtype."""
@@ -192,6 +202,8 @@ class LoraLinear(nn.Module):
                     parts[place] = layer._part(layer.base.bias)
             elif _is_plain(layer) and not _trains(layer) and x.dim() == 2:
                 parts[place] = kernels.LoraPart(layer.weight, layer.bias, None, None, 0.0)
+            elif is_quantised(layer) and torch.is_grad_enabled() and x.dim() == 2:
+                parts[place] = kernels.LoraPart(layer, layer.bias, None, None, 0.0)
         if sum(part.lora_a is not None for part in parts.values()) == 0 or len(parts) == 1:
             return [layer(x) for layer in layers]
         results = dict(zip(parts, kernels.lora_linears(x, list(parts.values()))))
@@ -284,6 +296,13 @@ class LoraLinear(nn.Module):
         self.merged = False
 
     @torch.no_grad()
+    def settle(self, dtype: torch.dtype) -> None:
+        """For an adapter that will not change any more: A and B in the dtype they are used in, DoRA's norms once."""
+        if self.magnitude is not None:
+            self._settled_ratio = _wide(self.magnitude) / self.updated_norm()
+        self.lora_a.data, self.lora_b.data = self.lora_a.data.to(dtype), self.lora_b.data.to(dtype)
+
+    @torch.no_grad()
     def merged_base(self) -> nn.Module:
         """The base with the update in its weight, for good; an nn.Linear in place of a quantised base."""
         if self.merged:
@@ -313,6 +332,12 @@ def prepare_trainable(
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Set what trains, by options.finetuning_type. dtype is that of new adapters (bf16 under pure_bf16)."""
+    quantised = quantised_linears(model)
+    if quantised and options.finetuning_type != "lora":
+        raise ValueError(
+            f"finetuning_type: {options.finetuning_type}, but the base is quantised ({next(iter(quantised))}, ...): "
+            "codes have no gradient; set finetuning_type=lora, or start from a 16-bit model"
+        )
     if options.finetuning_type == "lora":
         add_lora(model, options, generator, dtype)
     elif options.finetuning_type == "freeze":
@@ -339,6 +364,11 @@ def add_lora(
     if lora_layers(model):
         raise ValueError("the model has adapters already; call lora.merge_for_good before adding new ones")
     full = _find_modules(model, options.additional_target, "additional_target")
+    for name in quantised_linears(model):
+        if _inside(name, full):
+            raise ValueError(
+                f"additional_target: {name} is quantised, and codes have no gradient; lora_target gives it an adapter"
+            )
     names = target_names(model, options.lora_target, without=full)
     seed = int(torch.randint(2**31, (), generator=generator))
     model.requires_grad_(False)
@@ -463,6 +493,27 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
 
 
+def quantised_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Quantised layers by name, also those under an adapter."""
+    return {name: module for name, module in model.named_modules() if is_quantised(module)}
+
+
+def stacked(first: LoraLinear | None, second: LoraLinear) -> LoraLinear:
+    """One adapter that does what two on the same base do together: s1 B1 A1 + s2 B2 A2 = [s1 B1, s2 B2] [A1; A2]."""
+    if first is None:
+        return second
+    if first.magnitude is not None or second.magnitude is not None:
+        raise ValueError(
+            "DoRA's row lengths are of the whole weight, so such an adapter cannot lie beside another one on a "
+            "quantised base; merge them with export.py first, or load the base in 16 bit (quantization_bit=null)"
+        )
+    rank = first.rank + second.rank
+    both = LoraLinear(second.base, rank, rank, dtype=second.lora_a.dtype, generator=torch.Generator())
+    both.lora_a.data = torch.cat([first.lora_a.data, second.lora_a.data])
+    both.lora_b.data = torch.cat([first.scale * first.lora_b.data, second.scale * second.lora_b.data], dim=1)
+    return both.train(second.training)
+
+
 def full_modules(model: nn.Module) -> list[str]:
     """Names of the modules with trainable weights of their own beside adapters (peft's modules_to_save)."""
     return [
@@ -533,7 +584,7 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 def trainable_report(model: nn.Module) -> str:
     """'trainable 2,442,240 of 136,957,632 parameters (1.78 %)'; quantised weights by element."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    packed = {name: module for name, module in model.named_modules() if hasattr(module, "dequantize")}
+    packed = quantised_linears(model)
     total = sum(p.numel() for name, p in model.named_parameters() if not _inside(name, packed))
     for module in packed.values():
         total += module.in_features * module.out_features
@@ -550,13 +601,16 @@ def parameter_status(model: nn.Module) -> list[str]:
     ]
 
 
+def is_quantised(module: nn.Module) -> bool:
+    return all(hasattr(module, name) for name in ("in_features", "out_features", "dequantize"))
+
+
 def _is_plain(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Linear) and not hasattr(layer, "dequantize")
+    return isinstance(layer, nn.Linear) and not is_quantised(layer)
 
 
 def _is_linear(module: nn.Module) -> bool:
-    quantised = all(hasattr(module, name) for name in ("in_features", "out_features", "dequantize"))
-    return isinstance(module, nn.Linear) or quantised
+    return isinstance(module, nn.Linear) or is_quantised(module)
 
 
 def _trains(module: nn.Module) -> bool:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lora import lora_layers
+from lora import lora_layers, quantised_linears
 from model import Decoder
 from recompute import CudaTransfers, Offload, Plan
 
@@ -45,7 +45,7 @@ class Need:
     gradients: float
     optimizer: float  # its state
     head: float  # rows, logits and what a trained head takes, while the loss is computed
-    block: float  # the gradients within one block, while it goes backward
+    block: float  # the gradients within one block, while it goes backward, and the weight it dequantises
     everything: float  # per block and policy
     selective: float
     full: float
@@ -97,7 +97,7 @@ def need(model: Decoder, tokens: int, optimizer: str = "adamw_torch", ranks: int
         gradients=gradients * (2 if ranks > 1 else 1),
         optimizer=optimizer_state,
         head=head_rows + logits + trained_head + narrow_head,
-        block=block,
+        block=block + _shared_weight(model, size),
         everything=block + copies,
         selective=block + copies - tokens * cheap * size,
         full=tokens * hidden * size,
@@ -122,6 +122,13 @@ def _of_adapters(model: Decoder, tokens: int, size: int) -> float:
         if layer.magnitude is not None:
             total += tokens * layer.out_features * size
     return total
+
+
+def _shared_weight(model: Decoder, size: int) -> float:
+    """The dense weight that a quantised layer is used through; all share the largest. DoRA's norms take another."""
+    layers = quantised_linears(model).values()
+    largest = max((layer.in_features * layer.out_features * size for layer in layers), default=0)
+    return largest * (1 + any(layer.magnitude is not None for layer in lora_layers(model).values()))
 
 
 def _cast_weights(model: Decoder, compute: torch.dtype) -> float:

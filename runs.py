@@ -67,6 +67,7 @@ class TrainOptions:
     bf16: Annotated[bool, "bf16 compute, fp32 trainable weights"] = False
     fp16: Annotated[bool, "fp16 compute with loss scaling, fp32 trainable weights"] = False
     pure_bf16: Annotated[bool, "everything in bf16, trainable weights too"] = False
+    upcast_layernorm: Annotated[bool | None, "weights of norms in fp32; default: on a quantised base"] = None
     gradient_checkpointing: Annotated[
         bool | Literal["auto", "none", "selective", "full", "offload"],
         "what the backward pass computes again: nothing, norms and activations, whole blocks (true), those with their "

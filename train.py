@@ -49,8 +49,8 @@ from checkpoint import (
 )
 from data import DataOptions, Prepared, TokenizedDataSaved, load_datasets
 from data_report import describe_example
-from lora import LoraOptions, trainable_report
-from model import Decoder
+from lora import LoraOptions, quantised_linears, trainable_report
+from model import Decoder, RMSNorm
 from monitor import Health, Monitor, Window, peak_memory_gb, write_json
 from objectives import STAGES
 from optim import OptimOptions
@@ -140,6 +140,7 @@ def run(config: configuration.Config, world: World) -> int:
     monitor.check_services(options.services)
     kernels.require_attention(config[ModelOptions].flash_attn, world.device, compute_dtype(options))
     resume, source = find_start(config)
+    refuse_on_quantised(config, source)
     tokenizer = Tokenizer.from_folder(source)
     template = pick_template(config, tokenizer)
     prepared = prepare_data(config, source, template, tokenizer, world)
@@ -153,6 +154,8 @@ def run(config: configuration.Config, world: World) -> int:
     torch.manual_seed(options.seed + world.rank)  # dropout and noise differ between ranks, adapters do not (generator)
     model = build_model(config, source, world)
     world.print(trainable_report(model))
+    if quantised_linears(model):
+        world.print(quant.report(model))
     world.print(kernels.choices(world.device, config[ModelOptions].flash_attn))
     if loader is not None:
         world.print(choose_recomputation(model, loader, config, world))
@@ -206,6 +209,22 @@ def find_start(config: configuration.Config) -> tuple[Path | None, Path]:
         sources |= {"model_name_or_path": (source,)}
         runs.refuse_to_destroy(output_dir, overwrite and resume is None, sources)
     return resume, source
+
+
+def refuse_on_quantised(config: configuration.Config, source: Path) -> None:
+    """What config.RULES say of quantization_bit, for a checkpoint that is quantised already. Raises ValueError."""
+    stored = load_config(source).hf.get("quantization_config")
+    if not stored:
+        return
+    kind, method = config[LoraOptions].finetuning_type, stored.get("quant_method")
+    base = f"{source} is quantised ({method})"
+    if config[TrainOptions].train_from_scratch:
+        raise ValueError(f"train_from_scratch: {base}, which random weights are not; remove quantization_config there")
+    if kind != "lora":
+        raise ValueError(
+            f"finetuning_type: {kind}, but {base}: its weights have no gradient; set finetuning_type=lora, or start "
+            "from a 16-bit model"
+        )
 
 
 def prepare_data(config: configuration.Config, source: Path, template, tokenizer: Tokenizer, world: World) -> Prepared:
@@ -316,12 +335,18 @@ def build_model(config: configuration.Config, source: Path, world: World) -> Dec
         quantization, notice = chosen_quantization(source, quant.from_options(config[QuantOptions]))
         if notice is not None:
             world.print(f"note: {notice}")
-        model = load_model(source, frozen, world.device, scaling, cutoff_len, quantization)
+        norms = torch.float32 if options.upcast_layernorm is not False else None
+        model = load_model(source, frozen, world.device, scaling, cutoff_len, quantization, norms)
+    wide_norms = options.upcast_layernorm
+    if wide_norms is None:
+        wide_norms = bool(quantised_linears(model))
+    norms = {id(module.weight) for module in model.modules() if wide_norms and isinstance(module, RMSNorm)}
     generator = torch.Generator().manual_seed(options.seed)
     prepare_adapters(model, resolve_adapters(model_options), lora_options, generator, trained)
     for parameter in model.parameters():
         # frozen weights in the compute dtype, trained ones in full precision
-        parameter.data = parameter.data.to(trained if parameter.requires_grad else compute)
+        if id(parameter) not in norms:
+            parameter.data = parameter.data.to(trained if parameter.requires_grad else compute)
     model.compute_dtype = compute
     model.flash_attn = model_options.flash_attn
     model.embedding_noise = options.neftune_noise_alpha or 0.0

@@ -15,10 +15,10 @@ from typing import Annotated, Literal
 from quant import aqlm, awq, gptq, hqq, int8, nf4
 from quant.hqq import HQQFormat
 from quant.int8 import EETQFormat, Int8Format
-from quant.linear import FEW_ROWS, Format, QuantLinear
+from quant.linear import FEW_ROWS, Format, QuantLinear, report
 from quant.nf4 import NF4Format
 
-__all__ = ["FEW_ROWS", "Format", "QuantLinear", "QuantOptions", "from_config", "from_options"]
+__all__ = ["FEW_ROWS", "Format", "QuantLinear", "QuantOptions", "from_config", "from_options", "report"]
 
 
 def _bitsandbytes(settings: dict) -> Format:

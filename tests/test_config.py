@@ -50,6 +50,14 @@ class ModelPart:
 
 
 @dataclass(frozen=True)
+class QuantPart:
+    quantization_bit: Annotated[int | None, "bits"] = None
+    quantization_method: Annotated[Literal["bitsandbytes", "hqq"], "how"] = "bitsandbytes"
+    quantization_type: Annotated[Literal["nf4", "fp4"], "levels"] = "nf4"
+    double_quantization: Annotated[bool, "scales too"] = True
+
+
+@dataclass(frozen=True)
 class DataPart:
     template: Annotated[str | None, "chat template"] = None
     default_system: Annotated[str | None, "system text"] = None
@@ -107,10 +115,11 @@ class TrainPart:
     pure_bf16: Annotated[bool, "all in bf16"] = False
     disable_gradient_checkpointing: Annotated[bool, "keep activations"] = False
     resume_from_checkpoint: Annotated[str | None, "folder"] = None
+    train_from_scratch: Annotated[bool, "random weights"] = False
     seed: Annotated[int, "seed"] = 42
 
 
-ALL = [ModelPart, DataPart, LoraPart, TrainPart]
+ALL = [ModelPart, QuantPart, DataPart, LoraPart, TrainPart]
 
 
 def load(*words: str, sections=ALL, **kwargs) -> Config:
@@ -471,7 +480,8 @@ def test_qlora_command_runs():
         "per_device_train_batch_size": 1,
         "gradient_accumulation_steps": 16, "max_steps": 1875, "learning_rate": 2e-4, "group_by_length": True,
         "do_train": True, "disable_gradient_checkpointing": False, "warmup_ratio": 0.03, "val_size": 1024.0,
-        "bf16": True, "eval_strategy": "steps", "eval_steps": 187,
+        "bf16": True, "eval_strategy": "steps", "eval_steps": 187, "quantization_type": "nf4",
+        "double_quantization": True,
     }  # fmt: skip
     loaded = load(*QLORA.split())
     assert given_values(loaded) == expected
@@ -487,6 +497,7 @@ def test_swift_command_runs():
         "cutoff_len": 1024, "lora_target": ("all",), "lora_rank": 8, "lora_alpha": 32.0, "lora_dropout": 0.05,
         "per_device_train_batch_size": 1, "per_device_eval_batch_size": 2,
         "disable_gradient_checkpointing": True, "save_only_model": True, "optim": "adamw_torch",
+        "quantization_bit": 0,
     }  # fmt: skip
 
 
@@ -513,6 +524,11 @@ def test_swift_command_runs():
         (["ckpt_dir=x"], {"adapter_name_or_path": ("x",)}),
         (["max_length=77"], {"cutoff_len": 77}),
         (["lora_r=4", "lora_rank=4"], {"lora_rank": 4}),
+        (["bits=4", "quant_type=fp4", "double_quant=false"],
+         {"quantization_bit": 4, "quantization_type": "fp4", "double_quantization": False}),
+        (["quantization_bit=8", "quant_method=bnb"], {"quantization_bit": 8, "quantization_method": "bitsandbytes"}),
+        (["quant_bits=4", "bnb_4bit_quant_type=nf4", "bnb_4bit_use_double_quant=true", "bnb_4bit_comp_dtype=bf16"],
+         {"quantization_bit": 4, "quantization_type": "nf4", "double_quantization": True}),
     ],
 )  # fmt: skip
 def test_names_of_other_systems(words, expected):
@@ -525,7 +541,9 @@ def test_names_of_other_systems(words, expected):
         (["lora_r=4", "lora_rank=8"], ["lora_r=4", "lora_rank=8", "both set lora_rank"]),
         (["full_finetune=true", "sft_type=lora"], ["both set finetuning_type"]),
         (["dtype=bf16", "fp16=true"], ["both set fp16"]),
-        (["bits=4"], ["bits=4", "this version does not have quantised"]),
+        (["bits=4", "quantization_bit=8"], ["bits=4", "quantization_bit=8", "both set quantization_bit"]),
+        (["bits=4", "full_finetune=true"], ["quantization_bit=4", "finetuning_type=full", "have no gradient"]),
+        (["quant_type=int4"], ["quant_type=int4", "nf4, fp4"]),
         (["bits=x"], ["expected a number"]),
         (["dtype=int8"], ["bf16, fp16, fp32"]),
         (["train_sampling_strategy=sequential"], ["this version does not have"]),
@@ -698,6 +716,11 @@ def test_required_keys_and_keys_declared_twice():
             "multiple",
         ),
         ("early_stopping_steps=3", "needs evaluation"),
+        ("quantization_bit=4 finetuning_type=full", "set finetuning_type=lora"),
+        ("quantization_bit=8 finetuning_type=freeze", "set finetuning_type=lora"),
+        ("quantization_bit=4 train_from_scratch=true", "drop one of the two"),
+        ("quantization_bit=4 create_new_adapter=true adapter_name_or_path=a", "merge them with export.py first"),
+        ("quantization_bit=4 adapter_name_or_path=a,b", "give one, or merge them with export.py"),
     ],
 )
 def test_options_that_cannot_be_combined(words, fix):
@@ -718,6 +741,9 @@ def test_options_that_cannot_be_combined(words, fix):
         "eval_strategy=steps val_size=0.1 dataset=a load_best_model_at_end=true eval_steps=50",
         "do_eval=true tokenized_path=x",
         "create_new_adapter=true adapter_name_or_path=a,b",
+        "quantization_bit=0 finetuning_type=full",
+        "bits=16 finetuning_type=freeze",
+        "quantization_bit=4 use_dora=true adapter_name_or_path=a",
         "packing=true",
         "do_train=true tokenized_path=x",
     ],
