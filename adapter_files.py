@@ -403,7 +403,7 @@ def merge_adapters(model: Decoder, folders: Iterable[str | Path]) -> None:
         if lora_layers(model):
             merge_for_good(model)
         for name, parameter in model.named_parameters():
-            parameter.data = parameter.data.to(dtypes[name])
+            parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))  # a quantised weight has become one
     model.requires_grad_(False)
 
 

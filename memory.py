@@ -82,8 +82,10 @@ def need(model: Decoder, tokens: int, optimizer: str = "adamw_torch", ranks: int
     hidden, middle = config.hidden_size, config.intermediate_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     cheap = 2 * hidden + middle
-    numbers = 4 * hidden + 2 * queries + 2 * keys + 3 * middle + config.qk_norm * (queries + keys)
-    block = tokens * (numbers * size + 4 * config.num_heads) + _of_adapters(model, tokens, size) / config.num_layers
+    stream = 4 if compute is torch.float16 else size  # bytes of a number of the residual stream (model.py)
+    numbers = 2 * hidden + 2 * queries + 2 * keys + 3 * middle + config.qk_norm * (queries + keys)
+    block = tokens * (numbers * size + 2 * hidden * stream + 4 * config.num_heads)
+    block += _of_adapters(model, tokens, size) / config.num_layers
     copies = _cast_weights(model, compute) / config.num_layers
 
     head_rows = 4 * tokens * hidden * size  # the last norm, its rows, their gradient, the gradient of all
@@ -100,7 +102,7 @@ def need(model: Decoder, tokens: int, optimizer: str = "adamw_torch", ranks: int
         block=block + _shared_weight(model, size),
         everything=block + copies,
         selective=block + copies - tokens * cheap * size,
-        full=tokens * hidden * size,
+        full=tokens * hidden * stream,
     )
 
 

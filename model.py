@@ -40,10 +40,11 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return recompute.cheap(kernels.rms_norm, x, self.weight, self.eps)
 
-    def of_sum(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x, delta (T, E) -> the norm of x + delta, and x + delta: one kernel on a GPU. delta None: nothing to add."""
-        normed, total = kernels.add_rms_norm(x, delta, self.weight, self.eps)
-        return recompute.remember(normed, kernels.rms_norm, total, self.weight, self.eps), total
+    def of_sum(self, x: Tensor, delta: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """x, delta (T, E) -> the norm of x + delta in `dtype`, and x + delta: one kernel on a GPU. delta None:
+        nothing to add."""
+        normed, total = kernels.add_rms_norm(x, delta, self.weight, self.eps, dtype=dtype)
+        return recompute.remember(normed, kernels.rms_norm, total, self.weight, self.eps, 0.0, dtype), total
 
 
 class KVCache:
@@ -250,7 +251,26 @@ class MLP(nn.Module):
             gate, up = self.joined(x).chunk(2, dim=-1)
         else:
             gate, up = project_together(x, [self.gate_proj, self.up_proj])
+        if x.dtype is torch.float16:
+            scale = _row_scale(gate, up)
+            gated = recompute.cheap(kernels.gated_mlp, gate, up * scale.to(up.dtype), self.activation)
+            return self.down_proj(gated).float() / scale
         return self.down_proj(recompute.cheap(kernels.gated_mlp, gate, up, self.activation))
+
+
+# fp16 ends at 65,504, and trained models go there at a few tokens: first in act(gate) * up and what down_proj makes of
+# it, then in the residual stream that adds this up. So under fp16 the stream is fp32 (Decoder.forward; the norms give
+# fp16 to the products), and the row of such a token goes through down_proj smaller by a power of two, which costs no
+# digit. Rows below the limit are as they were.
+FP16_ROW_LIMIT = 64.0  # of |act(gate) * up|: sums of 11,008 such values times weights of 0.05 still fit
+
+
+@torch.no_grad()
+def _row_scale(gate: Tensor, up: Tensor) -> Tensor:
+    """(T, 1) fp32, powers of two up to 1: by which each row of act(gate) * up, (T, F), stays within the limit."""
+    bound = gate.abs().amax(-1, keepdim=True).float() * up.abs().amax(-1, keepdim=True).float()  # |act(x)| <= |x|
+    exponent = torch.floor(torch.log2(FP16_ROW_LIMIT / bound.clamp_min(FP16_ROW_LIMIT)))
+    return torch.exp2(exponent.clamp_min(-24))  # the smallest that fp16 has
 
 
 class Block(nn.Module):
@@ -266,17 +286,17 @@ class Block(nn.Module):
 
         Pending, because the next norm adds it in the kernel that reads both anyway.
         """
-        normed, x = self.input_layernorm.of_sum(x, delta)
-        normed, x = self.post_attention_layernorm.of_sum(x, self.self_attn(normed, cos, sin, row))
+        normed, x = self.input_layernorm.of_sum(x, delta, row.dtype)
+        normed, x = self.post_attention_layernorm.of_sum(x, self.self_attn(normed, cos, sin, row), row.dtype)
         return x, self.mlp(normed)
 
 
 class Row:
-    """What every layer needs to know of the row: borders, and the cache if there is one."""
+    """What every layer needs to know of the row: borders, the cache if there is one, the dtype of the products."""
 
-    def __init__(self, cu_seqlens: Tensor, max_seqlen: int, cache: KVCache | None, flash_attn: str = "auto"):
+    def __init__(self, cu_seqlens, max_seqlen: int, cache: KVCache | None, flash_attn: str, dtype: torch.dtype):
         self.cu_seqlens, self.max_seqlen, self.cache = cu_seqlens, max_seqlen, cache
-        self.flash_attn = flash_attn
+        self.flash_attn, self.dtype = flash_attn, dtype
         self.tables: tuple[Tensor, Tensor] | None = None  # of the rotation, when decoding on a CPU
         self.filled: Tensor | None = None
         if cache is not None:
@@ -316,8 +336,10 @@ class Decoder(nn.Module):
             x = x.to(self.compute_dtype)
         if self.training and self.embedding_noise:
             x = x + _neftune_noise(x, cu_seqlens, self.embedding_noise)
-        row = Row(cu_seqlens, max_seqlen, cache, self.flash_attn)
+        row = Row(cu_seqlens, max_seqlen, cache, self.flash_attn, x.dtype)
         cos, sin = self._rotation(positions, row, x.dtype)
+        if x.dtype is torch.float16:
+            x = x.float()  # see FP16_ROW_LIMIT
         if type(cache) is KVCache and self.one_row is not None and self.one_row.serves(x):
             x = self.one_row(x, cos, sin, cache.storage, cache.lengths[0])
             cache.advance(row)
@@ -331,7 +353,7 @@ class Decoder(nn.Module):
             x, delta = self.recompute.run(number, partial(block, cos=cos, sin=sin, row=row), x, delta)
         if cache is not None:
             cache.advance(row)
-        return self.norm.of_sum(x, delta)[0]
+        return self.norm.of_sum(x, delta, row.dtype)[0]
 
     def head_weight(self) -> Tensor:
         """The output head (V, E); the embedding itself when tied."""

@@ -92,11 +92,12 @@ def _missing(device: torch.device) -> str | None:
     return missing
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
-    """weight * x / rms(x) over the last dimension; with offset 1, (1 + weight). See kernels/rms_norm.py."""
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0, dtype=None) -> torch.Tensor:
+    """weight * x / rms(x) over the last dimension, in dtype or x's; with offset 1, (1 + weight). See
+    kernels/rms_norm.py."""
     if _triton_serves("rms_norm", x.device, _norms.unsupported(x)):
-        return _rms_norm.rms_norm_triton(x, weight, eps, offset)
-    return _rms_norm.rms_norm_reference(x, weight, eps, offset)
+        return _rms_norm.rms_norm_triton(x, weight, eps, offset, dtype)
+    return _rms_norm.rms_norm_reference(x, weight, eps, offset, dtype)
 
 
 ATTENTION = ("auto", "triton", "sdpa", "disabled", "fa2", "fa3")  # values of `flash_attn`
@@ -164,12 +165,12 @@ def store_in_cache(k, v, keys, values, cu_seqlens, lengths, max_new) -> None:
 
 
 def add_rms_norm(
-    x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float, offset: float = 0.0
+    x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float, offset: float = 0.0, dtype=None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """rms_norm of x + delta, and that sum: the step of a residual stream; delta None is 0. See kernels/rms_norm.py."""
     if _triton_serves("rms_norm", x.device, _norms.unsupported(x, delta)):
-        return _rms_norm.add_rms_norm_triton(x, delta, weight, eps, offset)
-    return _rms_norm.add_rms_norm_reference(x, delta, weight, eps, offset)
+        return _rms_norm.add_rms_norm_triton(x, delta, weight, eps, offset, dtype)
+    return _rms_norm.add_rms_norm_reference(x, delta, weight, eps, offset, dtype)
 
 
 def layer_norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float) -> torch.Tensor:

@@ -29,26 +29,27 @@ def unsupported(x: torch.Tensor, delta: torch.Tensor | None = None) -> str | Non
         return "float64; it computes in float32"
     if x.shape[-1] > MAX_SIZE:
         return f"rows of {x.shape[-1]} values; at most {MAX_SIZE}"
-    if delta is not None and (delta.shape != x.shape or delta.dtype != x.dtype):
-        return "summands of two shapes or dtypes"
+    if delta is not None and (delta.shape != x.shape or delta.dtype.itemsize > x.dtype.itemsize):
+        return "summands of two shapes, or the second in a wider dtype"
     return None
 
 
-def forward(x, delta, weight, bias, eps: float, offset: float, centered: bool):
+def forward(x, delta, weight, bias, eps: float, offset: float, centered: bool, dtype: torch.dtype | None = None):
     """x (..., E), delta like x or None, weight and bias (E,) or None -> y, total (..., E), mean and rstd (rows,) fp32.
 
-    total is x when delta is None; mean is None unless centered.
+    y has x's dtype, or the one given; total is x when delta is None; mean is None unless centered.
     """
     rows, inner, outer_stride, inner_stride = _row_strides(x)
     count, size = x.numel() // x.shape[-1], x.shape[-1]
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    total = torch.empty_like(y) if delta is not None else None
+    y = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
+    total = torch.empty(x.shape, dtype=x.dtype, device=x.device) if delta is not None else None
     if delta is not None:
         delta = delta.contiguous()
     rstd = torch.empty(count, dtype=torch.float32, device=x.device)
     mean = torch.empty_like(rstd) if centered else None
-    # as in Llama, the normalised value is rounded to x's dtype before it meets the weight
-    flags = {"CENTERED": centered, "ROUNDED": not centered and offset == 0.0}
+    # as in Llama, the normalised value is rounded to y's dtype before it meets the weight, if that is no wider
+    wide_weight = weight is not None and weight.dtype.itemsize > y.dtype.itemsize
+    flags = {"CENTERED": centered, "ROUNDED": not centered and offset == 0.0 and not wide_weight}
     arguments = (
         rows, delta, weight, bias, total, y, mean, rstd, count, inner, outer_stride, inner_stride, size, eps,
         float(offset),

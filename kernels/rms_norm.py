@@ -1,8 +1,10 @@
 """RMSNorm: y = weight * x / sqrt(mean(x^2) + eps).  Zhang and Sennrich, arXiv 1910.07467, eq. 4.
 
-As in Llama, the normalised value is rounded to x's dtype before it meets the weight. With offset 1 the factor is
-1 + weight and nothing is rounded on the way (Gemma). add_rms_norm adds the residual in the same kernel, and its
-backward pass the gradient that the sum has from elsewhere. kernels/norms.py has the kernels and the gradients.
+As in Llama, the normalised value is rounded to y's dtype before it meets the weight, unless the weight is wider (norms
+kept in fp32). With offset 1 the factor is 1 + weight and nothing is rounded on the way (Gemma). y has x's dtype, or
+the one that is asked for: a residual stream in fp32 goes on into fp16 products. add_rms_norm adds the residual in the
+same kernel, and its backward pass the gradient that the sum has from elsewhere. kernels/norms.py has the kernels and
+the gradients.
 """
 
 import torch
@@ -10,37 +12,43 @@ import torch
 from kernels import norms
 
 
-def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
-    """x (..., E) any float dtype, weight (E,) -> (..., E) in x's dtype; the mean is taken in fp32 (fp64 stays)."""
-    wide = x if x.dtype is torch.float64 else x.float()
+def rms_norm_reference(x, weight, eps: float, offset: float = 0.0, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """x (..., E) any float dtype, weight (E,) -> (..., E) in dtype or x's; the mean is taken in fp32 (fp64 stays)."""
+    wide, dtype = x if x.dtype is torch.float64 else x.float(), dtype or x.dtype
     normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     if offset:
-        return (normal * (offset + weight.to(wide.dtype))).to(x.dtype)
-    return normal.to(x.dtype) * weight.to(x.dtype)
+        return (normal * (offset + weight.to(wide.dtype))).to(dtype)
+    if weight.dtype.itemsize > dtype.itemsize:
+        return (normal * weight.to(wide.dtype)).to(dtype)
+    return normal.to(dtype) * weight.to(dtype)
 
 
-def add_rms_norm_reference(x, delta, weight, eps: float, offset: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """x, delta (..., E) -> rms_norm_reference(x + delta), x + delta. delta None: nothing to add."""
+def add_rms_norm_reference(
+    x, delta, weight, eps: float, offset: float = 0.0, dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x, delta (..., E) -> rms_norm_reference(x + delta), x + delta in x's dtype. delta None: nothing to add."""
     total = x if delta is None else x + delta
-    return rms_norm_reference(total, weight, eps, offset), total
+    return rms_norm_reference(total, weight, eps, offset, dtype), total
 
 
-def rms_norm_triton(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
+def rms_norm_triton(x, weight, eps: float, offset: float = 0.0, dtype: torch.dtype | None = None) -> torch.Tensor:
     """rms_norm_reference as one kernel. Backward: one, and a small one if the weight trains; keeps x and 1 / rms."""
-    return _RMSNorm.apply(x, None, weight, eps, offset)[0]
+    return _RMSNorm.apply(x, None, weight, eps, offset, dtype)[0]
 
 
-def add_rms_norm_triton(x, delta, weight, eps: float, offset: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+def add_rms_norm_triton(
+    x, delta, weight, eps: float, offset: float = 0.0, dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """add_rms_norm_reference in the same number of kernels as rms_norm_triton; keeps the sum and 1 / rms."""
-    return _RMSNorm.apply(x, delta, weight, eps, offset)
+    return _RMSNorm.apply(x, delta, weight, eps, offset, dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, delta, weight, eps, offset):
-        y, total, _, rstd = norms.forward(x, delta, weight, None, eps, offset, centered=False)
+    def forward(ctx, x, delta, weight, eps, offset, dtype):
+        y, total, _, rstd = norms.forward(x, delta, weight, None, eps, offset, centered=False, dtype=dtype)
         ctx.save_for_backward(total, weight, rstd)
-        ctx.offset, ctx.added = offset, delta is not None
+        ctx.offset, ctx.added = offset, None if delta is None else delta.dtype
         ctx.set_materialize_grads(False)
         return y, total  # x itself without delta: whoever goes on with it has its gradient added in the kernel, too
 
@@ -54,4 +62,4 @@ class _RMSNorm(torch.autograd.Function):
                 grad, total_grad, total, weight, None, rstd, ctx.offset, want_weight, want_bias=False
             )
             dweight = dweight.to(weight.dtype) if want_weight else None
-        return dx, dx if ctx.added else None, dweight, None, None
+        return dx, dx.to(ctx.added) if ctx.added else None, dweight, None, None, None
