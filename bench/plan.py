@@ -1,7 +1,7 @@
 """Predicted against measured: what `train.py plan=true` says of a run, and what that run then takes.
 
     python bench/plan.py                           # SmolLM2-135M on this machine, a few minutes on a CPU
-    python bench/plan.py model=FOLDER steps=3 out=bench/results/plan_cpu.json
+    python bench/plan.py model=FOLDER steps=3 out=bench/results
 
 Each case is two processes: one plans, one trains for a few steps. Memory is what training logs as its peak (resident
 set on a CPU, torch's allocator on a GPU); rows are packed, so the first steps meet the largest micro-batch too.
@@ -15,12 +15,14 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench import measure  # noqa: E402
 
-COMMON = ["stage=sft", "dataset=alpaca_en_demo", "template=chatml", "logging_steps=1", "save_strategy=no", "seed=1"]
+COMMON = ["stage=sft", "template=chatml", "logging_steps=1", "save_strategy=no", "seed=1"]
 COMMON += ["packing=true", "cutoff_len=256"]
 CASES = {
     "lora, 4 rows": "finetuning_type=lora per_device_train_batch_size=4",
@@ -32,7 +34,8 @@ CASES = {
     "qlora nf4, 8 rows": "finetuning_type=lora quantization_bit=4 per_device_train_batch_size=8",
     "qlora nf4 bf16, 8 rows": "finetuning_type=lora quantization_bit=4 per_device_train_batch_size=8 bf16=true",
 }
-DEFAULTS = {"model": "models/SmolLM2-135M-Instruct", "dataset_dir": "data", "steps": "3", "out": "", "only": ""}
+DEFAULTS = {"model": "models/SmolLM2-135M-Instruct", "dataset": "alpaca_en_demo", "dataset_dir": "data"}
+DEFAULTS |= {"steps": "3", "out": "", "only": ""}
 
 
 def main(argv: list[str]) -> int:
@@ -44,9 +47,9 @@ def main(argv: list[str]) -> int:
             print(measure.table([{key: show(value) for key, value in row.items()} for row in rows[-1:]]), flush=True)
     print(measure.table([{key: show(value) for key, value in row.items()} for row in rows]))
     if options["out"]:
-        machine = measure.describe_machine(measure.pick_device("auto"), "python bench/plan.py " + " ".join(argv))
-        report = {"machine": machine, "rows": rows}
-        Path(options["out"]).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        machine = measure.describe_machine(device, "python bench/plan.py " + " ".join(argv))
+        measure.save("plan", machine, {"rows": rows}, options["out"])
     return 0
 
 
@@ -58,8 +61,8 @@ def measured_case(words: list[str], options: dict[str, str]) -> dict:
     """Prediction and measurement of one configuration."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "train.py", f"model_name_or_path={options['model']}", *COMMON, *words]
-        command += [f"dataset_dir={options['dataset_dir']}", f"output_dir={folder}/run"]
-        command += [f"max_steps={options['steps']}"]
+        command += [f"{key}={options[key]}" for key in ("dataset", "dataset_dir")]
+        command += [f"output_dir={folder}/run", f"max_steps={options['steps']}"]
         said = run([*command, "plan=true"])
         run(command)
         log = [json.loads(line) for line in (Path(folder) / "run/trainer_log.jsonl").read_text().splitlines()]
