@@ -226,6 +226,13 @@ class LoraLinear(nn.Module):
                 parts.append(kernels.LoraPart(base, base.bias, adapter.lora_a, adapter.lora_b, adapter.scale))
         return parts[0].weight.few_rows_of(x, parts)
 
+    def beside(self) -> tuple[nn.Module, Tensor | None, Tensor | None]:
+        """The base and, beside it, lora_a (R, in) and lora_b (out, R) with the scale in it, for one token at a time on
+        a CPU (model.lay_out_for_decoding). An adapter that is not just added gives itself as the base."""
+        if self.magnitude is not None or self.merged or self.off:
+            return self, None, None
+        return self.base, self.lora_a.detach(), self.lora_b.detach() * self.scale
+
     def _without_bias(self, result: Tensor) -> Tensor:
         return result if self.base.bias is None else _wide(result) - self.base.bias
 

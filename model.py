@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import kernels
 import recompute
 from architectures import ModelConfig, Rope
-from one_row import Layer, OneRow, Product
+from one_row import Adapter, ByteProduct, Layer, OneRow, Product
 
 
 class Linear(nn.Linear):
@@ -439,8 +439,10 @@ def lay_out_for_decoding(model: Decoder) -> None:
     """Order the weights in memory so that one token at a time is fast; values, names and shapes stay.
 
     For models that will only generate: training and saving work too, but are not faster. Layers that are not plain
-    linears (adapters, quantised) keep their layout. A tied head is turned too: the embedding then gathers a token's
-    numbers from E places, which costs 0.02 ms where the head saves 0.5 (fp32) to 1.7 ms (bf16) of a 135M model.
+    linears (adapters, quantised) keep their layout; on a CPU quantised ones get, beside their codes, a table of bytes
+    or where their format has none a dense one, for one token at a time (one_row.py). A tied head is turned too: the
+    embedding then gathers a token's numbers from E places, which costs 0.02 ms where the head saves 0.5 (fp32) to 1.7
+    ms (bf16) of a 135M model.
     On a GPU layers with one input are joined, and that is all.
     """
     for block in model.layers:
@@ -462,8 +464,13 @@ def lay_out_for_decoding(model: Decoder) -> None:
     elif _all_plain(model.lm_head):
         Joined([model.lm_head])
     places = [place for block in model.layers for place in _linears(block)]
-    if _all_plain(*(layer for _, _, layer in places)) and not model.config.qk_norm:
-        model.one_row = OneRow([_straight(block) for block in model.layers], places, model.config)
+    linears = [layer for _, _, layer in places]
+    if model.config.qk_norm or not all(_served(linear) for linear in linears):
+        return
+    dtype = model.compute_dtype or model.embed_tokens.weight.dtype
+    adapters = [linear for linear in linears if hasattr(linear, "base")]
+    straight = [_straight(block, dtype) for block in model.layers]
+    model.one_row = OneRow(straight, places, adapters, model.config, dtype)
 
 
 def _linears(block: Block) -> list[tuple[nn.Module, str, nn.Module]]:
@@ -473,24 +480,62 @@ def _linears(block: Block) -> list[tuple[nn.Module, str, nn.Module]]:
     return [(parent, name, getattr(parent, name)) for parent, name in places]
 
 
-def _straight(block: Block) -> Layer:
-    """The block's tensors as the straight line of one_row.py reads them; they stay those of the parameters."""
+def _served(linear: nn.Module) -> bool:
+    """Whether one_row.py can take this layer's place: a plain linear, or a quantised one with or without an adapter."""
+    if type(linear) is Linear:
+        return True
+    return _is_quantised(linear.beside()[0] if hasattr(linear, "beside") else linear)
 
-    def product(linear) -> Product:
-        table = linear.weight.detach().T
-        rows, starts = kernels.shares_of_rows(table.shape[0], min(torch.get_num_threads(), table.shape[0]))
-        return Product(table, None if linear.bias is None else linear.bias.detach(), rows, starts)
 
+def _is_quantised(layer: nn.Module) -> bool:
+    return hasattr(layer, "bytes_for_decoding")
+
+
+def _straight(block: Block, dtype: torch.dtype) -> Layer:
+    """The block as the straight line of one_row.py reads it. Plain weights stay those of the parameters."""
     attention, mlp = block.self_attn, block.mlp
     return Layer(
         attention_norm=block.input_layernorm.weight.detach(),
-        qkv=product(attention.joined),
-        o=product(attention.o_proj),
+        qkv=_product([getattr(attention, name) for name in _QKV], attention.joined, dtype),
+        o=_product([attention.o_proj], attention.o_proj, dtype),
         mlp_norm=block.post_attention_layernorm.weight.detach(),
-        gate_up=product(mlp.joined),
-        down=product(mlp.down_proj),
+        gate_up=_product([getattr(mlp, name) for name in _GATE_UP], mlp.joined, dtype),
+        down=_product([mlp.down_proj], mlp.down_proj, dtype),
         window=attention.window,
     )
+
+
+def _product(linears: list[nn.Module], joined, dtype: torch.dtype) -> Product | ByteProduct:
+    """Linears with one input as one product. joined: what holds their weights side by side if all are plain."""
+    if _all_plain(*linears):
+        return _dense_product(joined.weight.detach().T, joined.bias)
+    beside = [linear.beside() if hasattr(linear, "beside") else (linear, None, None) for linear in linears]
+    bases = [base for base, _, _ in beside]
+    parts = [base.bytes_for_decoding(dtype) if _is_quantised(base) else None for base in bases]
+    in_bytes = None not in parts and len({(part.zero, part.scales.shape[0]) for part in parts}) == 1
+    wide = torch.float32 if in_bytes else dtype
+    adapter, bias = _side_by_side(beside, wide), None
+    if any(base.bias is not None for base in bases):
+        biases = [torch.zeros(base.out_features) if base.bias is None else base.bias.detach() for base in bases]
+        bias = torch.cat([each.to(wide) for each in biases])
+    if in_bytes:
+        return ByteProduct(kernels.ByteTable(parts), bias, adapter)
+    dense = [base.dequantize(dtype) if _is_quantised(base) else base.weight.detach() for base in bases]
+    return _dense_product(torch.cat([weight.T for weight in dense], dim=1), bias)._replace(adapter=adapter)
+
+
+def _dense_product(table: Tensor, bias: Tensor | None) -> Product:
+    rows, starts = kernels.shares_of_rows(table.shape[0], min(torch.get_num_threads(), table.shape[0]))
+    return Product(table, None if bias is None else bias.detach(), rows, starts)
+
+
+def _side_by_side(beside: list[tuple[nn.Module, Tensor | None, Tensor | None]], dtype: torch.dtype) -> Adapter | None:
+    """Adapters of linears with one input as one: A under each other, B along a diagonal."""
+    if all(lora_a is None for _, lora_a, _ in beside):
+        return None
+    down = torch.cat([lora_a for _, lora_a, _ in beside if lora_a is not None])  # (sum of R, in)
+    blocks = [torch.zeros(base.out_features, 0) if lora_b is None else lora_b for base, _, lora_b in beside]
+    return Adapter(down.to(dtype), torch.block_diag(*(block.float() for block in blocks)).to(dtype))
 
 
 def _all_plain(*linears: nn.Module) -> bool:

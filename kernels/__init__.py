@@ -25,12 +25,15 @@ from kernels import rms_norm as _rms_norm
 from kernels import rope as _rope
 from kernels.attention import attention_reference
 from kernels.attention import cached_attention_reference as cached_attention
+from kernels.byte_linear import Bytes, ByteTable
 from kernels.decode_attention import MAX_NEW
 from kernels.lora_linear import Part as LoraPart
 from kernels.nf4 import Codes, CodesPart
 
 __all__ = [
     "ATTENTION",
+    "ByteTable",
+    "Bytes",
     "MAX_NEW",
     "Codes",
     "CodesPart",

@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+import kernels
 from quant.linear import Format, QuantLinear, refuse_others, row_chunks, take
 
 LEVELS = 127  # the largest code; -128 is not used, so that codes are symmetric
@@ -136,6 +137,10 @@ class Int8Linear(QuantLinear):
             low = (x @ lora_a.to(x.dtype).T) * scale
             result = result.addmm_(low, lora_b.to(x.dtype).T)
         return result if self.bias is None else result.add_(self.bias)
+
+    def bytes_for_decoding(self, dtype: torch.dtype) -> kernels.Bytes:
+        codes = (self.codes.view(torch.uint8) ^ 128).T  # plus 128
+        return kernels.Bytes(codes, 128.0, self._scale()[None])
 
     def _scale(self) -> Tensor:
         return self.absmax * (1.0 / LEVELS)  # (out,)

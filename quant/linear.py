@@ -50,6 +50,11 @@ class QuantLinear(nn.Module):
         """few_rows of the rows that it serves; None where this format has no faster way than the dense weight."""
         return None
 
+    def bytes_for_decoding(self, dtype: torch.dtype) -> kernels.Bytes | None:
+        """The weight in one byte a number, for one row at a time on a CPU, where that is as good as dense numbers in
+        `dtype`; None: it is expanded."""
+        return None
+
     def few_rows(
         self, x: Tensor, lora_a: Tensor | None = None, lora_b: Tensor | None = None, scale: float = 0.0
     ) -> Tensor | None:

@@ -66,6 +66,7 @@ LAYERS = {
 KERNEL_LAYERS = {  # within kernels/: the operations know at most each other's products, the choice knows all
     "launch": 0,
     "linear": 0,
+    "byte_linear": 1,
     "attention": 2,
     "attention_by_products": 1,
     "cross_entropy": 1,

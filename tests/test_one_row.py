@@ -5,9 +5,13 @@ import copy
 import pytest
 import torch
 from kernel_checks import relative_error
+from torch import nn
 
 from architectures import ModelConfig, Rope
+from lora import LoraLinear, lora_off
 from model import Decoder, KVCache, initialize_weights, lay_out_for_decoding
+from quant.int8 import EETQFormat, Int8Format
+from quant.nf4 import NF4Format
 
 SIZES = {"vocab_size": 97, "hidden_size": 60, "intermediate_size": 77, "num_layers": 3, "max_positions": 96}
 SIZES |= {"num_heads": 6, "num_kv_heads": 2, "head_dim": 10, "sliding_windows": (None, None, None)}
@@ -70,3 +74,69 @@ def test_a_tied_head_is_turned_in_place_of_being_held_twice():
     lay_out_for_decoding(model)
     assert torch.equal(model.embed_tokens.weight, weight) and model.embed_tokens.weight.stride() == (1, 97)
     assert model.head_weight() is model.embed_tokens.weight
+
+
+# Quantised
+
+FORMATS = {"LLM.int8": Int8Format(), "int8": EETQFormat(), "nf4": NF4Format(), "fp4": NF4Format("fp4", False)}
+BLOCKS_OF_64 = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 64, "num_heads": 3, "num_kv_heads": 1}
+
+
+def quantised(kind, chosen, dtype, adapters=False, **sizes):
+    """The model with its blocks' linears quantised, and the same with what they stand for as plain linears."""
+    model = Decoder(ModelConfig(**(SIZES | KINDS[kind] | sizes)), dtype=dtype).eval()
+    initialize_weights(model, torch.Generator().manual_seed(3))
+    dense = copy.deepcopy(model).double()
+    for name, linear in list(model.layers.named_modules()):
+        if isinstance(linear, nn.Linear):
+            layer = chosen.quantise(linear.weight.detach(), linear.bias, dtype)
+            weight = layer.dequantize(torch.float64)
+            if adapters and "k_proj" not in name:
+                layer = LoraLinear(layer, 3, 6.0, generator=torch.Generator().manual_seed(len(name)))
+                nn.init.normal_(layer.lora_b, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+                weight += 2 * layer.lora_b.double() @ layer.lora_a.double()
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.layers.get_submodule(parent), leaf, layer.eval())
+            dense.layers.get_submodule(name).weight.data = weight
+    return model, dense
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["", "adapters"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("chosen", FORMATS)
+@pytest.mark.parametrize("sizes", [{}, BLOCKS_OF_64], ids=["odd", "of 64"])
+def test_quantised_layers_take_the_straight_line_too(sizes, chosen, dtype, adapters, monkeypatch):
+    model, dense = quantised("biases, tied head", FORMATS[chosen], dtype, adapters, **sizes)
+    tokens = torch.randint(97, (13,), generator=torch.Generator().manual_seed(1))
+    plain = copy.deepcopy(dense).to(dtype)
+    exact, by_modules = token_by_token(dense, tokens), token_by_token(plain, tokens)
+    lay_out_for_decoding(model)
+    in_bytes = "int8" in chosen or (dtype is torch.bfloat16 and bool(sizes))
+    assert model.one_row.wide == in_bytes  # the others have their weights expanded
+    for block in model.layers:
+        monkeypatch.setattr(block, "forward", None)
+    # the sums of bytes hold x * zero on the way, numbers some times larger than x * weight
+    allowed = 1e-5 if in_bytes else 1e-6
+    for found, rounded, truth in zip(token_by_token(model, tokens), by_modules, exact):
+        assert relative_error(found, truth) <= 2 * relative_error(rounded, truth) + allowed
+
+
+def test_an_adapter_that_changed_or_is_off_is_left_to_the_modules():
+    model, _ = quantised("plain", Int8Format(), torch.float32, adapters=True)
+    model.requires_grad_(False)
+    lay_out_for_decoding(model)
+    row = torch.zeros(1, 60)
+    with torch.no_grad():
+        assert model.one_row.serves(row)
+        with lora_off(model):
+            assert not model.one_row.serves(row)
+        assert model.one_row.serves(row)
+        model.layers[1].mlp.up_proj.lora_b.mul_(2)
+        assert not model.one_row.serves(row)
+
+
+def test_an_adapter_that_is_not_just_added_is_left_to_the_modules():
+    model, _ = quantised("plain", Int8Format(), torch.float32)
+    model.layers[0].mlp.up_proj = LoraLinear(model.layers[0].mlp.up_proj, 3, 6.0, dora=True)
+    lay_out_for_decoding(model)
+    assert model.one_row is None
