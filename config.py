@@ -166,8 +166,6 @@ NOT_YET = {
     "other inference engines": """
         infer_backend=huggingface,hf,pt,auto vllm_maxlen=2048,4096 vllm_gpu_util=0.7,0.9
         vllm_max_lora_rank=32 vllm_* sglang_*""",
-    "quantised export": """
-        export_quantization_nsamples=128 export_quantization_maxlen=1024 export_quantization_*""",
     "merging inside the training run (export.py does it)": "merge_lora_and_save",
     "beam search and further samplers": """
         num_beams=1 num_beam_groups=1 penalty_alpha typical_p=1 diversity_penalty length_penalty=1

@@ -5,6 +5,7 @@
     python export.py model_name_or_path=NF4 adapter_name_or_path=A export_merge=loftq export_dir=out
     python export.py model_name_or_path=saves/demo export_dir=out infer_dtype=bfloat16     # a run folder names its base
     python export.py ... export_gguf_type=Q4_K                  # one file for llama.cpp: export_dir/model-Q4_K.gguf
+    python export.py ... export_quantization_bit=4 export_quantization_dataset=c4_demo.jsonl     # GPTQ (calibrate.py)
     python export.py ... export_hub_model_id=owner/name hf_hub_token=...
 
 Tensors go one at a time from the base's files through the merge (merging.py) into the new shards, so the model is
@@ -28,6 +29,7 @@ import gguf_export
 import quant
 from adapter_files import load_adapter
 from architectures import ModelConfig
+from calibrate import Calibration, CalibrationOptions, read_windows
 from checkpoint import (
     DTYPES,
     checkpoint_dtype,
@@ -47,6 +49,7 @@ from quality import WINDOW, QualityOptions, mean_loss, measure, windows
 from quant import Format, QuantOptions
 from requantise import RANK, MergeOptions, Requantiser
 from runs import TrainOptions
+from sources import HubAccess
 from templates import ChatTemplate, TemplateOptions, get_template
 from tensor_files import weight_files, write_json, write_shards
 from tokenizer import Tokenizer
@@ -78,7 +81,9 @@ class ExportOptions:
             )
 
 
-SECTIONS = [ModelOptions, TemplateOptions, ExportOptions, QuantOptions, MergeOptions, QualityOptions]
+SECTIONS = [
+    ModelOptions, TemplateOptions, ExportOptions, QuantOptions, MergeOptions, CalibrationOptions, QualityOptions,
+]  # fmt: skip
 
 
 def main(argv: list[str]) -> int:
@@ -104,6 +109,7 @@ def main(argv: list[str]) -> int:
             config[MergeOptions],
             config[QualityOptions],
         )
+        plan = replace(plan, calibration=calibration(source, options, plan, config))
         write = export if options.export_gguf_type == "none" else export_gguf
         write(source, options, plan)
         if options.export_hub_model_id:
@@ -125,6 +131,7 @@ class Plan:
     quantization: Format | None = None  # of linears; None = as the base
     merge: MergeOptions = MergeOptions()
     quality: QualityOptions = QualityOptions()
+    calibration: Calibration | None = None  # what quantises the 16-bit result by GPTQ
 
     @property
     def way(self) -> str:
@@ -147,7 +154,12 @@ def export(source: Source, options: ExportOptions, plan: Plan) -> None:
     temporary.mkdir(parents=True)
     try:
         hf = dict(config.hf) | {"tie_word_embeddings": config.tied_head and not merge.unties}
-        if packing is None:
+        if plan.calibration is not None:
+            written = plan.dtype or checkpoint_dtype(config)
+            check_space(merge.size_bytes() + plan.calibration.working_bytes(written), target)
+            plan.calibration.write(temporary, merge.tensors(source.base), options.export_size)
+            write_model_json(temporary, hf, written, plan.calibration.format)
+        elif packing is None:
             check_space(merge.size_bytes(), target)
             written = write_shards(temporary, merge.tensors(source.base), options.export_size)
             write_model_json(temporary, hf, written)
@@ -169,6 +181,8 @@ def export(source: Source, options: ExportOptions, plan: Plan) -> None:
     print(f"{parts} -> {target} ({str(written).removeprefix('torch.')}{', head untied' if merge.unties else ''})")
     if packing is not None:
         print(packing.summary())
+    if plan.calibration is not None:
+        print(plan.calibration.told())
     tell_quality(source, merge, packing, plan, texts, target)
 
 
@@ -214,9 +228,30 @@ def read_small_files(source: Source) -> tuple[ModelConfig, Tokenizer, ChatTempla
 
 
 def make_merge(source: Source, config: ModelConfig, options: ExportOptions, plan: Plan) -> Merge:
-    device = "cuda" if options.export_device == "auto" and torch.cuda.is_available() else "cpu"
     adapters = [Adapter(config, folder) for folder in source.adapters]
-    return Merge(config, adapters, plan.dtype, device, in_codes(config, plan))
+    return Merge(config, adapters, plan.dtype, device_of(options), in_codes(config, plan))
+
+
+def device_of(options: ExportOptions) -> str:
+    return "cuda" if options.export_device == "auto" and torch.cuda.is_available() else "cpu"
+
+
+def calibration(
+    source: Source, options: ExportOptions, plan: Plan, config: configuration.Config
+) -> Calibration | None:
+    """What quantises the result by GPTQ, its text already read; None if nothing does. Raises ValueError."""
+    chosen, model = config[CalibrationOptions], config[ModelOptions]
+    if chosen.export_quantization_bit is None:
+        return None
+    if plan.way != "dequantise":
+        other = "export_merge" if plan.merge.export_merge else "quantization_bit"
+        raise ValueError(f"export_quantization_bit: GPTQ rounds the merged 16-bit weights; drop {other}")
+    if options.export_gguf_type != "none":
+        raise ValueError("export_quantization_bit: a GGUF file has codes of its own; drop export_gguf_type")
+    check_target(Path(options.export_dir), source)
+    hub = HubAccess(model.hf_hub_token, model.ms_hub_token, model.cache_dir)
+    texts = read_windows(chosen, Tokenizer.from_folder(source.tokenizer), hub)
+    return Calibration(chosen, scaled_config(source), texts, device_of(options))
 
 
 # What it costs
@@ -323,6 +358,8 @@ def check_space(needed_bytes: int, target: Path) -> None:
 
 def write_record(folder: Path, source: Source, plan: Plan) -> None:
     record = {"base": str(source.base), "adapters": [str(path) for path in source.adapters], "way": plan.way}
+    if plan.calibration is not None:
+        record["calibration"] = plan.calibration.record()
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 

@@ -337,7 +337,7 @@ class Decoder(nn.Module):
         if self.training and self.embedding_noise:
             x = x + _neftune_noise(x, cu_seqlens, self.embedding_noise)
         row = Row(cu_seqlens, max_seqlen, cache, self.flash_attn, x.dtype)
-        cos, sin = self._rotation(positions, row, x.dtype)
+        cos, sin = self.rotation(positions, row, x.dtype)
         if x.dtype is torch.float16:
             x = x.float()  # see FP16_ROW_LIMIT
         if type(cache) is KVCache and self.one_row is not None and self.one_row.serves(x):
@@ -364,7 +364,7 @@ class Decoder(nn.Module):
         # an untied head is asked as a layer: it may have an adapter
         return kernels.linear(hidden, self.embed_tokens.weight) if self.config.tied_head else self.lm_head(hidden)
 
-    def _rotation(self, positions: Tensor, row: Row, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def rotation(self, positions: Tensor, row: Row, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin (T, D/2) of every token's angles; angles in fp32, since bf16 cannot count past 256."""
         rope, size, device = self.config.rope, self.config.head_dim, positions.device
         if rope.kind == "dynamic":

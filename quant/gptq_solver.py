@@ -62,6 +62,7 @@ class Hessian:
         self.matrix = torch.zeros(in_features, in_features, device=device, dtype=dtype)
         self.tokens = 0
 
+    @torch.no_grad()
     def add(self, x: Tensor) -> None:
         """x (T, in). Raises ValueError for NaN and infinity."""
         x = x.to(self.matrix.dtype)
@@ -72,6 +73,7 @@ class Hessian:
         self.matrix.mul_(before / self.tokens).add_(product, alpha=1 / self.tokens)  # the mean so far
 
 
+@torch.no_grad()
 def solve(weight: Tensor, hessian: Hessian, options: GPTQOptions) -> Integers:
     """weight (out, in) of any float dtype -> integers, computed in the Hessian's dtype on its device.
 

@@ -432,7 +432,7 @@ def test_bad_input_gives_one_clear_line_and_leaves_nothing(untied, tied, tmp_pat
         "no target": ([model], "export_dir: missing"),
         "pickle": ([model, target, "export_legacy_format=true"], "export_legacy_format: true would write"),
         "size": ([model, target, "export_size=0"], "export_size: 0"),
-        "quantised": ([model, target, "export_quantization_bit=4"], "quantised export"),
+        "quantised": ([model, target, "export_quantization_bit=4"], "export_quantization_dataset: missing"),
         "no model": ([target], "model_name_or_path: missing"),
         "other model": ([model, target, f"adapter_name_or_path={tmp_path / 'small-adapter'}"], "has shape"),
         "third layer": ([model, target, f"adapter_name_or_path={tmp_path / 'third-layer'}"], "layers.2"),

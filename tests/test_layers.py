@@ -47,6 +47,7 @@ LAYERS = {
     "lora": 4,
     "streaming": 4,
     "token_steps": 4,
+    "calibrate": 5,
     "data": 5,
     "generate": 5,
     "adapter_files": 5,
