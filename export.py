@@ -40,7 +40,7 @@ from checkpoint import (
 from data import DataOptions
 from generate import context_limit
 from hub import ModelOptions
-from inference import Source, check_tokenizer, find_source, scaled_config
+from inference import Source, check_tokenizer, find_source, read_run, scaled_config
 from lora import LoraOptions, replace_module
 from merging import Adapter, Merge
 from model import Decoder
@@ -147,6 +147,7 @@ def export(source: Source, options: ExportOptions, plan: Plan) -> None:
     check_target(target, source)
     config, tokenizer, template = read_small_files(source)
     texts = sample(plan.quality, tokenizer, config)
+    tell_trained_in_codes(source, config, plan)
     merge = make_merge(source, config, options, plan)
     packing = requantiser(merge, plan)
     temporary = target.parent / f".{target.name}.unfinished"
@@ -264,6 +265,19 @@ def in_codes(config: ModelConfig, plan: Plan) -> Format | None:
     if plan.quantization is not None and plan.way == "dequantise":
         raise ValueError("export_merge: dequantise writes 16 bit, and the base is quantised; drop quantization_bit")
     return None
+
+
+def tell_trained_in_codes(source: Source, config: ModelConfig, plan: Plan) -> None:
+    """A line for adapters that were trained on another base than they are merged into."""
+    if plan.quantization is not None or config.hf.get("quantization_config"):
+        return
+    for folder in source.adapters:
+        bits = read_run(folder).get("quantization_bit")
+        if bits in (4, 8):
+            print(
+                f"note: {folder} was trained on the base in {bits} bits and is merged into its 16-bit weights here; "
+                f"quantization_bit={bits} merges it into what it was trained on (export_merge=dequantise: in 16 bit)"
+            )
 
 
 def requantiser(merge: Merge, plan: Plan) -> Requantiser | None:

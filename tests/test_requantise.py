@@ -12,8 +12,10 @@ import transformers
 from safetensors.torch import load_file
 from test_model import row_of
 from tiny_runs import tiny_runs
+from vendor_checkpoints import write_pair
 
 import export
+import quant
 import requantise
 from checkpoint import load_adapter, load_model
 from quality import mean_loss, windows
@@ -189,23 +191,71 @@ def test_a_rank_like_the_adapters_loses_nothing(tiny, tmp_path, capsys):
     assert mean_loss(found, texts) == pytest.approx(mean_loss(kept, texts), abs=1e-6)
 
 
+FORMATS = {
+    "nf4": {"quantization_bit": 4},
+    "fp4": {"quantization_bit": 4, "quantization_type": "fp4", "double_quantization": False},
+    "int8": {"quantization_bit": 8},
+    "eetq": {"quantization_bit": 8, "quantization_method": "eetq"},
+}
+
+
+@pytest.fixture(scope="module")
+def wider(tiny):
+    """EETQ takes sides of whole 64 only, and bitsandbytes' CPU build dequantises rows of 32 or 48 numbers wrongly."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    return tiny.make_model("wider", seed=3, **sizes)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("settings", [{}, {"quantization_type": "fp4", "double_quantization": "false"}])
-def test_a_quantised_export_loads_as_the_model_quantised_on_loading(tiny, tmp_path, dtype, settings):
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_quantised_export_loads_as_the_model_quantised_on_loading(wider, tmp_path, dtype, name):
     plain = tmp_path / "plain"
-    assert export.main(words(plain, model_name_or_path=tiny.model, infer_dtype=dtype)) == 0
-    assert export.main(words(tmp_path / "out", model_name_or_path=plain, quantization_bit=4, **settings)) == 0
-    format = NF4Format(settings.get("quantization_type", "nf4"), not settings)
+    assert export.main(words(plain, model_name_or_path=wider, infer_dtype=dtype)) == 0
+    assert export.main(words(tmp_path / "out", model_name_or_path=plain, **FORMATS[name])) == 0
+    format = quant.from_options(quant.QuantOptions(**FORMATS[name]))
     tokens, *rest = row_of([23])
     with torch.no_grad():
         ours, expected = load_model(tmp_path / "out", None), load_model(plain, None, quantization=format)
         assert ours.embed_tokens.weight.dtype == getattr(torch, dtype)
         assert torch.equal(ours.logits(ours(tokens, *rest)), expected.logits(expected(tokens, *rest)))
-        if dtype == "float32":  # bitsandbytes rounds elsewhere in bfloat16
+        if (name, dtype) in (("nf4", "float32"), ("fp4", "float32")):  # elsewhere bitsandbytes rounds more
             found = theirs(tmp_path / "out")(tokens[None]).logits[0]
             torch.testing.assert_close(found, ours.logits(ours(tokens, *rest)), atol=1e-4, rtol=1e-4)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["dtype"] == dtype and config["quantization_config"]["quant_method"] == "bitsandbytes"
+    assert config["dtype"] == dtype and config["quantization_config"]["quant_method"] == format.method
+
+
+def test_int8_keeps_what_it_loses_too(tiny, tmp_path, capsys):
+    keys = {"model_name_or_path": tiny.model, "quantization_bit": 8}
+    assert merge(tiny, tmp_path / "out", export_merge="requantise", export_merge_rank=6, **keys) == 0
+    alone, beside = re.search(r"error (\S+) quantised, (\S+) with the adapter", capsys.readouterr().out).groups()
+    assert float(beside) < 0.8 * float(alone) < 0.8 * 0.01
+
+
+def test_a_base_that_can_only_be_read_needs_another_format_for_the_result(tiny, tmp_path, capsys):
+    gptq, twin = write_pair(tiny, "gptq act-order")
+    run = tiny.folder / "on-gptq"
+    assert tiny.train("on-gptq", model_name_or_path=gptq, num_train_epochs=1) == 0
+    base = {"model_name_or_path": gptq, "adapter_name_or_path": run}
+    assert merge(tiny, tmp_path / "out", **base, export_merge="requantise") == 2
+    assert "gptq can only be read, not made from weights as they are; give quantization_bit" in capsys.readouterr().err
+    keys = {"quantization_bit": 4, "export_merge": "requantise", "export_merge_rank": 2}
+    capsys.readouterr()
+    assert merge(tiny, tmp_path / "out", **base, **keys) == 0
+    losses = printed_losses(capsys)
+    model = load_model(twin)
+    load_adapter(model, run)
+    assert losses[0] == pytest.approx(mean_loss(model, sample(tiny, twin)), abs=2e-5)
+    assert load_model(tmp_path / "out").layers[0].mlp.up_proj.format.describe() == NF4.describe()
+
+
+def test_an_adapter_trained_in_four_bits_on_a_16_bit_folder_is_named(tiny, tmp_path, capsys):
+    assert tiny.train("in-codes", quantization_bit=4, max_steps=1) == 0
+    keys = {"model_name_or_path": tiny.model, "adapter_name_or_path": tiny.folder / "in-codes"}
+    assert export.main(words(tmp_path / "out", **keys)) == 0
+    assert "in-codes was trained on the base in 4 bits and is merged into its 16-bit weights" in capsys.readouterr().out
+    assert export.main(words(tmp_path / "out", **keys, quantization_bit=4)) == 0
+    assert "was trained" not in capsys.readouterr().out
 
 
 def test_dequantised_merges_add_the_update_to_the_values_of_the_codes(tiny, tmp_path):
