@@ -39,7 +39,7 @@ BYTE_LEVELS = {"nf4": (124.068, 0.16), "fp4": (120.0, 0.0)}
 BYTE_ZERO = 127
 STORAGE = (torch.uint8, torch.int8, torch.bfloat16, torch.float16, torch.float32, torch.float64)
 STATE = "weight.quant_state.bitsandbytes__"
-CHUNK, CHUNK_GPU = 1 << 18, 1 << 25  # weights at a time: on a CPU a chunk and its scratch stay in its cache
+CHUNK, CHUNK_GPU = 1 << 18, 1 << 23  # weights at a time: on a CPU a chunk and its scratch stay in its cache
 CELLS, UNSURE = 1 << 17, 64
 SMALLEST = 1e-38  # bitsandbytes divides by no scale below it
 
