@@ -185,6 +185,7 @@ def _rope_metadata(rope: Rope) -> tuple[dict, list[str]]:
         ]
     if rope.kind in ("linear", "yarn"):
         keys |= {"rope.scaling.type": rope.kind, "rope.scaling.factor": rope.factor}
+    notices = []
     if rope.kind == "yarn":
         if not rope.truncate:
             raise ValueError("export_gguf_type: yarn with truncate: false cannot be said in GGUF")
@@ -192,11 +193,12 @@ def _rope_metadata(rope: Rope) -> tuple[dict, list[str]]:
         for name, value, usual in (("fast", rope.beta_fast, 32.0), ("slow", rope.beta_slow, 1.0)):
             if value != usual:
                 keys[f"rope.scaling.yarn_beta_{name}"] = value
+                notices.append(f"llama.cpp takes {usual:g} unless it is started with --yarn-beta-{name} {value:g}")
         # llama.cpp multiplies by 0.1 ln(factor) + 1 itself (arXiv 2309.00071, eq. 22)
         own = rope.attention_factor / (0.1 * np.log(rope.factor) + 1.0)
         if abs(own - 1) > 1e-6:
             keys["rope.scaling.attn_factor"] = float(own)
-    return keys, []
+    return keys, notices
 
 
 def rope_divisors(config: ModelConfig) -> Tensor:
