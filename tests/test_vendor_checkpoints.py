@@ -56,7 +56,7 @@ def test_training_chatting_and_exporting_are_those_of_the_twin(tiny, pairs, name
         merged = tiny.folder / f"{run} merged"
         both = [f"model_name_or_path={folder}", f"adapter_name_or_path={tiny.folder / run}", "template=chatml"]
         capsys.readouterr()
-        assert chat.main([both[0], both[2], "prompt=the hammer", "seed=5", "max_new_tokens=8"]) == 0
+        assert chat.main([*both, "prompt=the hammer", "seed=5", "max_new_tokens=8"]) == 0
         answers.append(capsys.readouterr().out)
         assert export.main([*both, f"export_dir={merged}"]) == 0
     mine, other = (f"{folder.name} run" for folder in pairs[name])
@@ -215,3 +215,16 @@ def test_training_on_a_base_that_hqq_quantises_follows_the_dequantised_one(tiny,
     ):
         assert tiny.train(run, num_train_epochs=1, lora_rank=4, **keys) == 0
     assert tiny.losses(f"hqq {bits}") == pytest.approx(tiny.losses(f"hqq {bits} dense"), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gptq 3 bits", "awq", "aqlm 1x12", "hqq"])
+def test_a_run_on_a_checkpoint_resumes_to_the_bit(tiny, pairs, name):
+    keys = {"model_name_or_path": pairs[name][0], "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    keys |= {"bf16": True, "lora_dropout": 0.2}
+    assert tiny.train(f"{name} whole", **keys) == 0
+    parts = shutil.copytree(tiny.folder / f"{name} whole", tiny.folder / f"{name} parts")
+    shutil.rmtree(parts / "checkpoint-4")
+    (parts / "adapter_model.safetensors").unlink()
+    assert tiny.train(f"{name} parts", **keys) == 0
+    assert tiny.losses(f"{name} whole") == tiny.losses(f"{name} parts")
+    assert_same_weights(tiny.weights(f"{name} whole"), tiny.weights(f"{name} parts"))
