@@ -4,12 +4,15 @@
     python bench/decode_cpu.py prompt=64 new=128 threads=2 repeats=7 batch=1 dtype=float32 out=result.json
     python bench/decode_cpu.py gguf=model.F16.gguf,model.Q8_0.gguf     (bench/make_gguf.py writes them)
     python bench/decode_cpu.py prompt=512 new=1                        prefill: the time of reading the prompt
+    python bench/decode_cpu.py dtype=bfloat16 systems=anvil,anvil:int8,anvil:nf4,transformers:nf4      quantised weights
 
 Every system has a process of its own; they take turns, A-B-A-B, so a noisy neighbour meets all of them. transformers
 runs with its fastest plain settings (sdpa, cache). batch > 1: prompts of different lengths, which transformers pads on
 the left. The time is that of the whole call: prompt and new tokens. A system that cannot run here is listed as "not
 run". In fp32 all systems have to write the same tokens, or the run fails. The bound: every weight is read once per
-step, at the speed at which this run reads a large tensor.
+step, in the bytes it is stored in, at the speed at which this run reads a large tensor. After a colon: how the linears
+of the blocks are quantised, int8 (LLM.int8), eetq (int8, weights only), nf4 or fp4 (double quantisation); transformers
+takes bitsandbytes for that.
 """
 
 import importlib.util
@@ -50,12 +53,28 @@ def make_prompts(folder: str, length: int, batch: int) -> list[list[int]]:
 # The systems. Each gives a function run(prompts, new) -> new tokens of every prompt.
 
 
+QUANTISED = {  # name after the colon -> our options, arguments of transformers' BitsAndBytesConfig
+    "int8": ({"quantization_bit": 8}, {"load_in_8bit": True}),
+    "eetq": ({"quantization_bit": 8, "quantization_method": "eetq"}, None),
+    "nf4": ({"quantization_bit": 4}, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
+    "fp4": ({"quantization_bit": 4, "quantization_type": "fp4"}, {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}),
+}
+
+
+def quantisation(name: str):
+    """The format of this name, None for ''."""
+    import quant
+
+    return quant.from_options(quant.QuantOptions(**QUANTISED[name][0])) if name else None
+
+
 def anvil(options: dict):
     from checkpoint import load_model
     from generate import GenerateOptions, generate
     from model import lay_out_for_decoding
 
-    model = load_model(options["model"], dtype=getattr(torch, options["dtype"]))
+    dtype = getattr(torch, options["dtype"])
+    model = load_model(options["model"], dtype=dtype, quantization=quantisation(options["quantised"]))
     lay_out_for_decoding(model)
 
     def run(prompts, new: int) -> list[list[int]]:
@@ -68,8 +87,14 @@ def anvil(options: dict):
 def transformers_generate(options: dict):
     import transformers
 
+    dtype, settings = getattr(torch, options["dtype"]), {}
+    if options["quantised"]:
+        chosen = QUANTISED[options["quantised"]][1]
+        if "load_in_4bit" in chosen:
+            chosen = chosen | {"bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+        settings = {"quantization_config": transformers.BitsAndBytesConfig(**chosen), "device_map": "cpu"}
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        options["model"], dtype=getattr(torch, options["dtype"]), attn_implementation="sdpa"
+        options["model"], dtype=dtype, attn_implementation="sdpa", **settings
     ).eval()
 
     @torch.inference_mode()
@@ -106,12 +131,26 @@ SYSTEMS = {"anvil": anvil, "transformers": transformers_generate, "llama.cpp": l
 
 def why_not(system: str, options: dict) -> str | None:
     """Why this system cannot run here, or None."""
-    module = {"anvil": "torch", "transformers": "transformers", "llama.cpp": "llama_cpp"}[system.split()[0]]
-    if importlib.util.find_spec(module) is None:
-        return f"{module} is not installed"
+    kind, quantised = _parts(system)
+    modules = [{"anvil": "torch", "transformers": "transformers", "llama.cpp": "llama_cpp"}[kind]]
+    if quantised and kind == "transformers":
+        if QUANTISED[quantised][1] is None:
+            return f"bitsandbytes has no {quantised}"
+        modules.append("bitsandbytes")
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            return f"{module} is not installed"
     if system == "llama.cpp":
         return "no gguf=FILE given"
     return None
+
+
+def _parts(system: str) -> tuple[str, str]:
+    """(kind, how it is quantised or '') of a system's name."""
+    kind, _, quantised = system.split()[0].partition(":")
+    if kind not in SYSTEMS or (quantised and (quantised not in QUANTISED or kind == "llama.cpp")):
+        raise SystemExit(f"systems: {system}; known are {', '.join(SYSTEMS)}, after a colon {', '.join(QUANTISED)}")
+    return kind, quantised
 
 
 def systems_of(options: dict) -> list[str]:
@@ -123,9 +162,10 @@ def systems_of(options: dict) -> list[str]:
 def worker(system: str, options: dict) -> None:
     """Reads prompts as JSON lines, answers {seconds, tokens}."""
     torch.set_num_threads(int(options["threads"]))
-    kind, _, file = system.partition(" ")
+    kind, quantised = _parts(system)
+    file = system.partition(" ")[2]
     paths = [name for name in options["gguf"].split(",") if file and Path(name).name == file]
-    run = SYSTEMS[kind](options | {"gguf": paths[0]} if paths else options)
+    run = SYSTEMS[kind](options | {"quantised": quantised} | ({"gguf": paths[0]} if paths else {}))
     print("ready", flush=True)
     for line in sys.stdin:
         prompts = json.loads(line)
@@ -158,15 +198,22 @@ def read_rate(threads: int) -> float:
     return tensor.numel() * 4 / statistics.median(times) / 1e9
 
 
-def weight_bytes(options: dict) -> int:
+def weight_bytes(options: dict, quantised: str) -> int:
     """What one step reads: every weight once. A tied head reads the embedding whole; an untied embedding a few rows."""
     from checkpoint import load_config
     from model import Decoder
 
     model = Decoder(load_config(options["model"]), device="meta")
-    numbers = sum(p.numel() for name, p in model.named_parameters() if name != "embed_tokens.weight")
-    numbers += model.embed_tokens.weight.numel() if model.config.tied_head else 0
-    return numbers * getattr(torch, options["dtype"]).itemsize
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    if not model.config.tied_head:
+        del sizes["embed_tokens.weight"]
+    width = getattr(torch, options["dtype"]).itemsize
+    bits = 8 * width
+    if quantised:
+        linear = model.layers[0].mlp.down_proj
+        bits = quantisation(quantised).quantise(torch.randn(linear.weight.shape), None, torch.float32).bits_per_weight
+    inside = sum(size for name, size in sizes.items() if name.startswith("layers.") and name.endswith("proj.weight"))
+    return round((sum(sizes.values()) - inside) * width + inside * bits / 8)
 
 
 def measure(options: dict) -> tuple[dict, dict]:
@@ -193,6 +240,7 @@ def measure(options: dict) -> tuple[dict, dict]:
             "tokens_per_second": statistics.median(rates),
             "spread": [min(rates), max(rates)],
             "equal_tokens": sum(a == b for a, b in pairs) / count,
+            "weight_gb_per_step": weight_bytes(options, _parts(system)[1]) / 1e9,
         }
     return result, not_run
 
@@ -215,7 +263,7 @@ def main(argv: list[str]) -> int:
         **{key: int(options[key]) for key in ("threads", "prompt", "new", "batch", "repeats")},
         "dtype": options["dtype"],
         "read_gb_per_second": [before, read_rate(int(options["threads"]))],
-        "weight_gb_per_step": weight_bytes(options) / 1e9,
+        "weight_gb_per_step": weight_bytes(options, "") / 1e9,
         "systems": result,
         "not_run": not_run,
     }
@@ -223,7 +271,8 @@ def main(argv: list[str]) -> int:
     if options["out"]:
         Path(options["out"]).parent.mkdir(parents=True, exist_ok=True)
         Path(options["out"]).write_text(json.dumps(report, indent=1) + "\n")
-    different = [name for name, row in result.items() if row["equal_tokens"] < 1 and not name.startswith("llama.cpp")]
+    alike = [name for name in result if not name.startswith("llama.cpp") and not _parts(name)[1]]
+    different = [name for name in alike if result[name]["equal_tokens"] < 1]
     if different and options["dtype"] == "float32":
         print(f"the tokens differ: {', '.join(different)}")
         return 1
@@ -243,16 +292,16 @@ def print_table(report: dict) -> None:
     print(f"{'system':32} {'tok/s':>8} {'min..max':>16} {'of bound':>9} {'equal tokens':>13}")
     for system, row in report["systems"].items():
         low, high = row["spread"]
-        share = row["tokens_per_second"] / report["batch"] / bound
+        share = row["tokens_per_second"] / report["batch"] / reading * row["weight_gb_per_step"]
         rate, equal = row["tokens_per_second"], row["equal_tokens"]
         print(f"{system:32} {rate:8.1f} {low:7.1f}..{high:<7.1f} {share:9.0%} {equal:13.0%}")
     for system, reason in report["not_run"].items():
         print(f"{system:32} not run: {reason}")
     systems = report["systems"]
-    if "anvil" in systems:
-        for rival in systems.keys() - {"anvil"}:
-            ratio = systems["anvil"]["tokens_per_second"] / systems[rival]["tokens_per_second"]
-            print(f"anvil is {ratio:.2f} times as fast as {rival}")
+    for ours in (name for name in systems if name.startswith("anvil")):
+        for rival in (name for name in systems if name != ours):
+            ratio = systems[ours]["tokens_per_second"] / systems[rival]["tokens_per_second"]
+            print(f"{ours} is {ratio:.2f} times as fast as {rival}")
     if report["new"] == 1:
         rates = [f"{system} {row['tokens_per_second'] * report['prompt']:.0f}" for system, row in systems.items()]
         print("tokens of the prompt per second: " + ", ".join(rates))
