@@ -12,8 +12,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from test_model import oracle, row_of
+from tiny_runs import tiny_runs
 from torch import nn
 
+import chat
+import export
 import quant
 from checkpoint import load_model, save_model
 from quant import QuantLinear, QuantOptions
@@ -161,6 +164,9 @@ def test_checkpoints_go_both_ways(chosen, tmp_path):
     for name, tensor in one.items():
         assert torch.equal(tensor, other[name]) and tensor.dtype == other[name].dtype, name
     assert torch.equal(logits(theirs(tmp_path / "again"), tokens), expected)
+    save_model(model, tmp_path / "shards", saved, shard_gigabytes=5e-7)  # the parts of a layer in several files
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 50
+    assert torch.equal(logits(load_model(tmp_path / "shards"), tokens), logits(model, tokens))
 
     ours = load_model(tmp_path / "16 bit", quantization=chosen)
     for name, layer in quantised(ours).items():
@@ -343,6 +349,32 @@ def test_older_settings_without_a_method(whole):
     settings = json.loads((whole / "config.json").read_text())["quantization_config"]
     del settings["quant_method"]
     assert quant.from_config(settings) == NF4Format()
+
+
+def test_commands_do_the_same_from_a_checkpoint_as_from_quantising(tmp_path, capsys):
+    """bitsandbytes' own checkpoint, and the dense model quantised while it is read: train.py, chat.py, export.py."""
+    with tiny_runs(tmp_path) as tiny:
+        config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")
+        packed = Path(shutil.copytree(tiny.model, tmp_path / "packed"))
+        theirs(tiny.model, quantization_config=config, dtype=torch.float32).save_pretrained(packed)
+        given = {"quantization_bit": 4, "quantization_type": "fp4", "double_quantization": False}
+        answers = []
+        for name, folder, keys in (("one", packed, {}), ("two", tiny.model, given)):
+            assert tiny.train(name, model_name_or_path=folder, num_train_epochs=1, **keys) == 0
+            capsys.readouterr()
+            base = [f"model_name_or_path={folder}", f"adapter_name_or_path={tmp_path / name}", "template=chatml"]
+            more = [f"{key}={value}" for key, value in keys.items()]
+            assert chat.main([*base, *more, "prompt=the hammer", "seed=5", "max_new_tokens=8"]) == 0
+            answers.append(capsys.readouterr().out)
+        assert tiny.losses("one") == tiny.losses("two") and len(set(tiny.losses("one").values())) > 1
+        for part, tensor in tiny.weights("one").items():
+            assert torch.equal(tensor, tiny.weights("two")[part]), part
+        assert answers[0] == answers[1] and answers[0].strip()
+        words = [f"model_name_or_path={packed}", "template=chatml", f"export_dir={tmp_path / 'dense'}"]
+        assert export.main(words) == 0
+        dense = load_file(tmp_path / "dense" / "model.safetensors")
+        for name, layer in quantised(load_model(packed)).items():
+            assert torch.equal(dense[f"model.{name}.weight"].float(), layer.dequantize()), name
 
 
 def test_options_name_the_format():
