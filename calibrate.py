@@ -292,11 +292,11 @@ class Calibration:
         for stage, (part, names) in enumerate(STAGES):
             hessian = Hessian(block.get_submodule(f"{part}.{names[0]}").in_features, text.device)
             for x in text.inputs(block, stage):
-                self._named(layer, f"{part}.{names[0]}", hessian.add, x)
+                self._named(layer, part, names, hessian.add, x)
             linears = [block.get_submodule(f"{part}.{name}") for name in names]
             # one product with the inverse for all: rows of a weight do not know each other
             stacked = torch.cat([values[f"{part}.{name}.weight"].to(text.device) for name in names])
-            integers = self._named(layer, f"{part}.{names[0]}", solve, stacked, hessian, self.options.solver)
+            integers = self._named(layer, part, names, solve, stacked, hessian, self.options.solver)
             self.summary.add(integers)
             packed = self._packed(integers, [linear.out_features for linear in linears], text.dtype)
             for name, linear, one in zip(names, linears, packed):
@@ -316,13 +316,13 @@ class Calibration:
             for codes, scales, zeros in parts
         ]
 
-    def _named(self, layer: int, linear: str, function, *arguments):
+    def _named(self, layer: int, part: str, names: tuple[str, ...], function, *arguments):
         """function(*arguments), and whose numbers it were if it refuses them."""
         try:
             return function(*arguments)
         except ValueError as error:
-            name = self._hf_name(layer, f"{linear}.weight").removesuffix(".weight")
-            raise ValueError(f"export_quantization_bit: {name}: {error}") from error
+            place = self._hf_name(layer, f"{part}.{names[0]}.weight").removesuffix(f"{names[0]}.weight")
+            raise ValueError(f"export_quantization_bit: {place}{'/'.join(names)}: {error}") from error
 
     def _hf_name(self, layer: int, name: str) -> str:
         return to_hf_name(self.config, f"layers.{layer}.{name}")
