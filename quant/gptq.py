@@ -149,7 +149,7 @@ class GPTQLinear(GroupedLinear):
         zeros = self.zeros
         if self.format.written_version == "gptq":
             zeros = _add_words(zeros, [-ONES[self.format.bits]])
-        group_of = self.groups_in_a_row() if self.group_of is None else self.group_of
+        group_of = self.groups_in_a_row(self.device) if self.group_of is None else self.group_of
         return {"qweight": self.codes.T.contiguous(), "qzeros": zeros, "scales": self.scales, "g_idx": group_of}
 
 

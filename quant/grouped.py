@@ -21,22 +21,22 @@ class GroupedLinear(QuantLinear):
     def __init__(self, format: Format, codes, zeros, scales, group_of, bias, dtype):
         super().__init__(codes.shape[0], codes.shape[1] * 32 // format.bits, bias, dtype)
         self.format = format
-        if group_of is not None and torch.equal(group_of.cpu(), self.groups_in_a_row()):
+        if group_of is not None and torch.equal(group_of, self.groups_in_a_row(group_of.device)):
             group_of = None
         for name, buffer in {"codes": codes, "zeros": zeros, "scales": scales, "group_of": group_of}.items():
             self.register_buffer(name, buffer)
 
-    def groups_in_a_row(self) -> Tensor:
+    def groups_in_a_row(self, device: torch.device) -> Tensor:
         """(in,) int32: the group of each input where nothing was sorted."""
         size = self.in_features if self.format.group_size == -1 else self.format.group_size
-        return torch.arange(self.in_features, dtype=torch.int32) // size
+        return torch.arange(self.in_features, dtype=torch.int32, device=device) // size
 
     def fill(self, out: Tensor) -> None:
         bits, group = self.format.bits, self.format.group_size
         scales, zeros = self.scales.T.float(), unpack(self.zeros, bits).T.float()  # (out, groups)
         in_a_row = self.group_of is None and (group == -1 or self.in_features % group == 0)
         if not in_a_row:
-            group_of = (self.groups_in_a_row() if self.group_of is None else self.group_of).to(out.device)
+            group_of = self.groups_in_a_row(out.device) if self.group_of is None else self.group_of
         for rows in row_chunks(out):
             values = unpack(self.codes[rows], bits).float()  # (rows, in)
             if in_a_row:

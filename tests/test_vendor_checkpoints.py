@@ -47,6 +47,37 @@ def test_a_checkpoint_is_its_twin(pairs, name):
         torch.testing.assert_close(model(*inputs), dense(*inputs), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_gpu_writes_the_same_weights(pairs, name):
+    folder = pairs[name][0]
+    mine, other = load_model(folder, torch.bfloat16, "cuda"), load_model(folder, torch.bfloat16)
+    for place, layer in other.named_modules():
+        if isinstance(layer, QuantLinear):
+            assert torch.equal(mine.get_submodule(place).dequantize().cpu(), layer.dequantize())
+
+
+def test_linears_that_a_checkpoint_left_dense_stay_so(pairs, tmp_path):
+    folder = shutil.copytree(pairs["gptq"][0], tmp_path / "mixed")
+    tensors = load_file(folder / "model.safetensors")
+    weight = load_file(pairs["gptq"][1] / "model.safetensors")[f"{LINEAR}.weight"]
+    tensors = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] != LINEAR}
+    bias = load_file(folder / "model.safetensors").get(f"{LINEAR}.bias")
+    tensors |= {f"{LINEAR}.weight": weight} | ({} if bias is None else {f"{LINEAR}.bias": bias})
+    save_file(tensors, folder / "model.safetensors")
+    model = load_model(folder)
+    assert torch.equal(model.get_submodule(LINEAR.removeprefix("model.")).weight, weight)
+    assert sum(isinstance(module, QuantLinear) for module in model.modules()) == 13
+
+
+def test_dora_on_a_checkpoint_is_that_on_its_twin(tiny, pairs):
+    for folder in pairs["gptq act-order"]:
+        keys = {"model_name_or_path": folder, "use_dora": True, "lora_rank": 4, "num_train_epochs": 1}
+        assert tiny.train(f"{folder.name} dora", **keys) == 0
+    mine, other = (tiny.losses(f"{folder.name} dora") for folder in pairs["gptq act-order"])
+    assert mine == pytest.approx(other, rel=1e-4)
+
+
 @pytest.mark.parametrize("name", ["gptq act-order", "awq", "aqlm 2x8", "hqq"])
 def test_training_chatting_and_exporting_are_those_of_the_twin(tiny, pairs, name, capsys):
     answers = []
