@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from test_model import oracle, row_of
-from tiny_runs import tiny_runs
+from tiny_runs import make_rows, tiny_runs
 from tiny_tokenizers import make_tokenizer
 
 import export
@@ -142,15 +142,23 @@ def test_a_text_becomes_rows_of_tokens(tmp_path):
 # Through the command line
 
 
-@pytest.mark.parametrize("way", ["plain", "adapter"])
+@pytest.mark.parametrize("way", ["plain", "adapter", "calibrated"])
 def test_the_report_is_of_the_files_that_were_written(tmp_path, capsys, way):
     with tiny_runs(tmp_path) as tiny:
         keys = {"model_name_or_path": tiny.model, "quantization_bit": 4, "report": "true"}
         keys |= {"export_dir": tmp_path / "out", "export_sample_text": tiny.folder / "text.txt"}
         if way == "adapter":
             keys |= {"export_merge": "loftq", "export_merge_rank": 3, "report_parent": tiny.model}
-        assert export.main([f"{key}={value}" for key, value in keys.items()]) == 0
-        parent, child = load_model(tiny.model), load_model(tmp_path / "out")
+        if way == "calibrated":
+            texts = [{"text": " ".join(row["output"] for row in make_rows(40, seed=seed))} for seed in range(8)]
+            (tiny.folder / "documents.json").write_text(json.dumps(texts))
+            keys |= {"quantization_bit": None, "export_quantization_bit": 4, "export_quantization_nsamples": 8}
+            keys |= {"export_quantization_dataset": tiny.folder / "documents.json", "export_quantization_maxlen": 40}
+            sizes = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4, "head_dim": 16}
+            keys |= {"model_name_or_path": tiny.make_model("wider", seed=2, **sizes)}
+            keys |= {"export_quantization_group_size": 32}
+        assert export.main([f"{key}={value}" for key, value in keys.items() if value is not None]) == 0
+        parent, child = load_model(keys["model_name_or_path"]), load_model(tmp_path / "out")
         tokenizer = Tokenizer.from_folder(tmp_path / "out")
         texts = quality.windows(tokenizer, tiny.folder / "text.txt")
     files = list((tmp_path / "out").rglob("*.safetensors"))
@@ -163,4 +171,5 @@ def test_the_report_is_of_the_files_that_were_written(tmp_path, capsys, way):
     printed = capsys.readouterr().out
     assert all(line in printed for line in expected.lines())
     bits = float(re.search(r"total: (\S+) bits", printed)[1])
-    assert bits == pytest.approx(4.22 + (32 * 3 * (24 + 24) / 24**2 if way == "adapter" else 0), rel=0.15)
+    expected = {"plain": 4.2, "adapter": 4.2 + 32 * 3 * (24 + 24) / 24**2, "calibrated": 4 + 20 / 32}
+    assert bits == pytest.approx(expected[way], rel=0.2)

@@ -14,6 +14,7 @@ from test_model import row_of
 from tiny_runs import tiny_runs
 from vendor_checkpoints import write_pair
 
+import chat
 import export
 import quant
 import requantise
@@ -196,6 +197,7 @@ FORMATS = {
     "fp4": {"quantization_bit": 4, "quantization_type": "fp4", "double_quantization": False},
     "int8": {"quantization_bit": 8},
     "eetq": {"quantization_bit": 8, "quantization_method": "eetq"},
+    "hqq": {"quantization_bit": 3, "quantization_method": "hqq"},
 }
 
 
@@ -278,13 +280,16 @@ def test_dequantised_merges_add_the_update_to_the_values_of_the_codes(tiny, tmp_
         assert torch.equal(tensor, merged[name]), name
 
 
-def test_what_is_written_trains_on(tiny, tmp_path):
+def test_what_is_written_trains_on_and_chats(tiny, tmp_path, capsys):
     out = tmp_path / "out"
     assert merge(tiny, out, export_merge="requantise", export_merge_rank=2) == 0
     keys = {"model_name_or_path": out, "adapter_name_or_path": out / "adapter", "max_steps": 2}
     assert tiny.train("goes-on", **keys) == 0
     trained = tiny.weights("goes-on")
     assert all(min(tensor.shape) == 2 for tensor in trained.values())
+    capsys.readouterr()
+    assert chat.main([f"model_name_or_path={out / 'adapter'}", "--prompt", "Who", "max_new_tokens=3"]) == 0
+    assert capsys.readouterr().out.strip()
 
 
 def test_loftq_start_from_16_bit(tiny, tmp_path, capsys):
