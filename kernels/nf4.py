@@ -28,7 +28,9 @@ BLOCK = 64  # weights per scale, the format's
 NESTED_BLOCK = 256  # scales per scale of scales
 MOST_ROWS = 16  # of x
 MOST_PARTS = 3  # linears in one launch: q, k, v
-TILE_BYTES = 8192  # of codes per program of the one-row kernel: 64 on their way in each of 128 threads
+# of codes that a program of the one-row kernel has on their way: 32 a thread, and with it so few registers (128) that
+# four programs fit a multiprocessor, 528 an H100: 4,096 outputs are 512, 8 each
+TILE_BYTES = 4096
 
 
 class Codes(NamedTuple):
@@ -205,7 +207,7 @@ def _arguments(parts: list[CodesPart], block: int) -> tuple[list, int]:
 
 def _one_row(x: Tensor, parts: list[CodesPart], low: Tensor | None, result: Tensor) -> None:
     groups = x.shape[1] // BLOCK
-    tile = min(64, max(8, next_power_of_2(groups)))
+    tile = min(16, max(8, next_power_of_2(groups)))
     rows = TILE_BYTES // (tile * BLOCK // 2)
     arguments, blocks = _arguments(parts, rows)
     run(
@@ -216,9 +218,11 @@ def _one_row(x: Tensor, parts: list[CodesPart], low: Tensor | None, result: Tens
 
 
 def _some_rows(x: Tensor, parts: list[CodesPart], low: Tensor | None, result: Tensor) -> None:
-    groups, rows, tile = x.shape[1] // BLOCK, 64, 4 if x.dtype is not torch.float32 else 2
+    groups, rows, tile = x.shape[1] // BLOCK, 64, 2
     arguments, blocks = _arguments(parts, rows)
-    splits = max(1, min(ceil_divide(4 * processors(x.device), blocks), ceil_divide(groups, 2 * tile), 16))
+    turns = ceil_divide(groups, tile)  # of the loop; four and more each, so that copies run ahead
+    splits = max(1, min(ceil_divide(4 * processors(x.device), blocks), turns // 4, 16))
+    splits = ceil_divide(turns, ceil_divide(turns, splits))  # without empty ones
     target = result
     if splits > 1:
         target = torch.empty(splits, *result.shape, dtype=torch.float32, device=x.device)
@@ -227,7 +231,7 @@ def _some_rows(x: Tensor, parts: list[CodesPart], low: Tensor | None, result: Te
         *arguments, groups, splits, x.stride(0), x.shape[0], result.shape[1],
         _rank(parts[0]) * len(parts),
         RANK=_rank(parts[0]), RANKS=next_power_of_2(max(16, _rank(parts[0]))), ROWS=rows, GROUPS=tile,
-        PRECISION="ieee" if x.dtype is torch.float32 else "tf32", num_warps=4, num_stages=3,
+        PRECISION="ieee" if x.dtype is torch.float32 else "tf32", num_warps=4, num_stages=4,
     )  # fmt: skip
     if splits > 1:
         count = result.numel()
@@ -283,6 +287,13 @@ def _weights(word, levels):
 
 
 @jit
+def _words(codes, place, inside):
+    """The codes of these blocks, (A, B) -> (A, B, 8) int32, eight each."""
+    offset = place[:, :, None] * 8 + tl.arange(0, 8)
+    return tl.load(codes + offset, mask=inside[:, :, None], other=0)
+
+
+@jit
 def _one_row_kernel(
     x, table, nested_table, low, result,
     codes0, absmax0, nested0, mean0, bias0, lora_b0, codes1, absmax1, nested1, mean1, bias1, lora_b1,
@@ -301,15 +312,19 @@ def _one_row_kernel(
     row = (block - _number(part, 0, block1, block2)) * ROWS + tl.arange(0, ROWS)
     levels = tl.load(table + tl.arange(0, 16))
     total = tl.zeros((ROWS, GROUPS), tl.float32)
+    group = tl.arange(0, GROUPS)
+    place = row[:, None] * groups + group  # block of 64
+    word = _words(codes, place, (row < outs)[:, None] & (group < groups))
     for start in range(0, groups, GROUPS):
         group = start + tl.arange(0, GROUPS)
-        inside = (row < outs)[:, None] & (group < groups)
-        place = row[:, None] * groups + group
-        offset = place[:, :, None] * 8 + tl.arange(0, 8)
-        word = tl.load(codes + offset, mask=inside[:, :, None], other=0)  # (ROWS, GROUPS, 8), 8 codes each
+        inside, place = (row < outs)[:, None] & (group < groups), row[:, None] * groups + group
         scales = _scales(absmax, nested, nested_table, mean, place, inside)
         values = tl.load(x + group[:, None] * 64 + tl.arange(0, 64), mask=(group < groups)[:, None], other=0.0)
+        # the next codes are on their way while these are multiplied
+        inside = (row < outs)[:, None] & (group + GROUPS < groups)
+        following = _words(codes, place + GROUPS, inside)
         total += tl.sum(_weights(word, levels) * values.to(tl.float32), 2) * scales
+        word = following
     sums = tl.sum(total, 1)
     if RANK > 0:
         rank = tl.arange(0, RANKS)
@@ -349,8 +364,7 @@ def _some_rows_kernel(
         group = start + tl.arange(0, GROUPS)
         inside = (row < outs)[:, None] & (group < last)
         place = row[:, None] * groups + group
-        offset = place[:, :, None] * 8 + tl.arange(0, 8)
-        word = tl.load(codes + offset, mask=inside[:, :, None], other=0)  # (ROWS, GROUPS, 8)
+        word = _words(codes, place, inside)
         scales = _scales(absmax, nested, nested_table, mean, place, inside)
         weights = _weights(word, levels) * tl.reshape(scales, (ROWS, GROUPS, 1))
         weights = tl.reshape(weights, (ROWS, GROUPS * 64)).to(x.dtype.element_ty)
