@@ -65,12 +65,12 @@ PRODUCTS = [
     (64, (33,), True, 3, True),
     (192, (70, 6, 65), True, 0, True),
     (320, (20, 64), False, 5, False),
-    (832, (9,), True, 16, False),
+    (1088, (9,), True, 16, False),  # odd turns, divided
 ]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 2, 5, 16])
+@pytest.mark.parametrize("rows", [1, 3, 16])
 @pytest.mark.parametrize("inputs, sizes, double, rank, bias", PRODUCTS)
 def test_products_of_a_few_rows(inputs, sizes, double, rank, bias, rows, dtype):
     parts = [part_of(size, inputs, double, rank, bias, seed=10 * place) for place, size in enumerate(sizes)]
@@ -130,7 +130,7 @@ def test_inputs_are_divided_when_outputs_are_few(monkeypatch):
     """The other tests would also pass with a single split if the launcher chose that."""
     sizes = []
     monkeypatch.setattr(nf4, "run", lambda kernel, grid, *rest, **more: sizes.append((kernel.__name__, grid)))
-    few_rows_triton(random(2, 832), [part_of(9, 832, True, 0, False)])
+    few_rows_triton(random(2, 1088), [part_of(9, 1088, True, 0, False)])
     assert sizes[0][0] == "_some_rows_kernel" and sizes[0][1][1] > 1 and sizes[1][0] == "_add_kernel"
 
 
