@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from kernels import norms
 from kernels.layer_norm import layer_norm_reference, layer_norm_triton
 from kernels.rms_norm import add_rms_norm_reference, add_rms_norm_triton, rms_norm_reference, rms_norm_triton
-from tests.kernel_checks import DEVICE, DTYPES, assert_as_exact_as, random
+from tests.kernel_checks import DEVICE, DTYPES, assert_as_exact_as, random, relative_error
 
 pytest.importorskip("triton")
 FEW = settings(derandomize=True, max_examples=6, deadline=None)
@@ -71,6 +71,36 @@ def test_rms_norm_kernel(dtype, offset, rows, size):
 @given(rows=ROWS, size=SIZE)
 def test_add_rms_norm_kernel(dtype, offset, rows, size):
     check_add_rms_norm(rows, size, offset, dtype, (0, 1, 2))
+
+
+@pytest.mark.parametrize("size", [24, 577, 65])
+@pytest.mark.parametrize("few", [False, True], ids=["", "wide rows"])
+def test_a_stream_in_fp32_with_summands_and_results_in_fp16(request, size, few):
+    """And a weight in fp32, which is not rounded."""
+    if few:
+        request.getfixturevalue("small_blocks")
+
+    def mixed(function):
+        def call(x, delta, weight):
+            narrow = torch.float16 if x.dtype is torch.float32 else x.dtype
+            y, total = function(x * 1e5, delta.to(narrow), weight, 1e-5, dtype=narrow)
+            assert (y.dtype, total.dtype) == (narrow, x.dtype) and total.abs().max() > 65504
+            return y, total
+
+        return call
+
+    inputs = [random(7, size, scale=3.0), random(7, size, seed=2), random(size, seed=1)]
+    assert_as_exact_as(
+        mixed(add_rms_norm_triton), mixed(add_rms_norm_reference), inputs, torch.float32, (0, 1, 2)
+    )
+
+
+def test_a_weight_in_fp32_is_not_rounded_to_the_dtype_of_x():
+    x, weight = random(5, 64).half(), 1 + random(64, seed=1) / 4096
+    exact = rms_norm_reference(x.double(), weight.double(), 1e-5)
+    errors = [relative_error(rms_norm_reference(x, one, 1e-5), exact) for one in (weight, weight.half())]
+    assert errors[0] < 0.8 * errors[1]
+    torch.testing.assert_close(rms_norm_triton(x, weight, 1e-5), rms_norm_reference(x, weight, 1e-5), rtol=2e-3, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -19,6 +19,12 @@ def specimens(dtype):
         y, total = add_rms_norm_triton(x, delta, empty(size, trained=trained), 1e-5)
         torch.autograd.backward([y, total], [torch.empty_like(y), torch.empty_like(total)])
 
+    def stream():
+        """fp32 with fp16 products: what model.py does under fp16."""
+        x, delta = empty(8192, 4096).float(), empty(8192, 4096)
+        y, total = add_rms_norm_triton(x, delta, empty(4096, trained=False).float(), 1e-5, dtype=dtype)
+        torch.autograd.backward([y, total], [torch.empty_like(y), torch.empty_like(total)])
+
     def layer(rows, size, trained):
         y = layer_norm_triton(empty(rows, size), empty(size, trained=trained), empty(size, trained=trained), 1e-5)
         y.backward(torch.empty_like(y))
@@ -30,6 +36,7 @@ def specimens(dtype):
         y.backward(torch.empty_like(y))
 
     yield "heads", heads
+    yield "add to a stream in fp32", stream
     for trained in (False, True):
         yield f"rms 8192x4096, trained {trained}", lambda trained=trained: rms(8192, 4096, trained)
         for size in (4096, 8192, 32768):
