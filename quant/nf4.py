@@ -38,6 +38,7 @@ TABLES = {
 BYTE_LEVELS = {"nf4": (124.068, 0.16), "fp4": (120.0, 0.0)}
 BYTE_ZERO = 127
 STORAGE = (torch.uint8, torch.int8, torch.bfloat16, torch.float16, torch.float32, torch.float64)
+HEAD = "lm_head"  # always dense here: losses and generation ask for its weight
 STATE = "weight.quant_state.bitsandbytes__"
 CHUNK, CHUNK_GPU = 1 << 18, 1 << 23  # weights at a time: on a CPU a chunk and its scratch stay in its cache
 CELLS, UNSURE = 1 << 17, 64
@@ -92,7 +93,7 @@ def from_config(settings: dict) -> NF4Format:
     if dense is not None and not (isinstance(dense, list) and all(isinstance(name, str) for name in dense)):
         raise ValueError(f"llm_int8_skip_modules {dense!r} is not a list of names")
     double = bool(settings.get("bnb_4bit_use_double_quant", False))
-    return NF4Format(table, double, None if dense is None else tuple(dense))
+    return NF4Format(table, double, None if dense is None else tuple(dict.fromkeys([*dense, HEAD])))
 
 
 class Scales(NamedTuple):
@@ -176,7 +177,7 @@ class NF4Linear(QuantLinear):
             parts["weight.nested_quant_map"] = map_tensor(self.nested_map, self.codes.device).clone()
             state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": self.offset.item()}
         packed = json.dumps(state).encode("utf-8")
-        parts[f"{STATE}{self.format.table}"] = torch.tensor(list(packed), dtype=torch.uint8)
+        parts[f"{STATE}{self.format.table}"] = torch.tensor(list(packed), dtype=torch.uint8, device="cpu")
         return parts
 
 
@@ -226,7 +227,7 @@ def _nearest(scaled: Tensor, table: str) -> Tensor:
 
 def _nearest_by_lookup(scaled: Tensor, table: str) -> Tensor:
     """The same of contiguous scaled (n, 64) -> (n * 64,)."""
-    cells = torch.add(torch.tensor(CELLS / 2), scaled, alpha=CELLS // 2).to(torch.int32)
+    cells = torch.add(torch.tensor(CELLS / 2, device="cpu"), scaled, alpha=CELLS // 2).to(torch.int32)
     codes = _cell_codes(table).index_select(0, cells.view(-1))
     eights = codes.view(torch.int64)  # an unsure code among eight is found faster than one by one
     unsure = (eights & (UNSURE * 0x0101010101010101)).nonzero().view(-1)
@@ -248,8 +249,8 @@ def _cell_codes(table: str) -> Tensor:
     cell is found with a rounding that depends on the processor."""
     thresholds, order = _thresholds(table, torch.device("cpu"))
     split = (thresholds * (CELLS / 2) + CELLS / 2).to(torch.int32)
-    codes = order[torch.bucketize(torch.arange(CELLS + 1, dtype=torch.int32), split)]
-    codes[split[:, None] + torch.arange(-1, 2)] = UNSURE
+    codes = order[torch.bucketize(torch.arange(CELLS + 1, dtype=torch.int32, device="cpu"), split)]
+    codes[split[:, None] + torch.arange(-1, 2, device="cpu")] = UNSURE
     return codes
 
 
@@ -280,11 +281,11 @@ def dynamic_map() -> bytes:
     middle of equal parts of 0.1..1 and their negatives; 0 and 1."""
     numbers = [0.0, 1.0]
     for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32, device="cpu")
         middles = (edges[:-1] + edges[1:]) / 2.0
         for sign in (1, -1):
             numbers += (sign * 10 ** (decade - 6) * middles).tolist()
-    return torch.tensor(sorted(numbers), dtype=torch.float32).numpy().tobytes()
+    return torch.tensor(sorted(numbers), dtype=torch.float32, device="cpu").numpy().tobytes()
 
 
 # Back to numbers
@@ -362,7 +363,7 @@ def read_layer(format: NF4Format, tensors: dict[str, Tensor], shape: tuple[int, 
         numbers = take(tensors, "weight.nested_quant_map", (256,), [torch.float32])
         if "nested_offset" not in state:
             raise ValueError(f"{states[0]}: nested_offset is missing, which scales in 8 bits need")
-        offset = torch.tensor(state["nested_offset"], dtype=torch.float32)
+        offset = torch.tensor(state["nested_offset"], dtype=torch.float32, device=absmax.device)
         scales = Scales(absmax, nested, offset, numbers.numpy().tobytes())
         known += ["weight.nested_absmax", "weight.nested_quant_map"]
     refuse_others(tensors, known)
