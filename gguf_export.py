@@ -173,6 +173,8 @@ def model_metadata(config: ModelConfig) -> tuple[dict, list[str]]:
         notices.append(
             f"the sliding window of {window} tokens is written; llama.cpp ignores it, so longer texts differ there"
         )
+    if arch == "qwen3" and config.qkv_bias:
+        notices.append("llama.cpp does not load qwen3 files with biases, which this model has; import_gguf.py does")
     return {f"{arch}.{key}": value for key, value in keys.items()}, notices
 
 

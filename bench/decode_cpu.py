@@ -2,7 +2,7 @@
 
     python bench/decode_cpu.py
     python bench/decode_cpu.py prompt=64 new=128 threads=2 repeats=7 batch=1 dtype=float32 out=result.json
-    python bench/decode_cpu.py gguf=model.F16.gguf,model.Q8_0.gguf     (bench/make_gguf.py writes them)
+    python bench/decode_cpu.py gguf=model.F16.gguf,model.Q8_0.gguf     (export.py export_gguf_type=F16 writes them)
     python bench/decode_cpu.py prompt=512 new=1                        prefill: the time of reading the prompt
     python bench/decode_cpu.py dtype=bfloat16 systems=anvil,anvil:int8,anvil:nf4,transformers:nf4      quantised weights
 

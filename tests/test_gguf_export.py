@@ -4,6 +4,7 @@ import ctypes
 import json
 import subprocess
 import sys
+import weakref
 from importlib import util
 from pathlib import Path
 
@@ -22,9 +23,11 @@ from tokenizers import Regex, models, pre_tokenizers
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 import export
+import gguf_export
 import gguf_format
 import gguf_vocabulary
 import import_gguf
+from checkpoint import load_config
 from gguf_tokenizer import PRE_TOKENIZERS, splitter
 from tokenizer import Tokenizer
 
@@ -302,6 +305,31 @@ def test_the_order_of_the_files_does_not_matter(llama, tmp_path):
     tensors = [{t.name: t.data for t in gguf.GGUFReader(path).tensors} for path in (one, other)]
     assert all(np.array_equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
     assert tensors[0].keys() == tensors[1].keys()
+
+
+def test_one_tensor_is_held_at_a_time(llama, tmp_path):
+    model, folder = llama
+    config, tokenizer = load_config(folder), Tokenizer.from_folder(folder)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    layout = gguf_export.lay_out(config, shapes, "Q4_K", tokenizer, None, "name")
+    alive, most = 0, 0
+
+    def ended():
+        nonlocal alive
+        alive -= 1
+
+    def stream():
+        nonlocal alive, most
+        for name, shape in shapes.items():
+            tensor = torch.randn(shape)
+            weakref.finalize(tensor, ended)
+            alive += 1
+            most = max(most, alive)
+            yield name, tensor
+
+    gguf_export.write(tmp_path / "m.gguf", layout, stream())
+    assert alive <= 1 and most <= 2  # the next one is made while the loop still names the last
+    assert len(kinds_of(tmp_path / "m.gguf")) == len(shapes)
 
 
 # Tokenizers
