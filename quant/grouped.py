@@ -6,8 +6,10 @@ w = scale[group] * (q - zero[group]). A checkpoint's own order of the bits is ma
 import torch
 from torch import Tensor
 
+import kernels
 from quant.linear import Format, QuantLinear, row_chunks
 
+MIN_GROUP = 32  # with smaller ones the sums of groups are a good part of the weights' bytes
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)  # what scales may be
 
 
@@ -30,6 +32,19 @@ class GroupedLinear(QuantLinear):
         """(in,) int32: the group of each input where nothing was sorted."""
         size = self.in_features if self.format.group_size == -1 else self.format.group_size
         return torch.arange(self.in_features, dtype=torch.int32, device=device) // size
+
+    def bytes_for_decoding(self, dtype: torch.dtype) -> kernels.Bytes | None:
+        bits, groups = self.format.bits, self.scales.shape[0]
+        zeros = unpack(self.zeros, bits).T  # (out, groups)
+        same = bool((zeros == zeros[0, 0]).all())  # else q - zero of 8 bits does not fit a byte
+        if self.group_of is not None or self.in_features % groups or self.in_features < MIN_GROUP * groups:
+            return None
+        if bits == 8 and not same:
+            return None
+        codes, zero = unpack(self.codes, bits), float(zeros[0, 0])  # (out, in)
+        if not same:
+            codes, zero = codes.unflatten(1, (groups, -1)).sub_(zeros[:, :, None]).add_(128).flatten(1), 128.0
+        return kernels.Bytes(codes.to(torch.uint8).T, zero, self.scales.float())
 
     def fill(self, out: Tensor) -> None:
         bits, group = self.format.bits, self.format.group_size

@@ -10,6 +10,7 @@ from torch import nn
 from architectures import ModelConfig, Rope
 from lora import LoraLinear, lora_off
 from model import Decoder, KVCache, initialize_weights, lay_out_for_decoding
+from quant.gptq import GPTQFormat, GPTQLinear
 from quant.int8 import EETQFormat, Int8Format
 from quant.nf4 import NF4Format
 
@@ -78,7 +79,30 @@ def test_a_tied_head_is_turned_in_place_of_being_held_twice():
 
 # Quantised
 
+
+class GPTQ:
+    """Rounded to the nearest, over all inputs of a row or by groups of 64, with zeros that differ or are the same."""
+
+    def __init__(self, bits, sym):
+        self.bits, self.sym = bits, sym
+
+    def quantise(self, weight, bias, dtype):
+        outputs, inputs = weight.shape
+        group = 64 if inputs % 64 == 0 else inputs
+        parts, top = weight.float().view(outputs, -1, group), 2**self.bits - 1
+        low, high = parts.amin(2), parts.amax(2)
+        if self.sym:
+            high = torch.maximum(high, -low)
+            low = -high
+        scales = ((high - low) / top).half().float()
+        zeros = torch.full_like(scales, 2 ** (self.bits - 1)) if self.sym else (-low / scales).round().clamp(0, top)
+        codes = (parts / scales[:, :, None] + zeros[:, :, None]).round().clamp(0, top).view(outputs, inputs)
+        chosen = GPTQFormat(bits=self.bits, group_size=group)
+        return GPTQLinear.from_integers(chosen, codes.int(), scales, zeros.int(), None, bias, dtype)
+
+
 FORMATS = {"LLM.int8": Int8Format(), "int8": EETQFormat(), "nf4": NF4Format(), "fp4": NF4Format("fp4", False)}
+VENDORS = {"gptq": GPTQ(4, False), "gptq symmetric": GPTQ(3, True), "gptq 8": GPTQ(8, True), "8 zeros": GPTQ(8, False)}
 BLOCKS_OF_64 = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 64, "num_heads": 3, "num_kv_heads": 1}
 
 
@@ -119,6 +143,20 @@ def test_quantised_layers_take_the_straight_line_too(sizes, chosen, dtype, adapt
     allowed = 1e-5 if in_bytes else 1e-6
     for found, rounded, truth in zip(token_by_token(model, tokens), by_modules, exact):
         assert relative_error(found, truth) <= 2 * relative_error(rounded, truth) + allowed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("chosen", VENDORS)
+def test_whole_numbers_in_groups_are_read_as_bytes(chosen, dtype):
+    sizes = BLOCKS_OF_64 | {"num_heads": 4, "num_kv_heads": 2}
+    model, dense = quantised("biases, tied head", VENDORS[chosen], dtype, **sizes)
+    tokens = torch.randint(97, (9,), generator=torch.Generator().manual_seed(1))
+    plain = copy.deepcopy(dense).to(dtype)
+    exact, by_modules = token_by_token(dense, tokens), token_by_token(plain, tokens)
+    lay_out_for_decoding(model)
+    assert model.one_row.wide == (chosen != "8 zeros")
+    for found, rounded, truth in zip(token_by_token(model, tokens), by_modules, exact):
+        assert relative_error(found, truth) <= 2 * relative_error(rounded, truth) + 1e-5
 
 
 def test_an_adapter_that_changed_or_is_off_is_left_to_the_modules():
