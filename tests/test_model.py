@@ -187,7 +187,7 @@ def test_rope_scaling_leaves_texts_that_fit_alone():
 
 
 class NoNorm(torch.nn.Identity):
-    def of_sum(self, x, delta):
+    def of_sum(self, x, delta, dtype):
         return x, x
 
 
