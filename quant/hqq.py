@@ -5,6 +5,7 @@ w = (q - zero[group]) * scale[group]. Given the scale, zero minimises the p-norm
 of W - (q - zero) * scale, by turns with an auxiliary error E (their eq. 4 to 7):
     E    = shrink(W - (q - zero) * scale),      shrink(x) = sign(x) max(0, |x| - |x|^(p - 1) / beta)
     zero = mean of q - (W - E) / scale over the group,      beta grows by 1 % a turn
+and of all turns' zeros a group keeps the one with the least squared error.
 
 The flattened weight is a matrix of groups, (numel / group, group) with axis 1 and (group, numel / group) with axis 0.
 In a file its first rows stand in the highest bits of W_q's rows, the next ones below them; 3-bit codes go ten to an
@@ -182,13 +183,13 @@ def fit(groups: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     for _ in range(TURNS):
         codes = (groups / scale + zero).round_().clamp_(0, most)
         error = groups - (codes - zero) * scale
-        size = error.abs()
-        mean = size.mean(1, keepdim=True)
+        mean = error.square().mean(1, keepdim=True)  # picks a better zero than the p-norm does, by perplexity
         better = mean < best
         gained = (best - mean)[better].sum()
         best_zero, best = torch.where(better, zero, best_zero), torch.where(better, mean, best)
         if gained <= 1e-4 * best.sum():
             break
+        size = error.abs()
         shrunk = (size - size.pow(NORM - 1) / beta).clamp_min_(0).mul_(error.sign())
         zero = (codes - (groups - shrunk) / scale).mean(1, keepdim=True)
         beta *= GROWTH

@@ -68,9 +68,9 @@ def test_the_fit_is_nearer_than_plain_rounding(bits):
     low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
     step = (high - low) / (2**bits - 1)
     rounded = ((groups - low) / step).round() * step + low
-    mine, plain = (groups - fitted).abs().mean(1), (groups - rounded).abs().mean(1)
+    mine, plain = (groups - fitted).square().mean(1), (groups - rounded).square().mean(1)
     assert mine.mean() < (plain.mean() if bits < 6 else 1.02 * plain.mean())
-    assert (mine <= 1.05 * plain + 1e-4).all()  # a scale in fp16 may cost a group a little
+    assert (mine <= 1.05 * plain + 1e-7).all()  # a scale in fp16 may cost a group a little
     assert int(codes.max()) < 2**bits
 
 
@@ -113,7 +113,7 @@ def test_the_vendors_layers_are_read_and_ours_by_the_vendor(bits, axis):
     read = quantizer.dequantize(mine.codes, meta | {"compute_dtype": torch.float32})
     assert torch.equal(mine.dequantize(), read)
     if axis == 1:
-        assert (weight - mine.dequantize()).abs().mean() <= 1.02 * (weight - theirs).abs().mean()
+        assert (weight - mine.dequantize()).square().mean() <= 1.02 * (weight - theirs).square().mean()
 
 
 @pytest.mark.parametrize("bits", BITS)
