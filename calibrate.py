@@ -5,10 +5,10 @@
     calibration.write(target, dense, shard_gigabytes=5.0)                    # dense: (Hugging Face name, tensor)
 
 Windows of text run through the model once, one block after the other. Within a block the linears are taken in the
-order in which it computes, those with the same input together: q, k and v; o; gate and up; down. Each is solved
-(quant/gptq_solver.py) for the inputs that it gets when all before it are quantised already, as the finished model will
-compute ("true sequential"). Held at a time: one block, one Hessian and its factor; the text's activations lie in a
-memory-mapped file. Embedding, norms and head stay as they are.
+order in which it computes: q; k and v; o; gate and up; down. Each is solved (quant/gptq_solver.py) for the inputs that
+it gets when all before it are quantised already, as the finished model will compute ("true sequential"). For k and v
+tokens count by how much attention they get (_Text._received). Held at a time: one block, one Hessian and its factor;
+the text's activations lie in a memory-mapped file. Embedding, norms and head stay as they are.
 """
 
 import random
@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from architectures import ModelConfig, to_hf_name
 from formats import Dropped, check_stage, to_conversation, to_document
-from model import Block, Decoder, Row
+from kernels.linear import matmul_transposed
+from model import Attention, Block, Decoder, Row
 from quant.gptq import GPTQFormat, GPTQLinear
 from quant.gptq_solver import GPTQOptions, Hessian, Integers, solve
 from sources import DatasetInfo, HubAccess, find_dataset, list_files, open_hub, read_rows
@@ -328,12 +329,14 @@ class Calibration:
         return to_hf_name(self.config, f"layers.{layer}.{name}")
 
 
-STAGES = (  # the block's linears in the order in which it computes; those of a line have one input
-    ("self_attn", ("q_proj", "k_proj", "v_proj")),
+STAGES = (  # the block's linears in the order in which it computes; those of a line have one Hessian
+    ("self_attn", ("q_proj",)),
+    ("self_attn", ("k_proj", "v_proj")),
     ("self_attn", ("o_proj",)),
     ("mlp", ("gate_proj", "up_proj")),
     ("mlp", ("down_proj",)),
 )
+_Q, _KV, _O, _GATE_UP, _DOWN = range(len(STAGES))
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -385,21 +388,42 @@ class _Text:
     def inputs(self, block: Block, stage: int) -> Iterator[Tensor]:
         """(T, in) batches of what the linears of a stage get when those before it are as they stand in the block."""
         half, norm = (block.self_attn, block.input_layernorm), (block.mlp, block.post_attention_layernorm)
-        half, norm = half if stage < 2 else norm
-        inner_linear = "o_proj" if stage < 2 else "down_proj"
+        half, norm = half if stage <= _O else norm
+        inner_linear = "o_proj" if stage <= _O else "down_proj"
         linear = getattr(half, inner_linear)
         for rows, count in self._batches():
             x = self.stream[rows].to(self.device)
-            if stage == 2:
+            if stage == _GATE_UP:
                 x = x + block.self_attn.o_proj(self._inner(rows, block.self_attn.o_proj))
                 self.stream[rows] = x.cpu()
             x = norm(x)
-            if stage in (1, 3):
+            if stage == _KV:
+                x = x * self._received(block.self_attn, x, count).sqrt()[:, None].to(x.dtype)
+            if stage in (_O, _DOWN):
                 setattr(half, inner_linear, nn.Identity())  # what would go into the inner linear comes out
-                x = half(x, *self._place(count, x)) if stage == 1 else half(x)
+                x = half(x, *self._place(count, x)) if stage == _O else half(x)
                 setattr(half, inner_linear, linear)
                 self.inner[rows, : x.shape[1]] = x.cpu()
             yield x
+
+    def _received(self, attention: Attention, x: Tensor, count: int) -> Tensor:
+        """How much of each token's value goes on: attention to it, squared, summed over heads and queries. (T,) fp32.
+
+        An error d of the value of token j is a_ij d in the output at i, so this is its weight among the tokens. Without
+        it the first token, which many heads attend to most while they are at rest, counts as one among hundreds, and
+        GPTQ puts the error where no other token shows it: there.
+        """
+        q, k, _ = attention.project(x, *self._place(count, x))  # (T, H, D), (T, K, D)
+        length, group = self.windows.shape[1], q.shape[1] // k.shape[1]
+        place = torch.arange(length, device=x.device)
+        hidden = (place[:, None] < place) | (place[:, None] - place >= (attention.window or length))
+        received = torch.zeros(count, length, device=x.device)
+        for window, (queries, keys) in enumerate(zip(q.split(length), k.split(length))):
+            for head in range(q.shape[1]):  # (L, L) at a time
+                scores = matmul_transposed(queries[:, head], keys[:, head // group].contiguous()).float()
+                shares = (scores * attention.scale).masked_fill_(hidden, -torch.inf).softmax(-1)
+                received[window] += shares.square_().sum(0)
+        return received.view(-1)
 
     def leave(self, block: Block) -> None:
         """The stream behind the block."""

@@ -18,6 +18,7 @@ import chat
 import export
 from calibrate import STAGES, CalibrationOptions, read_windows
 from checkpoint import load_config, load_model, save_model
+from model import Row
 from quant.gptq import GPTQLinear
 from quant.gptq_solver import GPTQOptions, Hessian, solve
 from sources import HubAccess
@@ -158,6 +159,24 @@ def inputs_of(model, name: str, windows: torch.Tensor) -> torch.Tensor:
     return torch.cat(seen)
 
 
+def attention_received(model, layer: int, x: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
+    """For every token the sum over heads and queries of a_ij^2, from scores written out in float64."""
+    count, length = windows.shape
+    attention = model.layers[layer].self_attn
+    positions, borders = torch.arange(length), torch.tensor([0, length], dtype=torch.int32)
+    row = Row(borders, length, None, "auto", torch.float32)
+    cos, sin = model.rotation(positions, row, torch.float32)
+    received = []
+    with torch.no_grad():
+        for part in x.split(length):
+            q, k, _ = attention.project(part, cos, sin, row)
+            k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+            scores = torch.einsum("ihd,jhd->hij", q.double(), k.double()) * attention.scale
+            scores += torch.full((length, length), -torch.inf, dtype=torch.float64).triu(1)
+            received.append(scores.softmax(-1).square().sum((0, 1)))
+    return torch.cat(received).float()
+
+
 @pytest.mark.parametrize(
     "keys, changes",
     [
@@ -188,7 +207,10 @@ def test_every_linear_is_solved_for_what_it_gets_once_those_before_are_quantised
             for one in names:
                 place = f"layers.{layer}.{part}.{one}"
                 hessian = Hessian(model.get_submodule(place).in_features)
-                hessian.add(inputs_of(model, place, windows))
+                x = inputs_of(model, place, windows)
+                if one in ("k_proj", "v_proj"):
+                    x = x * attention_received(model, layer, x, windows).sqrt()[:, None]
+                hessian.add(x)
                 expected = solve(dense.get_submodule(place).weight, hessian, options)
                 found = quantised.get_submodule(place)
                 codes, zeros = found.integers()
