@@ -201,20 +201,19 @@ def export_gguf(source: Source, options: ExportOptions, plan: Plan) -> None:
     layout = gguf_export.lay_out(config, merge.hf_shapes(), kind, tokenizer, template, source.base.resolve().name)
     for notice in layout.notices:
         print(f"note: {notice}")
-    new_folder, name = not target.exists(), f"model-{kind}.gguf"
-    target.mkdir(parents=True, exist_ok=True)
-    unfinished = target / f".{name}.unfinished"
+    name = f"model-{kind}.gguf"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.parent / f".{target.name}-{name}.unfinished"  # one that was killed is written over
     try:
         check_space(layout.data_bytes, target)
         gguf_export.write(unfinished, layout, merge.tensors(source.base))
+        target.mkdir(exist_ok=True)
         write_record(target, source, plan)
         unfinished.replace(target / name)
     except OSError as error:
         raise OSError(_not_written(target, error)) from error
     finally:
         unfinished.unlink(missing_ok=True)
-        if new_folder and not any(target.iterdir()):
-            target.rmdir()
     parts = " + ".join(str(path) for path in (source.base, *source.adapters))
     print(f"{parts} -> {target / name} ({layout.count_kinds()})")
 

@@ -456,6 +456,13 @@ def test_llama_cpp_answers_from_the_real_model(tmp_path):
 # The command
 
 
+def test_what_a_killed_export_left_is_written_over(llama, tmp_path):
+    (tmp_path / ".out-model-F16.gguf.unfinished").write_bytes(b"half" * 1_000_000)
+    path = exported(llama[1], tmp_path / "out", "F16")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+    import_gguf.convert(path, tmp_path / "back")
+
+
 def test_several_types_stand_side_by_side_in_one_folder(llama, tmp_path):
     _, folder = llama
     words = [f"model_name_or_path={folder}", f"export_dir={tmp_path / 'out'}", "export_gguf_type=Q4_K"]
