@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import config
+import export
 from config import Config, ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -634,7 +635,7 @@ def test_tables_are_sound():
     for words in config.NOT_YET.values():
         for word in words.split():
             assert config._lookup(config.HARMLESS, word.split("=")[0])[0] is None, word
-    keys = {item.name for section in ALL for item in dataclasses.fields(section)}
+    keys = {item.name for section in (*ALL, *export.SECTIONS) for item in dataclasses.fields(section)}
     for predicate, message in config.RULES:  # each rule about keys of this file can be evaluated on defaults
         names = predicate.__code__.co_varnames[: predicate.__code__.co_argcount]
         assert message[0].islower() or message.startswith("DoRA")
