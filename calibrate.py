@@ -336,7 +336,7 @@ STAGES = (  # the block's linears in the order in which it computes; those of a 
     ("mlp", ("gate_proj", "up_proj")),
     ("mlp", ("down_proj",)),
 )
-_Q, _KV, _O, _GATE_UP, _DOWN = range(len(STAGES))
+_, _KV, _O, _GATE_UP, _DOWN = range(len(STAGES))
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:

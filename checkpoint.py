@@ -140,8 +140,10 @@ def load_model(
     if rope_scaling:
         config = scale_rope(config, rope_scaling, cutoff_len)
     dtype = dtype or checkpoint_dtype(config)
-    if quantization is not None:
-        refuse_second_quantisation(config, folder)
+    stored = config.hf.get("quantization_config")
+    if quantization is not None and stored:
+        method = stored.get("quant_method")
+        raise ValueError(f"quantization_bit: {folder} is quantised already ({method}); drop quantization_bit")
     model = Decoder(config, dtype=dtype, device="meta")
     inside = [name for name, module in model.layers.named_modules(prefix="layers") if isinstance(module, nn.Linear)]
     biases: dict[str, Tensor] = {}
@@ -178,13 +180,6 @@ def chosen_quantization(folder: str | Path, wanted: Format | None) -> tuple[Form
     if wanted is None or not settings:
         return wanted, None
     return None, f"quantization_bit: ignored, {folder} is quantised already ({quant.from_config(settings).describe()})"
-
-
-def refuse_second_quantisation(config: ModelConfig, folder: str | Path) -> None:
-    """Raises ValueError if the checkpoint is quantised already."""
-    if config.hf.get("quantization_config"):
-        method = config.hf["quantization_config"].get("quant_method")
-        raise ValueError(f"quantization_bit: {folder} is quantised already ({method}); drop quantization_bit")
 
 
 def stream_weights(

@@ -6,7 +6,7 @@ from what the stream gives (export.py: base + adapters, or a dequantised base, i
 
 Which type a matrix gets: the one asked for; the head, and the embedding it is tied to, Q8_0 beside 4-bit weights, since
 its error goes straight into the logits (llama.cpp takes Q6_K or Q8_0); rows that do not fit into whole blocks the next
-one of Q4_K -> Q5_0 -> F16, as llama.cpp. `plan` says how many of each.
+one of Q4_K -> Q5_0 -> F16, as llama.cpp. `Layout.count_kinds` says how many of each.
 
 Sources: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; names, metadata and the order of q/k rows:
 llama.cpp's convert_hf_to_gguf.py. Numbers: gguf_format.py, tokenizer: gguf_vocabulary.py; the way back: import_gguf.py.

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-BLOCK_NAMES = {
+BLOCK_NAMES = {  # GGUF's name of a part of a block -> Hugging Face's
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",

@@ -156,6 +156,7 @@ class Merge:
             tensor = adapter.apply(name, tensor)
         return tensor
 
+
 def block_linears(config: ModelConfig) -> list[str]:
     """The linears that are quantised, as checkpoint.load_model does: all of the blocks."""
     layers = Decoder(config, device="meta").layers

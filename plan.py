@@ -190,7 +190,7 @@ def bound_speed(
     work = count_flops(model, chosen, mean_context(lengths), trained_share)
     rate, bandwidth = measure_products(compute, device), measure_copies(device)
     seconds = {kind: flops / rate for kind, flops in work.items()}
-    passes = {True: 3, False: 2}[chosen.full > 0]
+    passes = 3 if chosen.full else 2  # forward, backward, and forward again
     moved = sum(
         m.storage_bytes + 2 * m.in_features * m.out_features * compute.itemsize
         for m in model.modules()

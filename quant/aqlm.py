@@ -13,9 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quant.linear import Format, QuantLinear, refuse_others, row_chunks, take
-
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+from quant.linear import Format, QuantLinear, refuse_others, row_chunks, take, take_finite
 
 
 @dataclass(frozen=True)
@@ -32,11 +30,10 @@ class AQLMFormat(Format):
     def __post_init__(self):
         if not 1 <= self.code_bits <= 16:
             raise ValueError(f"nbits_per_codebook: {self.code_bits} is not from 1 to 16")
-        for key, value in (("num_codebooks", self.codebooks), ("in_group_size", self.in_group)):
+        sizes = {"num_codebooks": self.codebooks, "in_group_size": self.in_group, "out_group_size": self.out_group}
+        for key, value in sizes.items():
             if value < 1:
                 raise ValueError(f"{key}: {value} is not at least 1")
-        if self.out_group < 1:
-            raise ValueError(f"out_group_size: {self.out_group} is not at least 1")
 
     def read(self, tensors, shape, bias, dtype) -> "AQLMLinear":
         outputs, inputs = shape
@@ -47,11 +44,8 @@ class AQLMFormat(Format):
         shape = (outputs // self.out_group, inputs // self.in_group, self.codebooks)
         codes = take(tensors, "codes", shape, [torch.int8 if self.code_bits <= 8 else torch.int16])
         vectors = (self.codebooks, 2**self.code_bits, self.out_group, self.in_group)
-        books = take(tensors, "codebooks", vectors, FLOATS)
-        scales = take(tensors, "scales", (shape[0], 1, 1, 1), FLOATS)
-        for name, tensor in (("codebooks", books), ("scales", scales)):
-            if not tensor.isfinite().all():
-                raise ValueError(f"{name} has values that are no finite numbers; the file is damaged, fetch it again")
+        books = take_finite(tensors, "codebooks", vectors)
+        scales = take_finite(tensors, "scales", (shape[0], 1, 1, 1))
         low, high = int(codes.min()), int(codes.max())
         if low < -(2 ** (self.code_bits - 1)) or high >= 2**self.code_bits:
             raise ValueError(f"codes holds {low} to {high}, more than the {self.code_bits} bits of config.json")

@@ -13,8 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quant.grouped import FLOATS, GroupedLinear, pack, unpack
-from quant.linear import Format, refuse_others, take
+from quant.grouped import GroupedLinear, pack, unpack
+from quant.linear import Format, refuse_others, take, take_finite
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight outputs stands in a word's first, second, ... four bits
 PLACES = tuple(ORDER.index(output) for output in range(8))  # the other way
@@ -40,9 +40,7 @@ class AWQFormat(Format):
         groups = 1 if self.group_size == -1 else math.ceil(inputs / self.group_size)
         words = take(tensors, "qweight", (inputs, outputs // 8), [torch.int32])
         zeros = take(tensors, "qzeros", (groups, outputs // 8), [torch.int32])
-        scales = take(tensors, "scales", (groups, outputs), FLOATS)
-        if not scales.isfinite().all():
-            raise ValueError("scales has values that are no finite numbers; the file is damaged, fetch it again")
+        scales = take_finite(tensors, "scales", (groups, outputs))
         codes = torch.empty(outputs, inputs // 8, dtype=torch.int32, device=words.device)
         for start in range(0, outputs, OUTPUTS):
             values = _reordered(unpack(words[:, start // 8 : (start + OUTPUTS) // 8], 4), PLACES)  # (in, some of out)

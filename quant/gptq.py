@@ -18,8 +18,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quant.grouped import FLOATS, GroupedLinear, pack, unpack
-from quant.linear import Format, refuse_others, take
+from quant.grouped import GroupedLinear, pack, unpack
+from quant.linear import Format, refuse_others, take, take_finite
 
 BITS = (2, 3, 4, 8)
 ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # bits: the word whose values are all 1
@@ -58,9 +58,7 @@ class GPTQFormat(Format):
         groups = self.groups(inputs)
         codes = take(tensors, "qweight", (inputs * self.bits // 32, outputs), [torch.int32])
         zeros = take(tensors, "qzeros", (groups, outputs * self.bits // 32), [torch.int32])
-        scales = take(tensors, "scales", (groups, outputs), FLOATS)
-        if not scales.isfinite().all():
-            raise ValueError("scales has values that are no finite numbers; the file is damaged, fetch it again")
+        scales = take_finite(tensors, "scales", (groups, outputs))
         group_of = None
         if "g_idx" in tensors:
             group_of = take(tensors, "g_idx", (inputs,), [torch.int32, torch.int64]).int()

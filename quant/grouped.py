@@ -10,7 +10,6 @@ import kernels
 from quant.linear import Format, QuantLinear, row_chunks
 
 MIN_GROUP = 32  # with smaller ones the sums of groups are a good part of the weights' bytes
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)  # what scales may be
 
 
 class GroupedLinear(QuantLinear):

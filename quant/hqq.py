@@ -19,11 +19,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quant.linear import Format, QuantLinear, refuse_others, row_chunks, take
+from quant.linear import NOT_FINITE, Format, QuantLinear, refuse_others, row_chunks, take, take_finite
 
 PACKED = {8: 1, 6: 1, 5: 1, 4: 2, 3: 10, 2: 4, 1: 8}  # bits: rows of codes in one row of W_q
 PACKINGS = {8: "8bit_u8", 6: "8bit_u8", 5: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8", 1: "1bit_u8"}
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 NORM, BETA, GROWTH, TURNS = 0.7, 10.0, 1.01, 20  # p, and the schedule of beta, as the authors have them
 LEAST_SCALE = 1 / 2e4  # smaller ones lose their bits in fp16
 SETTINGS = (
@@ -56,7 +55,7 @@ class HQQFormat(Format):
 
     def quantise(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> "HQQLinear":
         if not weight.isfinite().all():
-            raise ValueError("the weight has values that are no finite numbers")
+            raise ValueError(f"the weight {NOT_FINITE}")
         group, packed = self._fitting_group(weight.numel()), PACKED[self.bits]
         groups = weight.reshape(-1, group)
         codes = torch.zeros(math.ceil(len(groups) / packed) * packed, group, dtype=torch.uint8, device=weight.device)
@@ -102,10 +101,7 @@ class HQQFormat(Format):
         if layer.bits != 3 and rows % PACKED[layer.bits]:
             raise ValueError(f"W_q: {rows} rows of codes do not pack at {layer.bits} bits")
         place = (count, 1) if layer.axis == 1 else (1, count)
-        scale, zero = (take(tensors, name, place, FLOATS).clone() for name in ("scale", "zero"))
-        for name, tensor in (("scale", scale), ("zero", zero)):
-            if not tensor.isfinite().all():
-                raise ValueError(f"{name} has values that are no finite numbers; the file is damaged, fetch it again")
+        scale, zero = (take_finite(tensors, name, place).clone() for name in ("scale", "zero"))
         return HQQLinear(self, layer, shape, codes.clone(), scale, zero, bias, dtype)
 
     def config(self) -> dict:
@@ -212,7 +208,8 @@ def _shift(bits: int, place: int) -> int:
     return 0 if PACKED[bits] == 1 else bits * (PACKED[bits] - 1 - place)
 
 
-def _number(tensors: dict[str, Tensor], name: str, default):
+def _number(tensors: dict[str, Tensor], name: str, default: int | None) -> int | None:
+    """One of a layer's settings, as its file has it, else the default."""
     if name not in tensors:
         return default
     if tensors[name].numel() != 1:

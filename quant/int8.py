@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 import kernels
-from quant.linear import Format, QuantLinear, refuse_others, row_chunks, take
+from quant.linear import Format, QuantLinear, refuse_others, row_chunks, take, take_finite
 
 LEVELS = 127  # the largest code; -128 is not used, so that codes are symmetric
 ROW_MAJOR = 0  # weight_format of bitsandbytes; 1 to 3 are orders of its old CUDA kernels
 PACKED_ROWS = 8  # up to here torch's int8 product is faster on a CPU than one with a dense bf16 weight (measured)
 PACKED_SIZES = 64, 16  # it reads past the end of rows that are not multiples of this: inputs, outputs
+TILE = 64  # inputs that EETQ's kernel reads of one output before it turns to its neighbour
+EETQ_INPUTS = (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)  # their order in each group of 16
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,12 @@ class Int8Format(Format):
 
     def read(self, tensors, shape, bias, dtype) -> "Int8Linear":
         codes = take(tensors, "weight", shape, [torch.int8])
-        absmax = take(tensors, "SCB", shape[:1], [torch.float32])
+        absmax = take_finite(tensors, "SCB", shape[:1], [torch.float32])
         order = tensors.get("weight_format")
         if order is not None and (order.numel() != 1 or order.item() != ROW_MAJOR):
             raise ValueError(f"weight_format is {order.tolist()}; only {ROW_MAJOR} (row major) is known, save it again")
         refuse_others(tensors, ("weight", "SCB", "weight_format"))
-        return Int8Linear(self, codes.clone(), _usable("SCB", absmax.clone()), bias, dtype)
+        return Int8Linear(self, codes.clone(), _positive("SCB", absmax.clone()), bias, dtype)
 
     def parts(self, layer: "Int8Linear") -> dict[str, Tensor]:
         order = torch.tensor(ROW_MAJOR, dtype=torch.uint8)
@@ -77,11 +79,11 @@ class EETQFormat(Format):
     def read(self, tensors, shape, bias, dtype) -> "Int8Linear":
         outputs, inputs = shape
         order = take(tensors, "weight", (inputs, outputs), [torch.int8])
-        scales = take(tensors, "weight_scales", (outputs,), [torch.float16, torch.float32])
+        scales = take_finite(tensors, "weight_scales", (outputs,), [torch.float16, torch.float32])
         refuse_others(tensors, ("weight", "weight_scales"))
         if inputs % TILE or outputs % 2:
             raise ValueError(f"weight has {inputs} inputs and {outputs} outputs; EETQ's are multiples of {TILE} and 2")
-        absmax = _usable("weight_scales", scales.float() * LEVELS)
+        absmax = _positive("weight_scales", scales.float() * LEVELS)
         return Int8Linear(self, from_eetq_order(order), absmax, bias, dtype)
 
     def parts(self, layer: "Int8Linear") -> dict[str, Tensor]:
@@ -217,8 +219,6 @@ def int8_product(a: Tensor, b: Tensor) -> Tensor:
     return wide[: a.shape[0], : b.shape[0]]
 
 
-TILE = 64  # inputs that EETQ's kernel reads of one output before it turns to its neighbour
-
 
 def to_eetq_order(codes: Tensor) -> Tensor:
     """codes (out, in) int8 -> (in, out) int8 as EETQ's CUDA kernel reads them.
@@ -227,7 +227,7 @@ def to_eetq_order(codes: Tensor) -> Tensor:
     outputs in pairs that take turns every 64 inputs, codes plus 128, the middle two of four bytes exchanged.
     """
     outputs, inputs = codes.shape
-    order = torch.tensor(_EETQ_INPUTS)
+    order = torch.tensor(EETQ_INPUTS)
     turned = codes.reshape(outputs, inputs // 16, 16)[:, :, order]
     pairs = turned.reshape(outputs // 2, 2, inputs // TILE, TILE).transpose(1, 2)
     fours = pairs.reshape(-1, 4)[:, [0, 2, 1, 3]]
@@ -240,15 +240,11 @@ def from_eetq_order(order: Tensor) -> Tensor:
     fours = (order.contiguous().view(torch.uint8) ^ 128).view(torch.int8).view(-1, 4)[:, [0, 2, 1, 3]]
     turned = fours.reshape(outputs // 2, inputs // TILE, 2, TILE).transpose(1, 2).reshape(outputs, inputs // 16, 16)
     codes = torch.empty_like(turned)
-    codes[:, :, torch.tensor(_EETQ_INPUTS)] = turned
+    codes[:, :, torch.tensor(EETQ_INPUTS)] = turned
     return codes.view(outputs, inputs)
 
 
-_EETQ_INPUTS = (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)
-
-
-def _usable(name: str, scales: Tensor) -> Tensor:
-    if not (torch.isfinite(scales).all() and (scales >= 0).all()):
-        raise ValueError(f"{name} holds numbers that are negative or not finite; fetch the checkpoint again")
+def _positive(name: str, scales: Tensor) -> Tensor:
+    if (scales < 0).any():
+        raise ValueError(f"{name} holds negative scales; the file is damaged, fetch it again")
     return scales
-

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 import kernels
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)  # what scales of a checkpoint may be
+NOT_FINITE = "holds NaN or infinity; the file is damaged, fetch it again"
 FEW_ROWS = 16  # up to here a product reads the codes themselves, where a kernel for that exists
 
 
@@ -180,6 +182,16 @@ def take(tensors: dict[str, Tensor], name: str, shape: Iterable[int], dtypes: It
         wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         found = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
         raise ValueError(f"{name} is {found}; config.json asks for {wanted} {shape}")
+    return tensor
+
+
+def take_finite(
+    tensors: dict[str, Tensor], name: str, shape: Iterable[int], dtypes: Iterable[torch.dtype] = FLOATS
+) -> Tensor:
+    """`take`, and ValueError for NaN and infinity."""
+    tensor = take(tensors, name, shape, dtypes)
+    if not tensor.isfinite().all():
+        raise ValueError(f"{name} {NOT_FINITE}")
     return tensor
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from quant.linear import Format, QuantLinear, refuse_others, take
+from quant.linear import NOT_FINITE, Format, QuantLinear, refuse_others, take, take_finite
 
 BLOCK = 64  # weights to a scale
 NESTED_BLOCK = 256  # scales to a scale of scales
@@ -197,7 +197,7 @@ def quantise_4bit(weight: Tensor, table: str) -> tuple[Tensor, Tensor]:
         blocks = flat[start:end].float().view(-1, BLOCK if whole else end - start)
         scales = blocks.abs().amax(1, keepdim=True)
         if not torch.isfinite(scales).all():
-            raise ValueError("holds NaN or infinity; the weights are damaged, fetch them again")
+            raise ValueError(f"the weight {NOT_FINITE}")
         if not whole:  # bitsandbytes divides in the last block if it is not whole, which may round differently
             scales.clamp_(min=SMALLEST)
             nearest = _nearest(torch.nn.functional.pad(blocks / scales, (0, blocks.numel() % 2)), table)
@@ -356,20 +356,17 @@ def read_layer(format: NF4Format, tensors: dict[str, Tensor], shape: tuple[int, 
     if not torch.allclose(found, table_tensor(table, found.device), rtol=0, atol=1e-6):
         raise ValueError(f"weight.quant_map holds other levels than those of {table}")
     double = "weight.absmax" in tensors and tensors["weight.absmax"].dtype is torch.uint8
-    absmax = take(tensors, "weight.absmax", (blocks,), [torch.uint8 if double else torch.float32]).clone()
+    absmax = take_finite(tensors, "weight.absmax", (blocks,), [torch.uint8 if double else torch.float32]).clone()
     known, scales = ["weight", states[0], "weight.quant_map", "weight.absmax"], Scales(absmax)
     if double:
-        nested = take(tensors, "weight.nested_absmax", (-(-blocks // NESTED_BLOCK),), [torch.float32]).clone()
-        numbers = take(tensors, "weight.nested_quant_map", (256,), [torch.float32])
+        nested = take_finite(tensors, "weight.nested_absmax", (-(-blocks // NESTED_BLOCK),), [torch.float32]).clone()
+        numbers = take_finite(tensors, "weight.nested_quant_map", (256,), [torch.float32])
         if "nested_offset" not in state:
             raise ValueError(f"{states[0]}: nested_offset is missing, which scales in 8 bits need")
         offset = torch.tensor(state["nested_offset"], dtype=torch.float32, device=absmax.device)
         scales = Scales(absmax, nested, offset, numbers.numpy().tobytes())
         known += ["weight.nested_absmax", "weight.nested_quant_map"]
     refuse_others(tensors, known)
-    for name in known[2:]:
-        if tensors[name].is_floating_point() and not torch.isfinite(tensors[name]).all():
-            raise ValueError(f"{name} holds NaN or infinity; the file is damaged, fetch it again")
     return NF4Linear(replace(format, table=table, double=double), shape, codes, scales, bias, dtype)
 
 

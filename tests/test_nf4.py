@@ -93,7 +93,7 @@ def test_numbers_that_are_not_finite_are_refused(wrong, tmp_path):
     model = oracle("llama-biases")
     model.model.layers[1].mlp.up_proj.weight.data[3, 4] = wrong
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"tensor model.layers.1.mlp.up_proj.weight: holds NaN"):
+    with pytest.raises(ValueError, match=r"tensor model.layers.1.mlp.up_proj.weight: the weight holds NaN"):
         load_model(tmp_path, quantization=NF4Format())
 
 

@@ -129,7 +129,7 @@ DAMAGES = [  # format, part, what happens to it, what is said of it
     ("gptq", "qweight", other_type, "int64 .* asks for int32"),
     ("gptq", "qzeros", None, "is missing; the checkpoint is incomplete"),
     ("gptq", "scales", truncated, "float16 \\(1, 96\\); config.json asks for .* \\(2, 96\\)"),
-    ("gptq", "scales", not_finite, "no finite numbers"),
+    ("gptq", "scales", not_finite, "NaN or infinity"),
     ("gptq", "g_idx", too_high, "names groups 1000 to 1001; config.json asks for 0 to 1"),
     ("awq", "qweight", truncated, "int32 \\(31, 12\\); config.json asks for int32 \\(32, 12\\)"),
     ("awq", "scales", None, "is missing"),
