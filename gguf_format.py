@@ -162,9 +162,11 @@ def _fit_groups(x: Tensor) -> tuple[Tensor, Tensor]:
     low, high = x.amin(1).clamp_(max=0), x.amax(1)
     sum_w, weighted = weight.sum(1), weight * x
     sum_x, sum_xx = weighted.sum(1), (weighted * x).sum(1)
-    best_scale = (high - low) / 15
-    best_error = torch.full_like(sum_w, torch.inf)
     q, product = torch.empty_like(x), torch.empty_like(x)
+    whole, lowest = (high - low) / 15, low  # 15 steps over the range, for groups that no line fits better
+    torch.sub(x, low[:, None], out=q).mul_(_reciprocal(whole)[:, None]).round_().clamp_(0, 15)
+    whole_error = q.mul_(whole[:, None]).add_(low[:, None]).sub_(x).square_().mul_(weight).sum(1)
+    best_scale, best_error = whole, torch.full_like(sum_w, torch.inf)
     for step in range(ROUNDINGS):
         # from the best minimum so far, so that scale and minimum improve in turns
         levels = (14 + 0.1 * step) * _reciprocal(high - low)
@@ -172,7 +174,7 @@ def _fit_groups(x: Tensor) -> tuple[Tensor, Tensor]:
         sum_xl = torch.mul(weighted, q, out=product).sum(1)
         sum_l = torch.mul(weight, q, out=product).sum(1)
         sum_ll = product.mul_(q).sum(1)
-        determinant = sum_w * sum_ll - sum_l * sum_l
+        determinant = sum_w * sum_ll - sum_l * sum_l  # 0 but for rounding if all codes are the same
         scale = (sum_w * sum_xl - sum_x * sum_l) / determinant
         minimum = (sum_ll * sum_x - sum_l * sum_xl) / determinant
         above = minimum > 0  # the format knows no positive minimum
@@ -181,8 +183,9 @@ def _fit_groups(x: Tensor) -> tuple[Tensor, Tensor]:
         # sum w (scale q + minimum - x)^2, multiplied out
         error = scale * (scale * sum_ll + 2 * (minimum * sum_l - sum_xl)) + minimum * (minimum * sum_w - 2 * sum_x)
         error += sum_xx
-        better = (determinant > 0) & (error < best_error)
+        better = (determinant > 1e-5 * sum_w * sum_ll) & (error < best_error)
         best_error = torch.where(better, error, best_error)
         best_scale = torch.where(better, scale, best_scale)
         low = torch.where(better, minimum, low)
-    return best_scale, -low
+    better = best_error < whole_error
+    return torch.where(better, best_scale, whole), -torch.where(better, low, lowest)

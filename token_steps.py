@@ -68,6 +68,7 @@ class Replay:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.graph: torch.cuda.CUDAGraph | None = None
         self.is_warm = False
+        self.held: list[Tensor] = []
 
     def __call__(self, capture: bool) -> None:
         if self.graph is not None:
@@ -85,6 +86,7 @@ class Replay:
             # other threads may go on using the GPU, so only this one's mistakes count
             with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.function()
+            self.held = kernels.shared_buffers()  # the graph writes there, whatever comes after it
             self.graph.replay()
 
 
@@ -105,6 +107,7 @@ class TokenSteps:
         self.results = [torch.zeros(rows, dtype=torch.int64, pin_memory=pinned) for _ in range(AHEAD)]
         self.arrivals = [torch.cuda.Event() if pinned else None for _ in range(AHEAD)]
         self.replay = Replay(self._forward, device)
+        self.waits = any(module.waits(rows) for module in model.modules() if hasattr(module, "waits"))
 
     def begin(
         self,
@@ -124,7 +127,7 @@ class TokenSteps:
         """
         self.tokens.copy_(torch.tensor(last_tokens))
         self.cache.begin(lengths)
-        self.choose, self.draws, self.capture = choose, draws, capture
+        self.choose, self.draws, self.capture = choose, draws, capture and not self.waits
         self.uniforms: Tensor | None = None  # (DRAWS, B) fp64
         self.launched = self.told = 0  # steps
 

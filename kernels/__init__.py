@@ -58,6 +58,7 @@ __all__ = [
     "rope",
     "rotate",
     "rotation_tables",
+    "shared_buffers",
     "shares_of_rows",
     "store_in_cache",
 ]
@@ -190,6 +191,7 @@ def rope(q, k, cos, sin, interleaved: bool = False) -> tuple[torch.Tensor, torch
     return (_rope.rope_reference if _REFERENCE else _rope.rope)(q, k, cos, sin, interleaved)
 
 
+shared_buffers = _lora_linear.shared_buffers
 shares_of_rows = _linear.shares_of_rows
 rotate, rotation_tables = _rope.rotate, _rope.rotation_tables  # the same in two steps, for decoding
 

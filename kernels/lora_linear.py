@@ -37,7 +37,8 @@ class Part(NamedTuple):
 
 def lora_linear_reference(x, weight, bias, lora_a, lora_b, scale: float) -> Tensor:
     """x (T, in), weight (out, in), bias (out,) or None, lora_a (R, in), lora_b (out, R) -> (T, out) in x's dtype."""
-    weight = _dense(weight, x.dtype)
+    # autograd may keep it, so not in the shared buffer
+    weight = weight.to(x.dtype) if isinstance(weight, Tensor) else weight.dequantize(x.dtype)
     result = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
     if lora_a is None:
         return result
@@ -69,6 +70,11 @@ def lora_linears(x: Tensor, parts: list[Part]) -> list[Tensor]:
 
 
 _shared: dict[tuple[torch.device, torch.dtype], Tensor] = {}  # the one buffer for dense weights, by its kind
+
+
+def shared_buffers() -> list[Tensor]:
+    """For whoever recorded products (a CUDA graph): what they write to, which a larger weight would let go."""
+    return list(_shared.values())
 
 
 def _dense(weight, dtype: torch.dtype) -> Tensor:

@@ -25,6 +25,7 @@ PACKED = {8: 1, 6: 1, 5: 1, 4: 2, 3: 10, 2: 4, 1: 8}  # bits: rows of codes in o
 PACKINGS = {8: "8bit_u8", 6: "8bit_u8", 5: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8", 1: "1bit_u8"}
 NORM, BETA, GROWTH, TURNS = 0.7, 10.0, 1.01, 20  # p, and the schedule of beta, as the authors have them
 LEAST_SCALE = 1 / 2e4  # smaller ones lose their bits in fp16
+FARTHEST_ZERO = 2048  # up to here fp16 has all whole numbers, beyond a zero is off by more than a code
 SETTINGS = (
     "nbits", "group_size", "shape", "axis", "packing", "unpack_view_dtype", "view_as_float", "quant_scale",
     "quant_zero", "compute_dtype", "offload_meta", "encoded_state_dict", "stores_quant_config", "channel_wise",
@@ -170,7 +171,8 @@ def fit(groups: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """groups (n, g) fp32 -> codes (n, g) uint8, scale and zero (n, 1) fp16 (the head of the file says how)."""
     most = 2**bits - 1
     low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
-    scale = ((high - low) / most).clamp_min(LEAST_SCALE)
+    far = torch.maximum(-low, high) / FARTHEST_ZERO  # numbers that are close together, but not to 0
+    scale = ((high - low) / most).clamp_min(LEAST_SCALE).maximum(far)
     zero = -low / scale
     same = (high == low) & (low != 0)  # a group of one number: (0 - -1) * that number
     scale = torch.where(same, low, scale).half().float()  # as it will be stored

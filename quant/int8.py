@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from quant.linear import Format, QuantLinear, refuse_others, row_chunks, take, take_finite
+from quant.linear import FEW_ROWS, Format, QuantLinear, refuse_others, row_chunks, take, take_finite
 
 LEVELS = 127  # the largest code; -128 is not used, so that codes are symmetric
 ROW_MAJOR = 0  # weight_format of bitsandbytes; 1 to 3 are orders of its old CUDA kernels
@@ -126,7 +126,13 @@ class Int8Linear(QuantLinear):
         threshold = getattr(self.format, "threshold", None)
         if threshold is None or x.shape[0] == 0 or not int8_products_are_fast(x.device):
             return None
+        if x.device.type != "cpu" and not self.waits(x.shape[0]):
+            return None
         return llm_int8(x, self.codes, self._scale(), threshold)
+
+    def waits(self, rows: int) -> bool:
+        # the host learns which columns have outliers; not for the few rows of decoding, where that costs the most
+        return getattr(self.format, "threshold", None) is not None and rows > FEW_ROWS
 
     def from_codes(self, x: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scale: float) -> Tensor | None:
         fits = self.in_features % PACKED_SIZES[0] == 0 and self.out_features % PACKED_SIZES[1] == 0

@@ -48,6 +48,10 @@ class QuantLinear(nn.Module):
         pass takes the dense weight); None: the dense way."""
         return None
 
+    def waits(self, rows: int) -> bool:
+        """Whether a product of so many rows waits for a GPU, so that no CUDA graph can hold it."""
+        return False
+
     def from_codes(self, x: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scale: float) -> Tensor | None:
         """few_rows of the rows that it serves; None where this format has no faster way than the dense weight."""
         return None

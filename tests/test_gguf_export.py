@@ -133,6 +133,13 @@ def test_q4_k_keeps_zeros_and_never_leaves_the_range_of_a_group():
     assert (error <= extent / 15 + block / 63)[normal].all()
 
 
+@pytest.mark.parametrize("offset", [1.0, -1.0, 100.0, -3e4])
+def test_q4_k_of_close_numbers_far_from_zero(offset):
+    """All codes of a group are the same, and no line goes through them."""
+    rows = offset * (1 + 1e-3 * torch.randn(4, 256, generator=torch.Generator().manual_seed(0)))
+    assert np.abs(q4_k(rows) - rows.numpy()).max() <= 8e-3 * abs(offset)
+
+
 @LLAMA_CPP
 def test_q4_k_is_as_exact_as_llama_cpps_own():
     import llama_cpp

@@ -84,6 +84,15 @@ def test_groups_of_one_number_and_of_zeros_are_exact_and_nan_is_refused():
         HQQFormat(4, 64).quantise(weight, None, torch.float32)
 
 
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("offset", [5.0, -300.0])
+def test_groups_of_close_numbers_far_from_zero_stay_near(offset, bits):
+    """Their zero, in codes, would not fit fp16."""
+    weight = offset + 1e-4 * weights(4, 64)
+    error = HQQFormat(bits, 64).quantise(weight, None, torch.float32).dequantize() - weight
+    assert error.abs().max() <= 1e-3 * abs(offset)
+
+
 def test_bits_a_weight_and_smaller_groups_for_small_layers():
     assert HQQFormat(4, 64).quantise(weights(128, 256), None, torch.bfloat16).bits_per_weight == 4.5
     assert HQQFormat(1, 64).quantise(weights(128, 256), None, torch.bfloat16).bits_per_weight == 1.5

@@ -204,6 +204,19 @@ def test_a_quantised_weight_is_made_again_in_the_backward_pass_and_not_kept():
     assert base.calls == 3
 
 
+def test_the_reference_trains_several_quantised_linears():
+    """Autograd keeps their dense weights: they must not be the buffer that the next one is written to."""
+    first, second = (Packed(nn.Linear(40, 40, bias=False)).to(DEVICE) for _ in range(2))
+
+    def chain(one, other):
+        x = random(7, 40).requires_grad_(True)
+        function = lora_linear.lora_linear_reference
+        function(function(x, one, None, None, None, 0.0), other, None, None, None, 0.0).square().sum().backward()
+        return x.grad
+
+    assert torch.equal(chain(first, second), chain(first.dequantize(), second.dequantize()))
+
+
 def pointers(net):
     tensors = [*net.parameters(), *net.buffers()]
     return {tensor.untyped_storage().data_ptr() for tensor in tensors}

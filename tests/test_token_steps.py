@@ -1,6 +1,7 @@
 """Steps of fixed shapes give the ordinary path's tokens: greedy and drawn, batches that shrink, caches that grow,
 windows, a rope that follows the length, penalties, given caches. On a GPU the same tests replay a graph."""
 
+import contextlib
 import dataclasses
 import math
 
@@ -10,11 +11,16 @@ import transformers
 
 import generate as generation
 import kernels
+import lora
+import quant
 import token_steps
 from architectures import config_from_hf
 from checkpoint import load_model
 from generate import Decoding, generate, new_cache
 from model import Decoder, lay_out_for_decoding
+from quant.hqq import HQQFormat
+from quant.int8 import EETQFormat, Int8Format
+from quant.nf4 import NF4Format
 from sampling import GenerateOptions, choose
 from tests.kernel_checks import DEVICE
 
@@ -264,3 +270,54 @@ def test_the_step_asks_nothing_of_the_host(case, options):
         steps.tokens.copy_(chosen(steps.logits, torch.zeros(3, dtype=torch.float64, device="meta")))
         with pytest.raises(RuntimeError):  # the check checks
             steps.tokens.tolist()
+
+
+QUANTISED = {
+    "nf4": NF4Format(), "fp4": NF4Format("fp4", double=False), "int8": Int8Format(), "eetq": EETQFormat(),
+    "hqq": HQQFormat(3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", [3, 17])
+@pytest.mark.parametrize("name", QUANTISED)
+def test_the_step_asks_nothing_of_the_host_with_quantised_weights(name, rows, monkeypatch):
+    """The same; LLM.int8, which must ask for many rows, says so and is not captured."""
+    monkeypatch.setattr(quant.int8, "int8_products_are_fast", lambda device: True)
+    sizes = SIZES | {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_attention_heads": 4}
+    model = Decoder(config_from_hf(transformers.LlamaConfig(**sizes).to_dict())).eval()
+    for path, linear in list(model.layers.named_modules()):
+        if isinstance(linear, torch.nn.Linear):
+            layer = QUANTISED[name].quantise(torch.randn_like(linear.weight), None, torch.float32)
+            lora.replace_module(model.layers, path, layer)
+    lora.add_lora(model, lora.LoraOptions(lora_target=("q_proj", "down_proj")))
+    model.to("meta")
+    cache = new_cache(model, rows, 50)
+    with torch.inference_mode():
+        steps = token_steps.TokenSteps(model, cache)
+        steps.begin([5] * rows, [7] * rows, lambda logits, uniforms: logits.argmax(-1))
+        assert steps.capture is not (name == "int8" and rows == 17)
+        if steps.capture:
+            steps.replay(True)
+        else:
+            with pytest.raises(RuntimeError):
+                steps.replay(False)
+
+
+def test_a_graph_keeps_the_buffer_that_it_writes_dense_weights_to(monkeypatch):
+    monkeypatch.setattr(kernels._lora_linear, "_shared", {})
+    small, large = (NF4Format().quantise(torch.randn(size, 64), None, torch.float32) for size in (8, 99))
+    with torch.no_grad():
+        small(torch.randn(20, 64))
+        (held,) = kernels.shared_buffers()
+        large(torch.randn(20, 64))
+    (now,) = kernels.shared_buffers()
+    assert held.numel() == 8 * 64 and now.numel() == 99 * 64
+    device = torch.device("cpu")
+    replay = token_steps.Replay(lambda: None, device)
+    monkeypatch.setattr(replay, "stream", "stream")
+    replay.is_warm = True
+    graph = type("Graph", (), {"replay": lambda self: None})
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *given, **more: contextlib.nullcontext())
+    replay(True)
+    assert replay.held[0] is now
