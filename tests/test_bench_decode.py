@@ -1,7 +1,6 @@
 """bench/decode.py runs from its command line on a CPU at a tiny size; its bound is the formula."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,13 +14,9 @@ from bench.measure import Ceilings
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run(*words):
-    command = [sys.executable, str(ROOT / "bench" / "decode.py"), *words]
-    return subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True)
-
-
 def test_it_measures_all_systems_and_writes_what_it_printed(tmp_path):
-    done = run("device=cpu", "repeats=2", "cases=d1,d3-32", f"out={tmp_path}")
+    command = [sys.executable, str(ROOT / "bench" / "decode.py"), "device=cpu", "repeats=2", "cases=d1,d3-32"]
+    done = subprocess.run([*command, f"out={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "decode_d1_d3-32_cpu.json").read_text())
     assert report["machine"]["gpu"] is None and "mean nothing" in report["machine"]["note"]
@@ -38,8 +33,7 @@ def test_it_measures_all_systems_and_writes_what_it_printed(tmp_path):
 
 def test_decoding_in_4_bits_is_compared_with_bitsandbytes_and_with_itself_in_16(tmp_path):
     pytest.importorskip("bitsandbytes")
-    done = run("device=cpu", "repeats=1", "cases=d2", f"out={tmp_path}")
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert decode.main(["device=cpu", "repeats=1", "cases=d2", f"out={tmp_path}"]) == 0
     report = json.loads((tmp_path / "decode_d2_cpu.json").read_text())
     rows = {row["system"]: row for row in report["rows"]}
     assert list(rows) == ["anvil", "eager", "16bit"] and not report["failed"] and not report["left_out"]

@@ -1,7 +1,6 @@
 """bench/train.py from its command line, on a CPU at tiny sizes, and the operations that it counts."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,14 +14,10 @@ pytest.importorskip("bitsandbytes")
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def start(*words):
-    command = [sys.executable, str(ROOT / "bench" / "train.py"), *words]
-    return subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True)
-
-
 def test_all_systems_train_alike_in_every_row(tmp_path):
     """Equal lengths, full tuning with accumulation, padding and packing: the rivals get the same losses as Anvil."""
-    done = start("device=cpu", "seconds=900", f"out={tmp_path}")
+    command = [sys.executable, str(ROOT / "bench" / "train.py"), "device=cpu", "seconds=900", f"out={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     report = json.loads((tmp_path / "train_cpu.json").read_text())
     assert set(report["rows"]) == {"T1", "T2", "M2", "T6", "T4", "T4p"} and report["failed"] == []
@@ -58,22 +53,28 @@ def test_models_in_4_bits_and_their_twins_are_the_same_numbers():
     assert rival.lm_head.weight.data_ptr() == source.lm_head.weight.data_ptr()
 
 
-def test_a_rival_that_cannot_run_is_listed_and_its_next_recipe_taken(tmp_path):
-    script = (
-        "import sys; sys.path.insert(0, '.'); import torch; from bench import train as b\n"
-        "class Full:\n"
-        "    note = 'no recompute'\n"
-        "    def prepare(self, group): raise torch.OutOfMemoryError('CUDA out of memory. Tried')\n"
-        "setting = b.Setting('tiny', 4, torch.device('cpu')); source = b.random_decoder(setting)\n"
-        "groups = b.make_groups(b.SMOKE_ROWS[0], 2); not_run = {}\n"
-        "makers = {'anvil': [lambda: b.Anvil(setting, source, 9)],\n"
-        "          'hf best': [Full, lambda: b.Rival(setting, source, b.BEST[1])]}\n"
-        "entries = b.build_all(makers, groups, setting.device, 0, not_run)\n"
-        "assert list(entries) == ['anvil', 'hf best'] and entries['hf best'].system.recipe.checkpointing\n"
-        "assert not_run == {'hf best (no recompute)': 'OutOfMemoryError: CUDA out of memory. Tried'}, not_run"
-    )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+class Full:
+    """A system that does not fit into memory."""
+
+    note = "no recompute"
+
+    def prepare(self, group):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried")
+
+
+def test_a_rival_that_cannot_run_is_listed_and_its_next_recipe_taken():
+    from bench.train import SMOKE_ROWS, build_all, make_groups
+    from bench.train_systems import BEST, Anvil, Rival, Setting, random_decoder
+
+    setting, not_run = Setting("tiny", 4, torch.device("cpu")), {}
+    source = random_decoder(setting)
+    makers = {
+        "anvil": [lambda: Anvil(setting, source, 9)],
+        "hf best": [Full, lambda: Rival(setting, source, BEST[1])],
+    }
+    entries = build_all(makers, make_groups(SMOKE_ROWS[0], 2), setting.device, 0, not_run)
+    assert list(entries) == ["anvil", "hf best"] and entries["hf best"].system.recipe.checkpointing
+    assert not_run == {"hf best (no recompute)": "OutOfMemoryError: CUDA out of memory. Tried"}
 
 
 def test_operations_of_a_step_are_those_of_the_formula():
@@ -88,11 +89,15 @@ def test_operations_of_a_step_are_those_of_the_formula():
 
 
 def test_a_mistaken_row_is_named():
-    done = start("device=cpu", "rows=T9")
-    assert done.returncode == 1 and "T9" in done.stderr and "T4p" in done.stderr
+    from bench.train import main
+
+    with pytest.raises(SystemExit, match="rows=T9: known are .*T4p"):
+        main(["device=cpu", "rows=T9"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so():
-    done = start()
-    assert done.returncode == 1 and "no CUDA GPU" in done.stderr
+    from bench.train import main
+
+    with pytest.raises(SystemExit, match="no CUDA GPU"):
+        main([])
