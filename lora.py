@@ -231,7 +231,7 @@ class LoraLinear(nn.Module):
         a CPU (model.lay_out_for_decoding). An adapter that is not just added gives itself as the base."""
         if self.magnitude is not None or self.merged or self.off:
             return self, None, None
-        return self.base, self.lora_a.detach(), self.lora_b.detach() * self.scale
+        return self.base, self.lora_a.detach(), _wide(self.lora_b.detach()) * self.scale
 
     def _without_bias(self, result: Tensor) -> Tensor:
         return result if self.base.bias is None else _wide(result) - self.base.bias

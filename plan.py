@@ -135,7 +135,8 @@ def predict_peak(
     compute = model.compute_dtype or model.embed_tokens.weight.dtype
     largest = max((module.in_features * module.out_features for module in packed), default=0)
     parts["buffers"] = float(largest * compute.itemsize)
-    parts["head" if need.head > need.block else "one block's backward"] = max(need.head, need.block)
+    block = need.block - parts["buffers"]  # there it is counted too
+    parts["head" if need.head > block else "one block's backward"] = max(need.head, block)
     return Peak(loading if sum(loading.values()) > sum(parts.values()) else parts)
 
 

@@ -1,5 +1,7 @@
 """plan=true: counts by the published formulas, sizes of what a run would hold, and the command line without weights."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -88,6 +90,17 @@ def test_the_peak_holds_every_part_and_the_fuller_of_loading_and_training():
     assert peak.bytes < need.of(0, 0) + 2.01 * N + 4 * ADAPTERS + 0.3e9
     loading = plan.predict_peak(model, Plan(), memory.need(model, 1), file_bytes=1e12, device=torch.device("cpu"))
     assert loading.parts["file being read"] == 1e12 and "activations" not in loading.parts
+
+
+def test_the_buffer_of_quantised_layers_counts_once(tiny):
+    folder = tiny.make_model("buffered", seed=3, hidden_size=128, intermediate_size=192, head_dim=32)
+    model = plan.skeleton(folder, load_config(folder), torch.float32, quant.from_options(QuantOptions(4)))
+    lora.prepare_trainable(model, LoraOptions(lora_rank=4))
+    need = dataclasses.replace(memory.need(model, 64), head=0.0)
+    peak = plan.predict_peak(model, Plan(), need, file_bytes=0.0, device=torch.device("cuda"))
+    assert peak.parts["buffers"] == 128 * 192 * 4
+    states = plan.weight_bytes(model) + need.gradients + need.optimizer
+    assert peak.bytes == states + need.activations(0, 0) + need.block
 
 
 def test_a_plan_is_printed_without_weights_and_nothing_is_written(tiny, capsys):
