@@ -363,8 +363,9 @@ def model_bytes(model) -> int:
 
 
 def release(device: torch.device) -> None:
-    gc.collect()
+    """Give back what no system holds any more, so that the next one's memory is its own; a CPU's is not measured."""
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 
