@@ -103,15 +103,15 @@ def main(argv: list[str]) -> int:
         for notice in source.notices:
             print(f"note: {notice}")
         options = config[ExportOptions]
-        plan = Plan(
+        request = Request(
             DTYPES.get(config[ModelOptions].infer_dtype),
             quant.from_options(config[QuantOptions]),
             config[MergeOptions],
             config[QualityOptions],
         )
-        plan = replace(plan, calibration=calibration(source, options, plan, config))
+        request = replace(request, calibration=calibration(source, options, request, config))
         write = export if options.export_gguf_type == "none" else export_gguf
-        write(source, options, plan)
+        write(source, options, request)
         if options.export_hub_model_id:
             url = push(Path(options.export_dir), options.export_hub_model_id, config[ModelOptions].hf_hub_token)
             print(f"uploaded to {url}")
@@ -124,7 +124,7 @@ def main(argv: list[str]) -> int:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Request:
     """What is asked of the result."""
 
     dtype: torch.dtype | None = None  # None = each tensor's own
@@ -138,7 +138,7 @@ class Plan:
         return self.merge.export_merge or ("dequantise" if self.quantization is None else "requantise")
 
 
-def export(source: Source, options: ExportOptions, plan: Plan) -> None:
+def export(source: Source, options: ExportOptions, request: Request) -> None:
     """Write the merged model to options.export_dir: complete, or not at all.
 
     Raises ValueError for what does not fit together, OSError when the disk is full.
@@ -146,20 +146,20 @@ def export(source: Source, options: ExportOptions, plan: Plan) -> None:
     target = Path(options.export_dir)
     check_target(target, source)
     config, tokenizer, template = read_small_files(source)
-    texts = sample(plan.quality, tokenizer, config)
-    tell_trained_in_codes(source, config, plan)
-    merge = make_merge(source, config, options, plan)
-    packing = requantiser(merge, plan)
+    texts = sample(request.quality, tokenizer, config)
+    tell_trained_in_codes(source, config, request)
+    merge = make_merge(source, config, options, request)
+    packing = requantiser(merge, request)
     temporary = target.parent / f".{target.name}.unfinished"
     shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
     temporary.mkdir(parents=True)
     try:
         hf = dict(config.hf) | {"tie_word_embeddings": config.tied_head and not merge.unties}
-        if plan.calibration is not None:
-            written = plan.dtype or checkpoint_dtype(config)
-            check_space(merge.size_bytes() + plan.calibration.working_bytes(written), target)
-            plan.calibration.write(temporary, merge.tensors(source.base), options.export_size)
-            write_model_json(temporary, hf, written, plan.calibration.format)
+        if request.calibration is not None:
+            written = request.dtype or checkpoint_dtype(config)
+            check_space(merge.size_bytes() + request.calibration.working_bytes(written), target)
+            request.calibration.write(temporary, merge.tensors(source.base), options.export_size)
+            write_model_json(temporary, hf, written, request.calibration.format)
         elif packing is None:
             check_space(merge.size_bytes(), target)
             written = write_shards(temporary, merge.tensors(source.base), options.export_size)
@@ -172,7 +172,7 @@ def export(source: Source, options: ExportOptions, plan: Plan) -> None:
                 packing.save_adapter(temporary / REMAINDER, str(target))
         copy_side_files(source.base, temporary)
         tokenizer.save(temporary, template.to_jinja() if template is not None else None)
-        write_record(temporary, source, plan)
+        write_record(temporary, source, request)
         _put_in_place(temporary, target)
     except OSError as error:
         raise OSError(_not_written(target, error)) from error
@@ -182,20 +182,20 @@ def export(source: Source, options: ExportOptions, plan: Plan) -> None:
     print(f"{parts} -> {target} ({str(written).removeprefix('torch.')}{', head untied' if merge.unties else ''})")
     if packing is not None:
         print(packing.summary())
-    if plan.calibration is not None:
-        print(plan.calibration.told())
-    tell_quality(source, merge, packing, plan, texts, target)
+    if request.calibration is not None:
+        print(request.calibration.told())
+    tell_quality(source, merge, packing, request, texts, target)
 
 
-def export_gguf(source: Source, options: ExportOptions, plan: Plan) -> None:
+def export_gguf(source: Source, options: ExportOptions, request: Request) -> None:
     """Write the merged model as options.export_dir/model-TYPE.gguf, beside the files of earlier exports.
 
-    Weights are encoded from the fp32 merge (plan.dtype: rounded to that before).  Raises as `export`.
+    Weights are encoded from the fp32 merge (request.dtype: rounded to that before).  Raises as `export`.
     """
     target, kind = Path(options.export_dir), options.export_gguf_type
     check_target(target, source)
     config, tokenizer, template = read_small_files(source)
-    merge = make_merge(source, config, options, replace(plan, dtype=plan.dtype or torch.float32))
+    merge = make_merge(source, config, options, replace(request, dtype=request.dtype or torch.float32))
     if merge.quantization is not None and not source.adapters:
         raise ValueError(f"quantization_bit: export_gguf_type={kind} has codes of its own; drop one of the two")
     layout = gguf_export.lay_out(config, merge.hf_shapes(), kind, tokenizer, template, source.base.resolve().name)
@@ -208,7 +208,7 @@ def export_gguf(source: Source, options: ExportOptions, plan: Plan) -> None:
         check_space(layout.data_bytes, target)
         gguf_export.write(unfinished, layout, merge.tensors(source.base))
         target.mkdir(exist_ok=True)
-        write_record(target, source, plan)
+        write_record(target, source, request)
         unfinished.replace(target / name)
     except OSError as error:
         raise OSError(_not_written(target, error)) from error
@@ -227,9 +227,9 @@ def read_small_files(source: Source) -> tuple[ModelConfig, Tokenizer, ChatTempla
     return config, tokenizer, get_template(chosen.template, None, chosen.default_system) if chosen.template else None
 
 
-def make_merge(source: Source, config: ModelConfig, options: ExportOptions, plan: Plan) -> Merge:
+def make_merge(source: Source, config: ModelConfig, options: ExportOptions, request: Request) -> Merge:
     adapters = [Adapter(config, folder) for folder in source.adapters]
-    return Merge(config, adapters, plan.dtype, device_of(options), in_codes(config, plan))
+    return Merge(config, adapters, request.dtype, device_of(options), in_codes(config, request))
 
 
 def device_of(options: ExportOptions) -> str:
@@ -237,14 +237,14 @@ def device_of(options: ExportOptions) -> str:
 
 
 def calibration(
-    source: Source, options: ExportOptions, plan: Plan, config: configuration.Config
+    source: Source, options: ExportOptions, request: Request, config: configuration.Config
 ) -> Calibration | None:
     """What quantises the result by GPTQ, its text already read; None if nothing does. Raises ValueError."""
     chosen, model = config[CalibrationOptions], config[ModelOptions]
     if chosen.export_quantization_bit is None:
         return None
-    if plan.way != "dequantise":
-        other = "export_merge" if plan.merge.export_merge else "quantization_bit"
+    if request.way != "dequantise":
+        other = "export_merge" if request.merge.export_merge else "quantization_bit"
         raise ValueError(f"export_quantization_bit: GPTQ rounds the merged 16-bit weights; drop {other}")
     if options.export_gguf_type != "none":
         raise ValueError("export_quantization_bit: a GGUF file has codes of its own; drop export_gguf_type")
@@ -257,18 +257,18 @@ def calibration(
 # What it costs
 
 
-def in_codes(config: ModelConfig, plan: Plan) -> Format | None:
+def in_codes(config: ModelConfig, request: Request) -> Format | None:
     """The format into which a 16-bit base goes as it is read; None where it stays or is in codes already."""
     if not config.hf.get("quantization_config"):
-        return plan.quantization
-    if plan.quantization is not None and plan.way == "dequantise":
+        return request.quantization
+    if request.quantization is not None and request.way == "dequantise":
         raise ValueError("export_merge: dequantise writes 16 bit, and the base is quantised; drop quantization_bit")
     return None
 
 
-def tell_trained_in_codes(source: Source, config: ModelConfig, plan: Plan) -> None:
+def tell_trained_in_codes(source: Source, config: ModelConfig, request: Request) -> None:
     """A line for adapters that were trained on another base than they are merged into."""
-    if plan.quantization is not None or config.hf.get("quantization_config"):
+    if request.quantization is not None or config.hf.get("quantization_config"):
         return
     for folder in source.adapters:
         bits = read_run(folder).get("quantization_bit")
@@ -279,17 +279,18 @@ def tell_trained_in_codes(source: Source, config: ModelConfig, plan: Plan) -> No
             )
 
 
-def requantiser(merge: Merge, plan: Plan) -> Requantiser | None:
+def requantiser(merge: Merge, request: Request) -> Requantiser | None:
     """What puts the merged weights into codes; None where they stay in 16 bit."""
-    if plan.way == "dequantise":
+    if request.way == "dequantise":
         return None
-    if plan.quantization is None and not merge.config.hf.get("quantization_config"):
-        raise ValueError(f"export_merge: {plan.way} needs a quantised base; this one is not, so give quantization_bit")
-    rank = plan.merge.export_merge_rank
+    if request.quantization is None and not merge.config.hf.get("quantization_config"):
+        raise ValueError(f"export_merge: {request.way} needs a base that is quantised; give quantization_bit")
+    rank = request.merge.export_merge_rank
     if rank is None:
-        rank = RANK if merge.adapters or plan.way == "loftq" else 0
-    rounds = plan.merge.loftq_iter if plan.way == "loftq" else None
-    return Requantiser(merge.config, plan.quantization, plan.dtype or checkpoint_dtype(merge.config), rank, rounds)
+        rank = RANK if merge.adapters or request.way == "loftq" else 0
+    rounds = request.merge.loftq_iter if request.way == "loftq" else None
+    dtype = request.dtype or checkpoint_dtype(merge.config)
+    return Requantiser(merge.config, request.quantization, dtype, rank, rounds)
 
 
 def sample(options: QualityOptions, tokenizer: Tokenizer, config: ModelConfig) -> list[Tensor] | None:
@@ -300,7 +301,12 @@ def sample(options: QualityOptions, tokenizer: Tokenizer, config: ModelConfig) -
 
 
 def tell_quality(
-    source: Source, merge: Merge, packing: Requantiser | None, plan: Plan, texts: list[Tensor] | None, target: Path
+    source: Source,
+    merge: Merge,
+    packing: Requantiser | None,
+    request: Request,
+    texts: list[Tensor] | None,
+    target: Path,
 ) -> None:
     """Print the losses on the sample and the report, measured on the files that were written; both to quality.json."""
     if texts is None:
@@ -310,10 +316,10 @@ def tell_quality(
     found = {}
     if packing is not None:
         found["losses"] = losses(source, merge, packing, texts, target)
-        count = f"{sum(map(len, texts)):,} tokens of {plan.quality.export_sample_text}"
+        count = f"{sum(map(len, texts)):,} tokens of {request.quality.export_sample_text}"
         print(f"loss on {count}: " + ", ".join(f"{name} {value:.5f}" for name, value in found["losses"].items()))
-    if plan.quality.report:
-        parent = plan.quality.report_parent
+    if request.quality.report:
+        parent = request.quality.report_parent
         exact = Merge(merge.config, merge.adapters, torch.float32, merge.device)
         before = load_model(parent, torch.float32, merge.device) if parent else exact.model(source.base)
         child = load_written(target, merge.device)
@@ -369,10 +375,10 @@ def check_space(needed_bytes: int, target: Path) -> None:
         raise OSError(f"the model takes {needed_bytes / 1e9:.2f} GB")
 
 
-def write_record(folder: Path, source: Source, plan: Plan) -> None:
-    record = {"base": str(source.base), "adapters": [str(path) for path in source.adapters], "way": plan.way}
-    if plan.calibration is not None:
-        record["calibration"] = plan.calibration.record()
+def write_record(folder: Path, source: Source, request: Request) -> None:
+    record = {"base": str(source.base), "adapters": [str(path) for path in source.adapters], "way": request.way}
+    if request.calibration is not None:
+        record["calibration"] = request.calibration.record()
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 

@@ -183,16 +183,22 @@ def run(config: configuration.Config, world: World) -> int:
             restore(this, resume, state)
             del state  # the optimizer has its own copy
         if world.is_main:
-            for notice in runs.prepare_folder(output_dir, resume, options.overwrite_output_dir):
-                world.print(f"note: {notice}")
-            config.save(output_dir / f".tmp-{runs.RUN_CONFIG}")
-            os.replace(output_dir / f".tmp-{runs.RUN_CONFIG}", output_dir / runs.RUN_CONFIG)
+            begin_folder(config, resume, world)
         status = train(this, runs.read_history(resume) if resume is not None else [])
     if options.do_eval and eval_loaders and status == 0:
         results = evaluate(this)
         world.print("  ".join(f"{name} {value:.4f}" for name, value in results.items()))
         this.monitor.save_results("eval", results)
     return status
+
+
+def begin_folder(config: configuration.Config, resume: Path | None, world: World) -> None:
+    """Make the output folder ready for this run, and leave the resolved configuration in it."""
+    options, output_dir = config[TrainOptions], Path(config[TrainOptions].output_dir)
+    for notice in runs.prepare_folder(output_dir, resume, options.overwrite_output_dir):
+        world.print(f"note: {notice}")
+    config.save(output_dir / f".tmp-{runs.RUN_CONFIG}")
+    os.replace(output_dir / f".tmp-{runs.RUN_CONFIG}", output_dir / runs.RUN_CONFIG)
 
 
 def find_start(config: configuration.Config) -> tuple[Path | None, Path]:

@@ -318,7 +318,7 @@ def test_bad_input_gives_one_clear_line_and_leaves_nothing(tiny, tmp_path, capsy
     empty = tmp_path / "empty.txt"
     empty.write_text("")
     cases = {
-        "not quantised": ([plain, run, "export_merge=loftq"], "needs a quantised base; this one is not"),
+        "not quantised": ([plain, run, "export_merge=loftq"], "needs a base that is quantised"),
         "way": ([base, run, "export_merge=merge"], "export_merge"),
         "rank": ([base, run, "export_merge=requantise", "export_merge_rank=-1"], "export_merge_rank: -1"),
         "rank of loftq": ([base, run, "export_merge=loftq", "export_merge_rank=0"], "nothing to fit"),
