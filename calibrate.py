@@ -311,9 +311,9 @@ class Calibration:
     def _packed(self, integers: Integers, sizes: list[int], dtype: torch.dtype) -> list[GPTQLinear]:
         """The layers of linears that were solved together."""
         parts = zip(*(tensor.cpu().split(sizes) for tensor in (integers.codes, integers.scales, integers.zeros)))
-        groups = integers.groups.cpu()
+        group_of = integers.group_of.cpu()
         return [  # each with groups of its own: tensors of a file may not share memory
-            GPTQLinear.from_integers(self.format, codes, scales, zeros, groups.clone(), None, dtype).to(self.device)
+            GPTQLinear.from_integers(self.format, codes, scales, zeros, group_of.clone(), None, dtype).to(self.device)
             for codes, scales, zeros in parts
         ]
 

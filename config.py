@@ -275,6 +275,7 @@ def _count(names: object) -> int:
 
 
 def _quantised(bits: object) -> bool:
+    """Whether quantization_bit asks for anything, as quant.from_options reads it."""
     return bits not in (None, 0, 16, 32)
 
 
@@ -327,6 +328,7 @@ RULES: tuple[tuple[Callable[..., bool], str], ...] = (
     (lambda quantization_bit, create_new_adapter: _quantised(quantization_bit) and create_new_adapter,
      "the given adapters would have to be merged into quantised weights; merge them with export.py first and train on "
      "the result"),
+    # finetuning_type: for training alone, at inference several adapters lie beside quantised weights
     (lambda quantization_bit, adapter_name_or_path, finetuning_type: _quantised(quantization_bit)
      and _count(adapter_name_or_path) > 1,
      "all but the last adapter would have to be merged into quantised weights; give one, or merge them with export.py"),

@@ -1,8 +1,8 @@
 """What to load for chat and export: a model folder, a hub id, an adapter, or the folder of a training run.
 
 A run folder says by itself what it needs: adapter_config.json names the base model, run_config.yaml (the resolved
-options of the run) the chat template, the stretched rope and the adapters that lay under the trained one. Options
-that the user gives beat those of the run.
+options of the run) the chat template, the stretched rope, how the base was quantised and the adapters that lay under
+the trained one. Options that the user gives beat those of the run.
 
     source = find_source(ModelOptions(model_name_or_path="saves/demo"), TemplateOptions(), given=())
     model, tokenizer, template = load_source(source, dtype=None, device="cpu")

@@ -5,10 +5,11 @@ rsLoRA  the same with s = alpha / sqrt(R)     Kalajdzievski, arXiv 2312.03732
 DoRA    y = m (W + s B A) x / ||W + s B A||   Liu et al., arXiv 2402.09353, eq. 5; norms of rows, no gradient
 
 W (out, in) is any frozen base layer: something with in_features, out_features, bias (or None), forward
-and, unless it is an nn.Linear, dequantize() -> (out, in). A (R, in) starts uniform (kaiming, a =
-sqrt(5)), B (out, R) at zero and m at ||W||, so training starts at the base model. Adapters are fp32
-unless asked otherwise and are cast to x's dtype where they are used; norms and merged weights are
-computed in fp32.
+and, unless it is an nn.Linear, dequantize() -> (out, in). Quantised layers (quant/linear.py) may also have
+few_rows(), the product of decoding straight from the codes with A and B beside them. A (R, in)
+starts uniform (kaiming, a = sqrt(5)), B (out, R) at zero and m at ||W||, so training starts at the base
+model. Adapters are fp32 unless asked otherwise and are cast to x's dtype where they are used; norms and
+merged weights are computed in fp32.
 
     lora.prepare_trainable(model, LoraOptions(lora_rank=16), torch.Generator().manual_seed(42))
     print(lora.trainable_report(model))

@@ -2,6 +2,7 @@
 
     python train.py configs/demo.yaml
     torchrun --nproc_per_node 2 train.py configs/sft_lora.yaml learning_rate=1e-4
+    python train.py configs/qlora.yaml plan=true        # what it would take, before any weight is read
     python train.py --help
 
 Reading order: main -> run (what is built, in order) -> train (the loop) -> update (one optimizer step). The loop sums

@@ -32,9 +32,9 @@ from kernels.nf4 import Codes, CodesPart
 
 __all__ = [
     "ATTENTION",
+    "MAX_NEW",
     "ByteTable",
     "Bytes",
-    "MAX_NEW",
     "Codes",
     "CodesPart",
     "LoraPart",

@@ -56,7 +56,8 @@ class CodesPart(NamedTuple):
 
 
 def dequantise_reference(weight: Codes, out: Tensor) -> None:
-    """Write the weight into out (out, in): fp32 arithmetic, rounded to out's dtype."""
+    """Write the weight into out (out, in): fp32 arithmetic, rounded to out's dtype. The plain form, for tests and
+    benchmarks; on a CPU quant/nf4.dequantise_by_pairs serves."""
     pairs = torch.stack((weight.codes >> 4, weight.codes & 15), dim=1).view(-1)[: out.numel()]
     scales = scales_reference(weight).repeat_interleave(BLOCK)[: out.numel()]
     out.copy_((weight.table[pairs.int()] * scales).view_as(out))

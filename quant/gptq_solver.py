@@ -39,17 +39,17 @@ class GPTQOptions:
 
 @dataclass(frozen=True)
 class Integers:
-    """weight[o, i] ~ scales[o, g] * (codes[o, i] - zeros[o, g]) with g = groups[i].
+    """weight[o, i] ~ scales[o, g] * (codes[o, i] - zeros[o, g]) with g = group_of[i].
 
     codes (out, in) uint8; scales (out, groups) fp16; zeros (out, groups) uint8, at least 1: files hold zeros - 1;
-    groups (in,) int32. Means over the calibration text of the squared length of the layer's output (size), of what is
+    group_of (in,) int32. Means over the calibration text of the squared length of the layer's output (size), of what is
     wrong in it (error), and of what would be if each weight were rounded to the nearest point (rounded_error).
     """
 
     codes: Tensor
     scales: Tensor
     zeros: Tensor
-    groups: Tensor
+    group_of: Tensor
     size: float
     error: float
     rounded_error: float
@@ -94,12 +94,12 @@ def solve(weight: Tensor, hessian: Hessian, options: GPTQOptions) -> Integers:
     del rounded
     codes, scales, zeros = _one_by_one(columns.clone(), inverse_root(matrix, options.damping), options)
     error = _output_size(columns - _values(codes, scales, zeros, options), matrix)
-    groups = _groups(columns.shape[0], options.group_size, columns.device)
+    group_of = _groups_in_a_row(columns.shape[0], options.group_size, columns.device)
     if order is not None:
         back = order.argsort()
-        codes, groups = codes[back], groups[back]
+        codes, group_of = codes[back], group_of[back]
     codes, scales, zeros = (part.T.contiguous() for part in (codes, scales.half(), zeros.to(torch.uint8)))
-    return Integers(codes, scales, zeros, groups, size, error, rounded_error)
+    return Integers(codes, scales, zeros, group_of, size, error, rounded_error)
 
 
 def inverse_root(matrix: Tensor, damping: float) -> Tensor:
@@ -201,6 +201,7 @@ def _group_size(inputs: int, group_size: int) -> int:
     return inputs if group_size == -1 else group_size
 
 
-def _groups(inputs: int, group_size: int, device) -> Tensor:
+def _groups_in_a_row(inputs: int, group_size: int, device: torch.device) -> Tensor:
+    """(in,) int32."""
     size = _group_size(inputs, group_size)
     return torch.div(torch.arange(inputs, device=device), size, rounding_mode="floor").to(torch.int32)

@@ -149,7 +149,7 @@ class NF4Linear(QuantLinear):
         if kernels.dequantise_4bit(self.for_kernels(), out):
             return
         if out.is_contiguous():
-            dequantise_4bit(self.codes, self.scales(), self.format.table, out.view(-1))
+            dequantise_by_pairs(self.codes, self.scales(), self.format.table, out.view(-1))
         else:
             out.copy_(self.dequantize(out.dtype))
 
@@ -302,8 +302,11 @@ def dense_scales(scales: Scales) -> Tensor:
     return values.add_(scales.offset)
 
 
-def dequantise_4bit(codes: Tensor, absmax: Tensor, table: str, out: Tensor) -> None:
-    """out (N,) = table[codes] * absmax in fp32, rounded to its dtype; codes (ceil(N / 2),), absmax (blocks,) fp32."""
+def dequantise_by_pairs(codes: Tensor, absmax: Tensor, table: str, out: Tensor) -> None:
+    """out (N,) = table[codes] * absmax in fp32, rounded to its dtype; codes (ceil(N / 2),), absmax (blocks,) fp32.
+
+    What serves where no kernel does, on a CPU above all. (kernels/nf4.dequantise_reference is the plain form of it.)
+    """
     pairs, device = _pairs(table, codes.device), codes.device
     size = min(CHUNK if device.type == "cpu" else CHUNK_GPU, 2 * len(codes)) // 2
     scratch = torch.empty(size, dtype=torch.float64, device=device)

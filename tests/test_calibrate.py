@@ -216,7 +216,7 @@ def test_every_linear_is_solved_for_what_it_gets_once_those_before_are_quantised
                 codes, zeros = found.integers()
                 same.append((codes == expected.codes).double().mean().item())
                 if options.act_order:
-                    assert torch.equal(found.group_of, expected.groups)
+                    assert torch.equal(found.group_of, expected.group_of)
                 assert zeros.shape == expected.zeros.shape
     assert min(same) > 0.97 and sum(same) / len(same) > 0.995, same
 

@@ -62,7 +62,7 @@ def slow_oracle(weight: torch.Tensor, x: torch.Tensor, options: GPTQOptions):
 
 
 def values_of(integers: Integers) -> torch.Tensor:
-    groups = integers.groups.long()
+    groups = integers.group_of.long()
     return integers.scales.double()[:, groups] * (integers.codes.double() - integers.zeros.double()[:, groups])
 
 
@@ -135,7 +135,7 @@ def test_integers_are_what_a_file_can_hold():
         assert integers.zeros.min() >= 1 and integers.zeros.max() <= 7  # files hold zeros - 1
         assert integers.scales.dtype is torch.float16 and integers.scales.min() > 0
         assert integers.scales.shape == integers.zeros.shape == (9, 3)
-        assert integers.groups.tolist() == [i // 16 for i in range(40)]
+        assert integers.group_of.tolist() == [i // 16 for i in range(40)]
         assert not values_of(integers)[3].any()
         assert torch.isfinite(values_of(integers)).all()
         wrong = (values_of(integers)[2] - weight[2]).abs().max()
