@@ -77,12 +77,17 @@ def take_linears(rival: nn.Module, model: Decoder, dtype: torch.dtype) -> None:
     rival.is_loaded_in_4bit = True  # how peft finds out
 
 
+def codes_and_state(layer: NF4Linear) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The codes, and what bitsandbytes makes a QuantState of."""
+    tensors = layer.tensors()
+    codes = tensors.pop("weight")
+    return codes, {name.removeprefix("weight."): tensor for name, tensor in tensors.items()}
+
+
 def linear_4bit(layer: NF4Linear, dtype: torch.dtype):
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    tensors = layer.tensors()
-    codes = tensors.pop("weight")
-    state = {name.removeprefix("weight."): tensor for name, tensor in tensors.items()}
+    codes, state = codes_and_state(layer)
     kind = {"compute_dtype": dtype, "quant_type": layer.format.table, "device": "meta"}
     linear = Linear4bit(layer.in_features, layer.out_features, bias=layer.bias is not None, **kind)
     linear.weight = Params4bit.from_prequantized(codes, state, device=codes.device, module=linear)

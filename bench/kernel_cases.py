@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
+from bench.four_bits import codes_and_state
 from kernels.attention import attention_reference
 from kernels.cross_entropy import (
     cross_entropy_reference,
@@ -581,9 +582,7 @@ def bitsandbytes_state(layer: NF4Linear) -> dict[str, Any]:
     """The layer's own codes as bitsandbytes holds them: what its functions take beside the input."""
     from bitsandbytes.functional import QuantState
 
-    tensors = layer.tensors()
-    codes = tensors.pop("weight")
-    state = {name.removeprefix("weight."): tensor for name, tensor in tensors.items()}
+    codes, state = codes_and_state(layer)
     return {"codes": codes, "state": QuantState.from_dict(state, device=codes.device)}
 
 

@@ -275,26 +275,26 @@ def test_a_dynamic_rope_is_exact_up_to_the_trained_length_and_the_user_is_told(t
     assert torch.equal(logits(back, 300), logits(model, 300))
 
 
+def assert_as_the_dense_export(model: Path, folder: Path, **keys) -> None:
+    """The numbers of the GGUF file are those of the same export to safetensors."""
+    path = exported(model, folder / "out", "F32", **keys)
+    assert run(model, folder / "dense", "none", infer_dtype="float32", **keys) == 0
+    expected = load_file(folder / "dense" / "model.safetensors")
+    found = load_file(import_gguf.convert(path, folder / "back") / "model.safetensors")
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"modules_to_save": ["embed_tokens"]}], ids=["dora", "unties"])
 def test_adapters_are_merged_on_the_way(options, tmp_path):
     model = make_model(tmp_path / "model", tie_word_embeddings=True)
     add_adapter(model, tmp_path / "adapter", **options)
-    keys = {"adapter_name_or_path": tmp_path / "adapter"}
-    path = exported(tmp_path / "model", tmp_path / "out", "F32", **keys)
-    assert run(tmp_path / "model", tmp_path / "dense", "none", infer_dtype="float32", **keys) == 0
-    expected = load_file(tmp_path / "dense" / "model.safetensors")
-    found = load_file(import_gguf.convert(path, tmp_path / "back") / "model.safetensors")
-    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    assert_as_the_dense_export(tmp_path / "model", tmp_path, adapter_name_or_path=tmp_path / "adapter")
 
 
 def test_a_quantised_base_is_dequantised_on_the_way(llama, tmp_path):
     _, folder = llama
     assert run(folder, tmp_path / "nf4", "none", quantization_bit=4) == 0
-    path = exported(tmp_path / "nf4", tmp_path / "out", "F32")
-    assert run(tmp_path / "nf4", tmp_path / "dense", "none", infer_dtype="float32") == 0
-    expected = load_file(tmp_path / "dense" / "model.safetensors")
-    found = load_file(import_gguf.convert(path, tmp_path / "back") / "model.safetensors")
-    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    assert_as_the_dense_export(tmp_path / "nf4", tmp_path)
 
 
 def test_the_order_of_the_files_does_not_matter(llama, tmp_path):
