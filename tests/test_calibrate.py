@@ -172,9 +172,16 @@ def attention_received(model, layer: int, x: torch.Tensor, windows: torch.Tensor
             q, k, _ = attention.project(part, cos, sin, row)
             k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
             scores = torch.einsum("ihd,jhd->hij", q.double(), k.double()) * attention.scale
-            scores += torch.full((length, length), -torch.inf, dtype=torch.float64).triu(1)
+            never = torch.full((length, length), -torch.inf, dtype=torch.float64)
+            scores += never.triu(1)
+            if attention.window:
+                scores += never.tril(-attention.window)
             received.append(scores.softmax(-1).square().sum((0, 1)))
     return torch.cat(received).float()
+
+
+QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+SLIDING = {"use_sliding_window": True, "sliding_window": 5, "layer_types": ["full_attention", "sliding_attention"]}
 
 
 @pytest.mark.parametrize(
@@ -182,9 +189,9 @@ def attention_received(model, layer: int, x: torch.Tensor, windows: torch.Tensor
     [
         ({}, {}),
         ({"bit": 3, "group_size": -1, "sym": False, "damp_percent": 0.02}, {"attention_bias": True}),
-        ({"bit": 2, "group_size": 48, "desc_act": True}, {"model_type": "qwen3"}),
+        ({"bit": 2, "group_size": 48, "desc_act": True}, QWEN3 | SLIDING),
     ],
-    ids=["4 bits", "3 bits, biases", "2 bits, act-order, q and k norms"],
+    ids=["4 bits", "3 bits, biases", "2 bits, act-order, q and k norms, a sliding window"],
 )  # fmt: skip
 def test_every_linear_is_solved_for_what_it_gets_once_those_before_are_quantised(tiny, keys, changes):
     """Against the whole model run window by window with hooks, and solve on what they saw."""
@@ -195,6 +202,7 @@ def test_every_linear_is_solved_for_what_it_gets_once_those_before_are_quantised
     )
     assert status == 0
     dense, quantised = load_model(folder), load_model(target)
+    assert (dense.layers[1].self_attn.window == 5) == dense.config.qk_norm == ("use_sliding_window" in changes)
     windows = windows_of(tiny)
     options = GPTQOptions(
         bits=keys.get("bit", 4), group_size=keys.get("group_size", 32), symmetric=keys.get("sym", True),

@@ -55,6 +55,10 @@ def test_values_are_those_of_the_formula(bits, group, order):
     assert torch.equal(made.dequantize(), torch.from_numpy(expected))
     for dtype in (torch.bfloat16, torch.float16):
         assert torch.equal(made.dequantize(dtype), torch.from_numpy(expected).to(dtype))
+    table = made.bytes_for_decoding(torch.bfloat16)
+    assert (table is not None) == (bits < 8 and (order == "in a row" or groups == 1))
+    if table is not None:
+        torch.testing.assert_close(table.dense(), torch.from_numpy(expected), rtol=1e-6, atol=1e-7)
     again = format_of(made).read(made.tensors(), (outputs, inputs), None, torch.float32)
     assert torch.equal(again.dequantize(), torch.from_numpy(expected))
     for mine, other in zip(again.integers(), (codes, zeros.T)):

@@ -150,6 +150,8 @@ def test_inputs_that_are_always_zero_are_rounded_to_nearest_and_pass_nothing_on(
     scale = solve(weight, hessian_of(x), options).scales.double()
     assert torch.equal(found[:, 0], ((weight[:, 0] / scale[:, 0]).round()).clamp(-8, 7) * scale[:, 0])
     assert torch.isfinite(found).all()
+    integers = solve(weight, hessian_of(0 * x), options)  # nothing but such inputs
+    assert ((values_of(integers) - weight).abs() <= 1.01 * integers.scales.double()).all()
 
 
 def test_root_is_of_the_damped_inverse():

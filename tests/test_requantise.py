@@ -102,6 +102,16 @@ def test_fitting_in_turns_follows_loftq_and_beats_one_fit():
     assert found[2] < found[1] < found[0] == fit_once(target, None, NF4, torch.float32, 8).error
 
 
+def test_the_best_of_all_turns_is_taken():
+    target = torch.randn(24, 64, generator=torch.Generator().manual_seed(2))
+    expected = loftq_by_definition(target, 8, 6)
+    assert min(expected) < 0.98 * expected[-1]  # later turns are worse
+    fit = fit_in_turns(target, None, NF4, torch.float32, 8, 6)
+    assert fit.error == pytest.approx(min(expected), rel=1e-4)
+    left = target - fit.layer.dequantize() - fit.b @ fit.a
+    assert left.norm() / target.norm() == pytest.approx(fit.error, rel=1e-4)
+
+
 def test_where_the_rank_suffices_the_base_keeps_its_codes():
     """An update of rank 4 on codes: keeping both loses nothing, and no other codes can do better."""
     weight = torch.randn(40, 96, generator=torch.Generator().manual_seed(3))
