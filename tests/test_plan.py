@@ -103,6 +103,19 @@ def test_the_buffer_of_quantised_layers_counts_once(tiny):
     assert peak.bytes == states + need.activations(0, 0) + need.block
 
 
+@pytest.mark.parametrize(("again", "passes"), [(0, 2), (2, 3)])
+def test_quantised_weights_are_made_dense_once_a_pass(tiny, monkeypatch, again, passes):
+    folder = tiny.make_model(f"passes-{again}", seed=3)
+    model = plan.skeleton(folder, load_config(folder), torch.float32, quant.from_options(QuantOptions(4)))
+    monkeypatch.setattr(plan, "measure_products", lambda dtype, device: 1e9)
+    monkeypatch.setattr(plan, "measure_copies", lambda device: 1e6)
+    bound = plan.bound_speed(model, Plan(full=again), np.array([8]), 1.0, 100, torch.device("cpu"))
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    numbers = sum(layer.in_features * layer.out_features for layer in layers)
+    moved = sum(layer.storage_bytes for layer in layers) + 2 * 4 * numbers  # codes read, dense written and read
+    assert bound.seconds["quantised weights"] == pytest.approx(passes * moved / 1e6 / 100)
+
+
 def test_a_plan_is_printed_without_weights_and_nothing_is_written(tiny, capsys):
     folder = tiny.make_model("unread", seed=2)
     (folder / "model.safetensors").unlink()
