@@ -106,6 +106,8 @@ def load_config(folder: str | Path) -> ModelConfig:
     """Switches of the model in this folder; ValueError names the file."""
     path = Path(folder) / "config.json"
     hf = read_json(path)
+    if not isinstance(settings := hf.get("quantization_config") or {}, dict):
+        raise ValueError(f"{path}: quantization_config {settings!r} is not an object of keys and values")
     try:
         return config_from_hf(hf)
     except ValueError as error:
@@ -284,6 +286,9 @@ class _Packed:
         if found != expected:
             wanted = f"shape {expected}" if expected else "none"
             raise ValueError(f"{file}: tensor {to_hf_name(self.config, owner)}.bias: {found}, expected {wanted}")
+        if not bias.is_floating_point():
+            name = f"{to_hf_name(self.config, owner)}.bias"
+            raise ValueError(f"{file}: tensor {name} is {bias.dtype}, not floating point")
         return bias.clone()
 
 

@@ -117,6 +117,7 @@ HARMLESS = {
     "every evaluation set is evaluated by itself": "eval_on_each_dataset",
     "the model family is read from config.json": "model_type tuner_backend",
     "quantised layers compute in the dtype of the training": "bnb_4bit_comp_dtype bnb_4bit_compute_dtype",
+    "codes are always stored as bytes": "bnb_4bit_quant_storage",
     "models are text only": """
         media_dir image_* video_* audio_sampling_rate use_audio_in_video crop_to_patches
         freeze_vision_tower freeze_multi_modal_projector freeze_language_model""",
@@ -249,6 +250,8 @@ def _no_recomputation(raw, given, keys):
 # key elsewhere -> function(raw value, all raw values beside it, keys of this script) -> {our key: raw value}
 CONVERTED: dict[str, Callable[[object, Mapping, Iterable], dict[str, object]]] = {
     "bits": lambda raw, given, keys: {} if _number(raw) in (16, 32) else {"quantization_bit": raw},
+    "load_in_4bit": lambda raw, given, keys: {"quantization_bit": _Plain("4")} if _truth(raw) else {},
+    "load_in_8bit": lambda raw, given, keys: {"quantization_bit": _Plain("8")} if _truth(raw) else {},
     "full_finetune": lambda raw, given, keys: {"finetuning_type": _Plain("full")} if _truth(raw) else {},
     "adam8bit": lambda raw, given, keys: {"optim": _Plain("adamw_8bit")} if _truth(raw) else {},
     "dtype": _precision,

@@ -34,6 +34,7 @@ from checkpoint import (
     DTYPES,
     checkpoint_dtype,
     copy_side_files,
+    load_config,
     load_model,
     write_model_json,
 )
@@ -45,7 +46,7 @@ from lora import LoraOptions, replace_module
 from merging import Adapter, Merge
 from model import Decoder
 from optim import OptimOptions
-from quality import WINDOW, QualityOptions, mean_loss, measure, windows
+from quality import WINDOW, QualityOptions, check_parent, mean_loss, measure, windows
 from quant import Format, QuantOptions
 from requantise import RANK, MergeOptions, Requantiser
 from runs import TrainOptions
@@ -147,6 +148,8 @@ def export(source: Source, options: ExportOptions, request: Request) -> None:
     check_target(target, source)
     config, tokenizer, template = read_small_files(source)
     texts = sample(request.quality, tokenizer, config)
+    if request.quality.report_parent:
+        check_parent(load_config(request.quality.report_parent), config)
     tell_trained_in_codes(source, config, request)
     merge = make_merge(source, config, options, request)
     packing = requantiser(merge, request)
@@ -182,6 +185,8 @@ def export(source: Source, options: ExportOptions, request: Request) -> None:
     print(f"{parts} -> {target} ({str(written).removeprefix('torch.')}{', head untied' if merge.unties else ''})")
     if packing is not None:
         print(packing.summary())
+        if packing.rank:
+            print(f"codes and adapter together: model_name_or_path={target / REMAINDER}")
     if request.calibration is not None:
         print(request.calibration.told())
     tell_quality(source, merge, packing, request, texts, target)

@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 import kernels
@@ -32,7 +31,7 @@ from architectures import ModelConfig, from_hf_name
 from lora import lora_layers, replace_module
 from model import Decoder
 from quant import Format, QuantLinear
-from tensor_files import weight_files
+from tensor_files import opened, weight_files
 
 GIB = 2**30
 SAMPLE_ROWS = 64  # of a weight, quantised to see how many bits a number takes; every format goes by rows
@@ -91,7 +90,7 @@ def _sizes_in_files(folder: Path, config: ModelConfig) -> dict[str, int]:
     """Bytes of every tensor by our name, from the headers of the files."""
     sizes = {}
     for path in weight_files(Path(folder)):
-        with safe_open(path, framework="pt") as file:
+        with opened(path) as file:
             for hf_name in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
                 piece, name = file.get_slice(hf_name), from_hf_name(config, hf_name)
                 if name is not None:

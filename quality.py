@@ -19,6 +19,7 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
+from architectures import ModelConfig
 from checkpoint import checkpoint_dtype
 from lora import LoraLinear
 from model import Decoder
@@ -265,9 +266,7 @@ def measure(parent: Decoder, child: Decoder, texts: list[Tensor], stored_bytes: 
     The child's blocks are put into the parent one at a time and it reads the first row of the texts, so this takes as
     long as one pass for each block; the parent is afterwards as it was.
     """
-    shapes = (parent.config.hidden_size, parent.config.num_layers, parent.config.vocab_size)
-    if shapes != (child.config.hidden_size, child.config.num_layers, child.config.vocab_size):
-        raise ValueError("report_parent: the parent has other sizes than the model, so it is another model's")
+    check_parent(parent.config, child.config)
     states = _all_states(parent, texts)
     blocks = []
     for number, original in enumerate(parent.layers):
@@ -281,6 +280,20 @@ def measure(parent: Decoder, child: Decoder, texts: list[Tensor], stored_bytes: 
     difference = _difference(parent, child, texts, states, _all_states(child, texts))
     bits = 8 * stored_bytes / sum(p.numel() for p in parent.parameters())
     return Report(blocks, difference, sum(map(len, texts)), len(texts[0]), bits)
+
+
+def check_parent(parent: ModelConfig, child: ModelConfig) -> None:
+    """Raises ValueError unless the parent is in 16 or 32 bit and of the child's shape."""
+    if parent.hf.get("quantization_config"):
+        raise ValueError("report_parent: the parent is quantised too; name the model in 16 bit")
+    if _shape(parent) != _shape(child):
+        raise ValueError("report_parent: the parent has other sizes than the model, so it is another model's")
+
+
+def _shape(config: ModelConfig) -> tuple[int, dict[str, torch.Size]]:
+    """Of the vocabulary and the blocks; heads may be tied in one of two models only."""
+    blocks = Decoder(config, device="meta").layers
+    return config.vocab_size, {name: parameter.shape for name, parameter in blocks.named_parameters()}
 
 
 def _linears(parent: Decoder, child: Decoder, number: int) -> list[LinearQuality]:

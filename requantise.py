@@ -246,7 +246,7 @@ class Requantiser:
         text = f"{len(fits)} linears in {self.format.describe()}: relative error {total('naive_error'):.5f} quantised"
         if self.rank:
             text += f", {total('error'):.5f} with the adapter of rank {self.rank} beside them"
-        if all(fit.update is not None for fit in fits):
+        if all(fit.update is not None for fit in fits) and any(fit.update for fit in fits):
             text += f"; the adapters had changed the weights by {total('update'):.5f}"
         kept = sum(fit.keeps_codes for fit in fits)
         return text + (f"; {kept} keep the base's codes" if kept else "")

@@ -49,22 +49,26 @@ def tensor_names(folder: str | Path) -> list[str]:
     """Names of all tensors in the folder's safetensors files; no tensor is read."""
     names = []
     for path in weight_files(Path(folder)):
-        try:
-            with safe_open(path, framework="pt") as file:
-                names += file.keys()
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a complete safetensors file ({error}); fetch it again") from error
+        with opened(path) as file:
+            names += file.keys()
     return names
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[safe_open]:
+    """safetensors' handle of one file; ValueError if it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a complete safetensors file ({error}); fetch it again") from error
 
 
 def file_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of every tensor in one safetensors file; ValueError if it is damaged."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
-                yield name, file.get_tensor(name)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a complete safetensors file ({error}); fetch it again") from error
+    with opened(path) as file:
+        for name in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
+            yield name, file.get_tensor(name)
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -37,6 +37,10 @@ METHODS = {  # quant_method of config.json: quantization_config -> Format, Value
     "gptq": gptq.from_config,
     "hqq": hqq.from_config,
 }
+WHOLE_NUMBERS = {  # keys of quantization_config, at any depth
+    "bits", "w_bit", "nbits", "nbits_per_codebook", "num_codebooks", "axis",
+    "group_size", "q_group_size", "in_group_size", "out_group_size",
+}  # fmt: skip
 QUANTISERS = {  # quantization_method -> quantization_bit -> QuantOptions -> Format
     "bitsandbytes": {
         4: lambda options: NF4Format(options.quantization_type, options.double_quantization),
@@ -58,7 +62,17 @@ class QuantOptions:
     double_quantization: Annotated[bool, "hold the scales of 4-bit blocks in 8 bits too"] = True
 
     def __post_init__(self):
-        from_options(self)  # refuses what cannot be, before anything is read
+        format = from_options(self)  # refuses what cannot be, before anything is read
+        if self.quantization_bit is None and self.quantization_method != "bitsandbytes":
+            raise ValueError(
+                f"quantization_method: {self.quantization_method} without quantization_bit quantises nothing; give "
+                "quantization_bit, or 0 for none, or drop quantization_method (quantised checkpoints need neither)"
+            )
+        if self.quantization_type != "nf4" and not (isinstance(format, NF4Format) or self.quantization_bit == 0):
+            raise ValueError(
+                f"quantization_type: {self.quantization_type} is a kind of 4 bits of bitsandbytes; set "
+                "quantization_bit=4 and quantization_method=bitsandbytes, or drop quantization_type"
+            )
 
 
 def from_options(options: QuantOptions) -> Format | None:
@@ -78,10 +92,21 @@ def from_config(settings: dict) -> Format:
     if "quant_method" not in settings and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
         method = NF4Format.method  # older files do not say
     try:
-        if method not in METHODS:
+        if not isinstance(method, str) or method not in METHODS:
             raise ValueError(f"quant_method {method!r} is not known; use a 16-bit release")
+        _check_kinds(settings, method)
         return METHODS[method](settings)
     except KeyError as error:
         raise ValueError(f"config.json: quantization_config.{error.args[0]} is missing") from error
     except ValueError as error:
         raise ValueError(f"config.json: quantization_config.{error}") from error
+
+
+def _check_kinds(settings: dict, method: str) -> None:
+    for key, value in settings.items():
+        if key in WHOLE_NUMBERS:
+            all_in_one = value is None and key == "group_size" and method == "hqq"
+            if not all_in_one and (isinstance(value, bool) or not isinstance(value, int)):
+                raise ValueError(f"{key}: {value!r} is not a whole number")
+        elif isinstance(value, dict):
+            _check_kinds(value, method)

@@ -65,6 +65,8 @@ class GPTQFormat(Format):
             low, high = int(group_of.min()), int(group_of.max())
             if low < 0 or high >= groups:
                 raise ValueError(f"g_idx names groups {low} to {high}; config.json asks for 0 to {groups - 1}")
+        elif self.desc_act and groups > 1:
+            raise ValueError("g_idx is missing, which says the order of inputs (desc_act); fetch the checkpoint again")
         if self.version == "gptq":
             zeros = self._plain_zeros(zeros)
         return GPTQLinear(self, codes.T.contiguous(), zeros.clone(), scales.clone(), group_of, bias, dtype)

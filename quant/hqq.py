@@ -222,7 +222,11 @@ def _number(tensors: dict[str, Tensor], name: str, default: int | None) -> int |
 def from_config(settings: dict) -> HQQFormat:
     """The format of a checkpoint's quantization_config. Raises ValueError starting with the key."""
     given = settings["quant_config"]
-    if "weight_quant_params" not in given:  # one for each kind of layer, which the layers' tensors repeat
-        given = next(iter(given.values()), {})
+    if isinstance(given, dict) and "weight_quant_params" not in given:
+        given = next(iter(given.values()), {})  # one for each kind of layer, which the layers' tensors repeat
+    if not isinstance(given, dict):
+        raise ValueError(f"quant_config: {given!r} is not an object of keys and values")
     weights = given["weight_quant_params"]
+    if not isinstance(weights, dict):
+        raise ValueError(f"quant_config.weight_quant_params: {weights!r} is not an object of keys and values")
     return HQQFormat(weights["nbits"], weights.get("group_size", 64), weights.get("axis", 1))

@@ -87,7 +87,7 @@ class NF4Format(Format):
 def from_config(settings: dict) -> NF4Format:
     """The format of a checkpoint with this quantization_config (load_in_4bit). ValueError starts with the key."""
     table = settings.get("bnb_4bit_quant_type", "fp4")  # transformers' default
-    if table not in TABLES:
+    if not isinstance(table, str) or table not in TABLES:
         raise ValueError(f"bnb_4bit_quant_type {table!r} is not one of nf4, fp4")
     dense = settings.get("llm_int8_skip_modules")
     if dense is not None and not (isinstance(dense, list) and all(isinstance(name, str) for name in dense)):

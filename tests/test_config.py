@@ -509,6 +509,8 @@ def test_swift_command_runs():
         (["bits=32"], {}),
         (["adam8bit=true"], {"optim": "adamw_8bit"}),
         (["adam8bit=false"], {}),
+        (["load_in_4bit=true", "load_in_8bit=false"], {"quantization_bit": 4}),
+        (["load_in_8bit=true"], {"quantization_bit": 8}),
         (["dtype=fp16"], {"bf16": False, "fp16": True}),
         (["dtype=fp32"], {"bf16": False, "fp16": False}),
         (["source_max_len=100"], {"cutoff_len": 356}),

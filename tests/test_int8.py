@@ -264,6 +264,13 @@ def test_options_choose_the_format():
         QuantOptions(quantization_bit=4, quantization_method="eetq")
     with pytest.raises(ValueError, match="bitsandbytes has 4 and 8"):
         QuantOptions(quantization_bit=3)
+    with pytest.raises(ValueError, match="hqq without quantization_bit quantises nothing"):
+        QuantOptions(quantization_method="hqq")
+    for others in ({}, {"quantization_bit": 8}, {"quantization_bit": 4, "quantization_method": "hqq"}):
+        with pytest.raises(ValueError, match="quantization_type: fp4 is a kind of 4 bits of bitsandbytes"):
+            QuantOptions(quantization_type="fp4", **others)
+    off = QuantOptions(quantization_bit=0, quantization_type="fp4", quantization_method="hqq")
+    assert quant.from_options(off) is None
     for chosen in (Int8Format(), Int8Format(5.0), EETQFormat()):
         assert quant.from_config(chosen.config()) == chosen
     with pytest.raises(ValueError, match="llm_int8_threshold"):

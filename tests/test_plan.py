@@ -1,6 +1,7 @@
 """plan=true: counts by the published formulas, sizes of what a run would hold, and the command line without weights."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -126,3 +127,14 @@ def test_a_plan_is_printed_without_weights_and_nothing_is_written(tiny, capsys):
     assert not (tiny.folder / "planned").exists()
     assert tiny.train("planned", **keys, do_train="false", do_eval="true", val_size="3") == 2
     assert "plan: there is nothing to plan" in capsys.readouterr().err
+
+
+def test_a_plan_on_a_damaged_file_names_it(tiny, capsys):
+    folder = tiny.make_model("cut", seed=2)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:999])
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": settings}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert tiny.train("cut run", model_name_or_path=folder, plan="true") == 2
+    assert f"{file}: not a complete safetensors file" in capsys.readouterr().err

@@ -327,6 +327,8 @@ def test_bad_input_gives_one_clear_line_and_leaves_nothing(tiny, tmp_path, capsy
     plain = f"model_name_or_path={tiny.model}"
     empty = tmp_path / "empty.txt"
     empty.write_text("")
+    report = [f"export_sample_text={tiny.folder / 'text.txt'}", "report=true"]
+    wide = tiny.make_model("wide", seed=2, intermediate_size=56)
     cases = {
         "not quantised": ([plain, run, "export_merge=loftq"], "needs a base that is quantised"),
         "way": ([base, run, "export_merge=merge"], "export_merge"),
@@ -339,6 +341,9 @@ def test_bad_input_gives_one_clear_line_and_leaves_nothing(tiny, tmp_path, capsy
         "empty": ([base, run, f"export_sample_text={empty}"], "holds 0 tokens"),
         "report": ([base, run, "report=true"], "give export_sample_text=FILE"),
         "parent": ([base, run, "report_parent=x"], "nothing is compared without report=true"),
+        "no parent": ([plain, *report, f"report_parent={tmp_path}"], "config.json: file not found"),
+        "other parent": ([plain, *report, f"report_parent={wide}"], "report_parent: the parent has other sizes"),
+        "packed parent": ([plain, *report, f"report_parent={tiny.folder / 'nf4'}"], "the parent is quantised too"),
     }
     for name, (argv, message) in cases.items():
         assert (name, export.main([*argv, f"export_dir={tmp_path / 'out'}"])) == (name, 2)

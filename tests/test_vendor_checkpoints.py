@@ -188,6 +188,13 @@ def test_settings_that_are_not_those_of_the_tensors_are_refused(pairs, tmp_path,
         ({"quant_method": "awq", "bits": 3}, "bits: 3 is not read"),
         ({"quant_method": "aqlm", "nbits_per_codebook": 20}, "nbits_per_codebook: 20"),
         ({"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": 7}}}, "nbits: 7; HQQ has"),
+        ({"quant_method": "gptq", "bits": "4"}, "bits: '4' is not a whole number"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": None}, "group_size: None is not a whole number"),
+        ({"quant_method": "awq", "group_size": {"q": 64}}, "group_size: {'q': 64} is not a whole number"),
+        ({"quant_method": "aqlm", "num_codebooks": [2]}, "num_codebooks: .2. is not a whole number"),
+        ({"quant_method": "hqq", "quant_config": "4 bits"}, "quant_config: '4 bits' is not an object"),
+        ({"quant_method": "hqq", "quant_config": {"weight_quant_params": None}}, "quant_config.weight_quant_params: N"),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": ["nf4"]}, "bnb_4bit_quant_type .'nf4'. is not one of"),
         ({"quant_method": "quip"}, "quant_method 'quip' is not known; use a 16-bit release"),
     ],
 )
@@ -196,6 +203,32 @@ def test_settings_that_are_not_read_are_named(pairs, tmp_path, settings, said):
     config = json.loads((folder / "config.json").read_text()) | {"quantization_config": settings}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=f"config.json: quantization_config.{said}"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("settings", ["nf4", [4], 4])
+def test_settings_that_are_no_object_are_refused(pairs, tmp_path, settings):
+    folder = shutil.copytree(pairs["awq"][1], tmp_path / "other")
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": settings}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="other/config.json: quantization_config .* is not an object"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda tensors, name: tensors.pop(f"{name}.g_idx"), "g_idx is missing.*desc_act"),
+        (lambda tensors, name: tensors.update({f"{name}.bias": tensors[f"{name}.bias"].int()}), "bias is torch.int32"),
+    ],
+)
+def test_act_order_without_its_order_and_a_bias_of_integers_are_refused(pairs, tmp_path, change, said):
+    """Both would load, into other weights."""
+    folder = shutil.copytree(pairs["gptq act-order"][0], tmp_path / "changed")
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors, "model.layers.1.self_attn.q_proj")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"tensor model.layers.1.self_attn.q_proj.{said}"):
         load_model(folder)
 
 
