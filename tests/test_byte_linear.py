@@ -15,7 +15,7 @@ def weight(inputs, outputs, groups, zero, seed):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-@pytest.mark.parametrize(("inputs", "groups"), [(1, 1), (3, 1), (123, 1), (192, 3), (128, 128)])
+@pytest.mark.parametrize(("inputs", "groups"), [(1, 1), (3, 1), (123, 1), (34, 2), (192, 3), (128, 128)])
 @pytest.mark.parametrize("outputs", [(1,), (17, 5, 64)])
 def test_equals_the_formula(outputs, inputs, groups, threads):
     parts = [weight(inputs, size, groups, 127.25, seed) for seed, size in enumerate(outputs)]
