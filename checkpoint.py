@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import quant
 from adapter_files import (
@@ -149,7 +150,11 @@ def load_model(
     model = Decoder(config, dtype=dtype, device="meta")
     inside = [name for name, module in model.layers.named_modules(prefix="layers") if isinstance(module, nn.Linear)]
     biases: dict[str, Tensor] = {}
-    for name, value in stream_weights(folder, config, dtype):
+    weights = stream_weights(folder, config, dtype)
+    if quantization is not None:
+        total = len(list(model.parameters()))
+        weights = tqdm(weights, "quantising", total, leave=False, unit="tensor", disable=None)
+    for name, value in weights:
         owner = name.rpartition(".")[0]
         if isinstance(value, QuantLinear) and name not in inside:
             set_parameter(model, f"{name}.weight", nn.Parameter(value.to(device).dequantize(dtype)))  # head, embedding
