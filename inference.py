@@ -72,6 +72,9 @@ def find_source(
         base = _resolve_base(replace(model, model_name_or_path=name), expanded[0])
     else:
         base = resolve_model(model)
+    beside = base / "adapter"  # what export.py keeps of a merge that 4 bits could not hold
+    if not adapters and is_adapter(beside):
+        notices.append(f"{beside} belongs to these codes and is left out; model_name_or_path={beside} takes both")
     if run:
         for key in ("template", "default_system", "enable_thinking"):
             if key not in given and run.get(key) is not None:

@@ -299,7 +299,10 @@ def test_what_is_written_trains_on_and_chats(tiny, tmp_path, capsys):
     assert all(min(tensor.shape) == 2 for tensor in trained.values())
     capsys.readouterr()
     assert chat.main([f"model_name_or_path={out / 'adapter'}", "--prompt", "Who", "max_new_tokens=3"]) == 0
-    assert capsys.readouterr().out.strip()
+    said = capsys.readouterr()
+    assert said.out.strip() and "left out" not in said.err
+    assert chat.main([f"model_name_or_path={out}", "template=chatml", "--prompt", "Who", "max_new_tokens=3"]) == 0
+    assert f"{out / 'adapter'} belongs to these codes and is left out" in capsys.readouterr().err
 
 
 def test_loftq_start_from_16_bit(tiny, tmp_path, capsys):
