@@ -36,16 +36,27 @@ GROUP_BATCHES = 50  # batches per length-sorted megabatch, as in transformers' L
 
 @dataclass(frozen=True)
 class Example:
-    """One segment. All arrays have its length; `source` is (dataset, row), both counted from 0."""
+    """One segment, or two that belong together (a preference pair: chosen, rejected). All arrays have the length of
+    both; `source` is (dataset, row), both counted from 0."""
 
     tokens: np.ndarray  # (n,) int32
     trained: np.ndarray  # (n,) bool, True where the token is a target
     turns: np.ndarray  # (n,) int16, index of the message, -1 = prefix
     roles: np.ndarray  # (n,) uint8, place in ROLES, plus ANSWER where the text is the model's to produce
     source: tuple[int, int]
+    split: int = 0  # where the second segment begins; 0 = there is one segment
+    tag: int = 0  # KTO: 1 = desirable, 0 = undesirable
+    reference: tuple[float, ...] | None = None  # log-probability of each segment's labels under the reference policy
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def segments(self) -> list[slice]:
+        """Where its segments lie in the arrays."""
+        if not self.split:
+            return [slice(0, len(self.tokens))]
+        return [slice(0, self.split), slice(self.split, len(self.tokens))]
 
 
 class Store(Protocol):
@@ -67,6 +78,9 @@ class Batch:
     label_rows: torch.Tensor  # (L,) int64, where labels != IGNORED
     borders: list[int]  # cu_seqlens on the host
     sources: list[tuple[int, int]]  # (dataset, row) of each segment; empty for an empty batch
+    pairs: int = 0  # P: segments 0..P-1 are the first of each pair (chosen), P..2P-1 the second (rejected)
+    tags: torch.Tensor | None = None  # (N,) int64, Example.tag of each segment
+    reference: torch.Tensor | None = None  # (N,) fp32, Example.reference
     turns: np.ndarray | None = None  # (T,) int16, index of the message; -1 = prefix
     roles: np.ndarray | None = None  # (T,) uint8, as in Example
 
@@ -107,25 +121,39 @@ class Batch:
         )
 
     def __len__(self) -> int:
-        return len(self.sources)
+        """Examples; a pair is one."""
+        return len(self.sources) - self.pairs
 
 
 def collate(examples: Sequence[Example]) -> Batch:
-    """Examples -> one flat row. No examples -> the empty batch: one token 0, no label, no source."""
+    """Examples -> one flat row. No examples -> the empty batch: one token 0, no label, no source.
+
+    Examples of two segments: the first segments of all, then the second ones in the same order.
+    """
+    sources = [example.source for example in examples]
     if not examples:
         one = np.zeros(1, np.int64)
         examples = [Example(one, one > 0, one.astype(np.int16) - 1, one.astype(np.uint8), (-1, -1))]
-        sources: list[tuple[int, int]] = []
-    else:
-        sources = [example.source for example in examples]
-    lengths = np.fromiter((len(example.tokens) for example in examples), np.int64, len(examples))
-    borders = np.zeros(len(examples) + 1, np.int64)
+    pairs = sum(example.split > 0 for example in examples)
+    if pairs not in (0, len(examples)):
+        raise ValueError("collate: some examples are pairs and some are not; a batch holds one kind")
+    # (example, number of its segment)
+    order = [(example, number) for number in range(2 if pairs else 1) for example in examples]
+    spans = [(example, example.segments[number]) for example, number in order]
+
+    def flat(name: str) -> np.ndarray:
+        return np.concatenate([getattr(example, name)[span] for example, span in spans])
+
+    lengths = np.fromiter((span.stop - span.start for _, span in spans), np.int64, len(spans))
+    borders = np.zeros(len(spans) + 1, np.int64)
     np.cumsum(lengths, out=borders[1:])
-    tokens = np.concatenate([example.tokens for example in examples]).astype(np.int64)
-    trained = np.concatenate([example.trained for example in examples])
+    tokens, trained = flat("tokens").astype(np.int64), flat("trained")
     labels = np.full(len(tokens), IGNORED, np.int64)
     labels[:-1] = np.where(trained[1:], tokens[1:], IGNORED)
     labels[borders[1:] - 1] = IGNORED  # the last token of a segment must not predict the first of the next
+    reference = None
+    if all(example.reference is not None for example, _ in order):
+        reference = torch.tensor([example.reference[number] for example, number in order], dtype=torch.float32)
     return Batch(
         tokens=torch.from_numpy(tokens),
         positions=torch.from_numpy(
@@ -136,9 +164,12 @@ def collate(examples: Sequence[Example]) -> Batch:
         labels=torch.from_numpy(labels),
         label_rows=torch.from_numpy(np.flatnonzero(labels != IGNORED)),
         borders=borders.tolist(),
-        sources=sources,
-        turns=np.concatenate([example.turns for example in examples]),
-        roles=np.concatenate([example.roles for example in examples]),
+        sources=sources * (2 if pairs else 1),
+        pairs=pairs,
+        tags=torch.tensor([example.tag for example, _ in order]),
+        reference=reference,
+        turns=flat("turns"),
+        roles=flat("roles"),
     )
 
 

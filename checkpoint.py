@@ -48,6 +48,8 @@ from tensor_files import (
     write_json,
     write_shards,
 )
+from value_head import PREFIX as VALUE_HEAD_PREFIX
+from value_head import load_value_head, save_value_head
 
 __all__ = [
     "ADAPTER_CONFIG",
@@ -344,7 +346,7 @@ def model_tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
         if isinstance(module, QuantLinear) and not name.startswith(inside):
             yield from ((f"{name}.{part}", tensor) for part, tensor in module.tensors().items())
     for name, parameter in model.named_parameters():
-        if not name.startswith(inside):
+        if not name.startswith((*inside, VALUE_HEAD_PREFIX)):
             yield name, parameter.detach()
     for name, layer in layers.items():
         base = layer.base
@@ -390,6 +392,8 @@ def save_trained(
         save_adapter(model, folder, base_name)
     else:
         save_model(model, folder, source_folder, shard_gigabytes)
+    if model.v_head is not None:
+        save_value_head(model.v_head, folder)
 
 
 @torch.no_grad()
@@ -402,7 +406,8 @@ def restore_trained(model: Decoder, folder: Path) -> None:
         tensors = tensors.items()
     else:
         tensors = ((name, tensor) for _, name, tensor in stream_tensors(folder))
-        targets = {to_hf_name(model.config, name): parameter for name, parameter in model.named_parameters()}
+        parameters = {n: p for n, p in model.named_parameters() if not n.startswith(VALUE_HEAD_PREFIX)}
+        targets = {to_hf_name(model.config, name): parameter for name, parameter in parameters.items()}
     for name, tensor in tensors:
         if name not in targets:
             raise ValueError(f"{folder}: tensor {name} is nothing that this run trains; was another option changed?")
@@ -413,3 +418,5 @@ def restore_trained(model: Decoder, folder: Path) -> None:
         target.copy_(tensor)
     if targets:
         raise ValueError(f"{folder}: tensor {next(iter(targets))} is missing; was lora_target changed since?")
+    if model.v_head is not None:
+        load_value_head(model.v_head, folder)

@@ -84,6 +84,7 @@ RENAMED = {
 
 # our key -> {value elsewhere: our value}; a value that our key's own choices list is never rewritten
 RENAMED_VALUES = {
+    "stage": {"reward": "rm"},
     "truncation_strategy": {"delete": "drop", "truncation_left": "left", "truncation_right": "right"},
     "lora_target": {"ALL": "all", "all-linear": "all"},
     "eval_strategy": {"false": "no", "none": "no"},
@@ -139,12 +140,6 @@ HARMLESS = {
 NOT_YET = {
     "8-bit floating point": "fp8 fp8_*=auto",
     "spreading a quantised model over several devices": "quantization_device_map",
-    "the rm, dpo, kto and orpo stages": """
-        pref_beta=0.1 pref_loss=sigmoid pref_ftx pref_bco_weight dpo_label_smoothing orpo_beta=0.1
-        kto_*=1.0 simpo_gamma=0.5 ld_alpha ref_model ref_model_*""",
-    "the ppo stage": """
-        ppo_buffer_size=1 ppo_epochs=4 ppo_target=6 ppo_* reward_model reward_model_type=lora
-        reward_model_*""",
     "GaLore, APOLLO, BAdam, Adam-mini and Muon": """
         use_galore galore_target=all galore_rank=16 galore_update_interval=200 galore_scale=0.25,2
         galore_proj_type=std galore_layerwise use_apollo apollo_target=all apollo_rank=16
@@ -190,7 +185,6 @@ NOT_YET = {
 
 # own key -> values that name such a part; anything else that is not a choice is a mistake
 NOT_YET_VALUES = {
-    "stage": "rm ppo dpo kto orpo simpo ipo grpo reward",
     "finetuning_type": "oft lisa longlora adalora ia3 llamapro qalora",
     "rope_scaling": "longrope ntk",
     "optim": """

@@ -36,7 +36,7 @@ from encoding import (
     template_key,
     tokenizer_key,
 )
-from formats import check_stage
+from formats import KINDS, check_stage
 from mixing import choose_rows, examples_of_rows, hold_out, interleave
 from sources import DatasetInfo, HubAccess, check_sha1, content_key, find_dataset, open_hub, read_rows
 from streaming import RowStream
@@ -54,7 +54,7 @@ __all__ = [
     "describe_example",
 ]
 
-CACHE_VERSION = 1  # raise it when the tokens of an unchanged row change, or the layout of the files
+CACHE_VERSION = 2  # raise it when the tokens of an unchanged row change, or the layout of the files
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ class Prepared:
 
 
 def load_datasets(
-    options: DataOptions, template, tokenizer, stage: Literal["pt", "sft"], *, seed: int, is_main: bool = True,
+    options: DataOptions, template, tokenizer, stage: str, *, seed: int, is_main: bool = True,
     cache_dir: str | Path | None = None, enable_thinking: bool = True, hub: HubAccess | None = None,
 ) -> Prepared:  # fmt: skip
     """Read, tokenise (or load from the cache), mix and split what `options` names.
@@ -201,11 +201,11 @@ def load_datasets(
         )
     shared = ("cutoff_len", "truncation_strategy", "reserved_label_len", "train_on_prompt", "mask_history")
     encode = EncodeOptions(
-        stage=stage, enable_thinking=enable_thinking, **{key: getattr(options, key) for key in shared}
+        kind=KINDS[stage], enable_thinking=enable_thinking, **{key: getattr(options, key) for key in shared}
     )
     seed = seed if options.data_seed is None else options.data_seed
     cache = Path(cache_dir or default_cache_dir()) / "tokenised"
-    work = _Work(options, encode, template, tokenizer, seed, is_main, cache, hub or HubAccess())
+    work = _Work(options, stage, encode, template, tokenizer, seed, is_main, cache, hub or HubAccess())
     saved = Path(options.tokenized_path) if options.tokenized_path is not None else None
     if saved is not None and saved.exists():
         return Prepared(*_load_saved(saved, work), packing)
@@ -234,6 +234,7 @@ class _Work:
     """What preparing needs at every level."""
 
     options: DataOptions
+    stage: str
     encode: EncodeOptions
     template: object
     tokenizer: object
@@ -247,12 +248,12 @@ class _Work:
 
     def find(self, name: str) -> DatasetInfo:
         info = find_dataset(name, self.options.dataset_dir, self.options.split)
-        check_stage(info, self.encode.stage)
+        check_stage(info, self.stage)
         return info
 
     def keys(self) -> dict:
         """What decides the tokens of given rows."""
-        used = None if self.encode.stage == "pt" else template_key(self.template, self.encode.enable_thinking)
+        used = None if self.encode.kind == "document" else template_key(self.template, self.encode.enable_thinking)
         return {
             "version": CACHE_VERSION, "tokenizer": tokenizer_key(self.tokenizer), "template": used,
             "options": asdict(self.encode),
@@ -446,7 +447,7 @@ def _load_saved(folder: Path, work: _Work) -> tuple[ExampleStore | None, dict[st
 class PreviewOptions:
     model_name_or_path: Annotated[str, "folder or hub id of the checkpoint; only its tokenizer is read"]
     index: Annotated[int, "which batch"] = 0
-    stage: Annotated[Literal["pt", "sft"], "what the data is for"] = "sft"
+    stage: Annotated[Literal["pt", "sft", "rm", "dpo", "orpo", "kto", "ppo", "grpo"], "what the data is for"] = "sft"
     per_device_train_batch_size: Annotated[int, "examples, or packed rows, of a batch"] = 8
     seed: Annotated[int, "seed of the run"] = 42
     model_revision: Annotated[str, "branch, tag or commit on the hub"] = "main"

@@ -1,7 +1,9 @@
 """One row -> tokens and a mask of what is trained; many rows -> chunks, in this process or in several.
 
-sft: the template renders the conversation into spans, the tokenizer encodes them part by part, the answers' tokens are
-trained. pt: text + eos, cut into pieces of cutoff_len.  Over-long conversations (`truncation_strategy`):
+dialogue (stage sft): the template renders the conversation into spans, the tokenizer encodes them part by part, the
+answers' tokens are trained. document (pt): text + eos, cut into pieces of cutoff_len. pair (rm, dpo, orpo): prompt +
+chosen, prompt + rejected, two segments of one example; only these last answers are trained.
+Over-long conversations (`truncation_strategy`):
   ratio  LLaMA-Factory 0.6: turn by turn, a pair of s source and t target tokens in a remaining budget b keeps the first
          max(b * t // (s + t), reserved_label_len) target tokens and of the source what then fits; later turns go.
          With mask_history the last turn comes first (as in newer versions), for it is the only one trained.
@@ -16,13 +18,13 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 
 import numpy as np
 
 from batches import ANSWER, ROLES, Example
-from formats import Conversation, Dropped, to_conversation, to_document
+from formats import Conversation, Dropped, to_conversation, to_document, to_pair
 from sources import DatasetInfo
 from templates import Message, encode_dialogue
 from token_store import Chunk, Tally
@@ -37,7 +39,7 @@ Row = tuple[int, str, dict]  # row number, place for messages, columns
 class EncodeOptions:
     """What decides the tokens of a row, apart from row, template and tokenizer. Part of the cache key."""
 
-    stage: str  # "pt" or "sft"
+    kind: str  # of examples, one of formats.KINDS' values
     cutoff_len: int
     truncation_strategy: str = "ratio"
     reserved_label_len: int = 1
@@ -70,13 +72,9 @@ class ChunkEncoder:
         number, place, columns = row
         tally.read += 1
         try:
-            if self.options.stage == "pt":
-                examples, cut = self._document(number, to_document(columns, self.info)), 0
-            else:
-                conversation = to_conversation(columns, self.info)
-                for note in conversation.notes:
-                    tally.note(note, place)
-                examples, cut = self._dialogue(number, conversation)
+            examples, cut, notes = self._encode(number, columns)
+            for note in notes:
+                tally.note(note, place)
         except Dropped as reason:
             tally.drop(str(reason), place)
             return []
@@ -91,6 +89,19 @@ class ChunkEncoder:
             tally.tokens_trained += int(example.trained.sum())
             tally.longest = max(tally.longest, len(example))
         return examples
+
+    def _encode(self, number: int, columns: dict) -> tuple[list[Example], int, tuple[str, ...]]:
+        """(examples, tokens cut, notes) of one row."""
+        kind = self.options.kind
+        if kind == "document":
+            return self._document(number, to_document(columns, self.info)), 0, ()
+        if kind == "pair":
+            conversation, chosen, rejected = to_pair(columns, self.info)
+            example, cut = self._pair(number, conversation, chosen, rejected)
+            return [example], cut, conversation.notes
+        conversation = to_conversation(columns, self.info)
+        examples, cut = self._dialogue(number, conversation)
+        return examples, cut, conversation.notes
 
     def _document(self, number: int, text: str) -> list[Example]:
         ids = list(self.tokenizer.encode(text, add_special=True))
@@ -109,17 +120,50 @@ class ChunkEncoder:
             )
         return examples
 
-    def _dialogue(self, number: int, conversation: Conversation) -> tuple[list[Example], int]:
+    def _render(self, conversation: Conversation) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """tokens, answer, turns, roles of a conversation, each (n,)."""
         messages = [Message(role, text) for role, text in conversation.turns]
         tools = list(conversation.tools) or None
         thinking = self.options.enable_thinking
         spans = self.template.render(messages, self.bos, self.eos, enable_thinking=thinking, tools=tools)
         encoded = encode_dialogue(self.tokenizer, spans)
-        tokens, answer = np.array(encoded.ids, np.int32), np.array(encoded.answer, bool)
-        turns = np.array(encoded.turn, np.int16)
-        roles = np.array([ROLE_NUMBER.get(role, 0) for role in encoded.role], np.uint8) + answer * np.uint8(
-            ANSWER
-        )
+        answer = np.array(encoded.answer, bool)
+        roles = np.array([ROLE_NUMBER.get(role, 0) for role in encoded.role], np.uint8) + answer * np.uint8(ANSWER)
+        return np.array(encoded.ids, np.int32), answer, np.array(encoded.turn, np.int16), roles
+
+    def _pair(
+        self, number: int, conversation: Conversation, chosen: str, rejected: str
+    ) -> tuple[Example, int]:
+        """prompt + chosen, prompt + rejected. Both keep the same tokens of the prompt: those that the longer leaves."""
+        halves = []
+        for text in (chosen, rejected):
+            answered = replace(conversation, turns=[*conversation.turns, ("assistant", text)])
+            tokens, answer, turns, roles = self._render(answered)
+            halves.append((tokens, answer & (turns == turns[np.flatnonzero(answer)[-1]]), turns, roles))
+        length = max(len(half[0]) for half in halves)
+        starts = [int(np.argmax(half[1])) for half in halves]
+        if starts[0] != starts[1] or not np.array_equal(halves[0][0][: starts[0]], halves[1][0][: starts[0]]):
+            raise Dropped("the template writes the prompt differently for the two answers")
+        cut, capacity, start = 0, self.options.cutoff_len, starts[0]
+        kept = []
+        for tokens, trained, turns, roles in halves:
+            keep = np.ones(len(tokens), bool)
+            if length > capacity:
+                if self.options.truncation_strategy == "drop":
+                    raise Dropped("longer than cutoff_len")
+                source, target = ratio_lengths(start, length - start, capacity, self.options.reserved_label_len)
+                place = np.arange(len(tokens))
+                keep = (place < source) | ((place >= start) & (place < start + target))
+            cut += len(tokens) - int(keep.sum())
+            kept.append((tokens[keep], trained[keep], turns[keep], roles[keep]))
+        if np.array_equal(kept[0][0], kept[1][0]):
+            raise Dropped("identical answers")
+        arrays = [np.concatenate(parts) for parts in zip(*kept)]
+        arrays[1][0] = arrays[1][len(kept[0][0])] = False  # nothing stands before the first token that could predict it
+        return Example(*arrays, (self.part, number), split=len(kept[0][0])), cut
+
+    def _dialogue(self, number: int, conversation: Conversation) -> tuple[list[Example], int]:
+        tokens, answer, turns, roles = self._render(conversation)
         trained = answer
         if self.options.mask_history and answer.any():
             trained = answer & (turns == turns[np.flatnonzero(answer)[-1]])

@@ -15,18 +15,16 @@ The template writes tool lists and calls as its model knows them; here they are 
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from sources import DatasetInfo
 
-LATER = {
-    "images": "pictures",
-    "videos": "videos",
-    "audios": "sound",
-    "kto_tag": "KTO data",
-    "chosen": "preference data",
-    "rejected": "preference data",
-}
+LATER = {"images": "pictures", "videos": "videos", "audios": "sound"}
+# what a stage makes of a row: the stages of one kind train on the same tokens
+KINDS = {
+    "pt": "document", "sft": "dialogue", "rm": "pair", "dpo": "pair", "orpo": "pair", "kto": "rated", "ppo": "prompt",
+    "grpo": "prompt",
+}  # fmt: skip
 
 
 class Dropped(Exception):
@@ -42,10 +40,11 @@ class Conversation:
 
 def check_stage(info: DatasetInfo, stage: str) -> None:
     """Refuse a dataset that the stage cannot use, before a row is read."""
-    if info.ranking:
-        raise ValueError(
-            f"dataset {info.name!r}: ranking: true: preference data belongs to a later stage than {stage}"
-        )
+    kind = KINDS[stage]
+    ranked = info.ranking or "chosen" in info.columns
+    if ranked != (kind == "pair"):
+        kinds = ("pairs of answers", "single answers") if ranked else ("single answers", "pairs (ranking: true)")
+        raise ValueError(f"dataset {info.name!r}: it holds {kinds[0]}, but stage {stage} needs {kinds[1]}")
     for column, what in LATER.items():
         if column in info.columns:
             raise ValueError(
@@ -75,6 +74,43 @@ def to_conversation(row: dict, info: DatasetInfo) -> Conversation:
     Raises Dropped (nothing to train on) or ValueError that names the column and what was found there.
     """
     return (_alpaca if info.formatting == "alpaca" else _sharegpt)(row, info)
+
+
+def to_pair(row: dict, info: DatasetInfo) -> tuple[Conversation, str, str]:
+    """(the conversation up to the answer, chosen, rejected) of one row for stages rm, dpo and orpo."""
+    prompt = (_alpaca_prompt if info.formatting == "alpaca" else _sharegpt_prompt)(row, info)
+    if "chosen" in info.columns:
+        answers = [row.get(info.columns[name]) for name in ("chosen", "rejected")]
+    else:
+        answers = row.get(info.columns["response"])
+    if not isinstance(answers, list) or len(answers) != 2:
+        column = info.columns.get("response")
+        raise ValueError(f"column {column!r}: expected [chosen, rejected], found {_show(answers)}")
+    texts = []
+    for name, answer in zip(("chosen", "rejected"), answers):
+        if isinstance(answer, dict):
+            answer = answer.get(info.tags["content_tag"])
+        if not isinstance(answer, str):
+            raise ValueError(f"{name}: expected text, found {_show(answer)}")
+        if not answer.strip():
+            raise Dropped(f"empty {name} answer")
+        texts.append(answer)
+    if texts[0] == texts[1]:
+        raise Dropped("identical answers")
+    return prompt, texts[0], texts[1]
+
+
+def _alpaca_prompt(row: dict, info: DatasetInfo) -> Conversation:
+    answered = _alpaca({**row, "answer": "-"}, replace(info, columns=info.columns | {"response": "answer"}))
+    return replace(answered, turns=answered.turns[:-1])
+
+
+def _sharegpt_prompt(row: dict, info: DatasetInfo) -> Conversation:
+    tags, messages = info.tags, row.get(info.columns["messages"])
+    if isinstance(messages, list):
+        messages = [*messages, {tags["role_tag"]: tags["assistant_tag"], tags["content_tag"]: "-"}]
+    answered = _sharegpt({**row, info.columns["messages"]: messages}, info)
+    return replace(answered, turns=answered.turns[:-1])
 
 
 def _alpaca(row: dict, info: DatasetInfo) -> Conversation:

@@ -528,6 +528,7 @@ def full_modules(model: nn.Module) -> list[str]:
         name
         for name, module in model.named_modules()
         if not isinstance(module, LoraLinear)
+        and not name.startswith("v_head")  # has a file of its own
         and any(p.requires_grad for p in module.parameters(recurse=False))
     ]
 

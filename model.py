@@ -320,6 +320,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, **kind)
         if not config.tied_head:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, **kind)
+        self.v_head: nn.Module | None = None  # a number for each token (value_head.py), in the stages that have one
         self.compute_dtype: torch.dtype | None = None
         self.recompute = recompute.Plan()
         self.flash_attn = "auto"

@@ -224,18 +224,21 @@ class Totals:
     tokens: int
     examples: int
     seconds: float
+    metrics: dict[str, float]  # means
 
 
 class Window:
     """What this rank did since the last log line. Adding to it never waits for the device."""
 
-    def __init__(self, world: World):
-        self.world = world
+    def __init__(self, world: World, metric_names: tuple[str, ...] = ()):
+        self.world, self.metric_names = world, metric_names
         self.loss = torch.zeros((), dtype=torch.float64, device=world.device)
+        self.metrics = torch.zeros(len(metric_names), 2, dtype=torch.float64, device=world.device)  # sums, counts
         self.reset()
 
     def reset(self) -> None:
         self.loss.zero_()
+        self.metrics.zero_()
         self.steps = self.tokens = self.examples = 0
         self.started_at = time.monotonic()
 
@@ -245,12 +248,19 @@ class Window:
         self.examples += sum(len(batch) for batch in group)
         self.tokens += sum(batch.tokens.shape[0] for batch in group if batch.sources)  # not an empty batch's one
 
+    def add_metrics(self, metrics: dict[str, torch.Tensor]) -> None:
+        """name -> (2,): a sum and its count, of one micro-batch."""
+        for row, name in enumerate(self.metric_names):
+            self.metrics[row] += metrics[name]
+
     def totals(self) -> Totals:
         """All ranks have to ask. Waits for the device."""
         counts = torch.tensor([self.tokens, self.examples], dtype=torch.float64, device=self.loss.device)
-        loss, tokens, examples = self.world.sum(torch.cat([self.loss[None], counts])).tolist()
+        everything = self.world.sum(torch.cat([self.loss[None], counts, self.metrics.flatten()]))
+        loss, tokens, examples, *metrics = everything.tolist()
+        means = [total / max(count, 1) for total, count in zip(metrics[::2], metrics[1::2])]
         seconds = max(time.monotonic() - self.started_at, 1e-9)
-        return Totals(self.steps, loss, int(tokens), int(examples), seconds)
+        return Totals(self.steps, loss, int(tokens), int(examples), seconds, dict(zip(self.metric_names, means)))
 
     def leave_out(self, seconds: float) -> None:
         """Time that was not training."""
@@ -259,11 +269,12 @@ class Window:
     def state(self) -> dict:
         seconds = time.monotonic() - self.started_at
         counts = {"steps": self.steps, "tokens": self.tokens, "examples": self.examples}
-        return counts | {"loss": self.loss.item(), "seconds": seconds}
+        return counts | {"loss": self.loss.item(), "metrics": self.metrics.cpu(), "seconds": seconds}
 
     def restore(self, state: dict) -> None:
         self.steps, self.tokens, self.examples = state["steps"], state["tokens"], state["examples"]
         self.loss.fill_(state["loss"])
+        self.metrics.copy_(state["metrics"])
         self.started_at = time.monotonic() - state["seconds"]
 
 

@@ -1,47 +1,87 @@
-"""What a run minimises: one small class per kind of loss, used by several stages.
+"""What a run minimises. A stage is what the loop (train.py) asks for, and nothing in the loop knows which one it is.
 
-The contract with the loop (train.py): `weight(batch)` is the number of things the loss is a sum over (tokens here),
-known on the host; `loss(model, batch)` is the fp32 SUM over them and a dict of tensors to log. The loop divides by the
-weights of all micro-batches and all ranks, so batch 8, 8 x 1 accumulated and 2 ranks x 1 x 4 give the same gradients.
+The contract: `weight(batch)` is the number of things the loss is a sum over (tokens, pairs), known on the host;
+`loss(model, batch)` is the fp32 SUM over them and metrics. The loop divides by the weights of all micro-batches and
+all ranks, so batch 8, 8 x 1 accumulated and 2 ranks x 1 x 4 give the same gradients.
 """
 
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 
-import kernels
+import torch
+from torch import Tensor
+
 from batches import Batch
-from kernels.cross_entropy import CHUNK_BYTES
+from heads import head_loss, hidden_states
 from model import Decoder
+from parallel import World
+
+Metrics = dict[str, Tensor]  # name -> (2,) fp32: a sum, and the number of things it is a sum over
 
 
-class TokenLoss:
+@dataclass(frozen=True)
+class Rhythm:
+    """How updates are made of data: `draw` micro-batches at once, of which the stage makes `updates` updates."""
+
+    draw: int
+    updates: int = 1
+
+
+class Stage:
+    """What the loop asks for, with the answers of a stage that learns from given examples."""
+
+    metric_names: tuple[str, ...] = ()  # of every `loss`, on every rank
+    evaluation_names: tuple[str, ...] = ("loss",)  # what `evaluate` gives
+
+    def groups(self, model: Decoder, drawn: list[Batch], first: int) -> Iterator[list[Batch]]:
+        """The accumulation group of each update from number `first` on that is made of what was drawn at once."""
+        yield drawn
+
+    def prepare(self, model: Decoder, group: list[Batch]) -> None:
+        """Before the losses of an accumulation group: what needs all of its batches, on all ranks."""
+
+    def weight(self, batch: Batch) -> float:
+        raise NotImplementedError
+
+    def loss(self, model: Decoder, batch: Batch) -> tuple[Tensor, Metrics]:
+        raise NotImplementedError
+
+    def state(self) -> dict:
+        """What a checkpoint must hold of it: tensors and plain values."""
+        return {}
+
+    def restore(self, state: dict) -> None:
+        """Back to what `state` gave."""
+
+    def evaluate(self, model: Decoder, batches: Iterator[Batch], world: World) -> dict[str, float]:
+        """Loss and metrics over all ranks. The model is in eval mode, gradients are off."""
+        device = model.embed_tokens.weight.device
+        sums = torch.zeros(1 + len(self.metric_names), 2, dtype=torch.float64, device=device)
+        for batch in batches:
+            self.prepare(model, [batch])
+            value, metrics = self.loss(model, batch)
+            sums[0, 0] += value
+            sums[0, 1] += self.weight(batch)
+            for row, name in enumerate(self.metric_names, start=1):
+                sums[row] += metrics[name]
+        means = [total / max(count, 1) for total, count in world.sum(sums).tolist()]
+        return dict(zip(("loss", *self.metric_names), means))
+
+
+class TokenLoss(Stage):
     """Next-token cross entropy over the labelled tokens: stages pt and sft."""
+
+    evaluation_names = ("loss", "perplexity")
 
     def weight(self, batch: Batch) -> int:
         return batch.label_rows.shape[0]
 
-    def loss(self, model: Decoder, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: Decoder, batch: Batch) -> tuple[Tensor, Metrics]:
         """Sum over labelled tokens of -log p(label), in nats, () fp32. The head runs on these rows only."""
-        hidden = model(batch.tokens, batch.positions, batch.cu_seqlens, batch.max_seqlen)  # (T, E)
-        rows = hidden[batch.label_rows]  # (L, E)
-        labels = batch.labels[batch.label_rows]  # (L,)
-        return head_loss(model, rows, labels), {}
+        rows = hidden_states(model, batch)[batch.label_rows]  # (L, E)
+        return head_loss(model, rows, batch.labels[batch.label_rows]), {}
 
-
-def head_loss(model: Decoder, rows: Tensor, labels: Tensor) -> Tensor:
-    """Sum of -log p(label) for hidden rows (L, E) and labels (L,), () fp32; all (L, V) logits never exist at once."""
-    if model.config.tied_head or isinstance(model.lm_head, nn.Linear):
-        return kernels.linear_cross_entropy(rows, model.head_weight(), labels)
-
-    # a head with an adapter is no single matrix (dropout; in bf16 the sum W + s B A would round the update away), so
-    # the layer itself runs, some rows at a time, and once more in the backward pass
-    def layer_loss(rows: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(model.logits(rows).float(), labels, reduction="sum")
-
-    step = max(1, CHUNK_BYTES // (4 * model.config.vocab_size))  # rows
-    chunks = zip(rows.split(step), labels.split(step))
-    return sum(checkpoint(layer_loss, *chunk, use_reentrant=False) for chunk in chunks)
-
-
-STAGES = {"pt": TokenLoss, "sft": TokenLoss}
+    def evaluate(self, model: Decoder, batches: Iterator[Batch], world: World) -> dict[str, float]:
+        results = super().evaluate(model, batches, world)
+        return results | {"perplexity": math.exp(min(results["loss"], 700))}  # exp(710) overflows

@@ -53,7 +53,11 @@ COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-
 
 @dataclass(frozen=True)
 class TrainOptions:
-    stage: Annotated[Literal["pt", "sft"], "pretraining on text, or supervised fine-tuning on dialogues"] = "sft"
+    stage: Annotated[
+        Literal["pt", "sft", "rm", "dpo", "orpo", "kto", "ppo", "grpo"],
+        "pretraining on text, supervised fine-tuning on dialogues, reward model, preferences (dpo, orpo: pairs; kto: "
+        "single answers), reinforcement learning (ppo, grpo)",
+    ] = "sft"
     do_train: Annotated[bool | None, "train; default: yes, unless only do_eval is set"] = None
     do_eval: Annotated[bool, "evaluate once more at the end"] = False
     output_dir: Annotated[str | None, "folder of the run: checkpoints, logs, the result"] = None

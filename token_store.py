@@ -1,9 +1,9 @@
 """Tokenised examples on disk: flat arrays that are memory-mapped, written in a way that survives being killed.
 
-A folder holds tokens.i32, trained.u8, turns.i16, roles.u8 (one entry per token), lengths.i32 and rows.i64 (one per
-example), and meta.json (sizes, checksums, counts). While it is being written its name ends in `.partial` and
-`progress.json` says how far it is: a killed run goes on there. Renaming makes it complete; a finished folder whose
-sizes or checksums are wrong is refused.
+A folder holds tokens.i32, trained.u8, turns.i16, roles.u8 (one entry per token), lengths.i32, rows.i64, splits.i32 and
+tags.i8 (one per example), and meta.json (sizes, checksums, counts). While it is being written its name ends in
+`.partial` and `progress.json` says how far it is: a killed run goes on there. Renaming makes it complete; a finished
+folder whose sizes or checksums are wrong is refused.
 
 Run from Python: store = ExampleStore([TokenFiles.open(folder)], ["my data"]); store.example(0)
 """
@@ -29,6 +29,8 @@ ARRAYS = {
     "roles": ("roles.u8", np.dtype("u1")),
     "lengths": ("lengths.i32", np.dtype("<i4")),
     "rows": ("rows.i64", np.dtype("<i8")),
+    "splits": ("splits.i32", np.dtype("<i4")),
+    "tags": ("tags.i8", np.dtype("i1")),
 }
 SETS_FILE = "anvil_tokenised.json"
 CHECK_BYTES = 1 << 24  # read this much at a time for checksums
@@ -71,7 +73,7 @@ class Tally:
 
 @dataclass
 class Chunk:
-    """Examples of a run of rows, flat. rows[i] is the row that example i came from."""
+    """Examples of a run of rows, flat. rows[i] is the row that example i came from; splits, tags as in Example."""
 
     tokens: np.ndarray
     trained: np.ndarray
@@ -79,6 +81,8 @@ class Chunk:
     roles: np.ndarray
     lengths: np.ndarray
     rows: np.ndarray
+    splits: np.ndarray
+    tags: np.ndarray
     tally: Tally
 
     @classmethod
@@ -91,6 +95,8 @@ class Chunk:
             *(flat(name) for name in ("tokens", "trained", "turns", "roles")),
             lengths=np.array([len(example) for example in examples], np.int32),
             rows=np.array([example.source[1] for example in examples], np.int64),
+            splits=np.array([example.split for example in examples], np.int32),
+            tags=np.array([example.tag for example in examples], np.int8),
             tally=tally,
         )
 
@@ -102,6 +108,7 @@ class TokenFiles:
         self.tokens, self.trained = arrays["tokens"], arrays["trained"]
         self.turns, self.roles = arrays["turns"], arrays["roles"]
         self.lengths, self.rows, self.tally = arrays["lengths"], arrays["rows"], tally
+        self.splits, self.tags = arrays["splits"], arrays["tags"]
         self.offsets = np.zeros(len(self.lengths) + 1, np.int64)
         np.cumsum(self.lengths, out=self.offsets[1:])
 
@@ -146,6 +153,7 @@ class ExampleStore:
             )
         self.parts, self.datasets, self.index = list(parts), list(datasets), index
         self.lengths = self._gather("lengths", np.int32)
+        self.reference: np.ndarray | None = None  # (n, segments) fp32, see Example; filled by reference.py
 
     @classmethod
     def from_examples(cls, examples: Sequence[Example], datasets: Sequence[str]) -> "ExampleStore":
@@ -166,6 +174,9 @@ class ExampleStore:
             part.turns[span],
             part.roles[span],
             (int(k), int(part.rows[j])),
+            int(part.splits[j]),
+            int(part.tags[j]),
+            None if self.reference is None else tuple(self.reference[i].tolist()),
         )
 
     @property

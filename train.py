@@ -12,6 +12,7 @@ Exit status: 0 done, 1 the run cannot go on (loss not finite, disk full), 2 a mi
 128 + n stopped by signal n with a checkpoint. `touch OUTPUT_DIR/SAVE` asks for a checkpoint.
 """
 
+import itertools
 import math
 import os
 import signal
@@ -22,46 +23,29 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 
+import build
 import config as configuration
 import host_memory
 import kernels
-import memory
 import monitor
 import optim
 import parallel
-import plan
 import quant
 import runs
 from batches import ROW_MULTIPLE, Batch, BatchLoader, StreamingLoader
-from checkpoint import (
-    ModelOptions,
-    chosen_quantization,
-    load_config,
-    load_model,
-    prepare_adapters,
-    random_model,
-    resolve_adapters,
-    resolve_model,
-    restore_trained,
-    save_trained,
-)
-from data import DataOptions, Prepared, TokenizedDataSaved, load_datasets
-from data_report import describe_example
-from lora import LoraOptions, quantised_linears, trainable_report
-from model import Decoder, RMSNorm
+from build import SECTIONS, steps_per_epoch
+from checkpoint import ModelOptions, restore_trained
+from data import DataOptions, TokenizedDataSaved
+from lora import quantised_linears, trainable_report
+from model import Decoder
 from monitor import Health, Monitor, Window, peak_memory_gb, write_json
-from objectives import STAGES
+from objectives import Rhythm, Stage
 from optim import OptimOptions
 from parallel import World
 from prefetch import ahead
-from quant import QuantOptions
 from runs import Progress, StopRun, TrainOptions
-from sources import HubAccess
-from templates import TemplateOptions, get_template
-from token_store import ExampleStore
 from tokenizer import Tokenizer
 
 
@@ -73,7 +57,8 @@ class Run:
     optim_options: OptimOptions
     world: World
     model: Decoder
-    stage: object
+    stage: Stage
+    rhythm: Rhythm
     loader: BatchLoader | StreamingLoader | None
     eval_loaders: dict[str, BatchLoader]
     optimizer: torch.optim.Optimizer | None
@@ -92,14 +77,11 @@ class Run:
         return self.monitor.folder
 
     def epoch(self, step: int) -> float:
-        return step / (steps_per_epoch(self.options, self.loader) or max(self.total_steps, 1))
+        return step / (steps_per_epoch(self.rhythm, self.loader) or max(self.total_steps, 1))
 
     def out_of_patience(self) -> bool:
         patience = self.options.early_stopping_steps
         return patience is not None and self.progress.stale_evaluations >= patience
-
-
-SECTIONS = [TrainOptions, ModelOptions, QuantOptions, DataOptions, TemplateOptions, LoraOptions, OptimOptions]
 
 
 def main(argv: list[str]) -> int:
@@ -139,43 +121,46 @@ def run(config: configuration.Config, world: World) -> int:
     for notice in config.notices:
         world.print(f"note: {notice}")
     monitor.check_services(options.services)
-    kernels.require_attention(config[ModelOptions].flash_attn, world.device, compute_dtype(options))
-    resume, source = find_start(config)
-    refuse_on_quantised(config, source)
+    kernels.require_attention(config[ModelOptions].flash_attn, world.device, build.compute_dtype(options))
+    resume, source = build.find_start(config)
+    build.refuse_on_quantised(config, source)
     tokenizer = Tokenizer.from_folder(source)
-    template = pick_template(config, tokenizer)
-    prepared = prepare_data(config, source, template, tokenizer, world)
-    loader, eval_loaders = make_loaders(prepared, options, config[DataOptions], world)
-    total_steps = count_steps(options, loader)
+    template = build.pick_template(config, tokenizer)
+    prepared = build.prepare_data(config, source, template, tokenizer, world)
+    loader, eval_loaders = build.make_loaders(prepared, options, config[DataOptions], world)
+    rhythm = build.make_rhythm(config)
+    total_steps = build.count_steps(options, rhythm, loader)
     if options.plan:
-        world.print(make_plan(config, source, prepared, loader, world))
+        world.print(build.make_plan(config, source, prepared, loader, world))
         return 0
-    fingerprint = runs.fingerprint(config.values, world, describe_data(prepared))
+    fingerprint = runs.fingerprint(config.values, world, build.describe_data(prepared))
     state = None if resume is None else runs.read_checkpoint(resume, fingerprint, world)
     torch.manual_seed(options.seed + world.rank)  # dropout and noise differ between ranks, adapters do not (generator)
-    model = build_model(config, source, world)
+    model = build.build_model(config, source, world)
     world.print(trainable_report(model))
     if quantised_linears(model):
         world.print(quant.report(model))
     world.print(kernels.choices(world.device, config[ModelOptions].flash_attn))
     if loader is not None:
-        world.print(choose_recomputation(model, loader, config, world))
+        world.print(build.choose_recomputation(model, loader, config, world))
+    stage = build.make_stage(config, model)
     this = Run(
         options=options,
         optim_options=config[OptimOptions],
         world=world,
         model=model,
-        stage=STAGES[options.stage](),
+        stage=stage,
+        rhythm=rhythm,
         loader=loader,
         eval_loaders=eval_loaders,
         optimizer=optim.make_optimizer(model, config[OptimOptions]) if options.trains else None,
         scaler=torch.amp.GradScaler(world.device.type, enabled=options.fp16),
         gradient_sum=parallel.GradientSum(model, world),
         monitor=Monitor(output_dir, options.services, options.run_name or str(output_dir), world.is_main),
-        window=Window(world),
+        window=Window(world, stage.metric_names),
         health=Health(world, prepared.train.datasets if prepared.train is not None else []),
         total_steps=total_steps,
-        save_weights=weight_writer(model, source, tokenizer, template, config),
+        save_weights=build.weight_writer(model, source, tokenizer, template, config),
         fingerprint=fingerprint,
     )
     status = 0
@@ -200,217 +185,6 @@ def begin_folder(config: configuration.Config, resume: Path | None, world: World
         world.print(f"note: {notice}")
     config.save(output_dir / f".tmp-{runs.RUN_CONFIG}")
     os.replace(output_dir / f".tmp-{runs.RUN_CONFIG}", output_dir / runs.RUN_CONFIG)
-
-
-def find_start(config: configuration.Config) -> tuple[Path | None, Path]:
-    """(checkpoint to continue or None, model folder); refuses to overwrite what the run starts from."""
-    options, output_dir = config[TrainOptions], Path(config[TrainOptions].output_dir)
-    resume, overwrite = None, options.overwrite_output_dir
-    if options.plan:
-        return None, resolve_model(config[ModelOptions])
-    if options.trains:
-        resume = runs.find_resume(output_dir, options.resume_from_checkpoint, overwrite)
-    source = resolve_model(config[ModelOptions])
-    if options.trains:
-        sources: dict[str, tuple] = {"adapter_name_or_path": config[ModelOptions].adapter_name_or_path}
-        sources |= {"model_name_or_path": (source,)}
-        runs.refuse_to_destroy(output_dir, overwrite and resume is None, sources)
-    return resume, source
-
-
-def refuse_on_quantised(config: configuration.Config, source: Path) -> None:
-    """What config.RULES say of quantization_bit, for a checkpoint that is quantised already. Raises ValueError."""
-    stored = load_config(source).hf.get("quantization_config")
-    if not stored:
-        return
-    kind, method = config[LoraOptions].finetuning_type, stored.get("quant_method")
-    base = f"{source} is quantised ({method})"
-    if config[TrainOptions].train_from_scratch:
-        raise ValueError(f"train_from_scratch: {base}, which random weights are not; remove quantization_config there")
-    if kind != "lora":
-        raise ValueError(
-            f"finetuning_type: {kind}, but {base}: its weights have no gradient; set finetuning_type=lora, or start "
-            "from a 16-bit model"
-        )
-
-
-def prepare_data(config: configuration.Config, source: Path, template, tokenizer: Tokenizer, world: World) -> Prepared:
-    """Tokenise, report what was lost, show the first example, and see that the model knows every token id."""
-    options, data_options, model_options = config[TrainOptions], config[DataOptions], config[ModelOptions]
-    prepared = load_datasets(
-        data_options,
-        template,
-        tokenizer,
-        options.stage,
-        seed=options.seed,
-        is_main=world.is_main,
-        enable_thinking=config[TemplateOptions].enable_thinking,
-        cache_dir=model_options.cache_dir,
-        hub=HubAccess(model_options.hf_hub_token, model_options.ms_hub_token, model_options.cache_dir),
-    )
-    world.print(prepared.report)
-    first = prepared.first_example()
-    if first is not None:
-        world.print(f"\nthe first example: {describe_example(first, tokenizer)}\n")
-    known = load_config(source).vocab_size
-    if tokenizer.vocab_size > known:  # some tokenizers hold ids that are never used; those do no harm
-        stores = [store for store in (prepared.train, *prepared.eval.values()) if isinstance(store, ExampleStore)]
-        largest = max((int(part.tokens.max()) for store in stores for part in store.parts), default=0)
-        if data_options.streaming:
-            largest = tokenizer.vocab_size - 1
-        if largest >= known:
-            raise ValueError(
-                f"model_name_or_path: {source}: tokenizer.json makes token ids up to {largest}, but config.json has "
-                f"vocab_size {known}; the tokenizer is of another model"
-            )
-    return prepared
-
-
-def describe_data(prepared: Prepared) -> str:
-    if not isinstance(prepared.train, ExampleStore):
-        return "streamed"
-    return f"{len(prepared.train)} examples of {int(prepared.train.lengths.sum())} tokens"
-
-
-def pick_template(config: configuration.Config, tokenizer: Tokenizer):
-    """The chat template; plain-text pretraining needs none."""
-    options = config[TemplateOptions]
-    if config[TrainOptions].stage == "pt" and options.template is None:
-        return None
-    return get_template(options.template, tokenizer.chat_template, options.default_system)
-
-
-def make_loaders(prepared: Prepared, options: TrainOptions, data_options: DataOptions, world: World):
-    """The training loader (None if only evaluating) and one loader per evaluation set."""
-    place = {"rank": world.rank, "world": world.size}
-    loader = None
-    if options.trains:
-        rows = options.per_device_train_batch_size
-        loader = prepared.train_loader(data_options, rows_per_batch=rows, seed=options.seed, **place)
-    eval_loaders = prepared.eval_loaders(data_options, rows_per_batch=options.per_device_eval_batch_size, **place)
-    if (options.evaluation_strategy != "no" or options.do_eval) and not eval_loaders:
-        raise ValueError("evaluation_strategy: there is no evaluation data; set val_size or eval_dataset")
-    names = evaluation_names(eval_loaders)
-    if options.evaluation_strategy != "no" and options.metric not in names:
-        raise ValueError(f"metric_for_best_model: {options.metric} is not measured; there are {', '.join(names)}")
-    return loader, eval_loaders
-
-
-def evaluation_names(eval_loaders: dict[str, BatchLoader]) -> list[str]:
-    """Names of what `evaluate` measures, without the speeds."""
-    sets = [f"eval_{name}_" for name in eval_loaders] if len(eval_loaders) > 1 else []
-    return [prefix + kind for prefix in (*sets, "eval_") for kind in ("loss", "perplexity")]
-
-
-def steps_per_epoch(options: TrainOptions, loader) -> int | None:
-    """Updates of one pass over the data; None for a stream. The last one of a pass may be of fewer micro-batches."""
-    per_epoch = loader.batches_per_epoch
-    return None if per_epoch is None else math.ceil(per_epoch / options.gradient_accumulation_steps)
-
-
-def count_steps(options: TrainOptions, loader) -> int:
-    """Updates of the whole run, as the Hugging Face trainer counts them."""
-    if loader is None:
-        return 0
-    if options.max_steps > 0:
-        return options.max_steps
-    per_epoch = steps_per_epoch(options, loader)
-    if per_epoch is None:
-        raise ValueError("max_steps: streaming has no known length, so max_steps has to say how many updates to do")
-    return max(1, math.ceil(options.num_train_epochs * per_epoch))
-
-
-def compute_dtype(options: TrainOptions) -> torch.dtype:
-    if options.bf16 or options.pure_bf16:
-        return torch.bfloat16
-    return torch.float16 if options.fp16 else torch.float32
-
-
-def build_model(config: configuration.Config, source: Path, world: World) -> Decoder:
-    """Weights on the device, in the dtypes that the precision options ask for, with what trains marked."""
-    options, model_options, lora_options = config[TrainOptions], config[ModelOptions], config[LoraOptions]
-    compute = compute_dtype(options)
-    frozen = compute if lora_options.finetuning_type == "lora" or options.pure_bf16 else torch.float32
-    trained = torch.bfloat16 if options.pure_bf16 else torch.float32
-    if options.plan:
-        model = plan.skeleton(source, load_config(source), frozen, quant.from_options(config[QuantOptions]))
-    elif options.train_from_scratch:
-        model = random_model(source, frozen, world.device, options.seed)
-    else:
-        scaling = None if model_options.rope_scaling == "none" else model_options.rope_scaling
-        cutoff_len = config[DataOptions].cutoff_len
-        quantization, notice = chosen_quantization(source, quant.from_options(config[QuantOptions]))
-        if notice is not None:
-            world.print(f"note: {notice}")
-        norms = torch.float32 if options.upcast_layernorm is not False else None
-        model = load_model(source, frozen, world.device, scaling, cutoff_len, quantization, norms)
-    wide_norms = options.upcast_layernorm
-    if wide_norms is None:
-        wide_norms = bool(quantised_linears(model))
-    norms = {id(module.weight) for module in model.modules() if wide_norms and isinstance(module, RMSNorm)}
-    generator = torch.Generator().manual_seed(options.seed)
-    prepare_adapters(model, resolve_adapters(model_options), lora_options, generator, trained)
-    for parameter in model.parameters():
-        # frozen weights in the compute dtype, trained ones in full precision
-        if id(parameter) not in norms:
-            parameter.data = parameter.data.to(trained if parameter.requires_grad else compute)
-    model.compute_dtype = compute
-    model.flash_attn = model_options.flash_attn
-    model.embedding_noise = options.neftune_noise_alpha or 0.0
-    return model
-
-
-def make_plan(config: configuration.Config, source: Path, prepared: Prepared, loader, world: World) -> str:
-    """What the run would take, without its weights; see plan.py."""
-    options = config[TrainOptions]
-    if loader is None:
-        raise ValueError("plan: there is nothing to plan without training; drop plan, or do_eval")
-    model = build_model(config, source, world)
-    free = memory.free_bytes(world.device) - plan.weight_bytes(model)
-    tokens = largest_row(loader, world)
-    need = memory.need(model, tokens, config[OptimOptions].optim, world.size)
-    chosen, line = memory.plan(options.recomputation, need, model.config.num_layers, world.device, free)
-    store = prepared.train if isinstance(prepared.train, ExampleStore) else None
-    lengths = np.full(1, config[DataOptions].cutoff_len) if store is None else np.asarray(store.lengths)
-    share = 1.0 if store is None else store.trained_share
-    peak = plan.predict_peak(model, chosen, need, plan.largest_file(source), world.device)
-    bound = plan.bound_speed(model, chosen, lengths, share, tokens, world.device)
-    text = plan.report(peak, bound, memory.free_bytes(world.device), tokens, world.device)
-    return f"{trainable_report(model)}\n{line}\n\n{text}"
-
-
-def largest_row(loader, world: World) -> int:
-    """Tokens of the largest micro-batch, with what pads the row."""
-    multiple = ROW_MULTIPLE[world.device.type]
-    return -(-loader.most_tokens() // multiple) * multiple
-
-
-def choose_recomputation(model: Decoder, loader, config: configuration.Config, world: World) -> str:
-    """Tell the model what its blocks keep for the backward pass; gives a line that says so."""
-    options = config[TrainOptions]
-    need = memory.need(model, largest_row(loader, world), config[OptimOptions].optim, world.size)
-    if options.compiles:
-        need = need.without_selective()
-        for block in model.layers:
-            block.compile(backend=options.torch_compile_backend or "inductor", mode=options.torch_compile_mode)
-    free = memory.free_bytes(world.device)
-    layers = model.config.num_layers
-    model.recompute, line = memory.plan(options.recomputation, need, layers, world.device, free)
-    return line
-
-
-def weight_writer(model: Decoder, source: Path, tokenizer: Tokenizer, template, config) -> Callable[[Path], None]:
-    """A function that writes what the user loads later: weights, tokenizer, chat template, resolved configuration."""
-    base_name = config[ModelOptions].model_name_or_path
-
-    def save(folder: Path) -> None:
-        save_trained(model, folder, source, base_name)
-        tokenizer.save(folder)
-        if config[TemplateOptions].template is not None and template is not None:
-            (folder / "chat_template.jinja").write_text(template.to_jinja(), encoding="utf-8")
-        config.save(folder / runs.RUN_CONFIG)
-
-    return save
 
 
 # The loop
@@ -469,27 +243,36 @@ def is_finished(this: Run) -> bool:
 
 @contextmanager
 def groups(this: Run) -> Iterator[Iterator[list[Batch]]]:
-    """Accumulation groups from the current step to the last; on a GPU the next one is prepared while this one trains.
+    """Accumulation groups from the current step to the last; on a GPU data is prepared ahead while the model trains.
 
-    A group ends with its epoch: so batch 8, 8 x 1 accumulated and 2 ranks x 1 x 4 train on the same groups of rows.
+    What is drawn at once ends with its epoch: so batch 8, 8 x 1 accumulated and 2 ranks x 1 x 4 train on the same
+    groups of rows.
     """
-    size, loader, first = this.options.gradient_accumulation_steps, this.loader, this.progress.step
-    per_epoch = steps_per_epoch(this.options, loader)
+    rhythm, loader, first = this.rhythm, this.loader, this.progress.step
+    draw, within = divmod(first, rhythm.updates)
+    per_epoch = None if loader.batches_per_epoch is None else math.ceil(loader.batches_per_epoch / rhythm.draw)
     if per_epoch is None:
-        batches = loader.batches(start=first * size)
+        batches = loader.batches(start=draw * rhythm.draw)
     else:
-        epoch, place = divmod(first, per_epoch)
-        batches = loader.batches(start=epoch * loader.batches_per_epoch + place * size)
+        epoch, place = divmod(draw, per_epoch)
+        batches = loader.batches(start=epoch * loader.batches_per_epoch + place * rhythm.draw)
 
-    def count(step: int) -> int:
-        return size if per_epoch is None else min(size, loader.batches_per_epoch - step % per_epoch * size)
+    def count(draw: int) -> int:
+        if per_epoch is None:
+            return rhythm.draw
+        return min(rhythm.draw, loader.batches_per_epoch - draw % per_epoch * rhythm.draw)
+
+    def all_groups(ready: Iterator[Batch]) -> Iterator[list[Batch]]:
+        for number in itertools.count(draw):
+            drawn = [next(ready) for _ in range(count(number))]
+            yield from this.stage.groups(this.model, drawn, within if number == draw else 0)
 
     last = first if this.out_of_patience() else this.total_steps
     on_gpu = this.world.device.type == "cuda"
     prepared = (prepare(batch, this.world.device) for batch in batches)
     # not on a CPU: a batch of 2,048 tokens is made in 0.3 ms, and the threads of the step need every core
-    with ahead(prepared, depth=max(2, size) if on_gpu else 0) as ready:
-        yield ([next(ready) for _ in range(count(step))] for step in range(first, last))
+    with ahead(prepared, depth=max(2, rhythm.draw) if on_gpu else 0) as ready:
+        yield itertools.islice(all_groups(ready), last - first)
 
 
 def prepare(batch: Batch, device: torch.device) -> Batch:
@@ -505,15 +288,17 @@ def update(this: Run, group: list[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
     """
     device, stage = this.world.device, this.stage
     group = [batch.to(device) for batch in group]
+    stage.prepare(this.model, group)
     # full, not tensor: the latter would copy a number of the host's and wait for it
     total = torch.full((), float(sum(stage.weight(batch) for batch in group)), device=device)
     total = this.world.sum(total).clamp_(min=1)
     loss = torch.zeros((), device=device)
     for number, batch in enumerate(group, start=1):
         with this.gradient_sum(number == len(group)):
-            value, _ = stage.loss(this.model, batch)
+            value, metrics = stage.loss(this.model, batch)
             value = value / total
             this.scaler.scale(value).backward()
+        this.window.add_metrics(metrics)
         loss += value.detach()
     this.scaler.unscale_(this.optimizer)
     norm = optim.clip_gradients(trained_parameters(this.optimizer), this.optim_options.max_grad_norm)
@@ -530,29 +315,29 @@ def trained_parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def evaluate(this: Run) -> dict[str, float]:
-    """Mean loss and perplexity of every evaluation set over all ranks, and the speed. The model's mode stays."""
-    was_training, started, examples = this.model.training, time.monotonic(), 0
+    """What the stage measures on every evaluation set over all ranks, and the speed. The model's mode stays."""
+    was_training, started, device = this.model.training, time.monotonic(), this.world.device
     this.model.eval()
-    results: dict[str, float] = {}
+    measured: dict[str, dict[str, float]] = {}
     for name, loader in this.eval_loaders.items():
-        sums = torch.zeros(2, dtype=torch.float64, device=this.world.device)
-        batches = loader.batches()
-        for _ in range(loader.batches_per_epoch):
-            batch = prepare(next(batches), this.world.device).to(this.world.device)
-            value, _ = this.stage.loss(this.model, batch)
-            sums[0] += value
-            sums[1] += this.stage.weight(batch)
-        total, count = this.world.sum(sums).tolist()
-        mean = total / max(count, 1)
-        if not math.isfinite(mean):
-            raise StopRun(f"the evaluation loss on {name} is {mean}; lower learning_rate, or use bf16 instead of fp16")
-        prefix = "eval_" if len(this.eval_loaders) == 1 else f"eval_{name}_"
-        results |= {f"{prefix}loss": mean, f"{prefix}perplexity": math.exp(min(mean, 700))}  # exp(710) overflows
-        examples += len(loader.store)
-    if len(this.eval_loaders) > 1:
-        mean = sum(results[f"eval_{name}_loss"] for name in this.eval_loaders) / len(this.eval_loaders)
-        results |= {"eval_loss": mean, "eval_perplexity": math.exp(min(mean, 700))}
+        batches = itertools.islice(loader.batches(), loader.batches_per_epoch)
+        ready = (prepare(batch, device).to(device) for batch in batches)
+        measured[name] = this.stage.evaluate(this.model, ready, this.world)
+        bad = next((kind for kind, value in measured[name].items() if not math.isfinite(value)), None)
+        if bad is not None:
+            raise StopRun(
+                f"the evaluation's {bad} on {name} is {measured[name][bad]}; lower learning_rate, or use bf16 instead "
+                "of fp16"
+            )
+    results: dict[str, float] = {}
+    if len(measured) > 1:
+        results |= {f"eval_{name}_{kind}": value for name, each in measured.items() for kind, value in each.items()}
+    for kind in next(iter(measured.values())):
+        results[f"eval_{kind}"] = sum(each[kind] for each in measured.values()) / len(measured)
+    if len(measured) > 1 and "perplexity" in this.stage.evaluation_names:
+        results["eval_perplexity"] = math.exp(min(results["eval_loss"], 700))  # of the mean loss
     seconds = time.monotonic() - started
+    examples = sum(len(loader.store) for loader in this.eval_loaders.values())
     results |= {"eval_runtime": round(seconds, 4), "eval_samples_per_second": round(examples / seconds, 3)}
     this.model.train(was_training)
     return results
@@ -569,7 +354,7 @@ def what_is_due(this: Run) -> Due:
     """After this step; the last one is logged, and saved with save_strategy=steps, as the Hugging Face trainer does."""
     options, step = this.options, this.progress.step
     last = step == this.total_steps
-    ends_epoch = step % (steps_per_epoch(options, this.loader) or this.total_steps) == 0
+    ends_epoch = step % (steps_per_epoch(this.rhythm, this.loader) or this.total_steps) == 0
 
     def due(strategy: str, every: int) -> bool:
         return (strategy == "steps" and step % every == 0) or (strategy == "epoch" and ends_epoch)
@@ -611,6 +396,7 @@ def log_training(this: Run, norm: torch.Tensor) -> None:
     rate = optim.schedule(progress.step - 1, this.optim_options, this.total_steps) * this.optim_options.learning_rate
     values = {
         "loss": since.loss / since.steps,
+        **since.metrics,
         "learning_rate": rate,
         "grad_norm": norm.item(),
         "tokens_per_second": round(since.tokens / since.seconds, 1),
@@ -695,6 +481,7 @@ def save_checkpoint(this: Run) -> Path:
         torch.save(state, folder / runs.STATE_FILE)
 
     rank_state = {"random": runs.random_state(this.world.device), "window": this.window.state()}
+    rank_state["stage"] = this.stage.state()
     path = runs.write_checkpoint(this.output_dir, progress.step, this.world, write, rank_state)
     if this.world.is_main:
         runs.rotate(this.output_dir, options.save_total_limit, progress.best_checkpoint)
@@ -709,6 +496,7 @@ def restore(this: Run, folder: Path, state: dict) -> None:
     this.scaler.load_state_dict(state["scaler"])
     this.progress = Progress(**state["progress"])
     this.window.restore(state["rank"]["window"])
+    this.stage.restore(state["rank"]["stage"])
     runs.restore_random_state(state["rank"]["random"], this.world.device)
     this.world.print(f"resuming {folder} at step {this.progress.step} of {this.total_steps}")
 

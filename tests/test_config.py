@@ -577,11 +577,10 @@ def test_alias_without_its_key_in_this_script():
 
 @pytest.mark.parametrize(
     "word",
-    ["pref_beta=0.2", "dpo_beta=0.3", "ppo_epochs=2", "reward_model=x",
-     "use_galore=true", "use_badam=yes", "loraplus_lr_ratio=16", "use_llama_pro=true",
+    ["use_galore=true", "use_badam=yes", "loraplus_lr_ratio=16", "use_llama_pro=true",
      "mixture_of_depths=convert", "shift_attn=true", "deepspeed=ds_z3.json", "deepspeed_config_path=ds.json",
      "vllm_maxlen=100", "infer_backend=vllm",
-     "resize_vocab=true", "predict_with_generate=true", "stage=dpo", "stage=rm",
+     "resize_vocab=true", "predict_with_generate=true",
      "moe_aux_loss_coef=0.1", "fsdp=full_shard", "num_beams=4", "rope_scaling=longrope"],
 )  # fmt: skip
 def test_parts_that_this_version_lacks(word):
@@ -594,10 +593,9 @@ def test_parts_that_this_version_lacks(word):
 
 @pytest.mark.parametrize(
     "word",
-    ["pref_beta=0.1", "pref_beta=1e-1", "dpo_loss=sigmoid",
-     "ppo_target=6.0", "use_galore=False", "deepspeed=null", "vllm_maxlen=4096", "infer_backend=huggingface",
+    ["use_galore=False", "deepspeed=null", "vllm_maxlen=4096", "infer_backend=huggingface",
      "badam_switch_block_every=50", "num_beams=1", "galore_scale=2.0", "fsdp=",
-     "loraplus_lr_embedding=1e-6", "reward_model_type=lora"],
+     "loraplus_lr_embedding=1e-6"],
 )  # fmt: skip
 def test_parts_that_this_version_lacks_may_be_switched_off(word):
     assert given_values(load(word)) == {}
@@ -619,14 +617,14 @@ def test_a_new_section_takes_its_keys_out_of_the_tables():
     assert loaded.values["lora_rank"] == 8
 
 
-def test_stage_values_follow_the_section():
+def test_values_that_are_not_built_follow_the_section():
     @dataclass(frozen=True)
-    class Stages:
-        stage: Annotated[Literal["sft", "dpo"], "stage"] = "sft"
+    class Tuning:
+        finetuning_type: Annotated[Literal["lora", "oft"], "tuning"] = "lora"
 
-    assert load("stage=dpo", sections=[Stages]).values["stage"] == "dpo"
-    assert "this version does not have" in error_of("stage=ppo", sections=[Stages])
-    assert "expected one of" in error_of("stage=sfft", sections=[Stages])
+    assert load("finetuning_type=oft", sections=[Tuning]).values["finetuning_type"] == "oft"
+    assert "this version does not have" in error_of("finetuning_type=lisa", sections=[Tuning])
+    assert "expected one of" in error_of("finetuning_type=lorra", sections=[Tuning])
 
 
 def test_tables_are_sound():

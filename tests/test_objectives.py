@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from test_model import oracle
 
-import objectives
 from batches import Example, collate
 from checkpoint import load_model
+from heads import head_loss
 from lora import LoraOptions, lora_off, merge_lora, prepare_trainable
-from objectives import STAGES, TokenLoss, head_loss
+from objectives import TokenLoss
 
 KINDS = {
     "lora": LoraOptions(lora_rank=3),
@@ -127,7 +127,7 @@ def test_an_adapted_head_runs_some_rows_at_a_time(base, kind, monkeypatch):
     sizes = []
     forward = type(model).logits
     monkeypatch.setattr(type(model), "logits", lambda self, rows: sizes.append(len(rows)) or forward(self, rows))
-    monkeypatch.setattr(objectives, "CHUNK_BYTES", 4 * 131 * 5)
+    monkeypatch.setattr(heads, "CHUNK_BYTES", 4 * 131 * 5)
     chunked, chunked_gradients = run(model, [batch])
     assert max(sizes) == 5 and sum(sizes) == 2 * 34  # each row once forward, once more in the backward pass
     assert chunked == pytest.approx(whole, rel=1e-6)
@@ -136,7 +136,7 @@ def test_an_adapted_head_runs_some_rows_at_a_time(base, kind, monkeypatch):
 
 def test_an_adapted_head_drops_out_the_same_in_both_passes(base, monkeypatch):
     """Finite differences of the loss with one seed; a second mask in the backward pass would not fit them."""
-    monkeypatch.setattr(objectives, "CHUNK_BYTES", 8 * 131 * 7)
+    monkeypatch.setattr(heads, "CHUNK_BYTES", 8 * 131 * 7)
     options = LoraOptions(lora_rank=3, lora_target=("lm_head",), lora_dropout=0.5)
     model, batch = prepared(base, options, torch.float64), collate(examples())
 
@@ -204,7 +204,3 @@ def test_with_dropout_an_adapted_head_is_no_matrix(base):
     with pytest.raises(ValueError, match="lora_dropout: with dropout an adapted layer is no single matrix"):
         model.head_weight()
     assert model.eval().head_weight().shape == (131, 60)
-
-
-def test_stages_of_plain_and_of_instruction_text_share_the_loss():
-    assert {"pt": TokenLoss, "sft": TokenLoss} == STAGES

@@ -9,10 +9,10 @@ from test_peft_parity import shake
 from test_resume import halves
 from tiny_runs import assert_same_weights, tiny_runs
 
+import build
 import chat
 import config as configuration
 import memory
-import train
 from adapter_files import apply_adapters, load_adapter, merge_adapters, save_adapter
 from checkpoint import load_model, save_model
 from hub import ModelOptions
@@ -34,8 +34,8 @@ def tiny(tmp_path_factory):
 
 def built(tiny, **keys):
     """The model as train.py prepares it."""
-    config = configuration.load(tiny.words("built", **keys), train.SECTIONS, program="train.py", description="")
-    return train.build_model(config, tiny.model, World(0, 1, 0, torch.device("cpu")))
+    config = configuration.load(tiny.words("built", **keys), build.SECTIONS, program="train.py", description="")
+    return build.build_model(config, tiny.model, World(0, 1, 0, torch.device("cpu")))
 
 
 def test_norms_are_fp32_adapters_too_and_head_and_embedding_stay_dense(tiny):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import CONFIG, ROOT, assert_same_weights, make_rows, tiny_runs
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import build
 import config as configuration
 import memory
 import prefetch
@@ -494,7 +495,7 @@ def test_a_divergence_is_found_at_its_step_although_nothing_is_logged(tiny, out,
 def test_an_evaluation_that_is_not_finite_stops_the_run(tiny, out, capsys):
     keys = {"learning_rate": 1e30, "max_grad_norm": 0, "val_size": 4, "evaluation_strategy": "steps", "eval_steps": 1}
     assert tiny.train(out, max_steps=1, **keys) == 1
-    assert "the evaluation loss on validation is nan" in capsys.readouterr().err
+    assert "the evaluation's loss on validation is nan" in capsys.readouterr().err
 
 
 def test_a_tokenizer_of_another_model_is_refused(tiny, out, capsys):
@@ -563,7 +564,7 @@ def test_an_interrupt_before_the_first_update(tiny, out, capsys, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "build_model", interrupted)
+    monkeypatch.setattr(build, "build_model", interrupted)
     assert tiny.train(out) == 130
     assert "nothing was trained" in capsys.readouterr().err
 
@@ -572,7 +573,7 @@ def test_a_disk_that_fills_during_a_save_is_no_traceback(tiny, out, capsys, monk
     def full(*arguments, **keys):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(train, "save_trained", full)
+    monkeypatch.setattr(build, "save_trained", full)
     assert tiny.train(out, save_strategy="steps", save_steps=2) == 1
     error = capsys.readouterr().err
     assert f"output_dir: {out / 'checkpoint-2'} could not be written ([Errno 28] No space left" in error

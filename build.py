@@ -1,0 +1,278 @@
+"""What a training run is made of, built from its options: where it starts, data, loaders, model, stage, plan.
+
+train.py calls these in order; each gives one part and knows nothing of the loop.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import config as configuration
+import memory
+import plan
+import quant
+import runs
+from batches import ROW_MULTIPLE, BatchLoader
+from checkpoint import (
+    ModelOptions,
+    chosen_quantization,
+    load_config,
+    load_model,
+    prepare_adapters,
+    random_model,
+    resolve_adapters,
+    resolve_model,
+    save_trained,
+)
+from data import DataOptions, Prepared, load_datasets
+from data_report import describe_example
+from lora import LoraOptions, quantised_linears, trainable_report
+from model import Decoder, RMSNorm
+from objectives import Rhythm, Stage, TokenLoss
+from optim import OptimOptions
+from parallel import World
+from preference import PairPreference, PreferenceOptions
+from quant import QuantOptions
+from reference import Reference
+from runs import TrainOptions
+from sources import HubAccess
+from templates import TemplateOptions, get_template
+from token_store import ExampleStore
+from tokenizer import Tokenizer
+
+SECTIONS = [
+    TrainOptions, ModelOptions, QuantOptions, DataOptions, TemplateOptions, LoraOptions, OptimOptions,
+    PreferenceOptions,
+]  # fmt: skip
+STAGES: dict[str, type[Stage]] = {
+    "pt": TokenLoss,
+    "sft": TokenLoss,
+    "dpo": PairPreference,
+}
+
+
+def find_start(config: configuration.Config) -> tuple[Path | None, Path]:
+    """(checkpoint to continue or None, model folder); refuses to overwrite what the run starts from."""
+    options, output_dir = config[TrainOptions], Path(config[TrainOptions].output_dir)
+    resume, overwrite = None, options.overwrite_output_dir
+    if options.plan:
+        return None, resolve_model(config[ModelOptions])
+    if options.trains:
+        resume = runs.find_resume(output_dir, options.resume_from_checkpoint, overwrite)
+    source = resolve_model(config[ModelOptions])
+    if options.trains:
+        sources: dict[str, tuple] = {"adapter_name_or_path": config[ModelOptions].adapter_name_or_path}
+        sources |= {"model_name_or_path": (source,)}
+        runs.refuse_to_destroy(output_dir, overwrite and resume is None, sources)
+    return resume, source
+
+
+def refuse_on_quantised(config: configuration.Config, source: Path) -> None:
+    """What config.RULES say of quantization_bit, for a checkpoint that is quantised already. Raises ValueError."""
+    stored = load_config(source).hf.get("quantization_config")
+    if not stored:
+        return
+    kind, method = config[LoraOptions].finetuning_type, stored.get("quant_method")
+    base = f"{source} is quantised ({method})"
+    if config[TrainOptions].train_from_scratch:
+        raise ValueError(f"train_from_scratch: {base}, which random weights are not; remove quantization_config there")
+    if kind != "lora":
+        raise ValueError(
+            f"finetuning_type: {kind}, but {base}: its weights have no gradient; set finetuning_type=lora, or start "
+            "from a 16-bit model"
+        )
+
+
+def prepare_data(config: configuration.Config, source: Path, template, tokenizer: Tokenizer, world: World) -> Prepared:
+    """Tokenise, report what was lost, show the first example, and see that the model knows every token id."""
+    options, data_options, model_options = config[TrainOptions], config[DataOptions], config[ModelOptions]
+    prepared = load_datasets(
+        data_options,
+        template,
+        tokenizer,
+        options.stage,
+        seed=options.seed,
+        is_main=world.is_main,
+        enable_thinking=config[TemplateOptions].enable_thinking,
+        cache_dir=model_options.cache_dir,
+        hub=HubAccess(model_options.hf_hub_token, model_options.ms_hub_token, model_options.cache_dir),
+    )
+    world.print(prepared.report)
+    first = prepared.first_example()
+    if first is not None:
+        world.print(f"\nthe first example: {describe_example(first, tokenizer)}\n")
+    known = load_config(source).vocab_size
+    if tokenizer.vocab_size > known:  # some tokenizers hold ids that are never used; those do no harm
+        stores = [store for store in (prepared.train, *prepared.eval.values()) if isinstance(store, ExampleStore)]
+        largest = max((int(part.tokens.max()) for store in stores for part in store.parts), default=0)
+        if data_options.streaming:
+            largest = tokenizer.vocab_size - 1
+        if largest >= known:
+            raise ValueError(
+                f"model_name_or_path: {source}: tokenizer.json makes token ids up to {largest}, but config.json has "
+                f"vocab_size {known}; the tokenizer is of another model"
+            )
+    return prepared
+
+
+def describe_data(prepared: Prepared) -> str:
+    if not isinstance(prepared.train, ExampleStore):
+        return "streamed"
+    return f"{len(prepared.train)} examples of {int(prepared.train.lengths.sum())} tokens"
+
+
+def pick_template(config: configuration.Config, tokenizer: Tokenizer):
+    """The chat template; plain-text pretraining needs none."""
+    options = config[TemplateOptions]
+    if config[TrainOptions].stage == "pt" and options.template is None:
+        return None
+    return get_template(options.template, tokenizer.chat_template, options.default_system)
+
+
+def make_loaders(prepared: Prepared, options: TrainOptions, data_options: DataOptions, world: World):
+    """The training loader (None if only evaluating) and one loader per evaluation set."""
+    place = {"rank": world.rank, "world": world.size}
+    loader = None
+    if options.trains:
+        rows = options.per_device_train_batch_size
+        loader = prepared.train_loader(data_options, rows_per_batch=rows, seed=options.seed, **place)
+    eval_loaders = prepared.eval_loaders(data_options, rows_per_batch=options.per_device_eval_batch_size, **place)
+    if (options.evaluation_strategy != "no" or options.do_eval) and not eval_loaders:
+        raise ValueError("evaluation_strategy: there is no evaluation data; set val_size or eval_dataset")
+    names = evaluation_names(options.stage, eval_loaders)
+    if options.evaluation_strategy != "no" and options.metric not in names:
+        raise ValueError(f"metric_for_best_model: {options.metric} is not measured; there are {', '.join(names)}")
+    return loader, eval_loaders
+
+
+def evaluation_names(stage: str, eval_loaders: dict[str, BatchLoader]) -> list[str]:
+    """Names of what an evaluation measures, without the speeds."""
+    sets = [f"eval_{name}_" for name in eval_loaders] if len(eval_loaders) > 1 else []
+    return [prefix + kind for prefix in (*sets, "eval_") for kind in STAGES[stage].evaluation_names]
+
+
+def make_rhythm(config: configuration.Config) -> Rhythm:
+    """How many micro-batches are drawn from the data at once, and how many updates are made of them."""
+    return Rhythm(config[TrainOptions].gradient_accumulation_steps)
+
+
+def steps_per_epoch(rhythm: Rhythm, loader) -> int | None:
+    """Updates of one pass over the data; None for a stream. The last draw of a pass may be smaller."""
+    per_epoch = loader.batches_per_epoch
+    return None if per_epoch is None else math.ceil(per_epoch / rhythm.draw) * rhythm.updates
+
+
+def count_steps(options: TrainOptions, rhythm: Rhythm, loader) -> int:
+    """Updates of the whole run, as the Hugging Face trainer counts them."""
+    if loader is None:
+        return 0
+    if options.max_steps > 0:
+        return options.max_steps
+    per_epoch = steps_per_epoch(rhythm, loader)
+    if per_epoch is None:
+        raise ValueError("max_steps: streaming has no known length, so max_steps has to say how many updates to do")
+    return max(1, math.ceil(options.num_train_epochs * per_epoch))
+
+
+def compute_dtype(options: TrainOptions) -> torch.dtype:
+    if options.bf16 or options.pure_bf16:
+        return torch.bfloat16
+    return torch.float16 if options.fp16 else torch.float32
+
+
+def build_model(config: configuration.Config, source: Path, world: World) -> Decoder:
+    """Weights on the device, in the dtypes that the precision options ask for, with what trains marked."""
+    options, model_options, lora_options = config[TrainOptions], config[ModelOptions], config[LoraOptions]
+    compute = compute_dtype(options)
+    frozen = compute if lora_options.finetuning_type == "lora" or options.pure_bf16 else torch.float32
+    trained = torch.bfloat16 if options.pure_bf16 else torch.float32
+    if options.plan:
+        model = plan.skeleton(source, load_config(source), frozen, quant.from_options(config[QuantOptions]))
+    elif options.train_from_scratch:
+        model = random_model(source, frozen, world.device, options.seed)
+    else:
+        scaling = None if model_options.rope_scaling == "none" else model_options.rope_scaling
+        cutoff_len = config[DataOptions].cutoff_len
+        quantization, notice = chosen_quantization(source, quant.from_options(config[QuantOptions]))
+        if notice is not None:
+            world.print(f"note: {notice}")
+        norms = torch.float32 if options.upcast_layernorm is not False else None
+        model = load_model(source, frozen, world.device, scaling, cutoff_len, quantization, norms)
+    wide_norms = options.upcast_layernorm
+    if wide_norms is None:
+        wide_norms = bool(quantised_linears(model))
+    norms = {id(module.weight) for module in model.modules() if wide_norms and isinstance(module, RMSNorm)}
+    generator = torch.Generator().manual_seed(options.seed)
+    prepare_adapters(model, resolve_adapters(model_options), lora_options, generator, trained)
+    for parameter in model.parameters():
+        # frozen weights in the compute dtype, trained ones in full precision
+        if id(parameter) not in norms:
+            parameter.data = parameter.data.to(trained if parameter.requires_grad else compute)
+    model.compute_dtype = compute
+    model.flash_attn = model_options.flash_attn
+    model.embedding_noise = options.neftune_noise_alpha or 0.0
+    return model
+
+
+def make_plan(config: configuration.Config, source: Path, prepared: Prepared, loader, world: World) -> str:
+    """What the run would take, without its weights; see plan.py."""
+    options = config[TrainOptions]
+    if loader is None:
+        raise ValueError("plan: there is nothing to plan without training; drop plan, or do_eval")
+    model = build_model(config, source, world)
+    free = memory.free_bytes(world.device) - plan.weight_bytes(model)
+    tokens = largest_row(loader, world)
+    need = memory.need(model, tokens, config[OptimOptions].optim, world.size)
+    chosen, line = memory.plan(options.recomputation, need, model.config.num_layers, world.device, free)
+    store = prepared.train if isinstance(prepared.train, ExampleStore) else None
+    lengths = np.full(1, config[DataOptions].cutoff_len) if store is None else np.asarray(store.lengths)
+    share = 1.0 if store is None else store.trained_share
+    peak = plan.predict_peak(model, chosen, need, plan.largest_file(source), world.device)
+    bound = plan.bound_speed(model, chosen, lengths, share, tokens, world.device)
+    text = plan.report(peak, bound, memory.free_bytes(world.device), tokens, world.device)
+    return f"{trainable_report(model)}\n{line}\n\n{text}"
+
+
+def largest_row(loader, world: World) -> int:
+    """Tokens of the largest micro-batch, with what pads the row."""
+    multiple = ROW_MULTIPLE[world.device.type]
+    return -(-loader.most_tokens() // multiple) * multiple
+
+
+def choose_recomputation(model: Decoder, loader, config: configuration.Config, world: World) -> str:
+    """Tell the model what its blocks keep for the backward pass; gives a line that says so."""
+    options = config[TrainOptions]
+    need = memory.need(model, largest_row(loader, world), config[OptimOptions].optim, world.size)
+    if options.compiles:
+        need = need.without_selective()
+        for block in model.layers:
+            block.compile(backend=options.torch_compile_backend or "inductor", mode=options.torch_compile_mode)
+    free = memory.free_bytes(world.device)
+    layers = model.config.num_layers
+    model.recompute, line = memory.plan(options.recomputation, need, layers, world.device, free)
+    return line
+
+
+def weight_writer(model: Decoder, source: Path, tokenizer: Tokenizer, template, config) -> Callable[[Path], None]:
+    """A function that writes what the user loads later: weights, tokenizer, chat template, resolved configuration."""
+    base_name = config[ModelOptions].model_name_or_path
+
+    def save(folder: Path) -> None:
+        save_trained(model, folder, source, base_name)
+        tokenizer.save(folder)
+        if config[TemplateOptions].template is not None and template is not None:
+            (folder / "chat_template.jinja").write_text(template.to_jinja(), encoding="utf-8")
+        config.save(folder / runs.RUN_CONFIG)
+
+    return save
+
+
+def make_stage(config: configuration.Config, model: Decoder) -> Stage:
+    """The stage that the options ask for."""
+    kind = STAGES[config[TrainOptions].stage]
+    if kind is PairPreference:
+        return PairPreference(config[PreferenceOptions], Reference())
+    return kind()

@@ -1,0 +1,51 @@
+"""One number for each token: the scalar head of a reward model, and of PPO's value function.
+
+In a file of its own beside the adapter or the model: value_head.safetensors with v_head.summary.weight (1, E) and
+v_head.summary.bias (1,), as trl and LLaMA-Factory name them.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tensor_files import file_tensors, write_tensors
+
+VALUE_HEAD = "value_head.safetensors"
+PREFIX = "v_head."
+
+
+class ValueHead(nn.Module):
+    """hidden (T, E) -> (T,) fp32. Its weights are fp32 whatever the model computes in."""
+
+    def __init__(self, hidden_size: int, device: torch.device | str = "cpu", generator: torch.Generator | None = None):
+        super().__init__()
+        self.summary = nn.Linear(hidden_size, 1, device=device)
+        bound = hidden_size**-0.5  # nn.Linear's own start, drawn on the CPU so that a seed gives the same everywhere
+        for parameter in self.summary.parameters():
+            drawn = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
+            parameter.data.copy_(drawn)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.summary(hidden.float())[:, 0]
+
+
+def save_value_head(head: ValueHead, folder: Path) -> None:
+    tensors = {PREFIX + name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
+    write_tensors(Path(folder) / VALUE_HEAD, tensors)
+
+
+def load_value_head(head: ValueHead, folder: Path) -> None:
+    """Raises ValueError naming file and tensor."""
+    path = Path(folder) / VALUE_HEAD
+    if not path.is_file():
+        raise ValueError(f"{path}: file not found; {folder} is no reward model")
+    found = dict(file_tensors(path))
+    for name, parameter in head.named_parameters():
+        tensor = found.pop(PREFIX + name, None)
+        if tensor is None or tensor.shape != parameter.shape:
+            shape = None if tensor is None else tuple(tensor.shape)
+            raise ValueError(f"{path}: tensor {PREFIX}{name} has shape {shape}, expected {tuple(parameter.shape)}")
+        parameter.data.copy_(tensor)
+    if found:
+        raise ValueError(f"{path}: tensor {next(iter(found))} belongs to no value head")
