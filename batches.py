@@ -11,7 +11,7 @@ over whole examples: none is ever split, and attention never crosses a segment b
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Protocol
 
 import numpy as np
@@ -81,22 +81,23 @@ class Batch:
     pairs: int = 0  # P: segments 0..P-1 are the first of each pair (chosen), P..2P-1 the second (rejected)
     tags: torch.Tensor | None = None  # (N,) int64, Example.tag of each segment
     reference: torch.Tensor | None = None  # (N,) fp32, Example.reference
+    # what a stage knows of each label (old log-probabilities, advantages, ...): name -> (L,) in the order of label_rows
+    extras: dict[str, torch.Tensor] = field(default_factory=dict)
     turns: np.ndarray | None = None  # (T,) int16, index of the message; -1 = prefix
     roles: np.ndarray | None = None  # (T,) uint8, as in Example
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
-        moved = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            moved[field.name] = (
-                value.to(device, non_blocking=non_blocking) if torch.is_tensor(value) else value
-            )
-        return Batch(**moved)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pinned(self) -> "Batch":
         """The same batch in memory that a GPU can fetch while the host goes on."""
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: value.pin_memory() for name, value in tensors.items() if torch.is_tensor(value)})
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        """The same batch with this done to every tensor."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        tensors = {name: function(value) for name, value in values.items() if torch.is_tensor(value)}
+        return replace(self, **tensors, extras={name: function(value) for name, value in self.extras.items()})
 
     def rounded(self, multiple: int) -> "Batch":
         """The same batch with one segment of untrained tokens behind it, so that T is a multiple of this.

@@ -38,14 +38,16 @@ from preference import PairPreference, PreferenceOptions
 from quant import QuantOptions
 from reference import Reference
 from runs import TrainOptions
+from sampling import GenerateOptions
 from sources import HubAccess
 from templates import TemplateOptions, get_template
 from token_store import ExampleStore
 from tokenizer import Tokenizer
+from value_head import ValueHead
 
 SECTIONS = [
     TrainOptions, ModelOptions, QuantOptions, DataOptions, TemplateOptions, LoraOptions, OptimOptions,
-    PreferenceOptions,
+    PreferenceOptions, GenerateOptions,
 ]  # fmt: skip
 STAGES: dict[str, type[Stage]] = {
     "pt": TokenLoss,
@@ -211,6 +213,8 @@ def build_model(config: configuration.Config, source: Path, world: World) -> Dec
         # frozen weights in the compute dtype, trained ones in full precision
         if id(parameter) not in norms:
             parameter.data = parameter.data.to(trained if parameter.requires_grad else compute)
+    if STAGES[options.stage].has_value_head:
+        model.v_head = ValueHead(model.config.hidden_size, world.device, generator)
     model.compute_dtype = compute
     model.flash_attn = model_options.flash_attn
     model.embedding_noise = options.neftune_noise_alpha or 0.0
@@ -270,8 +274,11 @@ def weight_writer(model: Decoder, source: Path, tokenizer: Tokenizer, template, 
     return save
 
 
-def make_stage(config: configuration.Config, model: Decoder) -> Stage:
-    """The stage that the options ask for."""
+def make_stage(
+    config: configuration.Config, model: Decoder, source: Path, tokenizer: Tokenizer, template, prepared: Prepared,
+    world: World,
+) -> Stage:  # fmt: skip
+    """The stage that the options ask for. The model holds the weights that the run starts from, even if it resumes."""
     kind = STAGES[config[TrainOptions].stage]
     if kind is PairPreference:
         return PairPreference(config[PreferenceOptions], Reference())

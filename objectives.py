@@ -33,6 +33,7 @@ class Stage:
 
     metric_names: tuple[str, ...] = ()  # of every `loss`, on every rank
     evaluation_names: tuple[str, ...] = ("loss",)  # what `evaluate` gives
+    has_value_head = False
 
     def groups(self, model: Decoder, drawn: list[Batch], first: int) -> Iterator[list[Batch]]:
         """The accumulation group of each update from number `first` on that is made of what was drawn at once."""

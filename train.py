@@ -143,7 +143,7 @@ def run(config: configuration.Config, world: World) -> int:
     world.print(kernels.choices(world.device, config[ModelOptions].flash_attn))
     if loader is not None:
         world.print(build.choose_recomputation(model, loader, config, world))
-    stage = build.make_stage(config, model)
+    stage = build.make_stage(config, model, source, tokenizer, template, prepared, world)
     this = Run(
         options=options,
         optim_options=config[OptimOptions],

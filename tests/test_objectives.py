@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from test_model import oracle
 
+import heads
 from batches import Example, collate
 from checkpoint import load_model
 from heads import head_loss
