@@ -24,6 +24,35 @@ from parallel import World
 LOG_FILE, PLOT_FILE = "trainer_log.jsonl", "training_loss.png"
 SERVICES = ("tensorboard", "wandb", "mlflow")
 QUIET_SECONDS = 30  # without a terminal: a line at least this often, so that a log file shows life
+# The plot's panels: what is written at the axis, and the metrics drawn there if a run has them
+PANELS = {
+    "rewards of the answers": ("rewards/chosen", "rewards/rejected", "rewards/margins"),
+    "accuracy": ("rewards/accuracies", "accuracy", "exact_match"),
+    "reward": ("reward",),
+    "KL to the reference (nats)": ("kl",),
+    "length of an answer (tokens)": ("completion_length",),
+}
+# How a number is shown on the console, by its name without eval_; None: it is in the files only
+SHOWN = {
+    "loss": "loss {:.4f}",
+    "learning_rate": "lr {:.1e}",
+    "grad_norm": "grad {:.2f}",
+    "tokens_per_second": "{:.0f} tok/s",
+    "peak_memory": "{:.2f} GB",
+    "loss_scale": "scale {:.0f}",
+    "rewards/accuracies": "accuracy {:.2f}",
+    "rewards/margins": "margin {:.3f}",
+    "rewards/chosen": "chosen {:.3f}",
+    "rewards/rejected": "rejected {:.3f}",
+    "accuracy": "accuracy {:.2f}",
+    "reward": "reward {:.3f}",
+    "kl": "kl {:.3f}",
+    "completion_length": "length {:.1f}",
+    "logps/chosen": None,
+    "logps/rejected": None,
+    "logits/chosen": None,
+    "logits/rejected": None,
+}
 
 
 def check_services(services: tuple[str, ...]) -> None:
@@ -80,7 +109,7 @@ class Monitor:
         entry = {
             "current_steps": step,
             "total_steps": self.total_steps,
-            **values,
+            **_under_known_names(values),
             "epoch": round(epoch, 4),
             "percentage": round(100 * step / max(self.total_steps, 1), 2),
             "elapsed_time": clock(self.seconds()),
@@ -125,9 +154,15 @@ class Monitor:
         write_json(path, everything | results)
 
     def plot(self) -> None:
-        """training_loss.png: every logged loss, its exponential smoothing, and the evaluation losses."""
+        """training_loss.png: loss and metrics as logged, smoothed, and as evaluated."""
         if self.active:
-            plot_losses(self.history, self.folder / PLOT_FILE)
+            plot_history(self.history, self.folder / PLOT_FILE)
+
+
+def _under_known_names(values: dict[str, float]) -> dict[str, float]:
+    """The same, with LLaMA-Factory's `accuracy` beside what trl calls rewards/accuracies."""
+    extra = {"accuracy": values["rewards/accuracies"]} if "rewards/accuracies" in values else {}
+    return extra | values
 
 
 def _cut_log(path: Path, step: int) -> None:
@@ -167,43 +202,58 @@ def smooth(values: list[float]) -> list[float]:
     return smoothed
 
 
-def plot_losses(history: list[dict], path: Path) -> None:
-    """Draw the training loss and every evaluation loss in `history` over the steps."""
+def plot_history(history: list[dict], path: Path) -> None:
+    """Draw the loss over the steps, and a panel for each kind of metric that `history` holds; see PANELS."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    if points:
-        steps, losses = zip(*points)
-        axes.plot(steps, losses, color="#1f77b4", alpha=0.35, label="loss")
-        axes.plot(steps, smooth(list(losses)), color="#1f77b4", label="loss, smoothed")
-    names = sorted({key for entry in history for key in entry if key.startswith("eval_") and key.endswith("loss")})
-    for color, name in enumerate(names, start=1):
-        steps, losses = zip(*[(entry["step"], entry[name]) for entry in history if name in entry])
-        axes.plot(steps, losses, "o-", color=f"C{color}", markersize=4, label=name)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)")
-    axes.grid(alpha=0.3)
-    if points or names:
-        axes.legend()
+    names = {key for entry in history for key in entry}
+    panels = {label: drawn for label, kinds in PANELS.items() if (drawn := _curves(names, kinds))}
+    panels = {"loss" if panels else "loss (nats per token)": _curves(names, ("loss",))} | panels
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    size = (8, 4.5) if columns == 1 else (11, 3.4 * rows)  # inches of 100 pixels
+    figure = Figure(figsize=size, layout="constrained")
+    axes_of = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes, (label, drawn) in zip(axes_of, panels.items()):
+        for color, name in enumerate(drawn):
+            _draw(axes, history, name, f"C{color}")
+        axes.set_xlabel("step")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+        if drawn:
+            axes.legend(fontsize="small")
+    for axes in axes_of[len(panels) :]:
+        axes.set_visible(False)
     FigureCanvasAgg(figure).print_png(str(path))
+
+
+def _curves(names: set[str], kinds: tuple[str, ...]) -> list[str]:
+    """These metrics among the names of a history: of the training, then of each evaluation set."""
+    found = [kind for kind in kinds if kind in names]
+    for kind in kinds:
+        found += sorted(name for name in names if name.startswith("eval_") and name.endswith(f"_{kind}"))
+    return found
+
+
+def _draw(axes, history: list[dict], name: str, color: str) -> None:
+    """A metric of the training pale and smoothed, of an evaluation with its points."""
+    steps, values = zip(*[(entry["step"], entry[name]) for entry in history if name in entry])
+    if name.startswith("eval_"):
+        axes.plot(steps, values, "o-", color=color, markersize=4, label=name)
+    else:
+        axes.plot(steps, values, color=color, alpha=0.35, label=name)
+        axes.plot(steps, smooth(list(values)), color=color, label=f"{name}, smoothed")
 
 
 def _line(step: int, total: int, values: dict[str, float]) -> str:
     """step 40/500  loss 1.2031  lr 1.9e-04  grad 0.71  412 tok/s  1.3 GB"""
     parts = [f"step {step}/{total}"]
-    formats = {
-        "loss": "loss {:.4f}",
-        "learning_rate": "lr {:.1e}",
-        "grad_norm": "grad {:.2f}",
-        "tokens_per_second": "{:.0f} tok/s",
-        "peak_memory": "{:.2f} GB",
-        "loss_scale": "scale {:.0f}",
-    }
     for name, value in values.items():
-        parts.append(formats.get(name, name + " {:.4f}").format(value))
+        kind = name.removeprefix("eval_")
+        shown = SHOWN.get(kind, kind + " {:.4f}")
+        if shown is not None:
+            parts.append(("eval_" if kind != name else "") + shown.format(value))
     return "  ".join(parts)
 
 

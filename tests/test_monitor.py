@@ -10,7 +10,7 @@ import torch
 
 import monitor
 from batches import collate
-from monitor import Health, Monitor, Window, check_services, plot_losses, smooth
+from monitor import Health, Monitor, Window, check_services, plot_history, smooth
 from parallel import World
 
 ONE = World(0, 1, 0, torch.device("cpu"))
@@ -111,10 +111,50 @@ def test_the_plot_shows_the_curves(tmp_path):
     history = [{"step": step, "loss": 5 / step} for step in range(1, 60)]
     evaluations = [{"step": step, "eval_a_loss": 3.0, "eval_b_loss": 2.0} for step in (20, 40)]
     for name, entries in (("empty", []), ("train", history), ("both", history + evaluations)):
-        plot_losses(entries, tmp_path / f"{name}.png")
+        plot_history(entries, tmp_path / f"{name}.png")
     drawn = {name: pixels(tmp_path / f"{name}.png") for name in ("empty", "train", "both")}
     assert drawn["train"][:2] == (800, 450)
     assert len({content for _, _, content in drawn.values()}) == 3
+
+
+def drawn_panels(history, monkeypatch, path) -> dict[str, list[str]]:
+    """Label of the axis -> what the legend names, of every panel that can be seen."""
+    from matplotlib.figure import Figure
+
+    kept = []
+    subplots = Figure.subplots
+    monkeypatch.setattr(Figure, "subplots", lambda *args, **keys: kept.append(subplots(*args, **keys)) or kept[-1])
+    plot_history(history, path)
+    seen = [axes for axes in kept[0].flatten() if axes.get_visible()]
+    return {axes.get_ylabel(): [text.get_text() for text in axes.get_legend().get_texts()] for axes in seen}
+
+
+def test_the_plot_has_a_panel_for_each_kind_of_metric(tmp_path, monkeypatch):
+    names = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen")
+    history = [{"step": step, **dict.fromkeys(names, float(step)), "grad_norm": 1.0} for step in (1, 2, 3)]
+    history += [{"step": 2, "eval_loss": 0.5, "eval_rewards/accuracies": 0.6, "eval_runtime": 1.0}]
+    panels = drawn_panels(history, monkeypatch, tmp_path / "pairs.png")
+    assert list(panels) == ["loss", "rewards of the answers", "accuracy"]
+    assert panels["accuracy"] == ["rewards/accuracies", "rewards/accuracies, smoothed", "eval_rewards/accuracies"]
+    assert panels["loss"] == ["loss", "loss, smoothed", "eval_loss"]
+    history = [{"step": 1, "loss": 1.0, "reward": 2.0, "kl": 0.1, "completion_length": 30.0}]
+    history += [{"step": 1, "eval_reward": 2.5, "eval_some_reward": 2.0, "eval_kl": 0.2}]
+    panels = drawn_panels(history, monkeypatch, tmp_path / "ppo.png")
+    assert panels["reward"] == ["reward", "reward, smoothed", "eval_reward", "eval_some_reward"]
+    assert len(panels) == 4 and pixels(tmp_path / "ppo.png")[:2] == (1100, 680)
+
+
+def test_metrics_are_short_on_the_console_and_whole_in_the_log_with_the_names_of_llama_factory(tmp_path, capsys):
+    made = begun(tmp_path)
+    made.log(1, 0.1, values(1.0) | {"rewards/accuracies": 0.75, "rewards/margins": 0.5, "logps/chosen": -31.5})
+    made.log(2, 0.2, {"eval_loss": 0.5, "eval_rewards/accuracies": 0.5, "eval_logps/chosen": -20.0})
+    first, second = capsys.readouterr().out.splitlines()
+    assert "accuracy 0.75  margin 0.500" in first and "logps" not in first
+    assert "eval_loss 0.5000  eval_accuracy 0.50" in second and "logps" not in second
+    entries = [json.loads(line) for line in (tmp_path / monitor.LOG_FILE).read_text().splitlines()]
+    assert entries[0]["accuracy"] == entries[0]["rewards/accuracies"] == 0.75
+    assert entries[0]["logps/chosen"] == -31.5 and entries[1]["eval_logps/chosen"] == -20.0
+    assert "accuracy" not in made.history[0]  # trainer_state.json holds trl's names alone
 
 
 def test_smoothing_is_llama_factorys():
