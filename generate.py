@@ -38,6 +38,7 @@ def generate(
     *,
     stop_ids: Iterable[int],
     generator: torch.Generator | None = None,
+    seeds: list[int] | None = None,
     on_token: Callable[[int, int], bool | None] | None = None,
     tokenizer=None,
     cache: KVCache | None = None,
@@ -45,6 +46,7 @@ def generate(
     """Continue every prompt; the prompts may differ in length.
 
     stop_ids: tokens that end a text.  generator: on the CPU; gives each sequence its seed (None = torch's global one).
+    seeds: of the sequences, in place of a generator.
     on_token(sequence, token) is called for every new token; returning True ends that sequence. tokenizer: needed for
     options.stop; fills Completion.text.  cache: one to use again, after its restart(); on a GPU it also keeps the steps
     that were captured for it, so give it up when layers of the model are replaced or adapters switched.
@@ -53,7 +55,8 @@ def generate(
     if tokenizer is None and options.stop:
         raise ValueError("stop: stop words are found in the text; give generate() the tokenizer")
     more_ids, words = split_stop_words(tokenizer, options.stop) if options.stop else ((), ())
-    decoding = Decoding(model, prompts, options, stop_ids=(*stop_ids, *more_ids), generator=generator, cache=cache)
+    random = {"generator": generator, "seeds": seeds}
+    decoding = Decoding(model, prompts, options, stop_ids=(*stop_ids, *more_ids), cache=cache, **random)
     writers = None if tokenizer is None else [TextWriter(tokenizer, words) for _ in prompts]
     pieces: list[list[str]] = [[] for _ in prompts]
     while decoding.live:
@@ -91,6 +94,7 @@ class Decoding:
         *,
         stop_ids: Iterable[int],
         generator: torch.Generator | None = None,
+        seeds: list[int] | None = None,
         cache: KVCache | None = None,
         fixed_shapes: bool | None = None,
     ):
@@ -116,7 +120,9 @@ class Decoding:
         self.steps: TokenSteps | None = None
         self.draws = None
         if options.do_sample:
-            self.draws = Draws(torch.randint(2**62, (len(prompts),), generator=generator).tolist())
+            if seeds is None:
+                seeds = torch.randint(2**62, (len(prompts),), generator=generator).tolist()
+            self.draws = Draws(seeds)
         self.seen = None  # (rows, V)
         if options.repetition_penalty != 1:
             self.seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=self.device)

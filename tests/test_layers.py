@@ -60,6 +60,7 @@ LAYERS = {
     "memory": 5,
     "plan": 6,
     "objectives": 5,
+    "rollouts": 6,
     "inference": 7,
     "quality": 7,
     "requantise": 6,
