@@ -7,7 +7,7 @@
 
 A text depends on the weights, its prompt and its seed only, and the seed is a pure function of what the text is for:
 batch 8, 8 x 1 accumulated and 2 ranks x 1 x 4 sample the same texts, and a resumed run needs no generator's state.
-(Products round by the shape of the batch, so a draw that falls within 1e-6 of the border between two tokens may differ.)
+(Products round by the shape of the batch, so a draw within about 1e-6 of the border between two tokens may differ.)
 """
 
 from collections.abc import Iterable
@@ -66,8 +66,8 @@ def roll_out(
     seeds: one for each prompt; the same prompt may come several times, with a seed each.
     Raises ValueError for a prompt that leaves the model no room for an answer.
     """
-    # merging the adapters first would save a fifth of a step (measured: 8 texts of a 135M model in fp32 on one core), but
-    # costs as long as 5 steps and the weights twice; in 16 bit it would also sample from another policy than is trained
+    # Merging the adapters first would save a fifth of a step (8 texts of a 135M model in fp32 on one core), but costs
+    # as long as five steps, and the weights twice; in 16 bit the policy that writes would not be the one that trains.
     was_training = model.training
     model.eval()
     completions: list[Completion] = []
