@@ -24,7 +24,7 @@ from itertools import chain, islice
 import numpy as np
 
 from batches import ANSWER, ROLES, Example
-from formats import Conversation, Dropped, to_conversation, to_document, to_pair
+from formats import Conversation, Dropped, Turn, to_conversation, to_document, to_pair, to_prompt, to_rated
 from sources import DatasetInfo
 from templates import Message, encode_dialogue
 from token_store import Chunk, Tally
@@ -95,9 +95,18 @@ class ChunkEncoder:
         kind = self.options.kind
         if kind == "document":
             return self._document(number, to_document(columns, self.info)), 0, ()
-        if kind == "pair":
-            conversation, chosen, rejected = to_pair(columns, self.info)
-            example, cut = self._pair(number, conversation, chosen, rejected)
+        if kind == "prompt":
+            conversation, answer = to_prompt(columns, self.info)
+            example, notes = self._prompt(number, conversation, answer)
+            return [example], 0, (*conversation.notes, *notes)
+        if kind in ("pair", "rated"):
+            tag = 0
+            if kind == "pair":
+                conversation, *answers = to_pair(columns, self.info)
+            else:
+                conversation, answer, tag = to_rated(columns, self.info)
+                answers = [answer]
+            example, cut = self._answers(number, conversation, answers, tag)
             return [example], cut, conversation.notes
         conversation = to_conversation(columns, self.info)
         examples, cut = self._dialogue(number, conversation)
@@ -120,47 +129,90 @@ class ChunkEncoder:
             )
         return examples
 
-    def _render(self, conversation: Conversation) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def _render(
+        self, conversation: Conversation, generation_prompt: bool = False
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """tokens, answer, turns, roles of a conversation, each (n,)."""
         messages = [Message(role, text) for role, text in conversation.turns]
-        tools = list(conversation.tools) or None
-        thinking = self.options.enable_thinking
-        spans = self.template.render(messages, self.bos, self.eos, enable_thinking=thinking, tools=tools)
+        spans = self.template.render(
+            messages, self.bos, self.eos, generation_prompt=generation_prompt,
+            enable_thinking=self.options.enable_thinking, tools=list(conversation.tools) or None,
+        )  # fmt: skip
         encoded = encode_dialogue(self.tokenizer, spans)
         answer = np.array(encoded.answer, bool)
         roles = np.array([ROLE_NUMBER.get(role, 0) for role in encoded.role], np.uint8) + answer * np.uint8(ANSWER)
         return np.array(encoded.ids, np.int32), answer, np.array(encoded.turn, np.int16), roles
 
-    def _pair(
-        self, number: int, conversation: Conversation, chosen: str, rejected: str
+    def _prompt(
+        self, number: int, conversation: Conversation, answer: Turn | None
+    ) -> tuple[Example, tuple[str, ...]]:
+        """What generation is given, as chat.py gives it; behind it the row's own answer as the label, if it has one.
+
+        The label is the text alone, without what the template puts around an answer: for comparing, never for reading.
+        """
+        tokens, _, turns, roles = self._render(conversation, generation_prompt=True)
+        if len(tokens) > self.options.cutoff_len:
+            raise Dropped("prompt longer than cutoff_len")
+        label = np.array([], np.int32)
+        if answer is not None:
+            label = np.array(self.tokenizer.encode(self._label(conversation, answer)), np.int32)
+        notes = ("label cut to cutoff_len tokens",) if len(label) > self.options.cutoff_len else ()
+        label = label[: self.options.cutoff_len]
+        role = ROLE_NUMBER[answer[0] if answer is not None else "assistant"] + ANSWER
+        example = Example(
+            np.concatenate([tokens, label]),
+            np.arange(len(tokens) + len(label)) >= len(tokens),
+            np.concatenate([turns, np.full(len(label), len(conversation.turns), np.int16)]),
+            np.concatenate([roles, np.full(len(label), role, np.uint8)]),
+            (self.part, number),
+        )
+        return example, notes
+
+    def _label(self, conversation: Conversation, answer: Turn) -> str:
+        """The text of an answer; a call of a tool as the template writes it, for that is what a model is to write."""
+        role, text = answer
+        if role != "function":
+            return text
+        messages = [Message(*turn) for turn in (*conversation.turns, answer)]
+        spans = self.template.render(messages, self.bos, self.eos, enable_thinking=self.options.enable_thinking,
+                                     tools=list(conversation.tools) or None)  # fmt: skip
+        written = "".join(span.text for span in spans if span.answer and span.turn == len(messages) - 1)
+        for word in self.template.stop_words(self.eos):
+            written = written.removesuffix(word)
+        return written
+
+    def _answers(
+        self, number: int, conversation: Conversation, answers: list[Turn], tag: int
     ) -> tuple[Example, int]:
-        """prompt + chosen, prompt + rejected. Both keep the same tokens of the prompt: those that the longer leaves."""
-        halves = []
-        for text in (chosen, rejected):
-            answered = replace(conversation, turns=[*conversation.turns, ("assistant", text)])
-            tokens, answer, turns, roles = self._render(answered)
-            halves.append((tokens, answer & (turns == turns[np.flatnonzero(answer)[-1]]), turns, roles))
-        length = max(len(half[0]) for half in halves)
-        starts = [int(np.argmax(half[1])) for half in halves]
-        if starts[0] != starts[1] or not np.array_equal(halves[0][0][: starts[0]], halves[1][0][: starts[0]]):
+        """prompt + answer for each answer, as segments. All keep the same tokens of the prompt."""
+        segments = []
+        for answer in answers:
+            tokens, produced, turns, roles = self._render(replace(conversation, turns=[*conversation.turns, answer]))
+            if not produced.any():
+                raise Dropped("no trained token")
+            segments.append((tokens, produced & (turns == turns[np.flatnonzero(produced)[-1]]), turns, roles))
+        starts = {int(np.argmax(segment[1])) for segment in segments}
+        start = min(starts)
+        if len(starts) > 1 or any(
+            not np.array_equal(segments[0][0][:start], segment[0][:start]) for segment in segments
+        ):
             raise Dropped("the template writes the prompt differently for the two answers")
-        cut, capacity, start = 0, self.options.cutoff_len, starts[0]
-        kept = []
-        for tokens, trained, turns, roles in halves:
-            keep = np.ones(len(tokens), bool)
-            if length > capacity:
-                if self.options.truncation_strategy == "drop":
-                    raise Dropped("longer than cutoff_len")
-                source, target = ratio_lengths(start, length - start, capacity, self.options.reserved_label_len)
-                place = np.arange(len(tokens))
-                keep = (place < source) | ((place >= start) & (place < start + target))
-            cut += len(tokens) - int(keep.sum())
-            kept.append((tokens[keep], trained[keep], turns[keep], roles[keep]))
-        if np.array_equal(kept[0][0], kept[1][0]):
-            raise Dropped("identical answers")
+        first_turn = segments[0][2][:start]
+        prefix = int(np.argmax(first_turn >= 0)) if start and (first_turn >= 0).any() else 0
+        length = max(len(segment[0]) for segment in segments)
+        cut, kept = 0, []
+        for segment in segments:
+            keep = keep_answer(len(segment[0]), start, prefix, length, self.options)
+            cut += len(keep) - int(keep.sum())
+            kept.append([array[keep] for array in segment])
+            kept[-1][1][:1] = False  # nothing stands before the first token that could predict it
+            if not kept[-1][1].any():
+                raise Dropped("no trained token")
+        if len(kept) > 1 and np.array_equal(kept[0][0], kept[1][0]):
+            raise Dropped("identical answers after cutting")
         arrays = [np.concatenate(parts) for parts in zip(*kept)]
-        arrays[1][0] = arrays[1][len(kept[0][0])] = False  # nothing stands before the first token that could predict it
-        return Example(*arrays, (self.part, number), split=len(kept[0][0])), cut
+        split = len(kept[0][0]) if len(kept) > 1 else 0
+        return Example(*arrays, (self.part, number), split=split, tag=tag), cut
 
     def _dialogue(self, number: int, conversation: Conversation) -> tuple[list[Example], int]:
         tokens, answer, turns, roles = self._render(conversation)
@@ -209,6 +261,32 @@ def keep_tokens(answer: np.ndarray, turns: np.ndarray, options: EncodeOptions) -
         prefix = min(prefix, capacity - 1)
         return (place < prefix) | (place >= length - (capacity - prefix))
     return ratio_keep(answer, capacity, options.reserved_label_len, last_first=options.mask_history)
+
+
+def keep_answer(length: int, start: int, prefix: int, longest: int, options: EncodeOptions) -> np.ndarray:
+    """Which tokens of prompt + answer stay, (length,) bool; the prompt loses the same tokens for every answer to it.
+
+    start: tokens of the prompt; prefix of them stand before the first message (bos).  longest: of all its answers'
+    lengths.  Raises Dropped.
+    """
+    capacity, place = options.cutoff_len, np.arange(length)
+    if longest <= capacity:
+        return place >= 0
+    strategy = options.truncation_strategy
+    if strategy == "drop":
+        raise Dropped("longer than cutoff_len")
+    if strategy == "right":
+        if start >= capacity:
+            raise Dropped("prompt longer than cutoff_len")
+        return place < capacity
+    if strategy == "left":  # the prompt gives way first, and the bos last: models go wrong without it
+        prefix = min(prefix, capacity - 1)
+        kept = max(capacity - (longest - start), prefix, 1)
+        return (place < prefix) | ((place >= start - (kept - prefix)) & (place < start)) | (
+            (place >= start) & (place >= length - (capacity - kept))
+        )
+    source, target = ratio_lengths(start, longest - start, capacity, options.reserved_label_len)
+    return (place < source) | ((place >= start) & (place < start + target))
 
 
 def ratio_keep(answer: np.ndarray, budget: int, reserved: int, last_first: bool = False) -> np.ndarray:

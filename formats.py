@@ -27,30 +27,46 @@ KINDS = {
 }  # fmt: skip
 
 
+Turn = tuple[str, str]  # (role, text)
+ASKED, PRODUCED = ("user", "observation"), ("assistant", "function")  # whose turn it is
+
+
 class Dropped(Exception):
     """This row holds nothing to train on; the text is the reason that the report counts."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    turns: list[tuple[str, str]]  # (role, text); role: system, user, assistant, observation, function
+    turns: list[Turn]  # role: system, user, assistant, observation, function
     tools: tuple[dict, ...] = ()  # definitions; the template puts them behind the system text
     notes: tuple[str, ...] = field(default=())  # what was repaired: "odd tail cut"
 
 
-def check_stage(info: DatasetInfo, stage: str) -> None:
-    """Refuse a dataset that the stage cannot use, before a row is read."""
-    kind = KINDS[stage]
-    ranked = info.ranking or "chosen" in info.columns
-    if ranked != (kind == "pair"):
+def is_ranked(info: DatasetInfo) -> bool:
+    return info.ranking or "chosen" in info.columns or "rejected" in info.columns
+
+
+def check_stage(info: DatasetInfo, stage: str, kind: str | None = None) -> None:
+    """Refuse a dataset that the stage cannot use, before a row is read.  kind: None = the stage's, see KINDS."""
+    kind = kind or KINDS[stage]
+    ranked = is_ranked(info)
+    if (ranked and kind not in ("pair", "prompt")) or (kind == "pair" and not ranked):
         kinds = ("pairs of answers", "single answers") if ranked else ("single answers", "pairs (ranking: true)")
         raise ValueError(f"dataset {info.name!r}: it holds {kinds[0]}, but stage {stage} needs {kinds[1]}")
+    if kind == "rated" and "kto_tag" not in info.columns:
+        raise ValueError(
+            f"dataset {info.name!r}: stage {stage} needs to know which answers are good; name the column of true and "
+            'false in its entry: columns: {"kto_tag": "<column>"}'
+        )
+    if ("chosen" in info.columns) != ("rejected" in info.columns):
+        given, other = ("chosen", "rejected") if "chosen" in info.columns else ("rejected", "chosen")
+        raise ValueError(f"dataset {info.name!r}: columns.{given} is given without columns.{other}")
     for column, what in LATER.items():
         if column in info.columns:
             raise ValueError(
                 f"dataset {info.name!r}: columns.{column}: {what} cannot be used by stage {stage}"
             )
-    if stage == "pt" and info.formatting != "alpaca":
+    if kind == "document" and info.formatting != "alpaca":
         raise ValueError(
             f"dataset {info.name!r}: stage pt reads one text column, but formatting is {info.formatting!r}; "
             'give it columns: {"prompt": "<the text column>"} and no formatting'
@@ -73,48 +89,154 @@ def to_conversation(row: dict, info: DatasetInfo) -> Conversation:
 
     Raises Dropped (nothing to train on) or ValueError that names the column and what was found there.
     """
+    conversation = _question(row, info)
+    turns = list(conversation.turns)
+    if info.formatting == "alpaca":
+        column = _response_column(info)
+        answer = _text(row, column, empty_ok=True)
+        if row[column] is None:
+            raise Dropped("no answer")
+        return replace(conversation, turns=[*turns, ("assistant", answer)])
+    notes = conversation.notes
+    if turns and turns[-1][0] in ASKED:
+        turns.pop()
+        notes = (*notes, "odd tail cut")
+    if not turns or turns[-1][0] not in PRODUCED:
+        raise Dropped("no answer")
+    return replace(conversation, turns=turns, notes=notes)
+
+
+def to_pair(row: dict, info: DatasetInfo) -> tuple[Conversation, Turn, Turn]:
+    """(the conversation up to the answer, chosen, rejected) of one row for stages rm, dpo and orpo.
+
+    The answers are `columns.chosen` and `columns.rejected`, or the two entries of `columns.response`; each is a text,
+    a message object, or a list that ends with one. A list may begin with the conversation if the row has no other.
+    """
+    found = _ranked_answers(row, info)
+    if info.formatting != "alpaca" and info.columns["messages"] not in row:
+        before = [value[:-1] if isinstance(value, list) else [] for value in found.values()]
+        if before[0] != before[1]:
+            raise Dropped("chosen and rejected differ before the last answer")
+        if before[0]:
+            row = row | {info.columns["messages"]: before[0]}
+            found = {where: value[-1:] for where, value in found.items()}
+    conversation = _question(row, info)
+    _require_question(conversation)
+    answers = [_answer(value, where, info) for where, value in found.items()]
+    for name, answer in zip(("chosen", "rejected"), answers):
+        if answer is None:
+            raise Dropped(f"empty {name} answer")
+    if answers[0] == answers[1]:
+        raise Dropped("identical answers")
+    return conversation, *answers
+
+
+def to_rated(row: dict, info: DatasetInfo) -> tuple[Conversation, Turn, int]:
+    """(the conversation up to the answer, the answer, 1 = good or 0 = bad) of one row for stage kto."""
+    tag = _tag(row, info.columns["kto_tag"])
+    conversation, answer = _split_answer(row, info)
+    _require_question(conversation)
+    if answer is None:
+        raise Dropped("empty answer")
+    return conversation, answer, tag
+
+
+def to_prompt(row: dict, info: DatasetInfo) -> tuple[Conversation, Turn | None]:
+    """(the conversation up to the answer, the answer to compare with or None) of one row, for generation.
+
+    Of a pair the chosen answer is taken; a bad answer (kto_tag false) is none.
+    """
+    if is_ranked(info):
+        conversation, answer, _ = to_pair(row, info)
+        return conversation, answer
+    conversation, answer = _split_answer(row, info, required=False)
+    _require_question(conversation)
+    if answer is not None and "kto_tag" in info.columns and not _tag(row, info.columns["kto_tag"]):
+        answer = None
+    return conversation, answer
+
+
+def _require_question(conversation: Conversation) -> None:
+    if not conversation.turns or conversation.turns[-1][0] not in ASKED:
+        raise Dropped("no question before the answer")
+
+
+def _split_answer(row: dict, info: DatasetInfo, required: bool = True) -> tuple[Conversation, Turn | None]:
+    """The conversation and its last answer; None for an answer that is empty, or missing where it may."""
+    conversation = _question(row, info)
+    if info.formatting != "alpaca" and "response" not in info.columns:
+        if conversation.turns and conversation.turns[-1][0] in PRODUCED:
+            *before, answer = conversation.turns
+            return replace(conversation, turns=before), answer if answer[1].strip() else None
+        return conversation, None
+    if not required and info.columns.get("response") not in row:
+        return conversation, None
+    column = _response_column(info)
+    if column not in row:
+        raise ValueError(f"column {column!r} is missing; the row has {_names(row)}")
+    return conversation, _answer(row[column], f"column {column!r}", info)
+
+
+def _response_column(info: DatasetInfo) -> str:
+    if "response" not in info.columns:
+        raise ValueError(
+            "columns.response is not given, so there is no answer to train on (stage pt reads plain text)"
+        )
+    return info.columns["response"]
+
+
+def _ranked_answers(row: dict, info: DatasetInfo) -> dict:
+    """{place: value} of the chosen and the rejected answer as the row has them."""
+    if "chosen" in info.columns:
+        columns = [info.columns[name] for name in ("chosen", "rejected")]
+        for column in columns:
+            if column not in row:
+                raise ValueError(f"column {column!r} is missing; the row has {_names(row)}")
+        return {f"column {column!r}": row[column] for column in columns}
+    column = _response_column(info)
+    answers = row.get(column)
+    if not isinstance(answers, list | tuple) or len(answers) != 2:
+        raise ValueError(f"column {column!r}: expected [chosen, rejected] (ranking: true), found {_show(answers)}")
+    return {f"column {column!r}[{i}]": answers[i] for i in range(2)}
+
+
+def _answer(value, where: str, info: DatasetInfo) -> Turn | None:
+    """A text, a message object, or a list of one -> (assistant or function, text); None when it is empty."""
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, dict):
+        role, text = _message(value, where, _roles(info.tags), info.tags)
+        if role not in PRODUCED:
+            raise ValueError(f"{where}: expected an answer, found a message of role {role}")
+    elif isinstance(value, str) or value is None:
+        role, text = "assistant", value or ""
+    else:
+        raise ValueError(f"{where}: expected text or a message, found {_show(value)}")
+    return (role, text) if text.strip() else None
+
+
+def _tag(row: dict, column: str) -> int:
+    """1 for a good answer, 0 for a bad one. A table of text has no booleans, so their names count too."""
+    if column not in row:
+        raise ValueError(f"column {column!r} (kto_tag) is missing; the row has {_names(row)}")
+    value = row[column]
+    if value is None:
+        raise Dropped("no kto_tag")
+    named = {"true": 1, "1": 1, "false": 0, "0": 0}
+    if isinstance(value, str) and value.strip().lower() in named:
+        return named[value.strip().lower()]
+    if isinstance(value, bool | int) and value in (0, 1):
+        return int(value)
+    raise ValueError(f"column {column!r} (kto_tag): expected true or false, found {_show(value)}")
+
+
+def _question(row: dict, info: DatasetInfo) -> Conversation:
+    """Alpaca: all turns but the answer. Messages: all of them, whoever speaks last."""
     return (_alpaca if info.formatting == "alpaca" else _sharegpt)(row, info)
 
 
-def to_pair(row: dict, info: DatasetInfo) -> tuple[Conversation, str, str]:
-    """(the conversation up to the answer, chosen, rejected) of one row for stages rm, dpo and orpo."""
-    prompt = (_alpaca_prompt if info.formatting == "alpaca" else _sharegpt_prompt)(row, info)
-    if "chosen" in info.columns:
-        answers = [row.get(info.columns[name]) for name in ("chosen", "rejected")]
-    else:
-        answers = row.get(info.columns["response"])
-    if not isinstance(answers, list) or len(answers) != 2:
-        column = info.columns.get("response")
-        raise ValueError(f"column {column!r}: expected [chosen, rejected], found {_show(answers)}")
-    texts = []
-    for name, answer in zip(("chosen", "rejected"), answers):
-        if isinstance(answer, dict):
-            answer = answer.get(info.tags["content_tag"])
-        if not isinstance(answer, str):
-            raise ValueError(f"{name}: expected text, found {_show(answer)}")
-        if not answer.strip():
-            raise Dropped(f"empty {name} answer")
-        texts.append(answer)
-    if texts[0] == texts[1]:
-        raise Dropped("identical answers")
-    return prompt, texts[0], texts[1]
-
-
-def _alpaca_prompt(row: dict, info: DatasetInfo) -> Conversation:
-    answered = _alpaca({**row, "answer": "-"}, replace(info, columns=info.columns | {"response": "answer"}))
-    return replace(answered, turns=answered.turns[:-1])
-
-
-def _sharegpt_prompt(row: dict, info: DatasetInfo) -> Conversation:
-    tags, messages = info.tags, row.get(info.columns["messages"])
-    if isinstance(messages, list):
-        messages = [*messages, {tags["role_tag"]: tags["assistant_tag"], tags["content_tag"]: "-"}]
-    answered = _sharegpt({**row, info.columns["messages"]: messages}, info)
-    return replace(answered, turns=answered.turns[:-1])
-
-
 def _alpaca(row: dict, info: DatasetInfo) -> Conversation:
-    turns: list[tuple[str, str]] = []
+    turns: list[Turn] = []
     history = _optional(row, info.columns.get("history"), lambda value: value, [])
     if not isinstance(history, list):
         raise ValueError(
@@ -130,20 +252,12 @@ def _alpaca(row: dict, info: DatasetInfo) -> Conversation:
                 f"column {info.columns['history']!r}[{i}]: expected [user, answer], found {_show(pair)}"
             )
         turns += [("user", pair[0]), ("assistant", pair[1])]
-    if "response" not in info.columns:
-        raise ValueError(
-            "columns.response is not given, so there is no answer to train on (stage pt reads plain text)"
-        )
     prompt = _text(row, info.columns["prompt"], empty_ok=True)
     query = _optional(row, info.columns.get("query"), _is_text, "")
     user = "\n".join(text for text in (prompt, query) if text)
-    answer = _text(row, info.columns["response"], empty_ok=True)
-    if row[info.columns["response"]] is None:
-        raise Dropped("no answer")
     if not user:
         raise Dropped("empty prompt")
-    turns += [("user", user), ("assistant", answer)]
-    return _finish(turns, row, info, system="", notes=[])
+    return _finish([*turns, ("user", user)], row, info, system="")
 
 
 def _sharegpt(row: dict, info: DatasetInfo) -> Conversation:
@@ -153,15 +267,9 @@ def _sharegpt(row: dict, info: DatasetInfo) -> Conversation:
         raise ValueError(f"column {column!r} (messages) is missing; the row has {_names(row)}")
     if not isinstance(messages, list):
         raise ValueError(f"column {column!r}: expected a list of messages, found {_show(messages)}")
-    roles = {
-        tags["user_tag"]: "user",
-        tags["assistant_tag"]: "assistant",
-        tags["observation_tag"]: "observation",
-        tags["function_tag"]: "function",
-        tags["system_tag"]: "system",
-    }
-    system, notes = "", []
-    turns: list[tuple[str, str]] = []
+    roles = _roles(tags)
+    system = ""
+    turns: list[Turn] = []
     for i, message in enumerate(messages):
         role, text = _message(message, f"column {column!r}[{i}]", roles, tags)
         if role == "system" and i == 0:
@@ -171,14 +279,20 @@ def _sharegpt(row: dict, info: DatasetInfo) -> Conversation:
         else:
             turns.append((role, text))
     for i, (role, _) in enumerate(turns):
-        if role not in (("user", "observation"), ("assistant", "function"))[i % 2]:
+        if role not in (ASKED, PRODUCED)[i % 2]:
             raise Dropped("roles do not alternate")
-    if len(turns) % 2:
-        turns.pop()
-        notes.append("odd tail cut")
-    if not turns:
-        raise Dropped("no answer")
-    return _finish(turns, row, info, system, notes)
+    return _finish(turns, row, info, system)
+
+
+def _roles(tags: dict[str, str]) -> dict[str, str]:
+    """The dataset's word for each role -> ours."""
+    return {
+        tags["user_tag"]: "user",
+        tags["assistant_tag"]: "assistant",
+        tags["observation_tag"]: "observation",
+        tags["function_tag"]: "function",
+        tags["system_tag"]: "system",
+    }
 
 
 def _message(message, where: str, roles: dict[str, str], tags: dict[str, str]) -> tuple[str, str]:
@@ -211,14 +325,12 @@ def _message(message, where: str, roles: dict[str, str], tags: dict[str, str]) -
     return (role, _check_calls(text, where)) if role == "function" else (role, text)
 
 
-def _finish(
-    turns: list[tuple[str, str]], row: dict, info: DatasetInfo, system: str, notes: list[str]
-) -> Conversation:
+def _finish(turns: list[Turn], row: dict, info: DatasetInfo, system: str) -> Conversation:
     system = system or _optional(row, info.columns.get("system"), _is_text, "")
     tools = _tools(row, info.columns.get("tools"))
     if system:
         turns = [("system", system), *turns]
-    return Conversation(turns, tools, tuple(notes))
+    return Conversation(turns, tools)
 
 
 # ---------------------------------------------------------------------------------------------------------- fields
