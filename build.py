@@ -37,6 +37,7 @@ from parallel import World
 from preference import PairPreference, PreferenceOptions
 from quant import QuantOptions
 from reference import Reference
+from rewards import RewardOptions
 from runs import TrainOptions
 from sampling import GenerateOptions
 from sources import HubAccess
@@ -47,7 +48,7 @@ from value_head import ValueHead
 
 SECTIONS = [
     TrainOptions, ModelOptions, QuantOptions, DataOptions, TemplateOptions, LoraOptions, OptimOptions,
-    PreferenceOptions, GenerateOptions,
+    PreferenceOptions, RewardOptions, GenerateOptions,
 ]  # fmt: skip
 STAGES: dict[str, type[Stage]] = {
     "pt": TokenLoss,

@@ -51,6 +51,7 @@ LAYERS = {
     "value_head": 1,
     "heads": 4,
     "reference": 7,
+    "rewards": 7,
     "preference": 8,
     "build": 9,
     "data": 5,
