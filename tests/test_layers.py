@@ -25,6 +25,7 @@ LAYERS = {
     "mixing": 0,
     "jinja_template": 0,
     "tool_formats": 0,
+    "text_metrics": 0,
     "gguf_tokenizer": 0,
     "gguf_format": 0,
     "gguf_vocabulary": 1,
