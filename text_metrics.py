@@ -5,13 +5,13 @@
 
 The numbers are LLaMA-Factory's, so runs can be compared: rouge_chinese's ROUGE over the words that jieba cuts, nltk's
 sentence BLEU over characters with Chen and Cherry's third smoothing.
-ROUGE (Lin 2004): with x = the distinct n-grams of the text, y = those of the label: p = |x & y| / |x|, r = |x & y| / |y|,
+ROUGE (Lin 2004): x = the distinct n-grams of the text, y = those of the label: p = |x & y| / |x|, r = |x & y| / |y|,
   F = 2 p r / (p + r). For L: p and r are the length of the longest common subsequence over that of text and label.
 BLEU-4 (Papineni et al. 2002): brevity * exp(mean over n = 1..4 of log p_n); the k-th p_n without a match is
   1 / (2^k * n-grams of the text) (Chen and Cherry 2014, smoothing 3).
-Words: jieba's where a text holds Chinese and jieba is installed (`chinese_is_cut`). Without Chinese the rule below gives
-the words that jieba gives; Chinese without jieba is taken one character at a time, which gives other numbers. As in
-rouge_chinese a word counts once for ROUGE-1 and -2 however often it comes, and an empty line counts as a word.
+Words: jieba's where a text holds Chinese and jieba is installed (`chinese_is_cut`). Without Chinese the rule below
+gives the words that jieba gives; Chinese without jieba is taken one character at a time, which gives other numbers. As
+in rouge_chinese a word counts once for ROUGE-1 and -2 however often it comes, and an empty line counts as a word.
 """
 
 import functools

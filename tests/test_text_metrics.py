@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 import text_metrics
 from text_metrics import NAMES, bleu4, common_length, mean_scores, rouge_l, rouge_n, scores, words
 
-CHINESE = "\u4f60\u597d\uff0c\u6211\u662f\u4e00\u4e2a\u4eba\u5de5\u667a\u80fd\u52a9\u624b\u3002\u5f88\u9ad8\u5174\u89c1\u5230\u60a8\uff01"
+CHINESE = (
+    "\u4f60\u597d\uff0c\u6211\u662f\u4e00\u4e2a\u4eba\u5de5\u667a\u80fd\u52a9\u624b\u3002"
+    "\u5f88\u9ad8\u5174\u89c1\u5230\u60a8\uff01"
+)
 CHINESE_LABEL = "\u60a8\u597d\uff0c\u6211\u662f\u4eba\u5de5\u667a\u80fd\u52a9\u624b\u3002"
 PARAGRAPHS = (
     "It costs 3.14% of $1,000 - or so...\n\nRight?\n\nYes",
