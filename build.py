@@ -5,6 +5,7 @@ train.py calls these in order; each gives one part and knows nothing of the loop
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,8 @@ from checkpoint import (
 )
 from data import DataOptions, Prepared, load_datasets
 from data_report import describe_example
+from generate import split_stop_words
+from grpo import GroupPolicy, GRPOOptions
 from lora import LoraOptions, quantised_linears, trainable_report
 from model import Decoder, RMSNorm
 from objectives import Rhythm, Stage, TokenLoss
@@ -38,6 +41,7 @@ from preference import PairPreference, PreferenceOptions
 from quant import QuantOptions
 from reference import Reference
 from rewards import RewardOptions
+from rewards import from_options as make_reward
 from runs import TrainOptions
 from sampling import GenerateOptions
 from sources import HubAccess
@@ -48,12 +52,13 @@ from value_head import ValueHead
 
 SECTIONS = [
     TrainOptions, ModelOptions, QuantOptions, DataOptions, TemplateOptions, LoraOptions, OptimOptions,
-    PreferenceOptions, RewardOptions, GenerateOptions,
+    PreferenceOptions, RewardOptions, GRPOOptions, GenerateOptions,
 ]  # fmt: skip
 STAGES: dict[str, type[Stage]] = {
     "pt": TokenLoss,
     "sft": TokenLoss,
     "dpo": PairPreference,
+    "grpo": GroupPolicy,
 }
 
 
@@ -159,7 +164,9 @@ def evaluation_names(stage: str, eval_loaders: dict[str, BatchLoader]) -> list[s
 
 def make_rhythm(config: configuration.Config) -> Rhythm:
     """How many micro-batches are drawn from the data at once, and how many updates are made of them."""
-    return Rhythm(config[TrainOptions].gradient_accumulation_steps)
+    options = config[TrainOptions]
+    updates = config[GRPOOptions].num_iterations if options.stage == "grpo" else 1
+    return Rhythm(options.gradient_accumulation_steps, updates)
 
 
 def steps_per_epoch(rhythm: Rhythm, loader) -> int | None:
@@ -283,4 +290,29 @@ def make_stage(
     kind = STAGES[config[TrainOptions].stage]
     if kind is PairPreference:
         return PairPreference(config[PreferenceOptions], Reference())
+    if kind is GroupPolicy:
+        generation, stop_ids = how_to_write(config[GenerateOptions], tokenizer, template, world)
+        return GroupPolicy(
+            config[GRPOOptions], generation, make_reward(config[RewardOptions], model, tokenizer, config[ModelOptions]),
+            tokenizer=tokenizer, stop_ids=stop_ids, reference=Reference() if config[GRPOOptions].beta else None,
+            seed=config[TrainOptions].seed, world=world,
+        )  # fmt: skip
     return kind()
+
+
+def how_to_write(
+    options: GenerateOptions, tokenizer: Tokenizer, template, world: World
+) -> tuple[GenerateOptions, tuple[int, ...]]:
+    """Options of the sampling in a stage that learns from its own texts, with the template's stop words; stop ids.
+
+    Says on rank 0 where the texts will not be samples of the policy whose probabilities are learnt.
+    """
+    stop_ids, words = split_stop_words(tokenizer, template.stop_words(tokenizer.eos_token))
+    neutral = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+    bent = [f"{key}={getattr(options, key)}" for key, value in neutral.items() if getattr(options, key) != value]
+    if bent:
+        world.print(
+            f"note: texts are sampled with {', '.join(bent)}, which the probabilities of the loss leave out; for exact "
+            "policy gradients set " + " ".join(f"{key}={value:g}" for key, value in neutral.items())
+        )
+    return replace(options, stop=(*options.stop, *words)), (*tokenizer.stop_ids, *stop_ids)

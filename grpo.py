@@ -11,13 +11,25 @@ num_generations times each (trl counts answers); one update is made of gradient_
 num_iterations updates are made of the same answers. Every mean is over the whole accumulation group and all ranks.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from heads import segment_sums
+from answers import same_answer
+from batches import IGNORED, ROW_MULTIPLE, Batch
+from generate import Completion
+from heads import batch_logprobs, label_counts, segment_sums
+from model import Decoder
+from objectives import Metrics, Stage
+from parallel import World
+from reference import Reference
+from rewards import RewardSource, Sample
+from rollouts import Prompt, completions_batch, prompts_of, roll_out, seed_of
+from sampling import GenerateOptions
 
 SCALE_EPS = 1e-4  # trl's: keeps a group of equal rewards at advantage 0
 
@@ -43,7 +55,7 @@ class GRPOOptions:
         Literal["token", "sequence"], "grpo: a ratio for each token, or one for each answer, of mean log-probabilities"
     ] = "token"
     epsilon: Annotated[float, "grpo: ratios below 1 - epsilon get no gradient from a bad answer"] = 0.2
-    epsilon_high: Annotated[float | None, "grpo: ratios above 1 + this get none from a good one; default epsilon"] = None
+    epsilon_high: Annotated[float | None, "grpo: those above 1 + this none from a good one; default: epsilon"] = None
     beta: Annotated[float, "grpo: weight of the KL divergence from the reference; 0 = no reference"] = 0.0
     kl_in_reward: Annotated[bool, "grpo: take the KL divergence off the rewards, not add it to the loss"] = False
     mask_truncated_completions: Annotated[
@@ -165,3 +177,205 @@ def loss_weight(options: GRPOOptions, answers: int, tokens: int, max_new_tokens:
     if options.loss_type in ("dapo", "bnpo"):
         return tokens
     return answers * max_new_tokens if options.loss_type == "dr_grpo" else answers
+
+
+# The stage
+
+
+class GroupPolicy(Stage):
+    """Answers to prompts, sampled from the model, scored, and learnt from.
+
+    A draw rolls out what was drawn from the data at once and serves num_iterations updates; between these a checkpoint
+    holds the answers with all that is known of them, so that a resumed run goes on with the same ones.
+    """
+
+    evaluation_names = ("reward", "exact_match", "completions/mean_length", "completions/clipped_ratio")
+    drawn_names = ("reward", "reward_std", "frac_reward_zero_std", "completions/mean_length",
+                   "completions/clipped_ratio")  # fmt: skip
+    clip_names = ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean")
+
+    def __init__(
+        self, options: GRPOOptions, generation: GenerateOptions, reward: RewardSource, *, tokenizer,
+        stop_ids: Iterable[int], reference: Reference | None, seed: int, world: World,
+    ):  # fmt: skip
+        """reference: None = no KL divergence anywhere (beta 0)."""
+        self.options, self.generation, self.reward = options, generation, reward
+        self.tokenizer, self.stop_ids, self.reference = tokenizer, tuple(stop_ids), reference
+        self.seed, self.world = seed, world
+        if len(reward.names) > 1:
+            self.drawn_names = (*self.drawn_names, *(f"rewards/{name}/mean" for name in reward.names))
+        kl = () if reference is None else ("kl",)
+        self.metric_names = (*self.drawn_names, *self.clip_names, *kl)
+        self.draws = 0  # rolled out so far
+        self.held: list[Batch] | None = None  # answers of a draw that further updates are made of
+
+    def state(self) -> dict:
+        held = None if self.held is None else [_plain(batch) for batch in self.held]
+        return {"draws": self.draws, "held": held}
+
+    def restore(self, state: dict) -> None:
+        self.draws = state["draws"]
+        self.held = None if state["held"] is None else [Batch(**values) for values in state["held"]]
+
+    # Drawing
+
+    def groups(self, model: Decoder, drawn: list[Batch], first: int) -> Iterator[list[Batch]]:
+        if first == 0:
+            self.held = self._draw(model, drawn)
+            self.draws += 1
+        group = self.held
+        for update in range(first, self.options.num_iterations):
+            if update == self.options.num_iterations - 1:
+                self.held = None  # a checkpoint after the last update of the draw needs no answers
+            yield group
+
+    def _draw(self, model: Decoder, drawn: list[Batch]) -> list[Batch]:
+        """Each micro-batch of prompts as a micro-batch of answers, on the host."""
+        asked = [[p for p in prompts_of(batch, self.tokenizer) for _ in range(self.options.num_generations)]
+                 for batch in drawn]  # fmt: skip
+        prompts = [prompt for each in asked for prompt in each]
+        numbers = range(self.options.num_generations)
+        seeds = [seed_of(self.seed, self.draws, prompt.source, number)
+                 for prompt, number in zip(prompts, list(numbers) * len(prompts))]  # fmt: skip
+        completions = self._write(model, prompts, seeds, self.generation)
+        parts = self.reward.parts(samples_of(prompts, completions)).double()  # (N, K)
+        rewards = parts @ torch.tensor(self.reward.weights, dtype=torch.float64)  # (N,)
+        measured = self._measures(completions, rewards, parts)
+        batches, begin = [], 0
+        for each in asked:
+            rows = slice(begin, begin + len(each))
+            begin = rows.stop
+            batch = completions_batch(each, completions[rows])
+            if self.options.mask_truncated_completions:
+                batch = without_labels(batch, [c.finish_reason == "length" for c in completions[rows]])
+            batch = self._known(model, batch.rounded(ROW_MULTIPLE[self.world.device.type]))
+            batch.extras["measured"] = measured[rows]
+            batches.append(batch)
+        if self.options.kl_in_reward:
+            rewards = rewards - self.options.beta * torch.cat([_summed_divergence(batch) for batch in batches])
+        advantages = self._advantages(rewards.view(-1, self.options.num_generations)).flatten().float()
+        for batch, values in zip(batches, advantages.split([len(each) for each in asked])):
+            batch.extras["advantages"] = values
+        return batches
+
+    def _write(self, model: Decoder, prompts: list[Prompt], seeds: list[int], options) -> list[Completion]:
+        return roll_out(model, prompts, seeds, options, stop_ids=self.stop_ids, tokenizer=self.tokenizer)
+
+    def _measures(self, completions: list[Completion], rewards: Tensor, parts: Tensor) -> Tensor:
+        """(N, M) fp32: drawn_names of every answer; what is said of a group is said of each answer in it."""
+        size = self.options.num_generations
+        deviation = group_deviation(rewards.view(-1, size)).expand(-1, size).reshape(-1)
+        columns = [
+            rewards,
+            deviation,
+            (deviation == 0).double(),
+            torch.tensor([len(completion.ids) for completion in completions], dtype=torch.float64),
+            torch.tensor([completion.finish_reason == "length" for completion in completions], dtype=torch.float64),
+        ]
+        if parts.shape[1] > 1:
+            columns += parts.unbind(1)
+        return torch.stack(columns, 1).float()
+
+    @torch.no_grad()
+    def _known(self, model: Decoder, batch: Batch) -> Batch:
+        """What is asked of the policies before the first update: log-probabilities of each label, (L,)."""
+        batch = replace(batch, extras={})
+        on_device, was_training = batch.to(self.world.device), model.training
+        if self.options.num_iterations > 1 or self.options.kl_in_reward:
+            model.eval()
+            batch.extras["old"] = batch_logprobs(model, on_device, self.temperature).cpu()
+            model.train(was_training)
+        if self.reference is not None:
+            batch.extras["reference"] = self.reference.logprobs(model, on_device, self.temperature).cpu()
+        return batch
+
+    @property
+    def temperature(self) -> float:
+        """Of the policy that writes, and so of the one that learns."""
+        return self.generation.temperature
+
+    def _advantages(self, rewards: Tensor) -> Tensor:
+        """(P, G) fp64 -> (P, G). Every rank has to call."""
+        baseline = leave_one_out if self.options.advantage_estimator == "rloo" else mean_baseline
+        advantages = baseline(rewards)
+        if self.options.scale == "group":
+            advantages = advantages / (group_deviation(rewards) + SCALE_EPS)
+        if self.options.scale == "batch":
+            advantages = advantages / (deviation_over_ranks(rewards, self.world) + SCALE_EPS)
+        return advantages
+
+    # Learning
+
+    def weight(self, batch: Batch) -> float:
+        tokens = batch.label_rows.shape[0]
+        return loss_weight(self.options, len(batch.sources), tokens, self.generation.max_new_tokens)
+
+    def loss(self, model: Decoder, batch: Batch) -> tuple[Tensor, Metrics]:
+        logprobs, counts = batch_logprobs(model, batch, self.temperature), label_counts(batch)
+        old = batch.extras.get("old", logprobs.detach())
+        reference = batch.extras.get("reference")
+        in_loss = None if self.options.kl_in_reward else reference
+        total, sums = policy_loss(logprobs, old, batch.extras["advantages"], in_loss, counts, self.options)
+        if reference is not None and in_loss is None:
+            sums["kl"] = k3_divergence(logprobs.detach(), reference).sum()
+        tokens = torch.full((), float(len(logprobs)), device=total.device)
+        metrics = {name: torch.stack([value, tokens]) for name, value in sums.items()}
+        measured = batch.extras["measured"]
+        answers = torch.full((), float(len(measured)), device=total.device)
+        metrics |= {name: torch.stack([column.sum(), answers])
+                    for name, column in zip(self.drawn_names, measured.unbind(1))}  # fmt: skip
+        return total, metrics
+
+    def evaluate(self, model: Decoder, batches: Iterator[Batch], world: World) -> dict[str, float]:
+        """One answer to each prompt, the likeliest tokens: its reward, and whether it is the row's own answer.
+
+        exact_match counts rows that have an answer; it is 0 where none has.
+        """
+        prompts = [prompt for batch in batches for prompt in prompts_of(batch, self.tokenizer)]
+        greedy = replace(self.generation, do_sample=False)
+        completions = self._write(model, prompts, [0] * len(prompts), greedy)
+        samples = samples_of(prompts, completions)
+        columns = [
+            self.reward.scores(samples).tolist(),
+            [same_answer(sample.completion, sample.answer) for sample in samples if sample.answer is not None],
+            [len(sample.completion_ids) for sample in samples],
+            [sample.finish_reason == "length" for sample in samples],
+        ]
+        sums = torch.tensor([[sum(column), len(column)] for column in columns], dtype=torch.float64)
+        means = [total / max(count, 1) for total, count in world.sum(sums.to(world.device)).tolist()]
+        return dict(zip(self.evaluation_names, means))
+
+
+def samples_of(prompts: list[Prompt], completions: list[Completion]) -> list[Sample]:
+    return [
+        Sample(prompt.text, done.text, prompt.answer, prompt.ids, done.ids, done.finish_reason, prompt.source)
+        for prompt, done in zip(prompts, completions, strict=True)
+    ]
+
+
+def without_labels(batch: Batch, left_out: list[bool]) -> Batch:
+    """The same batch (before it is rounded), on the host, with nothing to learn from these segments."""
+    labels = batch.labels.clone()
+    for out, start, stop in zip(left_out, batch.borders, batch.borders[1:]):
+        if out:
+            labels[start:stop] = IGNORED
+    return replace(batch, labels=labels, label_rows=(labels != IGNORED).nonzero()[:, 0])
+
+
+def deviation_over_ranks(rewards: Tensor, world: World) -> Tensor:
+    """Unbiased standard deviation of the rewards (P, G) fp64 of all ranks, () on the host."""
+    first = torch.tensor([rewards.numel(), rewards.sum().item()], dtype=torch.float64, device=world.device)
+    count, total = world.sum(first).tolist()
+    squares = ((rewards - total / max(count, 1)) ** 2).sum().to(world.device)
+    return (world.sum(squares).cpu() / max(count - 1, 1)).sqrt()
+
+
+def _summed_divergence(batch: Batch) -> Tensor:
+    """(N,) fp64: log policy - log reference of each whole answer, as trl's RLOO takes it off the reward."""
+    return segment_sums((batch.extras["old"] - batch.extras["reference"]).double(), label_counts(batch))
+
+
+def _plain(batch: Batch) -> dict:
+    """A batch as a checkpoint holds it: tensors and plain values. Turns and roles are for people."""
+    values = {item.name: getattr(batch, item.name) for item in fields(batch)}
+    return {name: None if isinstance(value, np.ndarray) else value for name, value in values.items()}

@@ -49,9 +49,13 @@ def _chunked_losses(model: Decoder, rows: Tensor, labels: Tensor) -> list[Tensor
     return [checkpoint(layer_loss, *chunk, use_reentrant=False) for chunk in chunks]
 
 
-def batch_logprobs(model: Decoder, batch: Batch) -> Tensor:
-    """(L,) fp32: log-probability of each label of the batch, in the order of label_rows."""
+def batch_logprobs(model: Decoder, batch: Batch, temperature: float = 1.0) -> Tensor:
+    """(L,) fp32: log-probability of each label of the batch, in the order of label_rows.
+
+    temperature: of the sampling that these are the probabilities of; it divides the logits, which are linear in rows.
+    """
     rows = hidden_states(model, batch)[batch.label_rows]  # (L, E)
+    rows = rows if temperature == 1 else rows / temperature
     return label_logprobs(model, rows, batch.labels[batch.label_rows])
 
 

@@ -17,9 +17,14 @@ class Reference:
         """(N,) fp32: log-probability of each segment's labels. The model's mode stays."""
         if batch.reference is not None:
             return batch.reference
+        return segment_sums(self.logprobs(model, batch), label_counts(batch))
+
+    @torch.no_grad()
+    def logprobs(self, model: Decoder, batch: Batch, temperature: float = 1.0) -> Tensor:
+        """(L,) fp32: log-probability of each label."""
         was_training = model.training
         model.eval()
         with lora_off(model):
-            sums = segment_sums(batch_logprobs(model, batch), label_counts(batch))
+            values = batch_logprobs(model, batch, temperature)
         model.train(was_training)
-        return sums
+        return values

@@ -98,7 +98,9 @@ class TrainOptions:
     evaluation_strategy: Annotated[Literal["no", "steps", "epoch"], "when to evaluate during training"] = "no"
     eval_steps: Annotated[int | None, "updates between evaluations; default: logging_steps"] = None
     load_best_model_at_end: Annotated[bool, "finish with the checkpoint that evaluated best"] = False
-    metric_for_best_model: Annotated[str, "what decides which is best; eval_loss, or eval_<set>_loss"] = "eval_loss"
+    metric_for_best_model: Annotated[
+        str | None, "what decides which is best, such as eval_<set>_loss; default: eval_loss, or eval_reward"
+    ] = None
     greater_is_better: Annotated[bool | None, "default: no for losses and perplexities, else yes"] = None
     early_stopping_steps: Annotated[int | None, "stop after this many evaluations without a gain"] = None
 
@@ -156,7 +158,7 @@ class TrainOptions:
 
     @property
     def metric(self) -> str:
-        name = self.metric_for_best_model
+        name = self.metric_for_best_model or ("reward" if self.stage in ("ppo", "grpo") else "loss")
         return name if name.startswith("eval_") else f"eval_{name}"
 
     def better(self, value: float, best: float | None) -> bool:

@@ -54,6 +54,8 @@ LAYERS = {
     "reference": 7,
     "rewards": 7,
     "preference": 8,
+    "answers": 0,
+    "grpo": 8,
     "build": 9,
     "data": 5,
     "generate": 5,
