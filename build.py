@@ -40,6 +40,7 @@ from parallel import World
 from preference import PairPreference, PreferenceOptions
 from quant import QuantOptions
 from reference import Reference
+from reward_model import RewardModel
 from rewards import RewardOptions
 from rewards import from_options as make_reward
 from runs import TrainOptions
@@ -48,7 +49,7 @@ from sources import HubAccess
 from templates import TemplateOptions, get_template
 from token_store import ExampleStore
 from tokenizer import Tokenizer
-from value_head import ValueHead
+from value_head import ValueHead, has_value_head, load_value_head
 
 SECTIONS = [
     TrainOptions, ModelOptions, QuantOptions, DataOptions, TemplateOptions, LoraOptions, OptimOptions,
@@ -57,6 +58,7 @@ SECTIONS = [
 STAGES: dict[str, type[Stage]] = {
     "pt": TokenLoss,
     "sft": TokenLoss,
+    "rm": RewardModel,
     "dpo": PairPreference,
     "grpo": GroupPolicy,
 }
@@ -222,11 +224,23 @@ def build_model(config: configuration.Config, source: Path, world: World) -> Dec
         if id(parameter) not in norms:
             parameter.data = parameter.data.to(trained if parameter.requires_grad else compute)
     if STAGES[options.stage].has_value_head:
-        model.v_head = ValueHead(model.config.hidden_size, world.device, generator)
+        model.v_head = start_value_head(model, source, resolve_adapters(model_options), generator, world)
     model.compute_dtype = compute
     model.flash_attn = model_options.flash_attn
     model.embedding_noise = options.neftune_noise_alpha or 0.0
     return model
+
+
+def start_value_head(
+    model: Decoder, source: Path, adapters: list[Path], generator: torch.Generator, world: World
+) -> ValueHead:
+    """That of a reward model, where one lies beside the last adapter, or beside the model if there is none."""
+    head = ValueHead(model.config.hidden_size, world.device, generator)
+    folder = adapters[-1] if adapters else source
+    if has_value_head(folder):
+        load_value_head(head, folder)
+        world.print(f"the value head starts from {folder}")
+    return head
 
 
 def make_plan(config: configuration.Config, source: Path, prepared: Prepared, loader, world: World) -> str:

@@ -33,7 +33,10 @@ RESULTS = "train_results.json"  # written last: a run that has it is finished
 SAVE_REQUEST = "SAVE"  # `touch output_dir/SAVE` asks a running training for a checkpoint
 # what an overwriting run removes beside the checkpoints; weights stay until the new ones replace them
 LOGS = ("trainer_log.jsonl", TRAINER_STATE, RESULTS, "eval_results.json", "all_results.json", "training_loss.png")
-WEIGHTS = ("adapter_config.json", "adapter_model.safetensors", "model*.safetensors", "model.safetensors.index.json")
+WEIGHTS = (
+    "adapter_config.json", "adapter_model.safetensors", "model*.safetensors", "model.safetensors.index.json",
+    "value_head.safetensors",
+)  # fmt: skip
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NAME = re.compile(r"checkpoint-(\d+)")
 _TEMPORARY = ".tmp-"

@@ -1,7 +1,7 @@
 """One number for each token: the scalar head of a reward model, and of PPO's value function.
 
 In a file of its own beside the adapter or the model: value_head.safetensors with v_head.summary.weight (1, E) and
-v_head.summary.bias (1,), as trl and LLaMA-Factory name them.
+v_head.summary.bias (1,), as trl and LLaMA-Factory name them, in any floating-point dtype.
 """
 
 from pathlib import Path
@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tensor_files import file_tensors, write_tensors
+from tensor_files import PICKLE, file_tensors, write_tensors
 
 VALUE_HEAD = "value_head.safetensors"
+PICKLED = "value_head.bin"
 PREFIX = "v_head."
 
 
@@ -35,17 +36,31 @@ def save_value_head(head: ValueHead, folder: Path) -> None:
     write_tensors(Path(folder) / VALUE_HEAD, tensors)
 
 
+def has_value_head(folder: Path) -> bool:
+    """Whether a value head lies in this folder. Raises ValueError for one that would have to be unpickled."""
+    folder = Path(folder)
+    if not (folder / VALUE_HEAD).is_file() and (folder / PICKLED).is_file():
+        raise ValueError(
+            f"{folder / PICKLED}: {PICKLE}; in an environment you trust, load it once with torch.load and write it "
+            f"with safetensors.torch.save_file as {VALUE_HEAD}"
+        )
+    return (folder / VALUE_HEAD).is_file()
+
+
+@torch.no_grad()
 def load_value_head(head: ValueHead, folder: Path) -> None:
     """Raises ValueError naming file and tensor."""
     path = Path(folder) / VALUE_HEAD
-    if not path.is_file():
+    if not has_value_head(folder):
         raise ValueError(f"{path}: file not found; {folder} is no reward model")
     found = dict(file_tensors(path))
     for name, parameter in head.named_parameters():
         tensor = found.pop(PREFIX + name, None)
         if tensor is None or tensor.shape != parameter.shape:
-            shape = None if tensor is None else tuple(tensor.shape)
-            raise ValueError(f"{path}: tensor {PREFIX}{name} has shape {shape}, expected {tuple(parameter.shape)}")
-        parameter.data.copy_(tensor)
+            shape = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)}"
+            raise ValueError(f"{path}: tensor {PREFIX}{name} {shape}, expected {tuple(parameter.shape)}")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{path}: tensor {PREFIX}{name} is not finite; the reward model is broken")
+        parameter.copy_(tensor)
     if found:
         raise ValueError(f"{path}: tensor {next(iter(found))} belongs to no value head")

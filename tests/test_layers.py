@@ -52,6 +52,7 @@ LAYERS = {
     "value_head": 1,
     "heads": 4,
     "reference": 7,
+    "reward_model": 6,
     "rewards": 7,
     "preference": 8,
     "answers": 0,
