@@ -37,7 +37,7 @@ from model import Decoder, RMSNorm
 from objectives import Rhythm, Stage, TokenLoss
 from optim import OptimOptions
 from parallel import World
-from preference import PairPreference, PreferenceOptions
+from preference import OddsRatio, PairPreference, PreferenceOptions
 from quant import QuantOptions
 from reference import Reference
 from reward_model import RewardModel
@@ -60,6 +60,7 @@ STAGES: dict[str, type[Stage]] = {
     "sft": TokenLoss,
     "rm": RewardModel,
     "dpo": PairPreference,
+    "orpo": OddsRatio,
     "grpo": GroupPolicy,
 }
 
@@ -217,6 +218,10 @@ def build_model(config: configuration.Config, source: Path, world: World) -> Dec
     if wide_norms is None:
         wide_norms = bool(quantised_linears(model))
     norms = {id(module.weight) for module in model.modules() if wide_norms and isinstance(module, RMSNorm)}
+    if lora_options.lora_dropout and not STAGES[options.stage].uses_dropout:
+        world.print(f"note: lora_dropout {lora_options.lora_dropout:g} is not used: stage {options.stage} compares "
+                    "log-probabilities, to which dropout would add noise")  # fmt: skip
+        lora_options = replace(lora_options, lora_dropout=0.0)
     generator = torch.Generator().manual_seed(options.seed)
     prepare_adapters(model, resolve_adapters(model_options), lora_options, generator, trained)
     for parameter in model.parameters():
@@ -302,8 +307,10 @@ def make_stage(
 ) -> Stage:  # fmt: skip
     """The stage that the options ask for. The model holds the weights that the run starts from, even if it resumes."""
     kind = STAGES[config[TrainOptions].stage]
-    if kind is PairPreference:
-        return PairPreference(config[PreferenceOptions], Reference())
+    if issubclass(kind, PairPreference):
+        preference = config[PreferenceOptions].for_stage(config[TrainOptions].stage)
+        reference = Reference(preference.ld_alpha) if preference.needs_reference else None
+        return kind(preference, reference, world)
     if kind is GroupPolicy:
         generation, stop_ids = how_to_write(config[GenerateOptions], tokenizer, template, world)
         return GroupPolicy(

@@ -75,9 +75,10 @@ RENAMED = {
     "quantization_type": "quant_type bnb_4bit_quant_type",
     "double_quantization": "double_quant bnb_4bit_use_double_quant",
     "deepspeed": "deepspeed_config_path",
-    "pref_beta": "dpo_beta",
+    "pref_beta": "dpo_beta orpo_beta",
     "pref_loss": "dpo_loss",
-    "pref_ftx": "dpo_ftx",
+    "pref_ftx": "dpo_ftx rpo_alpha cpo_alpha",
+    "dpo_label_smoothing": "label_smoothing",
     "max_new_tokens": "max_completion_length",
     "badam_switch_interval": "badam_switch_block_every",
     "moe_aux_loss_coef": "router_aux_loss_coef",
@@ -88,6 +89,7 @@ RENAMED_VALUES = {
     "stage": {"reward": "rm"},
     "truncation_strategy": {"delete": "drop", "truncation_left": "left", "truncation_right": "right"},
     "lora_target": {"ALL": "all", "all-linear": "all"},
+    "pref_loss": {"dpo": "sigmoid", "exo": "exo_pair", "bco": "bco_pair"},
     "eval_strategy": {"false": "no", "none": "no"},
     "save_strategy": {"false": "no", "none": "no"},
     "quantization_method": {"bnb": "bitsandbytes"},
@@ -361,6 +363,16 @@ RULES: tuple[tuple[Callable[..., bool], str], ...] = (
      "each saved model must have been evaluated; make save_steps a multiple of eval_steps"),
     (lambda early_stopping_steps, eval_strategy: bool(early_stopping_steps) and _off(eval_strategy),
      "stopping early needs evaluation; set eval_strategy=steps or epoch"),
+    (lambda stage, pref_loss: stage == "orpo" and pref_loss not in ("sigmoid", "orpo"),
+     "stage orpo has a loss of its own; drop pref_loss, or set stage=dpo"),
+    (lambda stage, dpo_label_smoothing: stage == "orpo" and dpo_label_smoothing > 0,
+     "orpo has no label smoothing; drop it, or set stage=dpo"),
+    (lambda stage, pref_bco_weight: stage == "orpo" and pref_bco_weight > 0,
+     "orpo has no reference, which bco's loss needs; drop it, or set stage=dpo"),
+    (lambda stage, ref_model: stage == "orpo" and ref_model is not None,
+     "orpo has no reference; drop ref_model, or set stage=dpo"),
+    (lambda stage, pref_loss, ref_model: stage == "dpo" and pref_loss in ("orpo", "simpo", "cpo")
+     and ref_model is not None, "this loss has no reference; drop ref_model, or choose another pref_loss"),
 )  # fmt: skip
 
 # never written by Config.save and never shown: run folders and logs get shared

@@ -59,6 +59,26 @@ def batch_logprobs(model: Decoder, batch: Batch, temperature: float = 1.0) -> Te
     return label_logprobs(model, rows, batch.labels[batch.label_rows])
 
 
+def head_trains(model: Decoder) -> bool:
+    head = model.embed_tokens if model.config.tied_head else model.lm_head
+    return any(parameter.requires_grad for parameter in head.parameters())
+
+
+@torch.no_grad()
+def mean_head_row(model: Decoder) -> Tensor:
+    """(E,) fp32: hidden @ row is the mean of a token's logits over the vocabulary, so no logit is needed for it.
+
+    An adapted or quantised head is linear too: the row is the slope of its mean output.
+    """
+    if is_one_matrix(model):
+        return model.head_weight().mean(0, dtype=torch.float32)
+    weight = model.embed_tokens.weight
+    dtype = model.compute_dtype or weight.dtype
+    nothing = torch.zeros(1, model.config.hidden_size, dtype=dtype, device=weight.device, requires_grad=True)
+    with torch.enable_grad():
+        return torch.autograd.grad(model.logits(nothing).float().mean(), nothing)[0][0].float()
+
+
 def label_counts(batch: Batch) -> Tensor:
     """(N,) int64: labels of each segment that has a source (not of what pads the row). No host synchronisation."""
     segments = len(batch.sources)
@@ -69,3 +89,23 @@ def label_counts(batch: Batch) -> Tensor:
 def segment_sums(values: Tensor, counts: Tensor) -> Tensor:
     """values (L,) in segment order, counts (N,) -> (N,) sums. Deterministic, with gradient."""
     return torch.segment_reduce(values, "sum", lengths=counts, unsafe=True, initial=0)
+
+
+def answer_sums(values: Tensor, batch: Batch, ld_alpha: float | None = None) -> Tensor:
+    """values (L,) of each label -> (N,) sums over each answer, with gradient.
+
+    ld_alpha (pairs only): labels beyond the length of the shorter answer of the pair count this much. LD-DPO, arXiv
+    2409.06411; for policy and reference alike.
+    """
+    counts = label_counts(batch)
+    return segment_sums(values if ld_alpha is None else values * _length_weights(batch, counts, ld_alpha), counts)
+
+
+def _length_weights(batch: Batch, counts: Tensor, ld_alpha: float) -> Tensor:
+    """(L,) fp32: 1 for the first labels of an answer, as many as the shorter answer of its pair has; then ld_alpha."""
+    labels = batch.label_rows.shape[0]  # given below, or the host would have to wait for the counts
+    shared = counts.view(2, batch.pairs).amin(0).repeat(2)
+    starts = counts.cumsum(0) - counts
+    spread = torch.stack([starts, shared]).repeat_interleave(counts, dim=1, output_size=labels)  # (2, L)
+    place = torch.arange(labels, device=counts.device) - spread[0]
+    return torch.where(place < spread[1], 1.0, ld_alpha)

@@ -34,6 +34,7 @@ class Stage:
     metric_names: tuple[str, ...] = ()  # of every `loss`, on every rank
     evaluation_names: tuple[str, ...] = ("loss",)  # what `evaluate` gives
     has_value_head = False
+    uses_dropout = True  # whether lora_dropout is of any use to it
 
     def groups(self, model: Decoder, drawn: list[Batch], first: int) -> Iterator[list[Batch]]:
         """The accumulation group of each update from number `first` on that is made of what was drawn at once."""

@@ -4,20 +4,23 @@ import torch
 from torch import Tensor
 
 from batches import Batch
-from heads import batch_logprobs, label_counts, segment_sums
+from heads import answer_sums, batch_logprobs
 from lora import lora_off
 from model import Decoder
 
 
 class Reference:
-    """The start of the training: the adapters switched off."""
+    """The start of the training: the adapters switched off. ld_alpha: as in heads.answer_sums."""
+
+    def __init__(self, ld_alpha: float | None = None):
+        self.ld_alpha = ld_alpha
 
     @torch.no_grad()
     def sums(self, model: Decoder, batch: Batch) -> Tensor:
-        """(N,) fp32: log-probability of each segment's labels. The model's mode stays."""
+        """(N,) fp32: log-probability of each segment's labels, their sum. The model's mode stays."""
         if batch.reference is not None:
             return batch.reference
-        return segment_sums(self.logprobs(model, batch), label_counts(batch))
+        return answer_sums(self.logprobs(model, batch), batch, self.ld_alpha)
 
     @torch.no_grad()
     def logprobs(self, model: Decoder, batch: Batch, temperature: float = 1.0) -> Tensor:
