@@ -19,19 +19,17 @@ from typing import Annotated, Literal
 
 import torch
 
+import build
 import config as configuration
 import kernels
 import quant
 from checkpoint import DTYPES, chosen_quantization
-from data import DataOptions
 from generate import TextStream, split_stop_words
 from hub import ModelOptions
 from inference import find_source, load_source
-from lora import LoraOptions, quantised_linears
+from lora import quantised_linears
 from model import Decoder, KVCache, lay_out_for_decoding
-from optim import OptimOptions
 from quant import QuantOptions
-from runs import TrainOptions
 from sampling import GenerateOptions
 from templates import Message, TemplateOptions, encode_dialogue
 from tokenizer import Tokenizer
@@ -57,7 +55,7 @@ def main(argv: list[str]) -> int:
             SECTIONS,
             program="chat.py",
             description=__doc__.splitlines()[0],
-            other_sections=[TrainOptions, DataOptions, LoraOptions, OptimOptions],  # training files can be read too
+            other_sections=build.SECTIONS,  # training files can be read too
         )
         for notice in config.notices:
             _say(f"note: {notice}")

@@ -24,6 +24,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
+import build
 import config as configuration
 import gguf_export
 import quant
@@ -38,18 +39,15 @@ from checkpoint import (
     load_model,
     write_model_json,
 )
-from data import DataOptions
 from generate import context_limit
 from hub import ModelOptions
 from inference import Source, check_tokenizer, find_source, read_run, scaled_config
-from lora import LoraOptions, replace_module
+from lora import replace_module
 from merging import Adapter, Merge
 from model import Decoder
-from optim import OptimOptions
 from quality import WINDOW, QualityOptions, check_parent, mean_loss, measure, windows
 from quant import Format, QuantOptions
 from requantise import RANK, MergeOptions, Requantiser
-from runs import TrainOptions
 from sources import HubAccess
 from templates import ChatTemplate, TemplateOptions, get_template
 from tensor_files import weight_files, write_json, write_shards
@@ -95,7 +93,7 @@ def main(argv: list[str]) -> int:
             program="export.py",
             description=__doc__.splitlines()[0],
             # training files can be read too
-            other_sections=[TrainOptions, DataOptions, LoraOptions, OptimOptions],
+            other_sections=build.SECTIONS,
         )
         for notice in config.notices:
             print(f"note: {notice}")
