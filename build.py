@@ -4,7 +4,7 @@ train.py calls these in order; each gives one part and knows nothing of the loop
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +15,9 @@ import config as configuration
 import memory
 import plan
 import quant
+import reference
 import runs
+from adapter_files import apply_adapters
 from batches import ROW_MULTIPLE, BatchLoader
 from checkpoint import (
     ModelOptions,
@@ -28,10 +30,11 @@ from checkpoint import (
     resolve_model,
     save_trained,
 )
-from data import DataOptions, Prepared, load_datasets
+from data import DataOptions, Prepared, default_cache_dir, load_datasets
 from data_report import describe_example
 from generate import split_stop_words
 from grpo import GroupPolicy, GRPOOptions
+from hub import resolve_folder
 from lora import LoraOptions, quantised_linears, trainable_report
 from model import Decoder, RMSNorm
 from objectives import Rhythm, Stage, TokenLoss
@@ -39,7 +42,7 @@ from optim import OptimOptions
 from parallel import World
 from preference import OddsRatio, PairPreference, PreferenceOptions
 from quant import QuantOptions
-from reference import Reference
+from reference import Reference, ReferenceOptions
 from reward_model import RewardModel
 from rewards import RewardOptions
 from rewards import from_options as make_reward
@@ -53,7 +56,7 @@ from value_head import ValueHead, has_value_head, load_value_head
 
 SECTIONS = [
     TrainOptions, ModelOptions, QuantOptions, DataOptions, TemplateOptions, LoraOptions, OptimOptions,
-    PreferenceOptions, RewardOptions, GRPOOptions, GenerateOptions,
+    PreferenceOptions, ReferenceOptions, RewardOptions, GRPOOptions, GenerateOptions,
 ]  # fmt: skip
 STAGES: dict[str, type[Stage]] = {
     "pt": TokenLoss,
@@ -309,13 +312,16 @@ def make_stage(
     kind = STAGES[config[TrainOptions].stage]
     if issubclass(kind, PairPreference):
         preference = config[PreferenceOptions].for_stage(config[TrainOptions].stage)
-        reference = Reference(preference.ld_alpha) if preference.needs_reference else None
-        return kind(preference, reference, world)
+        held_to = None
+        if preference.needs_reference:
+            held_to = make_reference(config, model, tokenizer, prepared, world, preference.ld_alpha)
+        return kind(preference, held_to, world)
     if kind is GroupPolicy:
+        made = make_reference(config, model, tokenizer, None, world) if config[GRPOOptions].beta else None
         generation, stop_ids = how_to_write(config[GenerateOptions], tokenizer, template, world)
         return GroupPolicy(
             config[GRPOOptions], generation, make_reward(config[RewardOptions], model, tokenizer, config[ModelOptions]),
-            tokenizer=tokenizer, stop_ids=stop_ids, reference=Reference() if config[GRPOOptions].beta else None,
+            tokenizer=tokenizer, stop_ids=stop_ids, reference=made,
             seed=config[TrainOptions].seed, world=world,
         )  # fmt: skip
     return kind()
@@ -337,3 +343,79 @@ def how_to_write(
             "policy gradients set " + " ".join(f"{key}={value:g}" for key, value in neutral.items())
         )
     return replace(options, stop=(*options.stop, *words)), (*tokenizer.stop_ids, *stop_ids)
+
+
+def make_reference(
+    config: configuration.Config, model: Decoder, tokenizer: Tokenizer, prepared: Prepared | None, world: World,
+    ld_alpha: float | None = None,
+) -> Reference:  # fmt: skip
+    """The policy that training is held to, given the model with the weights it starts from.
+
+    prepared: the texts that it is asked for, if they are known ahead; None: the model writes them (ppo, grpo).
+    ld_alpha: as in heads.answer_sums.
+    """
+    options, run = config[ReferenceOptions], config[TrainOptions]
+    ahead = options.precompute_ref_log_probs
+    if ahead is None:
+        ahead = not config[DataOptions].streaming
+    live = prepared is None or not ahead
+    if options.ref_model is not None:
+        folder = resolve_folder("ref_model", options.ref_model, "main", config[ModelOptions])
+        refuse_other_tokenizer("ref_model", folder, tokenizer)
+        names = options.ref_model_adapters
+        adapters = [resolve_folder("ref_model_adapters", name, "main", config[ModelOptions]) for name in names]
+        bits = options.ref_model_quantization_bit
+        made = Reference(second_model(config, "ref_model", folder, adapters, bits, model), ld_alpha)
+        world.print(f"reference: {' + '.join(map(str, (folder, *adapters)))}")
+    else:
+        made = Reference(reference.start_policy(model, live), ld_alpha)
+        text = "the weights that the run starts from" + (", a frozen copy" if live else "")
+        if made.policy is None:
+            text = "the model with its adapters off"
+            if config[ModelOptions].adapter_name_or_path and not config[LoraOptions].create_new_adapter:
+                text += ", so without what the given adapter learned; create_new_adapter=true takes it in"
+        world.print(f"reference: {text}")
+    if live:
+        return made
+    stores = {} if prepared.train is None or not run.trains else {"train": prepared.train}
+    if run.do_eval or run.evaluation_strategy != "no":
+        stores |= {f"evaluation set {name}": store for name, store in prepared.eval.items()}
+    cache = Path(config[ModelOptions].cache_dir or default_cache_dir()) / "reference"
+    rows, afresh = run.per_device_eval_batch_size, config[DataOptions].overwrite_cache
+    reference.precompute(made, model, stores, rows, cache, world, afresh)
+    return Reference(None, ld_alpha)  # every batch brings its own now
+
+
+def second_model(
+    config: configuration.Config, key: str, folder: Path, adapters: Iterable[Path], bits: int | None, model: Decoder
+) -> Decoder:
+    """A frozen model beside the one that trains, with adapters, in its compute dtype and on its device.
+
+    key: the option that names it, for messages.  bits: quantise it; None or 0 = as the files have it.
+    """
+    options, model_options = config[TrainOptions], config[ModelOptions]
+    try:
+        wanted = quant.from_options(replace(config[QuantOptions], quantization_bit=bits))
+        format, _ = chosen_quantization(folder, wanted)
+        scaling = None if model_options.rope_scaling == "none" else model_options.rope_scaling
+        device = model.embed_tokens.weight.device
+        dtype = compute_dtype(options)
+        second = load_model(folder, dtype, device, scaling, config[DataOptions].cutoff_len, format)
+        apply_adapters(second, adapters)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
+    second.compute_dtype, second.flash_attn = dtype, model.flash_attn
+    return second.eval().requires_grad_(False)
+
+
+def refuse_other_tokenizer(key: str, folder: Path, tokenizer: Tokenizer) -> None:
+    """ValueError unless the model that option `key` names reads the same token ids as the one that trains."""
+    other = Tokenizer.from_folder(folder)
+    mine, theirs = tokenizer.vocabulary(), other.vocabulary()
+    if mine == theirs:
+        return
+    differing = next(token for token in mine.keys() | theirs.keys() if mine.get(token) != theirs.get(token))
+    raise ValueError(
+        f"{key}: {folder} has another tokenizer: token {differing!r} is {theirs.get(differing)} there and "
+        f"{mine.get(differing)} in the trained model; both see the same token ids, so take a model of the same family"
+    )

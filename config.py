@@ -361,6 +361,12 @@ RULES: tuple[tuple[Callable[..., bool], str], ...] = (
      load_best_model_at_end and eval_strategy == save_strategy == "steps"
      and save_steps % (eval_steps or logging_steps or 1) != 0,
      "each saved model must have been evaluated; make save_steps a multiple of eval_steps"),
+    (lambda ref_model, stage: ref_model is not None and stage not in ("dpo", "kto", "ppo", "grpo"),
+     "only dpo, kto, ppo and grpo are held to a reference; drop ref_model"),
+    (lambda precompute_ref_log_probs, streaming: precompute_ref_log_probs and streaming,
+     "the rows of a stream are not known before the training; drop one of the two"),
+    (lambda precompute_ref_log_probs, stage: precompute_ref_log_probs and stage in ("ppo", "grpo"),
+     "the texts are written during the training; drop precompute_ref_log_probs"),
     (lambda early_stopping_steps, eval_strategy: bool(early_stopping_steps) and _off(eval_strategy),
      "stopping early needs evaluation; set eval_strategy=steps or epoch"),
     (lambda stage, pref_loss: stage == "orpo" and pref_loss not in ("sigmoid", "orpo"),

@@ -38,20 +38,21 @@ def resolve_model(options: ModelOptions) -> Path:
     name = options.model_name_or_path
     if not name:
         raise ValueError("model_name_or_path: missing; give a model folder or a hub id such as Qwen/Qwen2.5-0.5B")
-    return _resolve("model_name_or_path", name, options.model_revision, options)
+    return resolve_folder("model_name_or_path", name, options.model_revision, options)
 
 
 def resolve_adapters(options: ModelOptions) -> list[Path]:
     """The local folders of `adapter_name_or_path`; hub ids at their main revision. Raises ValueError."""
-    return [_resolve("adapter_name_or_path", name, "main", options) for name in options.adapter_name_or_path]
+    return [resolve_folder("adapter_name_or_path", name, "main", options) for name in options.adapter_name_or_path]
 
 
-def _resolve(key: str, name: str, revision: str, options: ModelOptions) -> Path:
+def resolve_folder(key: str, name: str, revision: str, options: ModelOptions) -> Path:
+    """The local folder of the model or adapter that `key` names, downloaded if it is an id. Raises ValueError."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
     if folder.exists():
-        wanted = "config.json" if key == "model_name_or_path" else "adapter_config.json"
+        wanted = "adapter_config.json" if "adapter" in key else "config.json"
         raise ValueError(f"{key}: {name} is a file; give the folder that holds {wanted}")
     if name.startswith((".", "/", "~")) or name.count("/") != 1 or name.endswith("/"):
         raise ValueError(f"{key}: no folder {name}, and it is not a hub id (owner/name) either")

@@ -153,12 +153,12 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], notes: dict[str, str] | None = None) -> None:
     """One safetensors file with the permissions of any new file; OSError if it cannot be written."""
     path.touch()
     permissions = path.stat().st_mode
     try:
-        save_file(tensors, path, metadata={"format": "pt"})
+        save_file(tensors, path, metadata={"format": "pt"} | (notes or {}))
     except SafetensorError as error:
         raise OSError(f"{path}: could not be written ({error}); is the disk full?") from error
     path.chmod(permissions)  # safetensors makes files that only their owner can read

@@ -215,6 +215,10 @@ class Tokenizer:
         """The vocabulary's own spelling of a token, or None when there is no such id."""
         return self._backend.id_to_token(token_id)
 
+    def vocabulary(self) -> dict[str, int]:
+        """Id of every token, added ones included."""
+        return self._backend.get_vocab()
+
     def token_id(self, token: str) -> int | None:
         """Id of a token by the vocabulary's own spelling, for example "<|im_end|>"; None if there is none."""
         return self._backend.token_to_id(token)
