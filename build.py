@@ -117,7 +117,7 @@ def prepare_data(config: configuration.Config, source: Path, template, tokenizer
     world.print(prepared.report)
     first = prepared.first_example()
     if first is not None:
-        world.print(f"\nthe first example: {describe_example(first, tokenizer)}\n")
+        world.print(f"\nthe first example: {describe_example(first, tokenizer, prepared.kind)}\n")
     known = load_config(source).vocab_size
     if tokenizer.vocab_size > known:  # some tokenizers hold ids that are never used; those do no harm
         stores = [store for store in (prepared.train, *prepared.eval.values()) if isinstance(store, ExampleStore)]

@@ -305,6 +305,10 @@ RULES: tuple[tuple[Callable[..., bool], str], ...] = (
      "val_size is split off dataset, which is not given; name one, or drop val_size"),
     (lambda mask_history, train_on_prompt: mask_history and train_on_prompt,
      "one trains on less than the answers, the other on more; drop one of the two"),
+    (lambda stage, train_on_prompt: train_on_prompt and stage not in ("pt", "sft"),
+     "this stage trains on the answers only; drop train_on_prompt"),
+    (lambda stage, mask_history: mask_history and stage not in ("pt", "sft"),
+     "this stage trains on the last answer only anyway; drop mask_history"),
     (lambda interleave_probs, mix_strategy: bool(interleave_probs) and "interleave" not in mix_strategy,
      "probabilities need interleaving; set mix_strategy=interleave_under (or _over)"),
     (lambda interleave_probs, dataset: bool(interleave_probs and dataset)

@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
@@ -54,6 +54,7 @@ __all__ = [
     "describe_example",
 ]
 
+PROMPTS = "prompts of "  # before the name of a set in tokenized_path
 CACHE_VERSION = 3  # raise it when the tokens of an unchanged row change, or the layout of the files
 
 
@@ -63,7 +64,7 @@ class DataOptions:
     eval_dataset: Annotated[tuple[str, ...], "evaluation sets; each is evaluated on its own"] = ()
     dataset_dir: Annotated[str, "folder of dataset_info.json; ONLINE = names are hub ids"] = "data"
     split: Annotated[str, "split of hub data sets whose entry names none"] = "train"
-    cutoff_len: Annotated[int, "longest example in tokens (LLaMA-Factory 0.6: 1024, newer: 2048)"] = 2048
+    cutoff_len: Annotated[int, "longest example (of a pair: each answer with its prompt) in tokens"] = 2048
     reserved_label_len: Annotated[int, "answer tokens kept at least, where a turn is cut by ratio"] = 1
     truncation_strategy: Annotated[
         Literal["ratio", "drop", "left", "right"],
@@ -145,13 +146,15 @@ class Prepared:
     eval: dict[str, ExampleStore]  # name -> set; "validation" is the one that val_size split off
     report: DataReport
     packing: bool
+    kind: str = "dialogue"  # of the examples, one of formats.KINDS' values
+    prompts: dict[str, ExampleStore] = field(default_factory=dict)  # the evaluation sets as prompts, if asked for
 
     def train_loader(
         self, options: DataOptions, *, rows_per_batch: int, seed: int, rank: int = 0, world: int = 1
     ) -> BatchLoader | StreamingLoader:
         """The loader that the options ask for, over the stored or the streamed training set."""
         shared = {
-            "rows_per_batch": rows_per_batch, "packing": self.packing, "cutoff_len": options.cutoff_len,
+            "rows_per_batch": rows_per_batch, "packing": self.packing, "cutoff_len": self.row_tokens(options),
             "seed": seed if options.data_seed is None else options.data_seed, "rank": rank, "world": world,
         }  # fmt: skip
         if self.train is None:
@@ -176,21 +179,27 @@ class Prepared:
         self, options: DataOptions, *, rows_per_batch: int, rank: int = 0, world: int = 1
     ) -> dict[str, BatchLoader]:
         """One loader for each evaluation set, in its own order; read batches_per_epoch batches of it."""
-        shared = {"packing": self.packing, "cutoff_len": options.cutoff_len, "shuffle": False}
+        shared = {"packing": self.packing, "cutoff_len": self.row_tokens(options), "shuffle": False}
         shared |= {"rank": rank, "world": world}
         return {
             name: BatchLoader(s, rows_per_batch=rows_per_batch, **shared) for name, s in self.eval.items()
         }
 
+    def row_tokens(self, options: DataOptions) -> int:
+        """Tokens of a packed row. A pair is two answers of cutoff_len each, and so is a prompt with its label."""
+        return options.cutoff_len * (1 if self.kind in ("document", "dialogue") else 2)
+
 
 def load_datasets(
     options: DataOptions, template, tokenizer, stage: str, *, seed: int, is_main: bool = True,
     cache_dir: str | Path | None = None, enable_thinking: bool = True, hub: HubAccess | None = None,
+    prompts: bool = False,
 ) -> Prepared:  # fmt: skip
     """Read, tokenise (or load from the cache), mix and split what `options` names.
 
     template: may be None for stage pt.  cache_dir: where tokenised data is kept; None = default_cache_dir().
     is_main: show progress, write tokenized_path.  All ranks may call this at once.
+    prompts: prepare the evaluation sets for generation too: the same rows as prompts, each with its answer as label.
     Raises ValueError for anything wrong with the data or options, TokenizedDataSaved after writing tokenized_path.
     """
     refuse_unguarded_worker()
@@ -207,21 +216,27 @@ def load_datasets(
     cache = Path(cache_dir or default_cache_dir()) / "tokenised"
     work = _Work(options, stage, encode, template, tokenizer, seed, is_main, cache, hub or HubAccess())
     saved = Path(options.tokenized_path) if options.tokenized_path is not None else None
+    if prompts and template is None:
+        raise ValueError(f"template: generating from prompts needs one, also in stage {stage}")
     if saved is not None and saved.exists():
-        return Prepared(*_load_saved(saved, work), packing)
+        train, evaluation, report = _load_saved(saved, work)
+        asked = _take_prompts(evaluation, prompts, saved)
+        return Prepared(train, evaluation, report, packing, work.encode.kind, asked)
     if not options.dataset and not options.eval_dataset:
         raise ValueError("dataset: none is named; give a name of dataset_info.json or the path of a file")
     train, evaluation, report = _prepare_stream(work) if options.streaming else _prepare_stored(work)
+    asked = _prompt_sets(work, train, evaluation, report) if prompts else {}
     if saved is not None:
         if is_main:
             sets = ({} if train is None else {"train": train}) | evaluation
+            sets |= {PROMPTS + name: store for name, store in asked.items()}
             save_sets(
                 saved, sets, {"keys": work.keys(), "report": [asdict(entry) for entry in report.datasets]}
             )
         raise TokenizedDataSaved(
             f"{report}\nThe tokenised data is in {saved}; run the same command again to train on it."
         )
-    return Prepared(train, evaluation, report, packing)
+    return Prepared(train, evaluation, report, packing, work.encode.kind, asked)
 
 
 def default_cache_dir() -> Path:
@@ -248,8 +263,11 @@ class _Work:
 
     def find(self, name: str) -> DatasetInfo:
         info = find_dataset(name, self.options.dataset_dir, self.options.split)
-        check_stage(info, self.stage)
+        check_stage(info, self.stage, self.encode.kind)
         return info
+
+    def for_prompts(self) -> "_Work":
+        return replace(self, encode=replace(self.encode, kind="prompt"))
 
     def keys(self) -> dict:
         """What decides the tokens of given rows."""
@@ -309,7 +327,7 @@ def _prepare_stream(work: _Work) -> tuple[RowStream | None, dict[str, ExampleSto
     opened = [None if info.kind == "file" else open_hub(info, work.hub, streaming=True) for info in infos]
     stream = RowStream(encoders, opened, options.mix_strategy, options.interleave_probs, work.seed)
     for name, tally in zip(stream.datasets, stream.tallies):
-        report.datasets.append(DatasetReport(name, "streamed so far", tally))
+        report.datasets.append(DatasetReport(name, "streamed so far", tally, work.encode.kind))
     if options.val_size > 0:
         held = list(islice(stream.rows(0), int(options.val_size)))
         tally, examples = Tally(), []
@@ -317,20 +335,72 @@ def _prepare_stream(work: _Work) -> tuple[RowStream | None, dict[str, ExampleSto
             examples += encoders[k].encode(row, tally)
         stream.held_out = frozenset((k, row[0]) for k, row in held)
         evaluation["validation"] = ExampleStore.from_examples(examples, stream.datasets)
-        report.datasets.append(DatasetReport("validation", "eval", tally))
+        report.datasets.append(DatasetReport("validation", "eval", tally, work.encode.kind))
         _require_examples(None, evaluation, report)
     return stream, evaluation, report
+
+
+def _prompt_sets(
+    work: _Work, train: ExampleStore | RowStream | None, evaluation: dict[str, ExampleStore], report: DataReport
+) -> dict[str, ExampleStore]:
+    """The rows of each evaluation set as prompts. Only rows that are evaluated are read as such."""
+    if work.encode.kind == "prompt":
+        return dict(evaluation)
+    work, sets = work.for_prompts(), {}
+    for name, store in evaluation.items():
+        if name == "validation" and isinstance(train, RowStream):
+            encoders = [work.encoder(encoder.info, k) for k, encoder in enumerate(train.encoders)]
+            stream, tally = replace(train, encoders=encoders, held_out=frozenset()), Tally()
+            held = islice(stream.rows(0), len(train.held_out))
+            examples = [example for k, row in held for example in encoders[k].encode(row, tally)]
+            sets[name] = ExampleStore.from_examples(examples, stream.datasets)
+            report.datasets.append(DatasetReport(name, "prompts", tally, "prompt"))
+            continue
+        parts, index = [], np.full((len(store), 2), -1)
+        for k, dataset in enumerate(store.datasets):
+            mine = store.index[:, 0] == k
+            rows = store.sources[mine, 1]
+            only = np.unique(rows) if name == "validation" else None
+            files, order, entry = _tokenise(work, work.find(dataset), "prompts", only)
+            report.datasets.append(entry)
+            parts.append(files)
+            place = {int(row): i for i, row in enumerate(files.rows)}
+            index[mine] = [(k, place.get(int(row), -1)) for row in rows]
+        if name != "validation":  # rows without an answer have no place in the evaluation set, but here they have
+            index = np.stack([np.zeros_like(order), order], 1)
+        sets[name] = ExampleStore(parts, store.datasets, index[index[:, 1] >= 0])
+    _require_examples(None, sets, report)
+    return sets
+
+
+def _take_prompts(evaluation: dict[str, ExampleStore], wanted: bool, folder: Path) -> dict[str, ExampleStore]:
+    """Move the sets of prompts out of what tokenized_path held."""
+    names = [name for name in evaluation if name.startswith(PROMPTS)]
+    sets = {name.removeprefix(PROMPTS): evaluation.pop(name) for name in names}
+    if wanted and evaluation and not sets:
+        raise ValueError(
+            f"tokenized_path: the data in {folder} holds no prompts to generate from; make it anew with the options "
+            "that ask for generation (predict_with_generate)"
+        )
+    return sets if wanted else {}
 
 
 # ------------------------------------------------------------------------------------------------------ one data set
 
 
-def _tokenise(work: _Work, info: DatasetInfo, role: str) -> tuple[TokenFiles, np.ndarray, DatasetReport]:
-    """The examples of one data set, from the cache or made now, and the order in which to use them."""
+def _tokenise(
+    work: _Work, info: DatasetInfo, role: str, only: np.ndarray | None = None
+) -> tuple[TokenFiles, np.ndarray, DatasetReport]:
+    """The examples of one data set, from the cache or made now, and the order in which to use them.
+
+    only: numbers of the rows to read, in place of num_samples and max_samples.
+    """
     warning = check_sha1(info)
     opened = None if info.kind == "file" else open_hub(info, work.hub, streaming=False)
     limit, chosen, total = work.options.max_samples, None, 0
-    if info.num_samples is not None:
+    if only is not None:
+        limit, chosen = None, only
+    elif info.num_samples is not None:
         total = sum(1 for _ in read_rows(info, opened))
         chosen = choose_rows(total, info.num_samples, work.seed)[:limit]
     described = {
@@ -338,6 +408,8 @@ def _tokenise(work: _Work, info: DatasetInfo, role: str) -> tuple[TokenFiles, np
     }
     key = work.keys() | {"data": content_key(info, opened), "info": described}
     key |= {"limit": limit, "chosen": None if chosen is None else [total, work.seed]}
+    if only is not None:
+        key["only"] = hashlib.blake2b(only.astype("<i8").tobytes(), digest_size=16).hexdigest()
     name = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     def rows() -> Iterator[Row]:
@@ -349,8 +421,13 @@ def _tokenise(work: _Work, info: DatasetInfo, role: str) -> tuple[TokenFiles, np
 
     files = _cached(work, work.cache / name, rows, work.encoder(info, 0))
     order = np.arange(len(files))
-    report = DatasetReport(info.name, role, files.tally, warnings=(warning,) if warning else ())
-    if chosen is not None:
+    warnings = [warning] if warning else []
+    if work.encode.kind == "dialogue" and "kto_tag" in info.columns:
+        warnings.append(
+            f"dataset {info.name!r}: columns.kto_tag is not used: stage {work.stage} trains on bad answers too"
+        )
+    report = DatasetReport(info.name, role, files.tally, work.encode.kind, warnings=tuple(warnings))
+    if only is None and chosen is not None:
         order = examples_of_rows(files.rows, chosen)
         report.left_out, report.repeated = total - len(np.unique(chosen)), len(order) - len(files)
     return files, order, report
@@ -481,7 +558,7 @@ def preview(
         epoch = f" (of {loader.batches_per_epoch} in an epoch)"
     yield f"\nbatch {run.index}{epoch}:"
     names = prepared.train.datasets
-    yield from token_table(batch, tokenizer, names, _places(options, names, batch.sources), colour)
+    yield from token_table(batch, tokenizer, names, _places(options, names, batch.sources), colour, prepared.kind)
 
 
 def _places(

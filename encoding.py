@@ -2,12 +2,15 @@
 
 dialogue (stage sft): the template renders the conversation into spans, the tokenizer encodes them part by part, the
 answers' tokens are trained. document (pt): text + eos, cut into pieces of cutoff_len. pair (rm, dpo, orpo): prompt +
-chosen, prompt + rejected, two segments of one example; only these last answers are trained.
+chosen, prompt + rejected, two segments of one example; only these last answers are trained. rated (kto): prompt +
+answer and a tag. prompt (ppo, grpo): what chat.py would give the model, and the row's answer as label behind it.
 Over-long conversations (`truncation_strategy`):
   ratio  LLaMA-Factory 0.6: turn by turn, a pair of s source and t target tokens in a remaining budget b keeps the first
          max(b * t // (s + t), reserved_label_len) target tokens and of the source what then fits; later turns go.
          With mask_history the last turn comes first (as in newer versions), for it is the only one trained.
   drop   the row is left out      left / right   the last / first cutoff_len tokens stay; left keeps the bos
+Both answers of a pair keep the same tokens of their prompt, chosen by the length of the longer one; with left the
+prompt gives way before the answers do. A prompt for generation is never cut: a longer one is dropped.
 """
 
 import contextlib
@@ -86,7 +89,8 @@ class ChunkEncoder:
         for example in examples:
             tally.examples += 1
             tally.tokens += len(example)
-            tally.tokens_trained += int(example.trained.sum())
+            tally.tokens_trained += 0 if self.options.kind == "prompt" else int(example.trained.sum())
+            tally.desirable += example.tag
             tally.longest = max(tally.longest, len(example))
         return examples
 

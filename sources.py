@@ -24,6 +24,7 @@ COLUMN_NAMES = (
     "images", "videos", "audios", "chosen", "rejected", "kto_tag",
 )  # fmt: skip
 ALPACA_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output"}
+PROMPT_NAMES, RESPONSE_NAMES = ("instruction", "prompt"), ("output", "completion", "response", "answer")
 SHAREGPT_COLUMNS = {"messages": "conversations"}
 SHAREGPT_TAGS = {
     "role_tag": "from",
@@ -225,29 +226,34 @@ def _guess_format(info: DatasetInfo) -> DatasetInfo:
     if first is None:
         raise ValueError(f"dataset: {info.location} holds no rows")
     row = first[1]
-    if "messages" in row:
-        return replace(info, formatting="openai", columns={"messages": "messages"}, tags=dict(OPENAI_TAGS))
-    if "conversations" in row:
-        messages = row["conversations"]
-        openai = (
-            isinstance(messages, list)
-            and messages
-            and isinstance(messages[0], dict)
-            and "role" in messages[0]
-        )
-        columns = {"messages": "conversations"} | {key: key for key in ("system", "tools") if key in row}
-        return replace(
-            info, formatting="sharegpt", columns=columns, tags=OPENAI_TAGS if openai else SHAREGPT_TAGS
-        )
-    if "instruction" in row:
-        columns = {key: value for key, value in ALPACA_COLUMNS.items() if value in row}
-        columns |= {key: key for key in ("system", "history") if key in row}
-        return replace(info, columns=columns)
+    ranked = "chosen" in row and "rejected" in row
+    columns = {key: key for key in ("system", "tools", "history", "kto_tag") if key in row}
+    if ranked:
+        columns |= {"chosen": "chosen", "rejected": "rejected"}
+    if isinstance(row.get("label"), bool):  # trl's name
+        columns["kto_tag"] = "label"
+    messages = next((name for name in ("messages", "conversations", "prompt") if isinstance(row.get(name), list)), None)
+    if messages is not None or (ranked and isinstance(row["chosen"], list)):
+        some = row[messages] if messages is not None else row["chosen"]
+        openai = bool(some) and isinstance(some[0], dict) and "role" in some[0]
+        columns |= {"messages": messages or "messages"}
+        if messages == "prompt" and "completion" in row:
+            columns["response"] = "completion"
+        columns.pop("history", None)
+        formatting, tags = ("openai", OPENAI_TAGS) if openai else ("sharegpt", SHAREGPT_TAGS)
+        return replace(info, formatting=formatting, columns=columns, tags=tags)
+    prompt = next((name for name in PROMPT_NAMES if name in row), None)
+    response = next((name for name in RESPONSE_NAMES if name in row), None)
+    if prompt is not None:
+        columns |= {"prompt": prompt} | ({} if response is None else {"response": response})
+        columns |= {"query": "input"} if "input" in row else {}
+        paired = response is not None and isinstance(row[response], list) and len(row[response]) == 2
+        return replace(info, columns=columns, ranking=paired)
     if "text" in row:
         return replace(info, columns={"prompt": "text"})
     raise ValueError(
-        f"dataset: {info.location} has the columns {', '.join(map(str, row))}; expected 'instruction' (alpaca), "
-        "'conversations' (sharegpt), 'messages' (OpenAI) or 'text'. "
+        f"dataset: {info.location} has the columns {', '.join(map(str, row))}; expected 'instruction' or 'prompt' "
+        "(alpaca), 'conversations' (sharegpt), 'messages' (OpenAI) or 'text'. "
         "Name its columns in an entry of dataset_info.json instead."
     )
 

@@ -51,9 +51,10 @@ class Tally:
     tokens_cut: int = 0
     tokens_trained: int = 0
     longest: int = 0  # tokens of the longest kept example
+    desirable: int = 0  # examples tagged 1: KTO's good answers
 
     def add(self, other: "Tally") -> None:
-        for name in ("read", "used", "cut", "examples", "tokens", "tokens_cut", "tokens_trained"):
+        for name in ("read", "used", "cut", "examples", "tokens", "tokens_cut", "tokens_trained", "desirable"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.longest = max(self.longest, other.longest)
         for reason, count in other.dropped.items():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import readers
-from formats import Dropped, check_stage, to_conversation, to_document
+from formats import Dropped, check_stage, to_conversation, to_document, to_pair, to_rated
 from readers import read_file
 from sources import (
     OPENAI_TAGS,
@@ -234,17 +234,40 @@ def test_the_registry_that_comes_with_the_project_is_valid():
             assert list(read_rows(info)), name
 
 
+OPENAI, ANSWER, WORSE = ([{"role": role, "content": text}] for role, text in (
+    ("user", "a"), ("assistant", "b"), ("assistant", "c"),
+))  # fmt: skip
+
+
 def test_a_path_is_a_dataset_and_its_format_is_read_off_the_first_row(tmp_path):
     cases = [
         ({"instruction": "a", "output": "b", "system": "s"}, "alpaca", {"prompt", "response", "system"}),
         ({"conversations": [{"from": "human", "value": "a"}]}, "sharegpt", {"messages"}),
         ({"messages": [{"role": "user", "content": "a"}]}, "openai", {"messages"}),
+        ({"conversations": [{"role": "user", "content": "a"}]}, "openai", {"messages"}),
         ({"text": "a"}, "alpaca", {"prompt"}),
+        ({"prompt": "a", "answer": "b"}, "alpaca", {"prompt", "response"}),
+        ({"instruction": "a", "output": ["b", "c"]}, "alpaca", {"prompt", "response"}),
+        # trl's formats of preference data
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "alpaca", {"prompt", "chosen", "rejected"}),
+        ({"prompt": "a", "completion": "b", "label": True}, "alpaca", {"prompt", "response", "kto_tag"}),
+        ({"prompt": OPENAI, "chosen": ANSWER, "rejected": WORSE}, "openai", {"messages", "chosen", "rejected"}),
+        ({"chosen": OPENAI + ANSWER, "rejected": OPENAI + WORSE}, "openai", {"messages", "chosen", "rejected"}),
+        ({"prompt": "a", "chosen": OPENAI + ANSWER, "rejected": OPENAI + WORSE}, "openai",
+         {"messages", "chosen", "rejected"}),
+        ({"prompt": OPENAI, "completion": ANSWER, "label": False}, "openai", {"messages", "response", "kto_tag"}),
     ]
+    # fmt: skip
     for row, formatting, columns in cases:
         path = write(tmp_path / "one.jsonl", json.dumps(row))
         info = find_dataset(str(path), tmp_path)
         assert (info.formatting, set(info.columns)) == (formatting, columns)
+        assert info.ranking == isinstance(row.get("output"), list)
+        if "chosen" in row or info.ranking:
+            check_stage(info, "dpo")
+            assert to_pair(row, info)[0].turns == [("user", "a")]
+        if "label" in row:
+            assert to_rated(row, info)[1:] == (("assistant", "b"), int(row["label"]))
     assert find_dataset("one.jsonl", tmp_path).location == str(
         tmp_path / "one.jsonl"
     )  # relative to dataset_dir
