@@ -98,14 +98,15 @@ def answer_sums(values: Tensor, batch: Batch, ld_alpha: float | None = None) -> 
     2409.06411; for policy and reference alike.
     """
     counts = label_counts(batch)
-    return segment_sums(values if ld_alpha is None else values * _length_weights(batch, counts, ld_alpha), counts)
+    if ld_alpha is not None:
+        values = torch.where(_in_both(batch, counts), values, ld_alpha * values)
+    return segment_sums(values, counts)
 
 
-def _length_weights(batch: Batch, counts: Tensor, ld_alpha: float) -> Tensor:
-    """(L,) fp32: 1 for the first labels of an answer, as many as the shorter answer of its pair has; then ld_alpha."""
+def _in_both(batch: Batch, counts: Tensor) -> Tensor:
+    """(L,) bool: whether the label's place in its answer is one that the other answer of the pair has too."""
     labels = batch.label_rows.shape[0]  # given below, or the host would have to wait for the counts
     shared = counts.view(2, batch.pairs).amin(0).repeat(2)
     starts = counts.cumsum(0) - counts
-    spread = torch.stack([starts, shared]).repeat_interleave(counts, dim=1, output_size=labels)  # (2, L)
-    place = torch.arange(labels, device=counts.device) - spread[0]
-    return torch.where(place < spread[1], 1.0, ld_alpha)
+    starts, shared = torch.stack([starts, shared]).repeat_interleave(counts, dim=1, output_size=labels)  # (2, L)
+    return torch.arange(labels, device=counts.device) - starts < shared
