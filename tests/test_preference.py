@@ -238,7 +238,7 @@ def test_a_group_has_the_same_gradient_however_it_is_cut(base, loss):  # noqa: F
     model, found = policy(base), {}
     for name, group in GROUPS.items():
         stage = stage_of(loss, None, **LOSSES[loss])
-        stage.reference = Reference(stage.options.ld_alpha) if stage.options.needs_reference else None
+        stage.reference = Reference(ld_alpha=stage.options.ld_alpha) if stage.options.needs_reference else None
         batches = [collate(part).rounded(8) for part in group]
         found[name] = run(stage, model, batches)
         again = run(stage, model, batches)  # bco follows the rewards of the second group as well
