@@ -35,6 +35,7 @@ from data_report import describe_example
 from generate import split_stop_words
 from grpo import GroupPolicy, GRPOOptions
 from hub import resolve_folder
+from inference import adapters_below, is_adapter, read_run
 from lora import LoraOptions, quantised_linears, trainable_report
 from model import Decoder, RMSNorm
 from objectives import Rhythm, Stage, TokenLoss
@@ -44,8 +45,7 @@ from preference import OddsRatio, PairPreference, PreferenceOptions
 from quant import QuantOptions
 from reference import Reference, ReferenceOptions
 from reward_model import RewardModel
-from rewards import RewardOptions
-from rewards import from_options as make_reward
+from rewards import AdapterReward, ApiReward, FunctionReward, ModelReward, RewardOptions, RewardSource
 from runs import TrainOptions
 from sampling import GenerateOptions
 from sources import HubAccess
@@ -320,7 +320,7 @@ def make_stage(
         made = make_reference(config, model, tokenizer, None, world) if config[GRPOOptions].beta else None
         generation, stop_ids = how_to_write(config[GenerateOptions], tokenizer, template, world)
         return GroupPolicy(
-            config[GRPOOptions], generation, make_reward(config[RewardOptions], model, tokenizer, config[ModelOptions]),
+            config[GRPOOptions], generation, make_reward(config, model, tokenizer),
             tokenizer=tokenizer, stop_ids=stop_ids, reference=made,
             seed=config[TrainOptions].seed, world=world,
         )  # fmt: skip
@@ -384,6 +384,50 @@ def make_reference(
     rows, afresh = run.per_device_eval_batch_size, config[DataOptions].overwrite_cache
     reference.precompute(made, model, stores, rows, cache, world, afresh)
     return Reference(None, ld_alpha)  # every batch brings its own now
+
+
+def make_reward(config: configuration.Config, model: Decoder, tokenizer: Tokenizer) -> RewardSource:
+    """What the answers of `model` are worth, by the options. Raises ValueError."""
+    options = config[RewardOptions]
+    if options.reward_file:
+        return FunctionReward(options.reward_file, options.reward_funcs, options.reward_weights)
+    if options.reward_model is None:
+        raise ValueError("reward_file: missing; name a Python file with reward functions, or a reward_model")
+    if options.reward_model_type == "api":
+        return ApiReward(options.reward_model, tokenizer, options.reward_api_timeout)
+    folder = resolve_folder("reward_model", options.reward_model, "main", config[ModelOptions])
+    if options.reward_model_type == "full":
+        if is_adapter(folder):
+            raise ValueError(
+                f"reward_model: {folder} is an adapter; set reward_model_type=lora, or reward_model=BASE "
+                f"reward_model_adapters={folder}"
+            )
+        refuse_other_tokenizer("reward_model", folder, tokenizer)
+        names = options.reward_model_adapters
+        adapters = [resolve_folder("reward_model_adapters", name, "main", config[ModelOptions]) for name in names]
+        for number, adapter in enumerate(adapters):
+            refuse_other_base("reward_model_adapters", adapter, names[:number], "name them in front of it")
+        second = second_model(config, "reward_model", folder, adapters, options.reward_model_quantization_bit, model)
+        return ModelReward(second, [*reversed(adapters), folder])
+    if (folder / "tokenizer.json").is_file():
+        refuse_other_tokenizer("reward_model", folder, tokenizer)
+    merged = config[ModelOptions].adapter_name_or_path
+    merged = merged if config[LoraOptions].create_new_adapter else merged[:-1]
+    remedy = (
+        f"start this run from the same ones with create_new_adapter=true, or set reward_model_type=full "
+        f"reward_model=BASE reward_model_adapters=THEM,{folder}"
+    )
+    refuse_other_base("reward_model", folder, merged, remedy)
+    return AdapterReward(model, folder)
+
+
+def refuse_other_base(key: str, adapter: Path, merged: Iterable[str], remedy: str) -> None:
+    """ValueError unless the adapter was trained on top of just these adapters, as far as its folder tells."""
+    below, here = [[Path(name).expanduser().resolve() for name in names] for names in (
+        adapters_below(read_run(adapter)), merged)]  # fmt: skip
+    if below != here and (adapter / runs.RUN_CONFIG).is_file():
+        on, found = ("+".join(map(str, each)) or "no other adapter" for each in (below, here))
+        raise ValueError(f"{key}: {adapter} was trained on the base with {on}, here it would lie on {found}; {remedy}")
 
 
 def second_model(

@@ -371,6 +371,11 @@ RULES: tuple[tuple[Callable[..., bool], str], ...] = (
      "the rows of a stream are not known before the training; drop one of the two"),
     (lambda precompute_ref_log_probs, stage: precompute_ref_log_probs and stage in ("ppo", "grpo"),
      "the texts are written during the training; drop precompute_ref_log_probs"),
+    (lambda stage, reward_model, reward_file: stage in ("ppo", "grpo") and not reward_model and not reward_file,
+     "answers need a reward; name a reward_file (functions) or a reward_model"),
+    (lambda reward_model, reward_model_type, finetuning_type: bool(reward_model) and reward_model_type == "lora"
+     and finetuning_type != "lora",
+     "an adapter can only score on a base that stays as it is; set reward_model_type=full, or finetuning_type=lora"),
     (lambda early_stopping_steps, eval_strategy: bool(early_stopping_steps) and _off(eval_strategy),
      "stopping early needs evaluation; set eval_strategy=steps or epoch"),
     (lambda stage, pref_loss: stage == "orpo" and pref_loss not in ("sigmoid", "orpo"),

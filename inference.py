@@ -62,7 +62,7 @@ def find_source(
     notices = []
     expanded: list[Path] = []
     for folder in adapters:
-        below = _adapters_below(read_run(folder))
+        below = adapters_below(read_run(folder))
         unnamed = [path for path in below if path not in adapters]
         notices += [f"{folder} was trained on top of {path}, which is merged first" for path in unnamed]
         expanded += [path for path in (*below, folder) if path not in expanded]
@@ -153,7 +153,7 @@ def _quantization_of(run: dict) -> QuantOptions:
     return QuantOptions(**{name: run[name] for name in names if run.get(name) is not None})
 
 
-def _adapters_below(run: dict) -> list[Path]:
+def adapters_below(run: dict) -> list[Path]:
     """Adapters that the run merged into its base before it trained its own."""
     names = run.get("adapter_name_or_path") or []
     names = [name.strip() for name in names.split(",")] if isinstance(names, str) else names

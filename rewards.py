@@ -1,6 +1,12 @@
 """Where the reward of a generated answer comes from, for the stages ppo and grpo.
 
-    reward_file: my_rewards.py      functions of the user's own (FunctionReward)
+    reward_file: my_rewards.py              functions of the user's own (FunctionReward)
+    reward_model: saves/rm                  an adapter of stage rm on the policy's own base (AdapterReward)
+    reward_model_type: full                 a second model, with reward_model_adapters if any (ModelReward)
+    reward_model_type: api                  reward_model is an address, asked over HTTP (ApiReward)
+
+An API gets POST {"model": "model", "messages": [text, ...]} (prompt and answer with their special tokens, as
+LLaMA-Factory sends them) and answers {"scores": [number, ...]}, one for each text in their order.
 
 A reward file holds one function or several. It is the user's program and runs on purpose, so use no file that you have
 not read. Every function in it that has a parameter `completions` is a reward (or those that reward_funcs names); it
@@ -19,34 +25,66 @@ scored in batches of any size, on every rank, and again after a resume. The rewa
 times its entry of reward_weights. trl's reward functions for plain text run here.
 """
 
+import http.client
 import importlib.util
 import inspect
+import json
 import sys
+import time
 import traceback
-from collections.abc import Callable, Sequence
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from hub import ModelOptions
+from adapter_files import ADAPTER_PARTS, AdapterFile, adapted_linear, read_adapter, whole_parameter
+from lora import full_modules, is_quantised, lora_layers, replace_module
 from model import Decoder
+from reward_model import score_texts
 from runs import StopRun
 from tokenizer import Tokenizer
+from value_head import ValueHead, has_value_head, load_value_head
 
 ARGUMENTS = ("prompts", "completions", "answers", "prompt_ids", "completion_ids", "finish_reasons")
+API_TRIES = 3  # a server that is being restarted must not end a run of hours
+API_PAUSE = 2.0  # seconds before the second try; twice that before the third
 
 
 @dataclass(frozen=True)
 class RewardOptions:
+    reward_model: Annotated[str | None, "reward model: adapter of stage rm, model folder, hub id or address"] = None
+    reward_model_type: Annotated[
+        Literal["lora", "full", "api"],
+        "what reward_model is: an adapter on the same base, a model of its own, or the address of a server",
+    ] = "lora"
+    reward_model_adapters: Annotated[tuple[str, ...], "adapters of a reward model of type full"] = ()
+    reward_model_quantization_bit: Annotated[int | None, "quantise a reward model of type full"] = None
+    reward_api_timeout: Annotated[float, "seconds that an answer of the reward server may take"] = 60.0
     reward_file: Annotated[str | None, "Python file with reward functions; runs as your own program"] = None
     reward_funcs: Annotated[tuple[str, ...], "which functions of reward_file; default: all with `completions`"] = ()
     reward_weights: Annotated[tuple[float, ...], "weight of each reward function; default: 1 each"] = ()
 
     def __post_init__(self):
+        if self.reward_model and self.reward_file:
+            raise ValueError("reward_file: there is a reward_model too; give one of the two")
+        is_address = (self.reward_model or "").startswith(("http://", "https://"))
+        if self.reward_model and is_address != (self.reward_model_type == "api"):
+            raise ValueError(
+                f"reward_model: {self.reward_model} with reward_model_type={self.reward_model_type}: lora and full name"
+                " a folder or a hub id, api an address (http://...)"
+            )
+        for key in ("reward_model_adapters", "reward_model_quantization_bit"):
+            if getattr(self, key) and not (self.reward_model and self.reward_model_type == "full"):
+                raise ValueError(f"{key}: it belongs to a reward_model of type full; drop it, or set reward_model_type")
+        if not self.reward_api_timeout > 0:
+            raise ValueError(f"reward_api_timeout: {self.reward_api_timeout} must be above 0 (seconds)")
         for key in ("reward_funcs", "reward_weights"):
             if getattr(self, key) and not self.reward_file:
                 raise ValueError(f"{key}: it belongs to reward_file, which is not given; name one, or drop {key}")
@@ -198,11 +236,136 @@ def _load_module(path: Path) -> ModuleType:
     return module
 
 
-def from_options(options: RewardOptions, model: Decoder, tokenizer: Tokenizer, hub: ModelOptions) -> RewardSource:
-    """The reward that the options ask for. model: the policy with its adapters. Raises ValueError."""
-    if options.reward_file:
-        return FunctionReward(options.reward_file, options.reward_funcs, options.reward_weights)
-    raise ValueError("reward_file: missing; name a Python file with reward functions")
+class ModelReward(RewardSource):
+    """A model with a value head (stage rm): the score of prompt and answer."""
+
+    def __init__(self, model: Decoder, folders: Iterable[Path]):
+        """The value head is that of the first of these folders which has one. Raises ValueError if none has."""
+        self.model = model
+        model.v_head = _read_head(model, list(folders))
+
+    def measure(self, samples: Sequence[Sample]) -> Tensor:
+        return score_texts(self.model, _texts(samples))[:, None]
+
+
+class AdapterReward(RewardSource):
+    """An adapter and a value head of stage rm on the policy's own base, in use only while answers are scored."""
+
+    def __init__(self, policy: Decoder, folder: Path):
+        """Raises ValueError when the folder is no adapter of this base, or has no value head."""
+        if full_modules(policy):
+            raise ValueError(
+                f"reward_model_type: lora scores with the base that the policy shares, but {full_modules(policy)[0]} "
+                "trains in full; set reward_model_type=full, or train adapters alone"
+            )
+        self.policy, self.head = policy, _read_head(policy, [Path(folder)])
+        file = read_adapter(folder, policy.config)
+        self.whole = list(_whole_tensors(policy, file))
+        own = lora_layers(policy)
+        self.layers: dict[str, torch.nn.Module] = {name: layer.base for name, layer in own.items()}
+        with _replaced(policy, self.layers):
+            for module, parts in file.modules.items():
+                if parts.keys() & ADAPTER_PARTS:
+                    base = policy.get_submodule(module)
+                    layer = adapted_linear(policy, module, file, torch.float32, 0.0)
+                    layer.settle(base.dtype if is_quantised(base) else base.weight.dtype)
+                    self.layers[module] = layer.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def measure(self, samples: Sequence[Sample]) -> Tensor:
+        if any(layer.merged for layer in lora_layers(self.policy).values()):
+            raise ValueError("the policy's adapters are merged into the base that the reward adapter needs; unmerge it")
+        kept, weights = self.policy.v_head, [parameter.data for parameter, _ in self.whole]
+        try:
+            self.policy.v_head = self.head
+            for parameter, tensor in self.whole:
+                parameter.data = tensor
+            with _replaced(self.policy, self.layers):
+                return score_texts(self.policy, _texts(samples))[:, None]
+        finally:
+            self.policy.v_head = kept
+            for (parameter, _), data in zip(self.whole, weights):
+                parameter.data = data
+
+
+class ApiReward(RewardSource):
+    """A server that scores texts; see the top of this file."""
+
+    def __init__(self, address: str, tokenizer: Tokenizer, timeout_seconds: float, pause_seconds: float = API_PAUSE):
+        self.address, self.tokenizer = address, tokenizer
+        self.timeout_seconds, self.pause_seconds = timeout_seconds, pause_seconds
+
+    def measure(self, samples: Sequence[Sample]) -> Tensor:
+        messages = [self.tokenizer.decode(text, skip_special=False) for text in _texts(samples)]
+        answer = self._ask(json.dumps({"model": "model", "messages": messages}).encode())
+        where = f"reward_model: {self.address}"
+        try:
+            scores = json.loads(answer)["scores"]
+            scores = torch.tensor([float(score) for score in scores])
+        except (ValueError, TypeError, KeyError) as error:  # not JSON is a ValueError too
+            text = _short(answer.decode("utf-8", "replace"))
+            raise StopRun(f'{where} answered {text!r}, expected {{"scores": [number, ...]}}') from error
+        if len(scores) != len(samples):
+            raise StopRun(f"{where} gave {len(scores)} scores for {len(samples)} texts; it has to give one for each")
+        return scores[:, None]
+
+    def _ask(self, body: bytes) -> bytes:
+        """The body of the answer. Tries again after what may pass. Raises StopRun."""
+        request = urllib.request.Request(self.address, body, {"Content-Type": "application/json"})
+        for number in range(API_TRIES):
+            if number:
+                time.sleep(self.pause_seconds * 2 ** (number - 1))
+            try:
+                with urllib.request.urlopen(request, timeout=self.timeout_seconds) as answer:
+                    return answer.read()
+            except urllib.error.HTTPError as error:
+                problem = f"HTTP status {error.code} ({error.reason})"
+                if error.code < 500:  # the request is wrong, and would be again
+                    break
+            except (OSError, http.client.HTTPException) as error:  # URLError, which wraps another, and TimeoutError
+                problem = getattr(error, "reason", error)
+                if isinstance(problem, TimeoutError):
+                    problem = f"no answer within {self.timeout_seconds:g} seconds (reward_api_timeout)"
+        raise StopRun(f"reward_model: {self.address}: {problem}; does the server run, and is this where it scores?")
+
+
+def _texts(samples: Sequence[Sample]) -> list[list[int]]:
+    return [[*sample.prompt_ids, *sample.completion_ids] for sample in samples]
+
+
+def _read_head(model: Decoder, folders: Sequence[Path]) -> ValueHead:
+    """The value head of the first of these folders that has one."""
+    found = next((folder for folder in folders if has_value_head(folder)), None)
+    if found is None:
+        names = ", ".join(map(str, folders))
+        raise ValueError(
+            f"reward_model: there is no value_head.safetensors in {names}; stage rm writes one beside what it trains"
+        )
+    generator = torch.Generator()  # the start is overwritten: leave the global generator alone
+    head = ValueHead(model.config.hidden_size, model.embed_tokens.weight.device, generator)
+    load_value_head(head, found)
+    return head.requires_grad_(False)
+
+
+def _whole_tensors(model: Decoder, file: AdapterFile) -> Iterator[tuple[torch.nn.Parameter, Tensor]]:
+    """(the model's parameter, what the adapter has in its place) of the modules that were trained in full."""
+    for module, parts in file.modules.items():
+        for part in parts.keys() - ADAPTER_PARTS:
+            parameter = whole_parameter(model, f"{module}.{part}", parts[part], file)
+            yield parameter, parts[part].to(parameter.device, parameter.dtype, copy=True)
+
+
+@contextmanager
+def _replaced(model: Decoder, modules: dict[str, torch.nn.Module]) -> Iterator[None]:
+    """Within it these modules stand in the place of the model's own."""
+    own = {name: model.get_submodule(name) for name in modules}
+    for name, module in modules.items():
+        replace_module(model, name, module)
+    try:
+        yield
+    finally:
+        for name, module in own.items():
+            replace_module(model, name, module)
 
 
 def _short(text: str, most: int = 80) -> str:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rewards import FunctionReward, RewardOptions, RewardSource, Sample, from_options
+from rewards import FunctionReward, RewardOptions, RewardSource, Sample
 from runs import StopRun
 
 SAMPLES = [
@@ -51,10 +51,9 @@ def test_the_score_is_the_weighted_sum_of_all_functions_with_completions(reward_
 
 
 def test_some_functions_in_another_order(reward_file):
-    path = reward_file(BOTH)
-    options = RewardOptions(reward_file=str(path), reward_funcs=("lengths", "right"), reward_weights=(0.0, 1.0))
-    assert from_options(options, None, None, None).names == ("lengths", "right")
-    assert from_options(options, None, None, None).scores(SAMPLES).tolist() == [1.0, 0.0, 0.0]
+    reward = FunctionReward(reward_file(BOTH), ("lengths", "right"), (0.0, 1.0))
+    assert reward.names == ("lengths", "right")
+    assert reward.scores(SAMPLES).tolist() == [1.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -97,11 +96,22 @@ def test_files_that_are_none(tmp_path):
         FunctionReward(tmp_path / "rewards.txt")
 
 
-def test_options_that_need_a_file():
-    with pytest.raises(ValueError, match="reward_weights: it belongs to reward_file"):
-        RewardOptions(reward_weights=(1.0,))
-    with pytest.raises(ValueError, match="2 numbers for 1 functions"):
-        RewardOptions(reward_file="a.py", reward_funcs=("f",), reward_weights=(1.0, 2.0))
+@pytest.mark.parametrize(
+    "words, reason",
+    [
+        ({"reward_weights": (1.0,)}, "reward_weights: it belongs to reward_file"),
+        ({"reward_file": "a.py", "reward_funcs": ("f",), "reward_weights": (1.0, 2.0)}, "2 numbers for 1 functions"),
+        ({"reward_file": "a.py", "reward_model": "b"}, "give one of the two"),
+        ({"reward_model": "http://127.0.0.1:8000/score"}, "lora and full name a folder or a hub id, api an address"),
+        ({"reward_model": "saves/rm", "reward_model_type": "api"}, "api an address"),
+        ({"reward_model": "saves/rm", "reward_model_adapters": ("a",)}, "belongs to a reward_model of type full"),
+        ({"reward_model": "saves/rm", "reward_model_quantization_bit": 4}, "belongs to a reward_model of type full"),
+        ({"reward_api_timeout": 0.0}, "must be above 0"),
+    ],
+)
+def test_options_that_do_not_go_together(words, reason):
+    with pytest.raises(ValueError, match=reason):
+        RewardOptions(**words)
 
 
 def test_a_score_that_is_no_number_is_never_handed_on():
