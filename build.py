@@ -41,6 +41,7 @@ from model import Decoder, RMSNorm
 from objectives import Rhythm, Stage, TokenLoss
 from optim import OptimOptions
 from parallel import World
+from ppo import PPO, PPOOptions
 from preference import OddsRatio, PairPreference, PreferenceOptions
 from quant import QuantOptions
 from reference import Reference, ReferenceOptions
@@ -56,7 +57,7 @@ from value_head import ValueHead, has_value_head, load_value_head
 
 SECTIONS = [
     TrainOptions, ModelOptions, QuantOptions, DataOptions, TemplateOptions, LoraOptions, OptimOptions,
-    PreferenceOptions, ReferenceOptions, RewardOptions, GRPOOptions, GenerateOptions,
+    PreferenceOptions, ReferenceOptions, RewardOptions, GRPOOptions, PPOOptions, GenerateOptions,
 ]  # fmt: skip
 STAGES: dict[str, type[Stage]] = {
     "pt": TokenLoss,
@@ -64,6 +65,7 @@ STAGES: dict[str, type[Stage]] = {
     "rm": RewardModel,
     "dpo": PairPreference,
     "orpo": OddsRatio,
+    "ppo": PPO,
     "grpo": GroupPolicy,
 }
 
@@ -170,9 +172,13 @@ def evaluation_names(stage: str, eval_loaders: dict[str, BatchLoader]) -> list[s
 
 def make_rhythm(config: configuration.Config) -> Rhythm:
     """How many micro-batches are drawn from the data at once, and how many updates are made of them."""
-    options = config[TrainOptions]
-    updates = config[GRPOOptions].num_iterations if options.stage == "grpo" else 1
-    return Rhythm(options.gradient_accumulation_steps, updates)
+    group, stage = config[TrainOptions].gradient_accumulation_steps, config[TrainOptions].stage
+    if stage == "grpo":
+        return Rhythm(group, config[GRPOOptions].num_iterations)
+    if stage == "ppo":
+        options = config[PPOOptions]
+        return Rhythm(group * options.ppo_buffer_size, options.ppo_epochs * options.ppo_buffer_size)
+    return Rhythm(group)
 
 
 def steps_per_epoch(rhythm: Rhythm, loader) -> int | None:
@@ -323,6 +329,15 @@ def make_stage(
             config[GRPOOptions], generation, make_reward(config, model, tokenizer),
             tokenizer=tokenizer, stop_ids=stop_ids, reference=made,
             seed=config[TrainOptions].seed, world=world,
+        )  # fmt: skip
+    if kind is PPO:
+        generation, stop_ids = how_to_write(config[GenerateOptions], tokenizer, template, world)
+        return PPO(
+            config[PPOOptions], generation, make_reward(config[RewardOptions], model, tokenizer, config[ModelOptions]),
+            tokenizer=tokenizer, stop_ids=stop_ids, reference=make_reference(config, model, tokenizer, None, world),
+            seed=config[TrainOptions].seed, world=world,
+            group_size=config[TrainOptions].gradient_accumulation_steps,
+            output_dir=Path(config[TrainOptions].output_dir),
         )  # fmt: skip
     return kind()
 

@@ -48,7 +48,8 @@ FREE = frozenset(
     gradient_checkpointing device ddp_timeout logging_steps logging_first_step report_to run_name plot_loss
     save_strategy save_steps save_total_limit save_only_model evaluation_strategy eval_steps eval_dataset
     per_device_eval_batch_size load_best_model_at_end early_stopping_steps overwrite_cache preprocessing_num_workers
-    dataset_dir tokenized_path cache_dir hf_hub_token ms_hub_token infer_dtype flash_attn""".split()  # noqa: SIM905
+    dataset_dir tokenized_path cache_dir hf_hub_token ms_hub_token infer_dtype flash_attn
+    ppo_save_draws""".split()  # noqa: SIM905
 )
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # of inductor

@@ -57,6 +57,7 @@ LAYERS = {
     "preference": 8,
     "answers": 0,
     "grpo": 8,
+    "ppo": 8,
     "build": 9,
     "data": 5,
     "generate": 5,
