@@ -333,7 +333,7 @@ def make_stage(
     if kind is PPO:
         generation, stop_ids = how_to_write(config[GenerateOptions], tokenizer, template, world)
         return PPO(
-            config[PPOOptions], generation, make_reward(config[RewardOptions], model, tokenizer, config[ModelOptions]),
+            config[PPOOptions], generation, make_reward(config, model, tokenizer),
             tokenizer=tokenizer, stop_ids=stop_ids, reference=make_reference(config, model, tokenizer, None, world),
             seed=config[TrainOptions].seed, world=world,
             group_size=config[TrainOptions].gradient_accumulation_steps,
