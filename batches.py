@@ -81,6 +81,7 @@ class Batch:
     pairs: int = 0  # P: segments 0..P-1 are the first of each pair (chosen), P..2P-1 the second (rejected)
     tags: torch.Tensor | None = None  # (N,) int64, Example.tag of each segment
     reference: torch.Tensor | None = None  # (N,) fp32, Example.reference
+    first_labels: int = 0  # with pairs: labels of segments 0..P-1
     # what a stage knows of each label (old log-probabilities, advantages, ...): name -> (L,) in the order of label_rows
     extras: dict[str, torch.Tensor] = field(default_factory=dict)
     turns: np.ndarray | None = None  # (T,) int16, index of the message; -1 = prefix
@@ -108,17 +109,44 @@ class Batch:
         count = -len(self.tokens) % multiple
         if count == 0:
             return self
-        fill = torch.zeros(count, dtype=torch.int64)
+        fill = torch.zeros(count, dtype=torch.int64, device=self.tokens.device)
         return replace(
             self,
             tokens=torch.cat([self.tokens, fill]),
-            positions=torch.cat([self.positions, torch.arange(count, dtype=torch.int32)]),
+            positions=torch.cat([self.positions, torch.arange(count, dtype=torch.int32, device=fill.device)]),
             cu_seqlens=torch.cat([self.cu_seqlens, self.cu_seqlens[-1:] + count]),
             max_seqlen=max(self.max_seqlen, count),
             labels=torch.cat([self.labels, fill + IGNORED]),
             borders=[*self.borders, self.borders[-1] + count],
             turns=None if self.turns is None else np.pad(self.turns, (0, count), constant_values=-1),
             roles=None if self.roles is None else np.pad(self.roles, (0, count)),
+        )
+
+    def halves(self) -> tuple["Batch", "Batch"]:
+        """The first segments of all pairs, and the second ones, as batches of single segments; views, nothing waits."""
+        first = [slice(0, self.pairs), slice(0, self.borders[self.pairs]), slice(0, self.first_labels)]
+        second = [
+            slice(self.pairs, 2 * self.pairs), slice(self.borders[self.pairs], self.borders[2 * self.pairs]),
+            slice(self.first_labels, len(self.label_rows)),
+        ]  # fmt: skip
+        return self._part(*first), self._part(*second)
+
+    def _part(self, segments: slice, tokens: slice, labels: slice) -> "Batch":
+        borders = self.borders[segments.start : segments.stop + 1]
+        return Batch(
+            tokens=self.tokens[tokens],
+            positions=self.positions[tokens],
+            cu_seqlens=self.cu_seqlens[segments.start : segments.stop + 1] - tokens.start,
+            max_seqlen=max(stop - start for start, stop in itertools.pairwise(borders)),
+            labels=self.labels[tokens],
+            label_rows=self.label_rows[labels] - tokens.start,
+            borders=[border - tokens.start for border in borders],
+            sources=self.sources[segments],
+            tags=None if self.tags is None else self.tags[segments],
+            reference=None if self.reference is None else self.reference[segments],
+            extras={name: values[labels] for name, values in self.extras.items()},
+            turns=None if self.turns is None else self.turns[tokens],
+            roles=None if self.roles is None else self.roles[tokens],
         )
 
     def __len__(self) -> int:
@@ -169,6 +197,7 @@ def collate(examples: Sequence[Example]) -> Batch:
         pairs=pairs,
         tags=torch.tensor([example.tag for example, _ in order]),
         reference=reference,
+        first_labels=int(np.count_nonzero(labels[: borders[pairs]] != IGNORED)),
         turns=flat("turns"),
         roles=flat("roles"),
     )
@@ -319,8 +348,10 @@ class StreamingLoader:
         self, open_epoch: Callable[[int], Iterator], encode: Callable[[object], list[Example]], *,
         rows_per_batch: int, packing: bool = False, cutoff_len: int = 0, buffer_size: int = 16384,
         shuffle: bool = True, seed: int = 0, rank: int = 0, world: int = 1,
+        couple: Callable[[Iterator[Example]], Iterator[Example]] = iter,
     ):  # fmt: skip
-        self.open_epoch, self.encode = open_epoch, encode
+        """couple: makes other examples of the shuffled ones, for what needs several of them."""
+        self.open_epoch, self.encode, self.couple = open_epoch, encode, couple
         self.rows_per_batch, self.packing, self.cutoff_len = rows_per_batch, packing, cutoff_len
         self.buffer_size = buffer_size if shuffle else 1
         self.seed, self.rank, self.world = seed, rank, world
@@ -339,6 +370,9 @@ class StreamingLoader:
             yield [example for unit in itertools.islice(units, self.rows_per_batch) for example in unit]
 
     def _examples(self) -> Iterator[Example]:
+        return self.couple(self._encoded())
+
+    def _encoded(self) -> Iterator[Example]:
         for epoch in itertools.count():
             found = False
             for row in shuffle_buffer(self.open_epoch(epoch), self.buffer_size, [self.seed, epoch]):

@@ -36,6 +36,7 @@ from generate import split_stop_words
 from grpo import GroupPolicy, GRPOOptions
 from hub import resolve_folder
 from inference import adapters_below, is_adapter, read_run
+from kto import KTOOptions, RatedPreference, add_mismatches
 from lora import LoraOptions, quantised_linears, trainable_report
 from model import Decoder, RMSNorm
 from objectives import Rhythm, Stage, TokenLoss
@@ -57,7 +58,7 @@ from value_head import ValueHead, has_value_head, load_value_head
 
 SECTIONS = [
     TrainOptions, ModelOptions, QuantOptions, DataOptions, TemplateOptions, LoraOptions, OptimOptions,
-    PreferenceOptions, ReferenceOptions, RewardOptions, GRPOOptions, PPOOptions, GenerateOptions,
+    PreferenceOptions, KTOOptions, ReferenceOptions, RewardOptions, GRPOOptions, PPOOptions, GenerateOptions,
 ]  # fmt: skip
 STAGES: dict[str, type[Stage]] = {
     "pt": TokenLoss,
@@ -65,6 +66,7 @@ STAGES: dict[str, type[Stage]] = {
     "rm": RewardModel,
     "dpo": PairPreference,
     "orpo": OddsRatio,
+    "kto": RatedPreference,
     "ppo": PPO,
     "grpo": GroupPolicy,
 }
@@ -131,6 +133,8 @@ def prepare_data(config: configuration.Config, source: Path, template, tokenizer
                 f"model_name_or_path: {source}: tokenizer.json makes token ids up to {largest}, but config.json has "
                 f"vocab_size {known}; the tokenizer is of another model"
             )
+    if options.stage == "kto" and config[KTOOptions].needs_mismatches:
+        add_mismatches(prepared, data_options.cutoff_len)
     return prepared
 
 
@@ -322,6 +326,9 @@ def make_stage(
         if preference.needs_reference:
             held_to = make_reference(config, model, tokenizer, prepared, world, preference.ld_alpha)
         return kind(preference, held_to, world)
+    if kind is RatedPreference:
+        preference, held_to = config[PreferenceOptions], make_reference(config, model, tokenizer, prepared, world)
+        return RatedPreference(config[KTOOptions], preference.pref_beta, preference.pref_ftx or 0.0, held_to, world)
     if kind is GroupPolicy:
         made = make_reference(config, model, tokenizer, None, world) if config[GRPOOptions].beta else None
         generation, stop_ids = how_to_write(config[GenerateOptions], tokenizer, template, world)

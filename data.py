@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -148,6 +148,7 @@ class Prepared:
     packing: bool
     kind: str = "dialogue"  # of the examples, one of formats.KINDS' values
     prompts: dict[str, ExampleStore] = field(default_factory=dict)  # the evaluation sets as prompts, if asked for
+    couple: Callable[[Iterator[Example]], Iterator[Example]] = iter  # makes other examples of those of a stream
 
     def train_loader(
         self, options: DataOptions, *, rows_per_batch: int, seed: int, rank: int = 0, world: int = 1
@@ -161,7 +162,7 @@ class Prepared:
             raise ValueError("dataset: no training set is named")
         if isinstance(self.train, RowStream):
             return StreamingLoader(
-                self.train.rows, self.train.encode, buffer_size=options.buffer_size, **shared
+                self.train.rows, self.train.encode, buffer_size=options.buffer_size, couple=self.couple, **shared
             )
         return BatchLoader(self.train, group_by_length=options.group_by_length, **shared)
 

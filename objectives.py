@@ -56,6 +56,10 @@ class Stage:
     def restore(self, state: dict) -> None:
         """Back to what `state` gave."""
 
+    def summary(self, means: dict[str, float]) -> dict[str, float]:
+        """What is logged of the means of the metrics."""
+        return means
+
     def evaluate(self, model: Decoder, batches: Iterator[Batch], world: World) -> dict[str, float]:
         """Loss and metrics over all ranks. The model is in eval mode, gradients are off."""
         device = model.embed_tokens.weight.device

@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,12 @@ class TokenFiles:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    @cached_property
+    def questions(self) -> np.ndarray:
+        """(n,) tokens in front of the first trained one."""
+        trained = np.flatnonzero(self.trained)
+        return trained[np.searchsorted(trained, self.offsets[:-1])] - self.offsets[:-1]
 
     @classmethod
     def from_chunk(cls, chunk: Chunk) -> "TokenFiles":

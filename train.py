@@ -396,7 +396,7 @@ def log_training(this: Run, norm: torch.Tensor) -> None:
     rate = optim.schedule(progress.step - 1, this.optim_options, this.total_steps) * this.optim_options.learning_rate
     values = {
         "loss": since.loss / since.steps,
-        **since.metrics,
+        **this.stage.summary(since.metrics),
         "learning_rate": rate,
         "grad_norm": norm.item(),
         "tokens_per_second": round(since.tokens / since.seconds, 1),

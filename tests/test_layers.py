@@ -55,6 +55,7 @@ LAYERS = {
     "reward_model": 6,
     "rewards": 7,
     "preference": 8,
+    "kto": 8,
     "answers": 0,
     "grpo": 8,
     "ppo": 8,

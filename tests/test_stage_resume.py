@@ -34,8 +34,6 @@ def test_a_stage_resumes_exactly(tiny, stage, stop):
 @pytest.mark.parametrize("stage", stages("pt", "sft"))
 def test_full_weights_resume_exactly(tiny, stage):
     """Where the reference is the start: that of the run, not of the checkpoint."""
-    if stage == "dpo":
-        pytest.xfail("the reference of weights that train in full is on its way")
     halves(tiny, f"{stage}-full", 3, **keys_of(tiny, stage, finetuning_type="full", learning_rate=1e-3))
 
 
