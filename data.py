@@ -1,18 +1,13 @@
 """Data sets -> tokenised examples, cached, mixed and split -> the loaders of batches.py; with a report of losses.
 
 The way of a row: sources.py reads it, formats.py makes a conversation of it, encoding.py renders, tokenises, cuts and
-marks what is trained, token_store.py keeps the result on disk. A row without a trained token is never trained
-silently: it is dropped and counted, and the report's totals add up to the rows read.
-The cache key is made of contents: bytes of the files, tokenizer, what the template renders, options. A killed
-tokenisation goes on where it stopped; of several ranks that want the same data one works and the others wait.
+marks what is trained, tokenising.py keeps the result on disk and finds it again. A row without a trained token is never
+trained silently: it is dropped and counted, and the report's totals add up to the rows read.
 
 See any training batch token by token:  python data.py preview CONFIG [--index N] [key=value ...]
 """
 
-import hashlib
-import json
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -21,27 +16,18 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-from tqdm import tqdm
 
 import config
 from batches import Batch, BatchLoader, Example, StreamingLoader, collate
 from data_report import DataReport, DatasetReport, describe_example, in_colour, token_table
-from encoding import (
-    ChunkEncoder,
-    EncodeOptions,
-    Row,
-    encode_chunks,
-    numbered_rows,
-    refuse_unguarded_worker,
-    template_key,
-    tokenizer_key,
-)
-from formats import KINDS, check_stage
-from mixing import choose_rows, examples_of_rows, hold_out, interleave
-from sources import DatasetInfo, HubAccess, check_sha1, content_key, find_dataset, open_hub, read_rows
+from encoding import EncodeOptions, numbered_rows, refuse_unguarded_worker
+from formats import KINDS
+from mixing import hold_out, interleave
+from sources import HubAccess, find_dataset, open_hub, read_rows
 from streaming import RowStream
 from templates import TemplateOptions, get_template
-from token_store import ExampleStore, StoreWriter, Tally, TokenFiles, load_sets, locked, save_sets
+from token_store import ExampleStore, Tally, load_sets, save_sets
+from tokenising import Tokeniser
 from tokenizer import Tokenizer
 
 __all__ = [
@@ -55,7 +41,6 @@ __all__ = [
 ]
 
 PROMPTS = "prompts of "  # before the name of a set in tokenized_path
-CACHE_VERSION = 3  # raise it when the tokens of an unchanged row change, or the layout of the files
 
 
 @dataclass(frozen=True)
@@ -215,7 +200,10 @@ def load_datasets(
     )
     seed = seed if options.data_seed is None else options.data_seed
     cache = Path(cache_dir or default_cache_dir()) / "tokenised"
-    work = _Work(options, stage, encode, template, tokenizer, seed, is_main, cache, hub or HubAccess())
+    work = Tokeniser(
+        stage, encode, template, tokenizer, seed, cache, is_main, hub or HubAccess(), options.dataset_dir,
+        options.split, options.max_samples, options.overwrite_cache, options.preprocessing_num_workers or 1,
+    )  # fmt: skip
     saved = Path(options.tokenized_path) if options.tokenized_path is not None else None
     if prompts and template is None:
         raise ValueError(f"template: generating from prompts needs one, also in stage {stage}")
@@ -225,7 +213,7 @@ def load_datasets(
         return Prepared(train, evaluation, report, packing, work.encode.kind, asked)
     if not options.dataset and not options.eval_dataset:
         raise ValueError("dataset: none is named; give a name of dataset_info.json or the path of a file")
-    train, evaluation, report = _prepare_stream(work) if options.streaming else _prepare_stored(work)
+    train, evaluation, report = (_prepare_stream if options.streaming else _prepare_stored)(options, work)
     asked = _prompt_sets(work, train, evaluation, report) if prompts else {}
     if saved is not None:
         if is_main:
@@ -245,56 +233,24 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anvil"
 
 
-@dataclass(frozen=True)
-class _Work:
-    """What preparing needs at every level."""
-
-    options: DataOptions
-    stage: str
-    encode: EncodeOptions
-    template: object
-    tokenizer: object
-    seed: int
-    is_main: bool
-    cache: Path
-    hub: HubAccess
-
-    def encoder(self, info: DatasetInfo, part: int) -> ChunkEncoder:
-        return ChunkEncoder(info, part, self.template, self.tokenizer, self.encode)
-
-    def find(self, name: str) -> DatasetInfo:
-        info = find_dataset(name, self.options.dataset_dir, self.options.split)
-        check_stage(info, self.stage, self.encode.kind)
-        return info
-
-    def for_prompts(self) -> "_Work":
-        return replace(self, encode=replace(self.encode, kind="prompt"))
-
-    def keys(self) -> dict:
-        """What decides the tokens of given rows."""
-        used = None if self.encode.kind == "document" else template_key(self.template, self.encode.enable_thinking)
-        return {
-            "version": CACHE_VERSION, "tokenizer": tokenizer_key(self.tokenizer), "template": used,
-            "options": asdict(self.encode),
-        }  # fmt: skip
-
-
-def _prepare_stored(work: _Work) -> tuple[ExampleStore | None, dict[str, ExampleStore], DataReport]:
-    options, reports = work.options, []
+def _prepare_stored(
+    options: DataOptions, work: Tokeniser
+) -> tuple[ExampleStore | None, dict[str, ExampleStore], DataReport]:
+    reports = []
     parts, orders, infos = [], [], [work.find(name) for name in options.dataset]
     evals = {name: work.find(name) for name in options.eval_dataset}
     for k, info in enumerate(infos):
-        files, order, report = _tokenise(work, info, "train")
+        files, order, report = work.dataset(info, "train")
         parts.append(files)
         orders.append(np.stack([np.full(len(order), k), order], 1))
         reports.append(report)
     train, evaluation = None, {}
     if parts:
-        train = ExampleStore(parts, options.dataset, _mix(orders, work))
+        train = ExampleStore(parts, options.dataset, _mix(orders, options, work.seed))
         if options.val_size > 0:
             train, evaluation["validation"] = split_validation(train, options.val_size, work.seed)
     for name, info in evals.items():
-        files, order, report = _tokenise(work, info, "eval")
+        files, order, report = work.dataset(info, "eval")
         evaluation[name] = ExampleStore([files], [name], np.stack([np.zeros_like(order), order], 1))
         reports.append(report)
     _require_examples(train, evaluation, DataReport(reports))
@@ -309,18 +265,19 @@ def _require_examples(train, evaluation: dict[str, ExampleStore], report: DataRe
         raise ValueError(f"eval_dataset: no row of {empty[0]!r} can be evaluated on\n{report}")
 
 
-def _prepare_stream(work: _Work) -> tuple[RowStream | None, dict[str, ExampleStore], DataReport]:
-    options = work.options
+def _prepare_stream(
+    options: DataOptions, work: Tokeniser
+) -> tuple[RowStream | None, dict[str, ExampleStore], DataReport]:
     if options.max_samples is not None:
         raise ValueError("max_samples cannot be used with streaming; set max_steps")
     if 0 < options.val_size < 1:
         raise ValueError(
             "val_size must be a number of rows with streaming: a share of an unknown count is unknown"
         )
-    stored = replace(work, options=replace(options, dataset=(), interleave_probs=(), val_size=0.0))
+    stored = replace(options, dataset=(), interleave_probs=(), val_size=0.0)
     evaluation, report = {}, DataReport([])
     if options.eval_dataset:
-        _, evaluation, report = _prepare_stored(stored)
+        _, evaluation, report = _prepare_stored(stored, work)
     infos = [work.find(name) for name in options.dataset]
     if not infos:
         return None, evaluation, report
@@ -342,7 +299,7 @@ def _prepare_stream(work: _Work) -> tuple[RowStream | None, dict[str, ExampleSto
 
 
 def _prompt_sets(
-    work: _Work, train: ExampleStore | RowStream | None, evaluation: dict[str, ExampleStore], report: DataReport
+    work: Tokeniser, train: ExampleStore | RowStream | None, evaluation: dict[str, ExampleStore], report: DataReport
 ) -> dict[str, ExampleStore]:
     """The rows of each evaluation set as prompts. Only rows that are evaluated are read as such."""
     if work.encode.kind == "prompt":
@@ -362,7 +319,7 @@ def _prompt_sets(
             mine = store.index[:, 0] == k
             rows = store.sources[mine, 1]
             only = np.unique(rows) if name == "validation" else None
-            files, order, entry = _tokenise(work, work.find(dataset), "prompts", only)
+            files, order, entry = work.dataset(work.find(dataset), "prompts", only)
             report.datasets.append(entry)
             parts.append(files)
             place = {int(row): i for i, row in enumerate(files.rows)}
@@ -386,110 +343,15 @@ def _take_prompts(evaluation: dict[str, ExampleStore], wanted: bool, folder: Pat
     return sets if wanted else {}
 
 
-# ------------------------------------------------------------------------------------------------------ one data set
-
-
-def _tokenise(
-    work: _Work, info: DatasetInfo, role: str, only: np.ndarray | None = None
-) -> tuple[TokenFiles, np.ndarray, DatasetReport]:
-    """The examples of one data set, from the cache or made now, and the order in which to use them.
-
-    only: numbers of the rows to read, in place of num_samples and max_samples.
-    """
-    warning = check_sha1(info)
-    opened = None if info.kind == "file" else open_hub(info, work.hub, streaming=False)
-    limit, chosen, total = work.options.max_samples, None, 0
-    if only is not None:
-        limit, chosen = None, only
-    elif info.num_samples is not None:
-        total = sum(1 for _ in read_rows(info, opened))
-        chosen = choose_rows(total, info.num_samples, work.seed)[:limit]
-    described = {
-        name: value for name, value in asdict(info).items() if name not in ("name", "location", "file_sha1")
-    }
-    key = work.keys() | {"data": content_key(info, opened), "info": described}
-    key |= {"limit": limit, "chosen": None if chosen is None else [total, work.seed]}
-    if only is not None:
-        key["only"] = hashlib.blake2b(only.astype("<i8").tobytes(), digest_size=16).hexdigest()
-    name = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-    def rows() -> Iterator[Row]:
-        everything = numbered_rows(read_rows(info, opened))
-        if chosen is None:
-            return islice(everything, limit)
-        wanted = set(chosen.tolist())
-        return (row for row in everything if row[0] in wanted)
-
-    files = _cached(work, work.cache / name, rows, work.encoder(info, 0))
-    order = np.arange(len(files))
-    warnings = [warning] if warning else []
-    if work.encode.kind == "dialogue" and "kto_tag" in info.columns:
-        warnings.append(
-            f"dataset {info.name!r}: columns.kto_tag is not used: stage {work.stage} trains on bad answers too"
-        )
-    report = DatasetReport(info.name, role, files.tally, work.encode.kind, warnings=tuple(warnings))
-    if only is None and chosen is not None:
-        order = examples_of_rows(files.rows, chosen)
-        report.left_out, report.repeated = total - len(np.unique(chosen)), len(order) - len(files)
-    return files, order, report
-
-
-def _cached(work: _Work, folder: Path, rows, encoder: ChunkEncoder) -> TokenFiles:
-    """Open `folder`, or tokenise into it. A folder that is damaged is made again."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"cache_dir: {folder.parent} cannot be made ({error.strerror}); name another"
-        ) from error
-    with locked(folder.with_suffix(".lock")):
-        if folder.exists() and not (work.options.overwrite_cache and work.is_main):
-            try:
-                return TokenFiles.open(folder)
-            except ValueError as error:
-                print(f"cache: {error}; tokenising again")
-        if work.options.overwrite_cache and work.is_main:
-            shutil.rmtree(folder.with_name(folder.name + ".partial"), ignore_errors=True)
-        _write(work, folder, rows, encoder)
-        return TokenFiles.open(folder, check=False)
-
-
-class _Bar(tqdm):
-    monitor_interval = 0  # no monitor thread: with a second thread the workers could not be forked
-
-
-def _write(work: _Work, folder: Path, rows, encoder: ChunkEncoder) -> None:
-    try:
-        writer = StoreWriter(folder)
-    except ValueError:  # what a killed run left does not fit together
-        shutil.rmtree(folder.with_name(folder.name + ".partial"))
-        writer = StoreWriter(folder)
-    todo = islice(rows(), writer.rows_done, None)
-    # delay: short work shows no bar
-    bar = _Bar(desc=f"tokenising {encoder.info.name}", unit=" rows", initial=writer.rows_done, delay=2.0,
-               disable=not work.is_main)  # fmt: skip
-    try:
-        with bar:
-            for chunk in encode_chunks(todo, encoder, work.options.preprocessing_num_workers or 1):
-                writer.append(chunk)
-                bar.update(chunk.tally.read)
-    except ValueError:  # a bad row: once the file is mended its key is another one
-        writer.close()
-        shutil.rmtree(writer.partial)
-        raise
-    writer.finish()
-
-
-def _mix(orders: list[np.ndarray], work: _Work) -> np.ndarray:
+def _mix(orders: list[np.ndarray], options: DataOptions, seed: int) -> np.ndarray:
     """Index of the training set, (n, 2), from the order of each data set's examples."""
-    options = work.options
     if len(orders) == 1 or options.mix_strategy == "concat":
         return np.concatenate(orders)
     for name, order in zip(options.dataset, orders):
         if len(order) == 0:
             raise ValueError(f"dataset {name!r} gives no example, so it cannot be interleaved")
     under = options.mix_strategy == "interleave_under"
-    mixed = interleave([len(order) for order in orders], options.interleave_probs, under, work.seed)
+    mixed = interleave([len(order) for order in orders], options.interleave_probs, under, seed)
     return np.stack([orders[k][i] for k, i in mixed])
 
 
@@ -504,7 +366,7 @@ def split_validation(store: ExampleStore, val_size: float, seed: int) -> tuple[E
 # ---------------------------------------------------------------------------------------------------- tokenized_path
 
 
-def _load_saved(folder: Path, work: _Work) -> tuple[ExampleStore | None, dict[str, ExampleStore], DataReport]:
+def _load_saved(folder: Path, work: Tokeniser) -> tuple[ExampleStore | None, dict[str, ExampleStore], DataReport]:
     """What an earlier run saved. Refused when tokenizer, template or options would now give other tokens."""
     meta, sets = load_sets(folder)
     for name, now in work.keys().items():

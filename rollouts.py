@@ -41,7 +41,7 @@ def prompts_of(batch: Batch, tokenizer) -> list[Prompt]:
     for source, start, stop in zip(batch.sources, batch.borders, batch.borders[1:]):
         rows = [row for row in range(start, stop) if labels[row] != IGNORED]
         ids = tokens[start : rows[0] + 1 if rows else stop]
-        answer = tokenizer.decode([labels[row] for row in rows]) if rows else None
+        answer = tokenizer.decode([labels[row] for row in rows], skip_special=False) if rows else None
         prompts.append(Prompt(ids, tokenizer.decode(ids, skip_special=False), answer, source))
     return prompts
 

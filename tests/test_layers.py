@@ -47,6 +47,7 @@ LAYERS = {
     "encoding": 3,
     "lora": 4,
     "streaming": 4,
+    "tokenising": 4,
     "token_steps": 4,
     "calibrate": 5,
     "value_head": 1,
