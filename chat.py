@@ -3,6 +3,7 @@
     python chat.py model_name_or_path=models/SmolLM2-135M-Instruct
     python chat.py model_name_or_path=saves/demo                        # a run folder names its base and template
     python chat.py model_name_or_path=BASE adapter_name_or_path=A,B template=chatml prompt="Who are you?"
+    python chat.py model_name_or_path=saves/rm prompt="2 + 2?" score="4"      # what a reward model thinks of an answer
 
 `clear` forgets the conversation, `exit` leaves, Ctrl-C stops an answer. The keys and values that the model computed for
 the conversation so far are kept, so a turn costs only its own tokens.
@@ -26,10 +27,11 @@ import quant
 from checkpoint import DTYPES, chosen_quantization
 from generate import TextStream, split_stop_words
 from hub import ModelOptions
-from inference import find_source, load_source
+from inference import find_source, load_head, load_source
 from lora import quantised_linears
 from model import Decoder, KVCache, lay_out_for_decoding
 from quant import QuantOptions
+from reward_model import score_dialogues
 from sampling import GenerateOptions
 from templates import Message, TemplateOptions, encode_dialogue
 from tokenizer import Tokenizer
@@ -41,8 +43,13 @@ THINK, THOUGHT = "<think>", "</think>"
 @dataclass(frozen=True)
 class ChatOptions:
     prompt: Annotated[str | None, "answer this one message and end; default: a conversation"] = None
+    score: Annotated[str | None, "print a reward model's score of this answer to `prompt` and end"] = None
     seed: Annotated[int | None, "seed of the draws; default: another one each time"] = None
     device: Annotated[Literal["auto", "cpu", "cuda"], "auto = a GPU if there is one"] = "auto"
+
+    def __post_init__(self):
+        if self.score is not None and self.prompt is None:
+            raise ValueError("score: there is no prompt that it is an answer to; give prompt too")
 
 
 SECTIONS = [ModelOptions, QuantOptions, TemplateOptions, GenerateOptions, ChatOptions]
@@ -60,6 +67,9 @@ def main(argv: list[str]) -> int:
         for notice in config.notices:
             _say(f"note: {notice}")
         conversation = open_conversation(config)
+        if config[ChatOptions].score is not None:
+            print(f"{conversation.score(config[ChatOptions].prompt, config[ChatOptions].score):.4f}")
+            return 0
     except (ValueError, OSError) as error:
         if os.environ.get("ANVIL_TRACEBACK"):
             raise
@@ -97,7 +107,10 @@ def open_conversation(config: configuration.Config) -> "Conversation":
     model.flash_attn = config[ModelOptions].flash_attn
     if quantised_linears(model):
         _say(quant.report(model))
-    lay_out_for_decoding(model)
+    if options.score is not None:
+        load_head(model, source)
+    else:
+        lay_out_for_decoding(model)
     generator = torch.Generator()
     if options.seed is None:
         generator.seed()
@@ -191,6 +204,11 @@ class Conversation:
 
     def clear(self) -> None:
         self.messages = []
+
+    def score(self, prompt: str, answer: str) -> float:
+        """Of the model as a reward model (inference.load_head)."""
+        dialogue = [Message("user", prompt), Message("assistant", answer)]
+        return score_dialogues(self.model, self.tokenizer, self.template, [dialogue]).item()
 
     def ask(self, text: str) -> Iterator[str]:
         """The answer to one more message, piece by piece. Raises ValueError when the conversation gets too long."""

@@ -41,7 +41,7 @@ from checkpoint import (
 )
 from generate import context_limit
 from hub import ModelOptions
-from inference import Source, check_tokenizer, find_source, read_run, scaled_config
+from inference import Source, check_tokenizer, find_source, read_run, scaled_config, value_head_folder
 from lora import replace_module
 from merging import Adapter, Merge
 from model import Decoder
@@ -52,6 +52,7 @@ from sources import HubAccess
 from templates import ChatTemplate, TemplateOptions, get_template
 from tensor_files import weight_files, write_json, write_shards
 from tokenizer import Tokenizer
+from value_head import VALUE_HEAD
 
 RECORD = "export_info.json"  # marks a folder as an export, which the next export to the same place may replace
 REMAINDER = "adapter"  # folder inside the export: what its codes cannot hold, an adapter in PEFT's format
@@ -145,6 +146,7 @@ def export(source: Source, options: ExportOptions, request: Request) -> None:
     target = Path(options.export_dir)
     check_target(target, source)
     config, tokenizer, template = read_small_files(source)
+    scores = value_head_folder(source)  # of a reward model
     texts = sample(request.quality, tokenizer, config)
     if request.quality.report_parent:
         check_parent(load_config(request.quality.report_parent), config)
@@ -172,6 +174,8 @@ def export(source: Source, options: ExportOptions, request: Request) -> None:
             if packing.rank:
                 packing.save_adapter(temporary / REMAINDER, str(target))
         copy_side_files(source.base, temporary)
+        if scores is not None:
+            shutil.copyfile(scores / VALUE_HEAD, temporary / VALUE_HEAD)
         tokenizer.save(temporary, template.to_jinja() if template is not None else None)
         write_record(temporary, source, request)
         _put_in_place(temporary, target)

@@ -6,6 +6,7 @@ the trained one. Options that the user gives beat those of the run.
 
     source = find_source(ModelOptions(model_name_or_path="saves/demo"), TemplateOptions(), given=())
     model, tokenizer, template = load_source(source, dtype=None, device="cpu")
+    load_head(model, source)                # of a reward model: reward_model.score_dialogues(model, ...) needs it
 """
 
 from collections.abc import Container
@@ -26,6 +27,7 @@ from runs import RUN_CONFIG
 from templates import TemplateOptions, get_template
 from tensor_files import read_json
 from tokenizer import Tokenizer
+from value_head import VALUE_HEAD, ValueHead, has_value_head, load_value_head
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,22 @@ def load_source(
     model = load_model(source.base, dtype, device, source.rope_scaling, source.cutoff_len, quantization)
     apply_adapters(model, source.adapters)
     return model, tokenizer, template
+
+
+def load_head(model: Decoder, source: Source) -> None:
+    """Give the model the value head that lies beside its last adapter with one, or beside the base. Raises ValueError
+    if there is none."""
+    folder = value_head_folder(source)
+    if folder is None:
+        names = ", ".join(map(str, (*source.adapters, source.base)))
+        raise ValueError(f"there is no {VALUE_HEAD} in {names}, so this is no reward model (stage rm trains one)")
+    head = ValueHead(model.config.hidden_size, model.embed_tokens.weight.device)
+    load_value_head(head, folder)
+    model.v_head = head.requires_grad_(False)
+
+
+def value_head_folder(source: Source) -> Path | None:
+    return next((folder for folder in (*reversed(source.adapters), source.base) if has_value_head(folder)), None)
 
 
 def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig, source: Source) -> None:

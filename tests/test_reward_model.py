@@ -10,12 +10,16 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tiny_runs import WORDS, assert_same_weights, tiny_runs
 
+import chat
+import export
 from adapter_files import load_adapter
 from batches import Example, collate
 from checkpoint import load_model
+from hub import ModelOptions
+from inference import find_source, load_head, load_source
 from objectives import Stage
 from reward_model import RewardModel, pair_scores, score_dialogues, score_texts, span_loss
-from templates import Message, get_template
+from templates import Message, TemplateOptions, get_template
 from tokenizer import Tokenizer
 from value_head import ValueHead, load_value_head, save_value_head
 
@@ -221,6 +225,29 @@ def test_a_reward_model_learns_which_answer_is_better_and_scores_single_dialogue
     assert good > bad
     with pytest.raises(ValueError, match="dialogue 0 does not end with an answer"):
         score_dialogues(model, tokenizer, template, [say[0][:1]])
+
+
+def test_chat_scores_an_answer_and_an_exported_reward_model_is_one_too(tiny, capsys):
+    keys = KEYS | {"dataset_dir": tiny.folder, "num_train_epochs": 1, "evaluation_strategy": "no"}
+    assert tiny.train("to-score", **keys) == 0
+    words = [f"model_name_or_path={tiny.folder / 'to-score'}", "prompt=sparks", "score=the anvil good"]
+    capsys.readouterr()
+    assert chat.main(words) == 0
+    score = float(capsys.readouterr().out)
+    source = find_source(ModelOptions(model_name_or_path=str(tiny.folder / "to-score")), TemplateOptions(), given=())
+    model, tokenizer, template = load_source(source, dtype=None, device="cpu")
+    load_head(model, source)
+    dialogue = [Message("user", "sparks"), Message("assistant", "the anvil good")]
+    assert score == pytest.approx(score_dialogues(model, tokenizer, template, [dialogue]).item(), abs=1e-4)
+    target = tiny.folder / "exported"
+    assert export.main([words[0], f"export_dir={target}"]) == 0
+    capsys.readouterr()
+    assert chat.main([f"model_name_or_path={target}", *words[1:], "template=chatml"]) == 0
+    assert float(capsys.readouterr().out) == pytest.approx(score, abs=1e-3)
+    assert chat.main([f"model_name_or_path={tiny.model}", *words[1:], "template=chatml"]) == 2
+    assert "no reward model" in capsys.readouterr().err
+    assert chat.main([words[0], "score=x"]) == 2
+    assert "give prompt too" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("finetuning_type", ["lora", "full"])

@@ -252,10 +252,11 @@ def test_runs_are_rewarded_by_each_kind_of_reward_model(tiny):
     assert tiny.train("by-model", **RUN, reward_model=full, reward_model_type="full") == 0
     keys = {"reward_model": tiny.model, "reward_model_type": "full", "reward_model_adapters": adapter}
     assert tiny.train("by-both", **RUN, **keys, reward_model_quantization_bit=8) == 0
+    assert tiny.train("ppo-by-adapter", **(RUN | {"stage": "ppo"}), reward_model=adapter) == 0
     with server(lengths) as (address, asked):
         assert tiny.train("by-server", **RUN, reward_model=address, reward_model_type="api") == 0
     assert sum(len(request["messages"]) for request in asked) == 4
-    assert all("reward" in tiny.log(name)[0] for name in ("by-adapter", "by-model", "by-both", "by-server"))
+    assert all("reward" in tiny.log(name)[0] for name in ("by-adapter", "by-model", "by-both", "ppo-by-adapter"))
 
 
 @pytest.mark.parametrize(
