@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from test_data import CHATML, put
+from tiny_runs import assert_same_weights, tiny_runs
 from tiny_tokenizers import make_tokenizer
 
 import data
@@ -333,6 +334,35 @@ def test_the_tokens_of_a_pair_are_those_of_trl(home, tmp_path_factory, name, jin
     assert mine.decode(asked.tokens[asked.trained].tolist()).strip() == "I am Anvil,\nan assistant."
 
 
+@pytest.mark.parametrize("thinking", [True, False])
+def test_pairs_with_tools_calls_and_the_thinking_switch(home, tmp_path_factory, thinking):
+    """Chosen is a call of a tool, rejected a text; the mask begins where generation would."""
+    transformers = pytest.importorskip("transformers")
+    folder = make_tokenizer(tmp_path_factory.mktemp("tools"), "chatml")
+    source = (REPOSITORY / "tests" / "fixtures" / "templates" / "qwen3.jinja").read_text().rstrip("\n")
+    mine, theirs = Tokenizer.from_folder(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    tools = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}]
+    prompt = [{"role": "user", "content": "Add."}]
+    answers = [{"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": json.loads(CALL)}]},
+               {"role": "assistant", "content": "No."}]  # fmt: skip
+    row = {"messages": prompt, "chosen": answers[0], "rejected": answers[1], "tools": json.dumps(tools)}
+    put(home, "calls", [row], formatting="openai", columns={"messages": "messages", "tools": "tools"} | RANKED)
+    options = {"chat_template": source, "tools": tools, "enable_thinking": thinking, "return_dict": False}
+    asked = theirs.apply_chat_template(prompt, add_generation_prompt=True, **options)
+    settings = DataOptions(dataset=("calls",), dataset_dir=str(home))
+    for template in (get_template("qwen3"), get_template(None, source)):
+        prepared = load_datasets(settings, template, mine, "rm", seed=1, enable_thinking=thinking)
+        example = prepared.train.example(0)
+        for span, answer in zip(example.segments, answers):
+            ids, trained = example.tokens[span], example.trained[span]
+            whole = theirs.apply_chat_template([*prompt, answer], **options)
+            assert mine.decode(ids.tolist(), skip_special=False) == theirs.decode(whole)
+            # without thinking the border lies between "\n\n" and "<": training keeps the token that generation is given
+            assert ids.tolist() == whole or not thinking
+            assert ids[: int(np.argmax(trained))].tolist() == asked
+            assert mine.decode(ids[trained].tolist(), skip_special=False).endswith("<|im_end|>")
+
+
 # ---------------------------------------------------------------------------------------------------------- cutting
 
 
@@ -577,3 +607,54 @@ def test_the_additions_are_right():
     for row in rows:
         left, right = row["prompt"].removesuffix("=").split("+")
         assert 10 <= int(left) <= 99 and 10 <= int(right) <= 99 and int(row["answer"]) == int(left) + int(right)
+
+
+# ----------------------------------------------------------------------------------------------- through train.py
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    with tiny_runs(tmp_path_factory.mktemp("runs")) as made:
+        yield made
+
+
+def run_on(tiny, name, dataset, **keys):
+    chosen = {"stage": "dpo", "dataset": dataset, "dataset_dir": REPOSITORY / "data", "num_train_epochs": 1}
+    return tiny.train(name, **chosen | keys)
+
+
+@pytest.mark.parametrize(
+    "keys", [{}, {"packing": True}, {"streaming": True, "max_steps": 3, "buffer_size": 4, "packing": True}]
+)
+def test_pairs_train_however_they_are_read(tiny, capsys, keys):
+    name = "-".join(["dpo", *keys])
+    assert run_on(tiny, name, "tiny_dpo", per_device_train_batch_size=2, **keys) == 0
+    shown = capsys.readouterr().out
+    assert "the first example: " in shown and "chosen:\n<|im_start|>user" in shown and "\nrejected:\n" in shown
+    if "streaming" not in keys:
+        assert "dropped 1: identical answers" in shown
+    assert all("rewards/margins" in entry for entry in tiny.log(name) if "loss" in entry)
+
+
+def test_saved_pairs_train_as_those_just_read(tiny, capsys):
+    saved = tiny.folder / "saved pairs"
+    assert run_on(tiny, "saved", "tiny_dpo", tokenized_path=saved) == 0  # tokenises and stops
+    assert "The tokenised data is in" in capsys.readouterr().out
+    assert run_on(tiny, "saved", "tiny_dpo", tokenized_path=saved) == 0
+    assert run_on(tiny, "read", "tiny_dpo") == 0
+    assert_same_weights(tiny.weights("saved"), tiny.weights("read"))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "keys", "message"),
+    [
+        ("tiny_alpaca", {}, "it holds single answers, but stage dpo needs pairs (ranking: true)"),
+        ("tiny_dpo", {"stage": "sft"}, "it holds pairs of answers, but stage sft needs single answers"),
+        ("tiny_dpo", {"train_on_prompt": True}, "this stage trains on the answers only; drop train_on_prompt"),
+        ("tiny_dpo", {"mask_history": True}, "drop mask_history"),
+        ("tiny_dpo", {"cutoff_len": 4, "truncation_strategy": "right"}, "prompt longer than cutoff_len"),
+    ],
+)
+def test_mistakes_are_messages(tiny, capsys, dataset, keys, message):
+    assert run_on(tiny, "wrong", dataset, **keys) == 2
+    assert message in "".join(capsys.readouterr())
