@@ -35,7 +35,7 @@ from data_report import describe_example
 from generate import split_stop_words
 from grpo import GroupPolicy, GRPOOptions
 from hub import resolve_folder
-from inference import adapters_below, is_adapter, read_run
+from inference import adapters_below, check_adapters, is_adapter, read_run
 from kto import KTOOptions, RatedPreference, add_mismatches
 from lora import LoraOptions, quantised_linears, trainable_report
 from model import Decoder, RMSNorm
@@ -76,6 +76,7 @@ def find_start(config: configuration.Config) -> tuple[Path | None, Path]:
     """(checkpoint to continue or None, model folder); refuses to overwrite what the run starts from."""
     options, output_dir = config[TrainOptions], Path(config[TrainOptions].output_dir)
     resume, overwrite = None, options.overwrite_output_dir
+    check_adapters(config[ModelOptions])
     if options.plan:
         return None, resolve_model(config[ModelOptions])
     if options.trains:

@@ -41,7 +41,15 @@ from checkpoint import (
 )
 from generate import context_limit
 from hub import ModelOptions
-from inference import Source, check_tokenizer, find_source, read_run, scaled_config, value_head_folder
+from inference import (
+    EXPORT_RECORD,
+    Source,
+    check_tokenizer,
+    find_source,
+    read_run,
+    scaled_config,
+    value_head_folder,
+)
 from lora import replace_module
 from merging import Adapter, Merge
 from model import Decoder
@@ -54,7 +62,6 @@ from tensor_files import weight_files, write_json, write_shards
 from tokenizer import Tokenizer
 from value_head import VALUE_HEAD
 
-RECORD = "export_info.json"  # marks a folder as an export, which the next export to the same place may replace
 REMAINDER = "adapter"  # folder inside the export: what its codes cannot hold, an adapter in PEFT's format
 
 
@@ -370,9 +377,10 @@ def check_target(target: Path, source: Source) -> None:
         raise ValueError(f"export_dir: {target} is, or holds, a folder that is read; choose another one")
     if target.exists() and not target.is_dir():
         raise ValueError(f"export_dir: {target} is a file; name a folder")
-    if target.is_dir() and any(target.iterdir()) and not (target / RECORD).is_file():
+    if target.is_dir() and any(target.iterdir()) and not (target / EXPORT_RECORD).is_file():
         raise ValueError(
-            f"export_dir: {target} is not empty and no earlier export (it has no {RECORD}); choose another folder"
+            f"export_dir: {target} is not empty and no earlier export (it has no {EXPORT_RECORD}); "
+            "choose another folder"
         )
 
 
@@ -386,7 +394,7 @@ def write_record(folder: Path, source: Source, request: Request) -> None:
     record = {"base": str(source.base), "adapters": [str(path) for path in source.adapters], "way": request.way}
     if request.calibration is not None:
         record["calibration"] = request.calibration.record()
-    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (folder / EXPORT_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def _not_written(target: Path, error: OSError) -> str:

@@ -29,6 +29,8 @@ from tensor_files import read_json
 from tokenizer import Tokenizer
 from value_head import VALUE_HEAD, ValueHead, has_value_head, load_value_head
 
+EXPORT_RECORD = "export_info.json"  # marks a folder as an export, which the next export to the same place may replace
+
 
 @dataclass(frozen=True)
 class Source:
@@ -64,7 +66,7 @@ def find_source(
     notices = []
     expanded: list[Path] = []
     for folder in adapters:
-        below = adapters_below(read_run(folder))
+        below = adapters_below(read_run(folder), Path(name) if name else None)
         unnamed = [path for path in below if path not in adapters]
         notices += [f"{folder} was trained on top of {path}, which is merged first" for path in unnamed]
         expanded += [path for path in (*below, folder) if path not in expanded]
@@ -171,11 +173,50 @@ def _quantization_of(run: dict) -> QuantOptions:
     return QuantOptions(**{name: run[name] for name in names if run.get(name) is not None})
 
 
-def adapters_below(run: dict) -> list[Path]:
-    """Adapters that the run merged into its base before it trained its own."""
+def adapters_below(run: dict, base: Path | None = None) -> list[Path]:
+    """Adapters that the run merged into its base before it trained its own, without those that `base` already holds."""
     names = run.get("adapter_name_or_path") or []
     names = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
-    return [Path(name) for name in (names if run.get("create_new_adapter") else names[:-1])]
+    held = merged_into(base) if base is not None else []
+    below = [Path(name) for name in (names if run.get("create_new_adapter") else names[:-1])]
+    return [path for path in below if not any(_same_place(path, each) for each in held)]
+
+
+def merged_into(base: Path) -> list[str]:
+    """The adapters whose updates are in the weights of this folder, as export.py's records say."""
+    found: list[str] = []
+    while (Path(base) / EXPORT_RECORD).is_file():
+        record = read_json(Path(base) / EXPORT_RECORD)
+        found += record.get("adapters", [])
+        if _same_place(record.get("base"), base):
+            break
+        base = record.get("base", "")
+    return found
+
+
+def check_adapters(options: ModelOptions) -> None:
+    """ValueError if an adapter to train on was itself trained on top of one that is not named before it."""
+    folders, base = resolve_adapters(options), options.model_name_or_path
+    for number, folder in enumerate(folders):
+        run = read_run(folder)
+        if not _same_place(run.get("model_name_or_path"), base):
+            continue  # whoever made the other base may have merged those below into it
+        known = folders[:number]
+        below = adapters_below(run, Path(base))
+        missing = [path for path in below if not any(_same_place(path, each) for each in known)]
+        if missing:
+            names = ",".join(map(str, [*known, *missing, folder]))
+            raise ValueError(
+                f"adapter_name_or_path: {folder} was trained on top of {', '.join(map(str, missing))}, without which "
+                f"it means nothing; give adapter_name_or_path={names}"
+            )
+
+
+def _same_place(one: str | Path | None, other: str | Path | None) -> bool:
+    """Whether both name the same folder, or the same id of a hub."""
+    if not one or not other:
+        return False
+    return str(one) == str(other) or Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
 
 
 def _resolve_base(model: ModelOptions, adapter: Path) -> Path:
