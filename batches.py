@@ -100,6 +100,11 @@ class Batch:
         tensors = {name: function(value) for name, value in values.items() if torch.is_tensor(value)}
         return replace(self, **tensors, extras={name: function(value) for name, value in self.extras.items()})
 
+    def plain(self) -> dict:
+        """For a checkpoint, and Batch(**plain): tensors and plain values; turns and roles, for people, are left out."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {name: None if isinstance(value, np.ndarray) else value for name, value in values.items()}
+
     def rounded(self, multiple: int) -> "Batch":
         """The same batch with one segment of untrained tokens behind it, so that T is a multiple of this.
 

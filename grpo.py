@@ -12,10 +12,9 @@ num_iterations updates are made of the same answers. Every mean is over the whol
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,7 +26,7 @@ from model import Decoder
 from objectives import Metrics, Stage
 from parallel import World
 from reference import Reference
-from rewards import RewardSource, Sample
+from rewards import RewardSource, samples_of
 from rollouts import Prompt, completions_batch, prompts_of, roll_out, seed_of
 from sampling import GenerateOptions
 
@@ -210,7 +209,7 @@ class GroupPolicy(Stage):
         self.held: list[Batch] | None = None  # answers of a draw that further updates are made of
 
     def state(self) -> dict:
-        held = None if self.held is None else [_plain(batch) for batch in self.held]
+        held = None if self.held is None else [batch.plain() for batch in self.held]
         return {"draws": self.draws, "held": held}
 
     def restore(self, state: dict) -> None:
@@ -346,13 +345,6 @@ class GroupPolicy(Stage):
         return dict(zip(self.evaluation_names, means))
 
 
-def samples_of(prompts: list[Prompt], completions: list[Completion]) -> list[Sample]:
-    return [
-        Sample(prompt.text, done.text, prompt.answer, prompt.ids, done.ids, done.finish_reason, prompt.source)
-        for prompt, done in zip(prompts, completions, strict=True)
-    ]
-
-
 def without_labels(batch: Batch, left_out: list[bool]) -> Batch:
     """The same batch (before it is rounded), on the host, with nothing to learn from these segments."""
     labels = batch.labels.clone()
@@ -373,9 +365,3 @@ def deviation_over_ranks(rewards: Tensor, world: World) -> Tensor:
 def _summed_divergence(batch: Batch) -> Tensor:
     """(N,) fp64: log policy - log reference of each whole answer, as trl's RLOO takes it off the reward."""
     return segment_sums((batch.extras["old"] - batch.extras["reference"]).double(), label_counts(batch))
-
-
-def _plain(batch: Batch) -> dict:
-    """A batch as a checkpoint holds it: tensors and plain values. Turns and roles are for people."""
-    values = {item.name: getattr(batch, item.name) for item in fields(batch)}
-    return {name: None if isinstance(value, np.ndarray) else value for name, value in values.items()}

@@ -35,7 +35,7 @@ from model import Decoder
 from objectives import Metrics, Stage
 from parallel import World
 from reference import Reference
-from rewards import RewardSource, Sample
+from rewards import RewardSource, samples_of
 from rollouts import Prompt, completions_batch, prompts_of, roll_out, seed_of
 from sampling import GenerateOptions
 
@@ -206,7 +206,10 @@ class PPO(Stage):
             self._draw(model, drawn)
         size = self.group_size
         groups = [self.drawn[start : start + size] for start in range(0, len(self.drawn), size)]
-        for number in range(first, self.options.ppo_epochs * self.options.ppo_buffer_size):
+        updates = self.options.ppo_epochs * self.options.ppo_buffer_size
+        for number in range(first, updates):
+            if number == updates - 1:
+                self.drawn = []  # a checkpoint after the last update needs none of it
             # the last draw of an epoch may hold fewer groups: they come more often
             yield groups[number % self.options.ppo_buffer_size % len(groups)]
 
@@ -265,14 +268,14 @@ class PPO(Stage):
 
     def state(self) -> dict:
         moments = (self.moments.mean, self.moments.variance, self.moments.count)
-        drawn = {"kl_coef": self.kl_coef, "batches": [_plain(batch) for batch in self.drawn]}
+        drawn = {"kl_coef": self.kl_coef, "batches": [batch.plain() for batch in self.drawn]}
         return {"draws": self.draws, "controller": self.controller.value, "moments": moments, "drawn": drawn}
 
     def restore(self, state: dict) -> None:
         self.draws, self.controller.value = state["draws"], state["controller"]
         self.moments = RunningMoments(*state["moments"])
         self.kl_coef = state["drawn"]["kl_coef"]
-        self.drawn = [_batch(values) for values in state["drawn"]["batches"]]
+        self.drawn = [Batch(**values) for values in state["drawn"]["batches"]]
 
     def evaluate(self, model: Decoder, batches: Iterator[Batch], world: World) -> dict[str, float]:
         """On held-out prompts, with the same seeds each time: mean reward, sum of KL a text, tokens, share cut off."""
@@ -336,12 +339,8 @@ class PPO(Stage):
         seeds = [seed_of(self.seed, draw, prompt.source) for prompt in flat]
         common = {"stop_ids": self.stop_ids, "tokenizer": self.tokenizer}
         texts = roll_out(model, flat, seeds, self.generation, **common)
-        samples = [
-            Sample(prompt.text, text.text, prompt.answer, prompt.ids, text.ids, text.finish_reason, prompt.source)
-            for prompt, text in zip(flat, texts)
-        ]
-        remaining = iter(texts)
-        return [[next(remaining) for _ in each] for each in prompts], self.reward.scores(samples)
+        scores, remaining = self.reward.scores(samples_of(flat, texts)), iter(texts)
+        return [[next(remaining) for _ in each] for each in prompts], scores
 
     def _note(self, model: Decoder, batch: Batch) -> list[dict[str, Tensor]]:
         """For each text on the CPU: (n,) fp32 log-probabilities of its tokens under policy and reference, values."""
@@ -401,16 +400,3 @@ def _at_the_end(number: float, like: Tensor) -> Tensor:
     values = torch.zeros_like(like)
     values[-1] = number
     return values
-
-
-_TENSORS = ("tokens", "positions", "cu_seqlens", "labels", "label_rows")
-
-
-def _plain(batch: Batch) -> dict:
-    """What torch.load(weights_only=True) reads back."""
-    names = (*_TENSORS, "max_seqlen", "borders", "sources", "extras")
-    return {name: getattr(batch, name) for name in names}
-
-
-def _batch(values: dict) -> Batch:
-    return Batch(**values)

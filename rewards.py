@@ -45,9 +45,11 @@ import torch
 from torch import Tensor
 
 from adapter_files import ADAPTER_PARTS, AdapterFile, adapted_linear, read_adapter, whole_parameter
+from generate import Completion
 from lora import full_modules, is_quantised, lora_layers, replace_module
 from model import Decoder
 from reward_model import score_texts
+from rollouts import Prompt
 from runs import StopRun
 from tokenizer import Tokenizer
 from value_head import ValueHead, has_value_head, load_value_head
@@ -106,6 +108,13 @@ class Sample:
     completion_ids: Sequence[int]  # with the stop token
     finish_reason: str  # "stop" or "length"
     source: tuple[int, int] = (-1, -1)  # (dataset, row)
+
+
+def samples_of(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Sample]:
+    return [
+        Sample(prompt.text, done.text, prompt.answer, prompt.ids, done.ids, done.finish_reason, prompt.source)
+        for prompt, done in zip(prompts, completions, strict=True)
+    ]
 
 
 class RewardSource:
