@@ -337,13 +337,14 @@ def test_warming_up_the_value_head_trains_nothing_else(tiny):
 
 def test_ppo_raises_the_reward(tiny):
     (tiny.folder / "token.py").write_text(
-        "def low(completions, completion_ids):\n    return [sum(i < 360 for i in ids) / len(ids) for ids in completion_ids]\n"
+        "def low(completions, completion_ids):\n    return [sum(i < 360 for i in ids) for ids in completion_ids]\n"
     )
-    keys = keys_of(tiny, reward_file=tiny.folder / "token.py", max_steps=96, per_device_train_batch_size=19,
-                   ppo_buffer_size=1, ppo_epochs=4, learning_rate=1e-2, logging_steps=8)  # fmt: skip
+    keys = keys_of(tiny, reward_file=tiny.folder / "token.py", max_steps=80, per_device_train_batch_size=19,
+                   ppo_buffer_size=1, ppo_epochs=4, learning_rate=1e-2, lr_scheduler_type="constant", logging_steps=8,
+                   init_kl_coef=0.01, finetuning_type="full")  # fmt: skip
     assert tiny.train("learns", **keys) == 0
     rewards = [entry["reward"] for entry in tiny.log("learns") if "reward" in entry]
-    assert rewards[-1] > rewards[0] + 0.2
+    assert rewards[0] < 3.6 and rewards[-1] > 5  # of 6
 
 
 @pytest.mark.parametrize(
