@@ -216,7 +216,7 @@ class RatedPreference(Stage):
         if options.kto_loss == "bco":
             baseline = (self.rewards[0] / self.rewards[1].clamp(min=1)).float()
         losses = (bco_loss if options.kto_loss == "bco" else kto_loss)(rewards, good, baseline)
-        losses = losses * torch.where(good, options.kto_chosen_weight, options.kto_rejected_weight)
+        losses = torch.where(good, options.kto_chosen_weight * losses, options.kto_rejected_weight * losses)
         own = -answers.logprobs / answers.tokens.clamp(min=1)
         if self.ftx:
             losses = losses + self.ftx * torch.where(good, own, 0.0)
