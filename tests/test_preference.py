@@ -345,8 +345,8 @@ def test_the_chosen_answers_own_loss_is_added():
 @pytest.mark.parametrize("loss, weight", [("cpo", 1.0), ("orpo", 1.0), ("hinge", 0.0), ("ipo", 0.25)])
 def test_the_sum_of_a_batch_is_preference_and_own_loss(base, loss, weight):  # noqa: F811
     model, batch = policy(base), collate(EXAMPLES)
-    stage = stage_of(loss, pref_beta=0.7, pref_ftx=0.25 if loss == "ipo" else None)
-    stage.reference = Reference() if stage.options.needs_reference else None
+    stage = stage_of(loss, pref_beta=0.7, pref_ftx=0.25 if loss == "ipo" else None, ld_alpha=0.4)
+    stage.reference = Reference(ld_alpha=0.4) if stage.options.needs_reference else None
     with torch.no_grad():
         total, metrics = stage.loss(model, batch)
         logprobs = label_logprobs_of(model, batch)
