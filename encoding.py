@@ -415,10 +415,14 @@ def template_key(template, enable_thinking: bool = True) -> str:
             Message("assistant", "b."),
         ],
     ]
+    tool = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}
+    ways = [(probe, {}) for probe in probes]
+    ways += [(probe[:-1], {"generation_prompt": True}) for probe in probes]
+    ways += [(probes[2], {"tools": [{"type": "function", "function": tool}]})]
     seen = []
-    for probe in probes:
+    for probe, way in ways:
         try:
-            spans = template.render(probe, "<bos>", "<eos>", enable_thinking=enable_thinking)
+            spans = template.render(probe, "<bos>", "<eos>", enable_thinking=enable_thinking, **way)
             seen.append([[span.text, span.answer, span.turn, span.role] for span in spans])
         except ValueError as error:  # a template without tools or system: that is what it does
             seen.append(str(error))

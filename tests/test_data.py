@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -473,6 +474,14 @@ def test_template_key_follows_what_the_template_renders():
     assert template_key(get_template("chatml")) == keys[0]
     qwen3 = get_template("qwen3")
     assert template_key(qwen3, True) != template_key(qwen3, False)
+    chatml = get_template("chatml")
+    assert template_key(replace(chatml, tools="qwen")) != keys[0]  # what only rows with tools show
+    marked = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}A{% generation %}{{ m.content }}E{% endgeneration %}"
+        "{% else %}U{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}A{% endif %}"
+    )
+    other = marked.replace("prompt %}A", "prompt %}AA")  # what only prompts for generation show
+    assert template_key(get_template(None, marked)) != template_key(get_template(None, other))
 
 
 # --------------------------------------------------------------------------------------- several data sets, splits
