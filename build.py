@@ -43,6 +43,7 @@ from objectives import Rhythm, Stage, TokenLoss
 from optim import OptimOptions
 from parallel import World
 from ppo import PPO, PPOOptions
+from predict import Predictor, ScorePredictor, TextPredictor
 from preference import OddsRatio, PairPreference, PreferenceOptions
 from quant import QuantOptions
 from reference import Reference, ReferenceOptions
@@ -108,6 +109,10 @@ def refuse_on_quantised(config: configuration.Config, source: Path) -> None:
 def prepare_data(config: configuration.Config, source: Path, template, tokenizer: Tokenizer, world: World) -> Prepared:
     """Tokenise, report what was lost, show the first example, and see that the model knows every token id."""
     options, data_options, model_options = config[TrainOptions], config[DataOptions], config[ModelOptions]
+    texts, kind = options.predict_with_generate, None
+    if texts and options.only_predicts and not data_options.val_size and data_options.tokenized_path is None:
+        # then rows without an answer are welcome, and what the training set holds does not matter
+        kind, data_options = "prompt", replace(data_options, dataset=(), interleave_probs=(), mix_strategy="concat")
     prepared = load_datasets(
         data_options,
         template,
@@ -118,6 +123,8 @@ def prepare_data(config: configuration.Config, source: Path, template, tokenizer
         enable_thinking=config[TemplateOptions].enable_thinking,
         cache_dir=model_options.cache_dir,
         hub=HubAccess(model_options.hf_hub_token, model_options.ms_hub_token, model_options.cache_dir),
+        prompts=texts,
+        kind=kind,
     )
     world.print(prepared.report)
     first = prepared.first_example()
@@ -161,18 +168,41 @@ def make_loaders(prepared: Prepared, options: TrainOptions, data_options: DataOp
         rows = options.per_device_train_batch_size
         loader = prepared.train_loader(data_options, rows_per_batch=rows, seed=options.seed, **place)
     eval_loaders = prepared.eval_loaders(data_options, rows_per_batch=options.per_device_eval_batch_size, **place)
-    if (options.evaluation_strategy != "no" or options.do_eval) and not eval_loaders:
+    if (options.evaluation_strategy != "no" or options.do_eval or options.do_predict) and not eval_loaders:
         raise ValueError("evaluation_strategy: there is no evaluation data; set val_size or eval_dataset")
-    names = evaluation_names(options.stage, eval_loaders)
-    if options.evaluation_strategy != "no" and options.metric not in names:
-        raise ValueError(f"metric_for_best_model: {options.metric} is not measured; there are {', '.join(names)}")
     return loader, eval_loaders
 
 
-def evaluation_names(stage: str, eval_loaders: dict[str, BatchLoader]) -> list[str]:
-    """Names of what an evaluation measures, without the speeds."""
+def check_metric(options: TrainOptions, eval_loaders: dict[str, BatchLoader], predictor: Predictor | None) -> None:
+    """ValueError when what decides which checkpoint is best is not measured."""
+    generated = () if predictor is None else predictor.names
+    names = evaluation_names(options.stage, eval_loaders, generated)
+    if options.evaluation_strategy != "no" and options.metric not in names:
+        raise ValueError(f"metric_for_best_model: {options.metric} is not measured; there are {', '.join(names)}")
+
+
+def evaluation_names(
+    stage: str, eval_loaders: dict[str, BatchLoader], generated: tuple[str, ...] = ()
+) -> list[str]:
+    """Names of what an evaluation measures, without the speeds.  generated: of what it measures of generated texts."""
     sets = [f"eval_{name}_" for name in eval_loaders] if len(eval_loaders) > 1 else []
-    return [prefix + kind for prefix in (*sets, "eval_") for kind in STAGES[stage].evaluation_names]
+    kinds = (*STAGES[stage].evaluation_names, *generated)
+    return [prefix + kind for prefix in (*sets, "eval_") for kind in kinds]
+
+
+def make_predictor(
+    config: configuration.Config, prepared: Prepared, template, tokenizer: Tokenizer, world: World
+) -> Predictor | None:
+    """What answers the rows of the evaluation sets; None if the run asks for no such thing."""
+    options = config[TrainOptions]
+    if options.predict_with_generate and prepared.prompts:
+        return TextPredictor(
+            prepared.prompts, tokenizer, template, config[GenerateOptions], seed=options.seed,
+            rows_per_batch=options.per_device_eval_batch_size, world=world,
+        )  # fmt: skip
+    if options.do_predict and options.stage == "rm":
+        return ScorePredictor(prepared.eval, rows_per_batch=options.per_device_eval_batch_size, world=world)
+    return None
 
 
 def make_rhythm(config: configuration.Config) -> Rhythm:
@@ -320,6 +350,8 @@ def make_stage(
     world: World,
 ) -> Stage:  # fmt: skip
     """The stage that the options ask for. The model holds the weights that the run starts from, even if it resumes."""
+    if config[TrainOptions].only_predicts:
+        return Stage()  # no loss is asked for, so no reference, no reward
     kind = STAGES[config[TrainOptions].stage]
     if issubclass(kind, PairPreference):
         preference = config[PreferenceOptions].for_stage(config[TrainOptions].stage)

@@ -171,8 +171,8 @@ NOT_YET = {
     "beam search and further samplers": """
         num_beams=1 num_beam_groups=1 penalty_alpha typical_p=1 diversity_penalty length_penalty=1
         min_new_tokens""",
-    "prediction files and benchmark evaluation": """
-        do_predict predict_with_generate eval_num_beams=1 generation_max_length generation_num_beams=1
+    "benchmark evaluation and beams in prediction": """
+        eval_num_beams=1 generation_max_length generation_num_beams=1
         max_target_length compute_accuracy do_mmlu_eval mmlu_split=eval mmlu_dataset=mmlu-fs
         mmlu_source_max_len=2048 max_mmlu_samples sample_generate task task_dir=evaluation lang=en
         n_shot=5 save_dir download_mode""",
@@ -355,6 +355,15 @@ RULES: tuple[tuple[Callable[..., bool], str], ...] = (
     (lambda do_eval, val_size, eval_dataset, tokenized_path: do_eval
      and not (val_size or eval_dataset or tokenized_path),
      "there is nothing to evaluate on; set val_size or eval_dataset"),
+    (lambda do_predict, val_size, eval_dataset, tokenized_path: do_predict
+     and not (val_size or eval_dataset or tokenized_path),
+     "there is nothing to predict; set val_size or eval_dataset"),
+    (lambda predict_with_generate, stage: predict_with_generate and stage in ("pt", "rm"),
+     "pt has no prompts to answer, and rm gives scores; drop predict_with_generate, or use stage=sft"),
+    (lambda do_predict, stage: do_predict and stage == "pt",
+     "documents have no prompts to answer; use stage=sft, or do_eval for the loss"),
+    (lambda do_predict, predict_with_generate, stage: do_predict and not predict_with_generate and stage != "rm",
+     "the predictions are texts; set predict_with_generate=true"),
     (lambda eval_strategy, val_size, eval_dataset, tokenized_path: not _off(eval_strategy)
      and not (val_size or eval_dataset or tokenized_path),
      "there is nothing to evaluate on; set val_size or eval_dataset, or eval_strategy=no"),

@@ -21,8 +21,9 @@ from tqdm import tqdm
 from batches import Batch
 from parallel import World
 
-LOG_FILE, PLOT_FILE = "trainer_log.jsonl", "training_loss.png"
+LOG_FILE, PLOT_FILE, SAMPLES_FILE = "trainer_log.jsonl", "training_loss.png", "generated_samples.jsonl"
 SERVICES = ("tensorboard", "wandb", "mlflow")
+SAMPLES, SAMPLE_CHARACTERS = 3, 300  # generated texts shown at an evaluation, and of each so much
 QUIET_SECONDS = 30  # without a terminal: a line at least this often, so that a log file shows life
 # The plot's panels: what is written at the axis, and the metrics drawn there if a run has them
 PANELS = {
@@ -48,6 +49,7 @@ SHOWN = {
     "reward": "reward {:.3f}",
     "kl": "kl {:.3f}",
     "completion_length": "length {:.1f}",
+    "generated_tokens_per_second": None,
     "logps/chosen": None,
     "logps/rejected": None,
     "logits/chosen": None,
@@ -78,14 +80,15 @@ class Monitor:
     def begin(self, step: int, total_steps: int, history: list[dict], seconds_before: float) -> None:
         """Start after `step` updates, made by earlier processes in seconds_before; open the bar and the services.
 
-        What trainer_log.jsonl says beyond `step` is of updates that will be done again, or of another run: it goes.
+        What the logs say beyond `step` is of updates that will be done again, or of another run: it goes.
         """
         self.total_steps, self.history = total_steps, list(history)
         self.steps_before, self.seconds_before = step, seconds_before
         self.started_at = self.spoke_at = time.monotonic()
         if not self.active:
             return
-        _cut_log(self.folder / LOG_FILE, step)
+        for name in (LOG_FILE, SAMPLES_FILE):
+            _cut_log(self.folder / name, step)
         self.services = [_open_service(name, self.folder, self.run_name, step) for name in self.service_names]
         if sys.stderr.isatty() and sys.stdout.isatty():  # in a pipe the bar and the lines would overwrite each other
             self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
@@ -123,6 +126,17 @@ class Monitor:
             rate = f"{values['tokens_per_second']:.0f} tok/s"
             self.bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate}", refresh=False)
         self._say(_line(step, self.total_steps, values) + (f"  {remaining} left" if "loss" in values else ""))
+
+    def show_samples(self, step: int, rows: list[dict]) -> None:
+        """Some of the generated texts, from all over the rows: for the reader, and in generated_samples.jsonl."""
+        if not self.active or not rows:
+            return
+        count = min(SAMPLES, len(rows))
+        shown = [rows[i * len(rows) // count] for i in range(count)]
+        with open(self.folder / SAMPLES_FILE, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"current_steps": step, **row}, ensure_ascii=False) + "\n" for row in shown)
+        for row in shown:
+            self._say("\n".join(f"  {name:8} {_excerpt(name, text)}" for name, text in row.items()))
 
     def close(self) -> None:
         if self.bar is not None:
@@ -165,12 +179,25 @@ def _under_known_names(values: dict[str, float]) -> dict[str, float]:
     return extra | values
 
 
+def _excerpt(name: str, text: str | None) -> str:
+    """On one line, without characters that could steer a terminal: the end of a prompt, the beginning of an answer."""
+    if text is None:
+        return "(none)"
+    cut = len(text) > SAMPLE_CHARACTERS
+    if name == "prompt":
+        text = "..." * cut + text[-SAMPLE_CHARACTERS:]
+    else:
+        text = text[:SAMPLE_CHARACTERS] + "..." * cut
+    return json.dumps(text, ensure_ascii=False)
+
+
 def _cut_log(path: Path, step: int) -> None:
     """Keep the lines up to `step`."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    # not splitlines(), which also splits at characters that a generated text may hold
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             entry = json.loads(line)
         except json.JSONDecodeError:

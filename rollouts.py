@@ -46,6 +46,12 @@ def prompts_of(batch: Batch, tokenizer) -> list[Prompt]:
     return prompts
 
 
+def ending_with(options: GenerateOptions, template, tokenizer) -> GenerateOptions:
+    """These options, with what ends an answer of this template (None: of no template) among the stop words."""
+    words = () if template is None else template.stop_words(tokenizer.eos_token)
+    return replace(options, stop=tuple(dict.fromkeys([*options.stop, *words])))
+
+
 def seed_of(seed: int, draw: int, source: tuple[int, int], number: int = 0) -> int:
     """Seed of one text: that of the run, how often it drew prompts before, the prompt's row, which text of that row."""
     return int(np.random.SeedSequence([seed, draw, *source, number]).generate_state(1, np.uint64)[0] >> 2)

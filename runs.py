@@ -32,7 +32,10 @@ RUN_CONFIG = "run_config.yaml"  # the resolved configuration; chat.py and export
 RESULTS = "train_results.json"  # written last: a run that has it is finished
 SAVE_REQUEST = "SAVE"  # `touch output_dir/SAVE` asks a running training for a checkpoint
 # what an overwriting run removes beside the checkpoints; weights stay until the new ones replace them
-LOGS = ("trainer_log.jsonl", TRAINER_STATE, RESULTS, "eval_results.json", "all_results.json", "training_loss.png")
+LOGS = (
+    "trainer_log.jsonl", TRAINER_STATE, RESULTS, "eval_results.json", "predict_results.json", "all_results.json",
+    "training_loss.png", "generated_samples.jsonl", "generated_predictions.jsonl",
+)  # fmt: skip
 WEIGHTS = (
     "adapter_config.json", "adapter_model.safetensors", "model*.safetensors", "model.safetensors.index.json",
     "value_head.safetensors",
@@ -44,12 +47,12 @@ _GRACE_SECONDS = 1.0  # a terminal and a launcher may both pass on one Ctrl-C; a
 
 # Keys that a resumed run may change: they decide how long, where and how talkatively it trains, not what it computes.
 FREE = frozenset(
-    """output_dir overwrite_output_dir resume_from_checkpoint do_train do_eval num_train_epochs max_steps
-    gradient_checkpointing device ddp_timeout logging_steps logging_first_step report_to run_name plot_loss
-    save_strategy save_steps save_total_limit save_only_model evaluation_strategy eval_steps eval_dataset
-    per_device_eval_batch_size load_best_model_at_end early_stopping_steps overwrite_cache preprocessing_num_workers
-    dataset_dir tokenized_path cache_dir hf_hub_token ms_hub_token infer_dtype flash_attn
-    ppo_save_draws""".split()  # noqa: SIM905
+    """output_dir overwrite_output_dir resume_from_checkpoint do_train do_eval do_predict num_train_epochs
+    max_steps predict_with_generate gradient_checkpointing device ddp_timeout logging_steps logging_first_step
+    report_to run_name plot_loss save_strategy save_steps save_total_limit save_only_model evaluation_strategy
+    eval_steps eval_dataset per_device_eval_batch_size load_best_model_at_end early_stopping_steps
+    overwrite_cache preprocessing_num_workers dataset_dir tokenized_path cache_dir hf_hub_token ms_hub_token
+    infer_dtype flash_attn ppo_save_draws""".split()  # noqa: SIM905
 )
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # of inductor
@@ -62,8 +65,14 @@ class TrainOptions:
         "pretraining on text, supervised fine-tuning on dialogues, reward model, preferences (dpo, orpo: pairs; kto: "
         "single answers), reinforcement learning (ppo, grpo)",
     ] = "sft"
-    do_train: Annotated[bool | None, "train; default: yes, unless only do_eval is set"] = None
+    do_train: Annotated[bool | None, "train; default: yes, unless do_eval or do_predict is set"] = None
     do_eval: Annotated[bool, "evaluate once more at the end"] = False
+    do_predict: Annotated[
+        bool, "at the end write generated_predictions.jsonl for the evaluation sets: texts, or in stage rm scores"
+    ] = False
+    predict_with_generate: Annotated[
+        bool, "evaluating and predicting write texts and measure ROUGE, BLEU-4 and exact match"
+    ] = False
     output_dir: Annotated[str | None, "folder of the run: checkpoints, logs, the result"] = None
     overwrite_output_dir: Annotated[bool, "start anew even if output_dir holds checkpoints to resume from"] = False
     resume_from_checkpoint: Annotated[str | None, "a checkpoint folder, true (the newest) or false (start anew)"] = None
@@ -117,8 +126,8 @@ class TrainOptions:
         for key in ("logging_steps", "save_steps", "eval_steps", "early_stopping_steps", "save_total_limit"):
             if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise ValueError(f"{key}: {getattr(self, key)} must be at least 1")
-        if self.do_train is False and not self.do_eval:
-            raise ValueError("do_train: false, and do_eval is not set either, so there is nothing to do")
+        if self.do_train is False and not (self.do_eval or self.do_predict):
+            raise ValueError("do_train: false, and neither do_eval nor do_predict is set, so there is nothing to do")
         if self.compiles:
             self._check_compilation()
         if self.compiles and self.recomputation == "selective":
@@ -131,7 +140,11 @@ class TrainOptions:
 
     @property
     def trains(self) -> bool:
-        return not self.do_eval if self.do_train is None else self.do_train
+        return not (self.do_eval or self.do_predict) if self.do_train is None else self.do_train
+
+    @property
+    def only_predicts(self) -> bool:
+        return self.do_predict and not (self.trains or self.do_eval)
 
     def _check_compilation(self) -> None:
         backends = torch.compiler.list_backends(exclude_tags=())

@@ -32,6 +32,7 @@ import kernels
 import monitor
 import optim
 import parallel
+import predict
 import quant
 import runs
 from batches import ROW_MULTIPLE, Batch, BatchLoader, StreamingLoader
@@ -67,6 +68,7 @@ class Run:
     monitor: Monitor
     window: Window
     health: Health
+    predictor: predict.Predictor | None
     total_steps: int
     save_weights: Callable[[Path], None]  # weights, tokenizer and settings as the user will load them
     fingerprint: dict[str, str]
@@ -127,7 +129,9 @@ def run(config: configuration.Config, world: World) -> int:
     tokenizer = Tokenizer.from_folder(source)
     template = build.pick_template(config, tokenizer)
     prepared = build.prepare_data(config, source, template, tokenizer, world)
+    predictor = build.make_predictor(config, prepared, template, tokenizer, world)
     loader, eval_loaders = build.make_loaders(prepared, options, config[DataOptions], world)
+    build.check_metric(options, eval_loaders, predictor)
     rhythm = build.make_rhythm(config)
     total_steps = build.count_steps(options, rhythm, loader)
     if options.plan:
@@ -159,6 +163,7 @@ def run(config: configuration.Config, world: World) -> int:
         monitor=Monitor(output_dir, options.services, options.run_name or str(output_dir), world.is_main),
         window=Window(world, stage.metric_names),
         health=Health(world, prepared.train.datasets if prepared.train is not None else []),
+        predictor=predictor,
         total_steps=total_steps,
         save_weights=build.weight_writer(model, source, tokenizer, template, config),
         fingerprint=fingerprint,
@@ -172,10 +177,16 @@ def run(config: configuration.Config, world: World) -> int:
             begin_folder(config, resume, world)
         status = train(this, runs.read_history(resume) if resume is not None else [])
     if options.do_eval and eval_loaders and status == 0:
-        results = evaluate(this)
-        world.print("  ".join(f"{name} {value:.4f}" for name, value in results.items()))
-        this.monitor.save_results("eval", results)
+        show_results(this, "eval", evaluate(this))
+    if options.do_predict and status == 0:
+        show_results(this, "predict", predict.write_predictions(predictor, model, output_dir, world))
+        world.print(f"{output_dir / predict.PREDICTIONS} holds the predictions")
     return status
+
+
+def show_results(this: Run, kind: str, results: dict[str, float]) -> None:
+    this.world.print("  ".join(f"{name} {value:.4f}" for name, value in results.items()))
+    this.monitor.save_results(kind, results)
 
 
 def begin_folder(config: configuration.Config, resume: Path | None, world: World) -> None:
@@ -336,6 +347,10 @@ def evaluate(this: Run) -> dict[str, float]:
         results[f"eval_{kind}"] = sum(each[kind] for each in measured.values()) / len(measured)
     if len(measured) > 1 and "perplexity" in this.stage.evaluation_names:
         results["eval_perplexity"] = math.exp(min(results["eval_loss"], 700))  # of the mean loss
+    if this.options.predict_with_generate:
+        generated, rows = this.predictor.run(this.model, "eval")
+        results |= generated
+        this.monitor.show_samples(this.progress.step, rows)
     seconds = time.monotonic() - started
     examples = sum(len(loader.store) for loader in this.eval_loaders.values())
     results |= {"eval_runtime": round(seconds, 4), "eval_samples_per_second": round(examples / seconds, 3)}

@@ -580,7 +580,7 @@ def test_alias_without_its_key_in_this_script():
     ["use_galore=true", "use_badam=yes", "loraplus_lr_ratio=16", "use_llama_pro=true",
      "mixture_of_depths=convert", "shift_attn=true", "deepspeed=ds_z3.json", "deepspeed_config_path=ds.json",
      "vllm_maxlen=100", "infer_backend=vllm",
-     "resize_vocab=true", "predict_with_generate=true",
+     "resize_vocab=true", "generation_max_length=99",
      "moe_aux_loss_coef=0.1", "fsdp=full_shard", "num_beams=4", "rope_scaling=longrope"],
 )  # fmt: skip
 def test_parts_that_this_version_lacks(word):

@@ -71,6 +71,7 @@ LAYERS = {
     "rollouts": 6,
     "inference": 7,
     "quality": 7,
+    "predict": 7,
     "requantise": 6,
     "merging": 7,
     "train": 10,
