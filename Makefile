@@ -16,7 +16,7 @@ QUESTION := Who are you?
 WORKERS := 2
 TESTS := tests
 
-.PHONY: help demo test lint bench gpu clean
+.PHONY: help demo test lint bench stages gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ lint: $(VENV)/.installed-tests ## ruff
 bench: $(VENV)/.installed-tests $(MODEL)/config.json ## training and decoding against transformers + peft on this CPU
 	$(PYTHON) bench/train_cpu.py
 	$(PYTHON) bench/decode_cpu.py
+
+stages: $(VENV)/.installed $(MODEL)/config.json ## reward model, DPO, SimPO, ORPO, KTO, PPO, GRPO on the real model, with thresholds
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON) bench/stages.py out=bench/results
 
 # A GPU machine may have torch but no network, so nothing is installed here: the python3 that sees the GPU is taken.
 gpu: ## on a GPU: the tests of the kernels, then all GPU benchmarks, under 9 minutes; QUICK=1: under 4

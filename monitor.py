@@ -31,7 +31,7 @@ PANELS = {
     "accuracy": ("rewards/accuracies", "accuracy", "exact_match"),
     "reward": ("reward",),
     "KL to the reference (nats)": ("kl",),
-    "length of an answer (tokens)": ("completion_length",),
+    "length of an answer (tokens)": ("completions/mean_length",),
 }
 # How a number is shown on the console, by its name without eval_; None: it is in the files only
 SHOWN = {
@@ -48,12 +48,25 @@ SHOWN = {
     "accuracy": "accuracy {:.2f}",
     "reward": "reward {:.3f}",
     "kl": "kl {:.3f}",
-    "completion_length": "length {:.1f}",
     "generated_tokens_per_second": None,
+    "exact_match": "exact match {:.3f}",
+    "completions/mean_length": "length {:.1f}",
     "logps/chosen": None,
     "logps/rejected": None,
     "logits/chosen": None,
     "logits/rejected": None,
+    "completions/clipped_ratio": "cut off {:.2f}",
+    "clip_ratio": "clipped {:.2f}",
+    "reward_std": "reward std {:.3f}",
+    "frac_reward_zero_std": "equal {:.2f}",
+    "kl_coef": None,
+    "values": None,
+    "returns": None,
+    "approx_kl": None,
+    "value_clip_ratio": None,
+    "clip_ratio/low_mean": None,
+    "clip_ratio/high_mean": None,
+    "clip_ratio/region_mean": "clipped {:.2f}",
 }
 
 

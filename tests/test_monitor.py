@@ -137,7 +137,7 @@ def test_the_plot_has_a_panel_for_each_kind_of_metric(tmp_path, monkeypatch):
     assert list(panels) == ["loss", "rewards of the answers", "accuracy"]
     assert panels["accuracy"] == ["rewards/accuracies", "rewards/accuracies, smoothed", "eval_rewards/accuracies"]
     assert panels["loss"] == ["loss", "loss, smoothed", "eval_loss"]
-    history = [{"step": 1, "loss": 1.0, "reward": 2.0, "kl": 0.1, "completion_length": 30.0}]
+    history = [{"step": 1, "loss": 1.0, "reward": 2.0, "kl": 0.1, "completions/mean_length": 30.0}]
     history += [{"step": 1, "eval_reward": 2.5, "eval_some_reward": 2.0, "eval_kl": 0.2}]
     panels = drawn_panels(history, monkeypatch, tmp_path / "ppo.png")
     assert panels["reward"] == ["reward", "reward, smoothed", "eval_reward", "eval_some_reward"]

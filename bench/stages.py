@@ -1,0 +1,126 @@
+"""Every stage beyond supervised training at work on a real model: what is measured on held-out data before and after.
+
+    python bench/stages.py                          # the recipes of configs/, about half an hour on one CPU core
+    python bench/stages.py only=dpo out=bench/results
+    python bench/stages.py only=rm more="max_steps=5 seed=1"
+
+Each case is a recipe, evaluated as it starts (do_train=false), then trained and evaluated, in processes of
+their own. A case passes if the number after training is above its threshold, or has risen by at least its gain. The
+exit status is 1 if one did not. With `out` the numbers go to stages.json there, and each run's curves to <case>.png.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from bench import measure  # noqa: E402
+
+DEFAULTS = {"model": str(ROOT / "models/SmolLM2-135M-Instruct"), "only": "", "out": "", "more": ""}
+
+
+@dataclass(frozen=True)
+class Case:
+    words: str  # of the command line: a file of configs/ and changes to it
+    metric: str  # of the evaluation
+    least: float | None = None  # what it must reach after training
+    gain: float | None = None  # what it must have risen by; 0 = be above its start
+
+
+CASES = {
+    "rm": Case("rm_lora.yaml", "eval_accuracy", least=0.65),
+    "dpo": Case("dpo_lora.yaml", "eval_rewards/accuracies", least=0.7),
+    "simpo": Case("dpo_lora.yaml pref_loss=simpo pref_beta=2", "eval_rewards/margins", gain=0.0),
+    "orpo": Case("orpo_lora.yaml", "eval_rewards/margins", gain=0.0),
+    "kto": Case("kto_lora.yaml", "eval_rewards/margins", gain=0.0),
+    "ppo": Case("ppo_lora.yaml", "eval_reward", gain=0.1),
+    "grpo": Case("grpo_lora.yaml", "eval_exact_match", gain=0.0),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    case: str
+    metric: str
+    before: float
+    after: float
+    wanted: str
+    passed: bool
+    train_seconds: float
+    peak_memory_gb: float
+    command: str  # of the training
+
+
+def main(argv: list[str]) -> int:
+    options = measure.read_options(argv, DEFAULTS, __doc__)
+    chosen = [name for name in CASES if options["only"] in ("", name)]
+    if not chosen:
+        raise SystemExit(f"only={options['only']} is no case; there are {', '.join(CASES)}")
+    outcomes = []
+    for name in chosen:
+        outcomes.append(run_case(name, CASES[name], options))
+        print(measure.table([shown(outcomes[-1])]), flush=True)
+    print(measure.table([shown(outcome) for outcome in outcomes]))
+    if options["out"]:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        machine = measure.describe_machine(device, "python bench/stages.py " + shlex.join(argv))
+        machine.pop("note", None)  # of smoke tests on a CPU: this is none
+        machine["threads"] = os.environ.get("OMP_NUM_THREADS", str(torch.get_num_threads()))
+        measure.save("stages", machine, {"rows": [asdict(outcome) for outcome in outcomes]}, options["out"])
+    return 0 if all(outcome.passed for outcome in outcomes) else 1
+
+
+def run_case(name: str, case: Case, options: dict[str, str]) -> Outcome:
+    file, *changes = case.words.split()
+    words = ["train.py", f"configs/{file}", *changes, f"model_name_or_path={options['model']}"]
+    words += shlex.split(options["more"])
+    with tempfile.TemporaryDirectory() as folder:
+        run([*words, f"output_dir={folder}/start", "do_train=false", "do_eval=true", "evaluation_strategy=no"])
+        started = time.monotonic()
+        run([*words, f"output_dir={folder}/run", "do_train=true", "do_eval=true", "plot_loss=true"])
+        seconds = time.monotonic() - started
+        before, after = (json.loads(Path(folder, part, "all_results.json").read_text()) for part in ("start", "run"))
+        if options["out"]:
+            shutil.copy(Path(folder, "run/training_loss.png"), Path(options["out"], f"{name}.png"))
+    first, last = before[case.metric], after[case.metric]
+    if case.least is not None:
+        passed, wanted = last >= case.least, f"at least {case.least:g}"
+    else:
+        passed, wanted = last > first + case.gain, f"more than {first + case.gain:.4g}"
+    command = shlex.join(["python", *words[:2], *changes, *shlex.split(options["more"])])
+    return Outcome(name, case.metric, first, last, wanted, passed, round(seconds, 1), after["peak_memory"], command)
+
+
+def run(words: list[str]) -> None:
+    """In the repository, its lines shown as they come. Ends the program when it fails."""
+    print("python", *words, flush=True)
+    done = subprocess.run([sys.executable, *words], cwd=ROOT)
+    if done.returncode:
+        raise SystemExit(f"{words[1]} ended with status {done.returncode}")
+
+
+def shown(outcome: Outcome) -> dict[str, str]:
+    return {
+        "case": outcome.case,
+        "metric": outcome.metric,
+        "before": f"{outcome.before:.4g}",
+        "after": f"{outcome.after:.4g}",
+        "wanted": outcome.wanted,
+        "": "passed" if outcome.passed else "FAILED",
+        "seconds": f"{outcome.train_seconds:.0f}",
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
