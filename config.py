@@ -318,6 +318,8 @@ RULES: tuple[tuple[Callable[..., bool], str], ...] = (
      "give one probability for each dataset"),
     (lambda reserved_label_len, cutoff_len: reserved_label_len >= cutoff_len,
      "reserved_label_len must be less than cutoff_len"),
+    (lambda stage, neftune_noise_alpha: stage in ("ppo", "grpo") and bool(neftune_noise_alpha),
+     "noise would change the probabilities that updates compare with those of the rollout; drop neftune_noise_alpha"),
     (lambda fp16, bf16: fp16 and bf16, "choose one precision"),
     (lambda fp16, pure_bf16: fp16 and pure_bf16, "choose one precision"),
     (lambda bf16, pure_bf16: bf16 and pure_bf16,

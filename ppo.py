@@ -179,6 +179,7 @@ class PPO(Stage):
     )  # fmt: skip
     evaluation_names = ("reward", "kl", "completions/mean_length", "completions/clipped_ratio")
     has_value_head = True
+    uses_dropout = False
 
     def __init__(
         self, options: PPOOptions, generation: GenerateOptions, reward: RewardSource, *, tokenizer,

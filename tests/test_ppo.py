@@ -372,6 +372,7 @@ def test_rewards_that_cannot_be_used_end_the_run_with_a_reason(tiny, capsys, sou
         ("ppo_target", -1, "ppo_target: -1.0 must be above 0"),
         ("lam", 2, "lam: 2.0 is not between 0 and 1"),
         ("ppo_replay", "nothing.pt", "nothing.pt: file not found"),
+        ("neftune_noise_alpha", 5, "noise would change the probabilities"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(tiny, capsys, key, value, said):
