@@ -410,12 +410,14 @@ def make_reference(
     ld_alpha: as in heads.answer_sums.
     """
     options, run = config[ReferenceOptions], config[TrainOptions]
-    ahead = options.precompute_ref_log_probs
-    if ahead is None:
-        ahead = not config[DataOptions].streaming
-    live = prepared is None or not ahead
+    live = prepared is None or not computes_ahead(config, prepared, world)
     if options.ref_model is not None:
         folder = resolve_folder("ref_model", options.ref_model, "main", config[ModelOptions])
+        if is_adapter(folder):
+            raise ValueError(
+                f"ref_model: {folder} is an adapter; set ref_model=BASE ref_model_adapters={folder}, or train on it "
+                "with create_new_adapter=true, and the start is the reference"
+            )
         refuse_other_tokenizer("ref_model", folder, tokenizer)
         names = options.ref_model_adapters
         adapters = [resolve_folder("ref_model_adapters", name, "main", config[ModelOptions]) for name in names]
@@ -439,6 +441,16 @@ def make_reference(
     rows, afresh = run.per_device_eval_batch_size, config[DataOptions].overwrite_cache
     reference.precompute(made, model, stores, rows, cache, world, afresh)
     return Reference(None, ld_alpha)  # every batch brings its own now
+
+
+def computes_ahead(config: configuration.Config, prepared: Prepared, world: World) -> bool:
+    """Whether the reference's log-probabilities are computed before training: where that is no more work than beside
+    it, so not for a stream, nor for fewer updates than a pass over the data takes, unless the options say so."""
+    ahead, run = config[ReferenceOptions].precompute_ref_log_probs, config[TrainOptions]
+    if ahead is not None or not isinstance(prepared.train, ExampleStore) or prepared.packing or run.max_steps <= 0:
+        return not config[DataOptions].streaming if ahead is None else ahead
+    per_update = run.per_device_train_batch_size * run.gradient_accumulation_steps * world.size
+    return run.max_steps * per_update >= len(prepared.train)
 
 
 def make_reward(config: configuration.Config, model: Decoder, tokenizer: Tokenizer) -> RewardSource:

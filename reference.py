@@ -43,7 +43,7 @@ class ReferenceOptions:
     ref_model_adapters: Annotated[tuple[str, ...], "adapters on ref_model, in this order"] = ()
     ref_model_quantization_bit: Annotated[int | None, "quantise ref_model to this many bits"] = None
     precompute_ref_log_probs: Annotated[
-        bool | None, "reference log-probabilities once before training, kept in the cache; default: unless streaming"
+        bool | None, "reference log-probabilities once before training, kept in the cache; default: if that saves work"
     ] = None
 
     def __post_init__(self):

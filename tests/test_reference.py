@@ -239,6 +239,17 @@ def test_another_reference_model_with_adapters_and_few_bits(tiny, capsys):
     assert 1e-3 < abs(reward["8 bit"][0] - reward["plain"][0]) < 1
 
 
+def test_few_updates_compute_the_reference_beside_the_training(tiny, capsys):
+    few = {"num_train_epochs": None, "learning_rate": 0.0}
+    for steps, ahead, computed in ((2, None, False), (7, None, True), (2, True, True), (7, False, False)):
+        keys = few | {"max_steps": steps, "precompute_ref_log_probs": ahead, "finetuning_type": "freeze"}
+        keys |= {"num_layer_trainable": 1, "overwrite_cache": True}
+        assert dpo(tiny, f"few-{steps}-{ahead}", **keys) == 0
+        said = capsys.readouterr().out
+        assert ("computed in" in said, "a frozen copy" in said) == (computed, not computed)
+        assert tiny.log(f"few-{steps}-{ahead}")[-1]["loss"] == pytest.approx(0.693147, abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
@@ -251,6 +262,12 @@ def test_another_reference_model_with_adapters_and_few_bits(tiny, capsys):
 def test_what_cannot_be_is_refused(tiny, keys, words, capsys):
     assert dpo(tiny, "refused", **keys) == 2
     assert words in capsys.readouterr().err
+
+
+def test_an_adapter_is_no_reference_model(tiny, capsys):
+    assert dpo(tiny, "first", num_train_epochs=1) == 0
+    assert dpo(tiny, "second", ref_model=tiny.folder / "first") == 2
+    assert "ref_model_adapters=" in capsys.readouterr().err
 
 
 def test_a_reference_with_another_tokenizer_is_refused(tiny, capsys):
