@@ -21,6 +21,7 @@ weighs the reference's answers too, as trl does (LLaMA-Factory: the policy's onl
 """
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
@@ -29,7 +30,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from batches import Batch
-from heads import answer_sums, head_trains, hidden_states, label_counts, label_logprobs, mean_head_row
+from heads import (
+    answer_sums,
+    batch_logprobs,
+    head_trains,
+    hidden_states,
+    label_counts,
+    label_logprobs,
+    mean_head_row,
+)
 from model import Decoder
 from objectives import Metrics, Stage
 from parallel import World
@@ -142,6 +151,11 @@ def odds_ratio_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
     return -F.logsigmoid(log_odds)
 
 
+def divergence(ratio_sums: Tensor) -> Tensor:
+    """(3,) of PairPreference.ratio_sums -> (2,): an estimate of the Kullback-Leibler divergence on each kind."""
+    return (ratio_sums[:2] / ratio_sums[2].clamp(min=1)).clamp(min=0)
+
+
 class PairPreference(Stage):
     """Stage dpo. In ratios (2, P) the chosen answers come first; without a reference they are log-probabilities."""
 
@@ -158,7 +172,7 @@ class PairPreference(Stage):
         if options.pref_loss == "orpo":
             self.metric_names = (*self.metric_names, "odds_ratio_loss")
         self.head_row: Tensor | None = None  # (E,), of a head that does not train
-        self.kl: Tensor | None = None  # (2,) of the current group
+        self.kl: Tensor | None = None  # (2,) of the current group, or the whole evaluation set
         self.rewards = torch.zeros(2, dtype=torch.float64)  # sum over the answers seen so far, their number
 
     def weight(self, batch: Batch) -> int:
@@ -174,26 +188,34 @@ class PairPreference(Stage):
     def follows_rewards(self) -> bool:
         return self.options.pref_loss == "bco_pair" or self.options.pref_bco_weight > 0
 
-    @torch.no_grad()
     def prepare(self, model: Decoder, group: list[Batch]) -> None:
         """For kto_pair and bco, which hold answers against a mean over the group: one more forward pass."""
-        follows = self.follows_rewards and model.training
-        if not (follows or self.options.pref_loss == "kto_pair"):
+        if not (model.training and (self.follows_rewards or self.options.pref_loss == "kto_pair")):
             return
-        was_training = model.training
         model.eval()
-        sums = torch.zeros(3, device=model.embed_tokens.weight.device)  # ratios of chosen, of rejected, pairs
-        for batch in group:
-            rows = hidden_states(model, batch)[batch.label_rows]
-            logprobs = label_logprobs(model, rows, batch.labels[batch.label_rows])
-            sums[:2] += self.ratios(model, batch, self.answers(logprobs, batch)).sum(1)
-            sums[2] += batch.pairs
-        model.train(was_training)
-        self.world.sum(sums)
-        self.kl = (sums[:2] / sums[2].clamp(min=1)).clamp(min=0)
-        if follows:
+        sums = self.ratio_sums(model, group)
+        model.train()
+        self.kl = divergence(sums)
+        if self.follows_rewards:
             new = torch.stack([self.options.pref_beta * sums[:2].sum(), 2 * sums[2]])
             self.rewards = self.rewards.to(new.device) + new
+
+    @torch.no_grad()
+    def ratio_sums(self, model: Decoder, group: Iterable[Batch]) -> Tensor:
+        """(3,) over all ranks: ratios of the chosen answers, of the rejected ones, pairs."""
+        sums = torch.zeros(3, device=model.embed_tokens.weight.device)
+        for batch in group:
+            ratios = self.ratios(model, batch, self.answers(batch_logprobs(model, batch), batch))
+            sums[:2] += ratios.sum(1)
+            sums[2] += batch.pairs
+        return self.world.sum(sums)
+
+    def evaluate(self, model: Decoder, batches: Iterator[Batch], world: World) -> dict[str, float]:
+        """As in training with the whole set as one group: the same numbers whatever the size of the batches."""
+        if self.options.pref_loss == "kto_pair":
+            batches = list(batches)
+            self.kl = divergence(self.ratio_sums(model, batches))
+        return super().evaluate(model, batches, world)
 
     def answers(self, logprobs: Tensor, batch: Batch) -> Tensor:
         """logprobs (L,) of the labels -> (2, P): c and r as the loss wants them."""

@@ -254,6 +254,19 @@ def test_a_group_has_the_same_gradient_however_it_is_cut(base, loss):  # noqa: F
             torch.testing.assert_close(found[name][2][parameter], gradient, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_an_evaluation_does_not_depend_on_the_batches_nor_change_the_training(base, loss):  # noqa: F811
+    model, found = policy(base).eval(), []
+    for group in GROUPS.values():
+        stage = stage_of(loss, None, **LOSSES[loss])
+        stage.reference = Reference(ld_alpha=stage.options.ld_alpha) if stage.options.needs_reference else None
+        with torch.no_grad():
+            found.append(stage.evaluate(model, iter([collate(part).rounded(8) for part in group]), ALONE))
+        assert not stage.rewards.any()
+    assert found[1] == pytest.approx(found[0], rel=2e-5, abs=1e-5)
+    assert found[2] == pytest.approx(found[0], rel=2e-5, abs=1e-5)
+
+
 def test_an_empty_batch_gives_a_zero_loss_that_goes_backward(base):  # noqa: F811
     model = policy(base)
     for loss in LOSSES:
