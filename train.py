@@ -349,7 +349,7 @@ def evaluate(this: Run) -> dict[str, float]:
         results["eval_perplexity"] = math.exp(min(results["eval_loss"], 700))  # of the mean loss
     if this.options.predict_with_generate:
         generated, rows = this.predictor.run(this.model, "eval")
-        results |= generated
+        results |= generated | results  # the stage's own first: grpo has an exact_match too, of the final answers
         this.monitor.show_samples(this.progress.step, rows)
     seconds = time.monotonic() - started
     examples = sum(len(loader.store) for loader in this.eval_loaders.values())

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from stage_runs import stage_keys, write_stage_data
+from stage_runs import data_of, stage_keys, write_stage_data
 from tiny_runs import assert_same_weights, make_rows, start_ranks, tiny_runs
 
 from chat import Conversation
@@ -91,6 +91,19 @@ def test_during_a_training_at_its_end_and_in_a_run_of_their_own_the_texts_are_th
     written = json.loads((tiny.folder / "alone" / "predict_results.json").read_text())
     assert written == tiny.results("alone")
     assert tiny.results("alone")["predict_samples_per_second"] > 0 and "train_loss" not in tiny.results("alone")
+
+
+@pytest.mark.parametrize("stage", ["kto", "ppo", "grpo"])
+def test_every_stage_with_prompts_predicts_texts_after_its_training_and_alone(tiny, stage):
+    keys = stage_keys(tiny, stage, eval_dataset=f"held_{data_of(stage)}", do_predict=True, predict_with_generate=True)
+    keys |= {"max_new_tokens": 6, "evaluation_strategy": "steps", "eval_steps": 2, "max_steps": 2}
+    assert tiny.train(f"{stage}-whole", do_train=True, **keys) == 0
+    written = predictions(tiny, f"{stage}-whole")
+    assert tiny.train(f"{stage}-alone", **keys, adapter_name_or_path=tiny.folder / f"{stage}-whole") == 0
+    assert predictions(tiny, f"{stage}-alone") == written and len(written) == 5
+    assert {"eval_bleu-4", "eval_exact_match", "eval_loss" if stage == "kto" else "eval_reward"} <= {
+        key for entry in tiny.log(f"{stage}-whole") for key in entry
+    }
 
 
 def test_the_texts_are_those_that_chat_gives_and_the_labels_the_answers_of_the_rows(tiny):
