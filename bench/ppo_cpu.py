@@ -52,13 +52,13 @@ def make_prompts(options: dict) -> list[list[int]]:
 
 def anvil(options: dict, adapter: str, turn) -> None:
     import numpy as np
-    from ppo import PPO, PPOOptions
 
     import host_memory
     import optim
     from batches import Example, collate
     from checkpoint import load_adapter, load_model
     from parallel import World
+    from ppo import PPO, PPOOptions
     from reference import Reference
     from sampling import GenerateOptions
     from tokenizer import Tokenizer
