@@ -216,6 +216,8 @@ def load_datasets(
         raise ValueError("dataset: none is named; give a name of dataset_info.json or the path of a file")
     train, evaluation, report = (_prepare_stream if options.streaming else _prepare_stored)(options, work)
     asked = _prompt_sets(work, train, evaluation, report) if prompts else {}
+    _require_examples(train, evaluation, asked, report)
+    evaluation = {name: store for name, store in evaluation.items() if len(store)}  # without answers: prompts only
     if saved is not None:
         if is_main:
             sets = ({} if train is None else {"train": train}) | evaluation
@@ -254,13 +256,16 @@ def _prepare_stored(
         files, order, report = work.dataset(info, "eval")
         evaluation[name] = ExampleStore([files], [name], np.stack([np.zeros_like(order), order], 1))
         reports.append(report)
-    _require_examples(train, evaluation, DataReport(reports))
     return train, evaluation, DataReport(reports)
 
 
-def _require_examples(train, evaluation: dict[str, ExampleStore], report: DataReport) -> None:
-    empty = [name for name, store in evaluation.items() if len(store) == 0]
-    if train is not None and len(train) == 0:
+def _require_examples(
+    train: ExampleStore | RowStream | None, evaluation: dict[str, ExampleStore], prompts: dict[str, ExampleStore],
+    report: DataReport,
+) -> None:  # fmt: skip
+    """Raises ValueError for a training set without examples, and for an evaluation set that is of no use."""
+    empty = [name for name, store in (prompts or evaluation).items() if len(store) == 0]
+    if isinstance(train, ExampleStore) and len(train) == 0:
         raise ValueError(f"dataset: no row can be trained on\n{report}")
     if empty:
         raise ValueError(f"eval_dataset: no row of {empty[0]!r} can be evaluated on\n{report}")
@@ -295,7 +300,6 @@ def _prepare_stream(
         stream.held_out = frozenset((k, row[0]) for k, row in held)
         evaluation["validation"] = ExampleStore.from_examples(examples, stream.datasets)
         report.datasets.append(DatasetReport("validation", "eval", tally, work.encode.kind))
-        _require_examples(None, evaluation, report)
     return stream, evaluation, report
 
 
@@ -324,11 +328,10 @@ def _prompt_sets(
             report.datasets.append(entry)
             parts.append(files)
             place = {int(row): i for i, row in enumerate(files.rows)}
-            index[mine] = [(k, place.get(int(row), -1)) for row in rows]
+            index[mine, 0], index[mine, 1] = k, [place.get(int(row), -1) for row in rows]
         if name != "validation":  # rows without an answer have no place in the evaluation set, but here they have
             index = np.stack([np.zeros_like(order), order], 1)
         sets[name] = ExampleStore(parts, store.datasets, index[index[:, 1] >= 0])
-    _require_examples(None, sets, report)
     return sets
 
 

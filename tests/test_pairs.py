@@ -529,9 +529,11 @@ def test_pairs_are_split_off_chosen_and_saved(home, tokenizer):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_evaluation_rows_can_be_had_as_prompts(home, tokenizer, streaming):
     rows = [{"instruction": f"q{i}", "output": f"a{i}" if i % 4 else None} for i in range(20)]
+    for row in (1, 2, 9):  # these are cut as dialogues, and so they are no prompts
+        rows[row]["instruction"] = "long " * 70
     put(home, "rows", rows)
     put(home, "more", rows[:7])
-    settings = {"dataset_dir": str(home), "streaming": streaming}
+    settings = {"dataset_dir": str(home), "streaming": streaming, "cutoff_len": 60}
 
     def prompts_of(**options):
         given = DataOptions(**settings, **options)
@@ -545,14 +547,23 @@ def test_evaluation_rows_can_be_had_as_prompts(home, tokenizer, streaming):
             asked[name] = [(example.source[1], label) for example, label in zip(examples, labels)]
         return prepared, asked
 
-    prepared, asked = prompts_of(dataset=("rows",), val_size=6)
-    held = prepared.eval["validation"].sources[:, 1].tolist()
+    prepared, asked = prompts_of(dataset=("rows",), val_size=12)
+    held = [row for row in prepared.eval["validation"].sources[:, 1].tolist() if row not in (1, 2, 9)]
+    assert len(held) < len(prepared.eval["validation"])
     assert [row for row, _ in asked["validation"] if row in held] == held  # the same rows in the same order
     assert all(label == (rows[row]["output"] or "") for row, label in asked["validation"])
     assert "validation (prompts)" in str(prepared.report) or "rows (prompts)" in str(prepared.report)
     prepared, asked = prompts_of(dataset=("rows",), eval_dataset=("more",))
-    assert asked == {"more": [(i, rows[i]["output"] or "") for i in range(7)]}  # those without an answer too
+    assert asked == {"more": [(i, rows[i]["output"] or "") for i in (0, 3, 4, 5, 6)]}  # those without an answer too
     assert len(prepared.eval["more"]) == 5
+    put(home, "bare", [{"instruction": "q", "output": None}])
+    prepared, asked = prompts_of(eval_dataset=("bare",))
+    assert asked == {"bare": [(0, "")]} and not prepared.eval  # nothing to compare with, but something to answer
+    with pytest.raises(ValueError, match="no row of 'bare' can be evaluated on"):
+        load_datasets(DataOptions(eval_dataset=("bare",), **settings), CHATML, tokenizer, "sft", seed=1)
+    put(home, "long", [{"instruction": "q " * 90, "output": "a"}])
+    with pytest.raises(ValueError, match="no row of 'long' can be evaluated on(.|\n)*prompt longer than cutoff_len"):
+        prompts_of(eval_dataset=("long",))
 
 
 def test_saved_data_holds_its_prompts_or_says_so(home, tokenizer):
