@@ -61,6 +61,7 @@ SECTIONS = [
     TrainOptions, ModelOptions, QuantOptions, DataOptions, TemplateOptions, LoraOptions, OptimOptions,
     PreferenceOptions, KTOOptions, ReferenceOptions, RewardOptions, GRPOOptions, PPOOptions, GenerateOptions,
 ]  # fmt: skip
+HEAD_START = 0.1  # share of trl's random start of a value head; see start_value_head
 STAGES: dict[str, type[Stage]] = {
     "pt": TokenLoss,
     "sft": TokenLoss,
@@ -283,8 +284,14 @@ def build_model(config: configuration.Config, source: Path, world: World) -> Dec
 def start_value_head(
     model: Decoder, source: Path, adapters: list[Path], generator: torch.Generator, world: World
 ) -> ValueHead:
-    """That of a reward model, where one lies beside the last adapter, or beside the model if there is none."""
+    """That of a reward model, where one lies beside the last adapter, or beside the model if there is none.
+
+    Else a tenth of trl's random start: hidden states are long vectors, so with the whole of it the values of a pair
+    would differ by noise of about 1, which takes a hundred updates to unlearn.
+    """
     head = ValueHead(model.config.hidden_size, world.device, generator)
+    for parameter in head.parameters():
+        parameter.data.mul_(HEAD_START)
     folder = adapters[-1] if adapters else source
     if has_value_head(folder):
         load_value_head(head, folder)

@@ -51,7 +51,8 @@ def assert_same_training(tiny, one: str, other: str) -> None:
     whole = torch.stack(list(changes.values())).norm()
     assert whole > 1e-3
     for name, change in changes.items():
-        assert (mine[name] - others[name]).norm() <= 2e-5 * max(change, 0.05 * whole), name
+        rounding = 6e-8 * start[name].norm()  # of the sum of a weight and its update
+        assert (mine[name] - others[name]).norm() <= 2e-5 * max(change, 0.05 * whole) + rounding, name
     for entry, twin in zip(tiny.log(one), tiny.log(other), strict=True):
         names = entry.keys() - {"tokens_per_second", "peak_memory", "elapsed_time", "remaining_time"}
         assert {name: twin[name] for name in names} == pytest.approx({name: entry[name] for name in names}, rel=1e-4,
