@@ -1,9 +1,9 @@
 """The final answer in a solution of a mathematical problem, and whether two of them are the same.
 
 Where it stands, in this order: behind the last "####" (GSM8K, arXiv 2110.14168), in the last \\boxed{...} (MATH, arXiv
-2103.03874), in the last <answer>...</answer> (R1's format), behind the last "answer is" or "answer:", else it is the
-last number. Numbers are compared as exact fractions (1,000 = 1000.0; 1/2 = 0.5 = \\frac{1}{2}), other text without
-regard to case and spaces.
+2103.03874), in the last <answer>...</answer> (R1's format), behind the last "answer is" or "answer:"; else it is the
+last number (of a solution; a row's own answer without such a mark is the answer itself). Numbers are compared as exact
+fractions (1,000 = 1000.0; 1/2 = 0.5 = \\frac{1}{2}), other text without regard to case and spaces.
 """
 
 import re
@@ -18,32 +18,49 @@ NOISE = re.compile(r"\\(?:text|mathrm|left|right|!|,|;|\s)|[{}$\s]|\\%|%")
 
 
 def final_answer(text: str) -> str | None:
-    """The answer that a solution ends with; None if it has none. A text that is nothing but an answer is one."""
-    if "####" in text:
-        return text.rpartition("####")[2].strip().split("\n")[0].strip() or None
-    found = _boxed(text)
+    """The answer that a solution ends with; None if it has none."""
+    found = _marked(text)
     if found is None:
-        tagged = TAGGED.findall(text)
-        found = tagged[-1] if tagged else None
-    if found is not None:
-        return found.strip() or None
-    said = SAID.findall(text)
-    if said:
-        numbers = NUMBER.findall(said[-1].rpartition("=")[2])  # "the answer is 3 + 4 = 7 apples"
-        return numbers[0] if numbers else said[-1].strip().rstrip(".") or None
-    numbers = NUMBER.findall(text)
-    return numbers[-1] if numbers else text.strip() or None
+        numbers = NUMBER.findall(text)
+        found = numbers[-1] if numbers else text
+    return found.strip() or None
 
 
 def same_answer(text: str, expected: str) -> bool:
-    """Whether a solution ends with the answer that the expected solution (or bare answer) ends with."""
-    mine, theirs = final_answer(text), final_answer(expected)
-    if mine is None or theirs is None:
+    """Whether a solution ends with the expected answer, or is nothing else.
+
+    expected: a solution that marks its answer (not merely ends with a number), or the answer alone.
+    """
+    marked = _marked(expected)
+    theirs = expected.strip() if marked is None else marked.strip()
+    if not theirs or not text.strip():
+        return False
+    if _bare(text) == _bare(theirs):
+        return True
+    mine = final_answer(text)
+    if mine is None:
         return False
     mine_value, their_value = number(mine), number(theirs)
     if mine_value is not None and their_value is not None:
         return mine_value == their_value
     return _bare(mine) == _bare(theirs)
+
+
+def _marked(text: str) -> str | None:
+    """The answer where something says that it is one; "" if nothing stands there."""
+    if "####" in text:
+        return text.rpartition("####")[2].strip().split("\n")[0]
+    boxed = _boxed(text)
+    if boxed is not None:
+        return boxed
+    tagged = TAGGED.findall(text)
+    if tagged:
+        return tagged[-1]
+    said = SAID.findall(text)
+    if not said:
+        return None
+    numbers = NUMBER.findall(said[-1].rpartition("=")[2])  # "the answer is 3 + 4 = 7 apples"
+    return numbers[0] if numbers else said[-1].strip().rstrip(".")
 
 
 def number(text: str) -> Fraction | None:

@@ -1,15 +1,22 @@
 """Advantages and losses of groups, against trl's own code in float64 and the papers' formulas."""
 
+import json
+import math
 from collections import defaultdict
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from tiny_runs import assert_same_weights, tiny_runs
 from trl import GRPOTrainer, RLOOTrainer
 
+from batches import Example, collate
+from checkpoint import load_model
 from grpo import (
     GRPOOptions,
     clipped_losses,
+    deviation_over_ranks,
     group_deviation,
     k3_divergence,
     leave_one_out,
@@ -17,6 +24,7 @@ from grpo import (
     mean_baseline,
     policy_loss,
 )
+from heads import batch_logprobs
 
 COUNTS = [3, 1, 0, 7, 4, 5]  # tokens of each answer; the third one is left out, as mask_truncated_completions does
 LONGEST = 9  # max_new_tokens
@@ -161,10 +169,8 @@ def test_advantages_by_hand():
 
 def test_divergence_and_clipping_by_hand():
     policy, reference = torch.tensor([0.5, 0.2]).double().log(), torch.tensor([0.25, 0.4]).double().log()
-    expected = torch.tensor([0.5 + torch.log(torch.tensor(2.0)), 2 - torch.log(torch.tensor(2.0)) - 1]) - torch.tensor(
-        [1.0, 0.0]
-    )
-    torch.testing.assert_close(k3_divergence(policy, reference).float(), expected)
+    expected = torch.tensor([0.5 + math.log(2) - 1, 2 - math.log(2) - 1]).double()
+    torch.testing.assert_close(k3_divergence(policy, reference), expected, rtol=0, atol=1e-7)
     ratios = torch.tensor([1.5, 1.5, 0.5, 0.5, 1.1]).double()
     advantages = torch.tensor([1.0, -1.0, 1.0, -1.0, 2.0]).double()
     losses = clipped_losses(ratios.log(), advantages, 0.2, 0.28)
@@ -186,3 +192,110 @@ def test_divergence_and_clipping_by_hand():
 def test_options_that_make_no_sense_are_refused(keys, words):
     with pytest.raises(ValueError, match=words):
         GRPOOptions(**keys)
+
+
+# The stage, on a tiny model
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("grpo")
+    with tiny_runs(folder) as made:
+        rows = [{"instruction": f"{a} + {b} =", "output": str(a + b)} for a in (3, 11) for b in range(4)]
+        (folder / "sums.json").write_text(json.dumps(rows))
+        (folder / "letters.py").write_text(
+            "def low(completion_ids, completions):\n"
+            "    return [sum(token < 300 for token in ids) / len(ids) for ids in completion_ids]\n\n\n"
+            "def vowels(completions):\n    return [float(text.count('e')) for text in completions]\n"
+        )
+        made.keys = {
+            "stage": "grpo", "dataset": folder / "sums.json", "reward_file": folder / "letters.py", "top_p": 1,
+            "top_k": 0, "temperature": 1, "max_new_tokens": 7, "num_generations": 4, "lora_rank": 4,
+        }  # fmt: skip
+        yield made
+
+
+def test_training_raises_the_reward_and_evaluation_measures_greedy_answers(tiny):
+    keys = tiny.keys | {
+        "num_generations": 8, "reward_weights": "1.0,0.0", "val_size": 2, "evaluation_strategy": "steps",
+        "eval_steps": 10, "max_steps": 20, "learning_rate": 3e-2, "finetuning_type": "full", "save_strategy": "steps",
+        "save_steps": 10, "lr_scheduler_type": "constant", "load_best_model_at_end": True,
+    }  # fmt: skip
+    assert tiny.train("rises", **keys) == 0
+    rewards = list(tiny.losses("rises", "reward").values())
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.2
+    last = tiny.log("rises")[-1]
+    assert last["eval_reward"] > rewards[0] and last["eval_exact_match"] == 0
+    assert 1 <= last["eval_completions/mean_length"] <= 7
+    first = tiny.log("rises")[0]
+    assert first["reward"] == pytest.approx(first["rewards/low/mean"])  # weights 1 and 0
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"scale_rewards": "batch", "num_iterations": 2, "beta": 0.1},
+        {"advantage_estimator": "rloo", "loss_type": "rloo", "beta": 0.1, "kl_in_reward": True},
+        {"loss_type": "dr_grpo", "scale_rewards": "none", "temperature": 0.7, "num_iterations": 2},
+        {"loss_type": "grpo", "importance_sampling_level": "sequence"},
+    ],
+    ids=["batch", "rloo", "dr_grpo", "gspo"],
+)
+def test_partitions_agree(tiny, keys):
+    """4 prompts at once or in 4 micro-batches: the same answers and the same weights."""
+    keys = tiny.keys | keys | {"max_steps": 2, "learning_rate": 1e-3}
+    name = keys.get("loss_type", "batch")
+    assert tiny.train(f"{name}-whole", **keys, per_device_train_batch_size=4) == 0
+    split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    assert tiny.train(f"{name}-parts", **keys, **split) == 0
+    assert_same_weights(tiny.weights(f"{name}-whole"), tiny.weights(f"{name}-parts"), 2e-5)
+    assert tiny.losses(f"{name}-whole", "reward")[1] == pytest.approx(tiny.losses(f"{name}-parts", "reward")[1])
+
+
+def test_batch_deviation_goes_over_ranks():
+    mine, other = torch.rand(3, 4, dtype=torch.float64), torch.rand(2, 4, dtype=torch.float64) + 1
+    everything = torch.cat([mine.flatten(), other.flatten()])
+    answers = iter([torch.tensor([8.0, other.sum()]).double(), ((other - everything.mean()) ** 2).sum()])
+    world = SimpleNamespace(device="cpu", sum=lambda tensor: tensor + next(answers))
+    torch.testing.assert_close(deviation_over_ranks(mine, world), everything.std())
+
+
+def test_truncated_answers_teach_nothing(tiny):
+    """With one token to write all answers are cut off (the tiny model's stop token is unlikely): no update at all."""
+    keys = tiny.keys | {"max_new_tokens": 1, "mask_truncated_completions": True, "max_steps": 1}
+    assert tiny.train("cut", **keys) == 0
+    assert tiny.log("cut")[0]["completions/clipped_ratio"] == 1.0
+    assert tiny.log("cut")[0]["grad_norm"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"do_sample": False}, "would all be the same"),
+        ({"stage": "sft", "beta": 0.1}, "pref_beta"),
+        ({"stage": "dpo", "loss_type": "grpo"}, "pref_loss"),
+        ({"num_generations": 1}, "at least 2"),
+        ({"reward_file": None}, "reward_file"),
+    ],
+)
+def test_wrong_keys_are_named(tiny, capsys, keys, words):
+    assert tiny.train("wrong", **(tiny.keys | keys)) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_bent_distribution_is_announced(tiny, capsys):
+    assert tiny.train("bent", **(tiny.keys | {"top_p": 0.9, "max_steps": 1})) == 0
+    assert "sampled with top_p=0.9" in capsys.readouterr().out
+
+
+def test_log_probabilities_are_those_of_the_sampling_temperature(tiny):
+    """Against log_softmax(logits / temperature), through the logit-free head."""
+    model = load_model(tiny.model).eval()
+    batch = collate([Example(
+        np.arange(3, 12, dtype=np.int32), np.arange(9) > 3, np.zeros(9, np.int16), np.zeros(9, np.uint8), (0, 0)
+    )])  # fmt: skip
+    with torch.no_grad():
+        logits = model.logits(model(batch.tokens, batch.positions, batch.cu_seqlens, batch.max_seqlen))
+        expected = torch.log_softmax(logits.double() / 0.6, -1)[batch.label_rows]
+        expected = expected.gather(1, batch.labels[batch.label_rows][:, None])[:, 0]
+        torch.testing.assert_close(batch_logprobs(model, batch, 0.6).double(), expected, rtol=1e-5, atol=1e-5)
