@@ -312,6 +312,12 @@ class BatchLoader:
             lengths = np.array([lengths[row].sum() for row in self.rows])
         return int(np.sort(lengths)[-self.rows_per_batch :].sum())
 
+    def most_examples(self) -> int:
+        """Examples of the largest batch that an epoch's order can make."""
+        if self.rows is None:
+            return min(self.rows_per_batch, len(self.store))
+        return int(np.sort([len(row) for row in self.rows])[-self.rows_per_batch :].sum())
+
     def _permutation(self, count: int, *stream: int) -> np.ndarray:
         return np.random.default_rng([self.seed, *stream]).permutation(count)
 
@@ -368,6 +374,10 @@ class StreamingLoader:
     def most_tokens(self) -> int:
         """Tokens of the largest batch that may come: nobody knows the stream's lengths."""
         return self.rows_per_batch * self.cutoff_len
+
+    def most_examples(self) -> int:
+        """Examples of the largest batch that may come, taking none of a packed row to be shorter than 16 tokens."""
+        return self.rows_per_batch * (max(1, self.cutoff_len // 16) if self.packing else 1)
 
     def _global_batches(self) -> Iterator[list[Example]]:
         units = self._packed_rows() if self.packing else ([example] for example in self._examples())

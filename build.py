@@ -72,6 +72,7 @@ STAGES: dict[str, type[Stage]] = {
     "ppo": PPO,
     "grpo": GroupPolicy,
 }
+WRITES = ("ppo", "grpo")  # stages that learn from texts that the model writes
 
 
 def find_start(config: configuration.Config) -> tuple[Path | None, Path]:
@@ -305,29 +306,62 @@ def make_plan(config: configuration.Config, source: Path, prepared: Prepared, lo
     if loader is None:
         raise ValueError("plan: there is nothing to plan without training; drop plan, or do_eval")
     model = build_model(config, source, world)
-    free = memory.free_bytes(world.device) - plan.weight_bytes(model)
-    tokens = largest_row(loader, world)
+    beside = bytes_beside(config, model)
+    free = memory.free_bytes(world.device) - plan.weight_bytes(model) - sum(beside.values())
+    tokens = largest_row(loader, config, world)
     need = memory.need(model, tokens, config[OptimOptions].optim, world.size)
     chosen, line = memory.plan(options.recomputation, need, model.config.num_layers, world.device, free)
     store = prepared.train if isinstance(prepared.train, ExampleStore) else None
-    lengths = np.full(1, config[DataOptions].cutoff_len) if store is None else np.asarray(store.lengths)
+    lengths = np.full(1, config[DataOptions].cutoff_len) if store is None else store.segment_lengths
     share = 1.0 if store is None else store.trained_share
-    peak = plan.predict_peak(model, chosen, need, plan.largest_file(source), world.device)
+    if options.stage in WRITES:
+        lengths = lengths + config[GenerateOptions].max_new_tokens
+        share = config[GenerateOptions].max_new_tokens / lengths.mean()
+    peak = plan.predict_peak(model, chosen, need, plan.largest_file(source), world.device, beside)
     bound = plan.bound_speed(model, chosen, lengths, share, tokens, world.device)
     text = plan.report(peak, bound, memory.free_bytes(world.device), tokens, world.device)
+    if options.stage in WRITES:
+        text += "\n  (of the updates; to it comes the time in which the model writes the texts that it learns from)"
     return f"{trainable_report(model)}\n{line}\n\n{text}"
 
 
-def largest_row(loader, world: World) -> int:
-    """Tokens of the largest micro-batch, with what pads the row."""
+def bytes_beside(config: configuration.Config, model: Decoder) -> dict[str, float]:
+    """Weights that a run holds beside those of the model it trains, by what they are for; see make_reference and
+    make_reward. What serves only before the first update is not counted."""
+    options, found = config[TrainOptions], {}
+    live = options.stage in WRITES or config[DataOptions].streaming
+    needs = {"dpo": config[PreferenceOptions].needs_reference, "grpo": config[GRPOOptions].beta > 0}
+    named = {"reward model": config[RewardOptions].reward_model}
+    if options.stage not in WRITES or config[RewardOptions].reward_model_type != "full":
+        named.clear()
+    if live and needs.get(options.stage, options.stage in ("kto", "ppo")):
+        named["reference"] = config[ReferenceOptions].ref_model
+        if named["reference"] is None and config[LoraOptions].finetuning_type != "lora":
+            found["reference"] = float(sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad))
+    bits = {"reward model": config[RewardOptions].reward_model_quantization_bit}
+    bits["reference"] = config[ReferenceOptions].ref_model_quantization_bit
+    for name, folder in named.items():
+        if folder is not None and Path(folder).is_dir():
+            quantization = quant.from_options(replace(config[QuantOptions], quantization_bit=bits[name]))
+            second = plan.skeleton(Path(folder), load_config(folder), compute_dtype(options), quantization)
+            found[name] = plan.weight_bytes(second)
+    return found
+
+
+def largest_row(loader, config: configuration.Config, world: World) -> int:
+    """Tokens of the largest micro-batch, with what pads the row; of a stage that writes texts, with all of these."""
+    tokens, stage = loader.most_tokens(), config[TrainOptions].stage
+    if stage in WRITES:
+        tokens += loader.most_examples() * config[GenerateOptions].max_new_tokens
+        tokens *= config[GRPOOptions].num_generations if stage == "grpo" else 1
     multiple = ROW_MULTIPLE[world.device.type]
-    return -(-loader.most_tokens() // multiple) * multiple
+    return -(-tokens // multiple) * multiple
 
 
 def choose_recomputation(model: Decoder, loader, config: configuration.Config, world: World) -> str:
     """Tell the model what its blocks keep for the backward pass; gives a line that says so."""
     options = config[TrainOptions]
-    need = memory.need(model, largest_row(loader, world), config[OptimOptions].optim, world.size)
+    need = memory.need(model, largest_row(loader, config, world), config[OptimOptions].optim, world.size)
     if options.compiles:
         need = need.without_selective()
         for block in model.layers:

@@ -94,12 +94,13 @@ def need(model: Decoder, tokens: int, optimizer: str = "adamw_torch", ranks: int
     head = model.head_weight()
     trained_head = head.numel() * 4 if head.requires_grad else 0  # summed in fp32 beside the gradient itself
     narrow_head = head.numel() * size if head.dtype != compute else 0
+    values = 8 * tokens * hidden if model.v_head is not None else 0  # the rows in fp32 for it, and their gradient
     first = first_trained(model)
     return Need(
         blocks=config.num_layers - first,
         gradients=gradients * (2 if ranks > 1 else 1),
         optimizer=optimizer_state,
-        head=head_rows + logits + trained_head + narrow_head,
+        head=head_rows + logits + trained_head + narrow_head + values,
         block=block + _shared_weight(model, size),
         everything=block + copies,
         selective=block + copies - tokens * cheap * size,

@@ -114,10 +114,11 @@ class Peak:
 
 
 def predict_peak(
-    model: Decoder, chosen: recompute.Plan, need: memory.Need, file_bytes: float, device: torch.device
-) -> Peak:
+    model: Decoder, chosen: recompute.Plan, need: memory.Need, file_bytes: float, device: torch.device,
+    beside: dict[str, float] | None = None,
+) -> Peak:  # fmt: skip
     """model: the skeleton, prepared as for training; chosen, need: what memory.plan and memory.need say of it;
-    file_bytes: of the largest file of weights."""
+    file_bytes: of the largest file of weights; beside: bytes of other models that are held (reference, reward)."""
     parts = {} if device.type == "cuda" else {"process": float(resident_bytes())}
     packed = [module for module in model.modules() if isinstance(module, QuantLinear)]
     frozen = [p for p in model.parameters() if not p.requires_grad]
@@ -127,6 +128,7 @@ def predict_peak(
     loading = dict(parts)
     if device.type != "cuda":  # the pages of the mapped file that have been read count until it is closed
         loading["file being read"] = file_bytes
+    parts |= beside or {}
     parts["gradients"], parts["optimizer"] = need.gradients, need.optimizer
     below = model.config.num_layers - need.blocks  # blocks without a backward pass keep nothing
     counts = max(0, chosen.full - below), min(chosen.selective, need.blocks)

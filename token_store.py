@@ -194,6 +194,12 @@ class ExampleStore:
         return sum(int(np.count_nonzero(part.trained)) for part in self.parts) / max(1, total)
 
     @property
+    def segment_lengths(self) -> np.ndarray:
+        """(segments,) int64: tokens of every segment; an example has one or two."""
+        lengths, splits = np.asarray(self.lengths, np.int64), self._gather("splits", np.int64)
+        return np.concatenate([np.where(splits > 0, splits, lengths), (lengths - splits)[splits > 0]])
+
+    @property
     def sources(self) -> np.ndarray:
         """(n, 2): dataset and row of each example."""
         return np.stack([self.index[:, 0], self._gather("rows", np.int64)], 1)

@@ -145,9 +145,9 @@ def run(config: configuration.Config, world: World) -> int:
     if quantised_linears(model):
         world.print(quant.report(model))
     world.print(kernels.choices(world.device, config[ModelOptions].flash_attn))
-    if loader is not None:
-        world.print(build.choose_recomputation(model, loader, config, world))
     stage = build.make_stage(config, model, source, tokenizer, template, prepared, world)
+    if loader is not None:  # now that a reference and a reward model have taken their memory
+        world.print(build.choose_recomputation(model, loader, config, world))
     this = Run(
         options=options,
         optim_options=config[OptimOptions],

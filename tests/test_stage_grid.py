@@ -1,6 +1,7 @@
 """Every stage with every tuning method through the command line, and what cannot be combined."""
 
 import math
+import re
 
 import pytest
 from stage_runs import METHODS, PAIRED, data_of, held_out, stage_keys, stages, value_head, write_stage_data
@@ -70,6 +71,30 @@ def test_a_run_can_be_planned(tiny, stage, capsys):
     said = capsys.readouterr().out
     assert "plan for a micro-batch of" in said and "tokens/s" in said
     assert not (tiny.folder / f"plan-{stage}").exists()
+
+
+@pytest.mark.parametrize(("stage", "answers"), [("ppo", 1), ("grpo", 3)])
+def test_a_plan_counts_the_texts_that_the_model_writes(tiny, stage, answers, capsys):
+    tokens = []
+    for longest in (6, 38):
+        assert tiny.train("plan", plan=True, **stage_keys(tiny, stage, max_new_tokens=longest)) == 0
+        said = capsys.readouterr().out
+        tokens.append(int(re.search(r"micro-batch of ([0-9,]+) tokens", said)[1].replace(",", "")))
+        assert "in which the model writes" in said
+    assert tokens[1] - tokens[0] == 32 * 4 * answers  # 4 prompts in a micro-batch
+
+
+def test_a_plan_counts_a_second_model_only_where_one_is_held(tiny, capsys):
+    def parts(stage: str, **keys) -> list[str]:
+        assert tiny.train("plan", plan=True, **stage_keys(tiny, stage, **keys)) == 0
+        return re.findall(r"^  (reference|reward model) ", capsys.readouterr().out, re.MULTILINE)
+
+    assert parts("ppo") == parts("dpo", finetuning_type="full") == []  # adapters are switched off; computed before
+    assert parts("ppo", finetuning_type="full") == ["reference"]
+    assert parts("grpo", finetuning_type="full") == []
+    assert parts("grpo", ref_model=tiny.model, beta=0.1) == ["reference"]
+    judged = {"reward_file": None, "reward_model": tiny.model, "reward_model_type": "full"}
+    assert parts("ppo", **judged) == ["reward model"]
 
 
 @pytest.mark.parametrize("stage", stages())
