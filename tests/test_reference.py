@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from tiny_runs import assert_same_weights, make_rows, start_ranks, tiny_runs
@@ -151,7 +152,11 @@ def test_the_key_changes_with_weights_and_tokens_and_nothing_else(tiny):
     store = store_of(tiny)
     assert store_key(store) == store_key(store_of(tiny))
     assert store_key(store) != store_key(store_of(tiny, cutoff_len=40))
-    assert store_key(store) != store_key(store.select(torch.arange(19).flip(0).numpy()))
+    assert store_key(store) != store_key(store.select(np.array([*range(5), 6, 5, *range(7, 19)])))
+    part = (masked := store_of(tiny)).parts[0]
+    part.trained = part.trained.copy()
+    part.trained[np.flatnonzero(part.trained)[-1]] = False
+    assert store_key(store) != store_key(masked)
 
 
 def cached(tiny) -> list:
