@@ -188,6 +188,7 @@ class GroupPolicy(Stage):
     holds the answers with all that is known of them, so that a resumed run goes on with the same ones.
     """
 
+    uses_dropout = False  # texts are written, and old log-probabilities taken, without it
     evaluation_names = ("reward", "exact_match", "completions/mean_length", "completions/clipped_ratio")
     drawn_names = ("reward", "reward_std", "frac_reward_zero_std", "completions/mean_length",
                    "completions/clipped_ratio")  # fmt: skip

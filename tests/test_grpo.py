@@ -283,6 +283,15 @@ def test_wrong_keys_are_named(tiny, capsys, keys, words):
     assert words in capsys.readouterr().err
 
 
+def test_dropout_is_off_and_said_to_be(tiny, capsys):
+    """With it the two updates on the same answers would compare different policies."""
+    keys = tiny.keys | {"max_steps": 2, "num_iterations": 2}
+    assert tiny.train("dry", **keys) == 0
+    assert tiny.train("wet", **keys, lora_dropout=0.5) == 0
+    assert "lora_dropout 0.5 is not used" in capsys.readouterr().out
+    assert_same_weights(tiny.weights("dry"), tiny.weights("wet"))
+
+
 def test_a_bent_distribution_is_announced(tiny, capsys):
     assert tiny.train("bent", **(tiny.keys | {"top_p": 0.9, "max_steps": 1})) == 0
     assert "sampled with top_p=0.9" in capsys.readouterr().out
