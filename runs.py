@@ -170,6 +170,12 @@ class TrainOptions:
         return self.gradient_checkpointing
 
     @property
+    def compute_dtype(self) -> torch.dtype:
+        if self.bf16 or self.pure_bf16:
+            return torch.bfloat16
+        return torch.float16 if self.fp16 else torch.float32
+
+    @property
     def services(self) -> tuple[str, ...]:
         return tuple(name for name in self.report_to if name not in ("none", ""))
 

@@ -35,6 +35,7 @@ import parallel
 import predict
 import quant
 import runs
+import stages
 from batches import ROW_MULTIPLE, Batch, BatchLoader, StreamingLoader
 from build import SECTIONS, steps_per_epoch
 from checkpoint import ModelOptions, restore_trained
@@ -123,7 +124,7 @@ def run(config: configuration.Config, world: World) -> int:
     for notice in config.notices:
         world.print(f"note: {notice}")
     monitor.check_services(options.services)
-    kernels.require_attention(config[ModelOptions].flash_attn, world.device, build.compute_dtype(options))
+    kernels.require_attention(config[ModelOptions].flash_attn, world.device, options.compute_dtype)
     resume, source = build.find_start(config)
     build.refuse_on_quantised(config, source)
     tokenizer = Tokenizer.from_folder(source)
@@ -132,7 +133,7 @@ def run(config: configuration.Config, world: World) -> int:
     predictor = build.make_predictor(config, prepared, template, tokenizer, world)
     loader, eval_loaders = build.make_loaders(prepared, options, config[DataOptions], world)
     build.check_metric(options, eval_loaders, predictor)
-    rhythm = build.make_rhythm(config)
+    rhythm = stages.make_rhythm(config)
     total_steps = build.count_steps(options, rhythm, loader)
     if options.plan:
         world.print(build.make_plan(config, source, prepared, loader, world))
@@ -145,7 +146,7 @@ def run(config: configuration.Config, world: World) -> int:
     if quantised_linears(model):
         world.print(quant.report(model))
     world.print(kernels.choices(world.device, config[ModelOptions].flash_attn))
-    stage = build.make_stage(config, model, source, tokenizer, template, prepared, world)
+    stage = stages.make_stage(config, model, source, tokenizer, template, prepared, world)
     if loader is not None:  # now that a reference and a reward model have taken their memory
         world.print(build.choose_recomputation(model, loader, config, world))
     this = Run(

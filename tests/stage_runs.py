@@ -7,19 +7,17 @@
 import json
 from pathlib import Path
 
-import pytest
 from tiny_runs import TinyRuns, make_rows
 
-import build
+from stages import STAGES, WRITES
 
-STAGES = ("pt", "sft", "rm", "dpo", "orpo", "kto", "ppo", "grpo")  # all that there shall be
 METHODS = {
     "full": {"finetuning_type": "full"},
     "freeze": {"finetuning_type": "freeze", "num_layer_trainable": 1},
     "lora": {"lora_rank": 4},
     "qlora": {"lora_rank": 4, "quantization_bit": 4},
 }
-PAIRED, ROLLED = ("rm", "dpo", "orpo"), ("ppo", "grpo")
+PAIRED = ("rm", "dpo", "orpo")
 REWARDS = '''"""Texts with many letters e, each text for itself."""
 
 
@@ -28,11 +26,8 @@ def letters(completions, **others):
 '''
 
 
-def stages(*without: str) -> list:
-    """Parameters for pytest: every stage, those that are not built yet marked as such."""
-    missing = pytest.mark.skip(reason="this stage is not built yet")
-    chosen = [stage for stage in STAGES if stage not in without]
-    return [stage if stage in build.STAGES else pytest.param(stage, marks=missing) for stage in chosen]
+def all_stages(*without: str) -> list[str]:
+    return [stage for stage in STAGES if stage not in without]
 
 
 def write_stage_data(tiny: TinyRuns, count: int = 12) -> None:
@@ -74,7 +69,7 @@ def stage_keys(tiny: TinyRuns, stage: str, **keys) -> dict:
     """A run of this stage on the data of write_stage_data."""
     folder = tiny.folder / "stages"
     chosen = {"stage": stage, "dataset_dir": folder, "dataset": data_of(stage)}
-    if stage in ROLLED:
+    if stage in WRITES:
         chosen |= {"reward_file": folder / "rewards.py", "max_new_tokens": 6}
     if stage == "ppo":
         chosen |= {"ppo_epochs": 2}

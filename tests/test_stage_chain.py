@@ -5,10 +5,9 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from stage_runs import held_out, stage_keys, stages, write_stage_data
+from stage_runs import all_stages, held_out, stage_keys, write_stage_data
 from tiny_runs import assert_same_weights, tiny_runs
 
-import build
 import chat
 import export
 
@@ -36,7 +35,7 @@ def both(tiny) -> str:
     return f"{tiny.folder / 'sft'},{tiny.folder / 'second'}"
 
 
-@pytest.mark.parametrize("stage", stages())
+@pytest.mark.parametrize("stage", all_stages())
 def test_all_but_the_last_adapter_are_merged_and_the_last_trains_on(tiny, merged, stage):
     keys = stage_keys(tiny, stage, max_steps=3)
     assert tiny.train(f"{stage}-chained", adapter_name_or_path=both(tiny), **keys) == 0
@@ -48,7 +47,7 @@ def test_all_but_the_last_adapter_are_merged_and_the_last_trains_on(tiny, merged
                for name, tensor in tiny.weights(f"{stage}-chained").items())  # fmt: skip
 
 
-@pytest.mark.parametrize("stage", stages())
+@pytest.mark.parametrize("stage", all_stages())
 def test_a_new_adapter_starts_on_the_merge_of_all(tiny, merged, stage):
     keys = stage_keys(tiny, stage, max_steps=2, create_new_adapter=True, lora_rank=2)
     assert tiny.train(f"{stage}-new", adapter_name_or_path=both(tiny), **keys) == 0
@@ -60,7 +59,7 @@ def test_a_new_adapter_starts_on_the_merge_of_all(tiny, merged, stage):
     assert_same_weights(tiny.weights(f"{stage}-new"), tiny.weights(f"{stage}-on-merge"), tolerance=1e-5)
 
 
-@pytest.mark.parametrize("stage", stages("pt", "sft", "rm", "orpo", "ppo", "grpo"))
+@pytest.mark.parametrize("stage", all_stages("pt", "sft", "rm", "orpo", "ppo", "grpo"))
 def test_the_reference_lacks_the_adapter_that_trains_and_has_those_that_are_merged(tiny, stage, capsys):
     """Rewards are beta (policy - reference): before the first update those of a new adapter are 0."""
     keys = stage_keys(tiny, stage, max_steps=1, adapter_name_or_path=tiny.folder / "sft")
@@ -91,7 +90,6 @@ def test_a_reward_model_goes_on_with_its_value_head(tiny):
     assert_same_weights(*heads)
 
 
-@pytest.mark.skipif("ppo" not in build.STAGES, reason="this stage is not built yet")
 @pytest.mark.parametrize("new", [False, True], ids=["the adapter trains on", "a new adapter"])
 def test_from_sft_over_a_reward_model_to_ppo_and_chat(tiny, new, capsys):
     """The reward of the first draw is what the reward model says of these texts."""

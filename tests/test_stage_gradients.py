@@ -6,7 +6,7 @@ empty batch at the end.
 
 import pytest
 import torch
-from stage_runs import data_of, stage_keys, stages, write_stage_data
+from stage_runs import all_stages, data_of, stage_keys, write_stage_data
 from tiny_runs import start_ranks, tiny_runs
 
 SGD = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0, "lr_scheduler_type": "constant"}
@@ -65,14 +65,14 @@ def assert_same_training(tiny, one: str, other: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("stage", stages())
+@pytest.mark.parametrize("stage", all_stages())
 def test_a_layout_trains_the_weights_of_one_batch(tiny, together, stage, layout):
     name, expected = f"{stage}-{layout.partition(' ')[0]}", together(stage)
     assert tiny.train(name, **keys_of(tiny, stage) | LAYOUTS[layout]) == 0
     assert_same_training(tiny, expected, name)
 
 
-@pytest.mark.parametrize("stage", stages())
+@pytest.mark.parametrize("stage", all_stages())
 def test_two_ranks_train_the_weights_of_one_batch(tiny, together, stage):
     name = f"{stage}-ranks"
     expected = together(stage)

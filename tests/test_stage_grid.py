@@ -4,12 +4,21 @@ import math
 import re
 
 import pytest
-from stage_runs import METHODS, PAIRED, data_of, held_out, stage_keys, stages, value_head, write_stage_data
+from stage_runs import (
+    METHODS,
+    PAIRED,
+    all_stages,
+    data_of,
+    held_out,
+    stage_keys,
+    value_head,
+    write_stage_data,
+)
 from tiny_runs import assert_same_weights, tiny_runs
 
-import build
 import chat
 import export
+from stages import STAGES
 
 
 @pytest.fixture(scope="module")
@@ -20,12 +29,12 @@ def tiny(tmp_path_factory):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("stage", stages())
+@pytest.mark.parametrize("stage", all_stages())
 def test_a_stage_trains_logs_evaluates_and_saves(tiny, stage, method):
     name = f"{stage}-{method}"
     keys = stage_keys(tiny, stage, **METHODS[method], **held_out(stage))
     assert tiny.train(name, max_steps=2, do_train=True, do_eval=True, **keys) == 0
-    kind, log = build.STAGES[stage], tiny.log(name)
+    kind, log = STAGES[stage], tiny.log(name)
     steps = [entry for entry in log if "loss" in entry]
     assert [entry["current_steps"] for entry in steps] == [1, 2]
     for entry in steps:
@@ -50,7 +59,7 @@ def test_a_stage_trains_logs_evaluates_and_saves(tiny, stage, method):
             assert all("layers.1." in key for key in changed)
 
 
-@pytest.mark.parametrize("stage", stages())
+@pytest.mark.parametrize("stage", all_stages())
 def test_what_a_stage_trained_is_asked_and_merged_from_its_folder_alone(tiny, stage, tmp_path, capsys):
     run = tiny.folder / f"asked-{stage}"
     assert tiny.train(run.name, max_steps=1, **stage_keys(tiny, stage)) == 0
@@ -65,7 +74,7 @@ def test_what_a_stage_trained_is_asked_and_merged_from_its_folder_alone(tiny, st
     assert chat.main([f"model_name_or_path={merged}", *asked]) == 0
 
 
-@pytest.mark.parametrize("stage", stages())
+@pytest.mark.parametrize("stage", all_stages())
 def test_a_run_can_be_planned(tiny, stage, capsys):
     assert tiny.train(f"plan-{stage}", plan=True, **stage_keys(tiny, stage)) == 0
     said = capsys.readouterr().out
@@ -97,7 +106,7 @@ def test_a_plan_counts_a_second_model_only_where_one_is_held(tiny, capsys):
     assert parts("ppo", **judged) == ["reward model"]
 
 
-@pytest.mark.parametrize("stage", stages())
+@pytest.mark.parametrize("stage", all_stages())
 def test_a_seed_fixes_a_run(tiny, stage):
     keys = stage_keys(tiny, stage, max_steps=2)
     for name in ("first", "second"):
@@ -108,7 +117,7 @@ def test_a_seed_fixes_a_run(tiny, stage):
                for key, tensor in tiny.weights(f"{stage}-first").items())  # fmt: skip
 
 
-@pytest.mark.parametrize("stage", stages())
+@pytest.mark.parametrize("stage", all_stages())
 @pytest.mark.parametrize("method", ["full", "freeze"])
 def test_quantised_weights_are_trained_by_adapters_alone(tiny, stage, method, capsys):
     keys = stage_keys(tiny, stage, **METHODS[method], quantization_bit=4)
@@ -116,7 +125,7 @@ def test_quantised_weights_are_trained_by_adapters_alone(tiny, stage, method, ca
     assert "quantization_bit" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("stage", stages("ppo", "grpo"))
+@pytest.mark.parametrize("stage", all_stages("ppo", "grpo"))
 def test_data_of_another_kind_is_refused_by_name(tiny, stage, capsys):
     wrong = "dialogues" if stage in (*PAIRED, "kto") else "pairs"
     assert tiny.train(f"wrong-{stage}", **stage_keys(tiny, stage, dataset=wrong)) == 2

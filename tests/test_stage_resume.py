@@ -3,9 +3,11 @@
 import signal
 
 import pytest
-from stage_runs import ROLLED, held_out, stage_keys, stages, write_stage_data
+from stage_runs import all_stages, held_out, stage_keys, write_stage_data
 from test_resume import assert_equal_runs, halves
 from tiny_runs import tiny_runs
+
+from stages import WRITES
 
 # 12 examples in micro-batches of 2: 3 updates of 2 micro-batches an epoch; ppo draws 4 of them at once and makes 4
 # updates of those, grpo draws 2 and makes 2
@@ -26,24 +28,24 @@ def keys_of(tiny, stage: str, **keys) -> dict:
 
 # 3 is in the middle of the first epoch, 5 between two log lines; both are in the middle of a draw
 @pytest.mark.parametrize("stop", [3, 5])
-@pytest.mark.parametrize("stage", stages("pt", "sft"))
+@pytest.mark.parametrize("stage", all_stages("pt", "sft"))
 def test_a_stage_resumes_exactly(tiny, stage, stop):
     halves(tiny, f"{stage}{stop}", stop, **keys_of(tiny, stage), **held_out(stage))
 
 
-@pytest.mark.parametrize("stage", stages("pt", "sft"))
+@pytest.mark.parametrize("stage", all_stages("pt", "sft"))
 def test_full_weights_resume_exactly(tiny, stage):
     """Where the reference is the start: that of the run, not of the checkpoint."""
     halves(tiny, f"{stage}-full", 3, **keys_of(tiny, stage, finetuning_type="full", learning_rate=1e-3))
 
 
-@pytest.mark.parametrize("stage", stages("pt", "sft", *ROLLED))
+@pytest.mark.parametrize("stage", all_stages("pt", "sft", *WRITES))
 def test_packed_rows_resume_exactly(tiny, stage):
     keys = keys_of(tiny, stage, packing=True, cutoff_len=512) | {"per_device_train_batch_size": 1}
     halves(tiny, f"{stage}-packed", 3, **keys | {"gradient_accumulation_steps": 1})
 
 
-@pytest.mark.parametrize("stage", stages("pt", "sft"))
+@pytest.mark.parametrize("stage", all_stages("pt", "sft"))
 def test_kill_9_changes_nothing(tiny, stage):
     keys = keys_of(tiny, stage, save_strategy="steps", save_steps=1, save_total_limit=2)
     assert tiny.train(f"{stage}-unhurt", **keys) == 0

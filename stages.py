@@ -1,0 +1,245 @@
+"""What a run learns: its stage, with the reference policy and the reward that the stage needs, built from options.
+
+A stage learns of the reference and of the reward only what its constructor takes; which one they are is chosen here.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import config as configuration
+import quant
+import reference
+import runs
+from adapter_files import apply_adapters
+from checkpoint import ModelOptions, chosen_quantization, load_model
+from data import DataOptions, Prepared, default_cache_dir
+from generate import split_stop_words
+from grpo import GroupPolicy, GRPOOptions
+from hub import resolve_folder
+from inference import adapters_below, is_adapter, read_run
+from kto import KTOOptions, RatedPreference
+from lora import LoraOptions
+from model import Decoder
+from objectives import Rhythm, Stage, TokenLoss
+from parallel import World
+from ppo import PPO, PPOOptions
+from preference import OddsRatio, PairPreference, PreferenceOptions
+from quant import QuantOptions
+from reference import Reference, ReferenceOptions
+from reward_model import RewardModel
+from rewards import AdapterReward, ApiReward, FunctionReward, ModelReward, RewardOptions, RewardSource
+from runs import TrainOptions
+from sampling import GenerateOptions
+from token_store import ExampleStore
+from tokenizer import Tokenizer
+
+STAGES: dict[str, type[Stage]] = {
+    "pt": TokenLoss,
+    "sft": TokenLoss,
+    "rm": RewardModel,
+    "dpo": PairPreference,
+    "orpo": OddsRatio,
+    "kto": RatedPreference,
+    "ppo": PPO,
+    "grpo": GroupPolicy,
+}
+WRITES = ("ppo", "grpo")  # stages that learn from texts that the model writes
+
+
+def make_rhythm(config: configuration.Config) -> Rhythm:
+    """How many micro-batches are drawn from the data at once, and how many updates are made of them."""
+    group, stage = config[TrainOptions].gradient_accumulation_steps, config[TrainOptions].stage
+    if stage == "grpo":
+        return Rhythm(group, config[GRPOOptions].num_iterations)
+    if stage == "ppo":
+        options = config[PPOOptions]
+        return Rhythm(group * options.ppo_buffer_size, options.ppo_epochs * options.ppo_buffer_size)
+    return Rhythm(group)
+
+
+def make_stage(
+    config: configuration.Config, model: Decoder, source: Path, tokenizer: Tokenizer, template, prepared: Prepared,
+    world: World,
+) -> Stage:  # fmt: skip
+    """The stage that the options ask for. The model holds the weights that the run starts from, even if it resumes."""
+    if config[TrainOptions].only_predicts:
+        return Stage()  # no loss is asked for, so no reference, no reward
+    kind = STAGES[config[TrainOptions].stage]
+    if issubclass(kind, PairPreference):
+        preference = config[PreferenceOptions].for_stage(config[TrainOptions].stage)
+        held_to = None
+        if preference.needs_reference:
+            held_to = make_reference(config, model, tokenizer, prepared, world, preference.ld_alpha)
+        return kind(preference, held_to, world)
+    if kind is RatedPreference:
+        preference, held_to = config[PreferenceOptions], make_reference(config, model, tokenizer, prepared, world)
+        return RatedPreference(config[KTOOptions], preference.pref_beta, preference.pref_ftx or 0.0, held_to, world)
+    if kind is GroupPolicy:
+        made = make_reference(config, model, tokenizer, None, world) if config[GRPOOptions].beta else None
+        generation, stop_ids = how_to_write(config[GenerateOptions], tokenizer, template, world)
+        return GroupPolicy(
+            config[GRPOOptions], generation, make_reward(config, model, tokenizer),
+            tokenizer=tokenizer, stop_ids=stop_ids, reference=made,
+            seed=config[TrainOptions].seed, world=world,
+        )  # fmt: skip
+    if kind is PPO:
+        generation, stop_ids = how_to_write(config[GenerateOptions], tokenizer, template, world)
+        return PPO(
+            config[PPOOptions], generation, make_reward(config, model, tokenizer),
+            tokenizer=tokenizer, stop_ids=stop_ids, reference=make_reference(config, model, tokenizer, None, world),
+            seed=config[TrainOptions].seed, world=world,
+            group_size=config[TrainOptions].gradient_accumulation_steps,
+            output_dir=Path(config[TrainOptions].output_dir),
+        )  # fmt: skip
+    return kind()
+
+
+def how_to_write(
+    options: GenerateOptions, tokenizer: Tokenizer, template, world: World
+) -> tuple[GenerateOptions, tuple[int, ...]]:
+    """Options of the sampling in a stage that learns from its own texts, with the template's stop words; stop ids.
+
+    Says on rank 0 where the texts will not be samples of the policy whose probabilities are learnt.
+    """
+    stop_ids, words = split_stop_words(tokenizer, template.stop_words(tokenizer.eos_token))
+    neutral = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+    bent = [f"{key}={getattr(options, key)}" for key, value in neutral.items() if getattr(options, key) != value]
+    if bent:
+        world.print(
+            f"note: texts are sampled with {', '.join(bent)}, which the probabilities of the loss leave out; for exact "
+            "policy gradients set " + " ".join(f"{key}={value:g}" for key, value in neutral.items())
+        )
+    return replace(options, stop=(*options.stop, *words)), (*tokenizer.stop_ids, *stop_ids)
+
+
+def make_reference(
+    config: configuration.Config, model: Decoder, tokenizer: Tokenizer, prepared: Prepared | None, world: World,
+    ld_alpha: float | None = None,
+) -> Reference:  # fmt: skip
+    """The policy that training is held to, given the model with the weights it starts from.
+
+    prepared: the texts that it is asked for, if they are known ahead; None: the model writes them (ppo, grpo).
+    ld_alpha: as in heads.answer_sums.
+    """
+    options, run = config[ReferenceOptions], config[TrainOptions]
+    live = prepared is None or not computes_ahead(config, prepared, world)
+    if options.ref_model is not None:
+        folder = resolve_folder("ref_model", options.ref_model, "main", config[ModelOptions])
+        if is_adapter(folder):
+            raise ValueError(
+                f"ref_model: {folder} is an adapter; set ref_model=BASE ref_model_adapters={folder}, or train on it "
+                "with create_new_adapter=true, and the start is the reference"
+            )
+        refuse_other_tokenizer("ref_model", folder, tokenizer)
+        names = options.ref_model_adapters
+        adapters = [resolve_folder("ref_model_adapters", name, "main", config[ModelOptions]) for name in names]
+        bits = options.ref_model_quantization_bit
+        made = Reference(second_model(config, "ref_model", folder, adapters, bits, model), ld_alpha)
+        world.print(f"reference: {' + '.join(map(str, (folder, *adapters)))}")
+    else:
+        made = Reference(reference.start_policy(model, live), ld_alpha)
+        text = "the weights that the run starts from" + (", a frozen copy" if live else "")
+        if made.policy is None:
+            text = "the model with its adapters off"
+            if config[ModelOptions].adapter_name_or_path and not config[LoraOptions].create_new_adapter:
+                text += ", so without what the given adapter learned; create_new_adapter=true takes it in"
+        world.print(f"reference: {text}")
+    if live:
+        return made
+    stores = {} if prepared.train is None or not run.trains else {"train": prepared.train}
+    if run.do_eval or run.evaluation_strategy != "no":
+        stores |= {f"evaluation set {name}": store for name, store in prepared.eval.items()}
+    cache = Path(config[ModelOptions].cache_dir or default_cache_dir()) / "reference"
+    rows, afresh = run.per_device_eval_batch_size, config[DataOptions].overwrite_cache
+    reference.precompute(made, model, stores, rows, cache, world, afresh)
+    return Reference(None, ld_alpha)  # every batch brings its own now
+
+
+def computes_ahead(config: configuration.Config, prepared: Prepared, world: World) -> bool:
+    """Whether the reference's log-probabilities are computed before training: where that is no more work than beside
+    it, so not for a stream, nor for fewer updates than a pass over the data takes, unless the options say so."""
+    ahead, run = config[ReferenceOptions].precompute_ref_log_probs, config[TrainOptions]
+    if ahead is not None or not isinstance(prepared.train, ExampleStore) or prepared.packing or run.max_steps <= 0:
+        return not config[DataOptions].streaming if ahead is None else ahead
+    per_update = run.per_device_train_batch_size * run.gradient_accumulation_steps * world.size
+    return run.max_steps * per_update >= len(prepared.train)
+
+
+def make_reward(config: configuration.Config, model: Decoder, tokenizer: Tokenizer) -> RewardSource:
+    """What the answers of `model` are worth, by the options. Raises ValueError."""
+    options = config[RewardOptions]
+    if options.reward_file:
+        return FunctionReward(options.reward_file, options.reward_funcs, options.reward_weights)
+    if options.reward_model is None:
+        raise ValueError("reward_file: missing; name a Python file with reward functions, or a reward_model")
+    if options.reward_model_type == "api":
+        return ApiReward(options.reward_model, tokenizer, options.reward_api_timeout)
+    folder = resolve_folder("reward_model", options.reward_model, "main", config[ModelOptions])
+    if options.reward_model_type == "full":
+        if is_adapter(folder):
+            raise ValueError(
+                f"reward_model: {folder} is an adapter; set reward_model_type=lora, or reward_model=BASE "
+                f"reward_model_adapters={folder}"
+            )
+        refuse_other_tokenizer("reward_model", folder, tokenizer)
+        names = options.reward_model_adapters
+        adapters = [resolve_folder("reward_model_adapters", name, "main", config[ModelOptions]) for name in names]
+        for number, adapter in enumerate(adapters):
+            refuse_other_base("reward_model_adapters", adapter, names[:number], "name them in front of it")
+        second = second_model(config, "reward_model", folder, adapters, options.reward_model_quantization_bit, model)
+        return ModelReward(second, [*reversed(adapters), folder])
+    if (folder / "tokenizer.json").is_file():
+        refuse_other_tokenizer("reward_model", folder, tokenizer)
+    merged = config[ModelOptions].adapter_name_or_path
+    merged = merged if config[LoraOptions].create_new_adapter else merged[:-1]
+    remedy = (
+        f"start this run from the same ones with create_new_adapter=true, or set reward_model_type=full "
+        f"reward_model=BASE reward_model_adapters=THEM,{folder}"
+    )
+    refuse_other_base("reward_model", folder, merged, remedy)
+    return AdapterReward(model, folder)
+
+
+def refuse_other_base(key: str, adapter: Path, merged: Iterable[str], remedy: str) -> None:
+    """ValueError unless the adapter was trained on top of just these adapters, as far as its folder tells."""
+    below, here = [[Path(name).expanduser().resolve() for name in names] for names in (
+        adapters_below(read_run(adapter)), merged)]  # fmt: skip
+    if below != here and (adapter / runs.RUN_CONFIG).is_file():
+        on, found = ("+".join(map(str, each)) or "no other adapter" for each in (below, here))
+        raise ValueError(f"{key}: {adapter} was trained on the base with {on}, here it would lie on {found}; {remedy}")
+
+
+def second_model(
+    config: configuration.Config, key: str, folder: Path, adapters: Iterable[Path], bits: int | None, model: Decoder
+) -> Decoder:
+    """A frozen model beside the one that trains, with adapters, in its compute dtype and on its device.
+
+    key: the option that names it, for messages.  bits: quantise it; None or 0 = as the files have it.
+    """
+    options, model_options = config[TrainOptions], config[ModelOptions]
+    try:
+        wanted = quant.from_options(replace(config[QuantOptions], quantization_bit=bits))
+        format, _ = chosen_quantization(folder, wanted)
+        scaling = None if model_options.rope_scaling == "none" else model_options.rope_scaling
+        device = model.embed_tokens.weight.device
+        dtype = options.compute_dtype
+        second = load_model(folder, dtype, device, scaling, config[DataOptions].cutoff_len, format)
+        apply_adapters(second, adapters)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
+    second.compute_dtype, second.flash_attn = dtype, model.flash_attn
+    return second.eval().requires_grad_(False)
+
+
+def refuse_other_tokenizer(key: str, folder: Path, tokenizer: Tokenizer) -> None:
+    """ValueError unless the model that option `key` names reads the same token ids as the one that trains."""
+    other = Tokenizer.from_folder(folder)
+    mine, theirs = tokenizer.vocabulary(), other.vocabulary()
+    if mine == theirs:
+        return
+    differing = next(token for token in mine.keys() | theirs.keys() if mine.get(token) != theirs.get(token))
+    raise ValueError(
+        f"{key}: {folder} has another tokenizer: token {differing!r} is {theirs.get(differing)} there and "
+        f"{mine.get(differing)} in the trained model; both see the same token ids, so take a model of the same family"
+    )
