@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -146,6 +147,15 @@ def test_every_file_has_a_layer_and_every_layer_a_file():
     assert modules == set(LAYERS), "add the new file to LAYERS, or take the old one out"
     for folder, layers in INSIDE.items():
         assert {path.stem for path in ROOT.glob(f"{folder}/*.py")} == set(layers)
+
+
+def test_the_readme_draws_every_file_in_its_layer():
+    picture = (ROOT / "README.md").read_text(encoding="utf-8").partition("## How it fits together")[2].split("```")[1]
+    drawn = {}  # layer -> words
+    for line in picture.splitlines():
+        layer, *words = re.findall(r"\w+", line) or [""]
+        drawn.setdefault(layer, set()).update(words)
+    assert not [name for name, layer in LAYERS.items() if name not in drawn.get(str(layer), ())]
 
 
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
