@@ -21,9 +21,9 @@ from torch import Tensor
 from answers import same_answer
 from batches import IGNORED, ROW_MULTIPLE, Batch
 from generate import Completion
-from heads import batch_logprobs, label_counts, segment_sums
+from heads import batch_logprobs, label_counts, segment_sums, spread
 from model import Decoder
-from objectives import Metrics, Stage
+from objectives import Metrics, Stage, clipped_losses
 from parallel import World
 from reference import Reference
 from rewards import RewardSource, samples_of
@@ -115,17 +115,6 @@ def k3_divergence(logprobs: Tensor, reference: Tensor) -> Tensor:
     """Schulman's estimator of KL(policy || reference) on tokens of the policy: never negative. (L,), (L,) -> (L,)."""
     difference = reference - logprobs
     return torch.exp(difference) - difference - 1
-
-
-def clipped_losses(log_ratio: Tensor, advantages: Tensor, lower: float, upper: float) -> Tensor:
-    """-min(r A, clip(r, 1 - lower, 1 + upper) A), r = exp(log_ratio); all (n,). arXiv 1707.06347 eq. 7."""
-    ratio = torch.exp(log_ratio)
-    return -torch.minimum(ratio * advantages, ratio.clamp(1 - lower, 1 + upper) * advantages)
-
-
-def spread(values: Tensor, counts: Tensor, total: int) -> Tensor:
-    """(N,) numbers of segments -> (total,) of their tokens, without waiting for the device."""
-    return torch.repeat_interleave(values, counts, output_size=total)
 
 
 def policy_loss(

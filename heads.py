@@ -91,6 +91,11 @@ def segment_sums(values: Tensor, counts: Tensor) -> Tensor:
     return torch.segment_reduce(values, "sum", lengths=counts, unsafe=True, initial=0)
 
 
+def spread(values: Tensor, counts: Tensor, total: int) -> Tensor:
+    """(N,) numbers of segments -> (total,) of their tokens, without waiting for the device."""
+    return torch.repeat_interleave(values, counts, output_size=total)
+
+
 def answer_sums(values: Tensor, batch: Batch, ld_alpha: float | None = None) -> Tensor:
     """values (L,) of each label -> (N,) sums over each answer, with gradient.
 
@@ -105,8 +110,7 @@ def answer_sums(values: Tensor, batch: Batch, ld_alpha: float | None = None) -> 
 
 def _in_both(batch: Batch, counts: Tensor) -> Tensor:
     """(L,) bool: whether the label's place in its answer is one that the other answer of the pair has too."""
-    labels = batch.label_rows.shape[0]  # given below, or the host would have to wait for the counts
+    labels = batch.label_rows.shape[0]
     shared = counts.view(2, batch.pairs).amin(0).repeat(2)
     starts = counts.cumsum(0) - counts
-    starts, shared = torch.stack([starts, shared]).repeat_interleave(counts, dim=1, output_size=labels)  # (2, L)
-    return torch.arange(labels, device=counts.device) - starts < shared
+    return torch.arange(labels, device=counts.device) - spread(starts, counts, labels) < spread(shared, counts, labels)

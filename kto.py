@@ -153,7 +153,7 @@ class RatedPreference(Stage):
         """beta: pref_beta.  ftx: pref_ftx."""
         self.options, self.beta, self.ftx = options, beta, ftx
         self.reference, self.world = reference, world
-        self.head_row: Tensor | None = None  # (E,), of a head that does not train
+        self.head_row: Tensor | None = None  # (E,)
         self.kl = torch.zeros((), device=world.device)  # z of the current group
         self.rewards = torch.zeros(2, dtype=torch.float64, device=world.device)  # sum of b r so far, number of answers
 

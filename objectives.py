@@ -75,6 +75,12 @@ class Stage:
         return dict(zip(("loss", *self.metric_names), means))
 
 
+def clipped_losses(log_ratio: Tensor, advantages: Tensor, lower: float, upper: float) -> Tensor:
+    """-min(r A, clip(r, 1 - lower, 1 + upper) A), r = exp(log_ratio); all (n,). arXiv 1707.06347 eq. 7."""
+    ratio = torch.exp(log_ratio)
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - lower, 1 + upper) * advantages)
+
+
 class TokenLoss(Stage):
     """Next-token cross entropy over the labelled tokens: stages pt and sft."""
 

@@ -30,9 +30,9 @@ from torch import Tensor
 import runs
 from batches import ROW_MULTIPLE, Batch
 from generate import Completion
-from heads import batch_logprobs, hidden_states, label_counts, label_logprobs, segment_sums
+from heads import batch_logprobs, hidden_states, label_counts, label_logprobs, segment_sums, spread
 from model import Decoder
-from objectives import Metrics, Stage
+from objectives import Metrics, Stage, clipped_losses
 from parallel import World
 from reference import Reference
 from rewards import RewardSource, samples_of
@@ -120,12 +120,6 @@ def whiten(values: Tensor, mean: float, variance: float, keep_mean: bool = False
     return whitened + mean if keep_mean else whitened
 
 
-def policy_loss(log_ratio: Tensor, advantages: Tensor, cliprange: float) -> Tensor:
-    """max(-A rho, -A clip(rho)), all (L,). arXiv 1707.06347 eq. 7."""
-    ratio = log_ratio.exp()
-    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange))
-
-
 def value_loss(values: Tensor, old: Tensor, returns: Tensor, cliprange: float) -> Tensor:
     """1/2 max((V - R)^2, (V clipped around old V - R)^2), all (L,)."""
     clipped = torch.clamp(values, old - cliprange, old + cliprange)
@@ -195,7 +189,6 @@ class PPO(Stage):
         self.drawn: list[Batch] = []  # micro-batches of the draw that is being trained on
         self.kl_coef = options.init_kl_coef  # that they were rewarded with
         self.replay = options.ppo_replay
-
         if self.replay is not None and not Path(self.replay).is_file():
             raise ValueError(f"ppo_replay: {self.replay}: file not found; ppo_save_draws=true writes such files")
 
@@ -227,10 +220,10 @@ class PPO(Stage):
         log_ratio = label_logprobs(model, hidden, batch.labels[batch.label_rows]) - extras["logprobs"]
         with torch.no_grad():
             kept = segment_sums(log_ratio.exp(), counts) <= options.ratio_threshold * counts  # (N,), no NaN
-            kept_tokens = torch.repeat_interleave(kept, counts, output_size=tokens)
+            kept_tokens = spread(kept, counts, tokens)
         # before exp: the gradient of an infinite ratio times 0 would be NaN
         log_ratio = torch.where(kept_tokens, log_ratio, 0.0)
-        policy = policy_loss(log_ratio, extras["advantages"], options.cliprange) * kept_tokens
+        policy = clipped_losses(log_ratio, extras["advantages"], options.cliprange, options.cliprange) * kept_tokens
         value = value_loss(values, extras["values"], extras["returns"], options.cliprange_value) * kept_tokens
         loss = options.vf_coef * value.sum() + policy.sum() * (0.0 if warming else 1.0)
         with torch.no_grad():

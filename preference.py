@@ -171,7 +171,7 @@ class PairPreference(Stage):
         self.options, self.reference, self.world = options, reference, world
         if options.pref_loss == "orpo":
             self.metric_names = (*self.metric_names, "odds_ratio_loss")
-        self.head_row: Tensor | None = None  # (E,), of a head that does not train
+        self.head_row: Tensor | None = None  # (E,)
         self.kl: Tensor | None = None  # (2,) of the current group, or the whole evaluation set
         self.rewards = torch.zeros(2, dtype=torch.float64)  # sum over the answers seen so far, their number
 
@@ -296,11 +296,9 @@ class PairPreference(Stage):
 
     def mean_logits(self, model: Decoder, batch: Batch, rows: Tensor, counts: Tensor) -> Metrics:
         """Mean logit over vocabulary and labels of each kind of answer, from hidden rows (L, E)."""
-        row = self.head_row
-        if row is None:
-            row = mean_head_row(model)
-            self.head_row = None if head_trains(model) else row
-        sums = answer_sums(rows.float() @ row, batch).view(2, batch.pairs).sum(1)  # (2,)
+        if self.head_row is None or head_trains(model):
+            self.head_row = mean_head_row(model)
+        sums = answer_sums(rows.float() @ self.head_row, batch).view(2, batch.pairs).sum(1)  # (2,)
         both = torch.stack([sums, counts.view(2, batch.pairs).sum(1).to(sums)], dim=1)  # (2 kinds, 2)
         return {"logits/chosen": both[0], "logits/rejected": both[1]}
 

@@ -14,7 +14,6 @@ import runs
 from adapter_files import apply_adapters
 from checkpoint import ModelOptions, chosen_quantization, load_model
 from data import DataOptions, Prepared, default_cache_dir
-from generate import split_stop_words
 from grpo import GroupPolicy, GRPOOptions
 from hub import resolve_folder
 from inference import adapters_below, is_adapter, read_run
@@ -29,6 +28,7 @@ from quant import QuantOptions
 from reference import Reference, ReferenceOptions
 from reward_model import RewardModel
 from rewards import AdapterReward, ApiReward, FunctionReward, ModelReward, RewardOptions, RewardSource
+from rollouts import ending_with
 from runs import TrainOptions
 from sampling import GenerateOptions
 from token_store import ExampleStore
@@ -59,9 +59,8 @@ def make_rhythm(config: configuration.Config) -> Rhythm:
 
 
 def make_stage(
-    config: configuration.Config, model: Decoder, source: Path, tokenizer: Tokenizer, template, prepared: Prepared,
-    world: World,
-) -> Stage:  # fmt: skip
+    config: configuration.Config, model: Decoder, tokenizer: Tokenizer, template, prepared: Prepared, world: World
+) -> Stage:
     """The stage that the options ask for. The model holds the weights that the run starts from, even if it resumes."""
     if config[TrainOptions].only_predicts:
         return Stage()  # no loss is asked for, so no reference, no reward
@@ -75,34 +74,28 @@ def make_stage(
     if kind is RatedPreference:
         preference, held_to = config[PreferenceOptions], make_reference(config, model, tokenizer, prepared, world)
         return RatedPreference(config[KTOOptions], preference.pref_beta, preference.pref_ftx or 0.0, held_to, world)
-    if kind is GroupPolicy:
-        made = make_reference(config, model, tokenizer, None, world) if config[GRPOOptions].beta else None
-        generation, stop_ids = how_to_write(config[GenerateOptions], tokenizer, template, world)
-        return GroupPolicy(
-            config[GRPOOptions], generation, make_reward(config, model, tokenizer),
-            tokenizer=tokenizer, stop_ids=stop_ids, reference=made,
-            seed=config[TrainOptions].seed, world=world,
-        )  # fmt: skip
-    if kind is PPO:
-        generation, stop_ids = how_to_write(config[GenerateOptions], tokenizer, template, world)
-        return PPO(
-            config[PPOOptions], generation, make_reward(config, model, tokenizer),
-            tokenizer=tokenizer, stop_ids=stop_ids, reference=make_reference(config, model, tokenizer, None, world),
-            seed=config[TrainOptions].seed, world=world,
-            group_size=config[TrainOptions].gradient_accumulation_steps,
-            output_dir=Path(config[TrainOptions].output_dir),
-        )  # fmt: skip
+    if kind in (GroupPolicy, PPO):
+        options = config[GRPOOptions if kind is GroupPolicy else PPOOptions]
+        held_to = None
+        if kind is PPO or options.beta:
+            held_to = make_reference(config, model, tokenizer, None, world)
+        shared = {
+            "tokenizer": tokenizer, "stop_ids": tokenizer.stop_ids, "reference": held_to,
+            "seed": config[TrainOptions].seed, "world": world,
+        }  # fmt: skip
+        generation = how_to_write(config[GenerateOptions], tokenizer, template, world)
+        if kind is PPO:
+            shared["group_size"] = config[TrainOptions].gradient_accumulation_steps
+            shared["output_dir"] = Path(config[TrainOptions].output_dir)
+        return kind(options, generation, make_reward(config, model, tokenizer), **shared)
     return kind()
 
 
-def how_to_write(
-    options: GenerateOptions, tokenizer: Tokenizer, template, world: World
-) -> tuple[GenerateOptions, tuple[int, ...]]:
-    """Options of the sampling in a stage that learns from its own texts, with the template's stop words; stop ids.
+def how_to_write(options: GenerateOptions, tokenizer: Tokenizer, template, world: World) -> GenerateOptions:
+    """Options of the sampling in a stage that learns from its own texts, which end where the template says.
 
     Says on rank 0 where the texts will not be samples of the policy whose probabilities are learnt.
     """
-    stop_ids, words = split_stop_words(tokenizer, template.stop_words(tokenizer.eos_token))
     neutral = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
     bent = [f"{key}={getattr(options, key)}" for key, value in neutral.items() if getattr(options, key) != value]
     if bent:
@@ -110,7 +103,7 @@ def how_to_write(
             f"note: texts are sampled with {', '.join(bent)}, which the probabilities of the loss leave out; for exact "
             "policy gradients set " + " ".join(f"{key}={value:g}" for key, value in neutral.items())
         )
-    return replace(options, stop=(*options.stop, *words)), (*tokenizer.stop_ids, *stop_ids)
+    return ending_with(options, template, tokenizer)
 
 
 def make_reference(

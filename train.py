@@ -6,8 +6,8 @@
     python train.py --help
 
 Reading order: main -> run (what is built, in order) -> train (the loop) -> update (one optimizer step). The loop sums
-the losses of an accumulation group, divides once by the number of tokens of all micro-batches and ranks, and looks at
-results on the host only when it logs, evaluates or saves.
+the losses of an accumulation group, divides once by their weight (tokens, pairs, ...: objectives.Stage) over all
+micro-batches and ranks, and looks at results on the host only when it logs, evaluates or saves.
 Exit status: 0 done, 1 the run cannot go on (loss not finite, disk full), 2 a mistake in options, files or data,
 128 + n stopped by signal n with a checkpoint. `touch OUTPUT_DIR/SAVE` asks for a checkpoint.
 """
@@ -146,7 +146,7 @@ def run(config: configuration.Config, world: World) -> int:
     if quantised_linears(model):
         world.print(quant.report(model))
     world.print(kernels.choices(world.device, config[ModelOptions].flash_attn))
-    stage = stages.make_stage(config, model, source, tokenizer, template, prepared, world)
+    stage = stages.make_stage(config, model, tokenizer, template, prepared, world)
     if loader is not None:  # now that a reference and a reward model have taken their memory
         world.print(build.choose_recomputation(model, loader, config, world))
     this = Run(
@@ -177,12 +177,19 @@ def run(config: configuration.Config, world: World) -> int:
         if world.is_main:
             begin_folder(config, resume, world)
         status = train(this, runs.read_history(resume) if resume is not None else [])
-    if options.do_eval and eval_loaders and status == 0:
-        show_results(this, "eval", evaluate(this))
-    if options.do_predict and status == 0:
-        show_results(this, "predict", predict.write_predictions(predictor, model, output_dir, world))
-        world.print(f"{output_dir / predict.PREDICTIONS} holds the predictions")
+    if status == 0:
+        measure_at_the_end(this)
     return status
+
+
+def measure_at_the_end(this: Run) -> None:
+    """What do_eval and do_predict ask for."""
+    if this.options.do_eval and this.eval_loaders:
+        show_results(this, "eval", evaluate(this))
+    if this.options.do_predict:
+        numbers = predict.write_predictions(this.predictor, this.model, this.output_dir, this.world)
+        show_results(this, "predict", numbers)
+        this.world.print(f"{this.output_dir / predict.PREDICTIONS} holds the predictions")
 
 
 def show_results(this: Run, kind: str, results: dict[str, float]) -> None:

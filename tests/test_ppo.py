@@ -46,7 +46,7 @@ def test_rewards_advantages_and_returns_of_three_tokens_by_hand():
 
 def test_the_clipped_losses_by_hand():
     ratio = doubles(1.5, 1.5, 0.5, 0.5, 1.1)
-    losses = ppo.policy_loss(ratio.log(), doubles(2.0, -2.0, 2.0, -2.0, 1.0), 0.2)
+    losses = ppo.clipped_losses(ratio.log(), doubles(2.0, -2.0, 2.0, -2.0, 1.0), 0.2, 0.2)
     assert losses.tolist() == pytest.approx([-2.4, 3.0, -1.0, 1.6, -1.1])
     values = ppo.value_loss(doubles(2.0, 0.1, -1.0), doubles(1.0, 0.0, 0.0), doubles(3.0, 1.0, -1.0), 0.2)
     assert values.tolist() == pytest.approx([0.5 * 1.8**2, 0.5 * 0.9**2, 0.5 * 0.8**2])
