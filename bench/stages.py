@@ -1,12 +1,12 @@
 """Every stage beyond supervised training at work on a real model: what is measured on held-out data before and after.
 
     python bench/stages.py                          # the recipes of configs/, about half an hour on one CPU core
-    python bench/stages.py only=dpo out=bench/results
+    python bench/stages.py only=dpo,kto out=bench/results     # takes the place of these cases' rows in stages_cpu.json
     python bench/stages.py only=rm more="max_steps=5 seed=1"
 
 Each case is a recipe, evaluated as it starts (do_train=false), then trained and evaluated, in processes of
 their own. A case passes if the number after training is above its threshold, or has risen by at least its gain. The
-exit status is 1 if one did not. With `out` the numbers go to stages.json there, and each run's curves to <case>.png.
+exit status is 1 if one did not. With `out` the numbers go to stages_cpu.json there, and each run's curves to <case>.png.
 """
 
 import json
@@ -41,7 +41,7 @@ class Case:
 CASES = {
     "rm": Case("rm_lora.yaml", "eval_accuracy", least=0.65),
     "dpo": Case("dpo_lora.yaml", "eval_rewards/accuracies", least=0.7),
-    "simpo": Case("dpo_lora.yaml pref_loss=simpo pref_beta=2", "eval_rewards/margins", gain=0.0),
+    "simpo": Case("dpo_lora.yaml pref_loss=simpo pref_beta=2 cutoff_len=96 learning_rate=5e-4", "eval_rewards/margins", gain=0.0),
     "orpo": Case("orpo_lora.yaml", "eval_rewards/margins", gain=0.0),
     "kto": Case("kto_lora.yaml", "eval_rewards/margins", gain=0.0),
     "ppo": Case("ppo_lora.yaml", "eval_reward", gain=0.1),
@@ -60,13 +60,14 @@ class Outcome:
     train_seconds: float
     peak_memory_gb: float
     command: str  # of the training
+    commit: str  # that was measured
 
 
 def main(argv: list[str]) -> int:
     options = measure.read_options(argv, DEFAULTS, __doc__)
-    chosen = [name for name in CASES if options["only"] in ("", name)]
-    if not chosen:
-        raise SystemExit(f"only={options['only']} is no case; there are {', '.join(CASES)}")
+    chosen = options["only"].split(",") if options["only"] else list(CASES)
+    if not CASES.keys() >= set(chosen):
+        raise SystemExit(f"only={options['only']}: no such case; there are {', '.join(CASES)}")
     outcomes = []
     for name in chosen:
         outcomes.append(run_case(name, CASES[name], options))
@@ -77,8 +78,18 @@ def main(argv: list[str]) -> int:
         machine = measure.describe_machine(device, "python bench/stages.py " + shlex.join(argv))
         machine.pop("note", None)  # of smoke tests on a CPU: this is none
         machine["threads"] = os.environ.get("OMP_NUM_THREADS", str(torch.get_num_threads()))
-        measure.save("stages", machine, {"rows": [asdict(outcome) for outcome in outcomes]}, options["out"])
+        kept = [row for row in earlier_rows(Path(options["out"])) if row["case"] not in chosen]
+        rows = [asdict(outcome) for outcome in outcomes] + kept
+        rows.sort(key=lambda row: list(CASES).index(row["case"]))
+        measure.save("stages", machine, {"rows": rows}, options["out"])
     return 0 if all(outcome.passed for outcome in outcomes) else 1
+
+
+def earlier_rows(folder: Path) -> list[dict]:
+    """Of cases that still exist."""
+    files = list(folder.glob("stages_*.json"))
+    rows = [row for file in files for row in json.loads(file.read_text())["rows"]]
+    return [row for row in rows if row["case"] in CASES]
 
 
 def run_case(name: str, case: Case, options: dict[str, str]) -> Outcome:
@@ -99,7 +110,7 @@ def run_case(name: str, case: Case, options: dict[str, str]) -> Outcome:
     else:
         passed, wanted = last > first + case.gain, f"more than {first + case.gain:.4g}"
     command = shlex.join(["python", *words[:2], *changes, *shlex.split(options["more"])])
-    return Outcome(name, case.metric, first, last, wanted, passed, round(seconds, 1), after["peak_memory"], command)
+    return Outcome(name, case.metric, first, last, wanted, passed, round(seconds, 1), after["peak_memory"], command, measure.commit())
 
 
 def run(words: list[str]) -> None:
