@@ -6,7 +6,7 @@
 
 Each case is a recipe, evaluated as it starts (do_train=false), then trained and evaluated, in processes of
 their own. A case passes if the number after training is above its threshold, or has risen by at least its gain. The
-exit status is 1 if one did not. With `out` the numbers go to stages_cpu.json there, and each run's curves to <case>.png.
+exit status is 1 if one did not. With `out` the numbers go to stages_cpu.json there, each run's curves to <case>.png.
 """
 
 import json
@@ -41,7 +41,9 @@ class Case:
 CASES = {
     "rm": Case("rm_lora.yaml", "eval_accuracy", least=0.65),
     "dpo": Case("dpo_lora.yaml", "eval_rewards/accuracies", least=0.7),
-    "simpo": Case("dpo_lora.yaml pref_loss=simpo pref_beta=2 cutoff_len=96 learning_rate=5e-4", "eval_rewards/margins", gain=0.0),
+    "simpo": Case(
+        "dpo_lora.yaml pref_loss=simpo pref_beta=2 cutoff_len=96 learning_rate=5e-4", "eval_rewards/margins", gain=0.0
+    ),
     "orpo": Case("orpo_lora.yaml", "eval_rewards/margins", gain=0.0),
     "kto": Case("kto_lora.yaml", "eval_rewards/margins", gain=0.0),
     "ppo": Case("ppo_lora.yaml", "eval_reward", gain=0.1),
@@ -110,7 +112,8 @@ def run_case(name: str, case: Case, options: dict[str, str]) -> Outcome:
     else:
         passed, wanted = last > first + case.gain, f"more than {first + case.gain:.4g}"
     command = shlex.join(["python", *words[:2], *changes, *shlex.split(options["more"])])
-    return Outcome(name, case.metric, first, last, wanted, passed, round(seconds, 1), after["peak_memory"], command, measure.commit())
+    spent, peak = round(seconds, 1), after["peak_memory"]
+    return Outcome(name, case.metric, first, last, wanted, passed, spent, peak, command, measure.commit())
 
 
 def run(words: list[str]) -> None:
