@@ -11,7 +11,8 @@ One update takes gradient_accumulation_steps x per_device_train_batch_size texts
 ppo_buffer_size times as many, and ppo_epochs x ppo_buffer_size updates are made of it; max_steps, save_steps and
 logging_steps count updates. Departures from trl: all statistics are of the whole draw on all ranks (trl: one
 process); a text whose mean rho is above ratio_threshold is left out (trl: the minibatch that it is in; the same with
-minibatches of 1); the parts of a draw keep their order in every epoch.
+minibatches of 1); the parts of a draw keep their order in every epoch; pi and ref are of
+the temperature that the texts are sampled at (trl 0.7.11: of 1; its later versions as here).
 
 Replay: with ppo_save_draws=true the run keeps output_dir/draws/draw-<n>-rank-<r>.pt, all that the updates of a draw are
 made of (tokens, log-probabilities, values, KL a token, advantages, ...). ppo_replay=<file>, beside the settings of the
@@ -217,7 +218,7 @@ class PPO(Stage):
         hidden = hidden_states(model, batch)[batch.label_rows]  # (L, E)
         warming = self.draws <= options.ppo_value_warmup
         values = model.v_head(hidden.detach() if warming else hidden)
-        log_ratio = label_logprobs(model, hidden, batch.labels[batch.label_rows]) - extras["logprobs"]
+        log_ratio = self._logprobs(model, batch, hidden) - extras["logprobs"]
         with torch.no_grad():
             kept = segment_sums(log_ratio.exp(), counts) <= options.ratio_threshold * counts  # (N,), no NaN
             kept_tokens = spread(kept, counts, tokens)
@@ -238,6 +239,14 @@ class PPO(Stage):
                 "approx_kl": 0.5 * log_ratio.square(),
             }
             return loss, self._metrics(batch, sums, kept)
+
+    @property
+    def temperature(self) -> float:
+        return self.generation.temperature if self.generation.do_sample else 1.0
+
+    def _logprobs(self, model: Decoder, batch: Batch, hidden: Tensor) -> Tensor:
+        """(L,) fp32 of the labels; hidden (L, E) of label_rows."""
+        return label_logprobs(model, hidden / self.temperature, batch.labels[batch.label_rows])
 
     def _metrics(self, batch: Batch, by_token: dict[str, Tensor], kept: Tensor) -> Metrics:
         texts, tokens = float(len(batch.sources)), float(batch.label_rows.shape[0])
@@ -279,7 +288,8 @@ class PPO(Stage):
         totals[0] = scores.double().sum()
         for each, texts in zip(prompts, completions):
             batch = self._batch(each, texts)
-            kl = batch_logprobs(model, batch) - self.reference.logprobs(model, batch)
+            reference = self.reference.logprobs(model, batch, self.temperature)
+            kl = batch_logprobs(model, batch, self.temperature) - reference
             totals[1] += kl.double().sum().cpu()
             totals[2] += sum(len(text.ids) for text in texts)
             totals[3] += sum(text.finish_reason == "length" for text in texts)
@@ -339,9 +349,9 @@ class PPO(Stage):
     def _note(self, model: Decoder, batch: Batch) -> list[dict[str, Tensor]]:
         """For each text on the CPU: (n,) fp32 log-probabilities of its tokens under policy and reference, values."""
         hidden = hidden_states(model, batch)[batch.label_rows]
-        logprobs = label_logprobs(model, hidden, batch.labels[batch.label_rows])
+        logprobs = self._logprobs(model, batch, hidden)
         flat = {"logprobs": logprobs, "values": model.v_head(hidden)}
-        flat["kl"] = logprobs - self.reference.logprobs(model, batch)
+        flat["kl"] = logprobs - self.reference.logprobs(model, batch, self.temperature)
         counts = label_counts(batch).tolist()
         split = {name: value.cpu().split(counts) for name, value in flat.items()}
         return [dict(zip(split, values)) for values in zip(*split.values())]

@@ -13,7 +13,7 @@ import runs
 from batches import collate
 from checkpoint import load_model
 from generate import Completion
-from lora import LoraOptions, prepare_trainable
+from lora import LoraOptions, lora_off, prepare_trainable
 from parallel import World
 from ppo import PPO, KLController, PPOOptions, RunningMoments
 from reference import Reference
@@ -140,7 +140,8 @@ def tiny(tmp_path_factory):
 def make_stage(tiny, **options) -> PPO:
     tokenizer = Tokenizer.from_folder(tiny.model)
     return PPO(
-        PPOOptions(**options), GenerateOptions(max_new_tokens=7), RewardSource(), tokenizer=tokenizer, stop_ids=(),
+        PPOOptions(**options), GenerateOptions(max_new_tokens=7, temperature=0.7), RewardSource(),
+        tokenizer=tokenizer, stop_ids=(),
         reference=Reference(), seed=1, world=ALONE, group_size=2, output_dir=tiny.folder,
     )  # fmt: skip
 
@@ -214,7 +215,8 @@ def known_batch(prompts, completions, spread: float = 0.3):
 
 def whole_logprobs(model, batch) -> tuple[Tensor, Tensor]:
     hidden = model(batch.tokens, batch.positions, batch.cu_seqlens, batch.max_seqlen)[batch.label_rows]
-    logprobs = model.logits(hidden).log_softmax(-1).gather(1, batch.labels[batch.label_rows][:, None])[:, 0]
+    logits = model.logits(hidden) / 0.7  # the temperature of make_stage
+    logprobs = logits.log_softmax(-1).gather(1, batch.labels[batch.label_rows][:, None])[:, 0]
     return logprobs, model.v_head(hidden)
 
 
@@ -243,6 +245,21 @@ def test_the_loss_and_every_gradient_are_those_of_trl(tiny):
         if parameter.grad is not None:
             torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
     assert found.keys() >= {"v_head.summary.weight", "layers.0.self_attn.q_proj.lora_a"}
+
+
+def test_what_is_noted_of_a_draw_is_of_the_sampling_temperature_and_of_the_state_before_each_token(tiny):
+    stage, model = make_stage(tiny), make_model(tiny)
+    prompts, completions = make_texts()
+    batch = completions_batch(prompts, completions)
+    with torch.no_grad():
+        logprobs, values = whole_logprobs(model, batch)
+        with lora_off(model):
+            reference, _ = whole_logprobs(model, batch)
+        noted = stage._note(model, stage._batch(prompts, completions))
+    assert [len(text["values"]) for text in noted] == [len(completion.ids) for completion in completions]
+    for name, expected in (("logprobs", logprobs), ("values", values), ("kl", logprobs - reference)):
+        found = torch.cat([text[name] for text in noted])
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_a_text_whose_mean_ratio_is_too_large_teaches_nothing_even_at_infinity(tiny):
@@ -302,7 +319,7 @@ def test_replaying_a_draw_makes_the_same_updates_whatever_is_rolled_out_now(tiny
     drawn = tiny.folder / "saved" / "draws" / files[0]
     texts = runs.read_state(drawn)["drawn"]["batches"]
     assert {"logprobs", "values", "kl", "advantages", "returns"} <= texts[0]["extras"].keys()
-    other = keys_of(tiny, temperature=0.2, max_new_tokens=3, max_steps=4)
+    other = keys_of(tiny, top_p=0.2, max_new_tokens=3, max_steps=4)
     assert tiny.train("replayed", ppo_replay=drawn, **other) == 0
     assert tiny.losses("saved") == tiny.losses("replayed")
     assert_same_weights(tiny.weights("saved"), tiny.weights("replayed"))
