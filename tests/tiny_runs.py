@@ -181,6 +181,9 @@ def fork(function, arguments: tuple, output: Path, environment: dict[str, str], 
     context.set_forkserver_preload(["tiny_runs"])
     # Python 3.11's server ignores sys.path when it preloads, and then silently preloads nothing
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    # the server has the cache folder of whichever test it was started in, so that of this test has to be said
+    caches = {name: os.environ[name] for name in ("XDG_CACHE_HOME",) if name in os.environ}
+    environment = caches | environment
     process = context.Process(target=run_child, args=(function, arguments, str(output), environment, file_limit))
     process.start()
     del os.environ["PYTHONPATH"]
