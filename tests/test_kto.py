@@ -186,17 +186,23 @@ def logprob(model, tokens, trained) -> float:
     return logprobs[torch.tensor(trained[1:])].sum().item()
 
 
-def test_the_divergence_is_the_mean_over_the_group_and_has_no_gradient(tiny):
+def moved_model(tiny, seed: int):
+    """With adapters that are not what they start from, and in training mode with dropout."""
     model = load_model(tiny.model)
     prepare_trainable(model, LoraOptions(lora_rank=3, lora_dropout=0.5), torch.Generator().manual_seed(1))
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if name.endswith("lora_b"):
             parameter.data.normal_(0, 0.2, generator=generator)
+    return model.train()
+
+
+@pytest.mark.parametrize("seed", [4, 3], ids=["above 0", "held at 0"])
+def test_the_divergence_is_the_mean_over_the_group_and_has_no_gradient(tiny, seed):
+    model = moved_model(tiny, seed)
     both = MismatchedStore(stored(tiny), 128)
     examples = [both.example(i) for i in (3, 1, 8)]
     ours = stage()
-    model.train()
     ours.prepare(model, [collate(examples[:2]), collate([]), collate(examples[2:])])
     assert model.training and not ours.kl.requires_grad
     found, _ = ours.loss(model.eval(), collate(examples))
@@ -213,12 +219,30 @@ def test_the_divergence_is_the_mean_over_the_group_and_has_no_gradient(tiny):
         return logprob(model, *arrays) - logprob(start, *arrays)
 
     with torch.no_grad():
-        kl = max(np.mean([ratio(example, 1) for example in examples]), 0)
+        mean = np.mean([ratio(example, 1) for example in examples])
+        assert abs(mean) > 0.05 and (mean > 0) == (seed == 4)
+        kl = max(mean, 0)
         expected = sum(
             1 - torch.tensor(0.1 * (ratio(e, 0) - kl) * (1 if e.tag else -1)).sigmoid().item() for e in examples
         )
     assert ours.kl.item() == pytest.approx(kl, rel=1e-4, abs=1e-5)
     assert found.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_bcos_baseline_is_the_mean_reward_of_all_answers_so_far(tiny):
+    model, start, ours = moved_model(tiny, 4), load_model(tiny.model), stage("bco", beta=0.3)
+    examples = [stored(tiny).example(i) for i in (3, 1, 8, 2, 5)]
+    ours.prepare(model, [collate(examples[:2]), collate(examples[2:3])])
+    ours.prepare(model, [collate(examples[3:])])
+    with torch.no_grad():
+        model.eval()
+        rewards = [0.3 * (logprob(model, e.tokens, e.trained) - logprob(start, e.tokens, e.trained)) for e in examples]
+        found, _ = ours.loss(model, collate(examples))
+    total, number = ours.rewards.tolist()
+    assert number == 5 and abs(total) > 0.05 and total == pytest.approx(sum(rewards), rel=1e-3)
+    signs = [1 if example.tag else -1 for example in examples]
+    margins = torch.tensor([sign * (reward - total / 5) for sign, reward in zip(signs, rewards)])
+    assert found.item() == pytest.approx(-F.logsigmoid(margins).sum().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("loss", ["kto", "apo_zero_unpaired", "bco"])
