@@ -31,7 +31,7 @@ from checkpoint import (
 from data import DataOptions, Prepared, load_datasets
 from data_report import describe_example
 from grpo import GRPOOptions
-from inference import check_adapters
+from inference import check_adapters, is_adapter
 from kto import KTOOptions, add_mismatches
 from lora import LoraOptions, quantised_linears, trainable_report
 from model import Decoder, RMSNorm
@@ -70,6 +70,11 @@ def find_start(config: configuration.Config) -> tuple[Path | None, Path]:
     if options.trains:
         resume = runs.find_resume(output_dir, options.resume_from_checkpoint, overwrite)
     source = resolve_model(config[ModelOptions])
+    if is_adapter(source):
+        raise ValueError(
+            f"model_name_or_path: {source} is an adapter; set adapter_name_or_path={source} and model_name_or_path to "
+            "the model that it was trained on"
+        )
     if options.trains:
         sources: dict[str, tuple] = {"adapter_name_or_path": config[ModelOptions].adapter_name_or_path}
         sources |= {"model_name_or_path": (source,)}
@@ -244,6 +249,8 @@ def build_model(config: configuration.Config, source: Path, world: World) -> Dec
         if id(parameter) not in norms:
             parameter.data = parameter.data.to(trained if parameter.requires_grad else compute)
     if STAGES[options.stage].has_value_head:
+        if options.stage == "rm" and not options.trains:
+            require_value_head((resolve_adapters(model_options) or [source])[-1])
         model.v_head = start_value_head(model, source, resolve_adapters(model_options), generator, world)
     model.compute_dtype = compute
     model.flash_attn = model_options.flash_attn
@@ -267,6 +274,15 @@ def start_value_head(
         load_value_head(head, folder)
         world.print(f"the value head starts from {folder}")
     return head
+
+
+def require_value_head(folder: Path) -> None:
+    """ValueError where scores would be those of a random value head."""
+    if not has_value_head(folder):
+        raise ValueError(
+            f"do_train: false, but there is no value_head.safetensors in {folder}, so scores would be random; name a "
+            "reward model as adapter_name_or_path or model_name_or_path, or train one"
+        )
 
 
 def make_plan(config: configuration.Config, source: Path, prepared: Prepared, loader, world: World) -> str:

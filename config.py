@@ -276,6 +276,11 @@ def _count(names: object) -> int:
     return len(names.split(",") if isinstance(names, str) else names or ())
 
 
+def _trains(do_train: bool | None, do_eval: bool, do_predict: bool) -> bool:
+    """As TrainOptions.trains."""
+    return not (do_eval or do_predict) if do_train is None else do_train
+
+
 def _quantised(bits: object) -> bool:
     """Whether quantization_bit asks for anything, as quant.from_options reads it."""
     return bits not in (None, 0, 16, 32)
@@ -289,8 +294,12 @@ RULES: tuple[tuple[Callable[..., bool], str], ...] = (
      "a stream has no known end; set max_steps"),
     (lambda streaming, max_samples: streaming and max_samples is not None,
      "max_samples is for data sets that are read whole; use max_steps, or streaming=false"),
-    (lambda stage, do_sample: stage == "grpo" and not do_sample,
+    (lambda stage, do_sample, do_train, do_eval, do_predict: stage == "grpo" and not do_sample
+     and _trains(do_train, do_eval, do_predict),
      "the answers to one prompt would all be the same; set do_sample=true"),
+    (lambda stage, do_sample, do_train, do_eval, do_predict: stage == "ppo" and not do_sample
+     and _trains(do_train, do_eval, do_predict),
+     "texts that are no samples of the policy cannot say how to change its probabilities; set do_sample=true"),
     (lambda stage, beta: stage != "grpo" and beta != 0,
      "beta is the KL weight of stage grpo; that of dpo, orpo and kto is pref_beta"),
     (lambda stage, loss_type: stage != "grpo" and loss_type != "dapo",
@@ -384,7 +393,8 @@ RULES: tuple[tuple[Callable[..., bool], str], ...] = (
      "the rows of a stream are not known before the training; drop one of the two"),
     (lambda precompute_ref_log_probs, stage: precompute_ref_log_probs and stage in ("ppo", "grpo"),
      "the texts are written during the training; drop precompute_ref_log_probs"),
-    (lambda stage, reward_model, reward_file: stage in ("ppo", "grpo") and not reward_model and not reward_file,
+    (lambda stage, reward_model, reward_file, do_train, do_eval, do_predict: stage in ("ppo", "grpo")
+     and not reward_model and not reward_file and (do_eval or _trains(do_train, do_eval, do_predict)),
      "answers need a reward; name a reward_file (functions) or a reward_model"),
     (lambda reward_model, reward_model_type, finetuning_type: bool(reward_model) and reward_model_type == "lora"
      and finetuning_type != "lora",

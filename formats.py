@@ -194,7 +194,9 @@ def _ranked_answers(row: dict, info: DatasetInfo) -> dict:
                 raise ValueError(f"column {column!r} is missing; the row has {_names(row)}")
         return {f"column {column!r}": row[column] for column in columns}
     column = _response_column(info)
-    answers = row.get(column)
+    if column not in row:
+        raise ValueError(f"column {column!r} is missing; the row has {_names(row)}")
+    answers = row[column]
     if not isinstance(answers, list | tuple) or len(answers) != 2:
         raise ValueError(f"column {column!r}: expected [chosen, rejected] (ranking: true), found {_show(answers)}")
     return {f"column {column!r}[{i}]": answers[i] for i in range(2)}

@@ -198,6 +198,11 @@ def check_adapters(options: ModelOptions) -> None:
     """ValueError if an adapter to train on was itself trained on top of one that is not named before it."""
     folders, base = resolve_adapters(options), options.model_name_or_path
     for number, folder in enumerate(folders):
+        if not (folder / ADAPTER_CONFIG).is_file():
+            raise ValueError(
+                f"adapter_name_or_path: {folder} holds no adapter ({ADAPTER_CONFIG}); a whole model is given as "
+                "model_name_or_path"
+            )
         run = read_run(folder)
         if not _same_place(run.get("model_name_or_path"), base):
             continue  # whoever made the other base may have merged those below into it

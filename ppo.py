@@ -317,9 +317,19 @@ class PPO(Stage):
         extras = self._extras(noted, completions, scores)
         self.drawn = [completions_batch(*each).rounded(self._multiple) for each in zip(prompts, completions, extras)]
         if self.options.ppo_save_draws:
-            folder = self.output_dir / "draws"
-            folder.mkdir(parents=True, exist_ok=True)
-            torch.save(self.state(), folder / f"draw-{self.draws}-rank-{self.world.rank}.pt")
+            self._keep_draw(self.output_dir / "draws" / f"draw-{self.draws}-rank-{self.world.rank}.pt")
+
+    def _keep_draw(self, path: Path) -> None:
+        """Raises StopRun."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(self.state(), path)
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+            path.unlink(missing_ok=True)
+            raise runs.StopRun(
+                f"ppo_save_draws: {path} could not be written ({str(error).splitlines()[0]}); make room and run the "
+                "same command to continue"
+            ) from error
 
     def _take_over(self, path: Path) -> None:
         """The draw in this file, in place of one of our own."""

@@ -29,6 +29,7 @@ import http.client
 import importlib.util
 import inspect
 import json
+import math
 import sys
 import time
 import traceback
@@ -90,6 +91,11 @@ class RewardOptions:
         for key in ("reward_funcs", "reward_weights"):
             if getattr(self, key) and not self.reward_file:
                 raise ValueError(f"{key}: it belongs to reward_file, which is not given; name one, or drop {key}")
+        twice = next((name for name in self.reward_funcs if self.reward_funcs.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"reward_funcs: {twice} is named twice; name it once, with a weight in reward_weights")
+        if not all(map(math.isfinite, self.reward_weights)):
+            raise ValueError(f"reward_weights: {', '.join(map(str, self.reward_weights))} must be finite numbers")
         if self.reward_funcs and self.reward_weights and len(self.reward_funcs) != len(self.reward_weights):
             raise ValueError(
                 f"reward_weights: {len(self.reward_weights)} numbers for {len(self.reward_funcs)} functions in "
@@ -181,12 +187,14 @@ class FunctionReward(RewardSource):
         wanted = ARGUMENTS if takes_all else [parameter.name for parameter in parameters if parameter.name in given]
         try:
             values = function(**{key: list(given[key]) for key in wanted})  # its own lists: it may change them
-        except Exception as error:  # the user's program may raise anything
+        except (Exception, SystemExit) as error:  # the user's program may raise anything
             lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
                      if frame.filename == str(self.path)]  # fmt: skip
             line = f" (line {lines[-1]})" if lines else ""
             raise StopRun(f"{where}{line}: {type(error).__name__}: {error}") from error
         try:
+            if isinstance(values, str | dict | set):  # iterable, but their items are no numbers in order
+                raise TypeError(f"it is a {type(values).__name__}")
             numbers = [float(value) for value in values]
         except (TypeError, ValueError) as error:
             raise StopRun(f"{where} returned {_short(repr(values))}, expected a list of numbers ({error})") from error
@@ -237,7 +245,7 @@ def _load_module(path: Path) -> ModuleType:
     sys.modules[spec.name] = module  # as importlib's recipe: dataclasses look their module up there
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # the user's program may raise anything
+    except (Exception, SystemExit) as error:  # the user's program may raise anything
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
         place = f":{line}" if line else ""

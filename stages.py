@@ -4,7 +4,7 @@ A stage learns of the reference and of the reward only what its constructor take
 """
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import config as configuration
@@ -45,6 +45,23 @@ STAGES: dict[str, type[Stage]] = {
     "grpo": GroupPolicy,
 }
 WRITES = ("ppo", "grpo")  # stages that learn from texts that the model writes
+OF_STAGES = {  # the stages that read a section; the others leave it alone
+    PreferenceOptions: ("dpo", "orpo", "kto"), KTOOptions: ("kto",), RewardOptions: WRITES, GRPOOptions: ("grpo",),
+    PPOOptions: ("ppo",),
+}  # fmt: skip
+OF_PAIRS = ("pref_loss", "pref_bco_weight", "dpo_label_smoothing", "simpo_gamma", "ld_alpha")  # kto reads none of them
+
+
+def unused_keys(config: configuration.Config) -> list[str]:
+    """What was given, differs from its default, and does nothing in this stage."""
+    stage, unused = config[TrainOptions].stage, []
+    for section, stages in OF_STAGES.items():
+        for option in fields(section):
+            idle = stage not in stages or (stage == "kto" and option.name in OF_PAIRS)
+            idle |= option.name == "simpo_gamma" and config[PreferenceOptions].pref_loss != "simpo"
+            if idle and config.values[option.name] != option.default:
+                unused.append(option.name)
+    return unused
 
 
 def make_rhythm(config: configuration.Config) -> Rhythm:
@@ -127,6 +144,8 @@ def make_reference(
         refuse_other_tokenizer("ref_model", folder, tokenizer)
         names = options.ref_model_adapters
         adapters = [resolve_folder("ref_model_adapters", name, "main", config[ModelOptions]) for name in names]
+        for number, adapter in enumerate(adapters):
+            refuse_other_base("ref_model_adapters", adapter, adapters[:number], "name them in front of it")
         bits = options.ref_model_quantization_bit
         made = Reference(second_model(config, "ref_model", folder, adapters, bits, model), ld_alpha)
         world.print(f"reference: {' + '.join(map(str, (folder, *adapters)))}")
@@ -182,6 +201,10 @@ def make_reward(config: configuration.Config, model: Decoder, tokenizer: Tokeniz
             refuse_other_base("reward_model_adapters", adapter, names[:number], "name them in front of it")
         second = second_model(config, "reward_model", folder, adapters, options.reward_model_quantization_bit, model)
         return ModelReward(second, [*reversed(adapters), folder])
+    if not is_adapter(folder):
+        raise ValueError(
+            f"reward_model: {folder} is no adapter, as reward_model_type=lora has it; set reward_model_type=full"
+        )
     if (folder / "tokenizer.json").is_file():
         refuse_other_tokenizer("reward_model", folder, tokenizer)
     merged = config[ModelOptions].adapter_name_or_path

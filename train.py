@@ -123,6 +123,8 @@ def run(config: configuration.Config, world: World) -> int:
     options, output_dir = config[TrainOptions], Path(config[TrainOptions].output_dir)
     for notice in config.notices:
         world.print(f"note: {notice}")
+    if unused := stages.unused_keys(config):
+        world.print(f"note: stage {options.stage} does not use {', '.join(unused)}")
     monitor.check_services(options.services)
     kernels.require_attention(config[ModelOptions].flash_attn, world.device, options.compute_dtype)
     resume, source = build.find_start(config)
