@@ -108,7 +108,7 @@ def leave_one_out(rewards: Tensor) -> Tensor:
 
 def group_deviation(rewards: Tensor) -> Tensor:
     """rewards (P, G) -> (P, 1): unbiased standard deviation of each group."""
-    return rewards.std(1, keepdim=True)
+    return rewards.std(1, keepdim=True) if len(rewards) else rewards[:, :1]  # a rank without prompts: std would warn
 
 
 def k3_divergence(logprobs: Tensor, reference: Tensor) -> Tensor:

@@ -179,6 +179,8 @@ def run(config: configuration.Config, world: World) -> int:
         if world.is_main:
             begin_folder(config, resume, world)
         status = train(this, runs.read_history(resume) if resume is not None else [])
+        if config[DataOptions].streaming:
+            world.print(prepared.report)  # only now is it known what was dropped and cut
     if status == 0:
         measure_at_the_end(this)
     return status

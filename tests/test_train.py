@@ -588,3 +588,15 @@ def test_the_command_itself(tiny, out):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stderr == ""
     assert "step 3/3  loss" in done.stdout and "\r" not in done.stdout and f"saved to {out}" in done.stdout
+
+
+def test_what_a_stream_drops_is_told_at_the_end(tiny, capsys):
+    """Before the first row is read nothing is known of it, so the report comes after the training."""
+    rows = tiny.folder / "pairs.jsonl"
+    answers = [(f"one two {n}", "one" if n % 2 else f"one two {n}") for n in range(6)]
+    pairs = [{"prompt": "count", "chosen": chosen, "rejected": rejected} for chosen, rejected in answers]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    keys = {"streaming": True, "max_steps": 3, "buffer_size": 2, "per_device_train_batch_size": 1}
+    assert tiny.train("stream-told", stage="dpo", dataset=rows, **keys) == 0
+    told = capsys.readouterr().out.split("saved to")[-1]
+    assert "dropped" in told and "identical answers" in told and "pairs.jsonl:1" in told
