@@ -206,7 +206,7 @@ class PPO(Stage):
             if number == updates - 1:
                 self.drawn = []  # a checkpoint after the last update needs none of it
             # the last draw of an epoch may hold fewer groups: they come more often
-            yield groups[number % self.options.ppo_buffer_size % len(groups)]
+            yield groups[number % len(groups)]
 
     def weight(self, batch: Batch) -> int:
         return batch.label_rows.shape[0]

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lora
 import memory
+import monitor
 import optim
 import parallel
 import train
@@ -23,7 +24,7 @@ from architectures import config_from_hf, to_hf_name
 from batches import Example, collate
 from bench import four_bits
 from model import Decoder, initialize_weights
-from objectives import TokenLoss
+from objectives import Rhythm, TokenLoss
 from runs import TrainOptions
 
 LEARNING_RATE = 2e-4
@@ -109,13 +110,15 @@ class Anvil:
             world=world,
             model=model,
             stage=TokenLoss(),
+            rhythm=Rhythm(1),
+            predictor=None,
             loader=None,
             eval_loaders={},
             optimizer=optim.make_optimizer(model, optim_options),
             scaler=torch.amp.GradScaler(setting.device.type, enabled=False),
             gradient_sum=parallel.GradientSum(model, world),
             monitor=None,
-            window=None,
+            window=monitor.Window(world),
             health=None,
             total_steps=steps,
             save_weights=None,

@@ -199,7 +199,7 @@ def test_a_file_that_is_damaged_or_of_something_else_is_made_again(tiny, capsys)
     assert tiny.losses("whole") == tiny.losses("damaged")
     assert dpo(tiny, "other", num_train_epochs=1, cutoff_len=64) == 0
     newest = max(cached(tiny), key=lambda path: path.stat().st_mtime_ns)
-    repaired = next(path for path, text in zip(files, good) if path.read_bytes() == text)
+    repaired = next(path for path, text in zip(files, good) if path.stat().st_size == len(text))
     shutil.copy(newest, repaired)
     capsys.readouterr()
     assert dpo(tiny, "foreign", num_train_epochs=1) == 0

@@ -103,7 +103,11 @@ def test_a_ranking_without_its_column(tiny, capsys):
 
 
 def test_a_draw_that_does_not_fit_on_the_disk(tiny):
-    child = tiny.child("full", file_limit=3000, **stage_keys(tiny, "ppo", max_steps=1, ppo_save_draws=True))
+    keys = stage_keys(tiny, "ppo", max_steps=1, ppo_save_draws=True)
+    assert tiny.train("roomy", **keys) == 0  # this also fills the cache of tokens
+    (draw,) = (tiny.folder / "roomy" / "draws").iterdir()
+    assert draw.stat().st_size > (tiny.folder / "roomy" / "run_config.yaml").stat().st_size
+    child = tiny.child("full", file_limit=draw.stat().st_size - 1, **keys)
     assert child.wait() == 1
     assert "ppo_save_draws: " in child.text() and "Traceback" not in child.text()
     assert not list((tiny.folder / "full" / "draws").iterdir())
