@@ -70,6 +70,7 @@ def anvil(folder: str, adapter: str, cached: bool):
     import optim
     from batches import ROW_MULTIPLE, Example, collate
     from checkpoint import load_adapter, load_model
+    from parallel import World
     from preference import PairPreference, PreferenceOptions
     from reference import Reference
 
@@ -78,7 +79,8 @@ def anvil(folder: str, adapter: str, cached: bool):
     load_adapter(model, adapter)
     optimizer = optim.make_optimizer(model, optim.OptimOptions(learning_rate=LEARNING_RATE))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    stage = PairPreference(PreferenceOptions(pref_beta=BETA), Reference())
+    world = World(0, 1, 0, torch.device("cpu"))
+    stage = PairPreference(PreferenceOptions(pref_beta=BETA), Reference(), world)
     model.train()
 
     def example(pair: dict) -> Example:
