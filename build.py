@@ -83,7 +83,7 @@ def find_start(config: configuration.Config) -> tuple[Path | None, Path]:
 
 
 def refuse_on_quantised(config: configuration.Config, source: Path) -> None:
-    """What config.RULES say of quantization_bit, for a checkpoint that is quantised already. Raises ValueError."""
+    """What option_rules say of quantization_bit, for a checkpoint that is quantised already. Raises ValueError."""
     stored = load_config(source).hf.get("quantization_config")
     if not stored:
         return

@@ -1,4 +1,4 @@
-"""config.py: ways to give an option, types, names of other systems, mistakes, rules, help, round trip."""
+"""config.py and its tables: ways to give an option, types, other systems' names, mistakes, rules, help, round trip."""
 
 import dataclasses
 import json
@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 
 import config
 import export
+import option_names
+import option_rules
 from config import Config, ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -628,15 +630,16 @@ def test_values_that_are_not_built_follow_the_section():
 
 
 def test_tables_are_sound():
-    known = set(config.RENAMED) | {name for names in config.RENAMED.values() for name in names.split()}
-    assert not known & set(config.CONVERTED)
-    for name in config.CONVERTED:  # a key has one explanation
-        assert config._lookup(config.HARMLESS, name) == config._lookup(config.NOT_YET, name) == (None, [])
-    for words in config.NOT_YET.values():
+    known = set(option_names.RENAMED) | {name for names in option_names.RENAMED.values() for name in names.split()}
+    assert not known & set(option_names.CONVERTED)
+    for name in option_names.CONVERTED:  # a key has one explanation
+        for table in (option_names.HARMLESS, option_names.NOT_YET):
+            assert option_names.lookup(table, name) == (None, [])
+    for words in option_names.NOT_YET.values():
         for word in words.split():
-            assert config._lookup(config.HARMLESS, word.split("=")[0])[0] is None, word
+            assert option_names.lookup(option_names.HARMLESS, word.split("=")[0])[0] is None, word
     keys = {item.name for section in (*ALL, *export.SECTIONS) for item in dataclasses.fields(section)}
-    for predicate, message in config.RULES:  # each rule about keys of this file can be evaluated on defaults
+    for predicate, message in option_rules.RULES:  # each rule about keys of this file can be evaluated on defaults
         names = predicate.__code__.co_varnames[: predicate.__code__.co_argcount]
         assert message[0].islower() or message.startswith("DoRA")
         assert keys & set(names), names
@@ -880,8 +883,8 @@ def test_a_run_saved_and_loaded_again_is_the_same(write, tmp_path):
     assert again.notices == ()
 
 
-KEYS = [item.name for section in ALL for item in dataclasses.fields(section)] + list(config.CONVERTED)
-KEYS += [name for names in config.RENAMED.values() for name in names.split()] + [
+KEYS = [item.name for section in ALL for item in dataclasses.fields(section)] + list(option_names.CONVERTED)
+KEYS += [name for names in option_names.RENAMED.values() for name in names.split()] + [
     "trust_remote_code",
     "fsdp",
     "x",
@@ -948,7 +951,7 @@ def test_help_row_shows_type_and_default(capsys, monkeypatch):
     assert rows["packing"] == ["bool", "-"]
 
 
-def test_config_imports_no_other_file_of_the_project():
+def test_options_are_read_without_torch_and_without_the_other_parts():
     code = "import sys, config; print(*{'torch', 'data', 'lora', 'model', 'templates'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
