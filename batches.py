@@ -47,6 +47,7 @@ class Example:
     split: int = 0  # where the second segment begins; 0 = there is one segment
     tag: int = 0  # KTO: 1 = desirable, 0 = undesirable
     reference: tuple[float, ...] | None = None  # log-probability of each segment's labels under the reference policy
+    copy: int = 0  # how often the data set's order repeated the same example before
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -78,6 +79,7 @@ class Batch:
     label_rows: torch.Tensor  # (L,) int64, where labels != IGNORED
     borders: list[int]  # cu_seqlens on the host
     sources: list[tuple[int, int]]  # (dataset, row) of each segment; empty for an empty batch
+    copies: list[int] = field(default_factory=list)  # Example.copy of each segment
     pairs: int = 0  # P: segments 0..P-1 are the first of each pair (chosen), P..2P-1 the second (rejected)
     tags: torch.Tensor | None = None  # (N,) int64, Example.tag of each segment
     reference: torch.Tensor | None = None  # (N,) fp32, Example.reference
@@ -147,6 +149,7 @@ class Batch:
             label_rows=self.label_rows[labels] - tokens.start,
             borders=[border - tokens.start for border in borders],
             sources=self.sources[segments],
+            copies=self.copies[segments],
             tags=None if self.tags is None else self.tags[segments],
             reference=None if self.reference is None else self.reference[segments],
             extras={name: values[labels] for name, values in self.extras.items()},
@@ -165,6 +168,7 @@ def collate(examples: Sequence[Example]) -> Batch:
     Examples of two segments: the first segments of all, then the second ones in the same order.
     """
     sources = [example.source for example in examples]
+    copies = [example.copy for example in examples]
     if not examples:
         one = np.zeros(1, np.int64)
         examples = [Example(one, one > 0, one.astype(np.int16) - 1, one.astype(np.uint8), (-1, -1))]
@@ -199,6 +203,7 @@ def collate(examples: Sequence[Example]) -> Batch:
         label_rows=torch.from_numpy(np.flatnonzero(labels != IGNORED)),
         borders=borders.tolist(),
         sources=sources * (2 if pairs else 1),
+        copies=copies * (2 if pairs else 1),
         pairs=pairs,
         tags=torch.tensor([example.tag for example, _ in order]),
         reference=reference,
@@ -388,12 +393,13 @@ class StreamingLoader:
         return self.couple(self._encoded())
 
     def _encoded(self) -> Iterator[Example]:
+        numbers = itertools.count()  # any row may come again, in the next pass or in this one, and is another copy
         for epoch in itertools.count():
             found = False
             for row in shuffle_buffer(self.open_epoch(epoch), self.buffer_size, [self.seed, epoch]):
                 examples = self.encode(row)
                 found = found or bool(examples)
-                yield from examples
+                yield from (replace(example, copy=number) for example, number in zip(examples, numbers))
             if not found:
                 raise ValueError("the streamed data holds no example to train on")
 

@@ -223,9 +223,8 @@ class GroupPolicy(Stage):
         asked = [[p for p in prompts_of(batch, self.tokenizer) for _ in range(self.options.num_generations)]
                  for batch in drawn]  # fmt: skip
         prompts = [prompt for each in asked for prompt in each]
-        numbers = range(self.options.num_generations)
-        seeds = [seed_of(self.seed, self.draws, prompt.source, number)
-                 for prompt, number in zip(prompts, list(numbers) * len(prompts))]  # fmt: skip
+        size = self.options.num_generations
+        seeds = [seed_of(self.seed, self.draws, prompt, number % size, size) for number, prompt in enumerate(prompts)]
         completions = self._write(model, prompts, seeds, self.generation)
         parts = self.reward.parts(samples_of(prompts, completions)).double()  # (N, K)
         rewards = parts @ torch.tensor(self.reward.weights, dtype=torch.float64)  # (N,)

@@ -350,7 +350,7 @@ class PPO(Stage):
     ) -> tuple[list[list[Completion]], Tensor]:
         """What the policy writes to each micro-batch's prompts, and the score of each text in that order."""
         flat = [prompt for each in prompts for prompt in each]
-        seeds = [seed_of(self.seed, draw, prompt.source) for prompt in flat]
+        seeds = [seed_of(self.seed, draw, prompt) for prompt in flat]
         common = {"stop_ids": self.stop_ids, "tokenizer": self.tokenizer}
         texts = roll_out(model, flat, seeds, self.generation, **common)
         scores, remaining = self.reward.scores(samples_of(flat, texts)), iter(texts)

@@ -107,7 +107,7 @@ class TextPredictor:
         def write(rows: range) -> list[tuple[str, int]]:
             asked = [prompts[row] for row in rows]
             # 0: the same draws at every evaluation, so that only the weights make a difference
-            seeds = [seed_of(self.seed, 0, prompt.source) for prompt in asked]
+            seeds = [seed_of(self.seed, 0, prompt) for prompt in asked]
             completions = roll_out(
                 model, asked, seeds, self.options, stop_ids=self.tokenizer.stop_ids, tokenizer=self.tokenizer
             )

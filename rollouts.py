@@ -1,7 +1,7 @@
 """Rollouts: prompts out of a batch, texts that the model being trained writes to them, and these as a batch again.
 
     prompts = prompts_of(batch, tokenizer)
-    seeds = [seed_of(run_seed, draw, prompt.source, number) for prompt in prompts]
+    seeds = [seed_of(run_seed, draw, prompt) for prompt in prompts]
     completions = roll_out(model, prompts, seeds, options, stop_ids=tokenizer.stop_ids, tokenizer=tokenizer)
     batch = completions_batch(prompts, completions, {"advantages": [...]})      # labels = the completions' tokens
 
@@ -32,17 +32,18 @@ class Prompt:
     text: str  # as the model reads it: rendered by the template, special tokens included
     answer: str | None  # the row's own answer, for rewards that compare; the policy never sees it
     source: tuple[int, int]  # (dataset, row)
+    copy: int = 0  # of that row: the same prompt may come several times in one draw
 
 
 def prompts_of(batch: Batch, tokenizer) -> list[Prompt]:
     """The prompt of each segment: its tokens before the first trained one. What is trained is the row's own answer."""
     tokens, labels = batch.tokens.tolist(), batch.labels.tolist()
     prompts = []
-    for source, start, stop in zip(batch.sources, batch.borders, batch.borders[1:]):
+    for source, copy, start, stop in zip(batch.sources, batch.copies, batch.borders, batch.borders[1:]):
         rows = [row for row in range(start, stop) if labels[row] != IGNORED]
         ids = tokens[start : rows[0] + 1 if rows else stop]
         answer = tokenizer.decode([labels[row] for row in rows], skip_special=False) if rows else None
-        prompts.append(Prompt(ids, tokenizer.decode(ids, skip_special=False), answer, source))
+        prompts.append(Prompt(ids, tokenizer.decode(ids, skip_special=False), answer, source, copy))
     return prompts
 
 
@@ -52,9 +53,13 @@ def ending_with(options: GenerateOptions, template, tokenizer) -> GenerateOption
     return replace(options, stop=tuple(dict.fromkeys([*options.stop, *words])))
 
 
-def seed_of(seed: int, draw: int, source: tuple[int, int], number: int = 0) -> int:
-    """Seed of one text: that of the run, how often it drew prompts before, the prompt's row, which text of that row."""
-    return int(np.random.SeedSequence([seed, draw, *source, number]).generate_state(1, np.uint64)[0] >> 2)
+def seed_of(seed: int, draw: int, prompt: Prompt, number: int = 0, texts: int = 1) -> int:
+    """Seed of one text: that of the run, how often it drew prompts before, the prompt's row, which text of that row.
+
+    number: of the `texts` that are written to this copy of the row.
+    """
+    entropy = [seed, draw, *prompt.source, prompt.copy * texts + number]
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 2)
 
 
 def roll_out(

@@ -185,7 +185,18 @@ class ExampleStore:
             int(part.splits[j]),
             int(part.tags[j]),
             None if self.reference is None else tuple(self.reference[i].tolist()),
+            int(self.copies[i]),
         )
+
+    @cached_property
+    def copies(self) -> np.ndarray:
+        """(n,) how often the same example stands before each: num_samples and interleave_over repeat some."""
+        starts = np.cumsum([0, *map(len, self.parts)])
+        numbers, copies = starts[self.index[:, 0]] + self.index[:, 1], np.zeros(len(self), np.int64)
+        if np.bincount(numbers, minlength=1).max() > 1:  # sorting takes a second per million
+            order = np.argsort(numbers, kind="stable")
+            copies[order] = np.arange(len(self)) - np.searchsorted(numbers[order], numbers[order])
+        return copies
 
     @property
     def trained_share(self) -> float:

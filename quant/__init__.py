@@ -18,7 +18,8 @@ from quant.int8 import EETQFormat, Int8Format
 from quant.linear import FEW_ROWS, Format, QuantLinear, report
 from quant.nf4 import NF4Format
 
-__all__ = ["FEW_ROWS", "Format", "QuantLinear", "QuantOptions", "from_config", "from_options", "report"]
+__all__ = ["FEW_ROWS", "Format", "QuantLinear", "QuantOptions", "from_config", "from_options",
+           "in_bits", "report"]  # fmt: skip
 
 
 def _bitsandbytes(settings: dict) -> Format:
@@ -41,13 +42,13 @@ WHOLE_NUMBERS = {  # keys of quantization_config, at any depth
     "bits", "w_bit", "nbits", "nbits_per_codebook", "num_codebooks", "axis",
     "group_size", "q_group_size", "in_group_size", "out_group_size",
 }  # fmt: skip
-QUANTISERS = {  # quantization_method -> quantization_bit -> QuantOptions -> Format
+QUANTISERS = {  # quantization_method -> bits -> (QuantOptions, bits) -> Format
     "bitsandbytes": {
-        4: lambda options: NF4Format(options.quantization_type, options.double_quantization),
-        8: lambda options: Int8Format(),
+        4: lambda options, bits: NF4Format(options.quantization_type, options.double_quantization),
+        8: lambda options, bits: Int8Format(),
     },
-    "eetq": {8: lambda options: EETQFormat()},
-    "hqq": dict.fromkeys((8, 6, 5, 4, 3, 2, 1), lambda options: HQQFormat(options.quantization_bit)),
+    "eetq": {8: lambda options, bits: EETQFormat()},
+    "hqq": dict.fromkeys((8, 6, 5, 4, 3, 2, 1), lambda options, bits: HQQFormat(bits)),
 }
 
 
@@ -77,13 +78,18 @@ class QuantOptions:
 
 def from_options(options: QuantOptions) -> Format | None:
     """The format that the options ask for, None for a model that is not quantised. Raises ValueError."""
-    if options.quantization_bit in (None, 0, 16, 32):
+    return in_bits(options.quantization_bit, options, "quantization_bit")
+
+
+def in_bits(bits: int | None, options: QuantOptions, key: str) -> Format | None:
+    """from_options, but of so many bits, as option `key` asks for another model."""
+    if bits in (None, 0, 16, 32):
         return None
     quantisers = QUANTISERS[options.quantization_method]
-    if options.quantization_bit not in quantisers:
+    if bits not in quantisers:
         known = " and ".join(map(str, quantisers))
-        raise ValueError(f"quantization_bit: {options.quantization_bit}; {options.quantization_method} has {known}")
-    return quantisers[options.quantization_bit](options)
+        raise ValueError(f"{key}: {bits}; quantization_method={options.quantization_method} has {known}")
+    return quantisers[bits](options, bits)
 
 
 def from_config(settings: dict) -> Format:

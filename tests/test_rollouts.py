@@ -1,18 +1,22 @@
 """Rollouts: prompts without their answers, texts that depend on weights, prompt and seed alone, labels that are the
 texts' own tokens."""
 
+import itertools
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from tiny_runs import tiny_runs
 
 import lora
-from batches import IGNORED, ROW_MULTIPLE, Example, collate
+from batches import IGNORED, ROW_MULTIPLE, Example, StreamingLoader, collate
 from checkpoint import load_model
 from heads import batch_logprobs
 from lora import LoraOptions
-from rollouts import completions_batch, prompts_of, roll_out, seed_of
+from rollouts import Prompt, completions_batch, prompts_of, roll_out, seed_of
 from sampling import GenerateOptions
+from token_store import ExampleStore
 from tokenizer import Tokenizer
 
 SAMPLED = GenerateOptions(max_new_tokens=7, top_k=0, top_p=1.0, temperature=1.0)
@@ -86,8 +90,8 @@ def test_the_labels_of_a_rollout_are_its_new_tokens_and_only_these(model, tokeni
 
 def test_a_text_depends_on_its_prompt_and_seed_alone(model, tokenizer):
     prompts = prompts_of(collate(batch_of(tokenizer, ROWS)), tokenizer)
-    prompts, seeds = prompts + prompts[:1], [seed_of(42, 1, prompt.source) for prompt in prompts]
-    seeds.append(seed_of(42, 1, prompts[0].source, 1))
+    prompts, seeds = prompts + prompts[:1], [seed_of(42, 1, prompt) for prompt in prompts]
+    seeds.append(seed_of(42, 1, prompts[0], 1, 2))
     common = {"stop_ids": tokenizer.stop_ids, "tokenizer": tokenizer}
     together = roll_out(model, prompts, seeds, SAMPLED, **common)
     in_twos = roll_out(model, prompts, seeds, SAMPLED, together=2, **common)
@@ -97,11 +101,33 @@ def test_a_text_depends_on_its_prompt_and_seed_alone(model, tokenizer):
     assert together[0].ids != together[3].ids, "the second text of a prompt is another one"
 
 
-def test_seeds_differ_by_run_draw_row_and_number():
-    changes = [(42, 1, (0, 0), 0), (43, 1, (0, 0), 0), (42, 2, (0, 0), 0), (42, 1, (1, 0), 0), (42, 1, (0, 1), 0),
-               (42, 1, (0, 0), 1)]  # fmt: skip
-    assert len({seed_of(*each) for each in changes}) == len(changes)
-    assert seed_of(*changes[0]) == seed_of(*changes[0]) < 2**62
+def test_seeds_differ_by_run_draw_row_copy_and_number():
+    first = Prompt([5], "", None, (0, 0))
+    prompts = [replace(first, source=source, copy=copy) for source in ((0, 0), (0, 1), (1, 0)) for copy in range(3)]
+    seeds = [seed_of(run, draw, prompt, number, 4) for run in (42, 43) for draw in (1, 2) for prompt in prompts
+             for number in range(4)]  # fmt: skip
+    assert len(set(seeds)) == 2 * 2 * 9 * 4
+    assert seeds[0] == seed_of(42, 1, first) < 2**62
+
+
+def test_rows_that_an_order_repeats_are_copies_of_their_own(tokenizer):
+    parts = [ExampleStore.from_examples(batch_of(tokenizer, ROWS), ["", ""]).parts[1]] * 2
+    index = np.array([(1, 2), (0, 2), (1, 2), (1, 0), (0, 1), (1, 2), (1, 0)])
+    store = ExampleStore(parts, ["a", "b"], index)
+    batch = collate([store.example(i) for i in range(7)])
+    assert [prompt.copy for prompt in prompts_of(batch, tokenizer)] == [0, 0, 1, 0, 0, 2, 1]
+    assert not store.select(np.array([1, 2, 6])).copies.any()  # each is there once
+
+
+def test_a_stream_that_comes_to_its_end_begins_again_with_other_copies(tokenizer):
+    rows = batch_of(tokenizer, ROWS)
+    loader = StreamingLoader(lambda epoch: iter(rows), lambda row: [row], rows_per_batch=5)
+    prompts = prompts_of(next(loader.batches()), tokenizer)
+    assert len({prompt.source for prompt in prompts}) == 3
+    assert len({(prompt.source, prompt.copy) for prompt in prompts}) == 5
+    (again,) = [prompts_of(each, tokenizer) for each in itertools.islice(loader.batches(start=1), 1)]
+    (resumed,) = [prompts_of(each, tokenizer) for each in itertools.islice(loader.batches(), 1, 2)]
+    assert again == resumed
 
 
 def test_greedy_texts_are_the_likeliest_tokens_of_the_policy_that_trains(model, tokenizer):

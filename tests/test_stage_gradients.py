@@ -4,10 +4,14 @@ Plain SGD without clipping, so that weights after an update are the gradient. Se
 empty batch at the end.
 """
 
+import json
+
 import pytest
 import torch
 from stage_runs import all_stages, data_of, stage_keys, write_stage_data
 from tiny_runs import start_ranks, tiny_runs
+
+from batches import Batch
 
 SGD = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0, "lr_scheduler_type": "constant"}
 WHOLE = {"finetuning_type": "full", "max_steps": 2, "cutoff_len": 512, "do_train": True, "do_eval": True, **SGD}
@@ -70,6 +74,34 @@ def test_a_layout_trains_the_weights_of_one_batch(tiny, together, stage, layout)
     name, expected = f"{stage}-{layout.partition(' ')[0]}", together(stage)
     assert tiny.train(name, **keys_of(tiny, stage) | LAYOUTS[layout]) == 0
     assert_same_training(tiny, expected, name)
+
+
+def test_rows_that_come_twice_in_a_draw_get_texts_of_their_own_in_every_layout(tiny):
+    info = tiny.folder / "stages" / "dataset_info.json"
+    entries = json.loads(info.read_text()) | {"again": {"file_name": "prompts.json", "num_samples": 16}}
+    info.write_text(json.dumps(entries))
+    common = keys_of(tiny, "ppo") | {"dataset": "again", "max_steps": 2, "ppo_epochs": 1, "ppo_save_draws": True}
+    common |= {"do_eval": False, "eval_dataset": None}
+    for name, keys in (LAYOUTS | {"whole": {}}).items():
+        assert tiny.train(f"again-{name}", **common | keys) == 0
+    ranks = start_ranks(tiny.words("again-ranks", **common | TWO_RANKS), tiny.folder / "again-ranks")
+    assert [rank.wait() for rank in ranks] == [0, 0], "".join(rank.text() for rank in ranks)
+
+    def texts(name: str) -> list:
+        """(draw, row, text) of all ranks; a packed row is all data, so it is left to the first draw."""
+        found = []
+        for file in (tiny.folder / f"again-{name}" / "draws").iterdir():
+            for batch in (Batch(**values) for values in torch.load(file)["drawn"]["batches"]):
+                spans = zip(batch.sources, batch.borders, batch.borders[1:])
+                found += [(file.name[5], row, tuple(batch.tokens[a:b].tolist())) for row, a, b in spans]
+        return sorted(found)
+
+    drawn = texts("whole")
+    assert len(drawn) == 16 and len({(draw, row) for draw, row, _ in drawn}) < 16  # or else the test would see nothing
+    assert len(set(drawn)) == 16
+    assert texts("one after another") == texts("ranks") == drawn
+    packed = [text for text in texts("packed") if text[0] == "1"]
+    assert len(packed) == len(set(packed)) == 16
 
 
 @pytest.mark.parametrize("stage", all_stages())
