@@ -44,10 +44,11 @@ from preference import PreferenceOptions
 from quant import QuantOptions
 from reference import ReferenceOptions
 from rewards import RewardOptions
+from rollouts import TOGETHER
 from runs import TrainOptions
 from sampling import GenerateOptions
 from sources import HubAccess
-from stages import STAGES, WRITES
+from stages import STAGES, WRITES, folders_beside, make_rhythm
 from templates import TemplateOptions, get_template
 from token_store import ExampleStore
 from tokenizer import Tokenizer
@@ -138,10 +139,22 @@ def prepare_data(config: configuration.Config, source: Path, template, tokenizer
     return prepared
 
 
-def describe_data(prepared: Prepared) -> str:
-    if not isinstance(prepared.train, ExampleStore):
-        return "streamed"
-    return f"{len(prepared.train)} examples of {int(prepared.train.lengths.sum())} tokens"
+def describe_inputs(config: configuration.Config, source: Path, prepared: Prepared) -> dict[str, str]:
+    """What the run is made from, where a name in the options does not say it: data, weights, the reward's program."""
+    output_dir, described = Path(config[TrainOptions].output_dir).resolve(), {"training data": "streamed"}
+    if isinstance(prepared.train, ExampleStore):
+        tokens = int(prepared.train.lengths.sum())
+        described["training data"] = f"{len(prepared.train)} examples of {tokens} tokens"
+    folders = {"model_name_or_path": [source], "adapter_name_or_path": resolve_adapters(config[ModelOptions])}
+    for key, named in (folders | folders_beside(config)).items():
+        named = [folder for folder in named if folder.resolve() != output_dir]  # what a run trains on in its place
+        described[f"content of {key}"] = runs.digest(
+            path for folder in named for pattern in (*runs.WEIGHTS, "config.json") for path in folder.glob(pattern)
+        )
+    program = config[RewardOptions].reward_file
+    if program is not None and Path(program).expanduser().is_file():
+        described["content of reward_file"] = runs.digest([Path(program).expanduser()])
+    return described
 
 
 def pick_template(config: configuration.Config, tokenizer: Tokenizer):
@@ -299,38 +312,46 @@ def make_plan(config: configuration.Config, source: Path, prepared: Prepared, lo
     store = prepared.train if isinstance(prepared.train, ExampleStore) else None
     lengths = np.full(1, config[DataOptions].cutoff_len) if store is None else store.segment_lengths
     share = 1.0 if store is None else store.trained_share
+    cache = 0.0
     if options.stage in WRITES:
-        lengths = lengths + config[GenerateOptions].max_new_tokens
-        share = config[GenerateOptions].max_new_tokens / lengths.mean()
-    peak = plan.predict_peak(model, chosen, need, plan.largest_file(source), world.device, beside)
+        new, answers = config[GenerateOptions].max_new_tokens, answers_of(config)
+        texts = min(TOGETHER, loader.most_examples() * make_rhythm(config).draw * answers)
+        cache = plan.cache_bytes(model.config, texts, int(lengths.max()), new, options.compute_dtype.itemsize)
+        lengths = lengths + new
+        share = new / lengths.mean()
+    peak = plan.predict_peak(model, chosen, need, plan.largest_file(source), world.device, beside, cache=cache)
     bound = plan.bound_speed(model, chosen, lengths, share, tokens, world.device)
     text = plan.report(peak, bound, memory.free_bytes(world.device), tokens, world.device)
     if options.stage in WRITES:
-        text += "\n  (of the updates; to it comes the time in which the model writes the texts that it learns from)"
+        text += "\n  (of the updates; to it comes the time in which the model writes the texts that it learns from,"
+        text += f"\n  {texts} at once, whose cache takes up to {cache / plan.GIB:.2f} GiB)"
     return f"{trainable_report(model)}\n{line}\n\n{text}"
 
 
 def bytes_beside(config: configuration.Config, model: Decoder) -> dict[str, float]:
     """Weights that a run holds beside those of the model it trains, by what they are for; see make_reference and
     make_reward. What serves only before the first update is not counted."""
-    options, found = config[TrainOptions], {}
+    options, found, beside = config[TrainOptions], {}, folders_beside(config)
     live = options.stage in WRITES or config[DataOptions].streaming
     needs = {"dpo": config[PreferenceOptions].needs_reference, "grpo": config[GRPOOptions].beta > 0}
-    named = {"reward model": config[RewardOptions].reward_model}
-    if options.stage not in WRITES or config[RewardOptions].reward_model_type != "full":
-        named.clear()
+    held = []
+    if config[RewardOptions].reward_model_type == "full":
+        held.append(("reward model", "reward_model", config[RewardOptions].reward_model_quantization_bit))
     if live and needs.get(options.stage, options.stage in ("kto", "ppo")):
-        named["reference"] = config[ReferenceOptions].ref_model
-        if named["reference"] is None and config[LoraOptions].finetuning_type != "lora":
+        held.append(("reference", "ref_model", config[ReferenceOptions].ref_model_quantization_bit))
+        if "ref_model" not in beside and config[LoraOptions].finetuning_type != "lora":
             found["reference"] = float(sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad))
-    bits = {"reward model": config[RewardOptions].reward_model_quantization_bit}
-    bits["reference"] = config[ReferenceOptions].ref_model_quantization_bit
-    for name, folder in named.items():
-        if folder is not None and Path(folder).is_dir():
-            quantization = quant.from_options(replace(config[QuantOptions], quantization_bit=bits[name]))
-            second = plan.skeleton(Path(folder), load_config(folder), options.compute_dtype, quantization)
+    for name, key, bits in held:
+        for folder in beside.get(key, ()):
+            quantization = quant.in_bits(bits, config[QuantOptions], f"{key}_quantization_bit")
+            second = plan.skeleton(folder, load_config(folder), options.compute_dtype, quantization)
             found[name] = plan.weight_bytes(second)
     return found
+
+
+def answers_of(config: configuration.Config) -> int:
+    """Texts that a stage of WRITES writes to each prompt."""
+    return config[GRPOOptions].num_generations if config[TrainOptions].stage == "grpo" else 1
 
 
 def largest_row(loader, config: configuration.Config, world: World) -> int:
@@ -338,7 +359,7 @@ def largest_row(loader, config: configuration.Config, world: World) -> int:
     tokens, stage = loader.most_tokens(), config[TrainOptions].stage
     if stage in WRITES:
         tokens += loader.most_examples() * config[GenerateOptions].max_new_tokens
-        tokens *= config[GRPOOptions].num_generations if stage == "grpo" else 1
+        tokens *= answers_of(config)
     multiple = ROW_MULTIPLE[world.device.type]
     return -(-tokens // multiple) * multiple
 

@@ -28,6 +28,7 @@ import memory
 import quant
 import recompute
 from architectures import ModelConfig, from_hf_name
+from generate import FIRST_ROOM
 from lora import lora_layers, replace_module
 from model import Decoder
 from quant import Format, QuantLinear
@@ -115,10 +116,11 @@ class Peak:
 
 def predict_peak(
     model: Decoder, chosen: recompute.Plan, need: memory.Need, file_bytes: float, device: torch.device,
-    beside: dict[str, float] | None = None,
+    beside: dict[str, float] | None = None, *, cache: float = 0.0,
 ) -> Peak:  # fmt: skip
     """model: the skeleton, prepared as for training; chosen, need: what memory.plan and memory.need say of it;
-    file_bytes: of the largest file of weights; beside: bytes of other models that are held (reference, reward)."""
+    file_bytes: of the largest file of weights; beside: bytes of other models that are held (reference, reward);
+    cache: cache_bytes of a stage that writes texts, which it does between its updates."""
     parts = {} if device.type == "cuda" else {"process": float(resident_bytes())}
     packed = [module for module in model.modules() if isinstance(module, QuantLinear)]
     frozen = [p for p in model.parameters() if not p.requires_grad]
@@ -129,6 +131,7 @@ def predict_peak(
     if device.type != "cuda":  # the pages of the mapped file that have been read count until it is closed
         loading["file being read"] = file_bytes
     parts |= beside or {}
+    writing = parts | {"optimizer": need.optimizer, "cache of the texts": cache}
     parts["gradients"], parts["optimizer"] = need.gradients, need.optimizer
     below = model.config.num_layers - need.blocks  # blocks without a backward pass keep nothing
     counts = max(0, chosen.full - below), min(chosen.selective, need.blocks)
@@ -138,7 +141,17 @@ def predict_peak(
     parts["buffers"] = float(largest * compute.itemsize)
     block = need.block - parts["buffers"]  # there it is counted too
     parts["head" if need.head > block else "one block's backward"] = max(need.head, block)
-    return Peak(loading if sum(loading.values()) > sum(parts.values()) else parts)
+    return max(Peak(parts), Peak(loading), Peak(writing), key=lambda moment: moment.bytes)
+
+
+def cache_bytes(config: ModelConfig, texts: int, prompt: int, new: int, size: int) -> float:
+    """Keys and values of so many texts that are written together, of at most prompt + new tokens, with numbers of
+    `size` bytes; where the cache has to grow, the old and the new one."""
+    capacity = held = prompt + min(new, FIRST_ROOM)
+    while capacity < prompt + new - 1:  # the last token is never fed
+        held = capacity + capacity + capacity // 2
+        capacity += capacity // 2
+    return 2.0 * config.num_layers * config.num_kv_heads * config.head_dim * size * texts * held
 
 
 def largest_file(folder: Path) -> float:

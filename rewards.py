@@ -312,6 +312,10 @@ class ApiReward(RewardSource):
         self.address, self.tokenizer = address, tokenizer
         self.timeout_seconds, self.pause_seconds = timeout_seconds, pause_seconds
 
+    def ask_once(self) -> None:
+        """Have one short text scored, before the training depends on it. Raises StopRun."""
+        self.scores([Sample("Hello", "", None, self.tokenizer.encode("Hello"), (), "stop")])
+
     def measure(self, samples: Sequence[Sample]) -> Tensor:
         messages = [self.tokenizer.decode(text, skip_special=False) for text in _texts(samples)]
         answer = self._ask(json.dumps({"model": "model", "messages": messages}).encode())

@@ -8,6 +8,7 @@ weights_only=True. A run may continue only with the settings that decided its we
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -16,7 +17,7 @@ import signal
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ WEIGHTS = (
     "adapter_config.json", "adapter_model.safetensors", "model*.safetensors", "model.safetensors.index.json",
     "value_head.safetensors",
 )  # fmt: skip
+PIECES, PIECE_BYTES = 256, 2**16  # 16 MiB of each file: some ms, where all of a large model takes minutes
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NAME = re.compile(r"checkpoint-(\d+)")
 _TEMPORARY = ".tmp-"
@@ -52,7 +54,7 @@ FREE = frozenset(
     report_to run_name plot_loss save_strategy save_steps save_total_limit save_only_model evaluation_strategy
     eval_steps eval_dataset per_device_eval_batch_size load_best_model_at_end early_stopping_steps
     overwrite_cache preprocessing_num_workers dataset_dir tokenized_path cache_dir hf_hub_token ms_hub_token
-    infer_dtype flash_attn ppo_save_draws""".split()  # noqa: SIM905
+    infer_dtype flash_attn ppo_save_draws ppo_replay reward_api_timeout""".split()  # noqa: SIM905
 )
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # of inductor
@@ -494,10 +496,24 @@ def read_history(folder: Path) -> list[dict]:
         raise ValueError(f"{path}: missing or damaged ({error}); give another resume_from_checkpoint") from error
 
 
-def fingerprint(values: Mapping[str, object], world: World, examples: str) -> dict[str, str]:
-    """Every setting that decides the weights, as text. `examples` describes the training data as it was prepared."""
+def fingerprint(values: Mapping[str, object], world: World, described: Mapping[str, str]) -> dict[str, str]:
+    """Every setting that decides the weights, as text; `described`: what the options name, but do not say."""
     kept = {key: str(value) for key, value in values.items() if key not in FREE}
-    return kept | {"number of processes": str(world.size), "training data": examples}
+    return kept | {"number of processes": str(world.size)} | described
+
+
+def digest(paths: Iterable[Path]) -> str:
+    """A hash of names, sizes and bytes of these files: of all bytes of a small one, of a large one pieces all over it,
+    which any training changes."""
+    hashed = hashlib.blake2b(digest_size=8)
+    for path in sorted(paths):
+        size = path.stat().st_size
+        hashed.update(f"{path.name} {size} ".encode())
+        with open(path, "rb") as file:
+            for start in range(0, size, max(PIECE_BYTES, size // PIECES)):
+                file.seek(start)
+                hashed.update(file.read(PIECE_BYTES))
+    return hashed.hexdigest()
 
 
 def check_fingerprint(folder: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:

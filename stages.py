@@ -4,7 +4,7 @@ A stage learns of the reference and of the reward only what its constructor take
 """
 
 from collections.abc import Iterable
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import config as configuration
@@ -64,6 +64,23 @@ def unused_keys(config: configuration.Config) -> list[str]:
     return unused
 
 
+def folders_beside(config: configuration.Config) -> dict[str, list[Path]]:
+    """The models and adapters that the stage needs beside the model that trains, by the keys that name them.
+
+    Raises ValueError for one that is not there, and for bits that no format has.
+    """
+    run, held_to, reward = config[TrainOptions], config[ReferenceOptions], config[RewardOptions]
+    named: dict[str, tuple[str, ...]] = {}
+    if held_to.ref_model is not None and not run.only_predicts:
+        named |= {"ref_model": (held_to.ref_model,), "ref_model_adapters": held_to.ref_model_adapters}
+        quant.in_bits(held_to.ref_model_quantization_bit, config[QuantOptions], "ref_model_quantization_bit")
+    if run.stage in WRITES and reward.reward_model and reward.reward_model_type != "api" and not run.only_predicts:
+        named |= {"reward_model": (reward.reward_model,), "reward_model_adapters": reward.reward_model_adapters}
+        quant.in_bits(reward.reward_model_quantization_bit, config[QuantOptions], "reward_model_quantization_bit")
+    return {key: [resolve_folder(key, name, "main", config[ModelOptions]) for name in names]
+            for key, names in named.items()}  # fmt: skip
+
+
 def make_rhythm(config: configuration.Config) -> Rhythm:
     """How many micro-batches are drawn from the data at once, and how many updates are made of them."""
     group, stage = config[TrainOptions].gradient_accumulation_steps, config[TrainOptions].stage
@@ -76,9 +93,13 @@ def make_rhythm(config: configuration.Config) -> Rhythm:
 
 
 def make_stage(
-    config: configuration.Config, model: Decoder, tokenizer: Tokenizer, template, prepared: Prepared, world: World
-) -> Stage:
-    """The stage that the options ask for. The model holds the weights that the run starts from, even if it resumes."""
+    config: configuration.Config, model: Decoder, tokenizer: Tokenizer, template, prepared: Prepared, world: World,
+    *, reward: RewardSource | None = None,
+) -> Stage:  # fmt: skip
+    """The stage that the options ask for. The model holds the weights that the run starts from, even if it resumes.
+
+    reward: what make_reward_ahead gave.
+    """
     if config[TrainOptions].only_predicts:
         return Stage()  # no loss is asked for, so no reference, no reward
     kind = STAGES[config[TrainOptions].stage]
@@ -104,7 +125,7 @@ def make_stage(
         if kind is PPO:
             shared["group_size"] = config[TrainOptions].gradient_accumulation_steps
             shared["output_dir"] = Path(config[TrainOptions].output_dir)
-        return kind(options, generation, make_reward(config, model, tokenizer), **shared)
+        return kind(options, generation, reward or make_reward(config, model, tokenizer), **shared)
     return kind()
 
 
@@ -135,15 +156,14 @@ def make_reference(
     options, run = config[ReferenceOptions], config[TrainOptions]
     live = prepared is None or not computes_ahead(config, prepared, world)
     if options.ref_model is not None:
-        folder = resolve_folder("ref_model", options.ref_model, "main", config[ModelOptions])
+        beside = folders_beside(config)
+        (folder,), adapters = beside["ref_model"], beside["ref_model_adapters"]
         if is_adapter(folder):
             raise ValueError(
                 f"ref_model: {folder} is an adapter; set ref_model=BASE ref_model_adapters={folder}, or train on it "
                 "with create_new_adapter=true, and the start is the reference"
             )
         refuse_other_tokenizer("ref_model", folder, tokenizer)
-        names = options.ref_model_adapters
-        adapters = [resolve_folder("ref_model_adapters", name, "main", config[ModelOptions]) for name in names]
         for number, adapter in enumerate(adapters):
             refuse_other_base("ref_model_adapters", adapter, adapters[:number], "name them in front of it")
         bits = options.ref_model_quantization_bit
@@ -178,16 +198,27 @@ def computes_ahead(config: configuration.Config, prepared: Prepared, world: Worl
     return run.max_steps * per_update >= len(prepared.train)
 
 
-def make_reward(config: configuration.Config, model: Decoder, tokenizer: Tokenizer) -> RewardSource:
-    """What the answers of `model` are worth, by the options. Raises ValueError."""
-    options = config[RewardOptions]
+def make_reward_ahead(config: configuration.Config, tokenizer: Tokenizer) -> RewardSource | None:
+    """The reward of a stage that writes texts where functions or a server give it, so that a mistake there shows
+    before any weight is read; None where there is none, or a model gives it. Raises ValueError, StopRun."""
+    options, run = config[RewardOptions], config[TrainOptions]
+    if run.stage not in WRITES or run.only_predicts or run.plan:
+        return None
     if options.reward_file:
         return FunctionReward(options.reward_file, options.reward_funcs, options.reward_weights)
     if options.reward_model is None:
         raise ValueError("reward_file: missing; name a Python file with reward functions, or a reward_model")
-    if options.reward_model_type == "api":
-        return ApiReward(options.reward_model, tokenizer, options.reward_api_timeout)
-    folder = resolve_folder("reward_model", options.reward_model, "main", config[ModelOptions])
+    if options.reward_model_type != "api":
+        return None
+    server = ApiReward(options.reward_model, tokenizer, options.reward_api_timeout)
+    server.ask_once()
+    return server
+
+
+def make_reward(config: configuration.Config, model: Decoder, tokenizer: Tokenizer) -> RewardSource:
+    """The model that says what the answers of `model` are worth, by the options. Raises ValueError."""
+    options, beside = config[RewardOptions], folders_beside(config)
+    (folder,), adapters = beside["reward_model"], beside["reward_model_adapters"]
     if options.reward_model_type == "full":
         if is_adapter(folder):
             raise ValueError(
@@ -195,10 +226,8 @@ def make_reward(config: configuration.Config, model: Decoder, tokenizer: Tokeniz
                 f"reward_model_adapters={folder}"
             )
         refuse_other_tokenizer("reward_model", folder, tokenizer)
-        names = options.reward_model_adapters
-        adapters = [resolve_folder("reward_model_adapters", name, "main", config[ModelOptions]) for name in names]
         for number, adapter in enumerate(adapters):
-            refuse_other_base("reward_model_adapters", adapter, names[:number], "name them in front of it")
+            refuse_other_base("reward_model_adapters", adapter, adapters[:number], "name them in front of it")
         second = second_model(config, "reward_model", folder, adapters, options.reward_model_quantization_bit, model)
         return ModelReward(second, [*reversed(adapters), folder])
     if not is_adapter(folder):
@@ -234,8 +263,8 @@ def second_model(
     key: the option that names it, for messages.  bits: quantise it; None or 0 = as the files have it.
     """
     options, model_options = config[TrainOptions], config[ModelOptions]
+    wanted = quant.in_bits(bits, config[QuantOptions], f"{key}_quantization_bit")
     try:
-        wanted = quant.from_options(replace(config[QuantOptions], quantization_bit=bits))
         format, _ = chosen_quantization(folder, wanted)
         scaling = None if model_options.rope_scaling == "none" else model_options.rope_scaling
         device = model.embed_tokens.weight.device

@@ -131,6 +131,8 @@ def run(config: configuration.Config, world: World) -> int:
     build.refuse_on_quantised(config, source)
     tokenizer = Tokenizer.from_folder(source)
     template = build.pick_template(config, tokenizer)
+    stages.folders_beside(config)  # for what is wrong with them
+    reward = stages.make_reward_ahead(config, tokenizer)
     prepared = build.prepare_data(config, source, template, tokenizer, world)
     predictor = build.make_predictor(config, prepared, template, tokenizer, world)
     loader, eval_loaders = build.make_loaders(prepared, options, config[DataOptions], world)
@@ -140,7 +142,7 @@ def run(config: configuration.Config, world: World) -> int:
     if options.plan:
         world.print(build.make_plan(config, source, prepared, loader, world))
         return 0
-    fingerprint = runs.fingerprint(config.values, world, build.describe_data(prepared))
+    fingerprint = runs.fingerprint(config.values, world, build.describe_inputs(config, source, prepared))
     state = None if resume is None else runs.read_checkpoint(resume, fingerprint, world)
     torch.manual_seed(options.seed + world.rank)  # dropout and noise differ between ranks, adapters do not (generator)
     model = build.build_model(config, source, world)
@@ -148,7 +150,7 @@ def run(config: configuration.Config, world: World) -> int:
     if quantised_linears(model):
         world.print(quant.report(model))
     world.print(kernels.choices(world.device, config[ModelOptions].flash_attn))
-    stage = stages.make_stage(config, model, tokenizer, template, prepared, world)
+    stage = stages.make_stage(config, model, tokenizer, template, prepared, world, reward=reward)
     if loader is not None:  # now that a reference and a reward model have taken their memory
         world.print(build.choose_recomputation(model, loader, config, world))
     this = Run(

@@ -14,10 +14,12 @@ import plan
 import quant
 from architectures import config_from_hf
 from checkpoint import load_config, load_model
+from generate import generate
 from lora import LoraOptions
-from model import Decoder
+from model import Decoder, KVCache
 from quant import QuantLinear, QuantOptions
 from recompute import Plan
+from sampling import GenerateOptions
 
 LLAMA_7B = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096,
@@ -91,6 +93,33 @@ def test_the_peak_holds_every_part_and_the_fuller_of_loading_and_training():
     assert peak.bytes < need.of(0, 0) + 2.01 * N + 4 * ADAPTERS + 0.3e9
     loading = plan.predict_peak(model, Plan(), memory.need(model, 1), file_bytes=1e12, device=torch.device("cpu"))
     assert loading.parts["file being read"] == 1e12 and "activations" not in loading.parts
+
+
+@pytest.mark.parametrize("new", [1, 9, 256, 257, 300, 700])
+def test_the_cache_of_the_texts_is_what_decoding_holds(tiny, monkeypatch, new):
+    held, hold = [], KVCache._hold
+
+    def watched(cache, storage):
+        before = getattr(cache, "storage", None)
+        held.append(storage.nbytes + (0 if before is None else before.nbytes))
+        hold(cache, storage)
+
+    monkeypatch.setattr(KVCache, "_hold", watched)
+    folder = tiny.make_model("long", seed=1, max_position_embeddings=1024, num_hidden_layers=1)
+    model = load_model(folder, torch.float32).eval()
+    options = GenerateOptions(do_sample=False, max_new_tokens=new)
+    generate(model, [[5] * 7, [6] * 17, [8]], options, stop_ids=())
+    assert plan.cache_bytes(model.config, 3, 17, new, 4) == max(held)
+
+
+def test_the_texts_are_written_beside_everything_but_the_update(tiny):
+    model = llama("lora")
+    need = memory.need(model, 1)
+    common = {"file_bytes": 0.0, "device": torch.device("cuda"), "beside": {"reference": 5e9}}
+    peak = plan.predict_peak(model, Plan(), need, **common, cache=1e12)
+    parts = ["weights", "adapters", "reference", "optimizer", "cache of the texts"]
+    assert list(peak.parts) == parts and peak.parts["cache of the texts"] == 1e12
+    assert "cache of the texts" not in plan.predict_peak(model, Plan(), need, **common, cache=1.0).parts
 
 
 def test_the_buffer_of_quantised_layers_counts_once(tiny):

@@ -241,6 +241,18 @@ RUN = {"stage": "grpo", "num_generations": 2, "max_new_tokens": 4, "max_steps": 
        "per_device_train_batch_size": 2}  # fmt: skip
 
 
+@pytest.mark.parametrize(("words", "said"), [({"status": 404}, "HTTP status 404"), ({}, 'expected {"scores"')])
+def test_a_wrong_address_is_refused_before_the_model_is_read(tiny, capsys, words, said):
+    with server(b"<html>", **words) as (address, asked):
+        keys = RUN | {"reward_model": address, "reward_model_type": "api"}
+        assert tiny.train("nowhere", **keys) == 1
+        assert tiny.train("planned", **keys, plan=True) == 0  # asks nobody
+    told = capsys.readouterr()
+    assert f"train.py: reward_model: {address}" in told.err and said in told.err
+    assert [request["messages"] for request in asked] == [["Hello"]]
+    assert not list((tiny.folder / "nowhere").iterdir())
+
+
 def test_runs_are_rewarded_by_each_kind_of_reward_model(tiny):
     adapter = write_reward_adapter(tiny, "run-adapter")
     full = tiny.folder / "run-full"

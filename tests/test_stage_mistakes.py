@@ -45,6 +45,22 @@ def test_a_model_and_an_adapter_in_each_other_s_place(tiny, capsys):
     assert f"reward_model: {tiny.model} is no adapter" in said and "reward_model_type=full" in said
 
 
+@pytest.mark.parametrize("key", ["ref_model", "reward_model"])
+def test_bits_and_folders_of_other_models_are_refused_before_the_model_is_read(tiny, capsys, key):
+    keys = {"ref_model": tiny.model} if key == "ref_model" else {}
+    keys |= {"reward_file": None, "reward_model": tiny.model, "reward_model_type": "full"}
+    bits = f"{key}_quantization_bit"
+    assert f"train.py: {bits}: 7; quantization_method" in refused(tiny, capsys, "ppo", **keys, **{bits: 7})
+    said = refused(tiny, capsys, "ppo", **keys | {key: tiny.folder / "nowhere"})
+    assert f"{key}: no folder {tiny.folder / 'nowhere'}" in said
+    assert "beta" in refused(tiny, capsys, "grpo", ref_model=tiny.model)
+
+
+def test_the_policy_s_kind_of_quantisation_asks_nothing_of_a_dense_reference(tiny):
+    keys = {"ref_model": tiny.model, "quantization_bit": 4, "quantization_method": "hqq", "lora_rank": 4}
+    assert tiny.train("mixed", **stage_keys(tiny, "dpo", max_steps=1, **keys)) == 0
+
+
 def test_a_reference_s_adapter_without_those_below_it(tiny, capsys):
     keys = {"ref_model": tiny.model, "ref_model_adapters": tiny.folder / "top"}
     said = refused(tiny, capsys, "dpo", **keys)

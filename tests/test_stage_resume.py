@@ -1,5 +1,6 @@
 """Every stage, broken off anywhere and resumed, ends with the bits of a run that never stopped."""
 
+import shutil
 import signal
 
 import pytest
@@ -7,6 +8,7 @@ from stage_runs import all_stages, held_out, stage_keys, write_stage_data
 from test_resume import assert_equal_runs, halves
 from tiny_runs import tiny_runs
 
+import runs
 from stages import WRITES
 
 # 12 examples in micro-batches of 2: 3 updates of 2 micro-batches an epoch; ppo draws 4 of them at once and makes 4
@@ -43,6 +45,47 @@ def test_full_weights_resume_exactly(tiny, stage):
 def test_packed_rows_resume_exactly(tiny, stage):
     keys = keys_of(tiny, stage, packing=True, cutoff_len=512) | {"per_device_train_batch_size": 1}
     halves(tiny, f"{stage}-packed", 3, **keys | {"gradient_accumulation_steps": 1})
+
+
+def test_a_run_is_not_continued_on_files_that_have_changed(tiny, capsys):
+    """Their names are the same; a run in the place of the adapter that it trains on is its own business."""
+    program = tiny.folder / "rewards.py"
+    shutil.copyfile(tiny.folder / "stages" / "rewards.py", program)
+    other = tiny.make_model("other", seed=5)
+    assert tiny.train("below", **stage_keys(tiny, "sft", max_steps=1)) == 0
+    keys = keys_of(tiny, "grpo", save_strategy="steps", save_steps=1, reward_file=program, ref_model=other, beta=0.1)
+    keys |= {"adapter_name_or_path": tiny.folder / "below"}
+    assert tiny.train("changed", **keys | {"max_steps": 1}) == 0
+    for key, file in (
+        ("reward_file", program), ("ref_model", other / "model.safetensors"),
+        ("adapter_name_or_path", tiny.folder / "below" / "adapter_model.safetensors"),
+    ):  # fmt: skip
+        content = file.read_bytes()
+        file.write_bytes(content + b"\n" if file == program else content[:-1] + bytes([content[-1] ^ 1]))
+        capsys.readouterr()
+        assert tiny.train("changed", **keys | {"max_steps": 2}) == 2
+        assert f"other settings: content of {key} was " in capsys.readouterr().err
+        file.write_bytes(content)
+    assert tiny.train("changed", **keys | {"max_steps": 2}) == 0
+    inside = keys | {"adapter_name_or_path": tiny.folder / "changed", "overwrite_output_dir": True, "max_steps": 1}
+    assert tiny.train("changed", **inside) == 0  # writes another adapter
+    assert tiny.train("changed", **inside | {"overwrite_output_dir": False, "max_steps": 2}) == 0
+
+
+def test_a_digest_sees_every_byte_of_a_small_file_and_pieces_of_a_large_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "PIECES", 4)
+    monkeypatch.setattr(runs, "PIECE_BYTES", 10)
+
+    def digest(size: int, changed: int | None = None) -> str:
+        content = bytearray(size)
+        if changed is not None:
+            content[changed] = 1
+        (tmp_path / "weights").write_bytes(content)
+        return runs.digest([tmp_path / "weights"])
+
+    assert len({digest(39), *(digest(39, place) for place in range(39))}) == 40
+    assert sum(digest(400, place) != digest(400) for place in range(400)) == 40
+    assert digest(400, 300) != digest(400) and digest(0) != digest(1)
 
 
 # what each stage keeps is resumed above; a kill tells whether it is on the disk whole, for which two kinds will do
