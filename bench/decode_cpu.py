@@ -17,10 +17,7 @@ takes bitsandbytes for that.
 
 import importlib.util
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -30,7 +27,8 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from bench.measure import read_options  # noqa: E402
+from bench import rivals  # noqa: E402
+from bench.measure import commit, cpu_name, read_options  # noqa: E402
 
 DEFAULTS = {"model": str(ROOT / "models/SmolLM2-135M-Instruct"), "systems": "anvil,transformers,llama.cpp"}
 DEFAULTS |= {"prompt": "64", "new": "128", "batch": "1", "repeats": "7", "threads": "2", "dtype": "float32"}
@@ -160,30 +158,19 @@ def systems_of(options: dict) -> list[str]:
 
 
 def worker(system: str, options: dict) -> None:
-    """Reads prompts as JSON lines, answers {seconds, tokens}."""
+    """Takes prompts, answers {seconds, tokens}."""
     torch.set_num_threads(int(options["threads"]))
     kind, quantised = _parts(system)
     file = system.partition(" ")[2]
     paths = [name for name in options["gguf"].split(",") if file and Path(name).name == file]
     run = SYSTEMS[kind](options | {"quantised": quantised} | ({"gguf": paths[0]} if paths else {}))
-    print("ready", flush=True)
-    for line in sys.stdin:
-        prompts = json.loads(line)
+
+    def timed(prompts) -> dict:
         start = time.perf_counter()
         tokens = run(prompts, int(options["new"]))
-        print(json.dumps({"seconds": time.perf_counter() - start, "tokens": tokens}), flush=True)
+        return {"seconds": time.perf_counter() - start, "tokens": tokens}
 
-
-def start_worker(system: str, options: dict) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": options["threads"], "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, __file__, "--worker", system, json.dumps(options)]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, bufsize=1
-    )
-    for line in process.stdout:
-        if line.strip() == "ready":
-            return process
-    raise SystemExit(f"{system}: the worker ended before it was ready")
+    rivals.serve(timed)
 
 
 def read_rate(threads: int) -> float:
@@ -221,15 +208,8 @@ def measure(options: dict) -> tuple[dict, dict]:
     systems = systems_of(options)
     not_run = {system: reason for system in systems if (reason := why_not(system, options))}
     prompts = make_prompts(options["model"], int(options["prompt"]), int(options["batch"]))
-    workers = {system: start_worker(system, options) for system in systems if system not in not_run}
-    answers = {system: [] for system in workers}
-    for _ in range(WARMUP_RUNS + int(options["repeats"])):
-        for system, process in workers.items():
-            process.stdin.write(json.dumps(prompts) + "\n")
-            answers[system].append(json.loads(process.stdout.readline()))
-    for process in workers.values():
-        process.stdin.close()
-        process.wait()
+    workers = rivals.start_workers(__file__, [system for system in systems if system not in not_run], options)
+    answers = rivals.take_turns(workers, [prompts] * (WARMUP_RUNS + int(options["repeats"])))
     count = int(options["new"]) * len(prompts)
     reference = next(iter(answers.values()))[0]["tokens"]
     result = {}
@@ -256,7 +236,7 @@ def main(argv: list[str]) -> int:
 
     report = {
         "command": "python bench/decode_cpu.py " + " ".join(argv),
-        "commit": subprocess.check_output(["git", "-C", ROOT, "rev-parse", "HEAD"], text=True).strip(),
+        "commit": commit(),
         "machine": cpu_name(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -268,9 +248,7 @@ def main(argv: list[str]) -> int:
         "not_run": not_run,
     }
     print_table(report)
-    if options["out"]:
-        Path(options["out"]).parent.mkdir(parents=True, exist_ok=True)
-        Path(options["out"]).write_text(json.dumps(report, indent=1) + "\n")
+    rivals.write_report(report, options["out"])
     alike = [name for name in result if not name.startswith("llama.cpp") and not _parts(name)[1]]
     different = [name for name in alike if result[name]["equal_tokens"] < 1]
     if different and options["dtype"] == "float32":
@@ -305,16 +283,6 @@ def print_table(report: dict) -> None:
     if report["new"] == 1:
         rates = [f"{system} {row['tokens_per_second'] * report['prompt']:.0f}" for system, row in systems.items()]
         print("tokens of the prompt per second: " + ", ".join(rates))
-
-
-def cpu_name() -> str:
-    """The processor's name, as the operating system gives it."""
-    path = Path("/proc/cpuinfo")
-    if path.exists():
-        for line in path.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -91,6 +91,16 @@ def describe_machine(device: torch.device, command: str) -> dict[str, Any]:
     return found
 
 
+def cpu_name() -> str:
+    """The processor's name, as the operating system gives it."""
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        for line in path.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
 def commit() -> str:
     """The commit measured: git's answer, else COMMIT in the environment (a copy without .git), else `unknown`."""
     try:

@@ -15,9 +15,7 @@ draw by draw. The first draw of each is not counted.
 
 import json
 import os
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,8 +26,8 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from bench.measure import read_options  # noqa: E402
-from bench.train_cpu import ALPHA, LEARNING_RATE, RANK, commit, cpu_name, matmul_rates, peft_model  # noqa: E402
+from bench import rivals  # noqa: E402
+from bench.measure import commit, cpu_name, read_options  # noqa: E402
 
 DEFAULTS = {"model": str(ROOT / "models/SmolLM2-135M-Instruct"), "draws": "2", "texts": "8", "prompt": "64"}
 DEFAULTS |= {"new": "64", "batch": "4", "threads": "2", "systems": "anvil,trl", "trl": "", "out": ""}
@@ -53,10 +51,7 @@ def make_prompts(options: dict) -> list[list[int]]:
 def anvil(options: dict, adapter: str, turn) -> None:
     import numpy as np
 
-    import host_memory
-    import optim
     from batches import Example, collate
-    from checkpoint import load_adapter, load_model
     from parallel import World
     from ppo import PPO, PPOOptions
     from reference import Reference
@@ -70,12 +65,9 @@ def anvil(options: dict, adapter: str, turn) -> None:
         def scores(self, samples):
             return torch.zeros(len(samples))
 
-    host_memory.keep_freed()  # as train.py does
-    model = load_model(options["model"], dtype=torch.float32)
-    load_adapter(model, adapter)
+    model = rivals.our_model(options["model"], adapter, torch.float32)
     model.v_head = ValueHead(model.config.hidden_size)
-    optimizer = optim.make_optimizer(model, optim.OptimOptions(learning_rate=LEARNING_RATE))
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    update = rivals.our_update(model)
     size, prompts = int(options["batch"]), make_prompts(options)
     generation = GenerateOptions(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=int(options["new"]))
     stage = PPO(
@@ -90,16 +82,13 @@ def anvil(options: dict, adapter: str, turn) -> None:
 
     examples = [example(number, ids) for number, ids in enumerate(prompts)]
     drawn = [collate(examples[start : start + size]) for start in range(0, len(examples), size)]
-    model.train()
     while turn():
         for group in stage.groups(model, drawn, 0):
             total = sum(stage.weight(batch) for batch in group)
             for batch in group:
                 loss, _ = stage.loss(model, batch)
                 (loss / total).backward()
-            optim.clip_gradients(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            update()
 
 
 def trl(options: dict, adapter: str, turn) -> None:
@@ -107,8 +96,6 @@ def trl(options: dict, adapter: str, turn) -> None:
     sys.path.insert(0, options["trl"])
     import transformers
     from datasets import Dataset
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     class NoReward(torch.nn.Module):
@@ -124,8 +111,7 @@ def trl(options: dict, adapter: str, turn) -> None:
         def on_step_end(self, *others, **values):
             turn()
 
-    policy = peft_model(options["model"], torch.float32)
-    set_peft_model_state_dict(policy, load_file(f"{adapter}/adapter_model.safetensors"))
+    policy = rivals.peft_model(options["model"], adapter, torch.float32)
     value = transformers.AutoModelForSequenceClassification.from_pretrained(
         options["model"], num_labels=1, dtype=torch.float32
     )
@@ -139,7 +125,7 @@ def trl(options: dict, adapter: str, turn) -> None:
             logging_strategy="no", per_device_train_batch_size=size, gradient_accumulation_steps=len(prompts) // size,
             num_ppo_epochs=EPOCHS, num_mini_batches=1, total_episodes=len(prompts) * (int(options["draws"]) + 1),
             response_length=int(options["new"]), local_rollout_forward_batch_size=len(prompts), temperature=1.0,
-            num_sample_generations=0, gradient_checkpointing=False, learning_rate=LEARNING_RATE, stop_token=None,
+            num_sample_generations=0, gradient_checkpointing=False, learning_rate=rivals.LEARNING_RATE, stop_token=None,
         )  # fmt: skip
         trainer = PPOTrainer(
             args=arguments,
@@ -164,11 +150,10 @@ def worker(system: str, options: dict, adapter: str) -> None:
 
     def turn() -> bool:
         if started:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-            answer = {"seconds": time.perf_counter() - started.pop(), "peak_gb": peak}
+            answer = json.dumps({"seconds": time.perf_counter() - started.pop(), "peak_gb": rivals.peak_gb()})
         else:
-            answer = "ready"
-        print(json.dumps(answer), file=answers, flush=True)
+            answer = rivals.READY
+        print(answer, file=answers, flush=True)
         goes_on = bool(sys.stdin.readline())
         started.append(time.perf_counter())
         return goes_on
@@ -177,32 +162,8 @@ def worker(system: str, options: dict, adapter: str) -> None:
 
 
 def measure(options: dict, adapter: str) -> dict:
-    environment = os.environ | {"OMP_NUM_THREADS": options["threads"], "HF_HUB_OFFLINE": "1"}
-    processes = {}
-    for system in options["systems"].split(","):
-        command = [sys.executable, __file__, "--worker", system, json.dumps(options), adapter]
-        processes[system] = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-
-    def answer(system: str):
-        line = processes[system].stdout.readline()
-        if not line:
-            raise SystemExit(f"{system}: the worker ended early; see its output above")
-        return json.loads(line)
-
-    answers = {system: [] for system in processes}
-    for system in processes:
-        answer(system)
-    for _ in range(int(options["draws"]) + 1):
-        for system, process in processes.items():
-            process.stdin.write("go\n")
-            process.stdin.flush()
-            answers[system].append(answer(system))
-            print(f"{system} {answers[system][-1]}", file=sys.stderr, flush=True)
-    for process in processes.values():
-        process.stdin.close()
-        process.wait()
+    workers = rivals.start_workers(__file__, options["systems"].split(","), options, adapter)
+    answers = rivals.take_turns(workers, ["go"] * (int(options["draws"]) + 1))
     result = {}
     for system, lines in answers.items():
         seconds = [line["seconds"] for line in lines[1:]]
@@ -230,16 +191,13 @@ def main(argv: list[str]) -> None:
         "machine": cpu_name(),
         "threads": int(options["threads"]),
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "peft")} | {"trl": "1.0.0"},
-        "lora": {"rank": RANK, "alpha": ALPHA},
-        "matmul_gflops": matmul_rates(int(options["threads"]), torch.float32),
+        "lora": {"rank": rivals.RANK, "alpha": rivals.ALPHA},
+        "matmul_gflops": rivals.matmul_rates(int(options["threads"]), torch.float32),
     }
-    with tempfile.TemporaryDirectory() as adapter:
-        torch.manual_seed(0)
-        peft_model(options["model"], torch.float32).save_pretrained(adapter)
+    with rivals.fresh_adapter(options["model"]) as adapter:
         report["systems"] = measure(options, adapter)
     print_table(report)
-    if options["out"]:
-        Path(options["out"]).write_text(json.dumps(report, indent=1) + "\n")
+    rivals.write_report(report, options["out"])
     return None
 
 

@@ -16,13 +16,9 @@ A-B-A-B. Also prints the rate of torch's matmul in this run, and the share of it
 """
 
 import json
-import os
-import platform
-import resource
-import statistics
-import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,27 +26,20 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from bench.measure import read_options  # noqa: E402
+from bench import rivals  # noqa: E402
+from bench.measure import commit, cpu_name, read_options  # noqa: E402
 
 DEFAULTS = {"model": str(ROOT / "models/SmolLM2-135M-Instruct"), "steps": "12", "threads": "2"}
 DEFAULTS |= {"shapes": "equal,alpaca", "systems": "anvil,peft", "dtype": "float32", "out": ""}
 DEFAULTS |= {"tuning": "lora", "checkpointing": "none"}
-RANK, ALPHA, LEARNING_RATE = 8, 16.0, 1e-4
-WARMUP_STEPS = 2
 
 
 def make_batches(shape: str, model_folder: str, count: int) -> list[dict[str, list]]:
     """Batches as lists of (token ids, trained flags) rows."""
-    from templates import Message, encode_dialogue, get_template
-    from tokenizer import Tokenizer
-
-    tokenizer = Tokenizer.from_folder(model_folder)
-    template = get_template("chatml", None)
-    rows = []
+    encode, rows = rivals.encoder(model_folder), []
     for row in json.loads((ROOT / "data/alpaca_en_demo.json").read_text(encoding="utf-8")):
         question = "\n".join(part for part in (row["instruction"], row["input"]) if part)
-        messages = [Message("user", question), Message("assistant", row["output"])]
-        encoded = encode_dialogue(tokenizer, template.render(messages, tokenizer.bos_token, tokenizer.eos_token))
+        encoded = encode(question, row["output"])
         rows.append((encoded.ids[:1024], encoded.answer[:1024]))
     if shape == "alpaca":
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
@@ -64,28 +53,17 @@ def make_batches(shape: str, model_folder: str, count: int) -> list[dict[str, li
 # The two systems. Each gives a function step(rows) -> loss.
 
 
-def anvil(folder: str, adapter: str, dtype: torch.dtype, checkpointing: str = "none"):
+def anvil(folder: str, adapter: str, dtype: torch.dtype, checkpointing: str):
     import numpy as np
 
-    import host_memory
-    import lora
-    import optim
     import recompute
     from batches import ROW_MULTIPLE, Example, collate
-    from checkpoint import load_adapter, load_model
     from objectives import TokenLoss
 
-    host_memory.keep_freed()  # as train.py does
-    model = load_model(folder, dtype=dtype)
-    if adapter:
-        load_adapter(model, adapter)
-        assert len(lora.lora_layers(model)) == 7 * model.config.num_layers
-    optimizer = optim.make_optimizer(model, optim.OptimOptions(learning_rate=LEARNING_RATE))
-    parameters = [layer for layer in model.parameters() if layer.requires_grad]
+    model, stage = rivals.our_model(folder, adapter, dtype), TokenLoss()
+    update = rivals.our_update(model)
     if checkpointing != "none":
         model.recompute = recompute.Plan(**{checkpointing: model.config.num_layers})
-    stage = TokenLoss()
-    model.train()
 
     def example(tokens, trained) -> Example:
         return Example(tokens, trained, np.zeros(len(tokens), np.int16), np.zeros(len(tokens), np.uint8), (0, 0))
@@ -97,39 +75,15 @@ def anvil(folder: str, adapter: str, dtype: torch.dtype, checkpointing: str = "n
         loss, _ = stage.loss(model, batch)
         loss = loss / stage.weight(batch)
         loss.backward()
-        optim.clip_gradients(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        update()
         return loss.item()
 
     return step
 
 
-def transformers_model(folder: str, dtype: torch.dtype):
-    import transformers
-
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
-
-
-def peft_model(folder: str, dtype: torch.dtype):
-    import peft
-
-    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    options = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=names)
-    return peft.get_peft_model(transformers_model(folder, dtype), options)
-
-
-def peft(folder: str, adapter: str, dtype: torch.dtype, checkpointing: str = "none"):
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    if adapter:
-        model = peft_model(folder, dtype).train()
-        set_peft_model_state_dict(model, load_file(f"{adapter}/adapter_model.safetensors"))
-    else:
-        model = transformers_model(folder, dtype).train()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+def peft(folder: str, adapter: str, dtype: torch.dtype, checkpointing: str):
+    model = rivals.peft_model(folder, adapter, dtype)
+    update = rivals.torch_update(model)
 
     def step(rows) -> float:
         longest = max(len(ids) for ids, _ in rows)
@@ -144,45 +98,25 @@ def peft(folder: str, adapter: str, dtype: torch.dtype, checkpointing: str = "no
         given = None if bool(mask.all()) else mask
         loss = model(input_ids=ids, attention_mask=given, labels=labels, use_cache=False).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        update()
         return loss.item()
 
     return step
 
 
-def worker(system: str, folder: str, adapter: str, threads: int, dtype: str, checkpointing: str) -> None:
-    """Reads batches as JSON lines, answers {seconds, loss, peak_gb}."""
-    torch.set_num_threads(threads)
-    step = {"anvil": anvil, "peft": peft}[system](folder, adapter, getattr(torch, dtype), checkpointing)
-    print("ready", flush=True)
-    for line in sys.stdin:
-        rows = json.loads(line)
+def worker(system: str, options: dict, adapter: str) -> None:
+    """Takes batches, answers {seconds, loss, peak_gb}."""
+    torch.set_num_threads(int(options["threads"]))
+    name, _, dtype = system.partition(":")
+    dtype = getattr(torch, dtype or options["dtype"])
+    step = {"anvil": anvil, "peft": peft}[name](options["model"], adapter, dtype, options["checkpointing"])
+
+    def timed(rows) -> dict[str, float]:
         start = time.perf_counter()
         loss = step(rows)
-        seconds = time.perf_counter() - start
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-        print(json.dumps({"seconds": seconds, "loss": loss, "peak_gb": peak}), flush=True)
+        return {"seconds": time.perf_counter() - start, "loss": loss}
 
-
-def matmul_rates(threads: int, dtype: torch.dtype) -> dict[str, float]:
-    """GFLOP/s of 2048^3: torch.mm, and the product that kernels/linear.py takes."""
-    from kernels.linear import matmul_transposed
-
-    torch.set_num_threads(threads)
-    a, b = torch.randn(2048, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
-
-    def rate(product) -> float:
-        product()
-        times = []
-        for _ in range(7):
-            start = time.perf_counter()
-            product()
-            times.append(time.perf_counter() - start)
-        return 2 * 2048**3 / statistics.median(times) / 1e9
-
-    return {"torch.mm": rate(lambda: torch.mm(a, b)), "kernels": rate(lambda: matmul_transposed(a, b))}
+    rivals.serve(timed)
 
 
 def flop_per_token(folder: str, tuning: str) -> tuple[float, float]:
@@ -197,61 +131,31 @@ def flop_per_token(folder: str, tuning: str) -> tuple[float, float]:
 
 
 def measure(shape: str, options: dict, adapter: str) -> dict:
-    steps, threads = int(options["steps"]), int(options["threads"])
-    batches = make_batches(shape, options["model"], steps + WARMUP_STEPS)
-    systems = options["systems"].split(",")
-    processes = {}
-    for system in systems:
-        name, _, dtype = system.partition(":")
-        command = [sys.executable, __file__, "--worker", name, options["model"], adapter]
-        command += [str(threads), dtype or options["dtype"], options["checkpointing"]]
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-        processes[system] = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        line = processes[system].stdout.readline()
-        while line.strip() != "ready":
-            if not line:
-                raise SystemExit(f"{system}: the worker ended before it was ready")
-            line = processes[system].stdout.readline()
-    answers = {system: [] for system in systems}
-    for rows in batches:
-        for system, process in processes.items():
-            process.stdin.write(json.dumps(rows) + "\n")
-            process.stdin.flush()
-            answers[system].append(json.loads(process.stdout.readline()))
-            print(f"{shape} {system} {answers[system][-1]}", file=sys.stderr, flush=True)
-    for process in processes.values():
-        process.stdin.close()
-        process.wait()
-    tokens = [sum(len(ids) for ids, _ in rows) for rows in batches][WARMUP_STEPS:]
-    trained = [sum(sum(flags[1:]) for _, flags in rows) for rows in batches][WARMUP_STEPS:]
+    batches = make_batches(shape, options["model"], int(options["steps"]) + rivals.WARMUP_STEPS)
+    workers = rivals.start_workers(__file__, options["systems"].split(","), options, adapter)
+    answers = rivals.take_turns(workers, batches, shape)
+    tokens = [sum(len(ids) for ids, _ in rows) for rows in batches][rivals.WARMUP_STEPS:]
+    trained = [sum(sum(flags[1:]) for _, flags in rows) for rows in batches][rivals.WARMUP_STEPS:]
     per_block, per_head = flop_per_token(options["model"], options["tuning"])
+    work = per_block * sum(tokens) + per_head * sum(trained)
     result = {}
     for system, lines in answers.items():
-        timed = lines[WARMUP_STEPS:]
-        rates = [count / line["seconds"] for count, line in zip(tokens, timed)]
-        work = [per_block * t + per_head * r for t, r in zip(tokens, trained)]
+        seconds = [line["seconds"] for line in lines[rivals.WARMUP_STEPS:]]
         result[system] = {
-            "tokens_per_second": sum(tokens) / sum(line["seconds"] for line in timed),
-            "median_tokens_per_second": statistics.median(rates),
-            "spread": [min(rates), max(rates)],
-            "useful_gflops": sum(work) / sum(line["seconds"] for line in timed) / 1e9,
-            "peak_gb": timed[-1]["peak_gb"],
+            **rivals.speeds(tokens, seconds),
+            "useful_gflops": work / sum(seconds) / 1e9,
+            "peak_gb": lines[-1]["peak_gb"],
             "losses": [round(line["loss"], 6) for line in lines],
         }
-    result["largest_loss_difference"] = max(
-        abs(a["loss"] - b["loss"]) for lines in [list(answers.values())] for a, b in zip(lines[0], lines[-1])
-    )
+    every = list(answers.values())
+    result["largest_loss_difference"] = max(abs(a["loss"] - b["loss"]) for a, b in zip(every[0], every[-1]))
     return result
 
 
 def main(argv: list[str]) -> None:
     if argv[:1] == ["--worker"]:
-        return worker(argv[1], argv[2], argv[3], int(argv[4]), argv[5], argv[6])
+        return worker(argv[1], json.loads(argv[2]), argv[3])
     options = read_options(argv, DEFAULTS, __doc__)
-    import tempfile
-
     import transformers
 
     report = {
@@ -264,20 +168,14 @@ def main(argv: list[str]) -> None:
         "checkpointing": options["checkpointing"],
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "matmul_gflops": matmul_rates(int(options["threads"]), getattr(torch, options["dtype"])),
+        "matmul_gflops": rivals.matmul_rates(int(options["threads"]), getattr(torch, options["dtype"])),
         "shapes": {},
     }
-    with tempfile.TemporaryDirectory() as adapter:
-        if options["tuning"] == "full":
-            adapter = ""
-        else:
-            torch.manual_seed(0)
-            peft_model(options["model"], torch.float32).save_pretrained(adapter)
+    with nullcontext("") if options["tuning"] == "full" else rivals.fresh_adapter(options["model"]) as adapter:
         for shape in options["shapes"].split(","):
             report["shapes"][shape] = measure(shape, options, adapter)
     print_table(report)
-    if options["out"]:
-        Path(options["out"]).write_text(json.dumps(report, indent=1) + "\n")
+    rivals.write_report(report, options["out"])
     return None
 
 
@@ -303,22 +201,6 @@ def print_table(report: dict) -> None:
             memory = result["anvil"]["peak_gb"] / result[rival]["peak_gb"]
             print(f"{shape:8} anvil / {rival}: {ratio:.2f}x speed, {memory:.2f}x memory")
         print(f"{shape:8} losses differ by at most {result['largest_loss_difference']:.1e}")
-
-
-def commit() -> str:
-    """The commit that was measured; empty outside a checkout."""
-    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
-
-def cpu_name() -> str:
-    """The processor's name, as the operating system gives it."""
-    path = Path("/proc/cpuinfo")
-    if path.exists():
-        for line in path.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,208 @@
+"""What the comparisons on a CPU share: systems in processes of their own that take turns, and the rivals' model.
+
+    workers = start_workers(__file__, ["anvil", "peft"], options, adapter)     # each runs worker(system, options, ...)
+    answers = take_turns(workers, requests)                                    # system -> one answer a request
+    speeds(tokens, seconds)
+
+A script starts itself once more for each system (`--worker SYSTEM OPTIONS ...`), so the peak memory of each is its own;
+a worker answers every request, a line of JSON, with a line of JSON (serve). A-B-A-B: whatever else the machine does
+meets all systems alike.
+"""
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RANK, ALPHA, LEARNING_RATE = 8, 16.0, 1e-4
+WARMUP_STEPS = 2  # of a training; not counted
+READY = "ready"
+
+
+# The parent
+
+
+def start_workers(script: str, systems: Iterable[str], options: dict, *more: str) -> dict[str, subprocess.Popen]:
+    """A process for each system, ready for its first request. Ends the program when one does not come so far."""
+    environment = os.environ | {"OMP_NUM_THREADS": options["threads"], "HF_HUB_OFFLINE": "1"}
+    workers = {}
+    for system in systems:
+        command = [sys.executable, script, "--worker", system, json.dumps(options), *more]
+        workers[system] = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, bufsize=1
+        )
+        while (line := workers[system].stdout.readline()).strip() != READY:  # libraries may print too
+            if not line:
+                raise SystemExit(f"{system}: the worker ended before it was ready")
+    return workers
+
+
+def take_turns(workers: dict[str, subprocess.Popen], requests: Iterable[Any], title: str = "") -> dict[str, list[dict]]:
+    """system -> its answer to each request; shows them as they come, and ends the workers."""
+    answers: dict[str, list[dict]] = {system: [] for system in workers}
+    for request in requests:
+        for system, process in workers.items():
+            process.stdin.write(json.dumps(request) + "\n")
+            line = process.stdout.readline()
+            if not line:
+                raise SystemExit(f"{system}: the worker ended early; see its output above")
+            answers[system].append(json.loads(line))
+            numbers = {name: value for name, value in answers[system][-1].items() if not isinstance(value, list)}
+            print(title, system, numbers, file=sys.stderr, flush=True)
+    for process in workers.values():
+        process.stdin.close()
+        process.wait()
+    return answers
+
+
+def speeds(tokens: Sequence[int], seconds: Sequence[float]) -> dict[str, Any]:
+    rates = [count / spent for count, spent in zip(tokens, seconds)]
+    return {
+        "tokens_per_second": sum(tokens) / sum(seconds),
+        "median_tokens_per_second": statistics.median(rates),
+        "spread": [min(rates), max(rates)],
+    }
+
+
+def matmul_rates(threads: int, dtype: torch.dtype) -> dict[str, float]:
+    """GFLOP/s of 2048^3: torch.mm, and the product that kernels/linear.py takes."""
+    from kernels.linear import matmul_transposed
+
+    torch.set_num_threads(threads)
+    a, b = torch.randn(2048, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
+
+    def rate(product) -> float:
+        product()
+        times = []
+        for _ in range(7):
+            start = time.perf_counter()
+            product()
+            times.append(time.perf_counter() - start)
+        return 2 * 2048**3 / statistics.median(times) / 1e9
+
+    return {"torch.mm": rate(lambda: torch.mm(a, b)), "kernels": rate(lambda: matmul_transposed(a, b))}
+
+
+def write_report(report: dict, path: str) -> None:
+    """path: nowhere if empty."""
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(report, indent=1) + "\n")
+
+
+# A worker
+
+
+def serve(step: Callable[[Any], dict[str, Any]]) -> None:
+    """Answer every request on stdin with step(request) and the peak memory so far."""
+    print(READY, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(step(json.loads(line)) | {"peak_gb": peak_gb()}), flush=True)
+
+
+def peak_gb() -> float:
+    """Of this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def encoder(folder: str) -> Callable[[str, str], Any]:
+    """A function (question, answer) -> the dialogue as ids and flags (templates.Encoded)."""
+    from templates import Message, encode_dialogue, get_template
+    from tokenizer import Tokenizer
+
+    tokenizer, template = Tokenizer.from_folder(folder), get_template("chatml", None)
+
+    def encode(question: str, answer: str):
+        messages = [Message("user", question), Message("assistant", answer)]
+        return encode_dialogue(tokenizer, template.render(messages, tokenizer.bos_token, tokenizer.eos_token))
+
+    return encode
+
+
+# The model of both, and what follows a backward pass: gradients clipped to norm 1, AdamW
+
+
+def our_model(folder: str, adapter: str, dtype: torch.dtype):
+    """With the adapter of that folder, or all weights trainable if it is empty."""
+    import host_memory
+    import lora
+    from checkpoint import load_adapter, load_model
+
+    host_memory.keep_freed()  # as train.py does
+    model = load_model(folder, dtype=dtype)
+    if adapter:
+        load_adapter(model, adapter)
+        assert len(lora.lora_layers(model)) == 7 * model.config.num_layers
+    return model.train()
+
+
+def our_update(model) -> Callable[[], None]:
+    import optim
+
+    optimizer = optim.make_optimizer(model, optim.OptimOptions(learning_rate=LEARNING_RATE))
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def update() -> None:
+        optim.clip_gradients(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return update
+
+
+@contextmanager
+def fresh_adapter(folder: str) -> Iterator[str]:
+    """A folder with a new adapter on this model, as peft starts and saves it."""
+    with tempfile.TemporaryDirectory() as adapter:
+        torch.manual_seed(0)
+        _new_peft_model(folder, torch.float32).save_pretrained(adapter)
+        yield adapter
+
+
+def peft_model(folder: str, adapter: str, dtype: torch.dtype):
+    """As our_model, in transformers and peft."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    if not adapter:
+        return _transformers_model(folder, dtype).train()
+    model = _new_peft_model(folder, dtype)
+    set_peft_model_state_dict(model, load_file(f"{adapter}/adapter_model.safetensors"))
+    return model.train()
+
+
+def _new_peft_model(folder: str, dtype: torch.dtype):
+    import peft
+
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    options = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=names)
+    return peft.get_peft_model(_transformers_model(folder, dtype), options)
+
+
+def _transformers_model(folder: str, dtype: torch.dtype):
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+
+
+def torch_update(model) -> Callable[[], None]:
+    """As our_update, in plain torch."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return update
