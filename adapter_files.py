@@ -214,11 +214,23 @@ def read_adapter(folder: str | Path, model_config: ModelConfig) -> AdapterFile:
         raise file.fault("holds no tensor")
     if model_config.tied_head:
         _join_tied_head(file)
+    _refuse_other_depth(file, model_config.num_layers)
     for name in file.config.get("modules_to_save") or ():
         joined = name == "lm_head" and model_config.tied_head
         if not joined and not any(f"model.{module}".endswith(name) for module in file.modules):
             raise file.fault(f"{ADAPTER_CONFIG} lists {name} in modules_to_save, but the file has no tensor of it")
     return file
+
+
+def _refuse_other_depth(file: AdapterFile, num_layers: int) -> None:
+    """A name in target_modules means every linear of that name: in a deeper model some would be left without."""
+    targets = file.config.get("target_modules")
+    if not isinstance(targets, list) or file.config.get("layers_to_transform") or file.config.get("exclude_modules"):
+        return
+    for name in targets:
+        layers = sum(module.startswith("layers.") and module.endswith(f".{name}") for module in file.modules)
+        if "." not in name and 0 < layers < num_layers:
+            raise file.fault(f"adapts {name} in {layers} of this model's {num_layers} layers")
 
 
 def _join_tied_head(file: AdapterFile) -> None:

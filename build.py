@@ -16,6 +16,7 @@ import memory
 import plan
 import quant
 import runs
+from adapter_files import read_adapter_config
 from batches import ROW_MULTIPLE, BatchLoader
 from checkpoint import (
     ModelOptions,
@@ -77,9 +78,10 @@ def find_start(config: configuration.Config) -> tuple[Path | None, Path]:
             "the model that it was trained on"
         )
     if options.trains:
-        sources: dict[str, tuple] = {"adapter_name_or_path": config[ModelOptions].adapter_name_or_path}
-        sources |= {"model_name_or_path": (source,)}
-        runs.refuse_to_destroy(output_dir, overwrite and resume is None, sources)
+        adapters = resolve_adapters(config[ModelOptions])
+        trained_on = adapters[-1] if adapters and not config[LoraOptions].create_new_adapter else None
+        sources = {"adapter_name_or_path": adapters, "model_name_or_path": [source]} | folders_beside(config)
+        runs.refuse_to_destroy(output_dir, overwrite and resume is None, sources, trained_on)
     return resume, source
 
 
@@ -256,15 +258,20 @@ def build_model(config: configuration.Config, source: Path, world: World) -> Dec
                     "log-probabilities, to which dropout would add noise")  # fmt: skip
         lora_options = replace(lora_options, lora_dropout=0.0)
     generator = torch.Generator().manual_seed(options.seed)
-    prepare_adapters(model, resolve_adapters(model_options), lora_options, generator, trained)
+    adapters = resolve_adapters(model_options)
+    for folder in adapters:
+        base, name = read_adapter_config(folder).get("base_model_name_or_path") or "", model_options.model_name_or_path
+        if base and Path(base).name != Path(name).name:  # the same model may lie in several places
+            world.print(f"note: the adapter {folder} was trained on {base}, and lies on {name} here")
+    prepare_adapters(model, adapters, lora_options, generator, trained)
     for parameter in model.parameters():
         # frozen weights in the compute dtype, trained ones in full precision
         if id(parameter) not in norms:
             parameter.data = parameter.data.to(trained if parameter.requires_grad else compute)
     if STAGES[options.stage].has_value_head:
         if options.stage == "rm" and not options.trains:
-            require_value_head((resolve_adapters(model_options) or [source])[-1])
-        model.v_head = start_value_head(model, source, resolve_adapters(model_options), generator, world)
+            require_value_head((adapters or [source])[-1])
+        model.v_head = start_value_head(model, source, adapters, generator, world)
     model.compute_dtype = compute
     model.flash_attn = model_options.flash_attn
     model.embedding_noise = options.neftune_noise_alpha or 0.0

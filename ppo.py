@@ -333,9 +333,13 @@ class PPO(Stage):
 
     def _take_over(self, path: Path) -> None:
         """The draw in this file, in place of one of our own."""
-        state = runs.read_state(path)
-        if "drawn" not in state:
-            raise ValueError(f"ppo_replay: {path} is no file of output_dir/draws, which ppo_save_draws=true writes")
+        remedy = "name a file of output_dir/draws, which ppo_save_draws=true writes"
+        try:
+            state = runs.read_plain(path)
+        except ValueError as error:
+            raise ValueError(f"ppo_replay: {path}: {error}; {remedy}") from error
+        if not isinstance(state, dict) or "drawn" not in state:
+            raise ValueError(f"ppo_replay: {path} holds no draw; {remedy}")
         self.restore(state | {"draws": self.draws})
 
     @property

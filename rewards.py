@@ -197,7 +197,8 @@ class FunctionReward(RewardSource):
                 raise TypeError(f"it is a {type(values).__name__}")
             numbers = [float(value) for value in values]
         except (TypeError, ValueError) as error:
-            raise StopRun(f"{where} returned {_short(repr(values))}, expected a list of numbers ({error})") from error
+            found = _short(" ".join(repr(values).split()))  # the repr of a tensor has lines
+            raise StopRun(f"{where} returned {found}, expected a list of numbers ({error})") from error
         if len(numbers) != len(given["completions"]):
             raise StopRun(
                 f"{where} returned {len(numbers)} numbers for {len(given['completions'])} completions; return one for "
@@ -222,6 +223,8 @@ def _reward_functions(path: Path, names: Sequence[str]) -> dict[str, Callable]:
             raise ValueError(f"reward_funcs: {path} has no reward function {name!r}; it has {', '.join(rewards)}")
     chosen = {name: rewards[name] for name in names} or rewards
     for name, function in chosen.items():
+        if inspect.iscoroutinefunction(function):
+            raise ValueError(f"reward_file: {path}: {name} is async, but nothing waits for it; write `def {name}`")
         for parameter in inspect.signature(function).parameters.values():
             named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
             optional = parameter.default is not parameter.empty
@@ -237,7 +240,7 @@ def _reward_functions(path: Path, names: Sequence[str]) -> dict[str, Callable]:
 def _load_module(path: Path) -> ModuleType:
     """Run the user's file, as an import would. Raises ValueError naming file and line."""
     if not path.is_file():
-        raise ValueError(f"reward_file: {path}: file not found")
+        raise ValueError(f"reward_file: {path}: {'this is a folder' if path.is_dir() else 'file not found'}")
     if path.suffix != ".py":
         raise ValueError(f"reward_file: {path}: expected a Python file (.py)")
     spec = importlib.util.spec_from_file_location(f"reward_file_{path.stem}", path)
@@ -283,8 +286,8 @@ class AdapterReward(RewardSource):
         with _replaced(policy, self.layers):
             for module, parts in file.modules.items():
                 if parts.keys() & ADAPTER_PARTS:
-                    base = policy.get_submodule(module)
                     layer = adapted_linear(policy, module, file, torch.float32, 0.0)
+                    base = layer.base
                     layer.settle(base.dtype if is_quantised(base) else base.weight.dtype)
                     self.layers[module] = layer.requires_grad_(False).eval()
 

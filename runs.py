@@ -301,17 +301,20 @@ def find_resume(output_dir: Path, resume_from_checkpoint: str | None, overwrite:
     return None
 
 
-def refuse_to_destroy(output_dir: Path, overwrite: bool, sources: Mapping[str, Sequence[Path | str]]) -> None:
-    """ValueError when the run would replace or remove what it starts from. sources: key -> folders."""
+def refuse_to_destroy(
+    output_dir: Path, overwrite: bool, sources: Mapping[str, Sequence[Path]], trained_on: Path | None
+) -> None:
+    """ValueError when the run would replace or remove what it is made from. sources: key -> folders; trained_on: the
+    one of adapter_name_or_path that the result may replace."""
     home = output_dir.resolve()
     doomed = [checkpoint.resolve() for checkpoint in list_checkpoints(output_dir)] if overwrite else []
     for key, source in ((key, folder) for key, folders in sources.items() for folder in folders):
-        path = Path(source).resolve()
-        if path == home and key == "model_name_or_path":
+        path = source.resolve()
+        if path == home and (key, source) != ("adapter_name_or_path", trained_on):
             raise ValueError(f"output_dir: {output_dir} is also {key}, which the result would replace; choose another")
         if any(path.is_relative_to(checkpoint) for checkpoint in doomed):
             raise ValueError(
-                f"overwrite_output_dir: would remove {source}, which {key} starts from; choose another output_dir"
+                f"overwrite_output_dir: would remove {source}, which {key} names; choose another output_dir"
             )
 
 
@@ -473,18 +476,29 @@ def read_state(path: Path) -> dict:
     if not path.is_file():
         raise ValueError(f"{path}: missing; the checkpoint was written by fewer processes than run now")
     try:
-        with zipfile.ZipFile(path) as archive:  # torch's format; torch.load itself does not look at the checksums
-            broken = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError, zlib.error) as error:
-        broken = str(error)
-    if broken:
+        return read_plain(path)
+    except ValueError as error:
         others = [other.name for other in list_checkpoints(path.parent.parent) if other != path.parent]
         there = f" (there are {', '.join(others)})" if others else ""
         raise ValueError(
-            f"{path}: damaged ({broken}); give another checkpoint as resume_from_checkpoint{there}, "
+            f"{path}: damaged ({error}); give another checkpoint as resume_from_checkpoint{there}, "
             "or set overwrite_output_dir=true to start anew"
-        )
-    return torch.load(path, map_location="cpu", weights_only=True)
+        ) from error
+
+
+def read_plain(path: Path) -> object:
+    """What torch.save wrote: tensors and plain values. Raises ValueError that says what is wrong with the file."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch's format; torch.load itself does not look at the checksums
+            broken = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, zlib.error) as error:
+        raise ValueError(str(error)) from error
+    if broken:
+        raise ValueError(broken)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # RuntimeError, errors of pickle: the file may be anybody's
+        raise ValueError("not written by torch.save, or more than tensors and plain values") from error
 
 
 def read_history(folder: Path) -> list[dict]:

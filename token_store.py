@@ -307,7 +307,10 @@ def load_sets(folder: Path) -> tuple[dict, dict[str, ExampleStore]]:
     """What save_sets wrote. Raises ValueError for a folder of something else or damaged files."""
     meta = _read_json(folder / SETS_FILE)
     if meta is None:
-        raise ValueError(f"{folder} exists but holds no tokenised data of Anvil ({SETS_FILE} is missing)")
+        raise ValueError(
+            f"tokenized_path: {folder} exists but holds no tokenised data of Anvil ({SETS_FILE} is missing); name "
+            "another folder, and the data will be written there"
+        )
     opened: dict[int, TokenFiles] = {}
     sets = {}
     for number, entry in enumerate(meta["sets"]):

@@ -131,7 +131,6 @@ def run(config: configuration.Config, world: World) -> int:
     build.refuse_on_quantised(config, source)
     tokenizer = Tokenizer.from_folder(source)
     template = build.pick_template(config, tokenizer)
-    stages.folders_beside(config)  # for what is wrong with them
     reward = stages.make_reward_ahead(config, tokenizer)
     prepared = build.prepare_data(config, source, template, tokenizer, world)
     predictor = build.make_predictor(config, prepared, template, tokenizer, world)

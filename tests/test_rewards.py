@@ -65,6 +65,7 @@ def test_some_functions_in_another_order(reward_file):
         ("def f(completions, solution): return []", {}, "f has a parameter 'solution'; a reward function can have"),
         ("import nothing_of_that_name", {}, r"my_rewards.py:1: ModuleNotFoundError"),
         ("def f(:", {}, r"my_rewards.py:1: SyntaxError"),
+        ("async def f(completions): return []", {}, "f is async, but nothing waits for it; write `def f`"),
     ],
 )
 def test_a_file_that_cannot_serve_says_why(reward_file, text, words, reason):
@@ -78,6 +79,7 @@ def test_a_file_that_cannot_serve_says_why(reward_file, text, words, reason):
         ("return [1.0]", "f returned 1 numbers for 3 completions"),
         ("return [1.0, None, 2.0]", "expected a list of numbers"),
         ("return 1.0", "f returned 1.0, expected a list of numbers"),
+        ("import torch; return torch.ones(3, 2)", r"f returned tensor\(\[\[1., 1.\], \[1., 1.\], .*, expected a list"),
         ("return [1.0, float('nan'), 0.0]", r"reward \(f\) of an answer is nan, .*' 13 or so', to '3 \+ 9 ='"),
         ("\n    return [1 / len(text) for text in completions]", r"f \(line 2\): ZeroDivisionError"),
     ],
@@ -89,6 +91,8 @@ def test_a_function_that_goes_wrong_stops_the_run_with_its_line(reward_file, bod
 
 
 def test_files_that_are_none(tmp_path):
+    with pytest.raises(ValueError, match="this is a folder"):
+        FunctionReward(tmp_path)
     with pytest.raises(ValueError, match="file not found"):
         FunctionReward(tmp_path / "none.py")
     (tmp_path / "rewards.txt").write_text(BOTH)

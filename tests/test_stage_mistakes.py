@@ -1,6 +1,10 @@
 """Mistakes on the command line of the stages: each ends with one line that names the key and the way out."""
 
+import shutil
+import zipfile
+
 import pytest
+import torch
 from stage_runs import held_out, stage_keys, write_stage_data
 from tiny_runs import tiny_runs
 
@@ -59,6 +63,50 @@ def test_bits_and_folders_of_other_models_are_refused_before_the_model_is_read(t
 def test_the_policy_s_kind_of_quantisation_asks_nothing_of_a_dense_reference(tiny):
     keys = {"ref_model": tiny.model, "quantization_bit": 4, "quantization_method": "hqq", "lora_rank": 4}
     assert tiny.train("mixed", **stage_keys(tiny, "dpo", max_steps=1, **keys)) == 0
+
+
+def test_a_result_never_takes_the_place_of_what_the_run_is_made_from(tiny, capsys):
+    judge = {"reward_file": None, "reward_model": tiny.folder / "rm"}
+    keys = {
+        "ref_model": ("dpo", {"ref_model": tiny.make_model("held to", seed=3)}),
+        "reward_model": ("ppo", judge),
+        "adapter_name_or_path": ("dpo", {"adapter_name_or_path": tiny.folder / "sft", "create_new_adapter": True}),
+    }
+    for key, (stage, given) in keys.items():
+        files = {path: path.read_bytes() for path in given[key].iterdir()}
+        capsys.readouterr()
+        given |= {"max_steps": 1, "overwrite_output_dir": True}
+        assert tiny.train(given[key].name, **stage_keys(tiny, stage, **given)) == 2
+        assert f"output_dir: {given[key]} is also {key}, which the result would replace" in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in given[key].iterdir()} == files
+    shutil.copytree(tiny.folder / "rm", tiny.folder / "own")  # trained on in its own place
+    own = {"adapter_name_or_path": tiny.folder / "own", "overwrite_output_dir": True, "max_steps": 1}
+    assert tiny.train("own", **stage_keys(tiny, "rm", **own)) == 0
+
+
+def test_adapters_of_another_base(tiny, capsys):
+    deep, flat = (tiny.make_model(f"{count} layers", seed=3, num_hidden_layers=count) for count in (3, 1))
+    said = refused(tiny, capsys, "dpo", model_name_or_path=deep, adapter_name_or_path=tiny.folder / "sft")
+    assert "in 2 of this model's 3 layers" in said and f"trained on {tiny.model}" in said
+    judge = {"reward_file": None, "reward_model": tiny.folder / "rm"}
+    assert "in 2 of this model's 3 layers" in refused(tiny, capsys, "ppo", model_name_or_path=deep, **judge)
+    said = refused(tiny, capsys, "ppo", model_name_or_path=flat, **judge)
+    assert "adapts layers.1." in said and "which this model does not have" in said
+    like = tiny.make_model("like", seed=3)
+    keys = stage_keys(tiny, "dpo", max_steps=1, model_name_or_path=like, adapter_name_or_path=tiny.folder / "sft")
+    assert tiny.train("on like", **keys) == 0
+    assert f"sft was trained on {tiny.model}, and lies on {like} here" in capsys.readouterr().out
+
+
+def test_a_file_that_is_no_draw_cannot_be_replayed(tiny, capsys):
+    files = {name: tiny.folder / name for name in ("text", "archive", "list")}
+    files["text"].write_text("1, 2")
+    with zipfile.ZipFile(files["archive"], "w") as archive:
+        archive.writestr("a", "b")
+    torch.save([1, 2], files["list"])
+    for path in files.values():
+        said = refused(tiny, capsys, "ppo", ppo_replay=path)
+        assert f"ppo_replay: {path}" in said and "draws, which ppo_save_draws=true writes" in said
 
 
 def test_a_reference_s_adapter_without_those_below_it(tiny, capsys):
