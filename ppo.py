@@ -302,14 +302,14 @@ class PPO(Stage):
     @torch.no_grad()
     def _draw(self, model: Decoder, drawn: list[Batch]) -> None:
         """Roll out, score, and note for every token what the updates need."""
-        self.draws += 1
         if self.replay is not None:
             self._take_over(Path(self.replay))
-            self.replay = None
+            self.replay, self.draws = None, self.draws + 1
             return
         self.kl_coef = self.controller.value
         prompts = [prompts_of(batch, self.tokenizer) for batch in drawn]
-        completions, scores = self._texts(model, prompts, self.draws)
+        completions, scores = self._texts(model, prompts, self.draws + 1)
+        self.draws += 1  # not before: where the reward fails, the draw has not been
         was_training = model.training
         model.eval()
         noted = [self._note(model, self._batch(*each)) for each in zip(prompts, completions)]

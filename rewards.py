@@ -123,6 +123,10 @@ def samples_of(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> 
     ]
 
 
+class RewardError(StopRun):
+    """Nobody knows what these answers are worth: a function or a server has failed. What was trained is sound."""
+
+
 class RewardSource:
     """Answers -> numbers, on the host: the same number whichever answers are scored beside it."""
 
@@ -134,14 +138,14 @@ class RewardSource:
         raise NotImplementedError
 
     def parts(self, samples: Sequence[Sample]) -> Tensor:
-        """(n, K) fp32 on the CPU. Raises StopRun for a number that is none."""
+        """(n, K) fp32 on the CPU. Raises RewardError for a number that is none."""
         if not samples:
             return torch.zeros(0, len(self.names))
         values = self.measure(samples)
         bad = (~torch.isfinite(values)).nonzero()
         if len(bad):
             row, part = bad[0].tolist()
-            raise StopRun(
+            raise RewardError(
                 f"the reward ({self.names[part]}) of an answer is {values[row, part]}, expected a finite number; the "
                 f"answer is {_short(samples[row].completion)!r}, to {_short(samples[row].prompt)!r}"
             )
@@ -180,7 +184,7 @@ class FunctionReward(RewardSource):
         return torch.tensor(columns).T.contiguous()
 
     def _call(self, name: str, function: Callable, given: dict[str, list]) -> list[float]:
-        """The function's numbers, one for each completion. Raises StopRun that names function and line."""
+        """The function's numbers, one for each completion. Raises RewardError that names function and line."""
         where = f"reward_file: {self.path}: {name}"
         parameters = inspect.signature(function).parameters.values()
         takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
@@ -191,16 +195,16 @@ class FunctionReward(RewardSource):
             lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
                      if frame.filename == str(self.path)]  # fmt: skip
             line = f" (line {lines[-1]})" if lines else ""
-            raise StopRun(f"{where}{line}: {type(error).__name__}: {error}") from error
+            raise RewardError(f"{where}{line}: {type(error).__name__}: {error}") from error
         try:
             if isinstance(values, str | dict | set):  # iterable, but their items are no numbers in order
                 raise TypeError(f"it is a {type(values).__name__}")
             numbers = [float(value) for value in values]
         except (TypeError, ValueError) as error:
             found = _short(" ".join(repr(values).split()))  # the repr of a tensor has lines
-            raise StopRun(f"{where} returned {found}, expected a list of numbers ({error})") from error
+            raise RewardError(f"{where} returned {found}, expected a list of numbers ({error})") from error
         if len(numbers) != len(given["completions"]):
-            raise StopRun(
+            raise RewardError(
                 f"{where} returned {len(numbers)} numbers for {len(given['completions'])} completions; return one for "
                 "each, in their order"
             )
@@ -316,7 +320,7 @@ class ApiReward(RewardSource):
         self.timeout_seconds, self.pause_seconds = timeout_seconds, pause_seconds
 
     def ask_once(self) -> None:
-        """Have one short text scored, before the training depends on it. Raises StopRun."""
+        """Have one short text scored, before the training depends on it. Raises RewardError."""
         self.scores([Sample("Hello", "", None, self.tokenizer.encode("Hello"), (), "stop")])
 
     def measure(self, samples: Sequence[Sample]) -> Tensor:
@@ -328,13 +332,13 @@ class ApiReward(RewardSource):
             scores = torch.tensor([float(score) for score in scores])
         except (ValueError, TypeError, KeyError) as error:  # not JSON is a ValueError too
             text = _short(answer.decode("utf-8", "replace"))
-            raise StopRun(f'{where} answered {text!r}, expected {{"scores": [number, ...]}}') from error
+            raise RewardError(f'{where} answered {text!r}, expected {{"scores": [number, ...]}}') from error
         if len(scores) != len(samples):
-            raise StopRun(f"{where} gave {len(scores)} scores for {len(samples)} texts; it has to give one for each")
+            raise RewardError(f"{where} gave {len(scores)} scores for {len(samples)} texts; give one for each")
         return scores[:, None]
 
     def _ask(self, body: bytes) -> bytes:
-        """The body of the answer. Tries again after what may pass. Raises StopRun."""
+        """The body of the answer. Tries again after what may pass. Raises RewardError."""
         request = urllib.request.Request(self.address, body, {"Content-Type": "application/json"})
         for number in range(API_TRIES):
             if number:
@@ -350,7 +354,7 @@ class ApiReward(RewardSource):
                 problem = getattr(error, "reason", error)
                 if isinstance(problem, TimeoutError):
                     problem = f"no answer within {self.timeout_seconds:g} seconds (reward_api_timeout)"
-        raise StopRun(f"reward_model: {self.address}: {problem}; does the server run, and is this where it scores?")
+        raise RewardError(f"reward_model: {self.address}: {problem}; does the server run, and is this where it scores?")
 
 
 def _texts(samples: Sequence[Sample]) -> list[list[int]]:

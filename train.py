@@ -47,6 +47,7 @@ from objectives import Rhythm, Stage
 from optim import OptimOptions
 from parallel import World
 from prefetch import ahead
+from rewards import RewardError
 from runs import Progress, StopRun, TrainOptions
 from tokenizer import Tokenizer
 
@@ -289,7 +290,10 @@ def groups(this: Run) -> Iterator[Iterator[list[Batch]]]:
     def all_groups(ready: Iterator[Batch]) -> Iterator[list[Batch]]:
         for number in itertools.count(draw):
             drawn = [next(ready) for _ in range(count(number))]
-            yield from this.stage.groups(this.model, drawn, within if number == draw else 0)
+            try:
+                yield from this.stage.groups(this.model, drawn, within if number == draw else 0)
+            except RewardError as error:
+                raise StopRun(f"{error}{save_after_failure(this)}") from error
 
     last = first if this.out_of_patience() else this.total_steps
     on_gpu = this.world.device.type == "cuda"
@@ -297,6 +301,13 @@ def groups(this: Run) -> Iterator[Iterator[list[Batch]]]:
     # not on a CPU: a batch of 2,048 tokens is made in 0.3 ms, and the threads of the step need every core
     with ahead(prepared, depth=max(2, rhythm.draw) if on_gpu else 0) as ready:
         yield itertools.islice(all_groups(ready), last - first)
+
+
+def save_after_failure(this: Run) -> str:
+    """A checkpoint of what was trained before the reward failed, if it can be had; where it is, for the message."""
+    if this.world.size > 1 or this.options.save_strategy == "no" or not this.progress.step:
+        return ""  # other ranks may have their rewards, and know nothing of it
+    return f"; the same command continues from {save_checkpoint(this)}"
 
 
 def prepare(batch: Batch, device: torch.device) -> Batch:

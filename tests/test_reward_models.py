@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from tiny_runs import make_rows, tiny_runs
+from tiny_runs import assert_same_weights, make_rows, tiny_runs
 from tiny_tokenizers import make_tokenizer
 
 from adapter_files import apply_adapters, load_adapter, merge_adapters
@@ -251,6 +251,26 @@ def test_a_wrong_address_is_refused_before_the_model_is_read(tiny, capsys, words
     assert f"train.py: reward_model: {address}" in told.err and said in told.err
     assert [request["messages"] for request in asked] == [["Hello"]]
     assert not list((tiny.folder / "nowhere").iterdir())
+
+
+@pytest.mark.parametrize("stage", ["ppo", "grpo"])
+def test_a_server_that_is_gone_for_good_costs_nothing_that_was_trained(tiny, capsys, stage):
+    keys = RUN | {"stage": stage, "reward_model_type": "api", "max_steps": 4, "ppo_epochs": 2, "num_iterations": 2}
+    keys |= {"save_steps": 50, "save_strategy": "steps", "ppo_score_norm": stage == "ppo"}
+    left = [3]  # the question at the start, and two draws of which the second has no answer
+
+    def few(request):
+        left[0] -= 1
+        return lengths(request) if left[0] > 0 else b"busy"
+
+    with server(few) as (address, _):
+        assert tiny.train(f"{stage}-gone", **keys, reward_model=address) == 1
+        assert "the same command continues from" in capsys.readouterr().err
+        assert tiny.checkpoints(f"{stage}-gone") == [2]
+        left[0] = 99
+        assert tiny.train(f"{stage}-gone", **keys, reward_model=address) == 0
+        assert tiny.train(f"{stage}-here", **keys, reward_model=address) == 0
+    assert_same_weights(tiny.weights(f"{stage}-here"), tiny.weights(f"{stage}-gone"))
 
 
 def test_runs_are_rewarded_by_each_kind_of_reward_model(tiny):
