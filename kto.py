@@ -241,9 +241,8 @@ class RatedPreference(Stage):
             parts.append(self.measure(model, batch))
             if self.options.needs_mismatches:
                 sums += self.ratio_sums(model, batch, True)
-        trained_kl, self.kl = self.kl, self.divergence(world.sum(sums))
+        self.kl = self.divergence(world.sum(sums))
         value, metrics = self.score(Measured.join(parts))
-        self.kl = trained_kl
         count = torch.full_like(value, float(sum(len(part.good) for part in parts)))
         rows = [torch.stack([value, count]), *(metrics[name] for name in self.metric_names)]
         means = [total / max(number, 1) for total, number in world.sum(torch.stack(rows).double()).tolist()]

@@ -13,7 +13,9 @@ from trl import GRPOTrainer, RLOOTrainer
 
 from batches import Example, collate
 from checkpoint import load_model
+from generate import Completion
 from grpo import (
+    GroupPolicy,
     GRPOOptions,
     clipped_losses,
     deviation_over_ranks,
@@ -24,8 +26,15 @@ from grpo import (
     mean_baseline,
     policy_loss,
 )
-from heads import batch_logprobs
+from heads import batch_logprobs, label_counts
+from lora import LoraOptions, lora_off, prepare_trainable
+from parallel import World
+from reference import Reference
+from rewards import RewardSource
+from sampling import GenerateOptions
+from tokenizer import Tokenizer
 
+ALONE = World(0, 1, 0, torch.device("cpu"))
 COUNTS = [3, 1, 0, 7, 4, 5]  # tokens of each answer; the third one is left out, as mask_truncated_completions does
 LONGEST = 9  # max_new_tokens
 
@@ -148,6 +157,15 @@ def test_first_update_of_rloo_is_reinforce():
     torch.testing.assert_close(torch.autograd.grad(total, logprobs)[0], expected)
 
 
+def test_rloo_adds_the_divergence_of_whole_answers():
+    numbers = flat_numbers()
+    (plain, _), (held, sums) = (our_loss(numbers, GRPOOptions(loss_type="rloo", beta=beta)) for beta in (0.0, 0.3))
+    difference = (numbers["reference"] - numbers["logprobs"]).detach().numpy()
+    divergence = (np.exp(difference) - difference - 1).sum()
+    assert (held - plain).item() == pytest.approx(0.3 * divergence / len(COUNTS), rel=1e-12)
+    assert sums["kl"].item() == pytest.approx(divergence, rel=1e-12)
+
+
 def test_a_row_without_an_answer_has_loss_zero_with_a_gradient():
     nothing = torch.zeros(0, requires_grad=True)
     for loss_type in ("dapo", "grpo", "dr_grpo", "rloo"):
@@ -165,6 +183,18 @@ def test_advantages_by_hand():
     assert leave_one_out(rewards)[1, 0].item() == pytest.approx(3 - (1 + 2 + 6) / 3)
     deviations = torch.tensor([[(1 / 3) ** 0.5], [(14 / 3) ** 0.5], [0.0]], dtype=torch.float64)
     torch.testing.assert_close(group_deviation(rewards), deviations)
+
+
+@pytest.mark.parametrize("estimator, factor", [("grpo", 1.0), ("rloo", 4 / 3)])
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_advantages_are_divided_by_a_deviation_and_trls_ten_thousandth(scale, estimator, factor):
+    """The second group deviates by half of that."""
+    rewards = np.array([[1.0, 0.0, 0.0, 1.0], [0.5, 0.5001, 0.5, 0.5]])
+    deviations = {"group": rewards.std(1, ddof=1, keepdims=True) + 1e-4, "batch": rewards.std(ddof=1) + 1e-4, "none": 1}
+    expected = factor * (rewards - rewards.mean(1, keepdims=True)) / deviations[scale]
+    options = GRPOOptions(advantage_estimator=estimator, scale_rewards=scale)
+    found = GroupPolicy._advantages(SimpleNamespace(options=options, world=ALONE), torch.tensor(rewards))
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-9)
 
 
 def test_divergence_and_clipping_by_hand():
@@ -213,6 +243,97 @@ def tiny(tmp_path_factory):
             "top_k": 0, "temperature": 1, "max_new_tokens": 7, "num_generations": 4, "lora_rank": 4,
         }  # fmt: skip
         yield made
+
+
+class ByLength(RewardSource):
+    def measure(self, samples):
+        return torch.tensor([[len(sample.completion_ids) ** 0.5] for sample in samples])
+
+
+class Written(GroupPolicy):
+    """Its answers are random tokens of given lengths; it keeps how they would have been sampled."""
+
+    def _write(self, model, prompts, seeds, options):
+        self.seeds, self.sampled = [*getattr(self, "seeds", []), *seeds], options
+        generator = torch.Generator().manual_seed(7)
+        lengths = [1, 4, 7, 2, 2, 2, 6, 3, 5][: len(prompts)]
+        return [Completion(torch.randint(5, 700, (n,), generator=generator).tolist(), "stop", "") for n in lengths]
+
+
+def whole_logprobs(model, batch) -> torch.Tensor:
+    """(L,) fp64, of the temperature of written_stage."""
+    hidden = model(batch.tokens, batch.positions, batch.cu_seqlens, batch.max_seqlen)[batch.label_rows]
+    logprobs = (model.logits(hidden).double() / 0.7).log_softmax(-1)
+    return logprobs.gather(1, batch.labels[batch.label_rows][:, None])[:, 0]
+
+
+def written_stage(tiny, **keys):
+    """Stage, policy and two micro-batches of 3 prompts; 3 answers each."""
+    model = load_model(tiny.model)
+    prepare_trainable(model, LoraOptions(lora_rank=3, lora_dropout=0.5), torch.Generator().manual_seed(1))
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_b"):
+            parameter.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(3))
+    stage = Written(
+        GRPOOptions(num_generations=3, num_iterations=2, beta=0.2, **keys),
+        GenerateOptions(max_new_tokens=7, temperature=0.7), ByLength(), tokenizer=Tokenizer.from_folder(tiny.model),
+        stop_ids=(), reference=Reference(), seed=1, world=ALONE,
+    )  # fmt: skip
+    nothing = np.zeros(6, bool)
+    asked = [Example(np.arange(3, 9, dtype=np.int32) + row, nothing, nothing.astype(np.int16),
+                     nothing.astype(np.uint8), (0, row)) for row in range(3)]  # fmt: skip
+    return stage, model.train(), [collate(asked[:2]), collate(asked[2:])]
+
+
+@pytest.mark.parametrize("kl_in_reward", [False, True])
+def test_a_draw_is_measured_at_the_sampling_temperature_and_trained_by_the_papers_formula(tiny, kl_in_reward):
+    stage, model, drawn = written_stage(tiny, kl_in_reward=kl_in_reward)
+    group = next(stage.groups(model, drawn, 0))
+    assert model.training
+    model.eval()
+    rewards, summed = [], []
+    with torch.no_grad():
+        for batch in group:
+            old = whole_logprobs(model, batch)
+            with lora_off(model):
+                reference = whole_logprobs(model, batch)
+            torch.testing.assert_close(batch.extras["old"].double(), old, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(batch.extras["reference"].double(), reference, rtol=1e-5, atol=1e-5)
+            counts = label_counts(batch).tolist()
+            summed += [part.sum() for part in (old - reference).split(counts)]
+            rewards += [count**0.5 for count in counts]
+    rewards = torch.tensor(rewards).double().view(3, 3)
+    if kl_in_reward:
+        rewards -= 0.2 * torch.stack(summed).view(3, 3)
+    advantages = ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)).flatten()
+    found = torch.cat([batch.extras["advantages"] for batch in group]).double()
+    torch.testing.assert_close(found, advantages, rtol=1e-4, atol=1e-4)
+
+    for name, parameter in model.named_parameters():
+        parameter.data *= 1.5 if name.endswith("lora_b") else 1.0  # as after an update
+    expected = 0.0
+    for batch, mine in zip(group, advantages.split([6, 3])):
+        logprobs, old, reference = whole_logprobs(model, batch), batch.extras["old"], batch.extras["reference"]
+        spread = mine.repeat_interleave(label_counts(batch))
+        ratio = (logprobs - old).exp()
+        losses = -torch.minimum(ratio * spread, ratio.clamp(0.8, 1.2) * spread)
+        k3 = (reference - logprobs).exp() - (reference - logprobs) - 1
+        expected += (losses + (0.0 if kl_in_reward else 0.2) * k3).sum()
+    total = sum(stage.loss(model, batch)[0] for batch in group)
+    assert total.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_every_answer_is_sampled_with_a_seed_of_its_own_and_evaluations_are_greedy(tiny):
+    stage, model, drawn = written_stage(tiny)
+    updates = stage.groups(model, drawn, 0)
+    group = next(updates)
+    assert len(stage.state()["held"]) == 2
+    assert next(updates) is group and stage.state()["held"] is None
+    next(stage.groups(model, drawn, 0))
+    assert len(set(stage.seeds)) == len(stage.seeds) == 18 and stage.sampled.do_sample
+    measured = stage.evaluate(model.eval(), iter(drawn), ALONE)
+    assert not stage.sampled.do_sample
+    assert measured["reward"] == pytest.approx((1 + 2 + 7**0.5) / 3) and measured["completions/mean_length"] == 4
 
 
 def test_training_raises_the_reward_and_evaluation_measures_greedy_answers(tiny):

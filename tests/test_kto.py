@@ -245,6 +245,25 @@ def test_bcos_baseline_is_the_mean_reward_of_all_answers_so_far(tiny):
     assert found.item() == pytest.approx(-F.logsigmoid(margins).sum().item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("target", ["q_proj", "lm_head"])
+def test_mean_logits_are_those_of_the_head_as_it_is_now(tiny, target):
+    """That of a frozen head is worked out once; one that trains moves."""
+    model, ours = load_model(tiny.model), stage("apo_zero_unpaired")
+    prepare_trainable(model, LoraOptions(lora_rank=3, lora_target=(target,)), torch.Generator().manual_seed(1))
+    batch = collate([stored(tiny).example(i) for i in (0, 1, 5)])
+    found = []
+    for _ in range(2):
+        with torch.no_grad():
+            metrics = ours.loss(model, batch)[1]
+            logits = model.logits(model(batch.tokens, batch.positions, batch.cu_seqlens, batch.max_seqlen))
+        found.append(sum(metrics[f"logits/{kind}"][0].item() for kind in ("chosen", "rejected")))
+        assert found[-1] == pytest.approx(logits[batch.label_rows].mean(1).sum().item(), rel=1e-4)
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_b"):
+                parameter.data += 0.1
+    assert abs(found[0] - found[1]) > 1e-3
+
+
 @pytest.mark.parametrize("loss", ["kto", "apo_zero_unpaired", "bco"])
 def test_a_batch_without_rows_has_loss_zero_and_gradients_of_zero(tiny, loss):
     model = load_model(tiny.model).train()

@@ -3,6 +3,7 @@ numbers; a draw is exact to resume, to replay and to evaluate beside."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from tiny_runs import assert_same_weights, tiny_runs
@@ -10,7 +11,7 @@ from torch import Tensor
 
 import ppo
 import runs
-from batches import collate
+from batches import Example, collate
 from checkpoint import load_model
 from generate import Completion
 from lora import LoraOptions, lora_off, prepare_trainable
@@ -180,6 +181,8 @@ def test_a_draw_has_the_advantages_and_returns_of_trl(tiny, options):
         stage.kl_coef = coefficient = stage.controller.value
         noted = [{name: torch.randn(count, generator=generator) for name in ("logprobs", "values", "kl")}
                  for count in counts]  # fmt: skip
+        noted[0]["kl"] += 3.0  # a mean sum of KL above 0, so the coefficient moves by less than it may
+        stage.controller.target = 1.1 * sum(text["kl"].double().sum().item() for text in noted) / 4
         scores = torch.randn(4, generator=generator)
         seen.append(scores.double())
         split = [noted[:3], noted[3:]], [completions[:3], completions[3:]]  # two micro-batches
@@ -200,8 +203,8 @@ def test_a_draw_has_the_advantages_and_returns_of_trl(tiny, options):
                 one = expected[row, : counts[row]].float()
                 torch.testing.assert_close(each[name][number], one, rtol=1e-5, atol=1e-6, msg=name)
             assert each["score"][number].sum().item() == pytest.approx(scores[row].item())
-        error = min(max((kl * mask).sum().item() / 4 / 6.0 - 1, -0.2), 0.2)
-        assert stage.controller.value == pytest.approx(coefficient * (1 + error * 4 / 10000))
+        assert (kl * mask).sum() > 0
+        assert stage.controller.value == pytest.approx(coefficient * (1 + (1 / 1.1 - 1) * 4 / 10000), rel=1e-8, abs=0)
 
 
 def known_batch(prompts, completions, spread: float = 0.3):
@@ -260,6 +263,80 @@ def test_what_is_noted_of_a_draw_is_of_the_sampling_temperature_and_of_the_state
     for name, expected in (("logprobs", logprobs), ("values", values), ("kl", logprobs - reference)):
         found = torch.cat([text[name] for text in noted])
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=name)
+
+
+class ByLength(RewardSource):
+    def measure(self, samples):
+        return torch.tensor([[len(sample.completion_ids) ** 0.5 - 2] for sample in samples])
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """Every model writes what make_texts says; the seeds it would have sampled with, of each call."""
+    seeds_of_calls = []
+
+    def write(model, prompts, seeds, *_, **__):
+        seeds_of_calls.append(tuple(seeds))
+        return make_texts()[1]
+
+    monkeypatch.setattr(ppo, "roll_out", write)
+    return seeds_of_calls
+
+
+def batches_of_prompts(prompts):
+    nothing = [np.zeros(len(prompt.ids), bool) for prompt in prompts]
+    return [collate([Example(np.array(p.ids, np.int32), no, no.astype(np.int16), no.astype(np.uint8), p.source)])
+            for p, no in zip(prompts, nothing)]  # fmt: skip
+
+
+def test_a_draw_pays_the_coefficient_of_its_time_and_its_state_goes_on(tiny, written):
+    model, asked = make_model(tiny), batches_of_prompts(make_texts()[0])
+
+    def new_stage():
+        stage = make_stage(tiny, ppo_score_norm=True, horizon=20.0, init_kl_coef=0.5)
+        stage.reward = ByLength()
+        return stage
+
+    def draw(stage):
+        groups = list(stage.groups(model, asked, 0))
+        assert [id(group[0]) for group in groups[2:]] == [id(group[0]) for group in groups[:2]]  # 2 groups, 4 epochs
+        assert stage.state()["drawn"]["batches"] == []  # nothing is left to be made of them
+        return [batch.extras for group in groups[:2] for batch in group]
+
+    stage, twin = new_stage(), new_stage()
+    draw(stage)
+    changed = stage.controller.value
+    assert stage.kl_coef == 0.5 and abs(changed - 0.5) > 0.01
+    draw(stage)
+    assert stage.kl_coef == changed
+    twin.restore(stage.state())
+    assert (twin.draws, twin.kl_coef) == (2, changed)
+    for mine, other in zip(draw(stage), draw(twin), strict=True):
+        assert mine.keys() == other.keys() and all(mine[name].equal(other[name]) for name in mine)
+    assert stage.state()["moments"] == twin.state()["moments"] and stage.controller == twin.controller
+    assert written[2] == written[3] and len({seed for seeds in written for seed in seeds}) == 12
+
+
+def test_an_evaluation_measures_the_policys_distance_with_seeds_of_its_own(tiny, written):
+    stage, model = make_stage(tiny), make_model(tiny)
+    stage.reward = ByLength()
+    prompts, completions = make_texts()
+    found = []
+    for stage.draws in (0, 3):
+        with torch.no_grad():
+            found.append(stage.evaluate(model, iter(batches_of_prompts(prompts)), ALONE))
+    assert found[0] == found[1] and written[0] == written[1]
+    with torch.no_grad():
+        batch = completions_batch(prompts, completions)
+        kl = whole_logprobs(model, batch)[0]
+        with lora_off(model):
+            kl -= whole_logprobs(model, batch)[0]
+    assert abs(kl.sum()) > 0.1 and found[0]["kl"] == pytest.approx(kl.sum().item() / 4, rel=1e-4)
+    lengths = [len(completion.ids) for completion in completions]
+    assert found[0]["reward"] == pytest.approx(sum(n**0.5 - 2 for n in lengths) / 4)
+    assert found[0]["completions/mean_length"] == sum(lengths) / 4
+    next(stage.groups(model, batches_of_prompts(prompts), 0))
+    assert not set(written[0]) & set(written[2])
 
 
 def test_a_text_whose_mean_ratio_is_too_large_teaches_nothing_even_at_infinity(tiny):

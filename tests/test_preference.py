@@ -203,6 +203,18 @@ def test_kto_pair_and_bco_by_hand():
     np.testing.assert_allclose(found.tolist(), expected, rtol=1e-6)
 
 
+def test_bcos_loss_is_mixed_in_by_its_weight_about_the_mean_reward_so_far():
+    """A weight of 0.5 is a third of the whole; rewards of 1.8 in 6 answers before."""
+    batch = collate(EXAMPLES)
+    logprobs, reference = draw(batch, 1).requires_grad_(), draw(batch, 2)
+    stage = stage_of("hinge", pref_beta=0.23, pref_bco_weight=0.5)
+    stage.rewards += torch.tensor([1.8, 6.0], dtype=torch.float64)
+    chosen, rejected = 0.23 * answer_sums(logprobs - reference, batch).view(2, -1)
+    sigma = [1 / (1 + torch.exp(-side)) for side in (chosen - 0.3, 0.3 - rejected)]
+    expected = (2 * (1 - chosen + rejected).clamp(min=0) - sigma[0].log() - sigma[1].log()) / 3
+    assert_same((ours(stage, logprobs, reference, batch) ** 2).sum(), (expected ** 2).sum(), logprobs)
+
+
 def policy(base):  # noqa: F811
     """A policy that differs from its reference, fp64."""
     return prepared(base, KINDS["lora"], torch.float64)
@@ -265,6 +277,20 @@ def test_an_evaluation_does_not_depend_on_the_batches_nor_change_the_training(ba
         assert not stage.rewards.any()
     assert found[1] == pytest.approx(found[0], rel=2e-5, abs=1e-5)
     assert found[2] == pytest.approx(found[0], rel=2e-5, abs=1e-5)
+
+
+def test_an_evaluation_of_kto_pair_is_held_against_the_kl_of_the_whole_set(base):  # noqa: F811
+    model, stage = policy(base).eval(), stage_of("kto_pair", Reference(), pref_beta=0.3)
+    stage.kl = torch.tensor([70.0, 80.0])  # of the last group that was trained on
+    with torch.no_grad():
+        found = stage.evaluate(model, iter([collate(EXAMPLES[:2]), collate(EXAMPLES[2:])]), ALONE)["loss"]
+        batch = collate(EXAMPLES)
+        sums = answer_sums(label_logprobs_of(model, batch), batch) - Reference().sums(model, batch)
+    chosen, rejected = sums.view(2, -1).numpy()
+    kl = [max(ratios.mean(), 0) for ratios in (chosen, rejected)]
+    assert max(kl) > 0.05
+    sides = 0.3 * np.stack([chosen - kl[1], kl[0] - rejected])
+    assert found == pytest.approx((1 - 1 / (1 + np.exp(-sides))).mean(), rel=1e-5)
 
 
 def test_an_empty_batch_gives_a_zero_loss_that_goes_backward(base):  # noqa: F811

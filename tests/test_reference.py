@@ -105,6 +105,13 @@ def test_the_reference_is_the_start_whatever_has_been_trained_since(tiny, option
     assert sorted(separate.tolist()) == pytest.approx(sorted(kept.logprobs(model, batch).tolist()), abs=1e-4)
 
 
+def test_a_reference_with_dropout_has_none(tiny):
+    model, example = prepared(tiny, lora_rank=3, lora_dropout=0.5), store_of(tiny).example(2)
+    shake(model)
+    found = Reference(model).sums(None, collate([example]))
+    assert model.training and found.tolist() == pytest.approx(by_hand(model, example), rel=1e-5)
+
+
 def test_a_frozen_copy_shares_what_does_not_train(tiny):
     model = prepared(tiny, finetuning_type="freeze", num_layer_trainable=1)
     copied = dict(frozen_copy(model).named_parameters())
@@ -157,6 +164,10 @@ def test_the_key_changes_with_weights_and_tokens_and_nothing_else(tiny):
     part.trained = part.trained.copy()
     part.trained[np.flatnonzero(part.trained)[-1]] = False
     assert store_key(store) != store_key(masked)
+    part = (split_elsewhere := store_of(tiny)).parts[0]
+    part.splits = part.splits.copy()
+    part.splits[4] += 1
+    assert store_key(store) != store_key(split_elsewhere)
 
 
 def cached(tiny) -> list:

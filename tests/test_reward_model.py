@@ -17,6 +17,7 @@ from batches import Example, collate
 from checkpoint import load_model
 from hub import ModelOptions
 from inference import find_source, load_head, load_source
+from lora import LoraOptions, prepare_trainable
 from objectives import Stage
 from reward_model import RewardModel, pair_scores, score_dialogues, score_texts, span_loss
 from templates import Message, TemplateOptions, get_template
@@ -58,8 +59,9 @@ def padded_loss(values, texts):
     return torch.stack(losses)
 
 
+@pytest.mark.parametrize("spare", [0, 4])  # places behind the longest
 @pytest.mark.parametrize("which", [[0, 1, 2, 3, 4], [3], [2, 0]])
-def test_the_loss_is_that_of_padded_rows_in_value_and_gradient(which):
+def test_the_loss_is_that_of_padded_rows_in_value_and_gradient(which, spare):
     texts = [(PAIRS[i][0] + PAIRS[i][1], PAIRS[i][0] + PAIRS[i][2]) for i in which]
     ordered = [pair[0] for pair in texts] + [pair[1] for pair in texts]
     lengths = torch.tensor([len(text) for text in ordered])
@@ -67,7 +69,7 @@ def test_the_loss_is_that_of_padded_rows_in_value_and_gradient(which):
     values = torch.randn(int(borders[-1]), dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     values.requires_grad_()
     flat = torch.tensor(sum(ordered, []))
-    found = span_loss(values, flat, borders[:-1], borders[1:], int(lengths.max()) + 4)
+    found = span_loss(values, flat, borders[:-1], borders[1:], int(lengths.max()) + spare)
     rows = values.split(lengths.tolist())
     expected = padded_loss(list(zip(rows[: len(which)], rows[len(which) :])), texts)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
@@ -148,6 +150,21 @@ def test_the_score_is_the_value_at_the_answers_last_token_whatever_follows_or_li
         assert metrics["accuracy"][0] == (alone[::2] > alone[1::2]).sum()
         torch.testing.assert_close(metrics["rewards/margins"][0], (alone[::2] - alone[1::2]).sum())
     assert score_texts(model, []).shape == (0,)
+
+
+def test_a_dialogue_is_scored_at_its_stop_token_and_without_dropout(tiny, model):
+    tokenizer = Tokenizer.from_folder(tiny.model)
+    say = [Message("user", "sparks"), Message("assistant", "the anvil good")]
+    text = "<|im_start|>user\nsparks<|im_end|>\n<|im_start|>assistant\nthe anvil good<|im_end|>"
+    other = load_model(tiny.model)
+    other.v_head = model.v_head
+    prepare_trainable(other, LoraOptions(lora_rank=3, lora_dropout=0.5), torch.Generator().manual_seed(1))
+    for name, parameter in other.named_parameters():
+        parameter.data += 0.1 if name.endswith("lora_b") else 0.0
+    expected = score_texts(other.eval(), [tokenizer.encode(text)])
+    found = score_dialogues(other.train(), tokenizer, get_template("chatml", None), [say])
+    torch.testing.assert_close(found, expected)
+    assert other.training
 
 
 def test_scores_need_a_value_head(tiny):

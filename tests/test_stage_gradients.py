@@ -1,5 +1,7 @@
 """How examples are laid out changes no gradient, in any stage: packed or separate, one by one or on two ranks.
 
+The same for the losses of a stage that look beyond one example: means over the group, or over all that was seen.
+
 Plain SGD without clipping, so that weights after an update are the gradient. Seven examples: the second rank gets an
 empty batch at the end.
 """
@@ -9,7 +11,7 @@ import json
 import pytest
 import torch
 from stage_runs import all_stages, data_of, stage_keys, write_stage_data
-from tiny_runs import start_ranks, tiny_runs
+from tiny_runs import start_ranks_in_turn, tiny_runs
 
 from batches import Batch
 
@@ -20,6 +22,22 @@ LAYOUTS = {
     "one after another": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
     "packed": {"per_device_train_batch_size": 1, "packing": True, "cutoff_len": 4096},
 }
+RUNS = {stage: (stage, {}) for stage in all_stages()}  # name -> stage, and the keys that choose another loss of it
+RUNS |= {
+    "kto_pair": ("dpo", {"pref_loss": "kto_pair"}),
+    "bco_pair": ("dpo", {"pref_loss": "bco_pair"}),
+    "ipo with bco": ("dpo", {"pref_loss": "ipo", "pref_bco_weight": 0.5, "ld_alpha": 0.3, "pref_ftx": 0.2}),
+    "bco": ("kto", {"kto_loss": "bco"}),
+    "apo": ("kto", {"kto_loss": "apo_zero_unpaired", "kto_rejected_weight": 0.7, "pref_ftx": 0.2}),
+    "ppo normalised": ("ppo", {"ppo_whiten_rewards": True, "ppo_score_norm": True, "ppo_epochs": 1}),
+    "dapo filtered": ("grpo", {"mask_truncated_completions": True, "stop": "e", "scale_rewards": "batch"}),
+    "dr_grpo": ("grpo", {"loss_type": "dr_grpo", "scale_rewards": "none", "temperature": 0.7, "beta": 0.2,
+                         "stop": "e"}),
+    "gspo": ("grpo", {"loss_type": "grpo", "importance_sampling_level": "sequence", "stop": "e"}),
+    # a draw each, so that the KL of the second is not 0
+    "rloo": ("grpo", {"loss_type": "rloo", "advantage_estimator": "rloo", "beta": 0.2, "kl_in_reward": True,
+                      "num_iterations": 1}),
+}  # fmt: skip
 TWO_RANKS = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "per_device_eval_batch_size": 1}
 
 
@@ -32,20 +50,21 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def together(tiny):
-    """stage -> name of its run with all examples in one batch, made once."""
+    """name in RUNS -> name of its run with all examples in one batch, made once."""
     made: dict[str, str] = {}
 
-    def run(stage: str) -> str:
-        if stage not in made:
-            made[stage] = f"{stage}-together"
-            assert tiny.train(made[stage], **keys_of(tiny, stage)) == 0
-        return made[stage]
+    def run(name: str) -> str:
+        if name not in made:
+            made[name] = f"{name}-together"
+            assert tiny.train(made[name], **keys_of(tiny, name)) == 0
+        return made[name]
 
     return run
 
 
-def keys_of(tiny, stage: str) -> dict:
-    return stage_keys(tiny, stage, eval_dataset=f"held_{data_of(stage)}", **WHOLE)
+def keys_of(tiny, name: str) -> dict:
+    stage, chosen = RUNS[name]
+    return stage_keys(tiny, stage, eval_dataset=f"held_{data_of(stage)}", **WHOLE) | chosen
 
 
 def assert_same_training(tiny, one: str, other: str) -> None:
@@ -69,11 +88,11 @@ def assert_same_training(tiny, one: str, other: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("stage", all_stages())
-def test_a_layout_trains_the_weights_of_one_batch(tiny, together, stage, layout):
-    name, expected = f"{stage}-{layout.partition(' ')[0]}", together(stage)
-    assert tiny.train(name, **keys_of(tiny, stage) | LAYOUTS[layout]) == 0
-    assert_same_training(tiny, expected, name)
+@pytest.mark.parametrize("name", RUNS)
+def test_a_layout_trains_the_weights_of_one_batch(tiny, together, name, layout):
+    other, expected = f"{name}-{layout.partition(' ')[0]}", together(name)
+    assert tiny.train(other, **keys_of(tiny, name) | LAYOUTS[layout]) == 0
+    assert_same_training(tiny, expected, other)
 
 
 def test_rows_that_come_twice_in_a_draw_get_texts_of_their_own_in_every_layout(tiny):
@@ -106,8 +125,10 @@ def test_rows_that_come_twice_in_a_draw_get_texts_of_their_own_in_every_layout(t
 
 @pytest.mark.parametrize("stage", all_stages())
 def test_two_ranks_train_the_weights_of_one_batch(tiny, together, stage):
-    name = f"{stage}-ranks"
-    expected = together(stage)
-    ranks = start_ranks(tiny.words(name, **keys_of(tiny, stage) | TWO_RANKS), tiny.folder / name)
+    names = [name for name in RUNS if RUNS[name][0] == stage]
+    expected = [together(name) for name in names]
+    words = [tiny.words(f"{name}-ranks", **keys_of(tiny, name) | TWO_RANKS) for name in names]
+    ranks = start_ranks_in_turn(words, tiny.folder / f"{stage}-output")
     assert [rank.wait() for rank in ranks] == [0, 0], "".join(rank.text() for rank in ranks)
-    assert_same_training(tiny, expected, name)
+    for name, whole in zip(names, expected):
+        assert_same_training(tiny, whole, f"{name}-ranks")

@@ -198,8 +198,24 @@ def free_port() -> str:
 
 def start_ranks(argv: list[str], output: Path, size: int = 2) -> list[Child]:
     """`size` processes that form one world, as torchrun would start them."""
-    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    return start_ranks_in_turn([argv], output, size)
+
+
+def start_ranks_in_turn(argvs: list[list[str]], output: Path, size: int = 2) -> list[Child]:
+    """The same for several runs, one after another in the same processes, each as a world of its own."""
+    numbered = [(argv, free_port()) for argv in argvs]
+    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"}
     return [
-        fork(train.main, (argv,), output.with_suffix(f".{rank}"), shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        fork(train_in_turn, (numbered,), output.with_suffix(f".{rank}"),
+             shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(size)
-    ]
+    ]  # fmt: skip
+
+
+def train_in_turn(numbered: list[tuple[list[str], str]]) -> int:
+    """In the child: runs (argv, port) up to the first that fails, whose exit status it gives."""
+    for argv, port in numbered:
+        os.environ["MASTER_PORT"] = port
+        if status := train.main(argv):
+            return status
+    return 0
