@@ -11,7 +11,7 @@ import json
 import pytest
 import torch
 from stage_runs import all_stages, data_of, stage_keys, write_stage_data
-from tiny_runs import start_ranks_in_turn, tiny_runs
+from tiny_runs import start_ranks, start_ranks_in_turn, tiny_runs
 
 from batches import Batch
 
@@ -29,7 +29,7 @@ RUNS |= {
     "ipo with bco": ("dpo", {"pref_loss": "ipo", "pref_bco_weight": 0.5, "ld_alpha": 0.3, "pref_ftx": 0.2}),
     "bco": ("kto", {"kto_loss": "bco"}),
     "apo": ("kto", {"kto_loss": "apo_zero_unpaired", "kto_rejected_weight": 0.7, "pref_ftx": 0.2}),
-    "ppo normalised": ("ppo", {"ppo_whiten_rewards": True, "ppo_score_norm": True, "ppo_epochs": 1}),
+    "ppo normalised": ("ppo", {"ppo_whiten_rewards": True, "ppo_score_norm": True, "ppo_epochs": 1, "horizon": 50}),
     "dapo filtered": ("grpo", {"mask_truncated_completions": True, "stop": "e", "scale_rewards": "batch"}),
     "dr_grpo": ("grpo", {"loss_type": "dr_grpo", "scale_rewards": "none", "temperature": 0.7, "beta": 0.2,
                          "stop": "e"}),
@@ -129,6 +129,6 @@ def test_two_ranks_train_the_weights_of_one_batch(tiny, together, stage):
     expected = [together(name) for name in names]
     words = [tiny.words(f"{name}-ranks", **keys_of(tiny, name) | TWO_RANKS) for name in names]
     ranks = start_ranks_in_turn(words, tiny.folder / f"{stage}-output")
-    assert [rank.wait() for rank in ranks] == [0, 0], "".join(rank.text() for rank in ranks)
+    assert [rank.wait(60 * len(names)) for rank in ranks] == [0, 0], "".join(rank.text() for rank in ranks)
     for name, whole in zip(names, expected):
         assert_same_training(tiny, whole, f"{name}-ranks")
