@@ -1,9 +1,10 @@
-"""Put the repository root on the import path and keep tests off the network and to one thread each."""
+"""The repository root on the import path; tests off the network and to one thread each; a folder for data files."""
 
 import os
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -11,3 +12,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is declared; only tests of kernels use it
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A folder of data files that is also where caches go."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path

@@ -48,13 +48,6 @@ def llama3(tmp_path_factory):
     return Tokenizer.from_folder(make_tokenizer(tmp_path_factory.mktemp("tokenizer"), "llama3"))
 
 
-@pytest.fixture
-def home(tmp_path, monkeypatch):
-    """A folder of data files that is also where caches go."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path
-
-
 def put(home, name, rows, **entry):
     """Write rows as a .jsonl file and enter it into dataset_info.json."""
     (home / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

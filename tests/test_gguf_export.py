@@ -17,6 +17,7 @@ import transformers
 from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file, save_file
 from test_export import add_adapter
+from test_import_gguf import tiny
 from tiny_runs import fork
 from tiny_tokenizers import make_tokenizer
 from tokenizers import Regex, models, pre_tokenizers
@@ -32,11 +33,7 @@ from gguf_tokenizer import PRE_TOKENIZERS, splitter
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-SIZES = {
-    "vocab_size": 731, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "initializer_range": 0.2,
-    "bos_token_id": None, "eos_token_id": None,  # those of the tokenizers are other ones
-}  # fmt: skip
+VOCABULARY = {"vocab_size": 731, "bos_token_id": None, "eos_token_id": None}  # the tokenizers have ids of their own
 LLAMA_CPP = pytest.mark.skipif(
     util.find_spec("llama_cpp") is None,
     reason="llama.cpp is not there; `pip install llama-cpp-python` builds it (cmake, a C++ compiler, some minutes)",
@@ -44,13 +41,7 @@ LLAMA_CPP = pytest.mark.skipif(
 
 
 def make_model(folder: Path, family: str = "Llama", kind: str = "chatml", **changes) -> transformers.PreTrainedModel:
-    torch.manual_seed(3)
-    config = getattr(transformers, f"{family}Config")(**(SIZES | changes))
-    config._attn_implementation = "eager"
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-    for name, parameter in model.named_parameters():  # transformers starts norms at 1 and biases at 0
-        if name.endswith("bias") or "norm" in name:
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    model = tiny(family, **(VOCABULARY | changes))
     model.save_pretrained(folder)
     make_tokenizer(folder, kind)
     return model

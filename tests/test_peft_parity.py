@@ -437,16 +437,16 @@ def both(folder, base, options):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", FAMILIES)
 def test_loss_and_every_gradient_of_a_ragged_batch_equal_theirs(bases, tmp_path, case, kind):
-    _assert_equal_gradients(*both(tmp_path, bases(case, 0.4), KINDS[kind]), 131)
+    assert_equal_gradients(*both(tmp_path, bases(case, 0.4), KINDS[kind]), 131)
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_loss_and_gradients_with_an_adapted_head_equal_theirs(bases, tmp_path, kind):
     options = LoraOptions(lora_rank=4, lora_target=("q_proj", "lm_head"), use_dora=kind == "dora")
-    _assert_equal_gradients(*both(tmp_path, bases("llama-biases", 0.4), options), 131)
+    assert_equal_gradients(*both(tmp_path, bases("llama-biases", 0.4), options), 131)
 
 
-def _assert_equal_gradients(ours, theirs, vocabulary):
+def assert_equal_gradients(ours, theirs, vocabulary):
     rows = examples(vocabulary)
     stage, batch = TokenLoss(), collate(rows)
     loss, _ = stage.loss(ours, batch)
@@ -488,17 +488,17 @@ def test_ten_steps_on_smollm2_follow_transformers_and_peft(tmp_path, kind):
     prepare_trainable(model, adapters, torch.Generator().manual_seed(3))
     if kind != "full":
         save_adapter(model, tmp_path, "SmolLM2")
-    ours = _our_losses(model.train(), rows, options, steps)
+    ours = our_losses(model.train(), rows, options, steps)
     del model
     model = their_model(SMOLLM2)
     if kind != "full":
         model = peft.PeftModel.from_pretrained(model, tmp_path, is_trainable=True)
-    theirs = _their_losses(model.train(), rows, options, steps)
+    theirs = their_losses(model.train(), rows, options, steps)
     assert ours == pytest.approx(theirs, abs=1e-4)
     assert theirs[-1] < theirs[1] - 0.3  # it learns
 
 
-def _our_losses(model, rows, options, steps):
+def our_losses(model, rows, options, steps):
     stage, losses, optimizer = TokenLoss(), [], make_optimizer(model, options)
     for step in range(steps):
         set_learning_rate(optimizer, schedule(step, options, steps))
@@ -512,7 +512,7 @@ def _our_losses(model, rows, options, steps):
     return losses
 
 
-def _their_losses(model, rows, options, steps):
+def their_losses(model, rows, options, steps):
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": options.weight_decay},

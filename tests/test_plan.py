@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from test_memory import LLAMA_7B
 from tiny_runs import tiny_runs
 
 import lora
@@ -21,12 +22,6 @@ from quant import QuantLinear, QuantOptions
 from recompute import Plan
 from sampling import GenerateOptions
 
-LLAMA_7B = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096,
-    "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
-    "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 1e4, "hidden_act": "silu",
-    "tie_word_embeddings": False,
-}  # fmt: skip
 # weights of its linears with and without the head; 2 d S L at S = 2048; adapters of rank 16 on all linears
 N, N_BLOCKS, ATTENTION, ADAPTERS = 6.607e9, 6.476e9, 2 * 4096 * 2048 * 32, 39.98e6
 

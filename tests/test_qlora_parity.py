@@ -5,13 +5,12 @@ import pytest
 import torch
 import transformers
 from test_model import oracle
-from test_peft_parity import _our_losses, _their_losses, examples, padded, shake, trained_parameters
+from test_peft_parity import assert_equal_gradients, examples, our_losses, shake, their_losses
 
 from adapter_files import apply_adapters, load_adapter, save_adapter
 from batches import collate
 from checkpoint import load_model
 from lora import LoraOptions, lora_layers, prepare_trainable
-from objectives import TokenLoss
 from optim import OptimOptions
 from quant import QuantOptions, from_options
 
@@ -69,17 +68,7 @@ def test_loss_and_every_gradient_equal_theirs(base, tmp_path, format, kind):
     """And so the adapter that was saved means the same in peft, on exactly the linears that have it here."""
     ours, theirs = both(tmp_path, base, format, KINDS[kind])
     assert sum(name.endswith("lora_A") for name, _ in theirs.named_modules()) == len(lora_layers(ours))
-    rows = examples(131)
-    stage, batch = TokenLoss(), collate(rows)
-    loss = stage.loss(ours, batch)[0] / stage.weight(batch)
-    loss.backward()
-    expected = theirs(**padded(rows)).loss
-    expected.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    pairs = trained_parameters(ours, theirs)
-    errors = torch.stack([(parameter.grad - partner.grad).norm() for parameter, partner in pairs])
-    norms = torch.stack([partner.grad.norm() for _, partner in pairs])
-    assert (errors < 1e-5 * norms.clamp_min(1e-3 * norms.max())).all()
+    assert_equal_gradients(ours, theirs, 131)
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
@@ -87,8 +76,8 @@ def test_ten_steps_follow_theirs(base, tmp_path, kind):
     options = OptimOptions(learning_rate=1e-2, weight_decay=0.1, warmup_ratio=0.2)
     ours, theirs = both(tmp_path, base, "nf4 twice", KINDS[kind])
     rows = [examples(131, ((5, 14), (9, 11)), seed) for seed in (0, 1)]
-    losses = _our_losses(ours, rows, options, 10)
-    assert losses == pytest.approx(_their_losses(theirs, rows, options, 10), abs=1e-4)
+    losses = our_losses(ours, rows, options, 10)
+    assert losses == pytest.approx(their_losses(theirs, rows, options, 10), abs=1e-4)
     assert losses[-1] < losses[1] - 0.3  # it learns
 
 
