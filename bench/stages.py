@@ -75,17 +75,21 @@ def main(argv: list[str]) -> int:
     for name in chosen:
         outcomes.append(run_case(name, CASES[name], options))
         print(measure.table([shown(outcomes[-1])]), flush=True)
+        if options["out"]:  # now: the next case may take an hour, or fail
+            save(outcomes[-1], "python bench/stages.py " + shlex.join(argv), options["out"])
     print(measure.table([shown(outcome) for outcome in outcomes]))
-    if options["out"]:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        machine = measure.describe_machine(device, "python bench/stages.py " + shlex.join(argv))
-        machine.pop("note", None)  # of smoke tests on a CPU: this is none
-        machine["threads"] = os.environ.get("OMP_NUM_THREADS", str(torch.get_num_threads()))
-        kept = [row for row in earlier_rows(Path(options["out"])) if row["case"] not in chosen]
-        rows = [asdict(outcome) for outcome in outcomes] + kept
-        rows.sort(key=lambda row: list(CASES).index(row["case"]))
-        measure.save("stages", machine, {"rows": rows}, options["out"])
     return 0 if all(outcome.passed for outcome in outcomes) else 1
+
+
+def save(outcome: Outcome, command: str, folder: str) -> None:
+    """In the place of the same case's row in stages_<device>.json."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    machine = measure.describe_machine(device, command)
+    machine.pop("note", None)  # of smoke tests on a CPU: this is none
+    machine["threads"] = os.environ.get("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    rows = [row for row in earlier_rows(Path(folder)) if row["case"] != outcome.case] + [asdict(outcome)]
+    rows.sort(key=lambda row: list(CASES).index(row["case"]))
+    measure.save("stages", machine, {"rows": rows}, folder)
 
 
 def earlier_rows(folder: Path) -> list[dict]:
