@@ -377,6 +377,9 @@ def _load_saved(folder: Path, work: Tokeniser) -> tuple[ExampleStore | None, dic
     for name, now in work.keys().items():
         then = meta["keys"].get(name)
         if then != now:
+            if isinstance(then, dict) and isinstance(now, dict):
+                differing = [key for key in now if then.get(key) != now[key]]
+                then, now = ({key: each.get(key) for key in differing} for each in (then, now))
             raise ValueError(
                 f"tokenized_path: the data in {folder} was made with another {name} ({then}, now {now}). "
                 "Give the options it was made with, or another tokenized_path."

@@ -142,8 +142,6 @@ RULES: tuple[tuple[Callable[..., bool], str], ...] = (
      "orpo has no label smoothing; drop it, or set stage=dpo"),
     (lambda stage, pref_bco_weight: stage == "orpo" and pref_bco_weight > 0,
      "orpo has no reference, which bco's loss needs; drop it, or set stage=dpo"),
-    (lambda stage, ref_model: stage == "orpo" and ref_model is not None,
-     "orpo has no reference; drop ref_model, or set stage=dpo"),
     (lambda stage, beta, ref_model: stage == "grpo" and beta == 0 and ref_model is not None,
      "with beta 0, the default, grpo has no reference; set beta, or drop ref_model"),
     (lambda stage, pref_loss, ref_model: stage == "dpo" and pref_loss in ("orpo", "simpo", "cpo")

@@ -11,7 +11,7 @@ import config as configuration
 import quant
 import reference
 import runs
-from adapter_files import apply_adapters
+from adapter_files import ADAPTER_CONFIG, apply_adapters
 from checkpoint import ModelOptions, chosen_quantization, load_model
 from data import DataOptions, Prepared, default_cache_dir
 from grpo import GroupPolicy, GRPOOptions
@@ -248,6 +248,8 @@ def make_reward(config: configuration.Config, model: Decoder, tokenizer: Tokeniz
 
 def refuse_other_base(key: str, adapter: Path, merged: Iterable[str], remedy: str) -> None:
     """ValueError unless the adapter was trained on top of just these adapters, as far as its folder tells."""
+    if not (adapter / ADAPTER_CONFIG).is_file():
+        raise ValueError(f"{key}: {adapter} holds no adapter ({ADAPTER_CONFIG}); name the folder of one")
     below, here = [[Path(name).expanduser().resolve() for name in names] for names in (
         adapters_below(read_run(adapter)), merged)]  # fmt: skip
     if below != here and (adapter / runs.RUN_CONFIG).is_file():

@@ -323,7 +323,7 @@ def test_pairs_are_split_off_chosen_and_saved(home, tokenizer):
     for mine, theirs in ((train, again.train), (validation, again.eval["validation"])):
         assert [mine.example(i).split for i in range(len(mine))] == [theirs.example(i).split for i in range(len(mine))]
         assert np.array_equal(mine.sources, theirs.sources)
-    with pytest.raises(ValueError, match="made with another options"):
+    with pytest.raises(ValueError, match="another options .{'kind': 'pair'}, now {'kind': 'prompt'}.\\. Give"):
         load(home, tokenizer, "pairs", stage="ppo", val_size=5, tokenized_path=saved)
 
 

@@ -113,6 +113,8 @@ def test_a_reference_s_adapter_without_those_below_it(tiny, capsys):
     keys = {"ref_model": tiny.model, "ref_model_adapters": tiny.folder / "top"}
     said = refused(tiny, capsys, "dpo", **keys)
     assert "ref_model_adapters" in said and "name them in front of it" in said
+    said = refused(tiny, capsys, "dpo", **keys | {"ref_model_adapters": tiny.model})
+    assert f"train.py: ref_model_adapters: {tiny.model} holds no adapter" in said
     both = f"{tiny.folder / 'sft'},{tiny.folder / 'top'}"
     assert tiny.train("held", **stage_keys(tiny, "dpo", max_steps=1, **keys | {"ref_model_adapters": both})) == 0
 
