@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 import config as configuration
+import kernels
 import memory
 import plan
 import quant
@@ -276,6 +277,14 @@ def build_model(config: configuration.Config, source: Path, world: World) -> Dec
     model.flash_attn = model_options.flash_attn
     model.embedding_noise = options.neftune_noise_alpha or 0.0
     return model
+
+
+def describe_model(config: configuration.Config, model: Decoder, world: World) -> str:
+    """What trains, what is quantised, and which kernels serve it."""
+    lines = [trainable_report(model)]
+    if quantised_linears(model):
+        lines.append(quant.report(model))
+    return "\n".join([*lines, kernels.choices(world.device, config[ModelOptions].flash_attn)])
 
 
 def start_value_head(

@@ -81,6 +81,12 @@ def folders_beside(config: configuration.Config) -> dict[str, list[Path]]:
             for key, names in named.items()}  # fmt: skip
 
 
+def notices(config: configuration.Config) -> list[str]:
+    """What a user should know of the options before the run begins."""
+    unused = unused_keys(config)
+    return [f"stage {config[TrainOptions].stage} does not use {', '.join(unused)}"] if unused else []
+
+
 def make_rhythm(config: configuration.Config) -> Rhythm:
     """How many micro-batches are drawn from the data at once, and how many updates are made of them."""
     group, stage = config[TrainOptions].gradient_accumulation_steps, config[TrainOptions].stage

@@ -33,14 +33,12 @@ import monitor
 import optim
 import parallel
 import predict
-import quant
 import runs
 import stages
 from batches import ROW_MULTIPLE, Batch, BatchLoader, StreamingLoader
 from build import SECTIONS, steps_per_epoch
 from checkpoint import ModelOptions, restore_trained
 from data import DataOptions, TokenizedDataSaved
-from lora import quantised_linears, trainable_report
 from model import Decoder
 from monitor import Health, Monitor, Window, peak_memory_gb, write_json
 from objectives import Rhythm, Stage
@@ -122,10 +120,8 @@ def main(argv: list[str]) -> int:
 def run(config: configuration.Config, world: World) -> int:
     """Build everything, cheap mistakes first, then train, evaluate, save. Gives the exit status."""
     options, output_dir = config[TrainOptions], Path(config[TrainOptions].output_dir)
-    for notice in config.notices:
+    for notice in (*config.notices, *stages.notices(config)):
         world.print(f"note: {notice}")
-    if unused := stages.unused_keys(config):
-        world.print(f"note: stage {options.stage} does not use {', '.join(unused)}")
     monitor.check_services(options.services)
     kernels.require_attention(config[ModelOptions].flash_attn, world.device, options.compute_dtype)
     resume, source = build.find_start(config)
@@ -146,10 +142,7 @@ def run(config: configuration.Config, world: World) -> int:
     state = None if resume is None else runs.read_checkpoint(resume, fingerprint, world)
     torch.manual_seed(options.seed + world.rank)  # dropout and noise differ between ranks, adapters do not (generator)
     model = build.build_model(config, source, world)
-    world.print(trainable_report(model))
-    if quantised_linears(model):
-        world.print(quant.report(model))
-    world.print(kernels.choices(world.device, config[ModelOptions].flash_attn))
+    world.print(build.describe_model(config, model, world))
     stage = stages.make_stage(config, model, tokenizer, template, prepared, world, reward=reward)
     if loader is not None:  # now that a reference and a reward model have taken their memory
         world.print(build.choose_recomputation(model, loader, config, world))
