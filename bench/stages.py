@@ -43,7 +43,10 @@ CASES = {
     "rm": Case("rm_lora.yaml", "eval_accuracy", least=0.65, start=0.5),  # a head of random numbers orders half right
     "dpo": Case("dpo_lora.yaml", "eval_rewards/accuracies", least=0.7),
     "simpo": Case(
-        "dpo_lora.yaml pref_loss=simpo pref_beta=2 cutoff_len=96 learning_rate=5e-4", "eval_rewards/margins", gain=0.0
+        "dpo_lora.yaml pref_loss=simpo pref_beta=2 cutoff_len=96 learning_rate=5e-4 lora_target=all lora_rank=8 "
+        "per_device_train_batch_size=8 max_grad_norm=1",
+        "eval_rewards/margins",
+        gain=0.0,
     ),
     "orpo": Case("orpo_lora.yaml", "eval_rewards/margins", gain=0.0),
     "kto": Case("kto_lora.yaml", "eval_rewards/margins", gain=0.0),
