@@ -197,9 +197,8 @@ def load_datasets(
         )
     shared = ("cutoff_len", "truncation_strategy", "reserved_label_len", "train_on_prompt", "mask_history")
     encode = EncodeOptions(
-        kind=kind or KINDS[stage], keep_end=stage == "rm", enable_thinking=enable_thinking,
-        **{key: getattr(options, key) for key in shared},
-    )  # fmt: skip
+        kind=kind or KINDS[stage], enable_thinking=enable_thinking, **{key: getattr(options, key) for key in shared}
+    )
     seed = seed if options.data_seed is None else options.data_seed
     cache = Path(cache_dir or default_cache_dir()) / "tokenised"
     work = Tokeniser(

@@ -49,7 +49,6 @@ class EncodeOptions:
     train_on_prompt: bool = False
     mask_history: bool = False
     enable_thinking: bool = True
-    keep_end: bool = False  # an answer that is cut keeps its last token: where a reward model's score is read
 
 
 class ChunkEncoder:
@@ -208,8 +207,6 @@ class ChunkEncoder:
         cut, kept = 0, []
         for segment in segments:
             keep = keep_answer(len(segment[0]), start, prefix, length, self.options)
-            if self.options.keep_end:
-                keep = keep_end(keep, segment[1])
             cut += len(keep) - int(keep.sum())
             kept.append([array[keep] for array in segment])
             kept[-1][1][:1] = False  # nothing stands before the first token that could predict it
@@ -294,16 +291,6 @@ def keep_answer(length: int, start: int, prefix: int, longest: int, options: Enc
         )
     source, target = ratio_lengths(start, longest - start, capacity, options.reserved_label_len)
     return (place < source) | ((place >= start) & (place < start + target))
-
-
-def keep_end(keep: np.ndarray, answer: np.ndarray) -> np.ndarray:
-    """The same tokens, (n,) bool, but the answer's own last one in place of the last that was kept of it."""
-    kept, last = np.flatnonzero(keep & answer), np.flatnonzero(answer)[-1]
-    if not len(kept) or keep[last]:
-        return keep
-    keep = keep.copy()
-    keep[kept[-1]], keep[last] = False, True
-    return keep
 
 
 def ratio_keep(answer: np.ndarray, budget: int, reserved: int, last_first: bool = False) -> np.ndarray:

@@ -16,7 +16,7 @@ from tiny_tokenizers import make_tokenizer
 import data
 from batches import ANSWER, ROLES, collate
 from data import DataOptions, TokenizedDataSaved, describe_example, load_datasets
-from encoding import EncodeOptions, keep_answer, keep_end
+from encoding import EncodeOptions, keep_answer
 from formats import Dropped
 from templates import Message, encode_dialogue, get_template
 from tokenizer import Tokenizer
@@ -473,12 +473,3 @@ def test_saved_pairs_train_as_those_just_read(tiny, capsys):
 def test_mistakes_are_messages(tiny, capsys, dataset, keys, message):
     assert run_on(tiny, "wrong", dataset, **keys) == 2
     assert message in "".join(capsys.readouterr())
-
-
-def test_a_cut_answer_keeps_its_last_token_where_it_is_scored():
-    """A reward model reads its score there: a text that breaks off would be scored at whatever token it breaks off."""
-    answer = np.array([False] * 4 + [True] * 5 + [False])  # one token of the template follows
-    keep = np.arange(10) < 7
-    assert np.flatnonzero(keep_end(keep, answer)).tolist() == [0, 1, 2, 3, 4, 5, 8]
-    assert keep_end(np.arange(10) < 9, answer).tolist() == (np.arange(10) < 9).tolist()
-    assert keep_end(np.arange(10) < 4, answer).tolist() == (np.arange(10) < 4).tolist()  # nothing of it is left
