@@ -287,7 +287,7 @@ def test_runs_are_rewarded_by_each_kind_of_reward_model(tiny):
     assert tiny.train("ppo-by-adapter", **(RUN | {"stage": "ppo"}), reward_model=adapter) == 0
     with server(lengths) as (address, asked):
         assert tiny.train("by-server", **RUN, reward_model=address, reward_model_type="api") == 0
-    assert sum(len(request["messages"]) for request in asked) == 4
+    assert sum(len(request["messages"]) for request in asked) == 1 + 4  # one text at the start, to see that it answers
     assert all("reward" in tiny.log(name)[0] for name in ("by-adapter", "by-model", "by-both", "ppo-by-adapter"))
 
 
