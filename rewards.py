@@ -245,7 +245,7 @@ def _load_module(path: Path) -> ModuleType:
     """Run the user's file, as an import would. Raises ValueError naming file and line."""
     if not path.is_file():
         found = "this is a folder" if path.is_dir() else "file not found"
-        raise ValueError(f"reward_file: {path}: {found}; name a Python file of reward functions (data/rewards has some)")
+        raise ValueError(f"reward_file: {path}: {found}; name a Python file of reward functions (see data/rewards)")
     if path.suffix != ".py":
         raise ValueError(f"reward_file: {path}: expected a Python file (.py)")
     spec = importlib.util.spec_from_file_location(f"reward_file_{path.stem}", path)
