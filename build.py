@@ -45,6 +45,7 @@ from predict import Predictor, ScorePredictor, TextPredictor
 from preference import PreferenceOptions
 from quant import QuantOptions
 from reference import ReferenceOptions
+from reward_model import RewardModelOptions
 from rewards import RewardOptions
 from rollouts import TOGETHER
 from runs import TrainOptions
@@ -58,7 +59,8 @@ from value_head import ValueHead, has_value_head, load_value_head
 
 SECTIONS = [
     TrainOptions, ModelOptions, QuantOptions, DataOptions, TemplateOptions, LoraOptions, OptimOptions,
-    PreferenceOptions, KTOOptions, ReferenceOptions, RewardOptions, GRPOOptions, PPOOptions, GenerateOptions,
+    RewardModelOptions, PreferenceOptions, KTOOptions, ReferenceOptions, RewardOptions, GRPOOptions, PPOOptions,
+    GenerateOptions,
 ]  # fmt: skip
 HEAD_START = 0.1  # share of trl's random start of a value head; see start_value_head
 

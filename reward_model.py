@@ -1,17 +1,24 @@
 """Stage rm: a scalar head on the decoder, trained so that the better answer of a pair gets the higher number.
 
-Loss of a pair (LLaMA-Factory's, after Stiennon et al., arXiv 2009.01325 section 3.4): with v_c[t], v_r[t] the head's
-values at the t-th token of prompt + chosen and prompt + rejected, the mean of -log sigmoid(v_c[t] - v_r[t]) over the
-span from the first token in which the two differ to the end of the longer; of two that are equal, at the last token
-alone. There is no padding here: beyond its end the shorter answer keeps the value of its last token. An answer ends
-with the last token that the model has to write (its stop token); what a template puts behind that is not looked at. The
-score of a text is the value at this end. The head has no dropout (trl's has 0.1): with it the loss would depend on how
-pairs are put together.
+With v_c[t], v_r[t] the head's values at the t-th token of prompt + chosen and prompt + rejected, rm_loss says what
+the loss of a pair is:
+
+    span   mean of -log sigmoid(v_c[t] - v_r[t]) over t from the first token in which the two differ to the end of the
+           longer (of two that are equal, the last token alone): LLaMA-Factory's up to 0.7
+    last   -log sigmoid(v_c - v_r) at the two last tokens alone: Stiennon et al., arXiv 2009.01325 section 3.4; trl's
+
+The score of a text is the value at its last token, so `last` teaches what is asked, and `span` gives a value to every
+token, which a value function may start from. There is no padding here: beyond its end the shorter answer keeps the
+value of its last token. An answer ends with the last token that the model has to write (its stop token); what a
+template puts behind that is not looked at. The head has no dropout (trl's has 0.1): with it the loss would depend on
+how pairs are put together.
 
     scores = score_dialogues(model, tokenizer, template, [[Message("user", "2 + 2?"), Message("assistant", "4")]])
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -53,10 +60,20 @@ def answer_ends(batch: Batch) -> Tensor:
     return batch.label_rows[label_counts(batch).cumsum(0) - 1] + 2  # a label belongs to the token behind its row
 
 
+@dataclass(frozen=True)
+class RewardModelOptions:
+    rm_loss: Annotated[
+        Literal["span", "last"], "rm: compare values from where two answers differ, or at their last tokens alone"
+    ] = "span"
+
+
 class RewardModel(Stage):
     metric_names = ("accuracy", "rewards/chosen", "rewards/rejected", "rewards/margins")
     evaluation_names = ("loss", *metric_names)
     has_value_head = True
+
+    def __init__(self, options: RewardModelOptions):
+        self.options = options
 
     def weight(self, batch: Batch) -> int:
         return batch.pairs
@@ -65,9 +82,13 @@ class RewardModel(Stage):
         """Sum over the pairs."""
         values = model.v_head(hidden_states(model, batch))  # (T,) fp32
         ends = answer_ends(batch)
-        starts = batch.cu_seqlens[: len(ends)].long()
-        losses = span_loss(values, batch.tokens, starts, ends, batch.max_seqlen)
-        chosen, rejected = values[ends - 1].detach().view(2, batch.pairs)
+        scores = values[ends - 1].view(2, batch.pairs)
+        if self.options.rm_loss == "last":
+            losses = -F.logsigmoid(scores[0] - scores[1])
+        else:
+            starts = batch.cu_seqlens[: len(ends)].long()
+            losses = span_loss(values, batch.tokens, starts, ends, batch.max_seqlen)
+        chosen, rejected = scores.detach()
         metrics = {
             "accuracy": (chosen > rejected).float(),
             "rewards/chosen": chosen,

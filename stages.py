@@ -26,7 +26,7 @@ from ppo import PPO, PPOOptions
 from preference import OddsRatio, PairPreference, PreferenceOptions
 from quant import QuantOptions
 from reference import Reference, ReferenceOptions
-from reward_model import RewardModel
+from reward_model import RewardModel, RewardModelOptions
 from rewards import AdapterReward, ApiReward, FunctionReward, ModelReward, RewardOptions, RewardSource
 from rollouts import ending_with
 from runs import TrainOptions
@@ -46,6 +46,7 @@ STAGES: dict[str, type[Stage]] = {
 }
 WRITES = ("ppo", "grpo")  # stages that learn from texts that the model writes
 OF_STAGES = {  # the stages that read a section; the others leave it alone
+    RewardModelOptions: ("rm",),
     PreferenceOptions: ("dpo", "orpo", "kto"), KTOOptions: ("kto",), RewardOptions: WRITES, GRPOOptions: ("grpo",),
     PPOOptions: ("ppo",),
 }  # fmt: skip
@@ -109,6 +110,8 @@ def make_stage(
     if config[TrainOptions].only_predicts:
         return Stage()  # no loss is asked for, so no reference, no reward
     kind = STAGES[config[TrainOptions].stage]
+    if kind is RewardModel:
+        return RewardModel(config[RewardModelOptions])
     if issubclass(kind, PairPreference):
         preference = config[PreferenceOptions].for_stage(config[TrainOptions].stage)
         held_to = None

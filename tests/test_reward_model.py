@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tiny_runs import WORDS, assert_same_weights, tiny_runs
+from transformers import AutoModelForSequenceClassification
 
 import chat
 import export
@@ -19,7 +20,7 @@ from hub import ModelOptions
 from inference import find_source, load_head, load_source
 from lora import LoraOptions, prepare_trainable
 from objectives import Stage
-from reward_model import RewardModel, pair_scores, score_dialogues, score_texts, span_loss
+from reward_model import RewardModel, RewardModelOptions, pair_scores, score_dialogues, score_texts, span_loss
 from templates import Message, TemplateOptions, get_template
 from tokenizer import Tokenizer
 from value_head import ValueHead, load_value_head, save_value_head
@@ -107,8 +108,8 @@ def model(tiny):
     return model
 
 
-def gradients(model, batches):
-    stage, total = RewardModel(), sum(batch.pairs for batch in batches)
+def gradients(model, batches, rm_loss="span"):
+    stage, total = RewardModel(RewardModelOptions(rm_loss)), sum(batch.pairs for batch in batches)
     model.zero_grad()
     metrics, summed = dict.fromkeys(stage.metric_names, 0), 0.0
     for batch in batches:
@@ -119,20 +120,48 @@ def gradients(model, batches):
     return summed, metrics, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def test_one_batch_single_pairs_and_empty_batches_give_the_same_gradients(model):
+@pytest.mark.parametrize("rm_loss", ["span", "last"])
+def test_one_batch_single_pairs_and_empty_batches_give_the_same_gradients(model, rm_loss):
     model.requires_grad_(True)
     examples = [example(*pair, behind=1, row=row) for row, pair in enumerate(PAIRS)]
-    together = gradients(model, [collate(examples).rounded(32)])
-    apart = gradients(model, [collate([each]) for each in examples] + [collate([]), collate([]).rounded(32)])
+    together = gradients(model, [collate(examples).rounded(32)], rm_loss)
+    alone = [collate([each]) for each in examples] + [collate([]), collate([]).rounded(32)]
+    apart = gradients(model, alone, rm_loss)
     assert together[0] == pytest.approx(apart[0], rel=1e-6)
     names = {name for name, _ in model.named_parameters()}
     assert together[2].keys() == apart[2].keys() == names - {"lm_head.weight"}
     for name in together[2]:
-        assert together[2][name].abs().sum() > 0
+        assert together[2][name].abs().sum() > 0 or name == "v_head.summary.bias"  # it cancels in a difference
         torch.testing.assert_close(together[2][name], apart[2][name], rtol=1e-4, atol=1e-6)
     for name, value in together[1].items():
         torch.testing.assert_close(value, apart[1][name], rtol=1e-5, atol=1e-6)
     assert together[1]["accuracy"][1] == len(PAIRS)
+
+
+def test_the_loss_at_the_last_tokens_is_that_of_transformers_classifier_as_trl_trains_it(tiny, model):
+    """trl's RewardTrainer: -log sigmoid(chosen - rejected), meaned over pairs, of a classifier with one label."""
+    texts = [prompt + pair[side] for side in (0, 1) for prompt, *pair in PAIRS]
+    longest = max(map(len, texts))
+    ids = torch.tensor([text + [0] * (longest - len(text)) for text in texts])
+    theirs = AutoModelForSequenceClassification.from_pretrained(tiny.model, num_labels=1, pad_token_id=0).eval()
+    theirs.score.weight.data.copy_(model.v_head.summary.weight)
+    chosen, rejected = theirs(ids, attention_mask=(ids != 0).long()).logits.view(2, len(PAIRS))
+    expected = -F.logsigmoid(chosen - rejected).mean()
+    expected.backward()
+    model.requires_grad_(True)
+    batch = collate([example(*pair, behind=2, row=row) for row, pair in enumerate(PAIRS)])
+    loss, metrics, found = gradients(model, [batch], "last")
+    assert loss == pytest.approx(expected.item(), rel=1e-6)
+    assert metrics["rewards/margins"][0].item() == pytest.approx((chosen - rejected).sum().item(), rel=1e-4)
+    assert loss != pytest.approx(gradients(model, [batch], "span")[0], rel=1e-3)
+    pairs = {"embed_tokens.weight": "model.embed_tokens.weight", "layers.0.mlp.gate_proj.weight": None,
+             "layers.1.self_attn.q_proj.weight": None, "v_head.summary.weight": "score.weight"}  # fmt: skip
+    others = dict(theirs.named_parameters())
+    for name, other in pairs.items():
+        expected = others[other or f"model.{name}"].grad
+        assert expected.abs().max() > 1e-6
+        mine = next(value for key, value in found.items() if key.endswith(name))
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_the_score_is_the_value_at_the_answers_last_token_whatever_follows_or_lies_beside_it(model):
@@ -143,7 +172,7 @@ def test_the_score_is_the_value_at_the_answers_last_token_whatever_follows_or_li
     for behind in (0, 3):
         batch = collate([example(*pair, behind=behind) for pair in PAIRS])
         with torch.no_grad():
-            metrics = RewardModel().loss(model, batch)[1]
+            metrics = RewardModel(RewardModelOptions()).loss(model, batch)[1]
         chosen, rejected = pair_scores(model, batch)
         torch.testing.assert_close(torch.tensor(chosen), alone[::2], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(torch.tensor(rejected), alone[1::2], rtol=1e-5, atol=1e-6)
