@@ -150,6 +150,7 @@ def describe_inputs(config: configuration.Config, source: Path, prepared: Prepar
     if isinstance(prepared.train, ExampleStore):
         tokens = int(prepared.train.lengths.sum())
         described["training data"] = f"{len(prepared.train)} examples of {tokens} tokens"
+        described["content of training data"] = prepared.train.digest()
     folders = {"model_name_or_path": [source], "adapter_name_or_path": resolve_adapters(config[ModelOptions])}
     for key, named in (folders | folders_beside(config)).items():
         named = [folder for folder in named if folder.resolve() != output_dir]  # what a run trains on in its place

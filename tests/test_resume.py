@@ -260,6 +260,19 @@ def test_other_data_is_refused(tiny, copied, capsys):
     assert "training data was 19 examples" in capsys.readouterr().err
 
 
+def test_data_of_the_same_size_with_rows_exchanged_is_refused(tiny, tmp_path, capsys):
+    rows, data = json.loads(tiny.data.read_text()), tmp_path / "rows.json"
+    data.write_text(json.dumps(rows))
+    assert resume(tiny, tmp_path / "run", dataset=data, max_steps=2) == 0
+    (tmp_path / "run/train_results.json").unlink()
+    assert resume(tiny, tmp_path / "run", dataset=data, max_steps=3) == 0
+    rows[3], rows[5] = rows[5], rows[3]
+    data.write_text(json.dumps(rows))
+    assert resume(tiny, tmp_path / "run", dataset=data, max_steps=4) == 2
+    error = capsys.readouterr().err
+    assert "content of training data was" in error and "; training data was" not in error
+
+
 def test_length_and_bookkeeping_may_change(tiny, copied, capsys):
     changed = {"num_train_epochs": 3, "logging_steps": 5, "save_steps": 5, "report_to": "none", "plot_loss": True}
     assert resume(tiny, copied, **changed) == 0
