@@ -4,7 +4,7 @@ With v_c[t], v_r[t] the head's values at the t-th token of prompt + chosen and p
 the loss of a pair is:
 
     span   mean of -log sigmoid(v_c[t] - v_r[t]) over t from the first token in which the two differ to the end of the
-           longer (of two that are equal, the last token alone): LLaMA-Factory's up to 0.7
+           longer (of two that are equal, the last token alone): LLaMA-Factory's
     last   -log sigmoid(v_c - v_r) at the two last tokens alone: Stiennon et al., arXiv 2009.01325 section 3.4; trl's
 
 The score of a text is the value at its last token, so `last` teaches what is asked, and `span` gives a value to every
