@@ -35,7 +35,7 @@ from data_report import describe_example
 from grpo import GRPOOptions
 from inference import check_adapters, is_adapter
 from kto import KTOOptions, add_mismatches
-from lora import LoraOptions, quantised_linears, trainable_report
+from lora import LoraOptions, parameter_status, quantised_linears, trainable_report
 from model import Decoder, RMSNorm
 from objectives import Rhythm
 from optim import OptimOptions
@@ -284,7 +284,8 @@ def build_model(config: configuration.Config, source: Path, world: World) -> Dec
 
 def describe_model(config: configuration.Config, model: Decoder, world: World) -> str:
     """What trains, what is quantised, and which kernels serve it."""
-    lines = [trainable_report(model)]
+    lines = parameter_status(model) if config[LoraOptions].print_param_status else []
+    lines.append(trainable_report(model))
     if quantised_linears(model):
         lines.append(quant.report(model))
     return "\n".join([*lines, kernels.choices(world.device, config[ModelOptions].flash_attn)])

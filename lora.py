@@ -59,6 +59,9 @@ class LoraOptions:
     freeze_extra_modules: Annotated[
         tuple[str, ...], "freeze: further modules that train, outside the layers: embed_tokens, norm, lm_head"
     ] = ()
+    print_param_status: Annotated[
+        bool, "list every tensor with its shape, dtype, device and whether it trains"
+    ] = False
 
     def __post_init__(self):
         if self.lora_rank < 1:

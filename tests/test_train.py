@@ -62,6 +62,19 @@ def test_every_method_learns_in_every_stage(tiny, out, stage, method):
     assert falls(tiny.losses(out))
 
 
+@pytest.mark.parametrize("status", [True, False])
+def test_print_param_status_lists_every_tensor(tiny, out, capsys, status):
+    assert tiny.train(out, max_steps=1, lora_target="q_proj", print_param_status=status) == 0
+    shown = capsys.readouterr().out.splitlines()
+    weight = "layers.0.self_attn.q_proj"
+    lines = [line for line in shown if line.startswith(weight)]
+    assert [(line.split()[0], line.split()[-1]) for line in lines] == [
+        (f"{weight}.lora_a", "trained"),
+        (f"{weight}.lora_b", "trained"),
+        (f"{weight}.base.weight", "frozen"),
+    ] * status
+
+
 @pytest.mark.parametrize("precision", ["bf16", "pure_bf16", "fp16"])
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_every_precision_learns(tiny, out, precision, method):
