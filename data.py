@@ -179,7 +179,7 @@ class Prepared:
 def load_datasets(
     options: DataOptions, template, tokenizer, stage: str, *, seed: int, is_main: bool = True,
     cache_dir: str | Path | None = None, enable_thinking: bool = True, hub: HubAccess | None = None,
-    prompts: bool = False, kind: str | None = None,
+    prompts: bool = False, kind: str | None = None, question: str = "",
 ) -> Prepared:  # fmt: skip
     """Read, tokenise (or load from the cache), mix and split what `options` names.
 
@@ -187,6 +187,7 @@ def load_datasets(
     is_main: show progress, write tokenized_path.  All ranks may call this at once.
     kind: of the examples; None = the stage's, see formats.KINDS.
     prompts: prepare the evaluation sets for generation too: the same rows as prompts, each with its answer as label.
+    question: what stands behind each answer of a pair as the user's next turn (rm).
     Raises ValueError for anything wrong with the data or options, TokenizedDataSaved after writing tokenized_path.
     """
     refuse_unguarded_worker()
@@ -197,8 +198,9 @@ def load_datasets(
         )
     shared = ("cutoff_len", "truncation_strategy", "reserved_label_len", "train_on_prompt", "mask_history")
     encode = EncodeOptions(
-        kind=kind or KINDS[stage], enable_thinking=enable_thinking, **{key: getattr(options, key) for key in shared}
-    )
+        kind=kind or KINDS[stage], enable_thinking=enable_thinking, question=question,
+        **{key: getattr(options, key) for key in shared},
+    )  # fmt: skip
     seed = seed if options.data_seed is None else options.data_seed
     cache = Path(cache_dir or default_cache_dir()) / "tokenised"
     work = Tokeniser(

@@ -13,6 +13,10 @@ value of its last token. An answer ends with the last token that the model has t
 template puts behind that is not looked at. The head has no dropout (trl's has 0.1): with it the loss would depend on
 how pairs are put together.
 
+With rm_question the user asks it behind the answer, and the value is read where the reply would begin: there a model
+that follows instructions has gathered what it would say about the answer. The tokens are kept with the value head, and
+score_texts puts them behind every text, whoever asks.
+
     scores = score_dialogues(model, tokenizer, template, [[Message("user", "2 + 2?"), Message("assistant", "4")]])
 """
 
@@ -31,6 +35,7 @@ from model import Decoder
 from objectives import Metrics, Stage
 from templates import Message, encode_dialogue
 from tokenizer import Tokenizer
+from value_head import ValueHead
 
 SCORE_TOKENS = 4096  # tokens scored at once: enough to keep a device busy, and few beside what training holds
 
@@ -65,6 +70,9 @@ class RewardModelOptions:
     rm_loss: Annotated[
         Literal["span", "last"], "rm: compare values from where two answers differ, or at their last tokens alone"
     ] = "span"
+    rm_question: Annotated[
+        str, "rm: what the user asks behind each answer; its value is read where the reply would begin"
+    ] = ""
 
 
 class RewardModel(Stage):
@@ -99,6 +107,20 @@ class RewardModel(Stage):
         return losses.sum(), {name: torch.stack([value.sum(), count]) for name, value in metrics.items()}
 
 
+def set_ending(head: ValueHead, ending: Sequence[int], tokenizer: Tokenizer) -> None:
+    """Have texts read with these tokens behind them. Raises ValueError for a head that was trained on others."""
+    if head.ending is not None and head.ending != tuple(ending):
+        trained, asked = (
+            repr(tokenizer.decode(list(tokens), skip_special=False)) if tokens else "nothing"
+            for tokens in (head.ending, ending)
+        )
+        raise ValueError(
+            f"rm_question: the value head was trained on texts with {trained} behind the answer, and here it is {asked}"
+            "; set rm_question and template as they were, or start from a folder without value_head.safetensors"
+        )
+    head.ending = tuple(ending)
+
+
 @torch.no_grad()
 def pair_scores(model: Decoder, batch: Batch) -> tuple[list[float], list[float]]:
     """Scores of the chosen and of the rejected answers of a batch. The model's mode stays."""
@@ -109,12 +131,14 @@ def pair_scores(model: Decoder, batch: Batch) -> tuple[list[float], list[float]]
 
 @torch.no_grad()
 def score_texts(model: Decoder, texts: Sequence[Sequence[int]], most_tokens: int = SCORE_TOKENS) -> Tensor:
-    """(n,) fp32 on the CPU: the value at the last token of each text. The model's mode and what trains stay.
+    """(n,) fp32 on the CPU: the value at the last token of each text and the head's ending. The model's mode and what
+    trains stay.
 
-    texts: token ids, at least one each. Each is scored by itself, whatever lies beside it.
+    texts: token ids up to the end of the answer, at least one each. Each is scored by itself, whatever lies beside it.
     """
     if model.v_head is None:
         raise ValueError("the model has no value head, so it gives no scores; load one (value_head.load_value_head)")
+    texts = [[*text, *(model.v_head.ending or ())] for text in texts]
     was_training, device = model.training, model.embed_tokens.weight.device
     model.eval()
     scores = torch.empty(len(texts))

@@ -26,11 +26,12 @@ from ppo import PPO, PPOOptions
 from preference import OddsRatio, PairPreference, PreferenceOptions
 from quant import QuantOptions
 from reference import Reference, ReferenceOptions
-from reward_model import RewardModel, RewardModelOptions
+from reward_model import RewardModel, RewardModelOptions, set_ending
 from rewards import AdapterReward, ApiReward, FunctionReward, ModelReward, RewardOptions, RewardSource
 from rollouts import ending_with
 from runs import TrainOptions
 from sampling import GenerateOptions
+from templates import TemplateOptions, question_tokens
 from token_store import ExampleStore
 from tokenizer import Tokenizer
 
@@ -107,6 +108,9 @@ def make_stage(
 
     reward: what make_reward_ahead gave.
     """
+    if config[TrainOptions].stage == "rm":
+        question, thinking = config[RewardModelOptions].rm_question, config[TemplateOptions].enable_thinking
+        set_ending(model.v_head, question_tokens(tokenizer, template, question, thinking), tokenizer)
     if config[TrainOptions].only_predicts:
         return Stage()  # no loss is asked for, so no reference, no reward
     kind = STAGES[config[TrainOptions].stage]

@@ -473,6 +473,25 @@ def encode_dialogue(tokenizer, spans: list[Span]) -> EncodedDialogue:
     return EncodedDialogue(ids, answer, turn, role)
 
 
+def question_tokens(tokenizer, template, question: str, enable_thinking: bool = True) -> list[int]:
+    """What stands between the last token of an answer and the first of a reply to `question`, the user's next turn.
+
+    [] for an empty question. Raises ValueError for a template whose text does not go on behind an answer.
+    """
+    if not question:
+        return []
+    messages = [Message("user", "?"), Message("assistant", "!"), Message("user", question)]
+    spans = template.render(
+        messages, tokenizer.bos_token, tokenizer.eos_token, generation_prompt=True, enable_thinking=enable_thinking
+    )
+    encoded = encode_dialogue(tokenizer, spans)
+    answers = [place for place, flag in enumerate(encoded.answer) if flag]
+    tokens = encoded.ids[answers[-1] + 1 :] if answers else []
+    if not tokens:
+        raise ValueError("the template writes no turn of the user behind an answer, so a question has no place there")
+    return tokens
+
+
 def compare(tokenizer, left, right, messages: list[Message], **options) -> str | None:
     """The first token at which two templates differ for a dialogue, in words; None when they give the same tokens.
 

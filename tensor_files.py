@@ -71,6 +71,12 @@ def file_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, file.get_tensor(name)
 
 
+def file_notes(path: Path) -> dict[str, str]:
+    """The metadata of one safetensors file; ValueError if it is damaged."""
+    with opened(path) as file:
+        return file.metadata() or {}
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder; ValueError with the way out for folders that have none."""
     if (folder / SINGLE).is_file():  # before the index, as transformers looks

@@ -2,6 +2,7 @@
 and comes back, and train.py makes a reward model of pairs."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tiny_runs import WORDS, assert_same_weights, tiny_runs
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import chat
 import export
@@ -21,6 +22,7 @@ from inference import find_source, load_head, load_source
 from lora import LoraOptions, prepare_trainable
 from objectives import Stage
 from reward_model import RewardModel, RewardModelOptions, pair_scores, score_dialogues, score_texts, span_loss
+from rewards import AdapterReward, Sample
 from templates import Message, TemplateOptions, get_template
 from tokenizer import Tokenizer
 from value_head import ValueHead, load_value_head, save_value_head
@@ -294,6 +296,67 @@ def test_chat_scores_an_answer_and_an_exported_reward_model_is_one_too(tiny, cap
     assert "no reward model" in capsys.readouterr().err
     assert chat.main([words[0], "score=x"]) == 2
     assert "give prompt too" in capsys.readouterr().err
+
+
+QUESTION = "Is the answer above good?"
+
+
+def test_with_a_question_the_value_is_read_where_the_reply_would_begin(tiny, capsys):
+    """The tokens are those of transformers' chat template; predict, chat and PPO's reward give the same scores."""
+    oracle = AutoTokenizer.from_pretrained(tiny.model)
+    oracle.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    keys = KEYS | {"dataset_dir": tiny.folder, "rm_question": QUESTION, "rm_loss": "last", "num_train_epochs": 8}
+    assert tiny.train("asked", **keys, do_train=True, do_predict=True) == 0
+    scores = [json.loads(line) for line in (tiny.folder / "asked/generated_predictions.jsonl").read_text().splitlines()]
+    assert np.mean([row["chosen"] > row["rejected"] for row in scores]) > 0.9
+    source = find_source(ModelOptions(model_name_or_path=str(tiny.folder / "asked")), TemplateOptions(), given=())
+    model, tokenizer, template = load_source(source, dtype=None, device="cpu")
+    load_head(model, source)
+    pair = json.loads((tiny.folder / "pairs.json").read_text())[scores[3]["row"]]
+    for kind in ("chosen", "rejected"):
+        talk = [{"role": "user", "content": pair["instruction"]}, {"role": "assistant", "content": pair[kind]},
+                {"role": "user", "content": QUESTION}]  # fmt: skip
+        ids = torch.tensor(oracle.apply_chat_template(talk, add_generation_prompt=True, return_dict=False))
+        with torch.no_grad():
+            hidden = model(ids, torch.arange(len(ids)), torch.tensor([0, len(ids)], dtype=torch.int32), len(ids))
+            expected = model.v_head(hidden)[-1].item()
+        dialogue = [Message("user", pair["instruction"]), Message("assistant", pair[kind])]
+        assert score_dialogues(model, tokenizer, template, [dialogue]).item() == pytest.approx(expected, abs=1e-5)
+        assert scores[3][kind] == pytest.approx(expected, abs=1e-3)  # the run's adapter beside the weights, here merged
+        words = [f"model_name_or_path={tiny.folder / 'asked'}", f"prompt={pair['instruction']}", f"score={pair[kind]}"]
+        capsys.readouterr()
+        assert chat.main(words) == 0
+        assert float(capsys.readouterr().out) == pytest.approx(expected, abs=1e-3)
+        prompt = tokenizer.encode(f"<|im_start|>user\n{pair['instruction']}<|im_end|>\n<|im_start|>assistant\n")
+        answer = tokenizer.encode(f"{pair[kind]}<|im_end|>")
+        reward = AdapterReward(load_model(tiny.model).requires_grad_(False), tiny.folder / "asked")
+        sample = Sample("", "", None, prompt, answer, "stop")
+        assert reward.scores([sample]).item() == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_question_that_the_value_head_was_not_trained_on_is_refused_and_one_that_leaves_no_room_too(tiny, capsys):
+    keys = KEYS | {"dataset_dir": tiny.folder, "num_train_epochs": 1, "evaluation_strategy": "no"}
+    assert tiny.train("asked-once", **keys, rm_question=QUESTION) == 0
+    again = keys | {"adapter_name_or_path": tiny.folder / "asked-once", "do_train": False, "do_eval": True}
+    for other, found in (({}, "here it is nothing"), ({"rm_question": "Well?"}, "user.nWell[?]")):
+        capsys.readouterr()
+        assert tiny.train("scored", **again, **other) == 2
+        error = capsys.readouterr().err
+        assert "rm_question: the value head was trained on texts with" in error and QUESTION in error
+        assert re.search(found, error)
+    assert tiny.train("scored", **again, rm_question=QUESTION) == 0
+    assert tiny.train("asked-on", **(keys | {"adapter_name_or_path": tiny.folder / "asked-once"})) == 2
+    capsys.readouterr()
+    assert tiny.train("short", **keys, rm_question=QUESTION, cutoff_len=12) == 2
+    assert "rm_question: it takes" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="ending is 'x' in its metadata"):
+        tensors = load_file(tiny.folder / "asked-once" / "value_head.safetensors")
+        (tiny.folder / "odd").mkdir()
+        save_file(tensors, tiny.folder / "odd" / "value_head.safetensors", {"ending": "x"})
+        load_value_head(ValueHead(tensors["v_head.summary.weight"].shape[1]), tiny.folder / "odd")
 
 
 @pytest.mark.parametrize("finetuning_type", ["lora", "full"])
