@@ -379,7 +379,7 @@ def _load_saved(folder: Path, work: Tokeniser) -> tuple[ExampleStore | None, dic
         then = meta["keys"].get(name)
         if then != now:
             if isinstance(then, dict) and isinstance(now, dict):
-                differing = [key for key in now if then.get(key) != now[key]]
+                differing = [key for key in {**then, **now} if then.get(key) != now.get(key)]
                 then, now = ({key: each.get(key) for key in differing} for each in (then, now))
             raise ValueError(
                 f"tokenized_path: the data in {folder} was made with another {name} ({then}, now {now}). "
@@ -398,6 +398,7 @@ class PreviewOptions:
     index: Annotated[int, "which batch"] = 0
     stage: Annotated[Literal["pt", "sft", "rm", "dpo", "orpo", "kto", "ppo", "grpo"], "what the data is for"] = "sft"
     per_device_train_batch_size: Annotated[int, "examples, or packed rows, of a batch"] = 8
+    rm_question: Annotated[str, "rm: what the user asks behind each answer"] = ""
     seed: Annotated[int, "seed of the run"] = 42
     model_revision: Annotated[str, "branch, tag or commit on the hub"] = "main"
     cache_dir: Annotated[str | None, "folder for downloads and tokenised data"] = None
@@ -421,6 +422,7 @@ def preview(
     prepared = load_datasets(
         options, template, tokenizer, run.stage, seed=run.seed, cache_dir=run.cache_dir,
         enable_thinking=template_options.enable_thinking, hub=HubAccess(run.hf_hub_token, None, run.cache_dir),
+        question=run.rm_question if run.stage == "rm" else "",
     )  # fmt: skip
     yield str(prepared.report)
     loader = prepared.train_loader(options, rows_per_batch=run.per_device_train_batch_size, seed=run.seed)

@@ -2,9 +2,9 @@
 
 dialogue (stage sft): the template renders the conversation into spans, the tokenizer encodes them part by part, the
 answers' tokens are trained. document (pt): text + eos, cut into pieces of cutoff_len. pair (rm, dpo, orpo): prompt +
-chosen, prompt + rejected, two segments of one example; only these last answers are trained, and with a question (rm)
-the last token of that, which stands behind each answer as the user's next turn. rated (kto): prompt + answer and a tag.
-prompt (ppo, grpo): what chat.py would give the model, and the row's answer as label behind it.
+chosen, prompt + rejected, two segments of one example; only these last answers are trained; a question (rm) stands
+behind each of them as the user's next turn, its last token marked as trained too. rated (kto): prompt + answer and a
+tag. prompt (ppo, grpo): what chat.py would give the model, and the row's answer as label behind it.
 Over-long conversations (`truncation_strategy`):
   ratio  LLaMA-Factory 0.6: turn by turn, a pair of s source and t target tokens in a remaining budget b keeps the first
          max(b * t // (s + t), reserved_label_len) target tokens and of the source what then fits; later turns go.
@@ -203,7 +203,10 @@ class ChunkEncoder:
             tokens, produced, turns, roles = self._render(replace(conversation, turns=[*conversation.turns, answer]))
             if not produced.any():
                 raise Dropped("no trained token")
-            segments.append((tokens, produced & (turns == turns[np.flatnonzero(produced)[-1]]), turns, roles))
+            last = np.flatnonzero(produced)[-1]
+            arrays = (tokens, produced & (turns == turns[last]), turns, roles)
+            # with a question what the template puts behind an answer is in the ending
+            segments.append(tuple(array[: last + 1] for array in arrays) if self.ending else arrays)
         starts = {int(np.argmax(segment[1])) for segment in segments}
         start = min(starts)
         if len(starts) > 1 or any(
@@ -232,10 +235,9 @@ class ChunkEncoder:
         """tokens, trained, turns, roles of prompt + answer, with those of the question behind the answer."""
         if not self.ending:
             return segment
-        end = np.flatnonzero(segment[1])[-1] + 1  # what the template puts behind an answer is in the ending too
-        count, turn = len(self.ending), segment[2][end - 1] + 1
+        count, turn = len(self.ending), segment[2][-1] + 1
         ending = (self.ending, np.arange(count) == count - 1, [turn] * count, [ROLE_NUMBER["user"]] * count)
-        return [np.concatenate([array[:end], np.asarray(more, array.dtype)]) for array, more in zip(segment, ending)]
+        return [np.concatenate([array, np.asarray(more, array.dtype)]) for array, more in zip(segment, ending)]
 
     def _dialogue(self, number: int, conversation: Conversation) -> tuple[list[Example], int]:
         tokens, answer, turns, roles = self._render(conversation)

@@ -74,6 +74,10 @@ class RewardModelOptions:
         str, "rm: what the user asks behind each answer; its value is read where the reply would begin"
     ] = ""
 
+    def __post_init__(self):
+        if self.rm_question and not self.rm_question.strip():
+            raise ValueError("rm_question: it holds nothing but spaces; write a question, or drop the key")
+
 
 class RewardModel(Stage):
     metric_names = ("accuracy", "rewards/chosen", "rewards/rejected", "rewards/margins")
@@ -116,7 +120,8 @@ def set_ending(head: ValueHead, ending: Sequence[int], tokenizer: Tokenizer) -> 
         )
         raise ValueError(
             f"rm_question: the value head was trained on texts with {trained} behind the answer, and here it is {asked}"
-            "; set rm_question and template as they were, or start from a folder without value_head.safetensors"
+            "; set rm_question, template and enable_thinking as they were, or start from a folder without a "
+            "value_head.safetensors"
         )
     head.ending = tuple(ending)
 
@@ -131,14 +136,20 @@ def pair_scores(model: Decoder, batch: Batch) -> tuple[list[float], list[float]]
 
 @torch.no_grad()
 def score_texts(model: Decoder, texts: Sequence[Sequence[int]], most_tokens: int = SCORE_TOKENS) -> Tensor:
-    """(n,) fp32 on the CPU: the value at the last token of each text and the head's ending. The model's mode and what
-    trains stay.
+    """(n,) fp32 on the CPU: the value at the last token of each text followed by the head's ending. The model's mode
+    and what trains stay.
 
     texts: token ids up to the end of the answer, at least one each. Each is scored by itself, whatever lies beside it.
     """
     if model.v_head is None:
         raise ValueError("the model has no value head, so it gives no scores; load one (value_head.load_value_head)")
-    texts = [[*text, *(model.v_head.ending or ())] for text in texts]
+    ending = model.v_head.ending or ()
+    if max(ending, default=0) >= model.config.vocab_size:
+        raise ValueError(
+            f"value_head.safetensors: ending in its metadata has token {max(ending)}, but the model has "
+            f"{model.config.vocab_size}; the value head is of another model"
+        )
+    texts = [[*text, *ending] for text in texts]
     was_training, device = model.training, model.embed_tokens.weight.device
     model.eval()
     scores = torch.empty(len(texts))

@@ -73,7 +73,7 @@ class Tokeniser:
         used = None if self.encode.kind == "document" else template_key(self.template, self.encode.enable_thinking)
         return {
             "version": CACHE_VERSION, "tokenizer": tokenizer_key(self.tokenizer), "template": used,
-            "options": asdict(self.encode),
+            "options": {key: value for key, value in asdict(self.encode).items() if key != "question" or value},
         }  # fmt: skip
 
     def dataset(

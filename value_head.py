@@ -76,7 +76,7 @@ def _ending(path: Path) -> tuple[int, ...]:
     text = file_notes(path).get("ending", "[]")
     try:
         ending = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         ending = None
     if not isinstance(ending, list) or not all(type(token) is int and token >= 0 for token in ending):
         raise ValueError(f"{path}: ending is {text[:80]!r} in its metadata, expected a list of token ids")

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from stage_runs import stage_keys, write_stage_data
 from tiny_runs import WORDS, assert_same_weights, tiny_runs
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -17,13 +18,15 @@ import export
 from adapter_files import load_adapter
 from batches import Example, collate
 from checkpoint import load_model
+from data import DataOptions, load_datasets
 from hub import ModelOptions
 from inference import find_source, load_head, load_source
 from lora import LoraOptions, prepare_trainable
 from objectives import Stage
 from reward_model import RewardModel, RewardModelOptions, pair_scores, score_dialogues, score_texts, span_loss
 from rewards import AdapterReward, Sample
-from templates import Message, TemplateOptions, get_template
+from templates import Message, TemplateOptions, get_template, question_tokens
+from tensor_files import file_notes
 from tokenizer import Tokenizer
 from value_head import ValueHead, load_value_head, save_value_head
 
@@ -352,11 +355,78 @@ def test_a_question_that_the_value_head_was_not_trained_on_is_refused_and_one_th
     capsys.readouterr()
     assert tiny.train("short", **keys, rm_question=QUESTION, cutoff_len=12) == 2
     assert "rm_question: it takes" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="ending is 'x' in its metadata"):
-        tensors = load_file(tiny.folder / "asked-once" / "value_head.safetensors")
-        (tiny.folder / "odd").mkdir()
-        save_file(tensors, tiny.folder / "odd" / "value_head.safetensors", {"ending": "x"})
-        load_value_head(ValueHead(tensors["v_head.summary.weight"].shape[1]), tiny.folder / "odd")
+    assert tiny.train("blank", **keys, rm_question="  ") == 2
+    assert "rm_question: it holds nothing but spaces" in capsys.readouterr().err
+    predict = again | {"do_eval": False, "do_predict": True, "rm_question": "Well?"}
+    assert tiny.train("scored", **predict, overwrite_output_dir=True) == 2
+    file = tiny.folder / "asked-once" / "value_head.safetensors"
+    save_file(load_file(file), file)  # as another program writes it: trained on nothing behind the answer
+    assert tiny.train("scored", **again, rm_question=QUESTION, overwrite_output_dir=True) == 2
+
+
+@pytest.mark.parametrize("ending", ["x", "[-1]", "[true]", "[1.0]", "7", "[" * 100_000])
+def test_an_ending_that_is_no_list_of_tokens_is_refused(tmp_path, ending):
+    tensors = {"v_head.summary.weight": torch.ones(1, 7), "v_head.summary.bias": torch.ones(1)}
+    save_file(tensors, tmp_path / "value_head.safetensors", {"ending": ending})
+    with pytest.raises(ValueError, match="value_head.safetensors: ending is .* expected a list of token ids"):
+        load_value_head(ValueHead(7), tmp_path)
+
+
+def test_an_ending_of_another_model_is_refused(model):
+    model.v_head.ending = (5, 99_999)
+    with pytest.raises(ValueError, match="ending in its metadata has token 99999, but the model has"):
+        score_texts(model, [[1, 2, 3]])
+    model.v_head.ending = None
+
+
+@pytest.mark.parametrize("strategy", ["ratio", "left", "right", "drop"])
+def test_a_question_stays_whole_whatever_is_cut(tiny, tmp_path, strategy):
+    tokenizer, template = Tokenizer.from_folder(tiny.model), get_template("chatml", None)
+    shared = {"dataset": ("pairs",), "dataset_dir": str(tiny.folder), "truncation_strategy": strategy}
+
+    def segments(cutoff_len, question, stage="rm"):
+        store = load_datasets(
+            DataOptions(cutoff_len=cutoff_len, **shared), template, tokenizer, stage, seed=0, cache_dir=tmp_path,
+            question=question,
+        ).train  # fmt: skip
+        examples = [store.example(i) for i in range(len(store))]
+        return [(np.split(e.tokens, [e.split]), np.split(e.trained, [e.split]), e.source) for e in examples]
+
+    ending = question_tokens(tokenizer, template, QUESTION)
+    bare = {source: parts for parts, _, source in segments(512, "")}
+    longest = max(len(part) for parts in bare.values() for part in parts)
+    room = longest - 1  # without the line break that the template writes behind an answer
+    for cutoff_len in (room + len(ending), room + len(ending) - 9):
+        asked = segments(cutoff_len, QUESTION)
+        fits = [len(bare[source][0]) <= room and len(bare[source][1]) <= room for _, _, source in asked]
+        if cutoff_len == room + len(ending):
+            assert len(asked) == len(bare)  # nothing has to give way
+        else:
+            assert asked and (len(asked) < len(bare)) == (strategy == "drop") and not all(fits) or strategy == "drop"
+        for parts, trained, source in asked:
+            for part, mask, whole in zip(parts, trained, bare[source]):
+                assert len(part) <= cutoff_len and part[-len(ending) :].tolist() == ending
+                assert mask[-1] and not mask[-len(ending) : -1].any() and mask[-len(ending) - 1]
+                if cutoff_len == room + len(ending):
+                    assert part[: -len(ending)].tolist() == whole[:-1].tolist()
+
+
+def test_the_question_goes_with_an_export_and_not_into_a_policy(tiny, capsys):
+    """PPO's value head, which starts from the reward model's, reads every token."""
+    write_stage_data(tiny)
+    keys = KEYS | {"dataset_dir": tiny.folder, "num_train_epochs": 1, "evaluation_strategy": "no"}
+    assert tiny.train("asked-first", **keys, rm_question=QUESTION) == 0
+    folder, target = tiny.folder / "asked-first", tiny.folder / "asked-exported"
+    assert export.main([f"model_name_or_path={folder}", f"export_dir={target}"]) == 0
+    found = []
+    for words in ([f"model_name_or_path={folder}"], [f"model_name_or_path={target}", "template=chatml"]):
+        capsys.readouterr()
+        assert chat.main([*words, "prompt=sparks", "score=the anvil good"]) == 0
+        found.append(float(capsys.readouterr().out))
+    assert found[0] == pytest.approx(found[1], abs=1e-3)
+    assert "ending" in file_notes(target / "value_head.safetensors")
+    assert tiny.train("policy", **stage_keys(tiny, "ppo", adapter_name_or_path=folder, max_steps=1)) == 0
+    assert "ending" not in file_notes(tiny.folder / "policy" / "value_head.safetensors")
 
 
 @pytest.mark.parametrize("finetuning_type", ["lora", "full"])
