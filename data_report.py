@@ -174,7 +174,9 @@ def reason(place: int, role: str, answer: bool, trained: bool, kind: str = "dial
     if trained:
         if role == "text":
             return "document"
-        return "answer" if answer else "prompt, trained by train_on_prompt"
+        if answer:
+            return "answer"
+        return "end of the question: the score is read here" if kind == "pair" else "prompt, trained by train_on_prompt"
     if place == 0:
         return "first token: nothing before it predicts it"
     if answer:

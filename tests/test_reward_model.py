@@ -14,11 +14,13 @@ from tiny_runs import WORDS, assert_same_weights, tiny_runs
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import chat
+import data
 import export
 from adapter_files import load_adapter
 from batches import Example, collate
 from checkpoint import load_model
 from data import DataOptions, load_datasets
+from encoding import EncodeOptions
 from hub import ModelOptions
 from inference import find_source, load_head, load_source
 from lora import LoraOptions, prepare_trainable
@@ -27,6 +29,7 @@ from reward_model import RewardModel, RewardModelOptions, pair_scores, score_dia
 from rewards import AdapterReward, Sample
 from templates import Message, TemplateOptions, get_template, question_tokens
 from tensor_files import file_notes
+from tokenising import Tokeniser
 from tokenizer import Tokenizer
 from value_head import ValueHead, load_value_head, save_value_head
 
@@ -409,6 +412,21 @@ def test_a_question_stays_whole_whatever_is_cut(tiny, tmp_path, strategy):
                 assert mask[-1] and not mask[-len(ending) : -1].any() and mask[-len(ending) - 1]
                 if cutoff_len == room + len(ending):
                     assert part[: -len(ending)].tolist() == whole[:-1].tolist()
+
+
+def test_preview_shows_where_the_score_is_read(tiny, capsys):
+    words = [f"model_name_or_path={tiny.model}", "stage=rm", "dataset=pairs", f"dataset_dir={tiny.folder}",
+             "template=chatml", f"rm_question={QUESTION}", "per_device_train_batch_size=1"]  # fmt: skip
+    assert data.main(["preview", *words]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "the score is read here" in line]
+    assert len(lines) == 2 and all("turn 2" in line and " user " in line for line in lines)  # after turns 0 and 1
+
+
+def test_data_saved_before_there_were_questions_is_read_and_not_for_a_question(tiny, tmp_path):
+    shared = (Tokenizer.from_folder(tiny.model), 0, tmp_path, True, None, str(tiny.folder), "train", None, False, 1)
+    template = get_template("chatml", None)
+    keys = [Tokeniser("rm", EncodeOptions("pair", 64, question=q), template, *shared).keys() for q in ("", QUESTION)]
+    assert "question" not in keys[0]["options"] and keys[1]["options"]["question"] == QUESTION
 
 
 def test_the_question_goes_with_an_export_and_not_into_a_policy(tiny, capsys):
