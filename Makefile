@@ -78,7 +78,7 @@ $(VENV)/.installed-tests: tests/requirements.txt requirements.txt | $(PYTHON)
 # The install comes first, but which of the two installs is the caller's choice, hence the make within make.
 $(MODEL)/config.json:
 	@$(MAKE) --no-print-directory $(VENV)/.installed .cache/smollm2.gguf
-	$(PYTHON) import_gguf.py .cache/smollm2.gguf $(MODEL)
+	$(PYTHON) -m checkpoints.gguf.read .cache/smollm2.gguf $(MODEL)
 
 .cache/smollm2.gguf: | $(PYTHON)
 	mkdir -p .cache

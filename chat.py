@@ -20,21 +20,21 @@ from typing import Annotated, Literal
 
 import torch
 
-import build
-import config as configuration
 import kernels
 import quant
-from checkpoint import DTYPES, chosen_quantization
-from generate import TextStream, split_stop_words
-from hub import ModelOptions
-from inference import find_source, load_head, load_source
+from checkpoints.hub import ModelOptions
+from checkpoints.huggingface import DTYPES, chosen_quantization
+from checkpoints.source import find_source, load_head, load_source
+from generation.generate import TextStream, split_stop_words
+from generation.sampling import GenerateOptions
 from lora import quantised_linears
 from model import Decoder, KVCache, lay_out_for_decoding
+from options import config as configuration
 from quant import QuantOptions
-from reward_model import score_dialogues
-from sampling import GenerateOptions
+from stages.rm import score_dialogues
 from templates import Message, TemplateOptions, encode_dialogue
-from tokenizer import Tokenizer
+from text.tokenizer import Tokenizer
+from training import setup
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 THINK, THOUGHT = "<think>", "</think>"
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
             SECTIONS,
             program="chat.py",
             description=__doc__.splitlines()[0],
-            other_sections=build.SECTIONS,  # training files can be read too
+            other_sections=setup.SECTIONS,  # training files can be read too
         )
         for notice in config.notices:
             _say(f"note: {notice}")

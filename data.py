@@ -17,18 +17,18 @@ from typing import Annotated, Literal
 
 import numpy as np
 
-import config
-from batches import Batch, BatchLoader, Example, StreamingLoader, collate
-from data_report import DataReport, DatasetReport, describe_example, in_colour, token_table
-from encoding import EncodeOptions, numbered_rows, refuse_unguarded_worker
-from formats import KINDS
-from mixing import hold_out, interleave
-from sources import HubAccess, find_dataset, open_hub, read_rows
-from streaming import RowStream
+from options import config
+from pipeline.batch import Batch, BatchLoader, Example, StreamingLoader, collate
+from pipeline.encoding import EncodeOptions, numbered_rows, refuse_unguarded_worker
+from pipeline.formats import KINDS
+from pipeline.mixing import hold_out, interleave
+from pipeline.report import DataReport, DatasetReport, describe_example, in_colour, token_table
+from pipeline.sources import HubAccess, find_dataset, open_hub, read_rows
+from pipeline.store import ExampleStore, Tally, load_sets, save_sets
+from pipeline.streaming import RowStream
+from pipeline.tokenise import Tokeniser
 from templates import TemplateOptions, get_template
-from token_store import ExampleStore, Tally, load_sets, save_sets
-from tokenising import Tokeniser
-from tokenizer import Tokenizer
+from text.tokenizer import Tokenizer
 
 __all__ = [
     "Batch",
@@ -132,8 +132,12 @@ class Prepared:
     report: DataReport
     packing: bool
     kind: str = "dialogue"  # of the examples, one of formats.KINDS' values
-    prompts: dict[str, ExampleStore] = field(default_factory=dict)  # the evaluation sets as prompts, if asked for
-    couple: Callable[[Iterator[Example]], Iterator[Example]] = iter  # makes other examples of those of a stream
+    prompts: dict[str, ExampleStore] = field(
+        default_factory=dict
+    )  # the evaluation sets as prompts, if asked for
+    couple: Callable[[Iterator[Example]], Iterator[Example]] = (
+        iter  # makes other examples of those of a stream
+    )
 
     def train_loader(
         self, options: DataOptions, *, rows_per_batch: int, seed: int, rank: int = 0, world: int = 1
@@ -147,7 +151,11 @@ class Prepared:
             raise ValueError("dataset: no training set is named")
         if isinstance(self.train, RowStream):
             return StreamingLoader(
-                self.train.rows, self.train.encode, buffer_size=options.buffer_size, couple=self.couple, **shared
+                self.train.rows,
+                self.train.encode,
+                buffer_size=options.buffer_size,
+                couple=self.couple,
+                **shared,
             )
         return BatchLoader(self.train, group_by_length=options.group_by_length, **shared)
 
@@ -219,7 +227,9 @@ def load_datasets(
     train, evaluation, report = (_prepare_stream if options.streaming else _prepare_stored)(options, work)
     asked = _prompt_sets(work, train, evaluation, report) if prompts else {}
     _require_examples(train, evaluation, asked, report)
-    evaluation = {name: store for name, store in evaluation.items() if len(store)}  # without answers: prompts only
+    evaluation = {
+        name: store for name, store in evaluation.items() if len(store)
+    }  # without answers: prompts only
     if saved is not None:
         if is_main:
             sets = ({} if train is None else {"train": train}) | evaluation
@@ -306,7 +316,10 @@ def _prepare_stream(
 
 
 def _prompt_sets(
-    work: Tokeniser, train: ExampleStore | RowStream | None, evaluation: dict[str, ExampleStore], report: DataReport
+    work: Tokeniser,
+    train: ExampleStore | RowStream | None,
+    evaluation: dict[str, ExampleStore],
+    report: DataReport,
 ) -> dict[str, ExampleStore]:
     """The rows of each evaluation set as prompts. Only rows that are evaluated are read as such."""
     if work.encode.kind == "prompt":
@@ -331,7 +344,9 @@ def _prompt_sets(
             parts.append(files)
             place = {int(row): i for i, row in enumerate(files.rows)}
             index[mine, 0], index[mine, 1] = k, [place.get(int(row), -1) for row in rows]
-        if name != "validation":  # rows without an answer have no place in the evaluation set, but here they have
+        if (
+            name != "validation"
+        ):  # rows without an answer have no place in the evaluation set, but here they have
             index = np.stack([np.zeros_like(order), order], 1)
         sets[name] = ExampleStore(parts, store.datasets, index[index[:, 1] >= 0])
     return sets
@@ -372,7 +387,9 @@ def split_validation(store: ExampleStore, val_size: float, seed: int) -> tuple[E
 # ---------------------------------------------------------------------------------------------------- tokenized_path
 
 
-def _load_saved(folder: Path, work: Tokeniser) -> tuple[ExampleStore | None, dict[str, ExampleStore], DataReport]:
+def _load_saved(
+    folder: Path, work: Tokeniser
+) -> tuple[ExampleStore | None, dict[str, ExampleStore], DataReport]:
     """What an earlier run saved. Refused when tokenizer, template or options would now give other tokens."""
     meta, sets = load_sets(folder)
     for name, now in work.keys().items():
@@ -396,7 +413,9 @@ def _load_saved(folder: Path, work: Tokeniser) -> tuple[ExampleStore | None, dic
 class PreviewOptions:
     model_name_or_path: Annotated[str, "folder or hub id of the checkpoint; only its tokenizer is read"]
     index: Annotated[int, "which batch"] = 0
-    stage: Annotated[Literal["pt", "sft", "rm", "dpo", "orpo", "kto", "ppo", "grpo"], "what the data is for"] = "sft"
+    stage: Annotated[
+        Literal["pt", "sft", "rm", "dpo", "orpo", "kto", "ppo", "grpo"], "what the data is for"
+    ] = "sft"
     per_device_train_batch_size: Annotated[int, "examples, or packed rows, of a batch"] = 8
     rm_question: Annotated[str, "rm: what the user asks behind each answer"] = ""
     seed: Annotated[int, "seed of the run"] = 42
@@ -432,7 +451,9 @@ def preview(
         epoch = f" (of {loader.batches_per_epoch} in an epoch)"
     yield f"\nbatch {run.index}{epoch}:"
     names = prepared.train.datasets
-    yield from token_table(batch, tokenizer, names, _places(options, names, batch.sources), colour, prepared.kind)
+    yield from token_table(
+        batch, tokenizer, names, _places(options, names, batch.sources), colour, prepared.kind
+    )
 
 
 def _places(

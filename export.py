@@ -24,14 +24,10 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-import build
-import config as configuration
-import gguf_export
 import quant
-from adapter_files import load_adapter
-from architectures import ModelConfig
-from calibrate import Calibration, CalibrationOptions, read_windows
-from checkpoint import (
+from architectures.config import ModelConfig
+from checkpoints.hub import ModelOptions
+from checkpoints.huggingface import (
     DTYPES,
     checkpoint_dtype,
     copy_side_files,
@@ -39,9 +35,9 @@ from checkpoint import (
     load_model,
     write_model_json,
 )
-from generate import context_limit
-from hub import ModelOptions
-from inference import (
+from checkpoints.peft import load_adapter
+from checkpoints.safetensors_files import weight_files, write_json, write_shards
+from checkpoints.source import (
     EXPORT_RECORD,
     Source,
     check_tokenizer,
@@ -50,17 +46,21 @@ from inference import (
     scaled_config,
     value_head_folder,
 )
+from checkpoints.value_head import VALUE_HEAD
+from conversion.gguf import write
+from conversion.gptq_calibration import Calibration, CalibrationOptions, read_windows
+from conversion.merging import Adapter, Merge
+from conversion.quality import WINDOW, QualityOptions, check_parent, mean_loss, measure, windows
+from conversion.requantise import RANK, MergeOptions, Requantiser
+from generation.generate import context_limit
 from lora import replace_module
-from merging import Adapter, Merge
 from model import Decoder
-from quality import WINDOW, QualityOptions, check_parent, mean_loss, measure, windows
+from options import config as configuration
+from pipeline.sources import HubAccess
 from quant import Format, QuantOptions
-from requantise import RANK, MergeOptions, Requantiser
-from sources import HubAccess
 from templates import ChatTemplate, TemplateOptions, get_template
-from tensor_files import weight_files, write_json, write_shards
-from tokenizer import Tokenizer
-from value_head import VALUE_HEAD
+from text.tokenizer import Tokenizer
+from training import setup
 
 REMAINDER = "adapter"  # folder inside the export: what its codes cannot hold, an adapter in PEFT's format
 
@@ -69,16 +69,23 @@ REMAINDER = "adapter"  # folder inside the export: what its codes cannot hold, a
 class ExportOptions:
     export_dir: Annotated[str | None, "folder for the merged model"] = None
     export_size: Annotated[float, "largest shard in GB (LLaMA-Factory's newer default)"] = 5.0
-    export_device: Annotated[Literal["cpu", "auto"], "where weights are merged; auto = a GPU if there is one"] = "cpu"
+    export_device: Annotated[
+        Literal["cpu", "auto"], "where weights are merged; auto = a GPU if there is one"
+    ] = "cpu"
     export_legacy_format: Annotated[bool, "only false: weights are written as safetensors"] = False
     export_gguf_type: Annotated[
-        Literal["none", "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_K"], "write one GGUF file with weights of this type"
+        Literal["none", "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_K"],
+        "write one GGUF file with weights of this type",
     ] = "none"
-    export_hub_model_id: Annotated[str | None, "also upload to this Hugging Face repository (made private)"] = None
+    export_hub_model_id: Annotated[
+        str | None, "also upload to this Hugging Face repository (made private)"
+    ] = None
 
     def __post_init__(self):
         if not self.export_dir:
-            raise ValueError("export_dir: missing; name a folder for the model, for example export_dir=out/merged")
+            raise ValueError(
+                "export_dir: missing; name a folder for the model, for example export_dir=out/merged"
+            )
         if not self.export_size > 0:
             raise ValueError(f"export_size: {self.export_size}; expected GB per shard, above 0")
         if self.export_legacy_format:
@@ -101,7 +108,7 @@ def main(argv: list[str]) -> int:
             program="export.py",
             description=__doc__.splitlines()[0],
             # training files can be read too
-            other_sections=build.SECTIONS,
+            other_sections=setup.SECTIONS,
         )
         for notice in config.notices:
             print(f"note: {notice}")
@@ -120,7 +127,9 @@ def main(argv: list[str]) -> int:
         write = export if options.export_gguf_type == "none" else export_gguf
         write(source, options, request)
         if options.export_hub_model_id:
-            url = push(Path(options.export_dir), options.export_hub_model_id, config[ModelOptions].hf_hub_token)
+            url = push(
+                Path(options.export_dir), options.export_hub_model_id, config[ModelOptions].hf_hub_token
+            )
             print(f"uploaded to {url}")
     except (ValueError, OSError) as error:
         if os.environ.get("ANVIL_TRACEBACK"):
@@ -191,7 +200,9 @@ def export(source: Source, options: ExportOptions, request: Request) -> None:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     parts = " + ".join(str(path) for path in (source.base, *source.adapters))
-    print(f"{parts} -> {target} ({str(written).removeprefix('torch.')}{', head untied' if merge.unties else ''})")
+    print(
+        f"{parts} -> {target} ({str(written).removeprefix('torch.')}{', head untied' if merge.unties else ''})"
+    )
     if packing is not None:
         print(packing.summary())
         if packing.rank:
@@ -211,8 +222,10 @@ def export_gguf(source: Source, options: ExportOptions, request: Request) -> Non
     config, tokenizer, template = read_small_files(source)
     merge = make_merge(source, config, options, replace(request, dtype=request.dtype or torch.float32))
     if merge.quantization is not None and not source.adapters:
-        raise ValueError(f"quantization_bit: export_gguf_type={kind} has codes of its own; drop one of the two")
-    layout = gguf_export.lay_out(config, merge.hf_shapes(), kind, tokenizer, template, source.base.resolve().name)
+        raise ValueError(
+            f"quantization_bit: export_gguf_type={kind} has codes of its own; drop one of the two"
+        )
+    layout = write.lay_out(config, merge.hf_shapes(), kind, tokenizer, template, source.base.resolve().name)
     for notice in layout.notices:
         print(f"note: {notice}")
     name = f"model-{kind}.gguf"
@@ -220,7 +233,7 @@ def export_gguf(source: Source, options: ExportOptions, request: Request) -> Non
     unfinished = target.parent / f".{target.name}-{name}.unfinished"  # one that was killed is written over
     try:
         check_space(layout.data_bytes, target)
-        gguf_export.write(unfinished, layout, merge.tensors(source.base))
+        write.write(unfinished, layout, merge.tensors(source.base))
         target.mkdir(exist_ok=True)
         write_record(target, source, request)
         unfinished.replace(target / name)
@@ -238,7 +251,11 @@ def read_small_files(source: Source) -> tuple[ModelConfig, Tokenizer, ChatTempla
     tokenizer = Tokenizer.from_folder(source.tokenizer)
     check_tokenizer(tokenizer, config, source)
     chosen = source.template
-    return config, tokenizer, get_template(chosen.template, None, chosen.default_system) if chosen.template else None
+    return (
+        config,
+        tokenizer,
+        get_template(chosen.template, None, chosen.default_system) if chosen.template else None,
+    )
 
 
 def make_merge(source: Source, config: ModelConfig, options: ExportOptions, request: Request) -> Merge:
@@ -276,7 +293,9 @@ def in_codes(config: ModelConfig, request: Request) -> Format | None:
     if not config.hf.get("quantization_config"):
         return request.quantization
     if request.quantization is not None and request.way == "dequantise":
-        raise ValueError("export_merge: dequantise writes 16 bit, and the base is quantised; drop quantization_bit")
+        raise ValueError(
+            "export_merge: dequantise writes 16 bit, and the base is quantised; drop quantization_bit"
+        )
     return None
 
 
@@ -331,7 +350,9 @@ def tell_quality(
     if packing is not None:
         found["losses"] = losses(source, merge, packing, texts, target)
         count = f"{sum(map(len, texts)):,} tokens of {request.quality.export_sample_text}"
-        print(f"loss on {count}: " + ", ".join(f"{name} {value:.5f}" for name, value in found["losses"].items()))
+        print(
+            f"loss on {count}: " + ", ".join(f"{name} {value:.5f}" for name, value in found["losses"].items())
+        )
     if request.quality.report:
         parent = request.quality.report_parent
         exact = Merge(merge.config, merge.adapters, torch.float32, merge.device)
@@ -344,14 +365,20 @@ def tell_quality(
     write_json(target / "quality.json", found)
 
 
-def losses(source: Source, merge: Merge, packing: Requantiser, texts: list[Tensor], target: Path) -> dict[str, float]:
+def losses(
+    source: Source, merge: Merge, packing: Requantiser, texts: list[Tensor], target: Path
+) -> dict[str, float]:
     """Nats a token, in fp32: of what was to be kept, of its nearest codes alone, and of what was written."""
     name = "base + adapter" if merge.adapters else "16 bit"
-    model = Merge(merge.config, merge.adapters, torch.float32, merge.device, merge.quantization).model(source.base)
+    model = Merge(merge.config, merge.adapters, torch.float32, merge.device, merge.quantization).model(
+        source.base
+    )
     found = {name: mean_loss(model, texts)}
     for module in packing.fits:
         linear = model.get_submodule(module)
-        replace_module(model, module, packing.format.quantise(linear.weight.detach(), linear.bias, torch.float32))
+        replace_module(
+            model, module, packing.format.quantise(linear.weight.detach(), linear.bias, torch.float32)
+        )
     found["quantised alone"] = mean_loss(model, texts)
     del model
     if packing.rank:
@@ -391,7 +418,11 @@ def check_space(needed_bytes: int, target: Path) -> None:
 
 
 def write_record(folder: Path, source: Source, request: Request) -> None:
-    record = {"base": str(source.base), "adapters": [str(path) for path in source.adapters], "way": request.way}
+    record = {
+        "base": str(source.base),
+        "adapters": [str(path) for path in source.adapters],
+        "way": request.way,
+    }
     if request.calibration is not None:
         record["calibration"] = request.calibration.record()
     (folder / EXPORT_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -422,7 +453,9 @@ def push(folder: Path, repository: str, token: str | None, api=None) -> str:
     api = HfApi(token=token) if api is None else api
     try:
         url = api.create_repo(repository, private=True, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=str(folder), commit_message="Upload the merged model")
+        api.upload_folder(
+            repo_id=repository, folder_path=str(folder), commit_message="Upload the merged model"
+        )
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(

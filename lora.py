@@ -267,7 +267,9 @@ class LoraLinear(nn.Module):
         if self.merged or self.off:
             return self.base_weight()
         if self.training and self.dropout_probability > 0:
-            raise ValueError("lora_dropout: with dropout an adapted layer is no single matrix; call the layer")
+            raise ValueError(
+                "lora_dropout: with dropout an adapted layer is no single matrix; call the layer"
+            )
         updated = _wide(self.base_weight()) + self.scale * (_wide(self.lora_b) @ _wide(self.lora_a))
         if self.magnitude is not None:
             updated = updated * (_wide(self.magnitude) / self.updated_norm())[:, None]

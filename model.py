@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-import recompute
-from architectures import ModelConfig, Rope
-from one_row import Adapter, ByteProduct, Layer, OneRow, Product
+from architectures.config import ModelConfig, Rope
+from generation.cpu_decode import Adapter, ByteProduct, Layer, OneRow, Product
+from kernels import recompute
 
 
 class Linear(nn.Linear):
@@ -80,7 +80,9 @@ class KVCache:
         """Tell the row where its new tokens go. `filled`: on a GPU, the lengths once they are stored."""
         borders = row.cu_seqlens.tolist()
         if len(borders) - 1 != len(self.lengths):
-            raise ValueError(f"cache: {len(self.lengths)} sequences, but the row has {len(borders) - 1} segments")
+            raise ValueError(
+                f"cache: {len(self.lengths)} sequences, but the row has {len(borders) - 1} segments"
+            )
         lengths = [filled + stop - start for filled, start, stop in zip(self.lengths, borders, borders[1:])]
         if max(lengths) > self.capacity:
             raise ValueError(f"cache: {max(lengths)} tokens do not fit its capacity of {self.capacity}")
@@ -97,9 +99,13 @@ class KVCache:
             self.append(layer, k, v, row.borders)
         if row.is_whole:  # the cache was empty, so the row holds all there is
             chosen = row.flash_attn
-            return kernels.attention(q, k, v, row.cu_seqlens, row.max_seqlen, window, scale, flash_attn=chosen)
+            return kernels.attention(
+                q, k, v, row.cu_seqlens, row.max_seqlen, window, scale, flash_attn=chosen
+            )
         if row.filled is not None and row.max_seqlen <= kernels.MAX_NEW:
-            return kernels.decode_attention(q, keys, values, row.cu_seqlens, row.filled, row.max_seqlen, window, scale)
+            return kernels.decode_attention(
+                q, keys, values, row.cu_seqlens, row.filled, row.max_seqlen, window, scale
+            )
         return kernels.cached_attention(q, keys, values, row.borders, row.lengths, window, scale)
 
     def advance(self, row: "Row") -> None:
@@ -213,7 +219,9 @@ class Attention(nn.Module):
         if self.joined is not None and self.joined.serve(self, _QKV):
             heads = self.joined(x).view(x.shape[0], -1, self.head_dim)  # (T, H + 2K, D)
             queries, keys, _ = (size // self.head_dim for size in self.joined.sizes)
-            if row.tables is not None and not self.qk_norm:  # q and k stand side by side: one rotation for both
+            if (
+                row.tables is not None and not self.qk_norm
+            ):  # q and k stand side by side: one rotation for both
                 v = heads.narrow(1, queries + keys, keys)
                 heads = kernels.rotate(heads.narrow(1, 0, queries + keys), *row.tables)
                 return heads.narrow(1, 0, queries), heads.narrow(1, queries, keys), v
@@ -268,7 +276,9 @@ FP16_ROW_LIMIT = 64.0  # of |act(gate) * up|: sums of 11,008 such values times w
 @torch.no_grad()
 def _row_scale(gate: Tensor, up: Tensor) -> Tensor:
     """(T, 1) fp32, powers of two up to 1: by which each row of act(gate) * up, (T, F), stays within the limit."""
-    bound = gate.abs().amax(-1, keepdim=True).float() * up.abs().amax(-1, keepdim=True).float()  # |act(x)| <= |x|
+    bound = (
+        gate.abs().amax(-1, keepdim=True).float() * up.abs().amax(-1, keepdim=True).float()
+    )  # |act(x)| <= |x|
     exponent = torch.floor(torch.log2(FP16_ROW_LIMIT / bound.clamp_min(FP16_ROW_LIMIT)))
     return torch.exp2(exponent.clamp_min(-24))  # the smallest that fp16 has
 
@@ -281,7 +291,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps, **kind)
         self.mlp = MLP(config, **kind)
 
-    def forward(self, x: Tensor, delta: Tensor | None, cos: Tensor, sin: Tensor, row: "Row") -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, delta: Tensor | None, cos: Tensor, sin: Tensor, row: "Row"
+    ) -> tuple[Tensor, Tensor]:
         """Residual stream x and what is still to be added to it -> the same two, each (T, E).
 
         Pending, because the next norm adds it in the kernel that reads both anyway.
@@ -294,7 +306,9 @@ class Block(nn.Module):
 class Row:
     """What every layer needs to know of the row: borders, the cache if there is one, the dtype of the products."""
 
-    def __init__(self, cu_seqlens, max_seqlen: int, cache: KVCache | None, flash_attn: str, dtype: torch.dtype):
+    def __init__(
+        self, cu_seqlens, max_seqlen: int, cache: KVCache | None, flash_attn: str, dtype: torch.dtype
+    ):
         self.cu_seqlens, self.max_seqlen, self.cache = cu_seqlens, max_seqlen, cache
         self.flash_attn, self.dtype = flash_attn, dtype
         self.tables: tuple[Tensor, Tensor] | None = None  # of the rotation, when decoding on a CPU
@@ -320,7 +334,9 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, **kind)
         if not config.tied_head:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, **kind)
-        self.v_head: nn.Module | None = None  # a number for each token (value_head.py), in the stages that have one
+        self.v_head: nn.Module | None = (
+            None  # a number for each token (value_head.py), in the stages that have one
+        )
         self.compute_dtype: torch.dtype | None = None
         self.recompute = recompute.Plan()
         self.flash_attn = "auto"
@@ -363,7 +379,11 @@ class Decoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (T, E) -> (T, V) in hidden's dtype."""
         # an untied head is asked as a layer: it may have an adapter
-        return kernels.linear(hidden, self.embed_tokens.weight) if self.config.tied_head else self.lm_head(hidden)
+        return (
+            kernels.linear(hidden, self.embed_tokens.weight)
+            if self.config.tied_head
+            else self.lm_head(hidden)
+        )
 
     def rotation(self, positions: Tensor, row: Row, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin (T, D/2) of every token's angles; angles in fp32, since bf16 cannot count past 256."""
@@ -373,7 +393,9 @@ class Decoder(nn.Module):
         else:
             frequency = inverse_frequencies(rope, size, device)
         angle = positions[:, None].float() * frequency
-        return (angle.cos() * rope.attention_factor).to(dtype), (angle.sin() * rope.attention_factor).to(dtype)
+        return (angle.cos() * rope.attention_factor).to(dtype), (angle.sin() * rope.attention_factor).to(
+            dtype
+        )
 
     def _dynamic_frequencies(self, row: Row, tokens: int, device) -> Tensor:
         """Each segment by its own length, so that a packed row equals its segments alone."""
@@ -406,7 +428,11 @@ def inverse_frequencies(rope: Rope, size: int, device=None) -> Tensor:
     if rope.kind == "yarn":
 
         def dimension(rotations: float) -> float:  # the pair that turns this often over the trained length
-            return size * math.log(rope.original_positions / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+            return (
+                size
+                * math.log(rope.original_positions / (rotations * 2 * math.pi))
+                / (2 * math.log(rope.theta))
+            )
 
         low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
         if rope.truncate:
@@ -414,7 +440,9 @@ def inverse_frequencies(rope: Rope, size: int, device=None) -> Tensor:
         low, high = max(low, 0), min(high, size - 1)
         if low == high:
             high += 0.001  # a ramp of no width would divide by zero
-        ramp = ((torch.arange(size // 2, dtype=torch.float32, device=device) - low) / (high - low)).clamp(0, 1)
+        ramp = ((torch.arange(size // 2, dtype=torch.float32, device=device) - low) / (high - low)).clamp(
+            0, 1
+        )
         return frequency / rope.factor * ramp + frequency * (1 - ramp)
     return frequency
 
@@ -479,7 +507,9 @@ def lay_out_for_decoding(model: Decoder) -> None:
 def _linears(block: Block) -> list[tuple[nn.Module, str, nn.Module]]:
     """(parent, name, layer) of every linear of a block, whatever stands in its place now."""
     attention, mlp = block.self_attn, block.mlp
-    places = [(attention, name) for name in (*_QKV, "o_proj")] + [(mlp, name) for name in (*_GATE_UP, "down_proj")]
+    places = [(attention, name) for name in (*_QKV, "o_proj")] + [
+        (mlp, name) for name in (*_GATE_UP, "down_proj")
+    ]
     return [(parent, name, getattr(parent, name)) for parent, name in places]
 
 
@@ -519,7 +549,9 @@ def _product(linears: list[nn.Module], joined, dtype: torch.dtype) -> Product | 
     wide = torch.float32 if in_bytes else dtype
     adapter, bias = _side_by_side(beside, wide), None
     if any(base.bias is not None for base in bases):
-        biases = [torch.zeros(base.out_features) if base.bias is None else base.bias.detach() for base in bases]
+        biases = [
+            torch.zeros(base.out_features) if base.bias is None else base.bias.detach() for base in bases
+        ]
         bias = torch.cat([each.to(wide) for each in biases])
     if in_bytes:
         return ByteProduct(kernels.ByteTable(parts), bias, adapter)
@@ -532,7 +564,9 @@ def _dense_product(table: Tensor, bias: Tensor | None) -> Product:
     return Product(table, None if bias is None else bias.detach(), rows, starts)
 
 
-def _side_by_side(beside: list[tuple[nn.Module, Tensor | None, Tensor | None]], dtype: torch.dtype) -> Adapter | None:
+def _side_by_side(
+    beside: list[tuple[nn.Module, Tensor | None, Tensor | None]], dtype: torch.dtype
+) -> Adapter | None:
     """Adapters of linears with one input as one: A under each other, B along a diagonal."""
     if all(lora_a is None for _, lora_a, _ in beside):
         return None

@@ -18,8 +18,8 @@ from bisect import bisect_left
 from dataclasses import dataclass, replace
 from typing import Annotated
 
-from jinja_template import PRODUCED, JinjaTemplate, Message, Span, split_thought, tool_calls
-from tool_formats import TOOL_TEXTS, qwen_tools
+from text.jinja_template import PRODUCED, JinjaTemplate, Message, Span, split_thought, tool_calls
+from text.tools import TOOL_TEXTS, qwen_tools
 
 
 @dataclass(frozen=True)
@@ -483,12 +483,17 @@ def question_tokens(tokenizer, template, question: str, enable_thinking: bool = 
     word, how = "0answer0", {"enable_thinking": enable_thinking}
     talk = [Message("user", "?"), Message("assistant", word)]
     spans = template.render(talk, tokenizer.bos_token, tokenizer.eos_token, **how)
-    end = "".join(span.text for span in spans if span.answer).rpartition(word)[2]  # what the model writes to stop
+    end = "".join(span.text for span in spans if span.answer).rpartition(word)[
+        2
+    ]  # what the model writes to stop
     talk.append(Message("user", question))
     spans = template.render(talk, tokenizer.bos_token, tokenizer.eos_token, generation_prompt=True, **how)
     # not by their flags: some templates train no answer but the last
     before, _, behind = "".join(span.text for span in spans).partition(word)
-    spans = [Span(before + word + end, True, 1, "assistant"), Span(behind.removeprefix(end), False, 2, "user")]
+    spans = [
+        Span(before + word + end, True, 1, "assistant"),
+        Span(behind.removeprefix(end), False, 2, "user"),
+    ]
     encoded = encode_dialogue(tokenizer, spans)
     tokens = [token for token, answer in zip(encoded.ids, encoded.answer) if not answer]
     if not behind.startswith(end) or not tokens or tokens[0] in tokenizer.stop_ids:

@@ -25,29 +25,23 @@ from pathlib import Path
 
 import torch
 
-import build
-import config as configuration
-import host_memory
 import kernels
-import monitor
-import optim
-import parallel
-import predict
-import runs
-import stages
-from batches import ROW_MULTIPLE, Batch, BatchLoader, StreamingLoader
-from build import SECTIONS, steps_per_epoch
-from checkpoint import ModelOptions, restore_trained
+import parallel.world
+from checkpoints.huggingface import ModelOptions, restore_trained
 from data import DataOptions, TokenizedDataSaved
 from model import Decoder
-from monitor import Health, Monitor, Window, peak_memory_gb, write_json
-from objectives import Rhythm, Stage
-from optim import OptimOptions
-from parallel import World
-from prefetch import ahead
-from rewards import RewardError
-from runs import Progress, StopRun, TrainOptions
-from tokenizer import Tokenizer
+from options import config as configuration
+from parallel.world import World
+from pipeline.batch import ROW_MULTIPLE, Batch, BatchLoader, StreamingLoader
+from pipeline.prefetch import ahead
+from stages.rewards import RewardError
+from stages.stage import Rhythm, Stage
+from text.tokenizer import Tokenizer
+from training import host_memory, make_stage, monitor, optim, predict, run_folder, setup
+from training.monitor import Health, Monitor, Window, peak_memory_gb, write_json
+from training.optim import OptimOptions
+from training.run_folder import Progress, StopRun, TrainOptions
+from training.setup import SECTIONS, steps_per_epoch
 
 
 @dataclass
@@ -64,7 +58,7 @@ class Run:
     eval_loaders: dict[str, BatchLoader]
     optimizer: torch.optim.Optimizer | None
     scaler: torch.amp.GradScaler
-    gradient_sum: parallel.GradientSum
+    gradient_sum: parallel.world.GradientSum
     monitor: Monitor
     window: Window
     health: Health
@@ -94,58 +88,68 @@ def main(argv: list[str]) -> int:
         return 2
     options, name = config[TrainOptions], "train.py"
     try:
-        world = parallel.start(options.device, options.ddp_timeout)
+        world = parallel.world.start(options.device, options.ddp_timeout)
         if world.device.type == "cpu":
             host_memory.keep_freed()
         name += f" [rank {world.rank}]" if world.rank else ""
-        with nullcontext() if options.plan else runs.reserve(Path(options.output_dir), world):
+        with nullcontext() if options.plan else run_folder.reserve(Path(options.output_dir), world):
             return run(config, world)
     except TokenizedDataSaved as done:
         world.print(done)
         return 0
     except KeyboardInterrupt:
-        print(f"{name}: interrupted before the first update; nothing was trained", file=sys.stderr, flush=True)
+        print(
+            f"{name}: interrupted before the first update; nothing was trained", file=sys.stderr, flush=True
+        )
         return 128 + signal.SIGINT
     except (StopRun, ValueError, OSError) as error:
         if os.environ.get("ANVIL_TRACEBACK"):
             raise
-        full = isinstance(error, OSError) and error.errno in runs.DISK_FULL
-        text = f"output_dir: {options.output_dir}: {error}; make room and run the same command again" if full else error
+        full = isinstance(error, OSError) and error.errno in run_folder.DISK_FULL
+        text = (
+            f"output_dir: {options.output_dir}: {error}; make room and run the same command again"
+            if full
+            else error
+        )
         print(f"{name}: {text}\n(set ANVIL_TRACEBACK=1 to see where)", file=sys.stderr, flush=True)
         return 1 if full or isinstance(error, StopRun) else 2
     finally:
-        parallel.stop()
+        parallel.world.stop()
 
 
 def run(config: configuration.Config, world: World) -> int:
     """Build everything, cheap mistakes first, then train, evaluate, save. Gives the exit status."""
     options, output_dir = config[TrainOptions], Path(config[TrainOptions].output_dir)
-    for notice in (*config.notices, *stages.notices(config)):
+    for notice in (*config.notices, *make_stage.notices(config)):
         world.print(f"note: {notice}")
     monitor.check_services(options.services)
     kernels.require_attention(config[ModelOptions].flash_attn, world.device, options.compute_dtype)
-    resume, source = build.find_start(config)
-    build.refuse_on_quantised(config, source)
+    resume, source = setup.find_start(config)
+    setup.refuse_on_quantised(config, source)
     tokenizer = Tokenizer.from_folder(source)
-    template = build.pick_template(config, tokenizer)
-    reward = stages.make_reward_ahead(config, tokenizer)
-    prepared = build.prepare_data(config, source, template, tokenizer, world)
-    predictor = build.make_predictor(config, prepared, template, tokenizer, world)
-    loader, eval_loaders = build.make_loaders(prepared, options, config[DataOptions], world)
-    build.check_metric(options, eval_loaders, predictor)
-    rhythm = stages.make_rhythm(config)
-    total_steps = build.count_steps(options, rhythm, loader)
+    template = setup.pick_template(config, tokenizer)
+    reward = make_stage.make_reward_ahead(config, tokenizer)
+    prepared = setup.prepare_data(config, source, template, tokenizer, world)
+    predictor = setup.make_predictor(config, prepared, template, tokenizer, world)
+    loader, eval_loaders = setup.make_loaders(prepared, options, config[DataOptions], world)
+    setup.check_metric(options, eval_loaders, predictor)
+    rhythm = make_stage.make_rhythm(config)
+    total_steps = setup.count_steps(options, rhythm, loader)
     if options.plan:
-        world.print(build.make_plan(config, source, prepared, loader, world))
+        world.print(setup.make_plan(config, source, prepared, loader, world))
         return 0
-    fingerprint = runs.fingerprint(config.values, world, build.describe_inputs(config, source, prepared))
-    state = None if resume is None else runs.read_checkpoint(resume, fingerprint, world)
-    torch.manual_seed(options.seed + world.rank)  # dropout and noise differ between ranks, adapters do not (generator)
-    model = build.build_model(config, source, world)
-    world.print(build.describe_model(config, model, world))
-    stage = stages.make_stage(config, model, tokenizer, template, prepared, world, reward=reward)
+    fingerprint = run_folder.fingerprint(
+        config.values, world, setup.describe_inputs(config, source, prepared)
+    )
+    state = None if resume is None else run_folder.read_checkpoint(resume, fingerprint, world)
+    torch.manual_seed(
+        options.seed + world.rank
+    )  # dropout and noise differ between ranks, adapters do not (generator)
+    model = setup.build_model(config, source, world)
+    world.print(setup.describe_model(config, model, world))
+    stage = make_stage.make_stage(config, model, tokenizer, template, prepared, world, reward=reward)
     if loader is not None:  # now that a reference and a reward model have taken their memory
-        world.print(build.choose_recomputation(model, loader, config, world))
+        world.print(setup.choose_recomputation(model, loader, config, world))
     this = Run(
         options=options,
         optim_options=config[OptimOptions],
@@ -157,13 +161,13 @@ def run(config: configuration.Config, world: World) -> int:
         eval_loaders=eval_loaders,
         optimizer=optim.make_optimizer(model, config[OptimOptions]) if options.trains else None,
         scaler=torch.amp.GradScaler(world.device.type, enabled=options.fp16),
-        gradient_sum=parallel.GradientSum(model, world),
+        gradient_sum=parallel.world.GradientSum(model, world),
         monitor=Monitor(output_dir, options.services, options.run_name or str(output_dir), world.is_main),
         window=Window(world, stage.metric_names),
         health=Health(world, prepared.train.datasets if prepared.train is not None else []),
         predictor=predictor,
         total_steps=total_steps,
-        save_weights=build.weight_writer(model, source, tokenizer, template, config),
+        save_weights=setup.weight_writer(model, source, tokenizer, template, config),
         fingerprint=fingerprint,
     )
     status = 0
@@ -173,7 +177,7 @@ def run(config: configuration.Config, world: World) -> int:
             del state  # the optimizer has its own copy
         if world.is_main:
             begin_folder(config, resume, world)
-        status = train(this, runs.read_history(resume) if resume is not None else [])
+        status = train(this, run_folder.read_history(resume) if resume is not None else [])
         if config[DataOptions].streaming:
             world.print(prepared.report)  # only now is it known what was dropped and cut
     if status == 0:
@@ -199,10 +203,10 @@ def show_results(this: Run, kind: str, results: dict[str, float]) -> None:
 def begin_folder(config: configuration.Config, resume: Path | None, world: World) -> None:
     """Make the output folder ready for this run, and leave the resolved configuration in it."""
     options, output_dir = config[TrainOptions], Path(config[TrainOptions].output_dir)
-    for notice in runs.prepare_folder(output_dir, resume, options.overwrite_output_dir):
+    for notice in run_folder.prepare_folder(output_dir, resume, options.overwrite_output_dir):
         world.print(f"note: {notice}")
-    config.save(output_dir / f".tmp-{runs.RUN_CONFIG}")
-    os.replace(output_dir / f".tmp-{runs.RUN_CONFIG}", output_dir / runs.RUN_CONFIG)
+    config.save(output_dir / f".tmp-{run_folder.RUN_CONFIG}")
+    os.replace(output_dir / f".tmp-{run_folder.RUN_CONFIG}", output_dir / run_folder.RUN_CONFIG)
 
 
 # The loop
@@ -219,7 +223,7 @@ def train(this: Run, history: list[dict]) -> int:
         return 0
     this.monitor.begin(progress.step, this.total_steps, history, progress.seconds)
     this.model.train()
-    with runs.catch_signals() as received, groups(this) as ready:
+    with run_folder.catch_signals() as received, groups(this) as ready:
         for group in ready:
             loss, norm = update(this, group)
             progress.step += 1
@@ -241,7 +245,9 @@ def train(this: Run, history: list[dict]) -> int:
             if stop:
                 this.monitor.close()
                 name = signal.Signals(stop).name
-                world.print(f"{name}: stopped after step {progress.step}; the same command continues from {path}")
+                world.print(
+                    f"{name}: stopped after step {progress.step}; the same command continues from {path}"
+                )
                 return 128 + stop
             if early:
                 world.print(f"early stop: no gain in {options.early_stopping_steps} evaluations")
@@ -256,7 +262,7 @@ def train(this: Run, history: list[dict]) -> int:
 def is_finished(this: Run) -> bool:
     """Trained to the end, and the result written: then there is nothing to do."""
     over = this.progress.step >= this.total_steps or this.out_of_patience()
-    return over and (this.output_dir / runs.RESULTS).exists()
+    return over and (this.output_dir / run_folder.RESULTS).exists()
 
 
 @contextmanager
@@ -268,7 +274,9 @@ def groups(this: Run) -> Iterator[Iterator[list[Batch]]]:
     """
     rhythm, loader, first = this.rhythm, this.loader, this.progress.step
     draw, within = divmod(first, rhythm.updates)
-    per_epoch = None if loader.batches_per_epoch is None else math.ceil(loader.batches_per_epoch / rhythm.draw)
+    per_epoch = (
+        None if loader.batches_per_epoch is None else math.ceil(loader.batches_per_epoch / rhythm.draw)
+    )
     if per_epoch is None:
         batches = loader.batches(start=draw * rhythm.draw)
     else:
@@ -330,7 +338,9 @@ def update(this: Run, group: list[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
         loss += value.detach()
     this.scaler.unscale_(this.optimizer)
     norm = optim.clip_gradients(trained_parameters(this.optimizer), this.optim_options.max_grad_norm)
-    optim.set_learning_rate(this.optimizer, optim.schedule(this.progress.step, this.optim_options, this.total_steps))
+    optim.set_learning_rate(
+        this.optimizer, optim.schedule(this.progress.step, this.optim_options, this.total_steps)
+    )
     this.scaler.step(this.optimizer)
     this.scaler.update()
     this.optimizer.zero_grad(set_to_none=True)
@@ -359,14 +369,18 @@ def evaluate(this: Run) -> dict[str, float]:
             )
     results: dict[str, float] = {}
     if len(measured) > 1:
-        results |= {f"eval_{name}_{kind}": value for name, each in measured.items() for kind, value in each.items()}
+        results |= {
+            f"eval_{name}_{kind}": value for name, each in measured.items() for kind, value in each.items()
+        }
     for kind in next(iter(measured.values())):
         results[f"eval_{kind}"] = sum(each[kind] for each in measured.values()) / len(measured)
     if len(measured) > 1 and "perplexity" in this.stage.evaluation_names:
         results["eval_perplexity"] = math.exp(min(results["eval_loss"], 700))  # of the mean loss
     if this.options.predict_with_generate:
         generated, rows = this.predictor.run(this.model, "eval")
-        results |= generated | results  # the stage's own first: grpo has an exact_match too, of the final answers
+        results |= (
+            generated | results
+        )  # the stage's own first: grpo has an exact_match too, of the final answers
         this.monitor.show_samples(this.progress.step, rows)
     seconds = time.monotonic() - started
     examples = sum(len(loader.store) for loader in this.eval_loaders.values())
@@ -400,7 +414,7 @@ def what_is_due(this: Run) -> Due:
 
 def wants_checkpoint(this: Run) -> bool:
     """Whether somebody touched output_dir/SAVE; the file is taken away."""
-    request = this.output_dir / runs.SAVE_REQUEST
+    request = this.output_dir / run_folder.SAVE_REQUEST
     if not (this.world.is_main and request.exists()):
         return False
     request.unlink()
@@ -425,7 +439,10 @@ def check_health(this: Run) -> None:
 def log_training(this: Run, norm: torch.Tensor) -> None:
     """Average loss since the last line, learning rate, gradient norm, speed of all ranks, peak memory."""
     progress, since = this.progress, this.window.totals()
-    rate = optim.schedule(progress.step - 1, this.optim_options, this.total_steps) * this.optim_options.learning_rate
+    rate = (
+        optim.schedule(progress.step - 1, this.optim_options, this.total_steps)
+        * this.optim_options.learning_rate
+    )
     values = {
         "loss": since.loss / since.steps,
         **this.stage.summary(since.metrics),
@@ -468,8 +485,12 @@ def finish(this: Run) -> None:
             restore_trained(this.model, best)
             world.print(f"best: {best}, {options.metric} {progress.best_metric:.4f}")
         else:
-            world.print(f"note: the best evaluation was at {best.name}, which was not saved; the last weights stay")
-    runs.write_result(this.output_dir, world, lambda folder: save_model_state(this, folder, progress.logged_tokens))
+            world.print(
+                f"note: the best evaluation was at {best.name}, which was not saved; the last weights stay"
+            )
+    run_folder.write_result(
+        this.output_dir, world, lambda folder: save_model_state(this, folder, progress.logged_tokens)
+    )
     results = {
         "epoch": round(this.epoch(progress.step), 4),
         "train_loss": progress.logged_loss / max(progress.step, 1),  # mean over all updates of the run
@@ -494,8 +515,8 @@ def save_model_state(this: Run, folder: Path, tokens: int) -> None:
     """What other programs read: weights, tokenizer, configuration, the Hugging Face trainer's trainer_state.json."""
     this.save_weights(folder)
     epoch = this.epoch(this.progress.step)
-    state = runs.trainer_state(this.output_dir, this.progress, this.total_steps, epoch, tokens)
-    write_json(folder / runs.TRAINER_STATE, state | {"log_history": this.monitor.history})
+    state = run_folder.trainer_state(this.output_dir, this.progress, this.total_steps, epoch, tokens)
+    write_json(folder / run_folder.TRAINER_STATE, state | {"log_history": this.monitor.history})
 
 
 def save_checkpoint(this: Run) -> Path:
@@ -510,13 +531,13 @@ def save_checkpoint(this: Run) -> Path:
         state = {"progress": asdict(progress), "fingerprint": this.fingerprint}
         if not options.save_only_model:
             state |= {"optimizer": this.optimizer.state_dict(), "scaler": this.scaler.state_dict()}
-        torch.save(state, folder / runs.STATE_FILE)
+        torch.save(state, folder / run_folder.STATE_FILE)
 
-    rank_state = {"random": runs.random_state(this.world.device), "window": this.window.state()}
+    rank_state = {"random": run_folder.random_state(this.world.device), "window": this.window.state()}
     rank_state["stage"] = this.stage.state()
-    path = runs.write_checkpoint(this.output_dir, progress.step, this.world, write, rank_state)
+    path = run_folder.write_checkpoint(this.output_dir, progress.step, this.world, write, rank_state)
     if this.world.is_main:
-        runs.rotate(this.output_dir, options.save_total_limit, progress.best_checkpoint)
+        run_folder.rotate(this.output_dir, options.save_total_limit, progress.best_checkpoint)
     this.window.leave_out(time.monotonic() - started)
     return path
 
@@ -529,7 +550,7 @@ def restore(this: Run, folder: Path, state: dict) -> None:
     this.progress = Progress(**state["progress"])
     this.window.restore(state["rank"]["window"])
     this.stage.restore(state["rank"]["stage"])
-    runs.restore_random_state(state["rank"]["random"], this.world.device)
+    run_folder.restore_random_state(state["rank"]["random"], this.world.device)
     this.world.print(f"resuming {folder} at step {this.progress.step} of {this.total_steps}")
 
 

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 
-from architectures import config_from_hf  # noqa: E402
+from architectures.config import config_from_hf  # noqa: E402
 from bench.four_bits import dense_twin, plain_tensors, random_decoder, take_linears  # noqa: E402
 from bench.measure import (  # noqa: E402
     Session,
@@ -39,11 +39,16 @@ from bench.measure import (  # noqa: E402
     table,
     take_ceilings,
 )
-from generate import GenerateOptions, generate, new_cache  # noqa: E402
+from generation.generate import GenerateOptions, generate, new_cache  # noqa: E402
 from model import Decoder, initialize_weights, lay_out_for_decoding  # noqa: E402
 from quant import QuantLinear  # noqa: E402
 
-DEFAULTS = {"device": "auto", "cases": "d1,d2,d3-32,d3-128", "systems": "anvil,eager,static,16bit", "repeats": "5"}
+DEFAULTS = {
+    "device": "auto",
+    "cases": "d1,d2,d3-32,d3-128",
+    "systems": "anvil,eager,static,16bit",
+    "repeats": "5",
+}
 DEFAULTS |= {"dtype": "", "quick": "false", "seconds": "400", "out": ""}
 
 LLAMA_2_7B = {
@@ -58,7 +63,12 @@ TINY = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 301, "max_position_embeddings": 64, "initializer_range": 0.3,
 }  # fmt: skip
-COMMON = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5, "hidden_act": "silu"}
+COMMON = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+}
 COMMON |= {"tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
 
 # name: (shape, sequences, tokens of the prompt, new tokens)
@@ -72,8 +82,15 @@ IN_4_BITS = ("d2",)
 # bitsandbytes' product on a CPU is wrong where a row is no whole number of blocks
 TINY_CASES = {"d1": (TINY, 1, 9, 20), "d2": (TINY | {"intermediate_size": 128}, 1, 9, 20)}
 TINY_CASES |= {"d3-32": (TINY, 3, 9, 12), "d3-128": (TINY, 5, 9, 12)}
-NEEDS_SECONDS = {"anvil": 8, "eager": 20, "static": 70, "16bit": 8}  # its first call and one turn, at 7B, guessed
-LOGITS_MAY_DIFFER = 0.15  # relative, after the prompt: bf16 through 32 layers; 1.4 if they had nothing in common
+NEEDS_SECONDS = {
+    "anvil": 8,
+    "eager": 20,
+    "static": 70,
+    "16bit": 8,
+}  # its first call and one turn, at 7B, guessed
+LOGITS_MAY_DIFFER = (
+    0.15  # relative, after the prompt: bf16 through 32 layers; 1.4 if they had nothing in common
+)
 
 
 def build(shape: dict, dtype: torch.dtype, device: torch.device, in_4_bits: bool) -> Decoder:
@@ -98,8 +115,12 @@ def build_rival(shape: dict, model: Decoder, in_4_bits: bool):
     config = transformers.LlamaConfig(**(COMMON | shape))
     weight = model.embed_tokens.weight
     with torch.device("meta"):
-        rival = transformers.LlamaForCausalLM._from_config(config, dtype=weight.dtype, attn_implementation="sdpa")
-    tensors = {name if name == "lm_head.weight" else f"model.{name}": t for name, t in model.state_dict().items()}
+        rival = transformers.LlamaForCausalLM._from_config(
+            config, dtype=weight.dtype, attn_implementation="sdpa"
+        )
+    tensors = {
+        name if name == "lm_head.weight" else f"model.{name}": t for name, t in model.state_dict().items()
+    }
     if in_4_bits:
         take_linears(rival, model, weight.dtype)
         kept = plain_tensors(model)
@@ -130,7 +151,9 @@ def transformers_generate(rival, **more):
     def run(prompts: list[list[int]], new: int) -> list[list[int]]:
         ids = torch.tensor(prompts, device=rival.device)
         greedy = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new, "pad_token_id": 0}
-        return rival.generate(ids, attention_mask=torch.ones_like(ids), **greedy, **more)[:, ids.shape[1] :].tolist()
+        return rival.generate(ids, attention_mask=torch.ones_like(ids), **greedy, **more)[
+            :, ids.shape[1] :
+        ].tolist()
 
     return run
 
@@ -156,7 +179,9 @@ def least_seconds(model: Decoder, case: tuple, ceilings) -> float:
     packed = [layer for layer in model.modules() if isinstance(layer, QuantLinear)]
     weight_bytes = numbers * weight.itemsize + sum(layer.storage_bytes for layer in packed)
     numbers += sum(layer.in_features * layer.out_features for layer in packed)
-    slot = 2 * config.num_layers * config.num_kv_heads * config.head_dim * weight.itemsize  # bytes of one token's keys
+    slot = (
+        2 * config.num_layers * config.num_kv_heads * config.head_dim * weight.itemsize
+    )  # bytes of one token's keys
     read, burst = ceilings.read_gb_per_second * 1e9, ceilings.burst_tflops * 1e12
     total = 2 * (numbers - weight.numel()) * sequences * prompt / burst
     for context in range(prompt, prompt + new):
@@ -197,7 +222,8 @@ def measure(name: str, case: tuple, systems: dict, repeats: int, session: Sessio
             if turn == 0:
                 print(f"{name}, {system}: first call {seconds[system][0]:.1f} s", flush=True)
     return {
-        system: {"first": found[0], "seconds": found[1:], "tokens": tokens[system]} for system, found in seconds.items()
+        system: {"first": found[0], "seconds": found[1:], "tokens": tokens[system]}
+        for system, found in seconds.items()
     }
 
 
@@ -218,7 +244,9 @@ def row_of(name: str, case: tuple, system: str, found: dict, reference: list, le
     }
 
 
-def run_case(name: str, case: tuple, model: Decoder, rival, session: Session, options: dict, ceilings) -> None:
+def run_case(
+    name: str, case: tuple, model: Decoder, rival, session: Session, options: dict, ceilings
+) -> None:
     _, sequences, prompt, new = case
     device = model.embed_tokens.weight.device
     chosen, needed = {}, 0
@@ -269,9 +297,13 @@ def main(argv: list[str]) -> int:
     options = read_options(argv, DEFAULTS, __doc__)
     device = pick_device(options["device"])
     cases = CASES if device.type == "cuda" else TINY_CASES
-    unknown = set(options["cases"].split(",")) - set(cases) | set(options["systems"].split(",")) - set(SYSTEMS)
+    unknown = set(options["cases"].split(",")) - set(cases) | set(options["systems"].split(",")) - set(
+        SYSTEMS
+    )
     if unknown:
-        raise SystemExit(f"unknown: {', '.join(sorted(unknown))}; cases: {', '.join(cases)}; {', '.join(SYSTEMS)}")
+        raise SystemExit(
+            f"unknown: {', '.join(sorted(unknown))}; cases: {', '.join(cases)}; {', '.join(SYSTEMS)}"
+        )
     if is_on(options["quick"]):
         options["repeats"] = str(min(3, int(options["repeats"])))
     dtype = getattr(torch, options["dtype"] or ("bfloat16" if device.type == "cuda" else "float32"))
@@ -294,7 +326,11 @@ def main(argv: list[str]) -> int:
                     check(name, model, rival, cases[name][2], differences)
             run_case(name, cases[name], model, rival, session, options, ceilings)
     print_rows(session.rows)
-    report = {"dtype": str(dtype).removeprefix("torch."), "repeats": int(options["repeats"]), "ceilings": ceilings}
+    report = {
+        "dtype": str(dtype).removeprefix("torch."),
+        "repeats": int(options["repeats"]),
+        "ceilings": ceilings,
+    }
     report |= {"logits_differ_by": differences, "rows": session.rows}
     report |= {"left_out": session.left_out, "failed": session.failed}
     partial = ",".join(options[key] for key in ("cases", "systems") if options[key] != DEFAULTS[key])

@@ -39,12 +39,14 @@ SEED = 0
 
 def make_prompts(folder: str, length: int, batch: int) -> list[list[int]]:
     """Pieces of a text in the model's own tokens; in a batch of lengths from half to all of `length`."""
-    from tokenizer import Tokenizer
+    from text.tokenizer import Tokenizer
 
     text = (ROOT / "LICENSE").read_text(encoding="utf-8")
     ids = Tokenizer.from_folder(folder).encode(text)
     lengths = [length - i * length // (2 * batch) for i in range(batch)]
-    starts = torch.randint(0, len(ids) - length, (batch,), generator=torch.Generator().manual_seed(SEED)).tolist()
+    starts = torch.randint(
+        0, len(ids) - length, (batch,), generator=torch.Generator().manual_seed(SEED)
+    ).tolist()
     return [ids[start : start + size] for start, size in zip(starts, lengths)]
 
 
@@ -55,7 +57,10 @@ QUANTISED = {  # name after the colon -> our options, arguments of transformers'
     "int8": ({"quantization_bit": 8}, {"load_in_8bit": True}),
     "eetq": ({"quantization_bit": 8, "quantization_method": "eetq"}, None),
     "nf4": ({"quantization_bit": 4}, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
-    "fp4": ({"quantization_bit": 4, "quantization_type": "fp4"}, {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}),
+    "fp4": (
+        {"quantization_bit": 4, "quantization_type": "fp4"},
+        {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+    ),
 }
 
 
@@ -67,8 +72,8 @@ def quantisation(name: str):
 
 
 def anvil(options: dict):
-    from checkpoint import load_model
-    from generate import GenerateOptions, generate
+    from checkpoints.huggingface import load_model
+    from generation.generate import GenerateOptions, generate
     from model import lay_out_for_decoding
 
     dtype = getattr(torch, options["dtype"])
@@ -100,7 +105,13 @@ def transformers_generate(options: dict):
         longest = max(map(len, prompts))
         ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        greedy = {"do_sample": False, "use_cache": True, "max_new_tokens": new, "eos_token_id": None, "pad_token_id": 0}
+        greedy = {
+            "do_sample": False,
+            "use_cache": True,
+            "max_new_tokens": new,
+            "eos_token_id": None,
+            "pad_token_id": 0,
+        }
         out = model.generate(ids, attention_mask=mask, **greedy)
         return out[:, longest:].tolist()
 
@@ -111,7 +122,9 @@ def llama_cpp(options: dict):
     import llama_cpp
 
     threads = int(options["threads"])
-    model = llama_cpp.Llama(options["gguf"], n_ctx=2048, n_threads=threads, n_threads_batch=threads, verbose=False)
+    model = llama_cpp.Llama(
+        options["gguf"], n_ctx=2048, n_threads=threads, n_threads_batch=threads, verbose=False
+    )
 
     def run(prompts, new: int) -> list[list[int]]:
         result = []
@@ -147,14 +160,20 @@ def _parts(system: str) -> tuple[str, str]:
     """(kind, how it is quantised or '') of a system's name."""
     kind, _, quantised = system.split()[0].partition(":")
     if kind not in SYSTEMS or (quantised and (quantised not in QUANTISED or kind == "llama.cpp")):
-        raise SystemExit(f"systems: {system}; known are {', '.join(SYSTEMS)}, after a colon {', '.join(QUANTISED)}")
+        raise SystemExit(
+            f"systems: {system}; known are {', '.join(SYSTEMS)}, after a colon {', '.join(QUANTISED)}"
+        )
     return kind, quantised
 
 
 def systems_of(options: dict) -> list[str]:
     """The systems asked for; llama.cpp once for each of its files."""
     files = [f"llama.cpp {Path(name).name}" for name in options["gguf"].split(",") if name]
-    return [name for system in options["systems"].split(",") for name in (files * (system == "llama.cpp") or [system])]
+    return [
+        name
+        for system in options["systems"].split(",")
+        for name in (files * (system == "llama.cpp") or [system])
+    ]
 
 
 def worker(system: str, options: dict) -> None:
@@ -187,7 +206,7 @@ def read_rate(threads: int) -> float:
 
 def weight_bytes(options: dict, quantised: str) -> int:
     """What one step reads: every weight once. A tied head reads the embedding whole; an untied embedding a few rows."""
-    from checkpoint import load_config
+    from checkpoints.huggingface import load_config
     from model import Decoder
 
     model = Decoder(load_config(options["model"]), device="meta")
@@ -198,8 +217,14 @@ def weight_bytes(options: dict, quantised: str) -> int:
     bits = 8 * width
     if quantised:
         linear = model.layers[0].mlp.down_proj
-        bits = quantisation(quantised).quantise(torch.randn(linear.weight.shape), None, torch.float32).bits_per_weight
-    inside = sum(size for name, size in sizes.items() if name.startswith("layers.") and name.endswith("proj.weight"))
+        bits = (
+            quantisation(quantised)
+            .quantise(torch.randn(linear.weight.shape), None, torch.float32)
+            .bits_per_weight
+        )
+    inside = sum(
+        size for name, size in sizes.items() if name.startswith("layers.") and name.endswith("proj.weight")
+    )
     return round((sum(sizes.values()) - inside) * width + inside * bits / 8)
 
 
@@ -281,7 +306,9 @@ def print_table(report: dict) -> None:
             ratio = systems[ours]["tokens_per_second"] / systems[rival]["tokens_per_second"]
             print(f"{ours} is {ratio:.2f} times as fast as {rival}")
     if report["new"] == 1:
-        rates = [f"{system} {row['tokens_per_second'] * report['prompt']:.0f}" for system, row in systems.items()]
+        rates = [
+            f"{system} {row['tokens_per_second'] * report['prompt']:.0f}" for system, row in systems.items()
+        ]
         print("tokens of the prompt per second: " + ", ".join(rates))
 
 

@@ -7,7 +7,7 @@ layers hold what bitsandbytes' do (quant/nf4.py).
 import torch
 from torch import nn
 
-from architectures import ModelConfig, to_hf_name
+from architectures.config import ModelConfig, to_hf_name
 from lora import replace_module
 from model import Decoder
 from quant import QuantLinear
@@ -21,7 +21,12 @@ def random_decoder(config: ModelConfig, dtype: torch.dtype, device: torch.device
     bits never takes more than its 4-bit size and one block."""
     model = Decoder(config, dtype=dtype, device="meta")
     generator = torch.Generator(device).manual_seed(seed)
-    for module in [model.embed_tokens, model.norm, *([] if config.tied_head else [model.lm_head]), *model.layers]:
+    for module in [
+        model.embed_tokens,
+        model.norm,
+        *([] if config.tied_head else [model.lm_head]),
+        *model.layers,
+    ]:
         module.to_empty(device=device)
         for name, parameter in module.named_parameters():
             if name.endswith("bias"):

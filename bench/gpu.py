@@ -53,7 +53,11 @@ def main(argv: list[str]) -> int:
         seconds = part.quick_seconds if quick else part.seconds
         if device.type == "cpu" and part.name == "tests":
             continue  # make test runs them there
-        words = ["quick=true"] * quick + [f"device={device}", f"seconds={seconds:.0f}", f"out={options['out']}"]
+        words = ["quick=true"] * quick + [
+            f"device={device}",
+            f"seconds={seconds:.0f}",
+            f"out={options['out']}",
+        ]
         command = test_command(seconds) if part.name == "tests" else [f"bench/{part.name}.py", *words]
         print(f"\n=== {part.name}: python {' '.join(command)}", flush=True)
         start = time.monotonic()
@@ -65,8 +69,19 @@ def main(argv: list[str]) -> int:
 
 
 def test_command(seconds: float) -> list[str]:
-    files = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_triton_*.py")) + ["tests/gpu"]
-    command = ["-m", "pytest", "-q", "-rs", "-p", "bench.pytest_budget", "--until", f"{time.time() + seconds:.0f}"]
+    files = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_triton_*.py")) + [
+        "tests/gpu"
+    ]
+    command = [
+        "-m",
+        "pytest",
+        "-q",
+        "-rs",
+        "-p",
+        "bench.pytest_budget",
+        "--until",
+        f"{time.time() + seconds:.0f}",
+    ]
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(TEST_PROCESSES)]
     return [*command, *files]

@@ -59,10 +59,14 @@ class Case:
     name: str
     files: tuple[str, ...]  # of kernels/ that it measures
     sizes: str
-    inputs: Callable[[int, bool], list]  # (seed, small: for the comparison with fp64) -> tensors, numbers, None
+    inputs: Callable[
+        [int, bool], list
+    ]  # (seed, small: for the comparison with fp64) -> tensors, numbers, None
     systems: dict[str, System]  # `anvil` among them
     trained: tuple[int, ...]  # places of the inputs that get a gradient
-    passes: dict[str, Work]  # forward, backward apart; or both, for operations that take the gradient on the way
+    passes: dict[
+        str, Work
+    ]  # forward, backward apart; or both, for operations that take the gradient on the way
     reference: Callable | None = None  # the oracle; None: nothing to compare
     quick: bool = True  # part of the quick run
 
@@ -88,7 +92,9 @@ class Sizes:
 def sizes_for(device: torch.device) -> Sizes:
     if device.type == "cuda":
         lengths = (4096, 2048, 8192, 16384)  # the first is part of the quick run
-        return Sizes(device, torch.bfloat16, 8192, 257, 4096, 11008, 32, 128, (32000, 128256), lengths, 16, 448)
+        return Sizes(
+            device, torch.bfloat16, 8192, 257, 4096, 11008, 32, 128, (32000, 128256), lengths, 16, 448
+        )
     return Sizes(device, torch.float32, 32, 17, 64, 96, 4, 16, (101, 257), (24, 40), 4, 8)
 
 
@@ -185,7 +191,9 @@ def norms(sizes: Sizes) -> Iterator[Case]:
             "anvil": System(lambda x, delta, weight: kernels.add_rms_norm(x, delta, weight, EPS)),
             "eager": System(plain_add),
             "compile": compiled(plain_add),
-            "liger": System(lambda x, r, weight: liger("liger_fused_add_rms_norm")(x, r, weight, EPS), cpu=False),
+            "liger": System(
+                lambda x, r, weight: liger("liger_fused_add_rms_norm")(x, r, weight, EPS), cpu=False
+            ),
         },
         (0, 1, 2),
         {"forward": Work(4 * pass_bytes), "backward": Work(4 * pass_bytes)},
@@ -354,13 +362,18 @@ def _document_mask(q, k, v, cu_seqlens, max_seqlen) -> dict[str, Any]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     tokens = q.shape[0]
-    document = torch.searchsorted(cu_seqlens[1:].contiguous(), torch.arange(tokens, device=q.device), right=True)
+    document = torch.searchsorted(
+        cu_seqlens[1:].contiguous(), torch.arange(tokens, device=q.device), right=True
+    )
 
     def same_document(b, h, query, key):
         return (query >= key) & (document[query] == document[key])
 
     function = torch.compile(flex_attention, dynamic=False) if q.is_cuda else flex_attention
-    return {"flex": function, "mask": create_block_mask(same_document, None, None, tokens, tokens, device=q.device)}
+    return {
+        "flex": function,
+        "mask": create_block_mask(same_document, None, None, tokens, tokens, device=q.device),
+    }
 
 
 def _flex(q, k, v, cu_seqlens, max_seqlen, flex, mask):
@@ -374,7 +387,9 @@ def packed_attention(sizes: Sizes) -> Case:
     lengths, generator = [], torch.Generator().manual_seed(0)
     while sum(lengths) < count:
         longest = min(count // 4, count - sum(lengths))
-        lengths.append(min(longest, int(torch.randint(count // 256 + 1, count // 4, (1,), generator=generator))))
+        lengths.append(
+            min(longest, int(torch.randint(count // 256 + 1, count // 4, (1,), generator=generator)))
+        )
     return Case(
         "attention packed",
         ("flash_attention",),
@@ -532,7 +547,10 @@ def lora_linear(sizes: Sizes, outputs: int) -> Case:
     def inputs(seed: int, small: bool) -> list:
         draw, rows = Draw(sizes, seed), sizes.small if small else tokens
         weight = draw(outputs, size, scale=size**-0.5)
-        low = draw(rank, size, scale=size**-0.5, dtype=torch.float32), draw(outputs, rank, dtype=torch.float32)
+        low = (
+            draw(rank, size, scale=size**-0.5, dtype=torch.float32),
+            draw(outputs, rank, dtype=torch.float32),
+        )
         return [draw(rows, size), weight, None, *low, 0.5]
 
     def as_peft(x, weight, bias, lora_a, lora_b, scale):
@@ -568,7 +586,11 @@ def four_bits(sizes: Sizes) -> Iterator[Case]:
     for double in (True, False):
         yield dequantise_4bit(sizes, double)
     for rows in (1, 4, 16):
-        for inputs, outputs in ((sizes.hidden, sizes.mlp), (sizes.mlp, sizes.hidden), (sizes.hidden, sizes.hidden)):
+        for inputs, outputs in (
+            (sizes.hidden, sizes.mlp),
+            (sizes.mlp, sizes.hidden),
+            (sizes.hidden, sizes.hidden),
+        ):
             yield few_rows_4bit(sizes, rows, inputs, outputs)
     yield few_rows_4bit(sizes, 1, sizes.hidden, sizes.mlp, sizes.rank)
 
@@ -609,7 +631,10 @@ def dequantise_4bit(sizes: Sizes, double: bool) -> Case:
     def copy(out, layer, dense):
         return out.copy_(dense)  # the same bytes written, four times as many read
 
-    weights, scales = shape[0] * shape[1], (8 + 32 / 256) / 64 if double else 32 / 64  # bits of scales a weight
+    weights, scales = (
+        shape[0] * shape[1],
+        (8 + 32 / 256) / 64 if double else 32 / 64,
+    )  # bits of scales a weight
     return Case(
         "dequantise_4bit",
         ("nf4",),
@@ -635,7 +660,10 @@ def few_rows_4bit(sizes: Sizes, rows: int, inputs: int, outputs: int, rank: int 
         some, wide = Draw(sizes, seed), min(outputs, sizes.small) if small else outputs
         low = [None, None]
         if rank:
-            low = [some(rank, inputs, scale=inputs**-0.5, dtype=torch.float32), some(wide, rank, dtype=torch.float32)]
+            low = [
+                some(rank, inputs, scale=inputs**-0.5, dtype=torch.float32),
+                some(wide, rank, dtype=torch.float32),
+            ]
         return [some(rows, inputs), _quantised(sizes, seed, wide, inputs, True), *low]
 
     @torch.no_grad()
@@ -669,7 +697,11 @@ def few_rows_4bit(sizes: Sizes, rows: int, inputs: int, outputs: int, rank: int 
             "16 bit": System(dense, lambda x, layer, *_: {"dense": layer.dequantize()}),
         },
         (),
-        {"forward": Work(weights * 4.127 / 8 + 4.0 * rank * (inputs + outputs), 2.0 * rows * weights, limit="read")},
+        {
+            "forward": Work(
+                weights * 4.127 / 8 + 4.0 * rank * (inputs + outputs), 2.0 * rows * weights, limit="read"
+            )
+        },
         plain,
         quick=(inputs, outputs) == (sizes.hidden, sizes.mlp) and rows != 4 and not rank,
     )
@@ -702,7 +734,11 @@ def adamw(sizes: Sizes) -> Case:
         f"{sizes.adapters} tensors, {values / 1e6:.1f} M values",
         inputs,
         # the first as training starts it, the second without the host's part
-        {"anvil": stepper(fused=True), "captured": stepper(True, fused=True), "foreach": stepper(foreach=True)},
+        {
+            "anvil": stepper(fused=True),
+            "captured": stepper(True, fused=True),
+            "foreach": stepper(foreach=True),
+        },
         (),
         {"forward": Work(28 * values)},
     )

@@ -21,6 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
+from kernel_checks import evaluate, relative_error  # noqa: E402
 
 from bench.kernel_cases import Case, System, Work, all_cases, sizes_for  # noqa: E402
 from bench.measure import (  # noqa: E402
@@ -37,7 +38,6 @@ from bench.measure import (  # noqa: E402
     table,
     take_ceilings,
 )
-from tests.kernel_checks import evaluate, relative_error  # noqa: E402
 
 DEFAULTS = {"device": "auto", "quick": "false", "seconds": "", "only": "", "out": "", "list": "false"}
 SECONDS = {False: 130.0, True: 50.0}
@@ -65,7 +65,12 @@ def main(argv: list[str]) -> int:
                 measure_case(case, slow, timer, ceilings, session)
     session.rows.sort(key=lambda row: row["place"])
     print_report(session, ceilings, machine)
-    report = {"ceilings": ceilings, "rows": session.rows, "left_out": session.left_out, "failed": session.failed}
+    report = {
+        "ceilings": ceilings,
+        "rows": session.rows,
+        "left_out": session.left_out,
+        "failed": session.failed,
+    }
     save(file_name("kernels", quick, options["only"]), machine, report, options["out"])
     return session.finish()
 
@@ -167,7 +172,12 @@ def describe(name: str, work: Work, timing: Timing, ceilings: Ceilings) -> dict[
         rate = f"{work.bytes / timing.seconds / 1e9:.0f} GB/s"
     else:
         rate = f"{work.operations / timing.seconds / 1e12:.0f} TF"
-    return {"pass": name, "timing": timing, "rate": rate, "share": max(by_bytes, by_products) / timing.seconds}
+    return {
+        "pass": name,
+        "timing": timing,
+        "rate": rate,
+        "share": max(by_bytes, by_products) / timing.seconds,
+    }
 
 
 def check(case: Case, system: System, session: Session, rows: list[dict[str, Any]]) -> None:
@@ -193,7 +203,10 @@ def print_report(session: Session, ceilings: Ceilings, machine: dict) -> None:
     lines, before = [], None
     for row in session.rows:
         head = (row["case"], row["sizes"])
-        line = {"case": row["case"] if head != before else "", "sizes": row["sizes"] if head != before else ""}
+        line = {
+            "case": row["case"] if head != before else "",
+            "sizes": row["sizes"] if head != before else "",
+        }
         line |= {"system": row["system"], "pass": row["pass"]}
         before = head
         if "not_run" in row:
@@ -210,7 +223,9 @@ def print_report(session: Session, ceilings: Ceilings, machine: dict) -> None:
         lines.append(line)
     where = machine.get("gpu") or "CPU, smoke test"
     print(f"\n{where}, torch {machine['torch']}, triton {machine['triton']}, ", end="")
-    print(f"commit {machine['commit']}\n{ceilings.text}\nerror: anvil's against fp64 / the plain reference's\n")
+    print(
+        f"commit {machine['commit']}\n{ceilings.text}\nerror: anvil's against fp64 / the plain reference's\n"
+    )
     print(table(lines))
 
 

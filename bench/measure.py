@@ -30,7 +30,9 @@ from kernels.launch import ceil_divide, jit, run, tl, unavailable
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-GRAPH_SECONDS = 1e-3  # a graph holds as many calls as fill this, so that starting it and the last write-backs vanish
+GRAPH_SECONDS = (
+    1e-3  # a graph holds as many calls as fill this, so that starting it and the last write-backs vanish
+)
 MOST_CALLS = 64  # in one graph
 
 
@@ -46,7 +48,9 @@ def read_options(argv: Sequence[str], defaults: dict[str, str], usage: str) -> d
     unknown = given.keys() - defaults.keys()
     if unknown:
         known = ", ".join(f"{key}={value}" for key, value in defaults.items())
-        raise SystemExit(f"unknown option {', '.join(sorted(unknown))}; known are (with their defaults) {known}")
+        raise SystemExit(
+            f"unknown option {', '.join(sorted(unknown))}; known are (with their defaults) {known}"
+        )
     return defaults | given
 
 
@@ -87,7 +91,11 @@ def describe_machine(device: torch.device, command: str) -> dict[str, Any]:
             "power_limit": _nvidia_smi("power.limit", device),
         }
     else:
-        found |= {"gpu": None, "cpu": platform.machine(), "note": "smoke test on a CPU: these numbers mean nothing"}
+        found |= {
+            "gpu": None,
+            "cpu": platform.machine(),
+            "note": "smoke test on a CPU: these numbers mean nothing",
+        }
     return found
 
 
@@ -139,7 +147,9 @@ class Timing:
     low: float
     high: float
     samples: int
-    how: str  # graph: replays of a CUDA graph; events: as the host starts the calls; host: by the host's clock
+    how: (
+        str  # graph: replays of a CUDA graph; events: as the host starts the calls; host: by the host's clock
+    )
 
     @property
     def text(self) -> str:
@@ -251,7 +261,9 @@ class Ceilings:
 
 
 # (T, in, out) of one block of Llama-2-7B at 8,192 tokens, and its head: the products of T1
-REAL_PRODUCTS = [(8192, 4096, 4096)] * 4 + [(8192, 4096, 11008)] * 2 + [(8192, 11008, 4096), (8192, 4096, 32000)]
+REAL_PRODUCTS = (
+    [(8192, 4096, 4096)] * 4 + [(8192, 4096, 11008)] * 2 + [(8192, 11008, 4096), (8192, 4096, 32000)]
+)
 
 
 def take_ceilings(timer: Timer, sustained_seconds: float = 2.0) -> Ceilings:
@@ -363,7 +375,9 @@ class Session:
             yield
         except Exception as error:  # whatever a rival or a kernel raises, the other rows are still wanted
             traceback.print_exc()
-            self.failed.append(f"{name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+            self.failed.append(
+                f"{name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            )
 
     def finish(self) -> int:
         """Print what is missing; the exit status: 1 if a part failed."""

@@ -44,7 +44,10 @@ def main(argv: list[str]) -> int:
     for name, words in CASES.items():
         if options["only"] in name:
             rows.append({"case": name, **measured_case(words.split(), options)})
-            print(measure.table([{key: show(value) for key, value in row.items()} for row in rows[-1:]]), flush=True)
+            print(
+                measure.table([{key: show(value) for key, value in row.items()} for row in rows[-1:]]),
+                flush=True,
+            )
     print(measure.table([{key: show(value) for key, value in row.items()} for row in rows]))
     if options["out"]:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

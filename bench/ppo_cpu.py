@@ -36,7 +36,7 @@ EPOCHS = 4
 
 def make_prompts(options: dict) -> list[list[int]]:
     """Token ids of the prompts of one draw, all of one length."""
-    from tokenizer import Tokenizer
+    from text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_folder(options["model"])
     rows = json.loads((ROOT / "data/alpaca_en_demo.json").read_text(encoding="utf-8"))
@@ -51,13 +51,13 @@ def make_prompts(options: dict) -> list[list[int]]:
 def anvil(options: dict, adapter: str, turn) -> None:
     import numpy as np
 
-    from batches import Example, collate
-    from parallel import World
-    from ppo import PPO, PPOOptions
-    from reference import Reference
-    from sampling import GenerateOptions
-    from tokenizer import Tokenizer
-    from value_head import ValueHead
+    from checkpoints.value_head import ValueHead
+    from generation.sampling import GenerateOptions
+    from parallel.world import World
+    from pipeline.batch import Example, collate
+    from stages.ppo import PPO, PPOOptions
+    from stages.reference import Reference
+    from text.tokenizer import Tokenizer
 
     class NoReward:
         names, weights = ("none",), (1.0,)
@@ -102,7 +102,9 @@ def trl(options: dict, adapter: str, turn) -> None:
         base_model_prefix = "backbone"
 
         def backbone(self, input_ids, **others):
-            return transformers.modeling_outputs.BaseModelOutput(hidden_states=(torch.zeros(*input_ids.shape, 1),))
+            return transformers.modeling_outputs.BaseModelOutput(
+                hidden_states=(torch.zeros(*input_ids.shape, 1),)
+            )
 
         def score(self, hidden):
             return hidden
@@ -129,7 +131,9 @@ def trl(options: dict, adapter: str, turn) -> None:
         )  # fmt: skip
         trainer = PPOTrainer(
             args=arguments,
-            processing_class=transformers.AutoTokenizer.from_pretrained(options["model"], padding_side="left"),
+            processing_class=transformers.AutoTokenizer.from_pretrained(
+                options["model"], padding_side="left"
+            ),
             model=policy,
             ref_model=None,
             reward_model=NoReward(),
@@ -180,17 +184,24 @@ def main(argv: list[str]) -> None:
     if argv[:1] == ["--worker"]:
         return worker(argv[1], json.loads(argv[2]), argv[3])
     options = read_options(argv, DEFAULTS, __doc__)
-    if "trl" in options["systems"].split(",") and not (Path(options["trl"]) / "trl/experimental/ppo").is_dir():
-        raise SystemExit("trl=FOLDER: no trl with PPO there; pip install --no-deps --target trl-1.0.0 trl==1.0.0")
+    if (
+        "trl" in options["systems"].split(",")
+        and not (Path(options["trl"]) / "trl/experimental/ppo").is_dir()
+    ):
+        raise SystemExit(
+            "trl=FOLDER: no trl with PPO there; pip install --no-deps --target trl-1.0.0 trl==1.0.0"
+        )
     options["trl"] = options["trl"] and str(Path(options["trl"]).resolve())
     from importlib import metadata
 
     report = {
-        "command": "python bench/ppo_cpu.py " + " ".join("trl=trl-1.0.0" if a.startswith("trl=") else a for a in argv),
+        "command": "python bench/ppo_cpu.py "
+        + " ".join("trl=trl-1.0.0" if a.startswith("trl=") else a for a in argv),
         "commit": commit(),
         "machine": cpu_name(),
         "threads": int(options["threads"]),
-        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "peft")} | {"trl": "1.0.0"},
+        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
+        | {"trl": "1.0.0"},
         "lora": {"rank": rivals.RANK, "alpha": rivals.ALPHA},
         "matmul_gflops": rivals.matmul_rates(int(options["threads"]), torch.float32),
     }
@@ -212,7 +223,10 @@ def print_table(report: dict) -> None:
         )
     if {"anvil", "trl"} <= report["systems"].keys():
         ours, theirs = report["systems"]["anvil"], report["systems"]["trl"]
-        speed, memory = ours["texts_per_second"] / theirs["texts_per_second"], ours["peak_gb"] / theirs["peak_gb"]
+        speed, memory = (
+            ours["texts_per_second"] / theirs["texts_per_second"],
+            ours["peak_gb"] / theirs["peak_gb"],
+        )
         print(f"anvil / trl: {speed:.2f}x speed, {memory:.2f}x memory")
 
 

@@ -47,7 +47,9 @@ def make_groups(model_folder: str, options: dict, count: int) -> list[list[dict]
             pairs.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
     size = int(options["pairs"])
     if len(pairs) < size * count:
-        raise SystemExit(f"steps: {size * count} pairs are needed, {len(pairs)} have at most {longest} tokens a side")
+        raise SystemExit(
+            f"steps: {size * count} pairs are needed, {len(pairs)} have at most {longest} tokens a side"
+        )
     return [pairs[size * i : size * i + size] for i in range(count)]
 
 
@@ -57,10 +59,10 @@ def make_groups(model_folder: str, options: dict, count: int) -> list[list[dict]
 def anvil(folder: str, adapter: str, cached: bool):
     import numpy as np
 
-    from batches import ROW_MULTIPLE, Example, collate
-    from parallel import World
-    from preference import PairPreference, PreferenceOptions
-    from reference import Reference
+    from parallel.world import World
+    from pipeline.batch import ROW_MULTIPLE, Example, collate
+    from stages.dpo import PairPreference, PreferenceOptions
+    from stages.reference import Reference
 
     model = rivals.our_model(folder, adapter, torch.float32)
     update = rivals.our_update(model)
@@ -132,15 +134,18 @@ def worker(system: str, options: dict, adapter: str) -> None:
 
 def measure(options: dict, adapter: str) -> dict:
     groups = make_groups(options["model"], options, int(options["steps"]) + rivals.WARMUP_STEPS)
-    answers = rivals.take_turns(rivals.start_workers(__file__, options["systems"].split(","), options, adapter), groups)
+    answers = rivals.take_turns(
+        rivals.start_workers(__file__, options["systems"].split(","), options, adapter), groups
+    )
     names = ("chosen_ids", "rejected_ids")
     tokens = [
-        sum(2 * len(pair["prompt_ids"]) + sum(len(pair[name]) for name in names) for pair in pairs) for pairs in groups
-    ][rivals.WARMUP_STEPS:]
+        sum(2 * len(pair["prompt_ids"]) + sum(len(pair[name]) for name in names) for pair in pairs)
+        for pairs in groups
+    ][rivals.WARMUP_STEPS :]
     result = {}
     for system, lines in answers.items():
         result[system] = {
-            **rivals.speeds(tokens, [line["seconds"] for line in lines[rivals.WARMUP_STEPS:]]),
+            **rivals.speeds(tokens, [line["seconds"] for line in lines[rivals.WARMUP_STEPS :]]),
             "peak_gb": lines[-1]["peak_gb"],
             "losses": [round(line["loss"], 6) for line in lines],
         }

@@ -20,12 +20,12 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import quality  # noqa: E402
 import quant  # noqa: E402
 from bench import measure  # noqa: E402
-from checkpoint import load_model  # noqa: E402
+from checkpoints.huggingface import load_model  # noqa: E402
+from conversion import quality  # noqa: E402
 from quant import QuantLinear, QuantOptions  # noqa: E402
-from tokenizer import Tokenizer  # noqa: E402
+from text.tokenizer import Tokenizer  # noqa: E402
 
 FORMATS = {  # options of quantisation while reading
     "nf4, double": QuantOptions(4),
@@ -40,8 +40,20 @@ FORMATS = {  # options of quantisation while reading
     "int8 weights (eetq)": QuantOptions(8, "eetq"),
 }
 GPTQ_BITS = (8, 4, 3)
-DEFAULTS = {"model": "models/SmolLM2-135M-Instruct", "text": "data/wiki_demo.txt", "tokens": "8192", "window": "1024"}
-DEFAULTS |= {"calibration": "c4_demo", "samples": "32", "length": "512", "device": "cpu", "only": "", "out": ""}
+DEFAULTS = {
+    "model": "models/SmolLM2-135M-Instruct",
+    "text": "data/wiki_demo.txt",
+    "tokens": "8192",
+    "window": "1024",
+}
+DEFAULTS |= {
+    "calibration": "c4_demo",
+    "samples": "32",
+    "length": "512",
+    "device": "cpu",
+    "only": "",
+    "out": "",
+}
 
 
 def main(argv: list[str]) -> int:
@@ -68,10 +80,14 @@ def main(argv: list[str]) -> int:
 def judge(name: str, parent, texts, options: dict[str, str], device: torch.device) -> dict:
     """One format beside the parent."""
     if name in FORMATS:
-        child = load_model(options["model"], torch.float32, device, quantization=quant.from_options(FORMATS[name]))
+        child = load_model(
+            options["model"], torch.float32, device, quantization=quant.from_options(FORMATS[name])
+        )
     else:
         with tempfile.TemporaryDirectory() as folder:
-            child = load_model(by_gptq(name.removeprefix("gptq "), Path(folder), options), torch.float32, device)
+            child = load_model(
+                by_gptq(name.removeprefix("gptq "), Path(folder), options), torch.float32, device
+            )
     difference = quality.compare(parent, child, texts)
     layers = [module for module in child.modules() if isinstance(module, QuantLinear)]
     held = sum(layer.storage_bytes for layer in layers)
@@ -91,7 +107,10 @@ def by_gptq(bits: str, folder: Path, options: dict[str, str]) -> Path:
     """The model quantised by export.py."""
     words = [f"model_name_or_path={options['model']}", f"export_dir={folder / 'model'}"]
     words += [f"export_quantization_bit={bits}", f"export_quantization_dataset={options['calibration']}"]
-    words += [f"export_quantization_nsamples={options['samples']}", f"export_quantization_maxlen={options['length']}"]
+    words += [
+        f"export_quantization_nsamples={options['samples']}",
+        f"export_quantization_maxlen={options['length']}",
+    ]
     done = subprocess.run([sys.executable, "export.py", *words], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"export.py {' '.join(words)} failed:\n{done.stderr[-2000:]}")

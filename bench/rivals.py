@@ -32,7 +32,9 @@ READY = "ready"
 # The parent
 
 
-def start_workers(script: str, systems: Iterable[str], options: dict, *more: str) -> dict[str, subprocess.Popen]:
+def start_workers(
+    script: str, systems: Iterable[str], options: dict, *more: str
+) -> dict[str, subprocess.Popen]:
     """A process for each system, ready for its first request. Ends the program when one does not come so far."""
     environment = os.environ | {"OMP_NUM_THREADS": options["threads"], "HF_HUB_OFFLINE": "1"}
     workers = {}
@@ -47,7 +49,9 @@ def start_workers(script: str, systems: Iterable[str], options: dict, *more: str
     return workers
 
 
-def take_turns(workers: dict[str, subprocess.Popen], requests: Iterable[Any], title: str = "") -> dict[str, list[dict]]:
+def take_turns(
+    workers: dict[str, subprocess.Popen], requests: Iterable[Any], title: str = ""
+) -> dict[str, list[dict]]:
     """system -> its answer to each request; shows them as they come, and ends the workers."""
     answers: dict[str, list[dict]] = {system: [] for system in workers}
     for request in requests:
@@ -57,7 +61,9 @@ def take_turns(workers: dict[str, subprocess.Popen], requests: Iterable[Any], ti
             if not line:
                 raise SystemExit(f"{system}: the worker ended early; see its output above")
             answers[system].append(json.loads(line))
-            numbers = {name: value for name, value in answers[system][-1].items() if not isinstance(value, list)}
+            numbers = {
+                name: value for name, value in answers[system][-1].items() if not isinstance(value, list)
+            }
             print(title, system, numbers, file=sys.stderr, flush=True)
     for process in workers.values():
         process.stdin.close()
@@ -118,7 +124,7 @@ def peak_gb() -> float:
 def encoder(folder: str) -> Callable[[str, str], Any]:
     """A function (question, answer) -> the dialogue as ids and flags (templates.Encoded)."""
     from templates import Message, encode_dialogue, get_template
-    from tokenizer import Tokenizer
+    from text.tokenizer import Tokenizer
 
     tokenizer, template = Tokenizer.from_folder(folder), get_template("chatml", None)
 
@@ -134,9 +140,9 @@ def encoder(folder: str) -> Callable[[str, str], Any]:
 
 def our_model(folder: str, adapter: str, dtype: torch.dtype):
     """With the adapter of that folder, or all weights trainable if it is empty."""
-    import host_memory
     import lora
-    from checkpoint import load_adapter, load_model
+    from checkpoints.huggingface import load_adapter, load_model
+    from training import host_memory
 
     host_memory.keep_freed()  # as train.py does
     model = load_model(folder, dtype=dtype)
@@ -147,7 +153,7 @@ def our_model(folder: str, adapter: str, dtype: torch.dtype):
 
 
 def our_update(model) -> Callable[[], None]:
-    import optim
+    from training import optim
 
     optimizer = optim.make_optimizer(model, optim.OptimOptions(learning_rate=LEARNING_RATE))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -40,7 +40,9 @@ class Case:
 
 
 CASES = {
-    "rm": Case("rm_lora.yaml", "eval_accuracy", least=0.65, start=0.5),  # a head of random numbers orders half right
+    "rm": Case(
+        "rm_lora.yaml", "eval_accuracy", least=0.65, start=0.5
+    ),  # a head of random numbers orders half right
     "dpo": Case("dpo_lora.yaml", "eval_rewards/accuracies", least=0.7),
     "simpo": Case(
         "dpo_lora.yaml pref_loss=simpo pref_beta=2 cutoff_len=96 learning_rate=5e-4 lora_target=all lora_rank=8 "
@@ -108,7 +110,15 @@ def run_case(name: str, case: Case, options: dict[str, str]) -> Outcome:
     words += shlex.split(options["more"])
     with tempfile.TemporaryDirectory() as folder:
         if case.start is None:
-            run([*words, f"output_dir={folder}/start", "do_train=false", "do_eval=true", "evaluation_strategy=no"])
+            run(
+                [
+                    *words,
+                    f"output_dir={folder}/start",
+                    "do_train=false",
+                    "do_eval=true",
+                    "evaluation_strategy=no",
+                ]
+            )
         started = time.monotonic()
         run([*words, f"output_dir={folder}/run", "do_train=true", "do_eval=true", "plot_loss=true"])
         seconds = time.monotonic() - started

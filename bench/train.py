@@ -32,7 +32,6 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from batches import first_fit  # noqa: E402
 from bench.measure import (  # noqa: E402
     Session,
     Timer,
@@ -61,6 +60,7 @@ from bench.train_systems import (  # noqa: E402
     flops_per_step,
     random_decoder,
 )
+from pipeline.batch import first_fit  # noqa: E402
 
 DEFAULTS = {"device": "auto", "quick": "false", "seconds": "", "rows": "", "compile": "false", "out": ""}
 SECONDS = {False: 200.0, True: 70.0}
@@ -235,7 +235,9 @@ def measure_row(row: Row, device: torch.device, seconds: float, with_compile: bo
         for entry in entries.values():
             take_turn(entry, groups, WARMUP_STEPS + turn * (turn_steps + 1), turn_steps, device)
     result = {"row": asdict(row), "setting": describe(setting), "turns": turns, "steps_per_turn": turn_steps}
-    result["systems"] = {name: summarise(entry, groups, setting, shared_bytes) for name, entry in entries.items()}
+    result["systems"] = {
+        name: summarise(entry, groups, setting, shared_bytes) for name, entry in entries.items()
+    }
     result["not_run"] = not_run
     result["largest_loss_difference"] = compare_losses(row, result["systems"], session)
     return result
@@ -337,7 +339,9 @@ def summarise(entry: Entry, groups, setting: Setting, shared_bytes: int) -> dict
         "step_seconds": entry.seconds,
         "model_tflops": work / seconds / 1e12,
         "peak_gib": (shared_bytes + entry.own_bytes + entry.peak_bytes) / 2**30 if entry.peak_bytes else None,
-        "reserved_gib": (shared_bytes + entry.own_bytes + entry.reserved_bytes) / 2**30 if entry.peak_bytes else None,
+        "reserved_gib": (shared_bytes + entry.own_bytes + entry.reserved_bytes) / 2**30
+        if entry.peak_bytes
+        else None,
         "losses": entry.losses,
     }
 
@@ -350,7 +354,9 @@ def compare_losses(row: Row, systems: dict[str, dict], session: Session) -> dict
             continue
         found[name] = max(abs(a - b) for a, b in zip(own, result["losses"], strict=True))
         if not found[name] <= LOSS_TOLERANCE * max(own):  # NaN fails too
-            session.failed.append(f"{row.name}: losses of {name} differ by {found[name]:.3g} from {own[0]:.3f}")
+            session.failed.append(
+                f"{row.name}: losses of {name} differ by {found[name]:.3g} from {own[0]:.3f}"
+            )
     return found
 
 

@@ -56,9 +56,9 @@ def make_batches(shape: str, model_folder: str, count: int) -> list[dict[str, li
 def anvil(folder: str, adapter: str, dtype: torch.dtype, checkpointing: str):
     import numpy as np
 
-    import recompute
-    from batches import ROW_MULTIPLE, Example, collate
-    from objectives import TokenLoss
+    from kernels import recompute
+    from pipeline.batch import ROW_MULTIPLE, Example, collate
+    from stages.stage import TokenLoss
 
     model, stage = rivals.our_model(folder, adapter, dtype), TokenLoss()
     update = rivals.our_update(model)
@@ -66,7 +66,9 @@ def anvil(folder: str, adapter: str, dtype: torch.dtype, checkpointing: str):
         model.recompute = recompute.Plan(**{checkpointing: model.config.num_layers})
 
     def example(tokens, trained) -> Example:
-        return Example(tokens, trained, np.zeros(len(tokens), np.int16), np.zeros(len(tokens), np.uint8), (0, 0))
+        return Example(
+            tokens, trained, np.zeros(len(tokens), np.int16), np.zeros(len(tokens), np.uint8), (0, 0)
+        )
 
     def step(rows) -> float:
         batch = collate(
@@ -121,7 +123,7 @@ def worker(system: str, options: dict, adapter: str) -> None:
 
 def flop_per_token(folder: str, tuning: str) -> tuple[float, float]:
     """Multiply-adds x 2 that a step cannot avoid: per token in the blocks, per row in the head."""
-    from checkpoint import load_config
+    from checkpoints.huggingface import load_config
 
     c = load_config(folder)
     qo, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
@@ -134,13 +136,13 @@ def measure(shape: str, options: dict, adapter: str) -> dict:
     batches = make_batches(shape, options["model"], int(options["steps"]) + rivals.WARMUP_STEPS)
     workers = rivals.start_workers(__file__, options["systems"].split(","), options, adapter)
     answers = rivals.take_turns(workers, batches, shape)
-    tokens = [sum(len(ids) for ids, _ in rows) for rows in batches][rivals.WARMUP_STEPS:]
-    trained = [sum(sum(flags[1:]) for _, flags in rows) for rows in batches][rivals.WARMUP_STEPS:]
+    tokens = [sum(len(ids) for ids, _ in rows) for rows in batches][rivals.WARMUP_STEPS :]
+    trained = [sum(sum(flags[1:]) for _, flags in rows) for rows in batches][rivals.WARMUP_STEPS :]
     per_block, per_head = flop_per_token(options["model"], options["tuning"])
     work = per_block * sum(tokens) + per_head * sum(trained)
     result = {}
     for system, lines in answers.items():
-        seconds = [line["seconds"] for line in lines[rivals.WARMUP_STEPS:]]
+        seconds = [line["seconds"] for line in lines[rivals.WARMUP_STEPS :]]
         result[system] = {
             **rivals.speeds(tokens, seconds),
             "useful_gflops": work / sum(seconds) / 1e9,
@@ -171,7 +173,9 @@ def main(argv: list[str]) -> None:
         "matmul_gflops": rivals.matmul_rates(int(options["threads"]), getattr(torch, options["dtype"])),
         "shapes": {},
     }
-    with nullcontext("") if options["tuning"] == "full" else rivals.fresh_adapter(options["model"]) as adapter:
+    with (
+        nullcontext("") if options["tuning"] == "full" else rivals.fresh_adapter(options["model"]) as adapter
+    ):
         for shape in options["shapes"].split(","):
             report["shapes"][shape] = measure(shape, options, adapter)
     print_table(report)

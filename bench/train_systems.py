@@ -14,18 +14,16 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lora
-import memory
-import monitor
-import optim
-import parallel
+import parallel.world
 import train
-from adapter_files import adapter_state
-from architectures import config_from_hf, to_hf_name
-from batches import Example, collate
+from architectures.config import config_from_hf, to_hf_name
 from bench import four_bits
+from checkpoints.peft import adapter_state
 from model import Decoder, initialize_weights
-from objectives import Rhythm, TokenLoss
-from runs import TrainOptions
+from pipeline.batch import Example, collate
+from stages.stage import Rhythm, TokenLoss
+from training import memory, monitor, optim
+from training.run_folder import TrainOptions
 
 LEARNING_RATE = 2e-4
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -48,7 +46,9 @@ MODELS = {  # sizes of the published config.json files
     "TinyLlama-1.1B": llama(2048, 5632, 22, 32, 4, 32000),
     "SmolLM2-135M": llama(576, 1536, 30, 9, 3, 49152, theta=100000.0, tied=True),
     "tiny": llama(64, 96, 2, 4, 2, 101),  # smoke tests
-    "tiny of whole blocks": llama(64, 128, 2, 4, 2, 101),  # without them bitsandbytes' CPU build miscalculates
+    "tiny of whole blocks": llama(
+        64, 128, 2, 4, 2, 101
+    ),  # without them bitsandbytes' CPU build miscalculates
 }
 
 
@@ -103,7 +103,7 @@ class Anvil:
         model.train()
         self.tokens = 0  # of the largest micro-batch seen
         optim_options = optim.OptimOptions(learning_rate=LEARNING_RATE, lr_scheduler_type="constant")
-        world = parallel.World(0, 1, 0, setting.device)
+        world = parallel.world.World(0, 1, 0, setting.device)
         self.run = train.Run(
             options=TrainOptions(output_dir="unused"),
             optim_options=optim_options,
@@ -116,7 +116,7 @@ class Anvil:
             eval_loaders={},
             optimizer=optim.make_optimizer(model, optim_options),
             scaler=torch.amp.GradScaler(setting.device.type, enabled=False),
-            gradient_sum=parallel.GradientSum(model, world),
+            gradient_sum=parallel.world.GradientSum(model, world),
             monitor=None,
             window=monitor.Window(world),
             health=None,
@@ -153,7 +153,9 @@ def anvil_in_16_bits(setting: Setting, source: Decoder, steps: int) -> Anvil:
 
 def _example(document: Document) -> Example:
     count = len(document.ids)
-    return Example(document.ids, document.trained, np.zeros(count, np.int16), np.zeros(count, np.uint8), (0, 0))
+    return Example(
+        document.ids, document.trained, np.zeros(count, np.int16), np.zeros(count, np.uint8), (0, 0)
+    )
 
 
 @dataclass(frozen=True)
@@ -260,7 +262,9 @@ def _with_adapters(model, setting: Setting, source: Decoder):
     import peft
 
     options = lora.LoraOptions(lora_rank=setting.rank)
-    config = peft.LoraConfig(r=setting.rank, lora_alpha=options.alpha, target_modules=TARGETS, lora_dropout=0.0)
+    config = peft.LoraConfig(
+        r=setting.rank, lora_alpha=options.alpha, target_modules=TARGETS, lora_dropout=0.0
+    )
     wrapped = peft.get_peft_model(model, config)
     state = {name: tensor.clone() for name, tensor in adapter_state(source).items()}
     loaded = peft.set_peft_model_state_dict(wrapped, state)
@@ -282,7 +286,9 @@ def _padded(rows: MicroBatch, device: torch.device) -> tuple[dict[str, torch.Ten
         for one in row:
             stop = start + len(one.ids)
             ids[place, start:stop] = torch.from_numpy(one.ids.astype(np.int64))
-            labels[place, start:stop] = torch.where(torch.from_numpy(one.trained), ids[place, start:stop], -100)
+            labels[place, start:stop] = torch.where(
+                torch.from_numpy(one.trained), ids[place, start:stop], -100
+            )
             labels[place, start] = -100  # nothing predicts the first token of a document
             mask[place, start:stop] = 1
             positions[place, start:stop] = torch.arange(stop - start)
@@ -308,7 +314,10 @@ def flops_per_step(setting: Setting, group: list[MicroBatch]) -> float:
     query, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     linears = [(config.hidden_size, query), (config.hidden_size, kv), (config.hidden_size, kv)]
     linears += [(query, config.hidden_size), (config.hidden_size, config.intermediate_size)]
-    linears += [(config.hidden_size, config.intermediate_size), (config.intermediate_size, config.hidden_size)]
+    linears += [
+        (config.hidden_size, config.intermediate_size),
+        (config.intermediate_size, config.hidden_size),
+    ]
     block = sum(inputs * outputs for inputs, outputs in linears)
     adapter = setting.rank * sum(inputs + outputs for inputs, outputs in linears)
     documents = [one for rows in group for row in rows for one in row]
@@ -316,7 +325,9 @@ def flops_per_step(setting: Setting, group: list[MicroBatch]) -> float:
     targets = sum(int(one.trained[1:].sum()) for one in documents)
     squares = sum(len(one.ids) ** 2 for one in documents)
     factor = 4.0 if setting.rank else 6.0
-    products = factor * (tokens * block * config.num_layers + targets * config.vocab_size * config.hidden_size)
+    products = factor * (
+        tokens * block * config.num_layers + targets * config.vocab_size * config.hidden_size
+    )
     return products + 6.0 * tokens * adapter * config.num_layers + 6.0 * query * squares * config.num_layers
 
 

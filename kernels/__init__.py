@@ -96,7 +96,9 @@ def _missing(device: torch.device) -> str | None:
     return missing
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0, dtype=None) -> torch.Tensor:
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0, dtype=None
+) -> torch.Tensor:
     """weight * x / rms(x) over the last dimension, in dtype or x's; with offset 1, (1 + weight). See
     kernels/rms_norm.py."""
     if _triton_serves("rms_norm", x.device, _norms.unsupported(x)):
@@ -119,13 +121,27 @@ def require_attention(flash_attn: str, device: torch.device | str, dtype: torch.
     _rivals.require_package(flash_attn)
     if flash_attn in _rivals.PACKAGES:
         if device.type != "cuda":
-            raise ValueError(f"flash_attn={flash_attn}: it runs on a GPU, not on {device.type}; set flash_attn=auto")
+            raise ValueError(
+                f"flash_attn={flash_attn}: it runs on a GPU, not on {device.type}; set flash_attn=auto"
+            )
         if dtype is torch.float32:
-            raise ValueError(f"flash_attn={flash_attn}: it knows no fp32; compute in bf16, or set flash_attn=auto")
+            raise ValueError(
+                f"flash_attn={flash_attn}: it knows no fp32; compute in bf16, or set flash_attn=auto"
+            )
 
 
 def attention(
-    q, k, v, cu_seqlens, max_seqlen, window, scale, causal=True, softcap=None, alibi_slopes=None, flash_attn="auto"
+    q,
+    k,
+    v,
+    cu_seqlens,
+    max_seqlen,
+    window,
+    scale,
+    causal=True,
+    softcap=None,
+    alibi_slopes=None,
+    flash_attn="auto",
 ) -> torch.Tensor:
     """q (T, H, D) over k, v (T, K, D) within segments -> (T, H, D). See kernels/attention.py.
 
@@ -151,13 +167,17 @@ def attention(
     candidates = {"triton": _flash.flash_attention_triton, **_rivals.rivals(*arguments)}
     trained = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     shapes = _rivals.shape_class(q, k, cu_seqlens, max_seqlen, window, causal, trained)
-    return _chooser.choose((*shapes, softcap is None, alibi_slopes is None), candidates, arguments)(*arguments)
+    return _chooser.choose((*shapes, softcap is None, alibi_slopes is None), candidates, arguments)(
+        *arguments
+    )
 
 
 def decode_attention(q, keys, values, cu_seqlens, lengths, max_new, window, scale, softcap=None, slopes=None):
     """New tokens against a cache whose lengths only the device knows -> (T, H, D). See kernels/decode_attention.py."""
     serves = _triton_serves("decode_attention", q.device, _decode_attention.unsupported(q, keys, max_new))
-    chosen = _decode_attention.decode_attention_triton if serves else _decode_attention.decode_attention_reference
+    chosen = (
+        _decode_attention.decode_attention_triton if serves else _decode_attention.decode_attention_reference
+    )
     return chosen(q, keys, values, cu_seqlens, lengths, max_new, window, scale, softcap, slopes)
 
 
@@ -169,7 +189,12 @@ def store_in_cache(k, v, keys, values, cu_seqlens, lengths, max_new) -> None:
 
 
 def add_rms_norm(
-    x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float, offset: float = 0.0, dtype=None
+    x: torch.Tensor,
+    delta: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    offset: float = 0.0,
+    dtype=None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """rms_norm of x + delta, and that sum: the step of a residual stream; delta None is 0. See kernels/rms_norm.py."""
     if _triton_serves("rms_norm", x.device, _norms.unsupported(x, delta)):
@@ -177,7 +202,9 @@ def add_rms_norm(
     return _rms_norm.add_rms_norm_reference(x, delta, weight, eps, offset, dtype)
 
 
-def layer_norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+) -> torch.Tensor:
     """weight * (x - mean) / deviation + bias over the last dimension. See kernels/layer_norm.py."""
     if _triton_serves("layer_norm", x.device, _norms.unsupported(x)):
         return _layer_norm.layer_norm_triton(x, weight, bias, eps)
@@ -217,7 +244,12 @@ def linear_cross_entropy(
 ) -> torch.Tensor:
     """Summed loss of hidden rows under the head, without (L, V) logits. See kernels/cross_entropy.py."""
     chosen = _of_cross_entropy("linear_cross_entropy", hidden)
-    terms = {"softcap": softcap, "logit_scale": logit_scale, "label_smoothing": label_smoothing, "z_loss": z_loss}
+    terms = {
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+        "label_smoothing": label_smoothing,
+        "z_loss": z_loss,
+    }
     return chosen(hidden, weight, labels, bias, **terms)
 
 
@@ -246,7 +278,12 @@ def cross_entropy(
 ) -> torch.Tensor:
     """Summed loss of logits (L, V), over which the gradient is written. See kernels/cross_entropy.py."""
     chosen = _of_cross_entropy("cross_entropy", logits)
-    terms = {"softcap": softcap, "logit_scale": logit_scale, "label_smoothing": label_smoothing, "z_loss": z_loss}
+    terms = {
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+        "label_smoothing": label_smoothing,
+        "z_loss": z_loss,
+    }
     return chosen(logits, labels, **terms)
 
 

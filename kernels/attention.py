@@ -20,7 +20,16 @@ from kernels import attention_by_products
 
 
 def attention_reference(
-    q, k, v, cu_seqlens, max_seqlen: int, window: int | None, scale: float, causal=True, softcap=None, alibi_slopes=None
+    q,
+    k,
+    v,
+    cu_seqlens,
+    max_seqlen: int,
+    window: int | None,
+    scale: float,
+    causal=True,
+    softcap=None,
+    alibi_slopes=None,
 ) -> torch.Tensor:
     """Every score written out, (H, T, T) of them: memory grows with the square of the row.
 
@@ -39,18 +48,31 @@ def attention_reference(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if alibi_slopes is not None:
-        scores = scores - alibi_slopes.to(scores.dtype)[:, None, None] * (place[:, None] - place[None, :]).abs()
+        scores = (
+            scores - alibi_slopes.to(scores.dtype)[:, None, None] * (place[:, None] - place[None, :]).abs()
+        )
     weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1).to(q.dtype)
     return torch.einsum("hnm,mhd->nhd", weights, v)
 
 
 def attention_sdpa(
-    q, k, v, cu_seqlens, max_seqlen: int, window: int | None, scale: float, causal=True, softcap=None, alibi_slopes=None
+    q,
+    k,
+    v,
+    cu_seqlens,
+    max_seqlen: int,
+    window: int | None,
+    scale: float,
+    causal=True,
+    softcap=None,
+    alibi_slopes=None,
 ) -> torch.Tensor:
     """attention_reference through torch's scaled_dot_product_attention, which knows no soft cap (ValueError)."""
     check(window, causal)
     if softcap is not None:
-        raise ValueError("torch's scaled_dot_product_attention has no soft cap; take flash_attn: triton or disabled")
+        raise ValueError(
+            "torch's scaled_dot_product_attention has no soft cap; take flash_attn: triton or disabled"
+        )
     if q.device.type != "cpu":
         return _one_mask(q, k, v, cu_seqlens, window, scale, causal, alibi_slopes)
     pieces = []
@@ -89,7 +111,9 @@ def check(window: int | None, causal: bool) -> None:
         raise ValueError(f"attention window {window}: at least 1 token, and causal attention only")
 
 
-def cached_attention_reference(q, keys, values, borders, lengths, window: int | None, scale: float) -> torch.Tensor:
+def cached_attention_reference(
+    q, keys, values, borders, lengths, window: int | None, scale: float
+) -> torch.Tensor:
     """Attention of new tokens against a cache that already holds their own keys.
 
     q (T, H, D): the new tokens of sequences 0..N-1 one after the other; borders: N+1 host ints into T.

@@ -53,12 +53,16 @@ class _Attention(torch.autograd.Function):
         q, k, v = ctx.saved_tensors
         queries, keys, values, grad_out = (_by_head(x, k, ctx.segments) for x in (q, k, v, grad))
         grad_queries = torch.empty_like(queries)
-        grad_keys, grad_values = (torch.zeros_like(x.mT, memory_format=torch.contiguous_format) for x in (keys, values))
+        grad_keys, grad_values = (
+            torch.zeros_like(x.mT, memory_format=torch.contiguous_format) for x in (keys, values)
+        )
         for pairs in _pairs_at_once(queries):
             for rows, seen, block in _blocks(queries, keys):
                 query, key, grad_row = queries[pairs, rows], keys[pairs, :seen], grad_out[pairs, rows]
                 weights = _weights(query, key, block, ctx.scale)  # (pairs, rows, seen)
-                grad_values[pairs, :, :seen] += _product(grad_row.mT.contiguous(), weights.mT)  # (pairs, D, seen)
+                grad_values[pairs, :, :seen] += _product(
+                    grad_row.mT.contiguous(), weights.mT
+                )  # (pairs, D, seen)
                 grad_weights = _product(grad_row, values[pairs, :seen])
                 grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
                 grad_queries[pairs, rows] = _product(grad_scores, key.mT, ctx.scale)
@@ -95,7 +99,9 @@ def _blocks(queries: Tensor, keys: Tensor) -> list[tuple[slice, int, int]]:
     group = queries.shape[1] // length
     count = max(1, round(length / BLOCK))
     borders = [length * i // count for i in range(count + 1)]
-    return [(slice(start * group, stop * group), stop, stop - start) for start, stop in zip(borders, borders[1:])]
+    return [
+        (slice(start * group, stop * group), stop, stop - start) for start, stop in zip(borders, borders[1:])
+    ]
 
 
 @functools.lru_cache(maxsize=64)

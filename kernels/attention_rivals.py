@@ -34,7 +34,9 @@ def equal_lengths(q, cu_seqlens, max_seqlen: int) -> bool:
     return q.shape[0] == (cu_seqlens.shape[0] - 1) * max_seqlen > 0
 
 
-def batched(q, k, v, cu_seqlens, max_seqlen, window, scale, causal=True, softcap=None, alibi_slopes=None, cudnn=False):
+def batched(
+    q, k, v, cu_seqlens, max_seqlen, window, scale, causal=True, softcap=None, alibi_slopes=None, cudnn=False
+):
     """Segments of one length as a batch of torch's scaled_dot_product_attention; no window, cap or slopes."""
 
     def rows(x):  # (N, heads, length, D)
@@ -63,7 +65,9 @@ def torch_flash(q, k, v, cu_seqlens, max_seqlen, window, scale, causal=True, sof
     )[0]  # fmt: skip
 
 
-def rivals(q, k, v, cu_seqlens, max_seqlen, window, scale, causal, softcap, alibi_slopes) -> dict[str, Callable]:
+def rivals(
+    q, k, v, cu_seqlens, max_seqlen, window, scale, causal, softcap, alibi_slopes
+) -> dict[str, Callable]:
     """What of torch can serve this row on a GPU, by name."""
     if softcap is not None or alibi_slopes is not None:
         return {}
@@ -77,7 +81,9 @@ def rivals(q, k, v, cu_seqlens, max_seqlen, window, scale, causal, softcap, alib
     return found
 
 
-def attention_torch(q, k, v, cu_seqlens, max_seqlen, window, scale, causal=True, softcap=None, alibi_slopes=None):
+def attention_torch(
+    q, k, v, cu_seqlens, max_seqlen, window, scale, causal=True, softcap=None, alibi_slopes=None
+):
     """The best of torch without measuring: flash_attn: sdpa. A soft cap is known to the plain formula only."""
     arguments = (q, k, v, cu_seqlens, max_seqlen, window, scale, causal, softcap, alibi_slopes)
     if softcap is not None:
@@ -102,7 +108,9 @@ def require_package(flash_attn: str) -> None:
         )
 
 
-def attention_package(name: str, q, k, v, cu_seqlens, max_seqlen, window, scale, causal, softcap, alibi_slopes):
+def attention_package(
+    name: str, q, k, v, cu_seqlens, max_seqlen, window, scale, causal, softcap, alibi_slopes
+):
     """flash_attn: fa2 or fa3, by their own packages. Raises ValueError for a missing one or a switch it has not."""
     require_package(name)
     module, _ = PACKAGES[name]
@@ -154,7 +162,9 @@ class Chooser:
         best = min(times, key=times.__getitem__)
         said = [f"{name} {time:.3f} ms" for name, time in times.items()] + said
         q, k, longest = arguments[0], arguments[1], arguments[4]
-        shape = f"{q.shape[0]} tokens, segments up to {longest}, {q.shape[1]}/{k.shape[1]} heads of {q.shape[2]}"
+        shape = (
+            f"{q.shape[0]} tokens, segments up to {longest}, {q.shape[1]}/{k.shape[1]} heads of {q.shape[2]}"
+        )
         say_once(f"kernels: attention on {shape}: {', '.join(said)} -> {best}")
         return best
 

@@ -32,13 +32,17 @@ from torch import Tensor
 from kernels.launch import ceil_divide, jit, next_power_of_2, processors, run, tanh, tl
 from kernels.linear import matmul_transposed
 
-CHUNK_BYTES = 32 * 2**20  # of fp32 logits on a CPU: large enough for full-rate products, small beside any model
+CHUNK_BYTES = (
+    32 * 2**20
+)  # of fp32 logits on a CPU: large enough for full-rate products, small beside any model
 WORKSPACE_BYTES = 256 * 2**20  # of logits on a GPU: 4096 rows of 32000 in bf16 keep all multiprocessors busy
 ROW_MULTIPLE = 128  # rows of a tile of cuBLAS's products
 STRIDE_MULTIPLE = 64  # values between rows of logits: rows start at 128 bytes, for 16-byte loads with any V
 MAX_REGISTER_ROW = 32768  # values of a row that the 1024 threads of a program hold in registers, in fp32
 LOOP_BLOCK = 4096  # values at a time of other rows, 8 a thread: twice that spills registers
-CACHE_BYTES = 32 * 2**20  # of rows under work that are to be found in L2 again: an A100 has 40 MB, an H100 50 MB
+CACHE_BYTES = (
+    32 * 2**20
+)  # of rows under work that are to be found in L2 again: an A100 has 40 MB, an H100 50 MB
 
 
 class Terms(NamedTuple):
@@ -177,7 +181,9 @@ class _TorchChunks:
         smoothing = terms.label_smoothing
         try:
             chosen = z.gather(1, target)[:, 0]
-        except RuntimeError as error:  # asked beforehand, the labels would make the host wait in the GPU's step
+        except (
+            RuntimeError
+        ) as error:  # asked beforehand, the labels would make the host wait in the GPU's step
             raise ValueError(f"labels: not all are in 0..{classes - 1} ({error})") from error
         best = z.amax(1)
         if smoothing:
@@ -214,7 +220,9 @@ class _TritonChunks:
         row_bytes = _row_stride(vocabulary) * dtype.itemsize
         most = max(1, WORKSPACE_BYTES // (row_bytes * ROW_MULTIPLE)) * ROW_MULTIPLE
         chunks = max(1, ceil_divide(count, most))
-        return ceil_divide(max(1, ceil_divide(count, chunks)), ROW_MULTIPLE) * ROW_MULTIPLE  # of about one size
+        return (
+            ceil_divide(max(1, ceil_divide(count, chunks)), ROW_MULTIPLE) * ROW_MULTIPLE
+        )  # of about one size
 
     @staticmethod
     def workspace(rows: int, vocabulary: int, like: Tensor) -> Tensor:
@@ -244,7 +252,16 @@ class _TritonChunks:
             )  # fmt: skip
             if gradient:
                 sizes = rows, classes, logits.stride(0)
-                run(_label_kernel, (ceil_divide(rows, 128),), logits, labels, at_label, *sizes, BLOCK=128, num_warps=4)
+                run(
+                    _label_kernel,
+                    (ceil_divide(rows, 128),),
+                    logits,
+                    labels,
+                    at_label,
+                    *sizes,
+                    BLOCK=128,
+                    num_warps=4,
+                )
         elif rows:
             softcap = None if terms.softcap is None else float(terms.softcap)
             constants = _long_row_constants(bias is not None)
@@ -346,7 +363,9 @@ class _LinearLogprobs(torch.autograd.Function):
         gradients = _Gradients(hidden, narrow, bias, (need_hidden, need_weight, need_bias))
         factors = grad_result.neg()
         for rows, logits in _chunks_of_logits(hidden, narrow, ctx.chunks):
-            _, grad = ctx.chunks.losses(logits, weight.shape[0], labels[rows], bias, ctx.terms, True, factors[rows])
+            _, grad = ctx.chunks.losses(
+                logits, weight.shape[0], labels[rows], bias, ctx.terms, True, factors[rows]
+            )
             gradients.add(rows, grad)
         weight_grad = None if gradients.weight is None else gradients.weight.to(weight.dtype)
         bias_grad = None if gradients.bias is None else gradients.bias.to(bias.dtype)
@@ -522,7 +541,9 @@ def _long_row_kernel(
         label = tl.load(labels + row)
         target = _target(start, label, size, bias, softcap, logit_scale)
         maximum = float("-inf")
-        sums = tl.zeros((BLOCK,), tl.float32)  # one of each lane; one maximum for all, so that lanes can be added
+        sums = tl.zeros(
+            (BLOCK,), tl.float32
+        )  # one of each lane; one maximum for all, so that lanes can be added
         values = tl.zeros((BLOCK,), tl.float32)
         for block in tl.range(0, blocks, num_stages=STAGES):
             places = block * BLOCK + columns

@@ -22,7 +22,9 @@ MAX_SPLITS = 64
 LOG2_E = 1.4426950408889634  # exp2 is the processor's own exponential
 
 
-def decode_attention_reference(q, keys, values, cu_seqlens, lengths, max_new: int, window, scale, softcap, slopes):
+def decode_attention_reference(
+    q, keys, values, cu_seqlens, lengths, max_new: int, window, scale, softcap, slopes
+):
     """q (T, H, D); keys, values (N, K, capacity, D) that hold the new tokens already -> (T, H, D) in q's dtype.
 
     cu_seqlens (N+1,) int32: borders of the new tokens; lengths (N,) int32: filled slots, new tokens included; both on
@@ -34,16 +36,27 @@ def decode_attention_reference(q, keys, values, cu_seqlens, lengths, max_new: in
     token = torch.arange(tokens, device=q.device)
     if tokens != len(lengths):
         sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
-        keys, values, lengths, stops = keys[sequence], values[sequence], lengths[sequence], cu_seqlens[1:][sequence]
+        keys, values, lengths, stops = (
+            keys[sequence],
+            values[sequence],
+            lengths[sequence],
+            cu_seqlens[1:][sequence],
+        )
     else:  # one each
         stops = cu_seqlens[1:]
     wide = torch.float64 if q.dtype is torch.float64 else torch.float32
-    grouped = q.view(tokens, kv_heads, heads // kv_heads, size) if q.is_contiguous() else q.unflatten(1, (kv_heads, -1))
+    grouped = (
+        q.view(tokens, kv_heads, heads // kv_heads, size)
+        if q.is_contiguous()
+        else q.unflatten(1, (kv_heads, -1))
+    )
     scores = (grouped @ keys.transpose(2, 3)).to(wide) * scale  # (T, K, H/K, capacity)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     position = lengths - (stops - token)  # (T,)
-    distance = torch.arange(capacity, device=q.device) - position[:, None]  # (T, capacity), 0 = the token itself
+    distance = (
+        torch.arange(capacity, device=q.device) - position[:, None]
+    )  # (T, capacity), 0 = the token itself
     if slopes is not None:
         scores = scores + slopes.to(wide).view(1, kv_heads, -1, 1) * distance[:, None, None]
     hidden = distance > 0
@@ -96,7 +109,9 @@ def choose_splits(programs: int, capacity: int, block: int, device: torch.device
     return max(1, min(wanted, ceil_divide(capacity, block), MAX_SPLITS))
 
 
-def decode_attention_triton(q, keys, values, cu_seqlens, lengths, max_new: int, window, scale, softcap, slopes):
+def decode_attention_triton(
+    q, keys, values, cu_seqlens, lengths, max_new: int, window, scale, softcap, slopes
+):
     """decode_attention_reference without its masked scores; no gradient."""
     tokens, heads, head_dim = q.shape
     sequences, kv_heads, capacity = keys.shape[:3]
@@ -151,7 +166,9 @@ def _decode_kernel(
 ):  # fmt: skip
     split = tl.program_id(0)
     own_head = tl.program_id(1) % kv_heads
-    row = tl.program_id(1) // kv_heads * ROWS + tl.arange(0, ROWS)  # rows: token-major, then the heads of the group
+    row = tl.program_id(1) // kv_heads * ROWS + tl.arange(
+        0, ROWS
+    )  # rows: token-major, then the heads of the group
     sequence = tl.program_id(2)
     token, head = row // GROUP, own_head * GROUP + row % GROUP
     first_token = tl.load(borders + sequence)
@@ -169,7 +186,9 @@ def _decode_kernel(
     if first >= last:
         if not MERGED:  # the merge skips this part
             token_row = (first_token + token).to(tl.int64)
-            tl.store(lse + (token_row * part_token + head * part_head) // HEAD + split, -float("inf"), mask=is_row)
+            tl.store(
+                lse + (token_row * part_token + head * part_head) // HEAD + split, -float("inf"), mask=is_row
+            )
         return
 
     column = tl.arange(0, WIDTH)

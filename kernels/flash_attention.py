@@ -42,7 +42,16 @@ def unsupported(q, k, v) -> str | None:
 
 
 def flash_attention_triton(
-    q, k, v, cu_seqlens, max_seqlen: int, window: int | None, scale: float, causal=True, softcap=None, alibi_slopes=None
+    q,
+    k,
+    v,
+    cu_seqlens,
+    max_seqlen: int,
+    window: int | None,
+    scale: float,
+    causal=True,
+    softcap=None,
+    alibi_slopes=None,
 ) -> torch.Tensor:
     """attention.attention_reference; gradients of q, k and v. scale > 0; q, k, v not contiguous are copied."""
     check(window, causal)
@@ -50,7 +59,9 @@ def flash_attention_triton(
         raise ValueError(f"attention scale {scale}: the kernels need a positive one")
     if q.shape[0] == 0:
         return torch.zeros_like(q)
-    return _FlashAttention.apply(q, k, v, cu_seqlens, max_seqlen, window, scale, causal, softcap, alibi_slopes)
+    return _FlashAttention.apply(
+        q, k, v, cu_seqlens, max_seqlen, window, scale, causal, softcap, alibi_slopes
+    )
 
 
 def _blocks(kernel: str, head_block: int, dtype: torch.dtype, generation: int, plain: bool) -> dict[str, int]:
@@ -123,7 +134,9 @@ class _Shared:
         self.together = _heads_together(q, k, max_seqlen)
         self.numbers = (
             min(window or 0, 2**30),
-            scale * LOG2E if softcap is None else scale / softcap,  # of q k^T: to units of log 2, or to tanh's
+            scale * LOG2E
+            if softcap is None
+            else scale / softcap,  # of q k^T: to units of log 2, or to tanh's
             0.0 if softcap is None else softcap * LOG2E,
         )
         self.switches = {
@@ -155,7 +168,9 @@ class _FlashAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, cu_seqlens, max_seqlen, window, scale, causal, softcap, alibi_slopes):
         # contiguous, so that steps between rows are constants: with addresses in registers the kernels would spill
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        shared = _Shared(q, k, cu_seqlens, max_seqlen, window, scale, causal, softcap, alibi_slopes is not None)
+        shared = _Shared(
+            q, k, cu_seqlens, max_seqlen, window, scale, causal, softcap, alibi_slopes is not None
+        )
         slopes = None if alibi_slopes is None else alibi_slopes.float().contiguous()
         out = torch.empty_like(q)
         lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
@@ -213,7 +228,9 @@ def _place(cu_seqlens, segments, together, BLOCK: tl.constexpr, LAST_FIRST: tl.c
 
 
 @jit
-def _rows(tensor, first, stride: tl.constexpr, length, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def _rows(
+    tensor, first, stride: tl.constexpr, length, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
+):
     """BLOCK rows of one head from row `first` of its segment on, where tensor points -> (BLOCK, BLOCK_D).
 
     Zeros past the end of the segment and of the head.
@@ -228,7 +245,14 @@ def _rows(tensor, first, stride: tl.constexpr, length, BLOCK: tl.constexpr, D: t
 
 @jit
 def _store(
-    tensor, value, first, stride: tl.constexpr, length, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
+    tensor,
+    value,
+    first,
+    stride: tl.constexpr,
+    length,
+    BLOCK: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     """The reverse of _rows."""
     row = tl.arange(0, BLOCK)
@@ -306,7 +330,9 @@ def _forward_kernel(
             s = s * unit - slope * tl.abs(row[:, None] - column[None, :])
             unit = 1.0
         if (place < left) | (place >= right):
-            s = tl.where(_seen(row[:, None], column[None, :], length, window, CAUSAL, WINDOW), s, float("-inf"))
+            s = tl.where(
+                _seen(row[:, None], column[None, :], length, window, CAUSAL, WINDOW), s, float("-inf")
+            )
         new = tl.maximum(top, tl.max(s, 1) * unit)
         p = tl.exp2(s * unit - new[:, None])
         shrink = tl.exp2(top - new)

@@ -85,7 +85,18 @@ def _start(kernel, inputs: tuple, results: tuple, activation: str) -> None:
         inputs = [x if x.stride(1) == 1 else x.contiguous() for x in inputs]
         rows, strides = inputs[0].shape[0], [x.stride(0) for x in inputs]
     blocks = ceil_divide(size, BLOCK)  # in a row
-    run(kernel, (rows * blocks,), *inputs, *results, *strides, blocks, size, ACT=activation, BLOCK=BLOCK, num_warps=4)
+    run(
+        kernel,
+        (rows * blocks,),
+        *inputs,
+        *results,
+        *strides,
+        blocks,
+        size,
+        ACT=activation,
+        BLOCK=BLOCK,
+        num_warps=4,
+    )
 
 
 @jit

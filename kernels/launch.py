@@ -89,7 +89,9 @@ def run(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
     elif all(grid):  # without rows there is nothing to start, and CUDA refuses an empty grid
         device = arguments[0].device
         if device.type == "cuda" and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):  # Triton starts kernels on the current GPU, wherever the tensors are
+            with torch.cuda.device(
+                device
+            ):  # Triton starts kernels on the current GPU, wherever the tensors are
                 kernel[grid](*arguments, **options)
         else:
             kernel[grid](*arguments, **options)
@@ -102,7 +104,9 @@ def _describe(kernel, arguments, options) -> Launch:
     for place, parameter in enumerate(kernel.params):
         value = values[parameter.name]
         # as Triton's own launcher does it: None and 1 become constants, multiples of 16 are marked
-        free = not parameter.do_not_specialize  # @jit(do_not_specialize=[...]): any value, one compiled kernel
+        free = (
+            not parameter.do_not_specialize
+        )  # @jit(do_not_specialize=[...]): any value, one compiled kernel
         if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and free):
             launch.signature[parameter.name] = "constexpr"
             launch.constants[parameter.name] = value
@@ -154,7 +158,9 @@ def unavailable(device: torch.device) -> str | None:
     if device.type == "cuda":
         major, minor = divmod(capability(device), 10)
         return f"the GPU has compute capability {major}.{minor}, the kernels need 8.0 (Ampere) or newer"
-    return f"Triton has no {device.type} backend; TRITON_INTERPRET=1 runs the kernels in its (slow) interpreter"
+    return (
+        f"Triton has no {device.type} backend; TRITON_INTERPRET=1 runs the kernels in its (slow) interpreter"
+    )
 
 
 def recorded_or_traced(device: torch.device) -> bool:

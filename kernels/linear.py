@@ -83,12 +83,16 @@ def matvec_by_rows(x: torch.Tensor, table: torch.Tensor, bias: torch.Tensor | No
     """
     rows, starts = shares_of_rows(table.shape[0], min(torch.get_num_threads(), table.shape[0]))
     # detached: where a gradient could be asked for, the operation also builds what its backward pass would need
-    result = torch.embedding_bag(table.detach(), rows, starts, mode=0, per_sample_weights=x[0])[0]  # (bags, out)
+    result = torch.embedding_bag(table.detach(), rows, starts, mode=0, per_sample_weights=x[0])[
+        0
+    ]  # (bags, out)
     result = result.sum(0, keepdim=True)
     return result if bias is None else result.add_(bias)
 
 
-@functools.lru_cache(maxsize=64)  # one entry per input size of a model: two small tensors less to make on every call
+@functools.lru_cache(
+    maxsize=64
+)  # one entry per input size of a model: two small tensors less to make on every call
 def shares_of_rows(inputs: int, bags: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Row numbers 0..inputs-1, and where each bag's share of them starts."""
     with torch.inference_mode(False):

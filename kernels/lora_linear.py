@@ -28,7 +28,9 @@ from kernels.linear import matmul_transposed
 class Part(NamedTuple):
     """One linear of several with the same input."""
 
-    weight: Any  # (out, in) tensor, frozen; or a quantised layer: its sizes, device, dequantize(out=), product(x)
+    weight: (
+        Any  # (out, in) tensor, frozen; or a quantised layer: its sizes, device, dequantize(out=), product(x)
+    )
     bias: Tensor | None  # (out,), frozen
     lora_a: Tensor | None  # (R, in); None: no adapter
     lora_b: Tensor | None  # (out, R)
@@ -109,7 +111,9 @@ class _LoraLinears(torch.autograd.Function):
         merged = [_merged(x, part) for part in parts]
         stacked, low = _stacked(parts, x.dtype), None
         if not all(one or part.lora_a is None for one, part in zip(merged, parts)):
-            low = matmul_transposed(x, stacked)  # (T, sum of R); if all are merged it waits for the backward pass
+            low = matmul_transposed(
+                x, stacked
+            )  # (T, sum of R); if all are merged it waits for the backward pass
         results = [_forward(x, *each) for each in zip(parts, merged, _columns(low, parts))]
         ctx.save_for_backward(x, low, *tensors)
         ctx.others, ctx.merged = others, merged

@@ -102,7 +102,10 @@ def unsupported(x: Tensor) -> str | None:
 
 def dequantise_triton(weight: Codes, out: Tensor) -> None:
     """dequantise_reference as one kernel, to the bit: what it rounds it rounds in the same order."""
-    groups, steps = 16, 4  # with 4 warps: 4 bytes of codes a thread and step, so 16 bytes of bf16, side by side
+    groups, steps = (
+        16,
+        4,
+    )  # with 4 warps: 4 bytes of codes a thread and step, so 16 bytes of bf16, side by side
     each = groups * BLOCK * steps
     run(
         _dequantise_kernel, (ceil_divide(out.numel(), each),), weight.codes, *weight[1:], out, out.numel(),
@@ -200,7 +203,13 @@ def _arguments(parts: list[CodesPart], block: int) -> tuple[list, int]:
     tensors = []
     for part in given:
         weight = part.weight
-        tensors += [weight.codes.view(torch.int32), weight.absmax, weight.nested_absmax, weight.mean, part.bias]
+        tensors += [
+            weight.codes.view(torch.int32),
+            weight.absmax,
+            weight.nested_absmax,
+            weight.mean,
+            part.bias,
+        ]
         tensors.append(None if part.lora_b is None else part.lora_b.contiguous())
     numbers = [part.out_features for part in given] + [float(part.scale) for part in given]
     return [*tensors, *numbers, *firsts[:-1], *sizes[1:]], blocks
@@ -267,9 +276,13 @@ def _low_kernel(
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, inputs, BLOCK):
         place = start + tl.arange(0, BLOCK)
-        values = tl.load(table + row.to(tl.int64) * inputs + place, mask=place < inputs, other=0.0).to(tl.float32)
+        values = tl.load(table + row.to(tl.int64) * inputs + place, mask=place < inputs, other=0.0).to(
+            tl.float32
+        )
         inside = (token < tokens)[:, None] & (place < inputs)
-        total += tl.load(x + token[:, None] * x_stride + place, mask=inside, other=0.0).to(tl.float32) * values
+        total += (
+            tl.load(x + token[:, None] * x_stride + place, mask=inside, other=0.0).to(tl.float32) * values
+        )
     tl.store(low + token * columns + column, tl.sum(total, 1), mask=token < tokens)
 
 
@@ -320,7 +333,9 @@ def _one_row_kernel(
         group = start + tl.arange(0, GROUPS)
         inside, place = (row < outs)[:, None] & (group < groups), row[:, None] * groups + group
         scales = _scales(absmax, nested, nested_table, mean, place, inside)
-        values = tl.load(x + group[:, None] * 64 + tl.arange(0, 64), mask=(group < groups)[:, None], other=0.0)
+        values = tl.load(
+            x + group[:, None] * 64 + tl.arange(0, 64), mask=(group < groups)[:, None], other=0.0
+        )
         # the next codes are on their way while these are multiplied
         inside = (row < outs)[:, None] & (group + GROUPS < groups)
         following = _words(codes, place + GROUPS, inside)
@@ -331,7 +346,9 @@ def _one_row_kernel(
         rank = tl.arange(0, RANKS)
         narrow = tl.load(low + part * RANK + rank, mask=rank < RANK, other=0.0)
         inside = (row < outs)[:, None] & (rank < RANK)
-        wide = tl.load(_of(part, lora_b0, lora_b1, lora_b2) + row[:, None] * RANK + rank, mask=inside, other=0.0)
+        wide = tl.load(
+            _of(part, lora_b0, lora_b1, lora_b2) + row[:, None] * RANK + rank, mask=inside, other=0.0
+        )
         sums += _number(part, scale0, scale1, scale2) * tl.sum(wide.to(tl.float32) * narrow, 1)
     if bias0 is not None:
         sums += tl.load(_of(part, bias0, bias1, bias2) + row, mask=row < outs, other=0.0).to(tl.float32)
@@ -377,14 +394,18 @@ def _some_rows_kernel(
         if RANK > 0:
             rank = tl.arange(0, RANKS)
             inside = (row < outs)[:, None] & (rank < RANK)
-            wide = tl.load(_of(part, lora_b0, lora_b1, lora_b2) + row[:, None] * RANK + rank, mask=inside, other=0.0)
+            wide = tl.load(
+                _of(part, lora_b0, lora_b1, lora_b2) + row[:, None] * RANK + rank, mask=inside, other=0.0
+            )
             place = token[None] * low_columns + part * RANK + rank[:, None]
             inside = (token < tokens)[None] & (rank < RANK)[:, None]
             narrow = tl.load(low + place, mask=inside, other=0.0) * _number(part, scale0, scale1, scale2)
             kind = x.dtype.element_ty
             total = tl.dot(wide.to(kind), narrow.to(kind), total, input_precision=PRECISION)
         if bias0 is not None:
-            total += tl.load(_of(part, bias0, bias1, bias2) + row, mask=row < outs, other=0.0).to(tl.float32)[:, None]
+            total += tl.load(_of(part, bias0, bias1, bias2) + row, mask=row < outs, other=0.0).to(tl.float32)[
+                :, None
+            ]
     target = (split.to(tl.int64) * tokens + token[None]) * columns + column + row[:, None]
     mask = (row < outs)[:, None] & (token < tokens)[None]
     tl.store(result + target, total.to(result.dtype.element_ty), mask=mask)

@@ -15,7 +15,9 @@ import torch
 from kernels.launch import ceil_divide, jit, next_power_of_2, processors, run, tl
 
 TILE = 4096  # values per program of narrow rows; 16 per thread with 8 warps
-THREAD_VALUES = 16  # two 16-byte loads per tensor in bf16; 8 warps and 3 tensors are enough under way to hide latency
+THREAD_VALUES = (
+    16  # two 16-byte loads per tensor in bf16; 8 warps and 3 tensors are enough under way to hide latency
+)
 MAX_SIZE = 65536  # values per row
 # values of a row that fit in the registers of one program; wider rows are read twice, the second time from the L2 cache
 MAX_BLOCK, MAX_BLOCK_BACKWARD = 16384, 8192
@@ -34,7 +36,9 @@ def unsupported(x: torch.Tensor, delta: torch.Tensor | None = None) -> str | Non
     return None
 
 
-def forward(x, delta, weight, bias, eps: float, offset: float, centered: bool, dtype: torch.dtype | None = None):
+def forward(
+    x, delta, weight, bias, eps: float, offset: float, centered: bool, dtype: torch.dtype | None = None
+):
     """x (..., E), delta like x or None, weight and bias (E,) or None -> y, total (..., E), mean and rstd (rows,) fp32.
 
     y has x's dtype, or the one given; total is x when delta is None; mean is None unless centered.
@@ -87,7 +91,9 @@ def backward(grad, total_grad, x, weight, mean, rstd, offset: float, want_weight
     if wide:
         run(_wide_backward_kernel, (programs,), *arguments, BLOCK=WIDE_BLOCK, num_warps=16)
     else:
-        stages = _stages(tile_rows * block, warps, x.element_size(), 2 if total_grad is None else 3) if sums else 1
+        stages = (
+            _stages(tile_rows * block, warps, x.element_size(), 2 if total_grad is None else 3) if sums else 1
+        )
         constants = {"ROWS": tile_rows, "BLOCK": block, "STAGES": stages}
         run(_backward_kernel, (programs,), *arguments, **constants, num_warps=warps)
     if not sums:
@@ -214,7 +220,9 @@ def _wide_forward_kernel(
             factor = tl.load(weight + column, mask=inside, other=0.0)
         if bias is not None:
             shift = tl.load(bias + column, mask=inside, other=0.0)
-        result = _scale_and_shift((value - average) * scale, factor, shift, offset, ROUNDED, y.dtype.element_ty)
+        result = _scale_and_shift(
+            (value - average) * scale, factor, shift, offset, ROUNDED, y.dtype.element_ty
+        )
         tl.store(y + place + column, result, mask=inside)
 
 

@@ -54,7 +54,9 @@ QUANTISERS = {  # quantization_method -> bits -> (QuantOptions, bits) -> Format
 
 @dataclass(frozen=True)
 class QuantOptions:
-    quantization_bit: Annotated[int | None, "quantise the base model to this many bits while it is read"] = None
+    quantization_bit: Annotated[int | None, "quantise the base model to this many bits while it is read"] = (
+        None
+    )
     quantization_method: Annotated[
         Literal["bitsandbytes", "eetq", "hqq"],
         "how: bitsandbytes = 4 bits (nf4 or fp4) or 8 (LLM.int8); eetq = 8, weights only; hqq = 8, 6, 5, 4, 3, 2 or 1",
@@ -69,7 +71,9 @@ class QuantOptions:
                 f"quantization_method: {self.quantization_method} without quantization_bit quantises nothing; give "
                 "quantization_bit, or 0 for none, or drop quantization_method (quantised checkpoints need neither)"
             )
-        if self.quantization_type != "nf4" and not (isinstance(format, NF4Format) or self.quantization_bit == 0):
+        if self.quantization_type != "nf4" and not (
+            isinstance(format, NF4Format) or self.quantization_bit == 0
+        ):
             raise ValueError(
                 f"quantization_type: {self.quantization_type} is a kind of 4 bits of bitsandbytes; set "
                 "quantization_bit=4 and quantization_method=bitsandbytes, or drop quantization_type"

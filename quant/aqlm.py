@@ -30,7 +30,11 @@ class AQLMFormat(Format):
     def __post_init__(self):
         if not 1 <= self.code_bits <= 16:
             raise ValueError(f"nbits_per_codebook: {self.code_bits} is not from 1 to 16")
-        sizes = {"num_codebooks": self.codebooks, "in_group_size": self.in_group, "out_group_size": self.out_group}
+        sizes = {
+            "num_codebooks": self.codebooks,
+            "in_group_size": self.in_group,
+            "out_group_size": self.out_group,
+        }
         for key, value in sizes.items():
             if value < 1:
                 raise ValueError(f"{key}: {value} is not at least 1")
@@ -48,7 +52,9 @@ class AQLMFormat(Format):
         scales = take_finite(tensors, "scales", (shape[0], 1, 1, 1))
         low, high = int(codes.min()), int(codes.max())
         if low < -(2 ** (self.code_bits - 1)) or high >= 2**self.code_bits:
-            raise ValueError(f"codes holds {low} to {high}, more than the {self.code_bits} bits of config.json")
+            raise ValueError(
+                f"codes holds {low} to {high}, more than the {self.code_bits} bits of config.json"
+            )
         return AQLMLinear(self, codes.clone(), books.clone(), scales.clone(), bias, dtype)
 
     def config(self) -> dict:

@@ -43,7 +43,9 @@ class AWQFormat(Format):
         scales = take_finite(tensors, "scales", (groups, outputs))
         codes = torch.empty(outputs, inputs // 8, dtype=torch.int32, device=words.device)
         for start in range(0, outputs, OUTPUTS):
-            values = _reordered(unpack(words[:, start // 8 : (start + OUTPUTS) // 8], 4), PLACES)  # (in, some of out)
+            values = _reordered(
+                unpack(words[:, start // 8 : (start + OUTPUTS) // 8], 4), PLACES
+            )  # (in, some of out)
             codes[start : start + OUTPUTS] = pack(values.T, 4)
         zeros = pack(_reordered(unpack(zeros, 4), PLACES), 4)
         return AWQLinear(self, codes, zeros, scales.clone(), None, bias, dtype)

@@ -54,7 +54,9 @@ class GPTQFormat(Format):
         outputs, inputs = shape
         refuse_others(tensors, ("qweight", "qzeros", "scales", "g_idx"))
         if inputs * self.bits % 32 or outputs * self.bits % 32:
-            raise ValueError(f"qweight: {self.bits}-bit codes of {outputs} x {inputs} weights do not fill 32-bit words")
+            raise ValueError(
+                f"qweight: {self.bits}-bit codes of {outputs} x {inputs} weights do not fill 32-bit words"
+            )
         groups = self.groups(inputs)
         codes = take(tensors, "qweight", (inputs * self.bits // 32, outputs), [torch.int32])
         zeros = take(tensors, "qzeros", (groups, outputs * self.bits // 32), [torch.int32])
@@ -64,9 +66,13 @@ class GPTQFormat(Format):
             group_of = take(tensors, "g_idx", (inputs,), [torch.int32, torch.int64]).int()
             low, high = int(group_of.min()), int(group_of.max())
             if low < 0 or high >= groups:
-                raise ValueError(f"g_idx names groups {low} to {high}; config.json asks for 0 to {groups - 1}")
+                raise ValueError(
+                    f"g_idx names groups {low} to {high}; config.json asks for 0 to {groups - 1}"
+                )
         elif self.desc_act and groups > 1:
-            raise ValueError("g_idx is missing, which says the order of inputs (desc_act); fetch the checkpoint again")
+            raise ValueError(
+                "g_idx is missing, which says the order of inputs (desc_act); fetch the checkpoint again"
+            )
         if self.version == "gptq":
             zeros = self._plain_zeros(zeros)
         return GPTQLinear(self, codes.T.contiguous(), zeros.clone(), scales.clone(), group_of, bias, dtype)
@@ -82,7 +88,9 @@ class GPTQFormat(Format):
         for zeros in (one_by_one, by_words):
             if (unpack(zeros, 3) == 4).all():
                 return zeros
-        raise ValueError("qzeros is not that of a symmetric 3-bit layer (sym in config.json): not all zeros are 4")
+        raise ValueError(
+            "qzeros is not that of a symmetric 3-bit layer (sym in config.json): not all zeros are 4"
+        )
 
     def config(self) -> dict:
         return {
@@ -126,15 +134,22 @@ class GPTQLinear(GroupedLinear):
         outputs, inputs = codes.shape
         groups, bits = format.groups(inputs), format.bits
         if inputs % 32 or outputs % 32:
-            raise ValueError(f"GPTQ packs multiples of 32 inputs and outputs; this linear has {inputs} and {outputs}")
+            raise ValueError(
+                f"GPTQ packs multiples of 32 inputs and outputs; this linear has {inputs} and {outputs}"
+            )
         if zeros is None:
             zeros = torch.full((outputs, groups), 2 ** (bits - 1), device=codes.device)
-        for name, tensor, shape in (("scales", scales, (outputs, groups)), ("zeros", zeros, (outputs, groups))):
+        for name, tensor, shape in (
+            ("scales", scales, (outputs, groups)),
+            ("zeros", zeros, (outputs, groups)),
+        ):
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"{name}: {tuple(tensor.shape)} for {shape} (outputs, groups)")
         for name, tensor in (("codes", codes), ("zeros", zeros)):
             if int(tensor.min()) < 0 or int(tensor.max()) >= 2**bits:
-                raise ValueError(f"{name}: {int(tensor.min())} to {int(tensor.max())} are not {bits}-bit numbers")
+                raise ValueError(
+                    f"{name}: {int(tensor.min())} to {int(tensor.max())} are not {bits}-bit numbers"
+                )
         scales = scales.T.to(torch.float16).contiguous()
         if not scales.isfinite().all():
             raise ValueError("scales: too large for fp16, in which a GPTQ checkpoint holds them")
@@ -150,13 +165,20 @@ class GPTQLinear(GroupedLinear):
         if self.format.written_version == "gptq":
             zeros = _add_words(zeros, [-ONES[self.format.bits]])
         group_of = self.groups_in_a_row(self.device) if self.group_of is None else self.group_of
-        return {"qweight": self.codes.T.contiguous(), "qzeros": zeros, "scales": self.scales, "g_idx": group_of}
+        return {
+            "qweight": self.codes.T.contiguous(),
+            "qzeros": zeros,
+            "scales": self.scales,
+            "g_idx": group_of,
+        }
 
 
 def from_config(settings: dict) -> GPTQFormat:
     """The format of a checkpoint's quantization_config. Raises ValueError starting with the key."""
     if settings.get("dynamic"):
-        raise ValueError("dynamic: settings of single modules are not read; quantise with one setting for all")
+        raise ValueError(
+            "dynamic: settings of single modules are not read; quantise with one setting for all"
+        )
     if settings.get("pack_dtype", "int32") != "int32":
         raise ValueError(f"pack_dtype: {settings['pack_dtype']} is not read; int32 is")
     maker = (settings.get("meta") or {}).get("quantizer") or ()

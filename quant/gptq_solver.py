@@ -58,7 +58,9 @@ class Integers:
 class Hessian:
     """Mean of x x^T (in, in) over tokens, fp32 whatever x's dtype is."""
 
-    def __init__(self, in_features: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
+    def __init__(
+        self, in_features: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ):
         self.matrix = torch.zeros(in_features, in_features, device=device, dtype=dtype)
         self.tokens = 0
 
@@ -68,7 +70,9 @@ class Hessian:
         x = x.to(self.matrix.dtype)
         product = matmul_transposed(x.T, x.T)  # (in, in)
         if not torch.isfinite(product.diagonal()).all():
-            raise ValueError("the activations are not finite (NaN or too large); use bfloat16 or float32 (infer_dtype)")
+            raise ValueError(
+                "the activations are not finite (NaN or too large); use bfloat16 or float32 (infer_dtype)"
+            )
         before, self.tokens = self.tokens, self.tokens + x.shape[0]
         self.matrix.mul_(before / self.tokens).add_(product, alpha=1 / self.tokens)  # the mean so far
 
@@ -132,7 +136,9 @@ def _one_by_one(columns: Tensor, root: Tensor, options: GPTQOptions) -> tuple[Te
     for start, stop in _blocks(inputs, size, options.block):
         errors = columns.new_empty(stop - start, outputs)
         for i in range(start, stop):
-            if i % size == 0:  # the weights as they are by now: blocks end where groups do, so all are up to date
+            if (
+                i % size == 0
+            ):  # the weights as they are by now: blocks end where groups do, so all are up to date
                 scale, zero = _grid(columns[i : i + size], options)
                 scales.append(scale)
                 zeros.append(zero)
@@ -149,7 +155,11 @@ def _blocks(inputs: int, group: int, block: int) -> list[tuple[int, int]]:
     if group <= block:
         step = block // group * group
         return [(start, min(start + step, inputs)) for start in range(0, inputs, step)]
-    starts = [start for first in range(0, inputs, group) for start in range(first, min(first + group, inputs), block)]
+    starts = [
+        start
+        for first in range(0, inputs, group)
+        for start in range(first, min(first + group, inputs), block)
+    ]
     return list(zip(starts, [*starts[1:], inputs]))
 
 
@@ -166,7 +176,9 @@ def _grid(columns: Tensor, options: GPTQOptions) -> tuple[Tensor, Tensor]:
     else:
         scale = torch.maximum((high - low) / most, high / (most - 1))
     if scale.max() > LARGEST_SCALE:
-        raise ValueError(f"the weights are too large: a scale of {scale.max().item():.3g} does not fit GPTQ's fp16")
+        raise ValueError(
+            f"the weights are too large: a scale of {scale.max().item():.3g} does not fit GPTQ's fp16"
+        )
     scale = scale.clamp_min(SMALLEST_SCALE).half().to(columns.dtype)
     if options.symmetric:
         return scale, torch.full_like(scale, (most + 1) // 2)
@@ -175,7 +187,9 @@ def _grid(columns: Tensor, options: GPTQOptions) -> tuple[Tensor, Tensor]:
 
 def _grids(columns: Tensor, options: GPTQOptions) -> tuple[Tensor, Tensor]:
     """The grids of all groups of weights as they are: scales, zeros (groups, out)."""
-    parts = [_grid(part, options) for part in columns.split(_group_size(columns.shape[0], options.group_size))]
+    parts = [
+        _grid(part, options) for part in columns.split(_group_size(columns.shape[0], options.group_size))
+    ]
     return torch.stack([scale for scale, _ in parts]), torch.stack([zero for _, zero in parts])
 
 
@@ -183,7 +197,9 @@ def _codes(columns: Tensor, scales: Tensor, zeros: Tensor, options: GPTQOptions)
     """Each weight's nearest point: (in, out) uint8."""
     parts = zip(columns.split(_group_size(columns.shape[0], options.group_size)), scales, zeros)
     most = 2**options.bits - 1
-    return torch.cat([(part / scale).round_().add_(zero).clamp_(0, most).byte() for part, scale, zero in parts])
+    return torch.cat(
+        [(part / scale).round_().add_(zero).clamp_(0, most).byte() for part, scale, zero in parts]
+    )
 
 
 def _values(codes: Tensor, scales: Tensor, zeros: Tensor, options: GPTQOptions) -> Tensor:

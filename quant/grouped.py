@@ -57,7 +57,9 @@ class GroupedLinear(QuantLinear):
                 values = values.unflatten(1, (scales.shape[1], -1))
                 values.sub_(zeros[rows, :, None]).mul_(scales[rows, :, None])
             else:
-                values.sub_(zeros[rows].index_select(1, group_of)).mul_(scales[rows].index_select(1, group_of))
+                values.sub_(zeros[rows].index_select(1, group_of)).mul_(
+                    scales[rows].index_select(1, group_of)
+                )
             out[rows] = values.view(-1, self.in_features)
 
 

@@ -59,8 +59,12 @@ class HQQFormat(Format):
             raise ValueError(f"the weight {NOT_FINITE}")
         group, packed = self._fitting_group(weight.numel()), PACKED[self.bits]
         groups = weight.reshape(-1, group)
-        codes = torch.zeros(math.ceil(len(groups) / packed) * packed, group, dtype=torch.uint8, device=weight.device)
-        scale, zero = (torch.empty(len(groups), 1, dtype=torch.float16, device=weight.device) for _ in range(2))
+        codes = torch.zeros(
+            math.ceil(len(groups) / packed) * packed, group, dtype=torch.uint8, device=weight.device
+        )
+        scale, zero = (
+            torch.empty(len(groups), 1, dtype=torch.float16, device=weight.device) for _ in range(2)
+        )
         for rows in row_chunks(groups):
             codes[rows][: len(groups[rows])], scale[rows], zero[rows] = fit(groups[rows].float(), self.bits)
         if not scale.isfinite().all():
@@ -81,7 +85,9 @@ class HQQFormat(Format):
         refuse_others(tensors, ("W_q", "scale", "zero", *SETTINGS))
         for name in ("quant_scale", "quant_zero"):
             if _number(tensors, name, 0):
-                raise ValueError(f"{name} is set: scales and zeros that are quantised themselves are not read")
+                raise ValueError(
+                    f"{name} is set: scales and zeros that are quantised themselves are not read"
+                )
         if "shape" in tensors and tuple(tensors["shape"].tolist()) != shape:
             raise ValueError(f"shape holds {tuple(tensors['shape'].tolist())}, config.json asks for {shape}")
         layer = HQQFormat(
@@ -94,8 +100,13 @@ class HQQFormat(Format):
         if count * group != math.prod(shape):
             raise ValueError(f"group_size: {shape} weights do not divide into groups of {group}")
         codes = tensors.get("W_q")
-        if codes is not None and codes.is_floating_point():  # view_as_float: the same bytes under another name
-            tensors = {**tensors, "W_q": codes.contiguous().view(torch.int32 if layer.bits == 3 else torch.uint8)}
+        if (
+            codes is not None and codes.is_floating_point()
+        ):  # view_as_float: the same bytes under another name
+            tensors = {
+                **tensors,
+                "W_q": codes.contiguous().view(torch.int32 if layer.bits == 3 else torch.uint8),
+            }
         rows, columns = (count, group) if layer.axis == 1 else (group, count)
         wanted = (math.ceil(rows / PACKED[layer.bits]), columns)
         codes = take(tensors, "W_q", wanted, [torch.int32 if layer.bits == 3 else torch.uint8])
@@ -140,18 +151,31 @@ class HQQLinear(QuantLinear):
 
     def fill(self, out: Tensor) -> None:
         bits, packed = self.layer.bits, PACKED[self.layer.bits]
-        dense = out.view(-1, self.layer.group_size) if self.layer.axis == 1 else out.view(self.layer.group_size, -1)
+        dense = (
+            out.view(-1, self.layer.group_size)
+            if self.layer.axis == 1
+            else out.view(self.layer.group_size, -1)
+        )
         for place in range(packed):
             shift, first = _shift(bits, place), place * len(self.codes)
             for rows in row_chunks(self.codes):
                 target = dense[first + rows.start : first + min(rows.stop, len(self.codes))]
-                codes = self.codes[rows.start : rows.start + len(target)]  # 3-bit rows that only fill up are left out
+                codes = self.codes[
+                    rows.start : rows.start + len(target)
+                ]  # 3-bit rows that only fill up are left out
                 values = (codes >> shift).bitwise_and_(2**bits - 1).float()
-                one = slice(first + rows.start, first + rows.start + len(target)) if self.layer.axis == 1 else slice(1)
+                one = (
+                    slice(first + rows.start, first + rows.start + len(target))
+                    if self.layer.axis == 1
+                    else slice(1)
+                )
                 target.copy_(values.sub_(self.zero[one].float()).mul_(self.scale[one].float()))
 
     def tensors(self) -> dict[str, Tensor]:
-        bits, names = self.layer.bits, {"packing": PACKINGS[self.layer.bits], "compute_dtype": str(self.scale.dtype)}
+        bits, names = (
+            self.layer.bits,
+            {"packing": PACKINGS[self.layer.bits], "compute_dtype": str(self.scale.dtype)},
+        )
         names["unpack_view_dtype"] = str(self.codes.dtype)
         flags = dict.fromkeys(("view_as_float", "quant_scale", "quant_zero", "offload_meta", "round_zero"), 0)
         flags |= dict.fromkeys(("encoded_state_dict", "stores_quant_config", "channel_wise", "optimize"), 1)

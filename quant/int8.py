@@ -20,7 +20,9 @@ from quant.linear import FEW_ROWS, Format, QuantLinear, refuse_others, row_chunk
 
 LEVELS = 127  # the largest code; -128 is not used, so that codes are symmetric
 ROW_MAJOR = 0  # weight_format of bitsandbytes; 1 to 3 are orders of its old CUDA kernels
-PACKED_ROWS = 8  # up to here torch's int8 product is faster on a CPU than one with a dense bf16 weight (measured)
+PACKED_ROWS = (
+    8  # up to here torch's int8 product is faster on a CPU than one with a dense bf16 weight (measured)
+)
 PACKED_SIZES = 64, 16  # it reads past the end of rows that are not multiples of this: inputs, outputs
 TILE = 64  # inputs that EETQ's kernel reads of one output before it turns to its neighbour
 EETQ_INPUTS = (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)  # their order in each group of 16
@@ -44,7 +46,9 @@ class Int8Format(Format):
         absmax = take_finite(tensors, "SCB", shape[:1], [torch.float32])
         order = tensors.get("weight_format")
         if order is not None and (order.numel() != 1 or order.item() != ROW_MAJOR):
-            raise ValueError(f"weight_format is {order.tolist()}; only {ROW_MAJOR} (row major) is known, save it again")
+            raise ValueError(
+                f"weight_format is {order.tolist()}; only {ROW_MAJOR} (row major) is known, save it again"
+            )
         refuse_others(tensors, ("weight", "SCB", "weight_format"))
         return Int8Linear(self, codes.clone(), _positive("SCB", absmax.clone()), bias, dtype)
 
@@ -82,7 +86,9 @@ class EETQFormat(Format):
         scales = take_finite(tensors, "weight_scales", (outputs,), [torch.float16, torch.float32])
         refuse_others(tensors, ("weight", "weight_scales"))
         if inputs % TILE or outputs % 2:
-            raise ValueError(f"weight has {inputs} inputs and {outputs} outputs; EETQ's are multiples of {TILE} and 2")
+            raise ValueError(
+                f"weight has {inputs} inputs and {outputs} outputs; EETQ's are multiples of {TILE} and 2"
+            )
         absmax = _positive("weight_scales", scales.float() * LEVELS)
         return Int8Linear(self, from_eetq_order(order), absmax, bias, dtype)
 
@@ -93,7 +99,10 @@ class EETQFormat(Format):
                 f"a linear with {inputs} inputs and {outputs} outputs does not fit EETQ's layout (multiples of {TILE} "
                 "and 2); save it with quantization_method=bitsandbytes"
             )
-        return {"weight": to_eetq_order(layer.codes), "weight_scales": (layer.absmax / LEVELS).to(torch.float16)}
+        return {
+            "weight": to_eetq_order(layer.codes),
+            "weight_scales": (layer.absmax / LEVELS).to(torch.float16),
+        }
 
     def config(self) -> dict:
         return {"quant_method": "eetq", "weights": "int8", "modules_to_not_convert": ["lm_head"]}
@@ -134,9 +143,16 @@ class Int8Linear(QuantLinear):
         # the host learns which columns have outliers; not for the few rows of decoding, where that costs the most
         return getattr(self.format, "threshold", None) is not None and rows > FEW_ROWS
 
-    def from_codes(self, x: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scale: float) -> Tensor | None:
+    def from_codes(
+        self, x: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scale: float
+    ) -> Tensor | None:
         fits = self.in_features % PACKED_SIZES[0] == 0 and self.out_features % PACKED_SIZES[1] == 0
-        if x.device.type != "cpu" or x.dtype is not torch.bfloat16 or not 0 < x.shape[0] <= PACKED_ROWS or not fits:
+        if (
+            x.device.type != "cpu"
+            or x.dtype is not torch.bfloat16
+            or not 0 < x.shape[0] <= PACKED_ROWS
+            or not fits
+        ):
             return None
         # a scale of 1: torch's product takes scales in bf16, which would round them
         result = torch._weight_int8pack_mm(x, self.codes, x.new_ones(self.out_features))
@@ -160,7 +176,9 @@ def from_config(settings: dict) -> Int8Format:
     if not isinstance(threshold, int | float) or threshold < 0:
         raise ValueError(f"llm_int8_threshold: {threshold!r} is no number of at least 0")
     if settings.get("llm_int8_has_fp16_weight"):
-        raise ValueError("llm_int8_has_fp16_weight is true: the weights are 16 bit; take quantization_config out")
+        raise ValueError(
+            "llm_int8_has_fp16_weight is true: the weights are 16 bit; take quantization_config out"
+        )
     return Int8Format(float(threshold))
 
 
@@ -174,7 +192,9 @@ def quantise_rows(weight: Tensor, scale_dtype: torch.dtype = torch.float32) -> t
     if scale_dtype is not torch.float32:
         absmax = (absmax / LEVELS).to(scale_dtype).float() * LEVELS
     if not torch.isfinite(absmax).all():
-        raise ValueError("the weight holds numbers that are not finite (or too large for fp16); it cannot be quantised")
+        raise ValueError(
+            "the weight holds numbers that are not finite (or too large for fp16); it cannot be quantised"
+        )
     factor = torch.where(absmax > 0, LEVELS / absmax, 0.0)[:, None]  # rows of zeros: codes 0
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     for rows in row_chunks(codes):
@@ -225,7 +245,6 @@ def int8_product(a: Tensor, b: Tensor) -> Tensor:
     return wide[: a.shape[0], : b.shape[0]]
 
 
-
 def to_eetq_order(codes: Tensor) -> Tensor:
     """codes (out, in) int8 -> (in, out) int8 as EETQ's CUDA kernel reads them.
 
@@ -244,7 +263,11 @@ def from_eetq_order(order: Tensor) -> Tensor:
     """The inverse of to_eetq_order: (in, out) -> (out, in)."""
     inputs, outputs = order.shape
     fours = (order.contiguous().view(torch.uint8) ^ 128).view(torch.int8).view(-1, 4)[:, [0, 2, 1, 3]]
-    turned = fours.reshape(outputs // 2, inputs // TILE, 2, TILE).transpose(1, 2).reshape(outputs, inputs // 16, 16)
+    turned = (
+        fours.reshape(outputs // 2, inputs // TILE, 2, TILE)
+        .transpose(1, 2)
+        .reshape(outputs, inputs // 16, 16)
+    )
     codes = torch.empty_like(turned)
     codes[:, :, torch.tensor(EETQ_INPUTS)] = turned
     return codes.view(outputs, inputs)

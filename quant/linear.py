@@ -52,7 +52,9 @@ class QuantLinear(nn.Module):
         """Whether a product of so many rows waits for a GPU, so that no CUDA graph can hold it."""
         return False
 
-    def from_codes(self, x: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scale: float) -> Tensor | None:
+    def from_codes(
+        self, x: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scale: float
+    ) -> Tensor | None:
         """few_rows of the rows that it serves; None where this format has no faster way than the dense weight."""
         return None
 
@@ -177,7 +179,9 @@ def report(model: nn.Module) -> str:
     return f"base: {len(layers)} linears in {' and '.join(formats)}, {bits}"
 
 
-def take(tensors: dict[str, Tensor], name: str, shape: Iterable[int], dtypes: Iterable[torch.dtype]) -> Tensor:
+def take(
+    tensors: dict[str, Tensor], name: str, shape: Iterable[int], dtypes: Iterable[torch.dtype]
+) -> Tensor:
     """The tensor of this name, with this shape and one of these dtypes; ValueError says what was found instead."""
     if name not in tensors:
         raise ValueError(f"{name} is missing; the checkpoint is incomplete, fetch it again")

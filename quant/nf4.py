@@ -136,13 +136,18 @@ class NF4Linear(QuantLinear):
         numbers = map_tensor(self.nested_map, self.codes.device)
         return kernels.Codes(self.codes, self.absmax, table, self.nested_absmax, numbers, self.offset)
 
-    def from_codes(self, x: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scale: float) -> Tensor | None:
+    def from_codes(
+        self, x: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scale: float
+    ) -> Tensor | None:
         results = self.several_from_codes(x, [kernels.LoraPart(self, self.bias, lora_a, lora_b, scale)])
         return None if results is None else results[0]
 
     @classmethod
     def several_from_codes(cls, x: Tensor, parts: list[kernels.LoraPart]) -> list[Tensor] | None:
-        given = [kernels.CodesPart(part.weight.for_kernels(), *part[1:], part.weight.out_features) for part in parts]
+        given = [
+            kernels.CodesPart(part.weight.for_kernels(), *part[1:], part.weight.out_features)
+            for part in parts
+        ]
         return kernels.few_rows_4bit(x, given)
 
     def fill(self, out: Tensor) -> None:
@@ -171,11 +176,19 @@ class NF4Linear(QuantLinear):
             "dtype": str(self.dtype).removeprefix("torch."),
             "shape": [self.out_features, self.in_features],
         }
-        parts = {"weight": self.codes[:, None], "weight.absmax": self.absmax, "weight.quant_map": table.clone()}
+        parts = {
+            "weight": self.codes[:, None],
+            "weight.absmax": self.absmax,
+            "weight.quant_map": table.clone(),
+        }
         if self.nested_map is not None:
             parts["weight.nested_absmax"] = self.nested_absmax
             parts["weight.nested_quant_map"] = map_tensor(self.nested_map, self.codes.device).clone()
-            state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": self.offset.item()}
+            state |= {
+                "nested_blocksize": NESTED_BLOCK,
+                "nested_dtype": "float32",
+                "nested_offset": self.offset.item(),
+            }
         packed = json.dumps(state).encode("utf-8")
         parts[f"{STATE}{self.format.table}"] = torch.tensor(list(packed), dtype=torch.uint8, device="cpu")
         return parts
@@ -198,7 +211,9 @@ def quantise_4bit(weight: Tensor, table: str) -> tuple[Tensor, Tensor]:
         scales = blocks.abs().amax(1, keepdim=True)
         if not torch.isfinite(scales).all():
             raise ValueError(f"the weight {NOT_FINITE}")
-        if not whole:  # bitsandbytes divides in the last block if it is not whole, which may round differently
+        if (
+            not whole
+        ):  # bitsandbytes divides in the last block if it is not whole, which may round differently
             scales.clamp_(min=SMALLEST)
             nearest = _nearest(torch.nn.functional.pad(blocks / scales, (0, blocks.numel() % 2)), table)
         else:
@@ -342,7 +357,9 @@ def _pairs(table: str, device: torch.device) -> Tensor:
 # Checkpoints
 
 
-def read_layer(format: NF4Format, tensors: dict[str, Tensor], shape: tuple[int, int], bias, dtype) -> NF4Linear:
+def read_layer(
+    format: NF4Format, tensors: dict[str, Tensor], shape: tuple[int, int], bias, dtype
+) -> NF4Linear:
     """A layer from the tensors of bitsandbytes' checkpoints; see Format.read. What the tensors say of the table and of
     double quantisation holds."""
     count = math.prod(shape)
@@ -359,10 +376,14 @@ def read_layer(format: NF4Format, tensors: dict[str, Tensor], shape: tuple[int, 
     if not torch.allclose(found, table_tensor(table, found.device), rtol=0, atol=1e-6):
         raise ValueError(f"weight.quant_map holds other levels than those of {table}")
     double = "weight.absmax" in tensors and tensors["weight.absmax"].dtype is torch.uint8
-    absmax = take_finite(tensors, "weight.absmax", (blocks,), [torch.uint8 if double else torch.float32]).clone()
+    absmax = take_finite(
+        tensors, "weight.absmax", (blocks,), [torch.uint8 if double else torch.float32]
+    ).clone()
     known, scales = ["weight", states[0], "weight.quant_map", "weight.absmax"], Scales(absmax)
     if double:
-        nested = take_finite(tensors, "weight.nested_absmax", (-(-blocks // NESTED_BLOCK),), [torch.float32]).clone()
+        nested = take_finite(
+            tensors, "weight.nested_absmax", (-(-blocks // NESTED_BLOCK),), [torch.float32]
+        ).clone()
         numbers = take_finite(tensors, "weight.nested_quant_map", (256,), [torch.float32])
         if "nested_offset" not in state:
             raise ValueError(f"{states[0]}: nested_offset is missing, which scales in 8 bits need")
@@ -388,7 +409,9 @@ def _read_codes(weight: Tensor, count: int) -> Tensor:
 def _read_state(name: str, packed: Tensor, shape: tuple[int, int]) -> dict:
     """The settings that bitsandbytes stores as JSON in a tensor of bytes."""
     if packed.dtype is not torch.uint8 or packed.dim() != 1:
-        raise ValueError(f"{name} is {packed.dtype} {tuple(packed.shape)}, expected the bytes of a JSON object")
+        raise ValueError(
+            f"{name} is {packed.dtype} {tuple(packed.shape)}, expected the bytes of a JSON object"
+        )
     try:
         state = json.loads(packed.numpy().tobytes().decode("utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:

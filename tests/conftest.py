@@ -11,7 +11,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is declared; only tests of kernels use it
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # before any kernel is declared; only tests of kernels use it
 
 
 @pytest.fixture

@@ -11,7 +11,9 @@ DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" 
 
 
 def random(*shape, seed=0, scale=1.0):
-    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed + 7 * len(shape))) * scale).to(DEVICE)
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed + 7 * len(shape))) * scale).to(
+        DEVICE
+    )
 
 
 def evaluate(function, inputs, dtype, trained):
@@ -46,4 +48,6 @@ def assert_as_exact_as(kernel, reference, inputs, dtype, trained, oracle=None):
     for place, (one, other, truth) in enumerate(zip(found, plain, exact, strict=True)):
         assert one.shape == truth.shape and one.dtype == other.dtype
         error, allowed = relative_error(one, truth), 2 * relative_error(other, truth) + 1e-6
-        assert error <= allowed, f"result {place} (values, then gradients): error {error:.2e}, allowed {allowed:.2e}"
+        assert error <= allowed, (
+            f"result {place} (values, then gradients): error {error:.2e}, allowed {allowed:.2e}"
+        )

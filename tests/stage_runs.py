@@ -1,7 +1,7 @@
 """What tests of all stages share: data of each kind, and the keys that make a short run of a stage.
 
-    write_stage_data(tiny)
-    tiny.train("out", **stage_keys(tiny, "kto"))
+write_stage_data(tiny)
+tiny.train("out", **stage_keys(tiny, "kto"))
 """
 
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tiny_runs import TinyRuns, make_rows
 
-from stages import STAGES, WRITES
+from training.make_stage import STAGES, WRITES
 
 METHODS = {
     "full": {"finetuning_type": "full"},
@@ -54,7 +54,11 @@ def write_stage_data(tiny: TinyRuns, count: int = 12) -> None:
         entries[f"{name}documents"]["columns"] = {"prompt": "text"}
         columns = {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}
         entries[f"{name}pairs"] |= {"ranking": True, "columns": columns}
-        entries[f"{name}rated"]["columns"] = {"prompt": "instruction", "response": "output", "kto_tag": "label"}
+        entries[f"{name}rated"]["columns"] = {
+            "prompt": "instruction",
+            "response": "output",
+            "kto_tag": "label",
+        }
     (folder / "dataset_info.json").write_text(json.dumps(entries))
     (folder / "rewards.py").write_text(REWARDS)
 

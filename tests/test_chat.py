@@ -14,12 +14,12 @@ import transformers
 from tiny_tokenizers import make_tokenizer
 
 import chat
-from adapter_files import save_adapter
-from checkpoint import load_model
-from generate import GenerateOptions, generate
+from checkpoints.huggingface import load_model
+from checkpoints.peft import save_adapter
+from generation.generate import GenerateOptions, generate
 from lora import LoraOptions, add_lora
 from templates import Message, encode_dialogue, get_template
-from tokenizer import Tokenizer
+from text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 JINJA = (
@@ -107,7 +107,9 @@ def test_one_message_from_the_command_line_equals_transformers(folder, tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     turn = [{"role": "user", "content": "Hello, who are you?"}]
-    inputs = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    inputs = tokenizer.apply_chat_template(
+        turn, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     stops = [tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer.eos_token_id]
     ids = theirs.generate(**inputs, do_sample=False, max_new_tokens=12, eos_token_id=stops)
     text = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -119,7 +121,9 @@ def test_one_message_from_the_command_line_equals_transformers(folder, tmp_path)
 
 def test_a_conversation_remembers_clears_and_ends(folder):
     process = start(*words(model_name_or_path=folder))
-    out, remarks = process.communicate("Hello\nWhat is that?\n\nclear\nWhat is that?\nexit\nnever asked\n", timeout=120)
+    out, remarks = process.communicate(
+        "Hello\nWhat is that?\n\nclear\nWhat is that?\nexit\nnever asked\n", timeout=120
+    )
     assert process.returncode == 0 and "forgotten" in remarks
     template = get_template(None, JINJA)
     first = expected_answer(folder, [Message("user", "Hello")], template)
@@ -249,7 +253,9 @@ def test_adapters_that_lay_under_the_trained_one_are_merged_too(folder, run_fold
 
 def test_a_training_file_can_be_used_as_it_is(folder, tmp_path, capsys):
     file = tmp_path / "train.yaml"
-    file.write_text(f"model_name_or_path: {folder}\ntemplate: chatml\nstage: sft\ndataset: x\nlearning_rate: 1e-4\n")
+    file.write_text(
+        f"model_name_or_path: {folder}\ntemplate: chatml\nstage: sft\ndataset: x\nlearning_rate: 1e-4\n"
+    )
     assert chat.main([str(file), *words(prompt="Hello")]) == 0
     assert capsys.readouterr().out.strip()
 
@@ -284,7 +290,9 @@ def test_a_thought_that_begins_in_the_prompt_or_never_ends(folder):
     painter = chat.Painter(colours=True)
     assert painter.paint("<think>Hm</th") + painter.end() == f"{chat.DIM}<think>Hm</th{chat.PLAIN}"
     assert not conversation(folder).begins_in_thought
-    assert chat.Painter(colours=True).paint("a\x1b[2Jb") == "a\u241b[2Jb"  # a text must not steer the terminal
+    assert (
+        chat.Painter(colours=True).paint("a\x1b[2Jb") == "a\u241b[2Jb"
+    )  # a text must not steer the terminal
 
 
 # Bad input
@@ -311,9 +319,15 @@ def bad_cases(folder: Path, tmp_path: Path) -> dict[str, tuple[list[str], str]]:
         "no folder": (words(model_name_or_path=tmp_path / "nowhere"), "nowhere"),
         "empty folder": (words(model_name_or_path=tmp_path), "config.json"),
         "adapter": (words(model_name_or_path=folder, adapter_name_or_path=adapter), "was trained on"),
-        "no adapter": (words(model_name_or_path=folder, adapter_name_or_path=other), "holds no adapter_config.json"),
+        "no adapter": (
+            words(model_name_or_path=folder, adapter_name_or_path=other),
+            "holds no adapter_config.json",
+        ),
         "tokenizer": (words(model_name_or_path=mixed), "do not belong together"),
-        "moved base": (words(model_name_or_path=orphan), "give model_name_or_path=BASE adapter_name_or_path="),
+        "moved base": (
+            words(model_name_or_path=orphan),
+            "give model_name_or_path=BASE adapter_name_or_path=",
+        ),
         "broken run": (words(model_name_or_path=lying), "run_config.yaml: not YAML"),
         "temperature": (words(model_name_or_path=folder, do_sample=True, temperature=0), "temperature: 0.0"),
         "unknown key": (words(model_name_or_path=folder, promt="x"), "prompt"),

@@ -19,15 +19,14 @@ from hypothesis import strategies as st
 from tiny_tokenizers import make_tokenizer
 
 import data
-import encoding
-import token_store
-from batches import ANSWER, ROLES
 from data import DataOptions, TokenizedDataSaved, describe_example, load_datasets
-from data_report import token_table
-from encoding import EncodeOptions, keep_tokens, pieces, ratio_keep, ratio_lengths, template_key
+from pipeline import encoding, store
+from pipeline.batch import ANSWER, ROLES
+from pipeline.encoding import EncodeOptions, keep_tokens, pieces, ratio_keep, ratio_lengths, template_key
+from pipeline.report import token_table
+from pipeline.store import ExampleStore, StoreWriter, TokenFiles
 from templates import Message, encode_dialogue, get_template
-from token_store import ExampleStore, StoreWriter, TokenFiles
-from tokenizer import Tokenizer
+from text.tokenizer import Tokenizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CHATML = get_template("chatml")
@@ -398,7 +397,7 @@ def test_who_wants_what_another_process_tokenises_waits_for_it(home, tokenizer):
     put(home, "a", questions(5))
     load(home, tokenizer, "a")
     lock = next((home / "cache").rglob("*.lock"))
-    with ThreadPoolExecutor(1) as pool, token_store.locked(lock):
+    with ThreadPoolExecutor(1) as pool, store.locked(lock):
         waiting = pool.submit(load, home, tokenizer, "a")
         time.sleep(0.3)
         assert not waiting.done()
@@ -727,7 +726,7 @@ def test_tokenized_path_of_other_making_is_refused(home, tokenizer, llama3):
 
 def test_an_empty_store_can_be_written_and_read(tmp_path):
     writer = StoreWriter(tmp_path / "s")
-    writer.append(token_store.Chunk.join([], token_store.Tally(read=3, dropped={"no answer": 3})))
+    writer.append(store.Chunk.join([], store.Tally(read=3, dropped={"no answer": 3})))
     writer.finish()
     files = TokenFiles.open(tmp_path / "s")
     assert len(files) == 0 and files.tally.dropped == {"no answer": 3}

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny_tokenizers import make_tokenizer
 
 import export
-from checkpoint import load_model
+from checkpoints.huggingface import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = {
@@ -246,7 +246,13 @@ def test_a_run_folder_alone_from_the_command_line(untied, tmp_path):
     config["base_model_name_or_path"] = str(folder)
     (tmp_path / "run" / "adapter_config.json").write_text(json.dumps(config))
     (tmp_path / "run" / "run_config.yaml").write_text("template: chatml\nstage: sft\n")
-    command = [sys.executable, str(ROOT / "export.py"), f"model_name_or_path={tmp_path / 'run'}", "--export_dir", "out"]
+    command = [
+        sys.executable,
+        str(ROOT / "export.py"),
+        f"model_name_or_path={tmp_path / 'run'}",
+        "--export_dir",
+        "out",
+    ]
     done = subprocess.run(
         [*command, "--export_legacy_format", "False", "finetuning_type=lora"],
         cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
@@ -268,7 +274,9 @@ def test_only_new_empty_or_exported_folders_are_written(untied, tmp_path, capsys
     target = tmp_path / "out"
     target.mkdir()
     assert run(model=folder, target=target) == 0
-    assert run(model=folder, target=target, infer_dtype="bfloat16", export_size=1e-4) == 0  # replaces the first
+    assert (
+        run(model=folder, target=target, infer_dtype="bfloat16", export_size=1e-4) == 0
+    )  # replaces the first
     assert not (target / "model.safetensors").exists()
     full = tmp_path / "full"
     full.mkdir()
@@ -298,7 +306,11 @@ def test_a_full_disk_leaves_the_earlier_export_and_no_rest(untied, tmp_path):
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)),
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
-    assert "could not be written" in done.stderr and "GB are free" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        "could not be written" in done.stderr
+        and "GB are free" in done.stderr
+        and "Traceback" not in done.stderr
+    )
     assert {path.name: path.read_bytes() for path in target.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -363,7 +375,10 @@ def test_the_model_is_never_held_as_a_whole(untied, tmp_path):
         paths = f"model_name_or_path={model} adapter_name_or_path={tmp_path / adapter} export_dir={tmp_path / target}"
         return f"{paths} export_size={shard_gigabytes}"
 
-    small_export, large_export = words(folder, "small-adapter", "small"), words(tmp_path / "base", "adapter", "out")
+    small_export, large_export = (
+        words(folder, "small-adapter", "small"),
+        words(tmp_path / "base", "adapter", "out"),
+    )
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, small_export, large_export],
         cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
@@ -398,7 +413,9 @@ def test_the_folder_is_uploaded_to_a_private_repository(untied, tmp_path):
     assert export.push(tmp_path / "out", "me/model", None, hub) == "https://hub.example/me/model"
     assert hub.calls[0] == ("create_repo", "me/model", {"private": True, "exist_ok": True})
     assert hub.calls[1] == ("upload_folder", "me/model", sorted(os.listdir(tmp_path / "out")))
-    with pytest.raises(ValueError, match="me/model could not be uploaded .OSError: no network.; the model is complete"):
+    with pytest.raises(
+        ValueError, match="me/model could not be uploaded .OSError: no network.; the model is complete"
+    ):
         export.push(tmp_path / "out", "me/model", "t", StubHub(OSError("no network")))
 
 

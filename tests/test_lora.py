@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 import lora
-from architectures import config_from_hf
+from architectures.config import config_from_hf
+from kernels.recompute import Plan
 from lora import LoraLinear, LoraOptions
 from model import Decoder, initialize_weights
 from quant import QuantLinear
-from recompute import Plan
 
 KINDS = [
     {},

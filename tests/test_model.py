@@ -6,8 +6,8 @@ import pytest
 import torch
 import transformers
 
-from architectures import config_from_hf, scale_rope
-from checkpoint import load_model, save_model
+from architectures.config import config_from_hf, scale_rope
+from checkpoints.huggingface import load_model, save_model
 from model import Decoder, KVCache
 
 SIZES = {
@@ -36,7 +36,10 @@ CASES = {
     "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
     "llama-gelu": ("Llama", {"hidden_act": "gelu_pytorch_tanh"}),
     "llama-theta": ("Llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}),
-    "llama-linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 10000.0}}),
+    "llama-linear": (
+        "Llama",
+        {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 10000.0}},
+    ),
     "llama-dynamic": (
         "Llama",
         {
@@ -46,11 +49,17 @@ CASES = {
     ),
     "llama-llama3": ("Llama", {"rope_parameters": LLAMA3}),
     "llama-yarn": ("Llama", {"rope_parameters": YARN}),
-    "llama-yarn-attention": ("Llama", {"rope_parameters": {**YARN, "attention_factor": 1.3, "beta_fast": 20.0}}),
+    "llama-yarn-attention": (
+        "Llama",
+        {"rope_parameters": {**YARN, "attention_factor": 1.3, "beta_fast": 20.0}},
+    ),
     "mistral-window": ("Mistral", {"sliding_window": 5}),
     "mistral-no-window": ("Mistral", {"sliding_window": None, "head_dim": 20}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
-    "qwen2-window-upper-layers": ("Qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
+    "qwen2-window-upper-layers": (
+        "Qwen2",
+        {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+    ),
     "qwen3": ("Qwen3", {"head_dim": 14}),
     "qwen3-bias-window": (
         "Qwen3",
@@ -120,7 +129,9 @@ def test_packed_row_equals_its_segments_with_every_gradient(pair):
         ours.zero_grad()
         value = run()
         value.backward()
-        return value.item(), {name: p.grad.clone() for name, p in ours.named_parameters() if p.grad is not None}
+        return value.item(), {
+            name: p.grad.clone() for name, p in ours.named_parameters() if p.grad is not None
+        }
 
     def separate():
         total = 0
@@ -161,14 +172,18 @@ def test_decoding_with_a_cache_equals_the_whole_text(pair):
         for i, text in enumerate(full):
             n = len(text)
             alone = ours(text, torch.arange(n).int(), torch.tensor([0, n], dtype=torch.int32), n)
-            torch.testing.assert_close(torch.cat(got[i]), alone, atol=1e-5 * alone.abs().max().item(), rtol=2e-5)
+            torch.testing.assert_close(
+                torch.cat(got[i]), alone, atol=1e-5 * alone.abs().max().item(), rtol=2e-5
+            )
 
 
 @pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn", "llama3"])
 def test_rope_scaling_option_loads_in_transformers_with_equal_logits(kind, tmp_path):
     theirs = oracle("llama")
     theirs.save_pretrained(tmp_path / "base")
-    ours = load_model(tmp_path / "base", rope_scaling=kind, cutoff_len=150)  # 64 trained positions -> factor 3
+    ours = load_model(
+        tmp_path / "base", rope_scaling=kind, cutoff_len=150
+    )  # 64 trained positions -> factor 3
     assert ours.config.rope.factor == 3.0
     save_model(ours, tmp_path / "scaled", source_folder=tmp_path / "base")
     scaled = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "scaled")
@@ -192,7 +207,9 @@ class NoNorm(torch.nn.Identity):
 
 
 def test_neftune_noise_is_bounded_by_segment_length_and_off_in_eval():
-    config = dataclasses.replace(config_from_hf(oracle("llama").config.to_dict()), num_layers=0, sliding_windows=())
+    config = dataclasses.replace(
+        config_from_hf(oracle("llama").config.to_dict()), num_layers=0, sliding_windows=()
+    )
     model = Decoder(config)
     model.norm = NoNorm()
     model.embedding_noise = 5.0

@@ -13,7 +13,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 from test_model import oracle, row_of
 
-from adapter_files import (
+from architectures.config import to_hf_name
+from checkpoints.huggingface import load_model
+from checkpoints.peft import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     adapter_parameters,
@@ -22,12 +24,10 @@ from adapter_files import (
     prepare_adapters,
     save_adapter,
 )
-from architectures import to_hf_name
-from batches import Example, collate
-from checkpoint import load_model
 from lora import LoraOptions, lora_layers, prepare_trainable
-from objectives import TokenLoss
-from optim import OptimOptions, clip_gradients, make_optimizer, schedule, set_learning_rate
+from pipeline.batch import Example, collate
+from stages.stage import TokenLoss
+from training.optim import OptimOptions, clip_gradients, make_optimizer, schedule, set_learning_rate
 
 SMOLLM2 = Path(__file__).resolve().parent.parent / "models" / "SmolLM2-135M-Instruct"
 EVERY_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -81,7 +81,9 @@ def shake(model):
 def logits_of(model, length=23):
     """(T, V) of one random text, from our model or from one of transformers."""
     tokens, *row = row_of([length])
-    return model.logits(model(tokens, *row)) if hasattr(model, "embed_tokens") else model(tokens[None]).logits[0]
+    return (
+        model.logits(model(tokens, *row)) if hasattr(model, "embed_tokens") else model(tokens[None]).logits[0]
+    )
 
 
 def assert_close(ours, theirs, tolerance=1e-5):
@@ -96,12 +98,21 @@ THEIRS = {
     "all-linear": {"target_modules": "all-linear", "init_lora_weights": "gaussian"},
     "regex": {"target_modules": r".*layers\.[02]\.(self_attn\.[qv]|mlp\.up)_proj"},
     "full names": {"target_modules": ["model.layers.1.self_attn.q_proj", "layers.0.mlp.down_proj"]},
-    "some layers": {"target_modules": ["q_proj", "gate_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+    "some layers": {
+        "target_modules": ["q_proj", "gate_proj"],
+        "layers_to_transform": [1],
+        "layers_pattern": "layers",
+    },
     "all but": {"target_modules": EVERY_LINEAR, "exclude_modules": ["k_proj"]},
     "patterns": {
         "target_modules": EVERY_LINEAR,
         "rank_pattern": {"q_proj": 7, r"layers\.1\.mlp\..*": 2, "^model.layers.2.mlp.down_proj": 3},
-        "alpha_pattern": {"layers.0.self_attn.q_proj": 11, r".*\.o_proj": 1, "up_proj": 24, "layers.1.mlp.up_proj": 3},
+        "alpha_pattern": {
+            "layers.0.self_attn.q_proj": 11,
+            r".*\.o_proj": 1,
+            "up_proj": 24,
+            "layers.1.mlp.up_proj": 3,
+        },
         "use_rslora": True,
     },
     "modules to save": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head", "norm"]},
@@ -186,7 +197,9 @@ def test_ranks_and_alphas_that_differ_are_written_as_patterns(bases, tmp_path):
 
 def test_a_tied_embedding_trains_with_its_head_in_both(bases, tmp_path):
     ours = load_model(bases("qwen2"))
-    prepare_trainable(ours, LoraOptions(additional_target=("embed_tokens",)), torch.Generator().manual_seed(3))
+    prepare_trainable(
+        ours, LoraOptions(additional_target=("embed_tokens",)), torch.Generator().manual_seed(3)
+    )
     shake(ours)
     save_adapter(ours, tmp_path / "ours", str(bases("qwen2")))
     _assert_peft_agrees(ours, tmp_path / "ours", bases("qwen2"))
@@ -213,7 +226,9 @@ def test_an_adapter_that_parts_a_tied_head_from_the_embedding_is_refused(bases, 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         theirs.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"{message}.*this model's head is tied.*merge that adapter with peft"):
+    with pytest.raises(
+        ValueError, match=f"{message}.*this model's head is tied.*merge that adapter with peft"
+    ):
         load_adapter(load_model(bases("qwen2")), tmp_path)
 
 
@@ -221,7 +236,9 @@ def test_several_adapters_are_merged_in_order(bases, tmp_path):
     first = their_adapter(bases("qwen3"), target_modules=EVERY_LINEAR, use_dora=True)
     first.save_pretrained(tmp_path / "first")
     first.merge_and_unload().save_pretrained(tmp_path / "merged")
-    second = their_adapter(tmp_path / "merged", target_modules=["q_proj", "up_proj"], modules_to_save=["lm_head"])
+    second = their_adapter(
+        tmp_path / "merged", target_modules=["q_proj", "up_proj"], modules_to_save=["lm_head"]
+    )
     second.save_pretrained(tmp_path / "second")
     folders, expected = [tmp_path / "first", tmp_path / "second"], logits_of(second)
     model = load_model(bases("qwen3"))
@@ -230,7 +247,10 @@ def test_several_adapters_are_merged_in_order(bases, tmp_path):
     model = load_model(bases("qwen3"))
     prepare_adapters(model, folders, LoraOptions(lora_dropout=0.1))
     assert_close(logits_of(model), expected)
-    assert {name.rpartition(".")[2] for name in lora_layers(model)} == {"q_proj", "up_proj"}  # the last one trains on
+    assert {name.rpartition(".")[2] for name in lora_layers(model)} == {
+        "q_proj",
+        "up_proj",
+    }  # the last one trains on
     assert model.lm_head.weight.requires_grad and not model.embed_tokens.weight.requires_grad
     assert {layer.dropout_probability for layer in lora_layers(model).values()} == {0.1}
     model = load_model(bases("qwen3"))
@@ -274,7 +294,9 @@ def test_modules_trained_in_full_keep_their_precision_over_a_bf16_base(bases, tm
 @pytest.fixture
 def adapter(bases, tmp_path):
     """A folder with a peft adapter for llama-biases that a test may damage."""
-    theirs = their_adapter(bases("llama-biases"), target_modules=["q_proj", "up_proj"], modules_to_save=["norm"])
+    theirs = their_adapter(
+        bases("llama-biases"), target_modules=["q_proj", "up_proj"], modules_to_save=["norm"]
+    )
     theirs.save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
 
@@ -322,17 +344,31 @@ Q_A = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
         (_configure(init_lora_weights="pissa_niter_4"), "init_lora_weights='pissa_niter_4'.*changed base"),
         (_configure(init_lora_weights="olora"), "init_lora_weights='olora'"),
         (_configure(use_dora=True), "up_proj lacks magnitude, so the file is incomplete"),
-        (_configure(r=5), r"up_proj.lora_A has shape \(.*4.*\), this model and adapter_config.json ask for \(.*5.*\)"),
-        (_configure(lora_alpha="high"), "lora_alpha of layers.0.mlp.up_proj is 'high', expected a number above 0"),
+        (
+            _configure(r=5),
+            r"up_proj.lora_A has shape \(.*4.*\), this model and adapter_config.json ask for \(.*5.*\)",
+        ),
+        (
+            _configure(lora_alpha="high"),
+            "lora_alpha of layers.0.mlp.up_proj is 'high', expected a number above 0",
+        ),
         (_configure(rank_pattern={"q_(proj": 4}), r"rank_pattern: 'q_\(proj' is no pattern"),
         (_configure(modules_to_save=["norm", "lm_head"]), "lists lm_head in modules_to_save.*no tensor"),
         (_edit(lambda t: t.pop(Q_A)), "layers.1.self_attn.q_proj lacks lora_A"),
         (_edit(lambda t: t.update({Q_A: torch.zeros(0)})), r"q_proj.lora_A has shape \(0,\)"),
         (_edit(lambda t: t.clear()), "holds no tensor"),
-        (_edit(lambda t: t.update({"transformer.h.0.lora_A.weight": t[Q_A]})), "does not start with base_model.model."),
-        (_edit(lambda t: t.update({Q_A.replace("lora_A.weight", "lora_embedding_A"): t[Q_A]})), "not supported"),
         (
-            _edit(lambda t: t.update({Q_A.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(60)})),
+            _edit(lambda t: t.update({"transformer.h.0.lora_A.weight": t[Q_A]})),
+            "does not start with base_model.model.",
+        ),
+        (
+            _edit(lambda t: t.update({Q_A.replace("lora_A.weight", "lora_embedding_A"): t[Q_A]})),
+            "not supported",
+        ),
+        (
+            _edit(
+                lambda t: t.update({Q_A.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(60)})
+            ),
             "q_proj.magnitude does not belong to an adapter of this kind",
         ),
         (
@@ -391,7 +427,9 @@ def examples(vocabulary, lengths=((5, 9), (3, 1), (11, 20), (1, 2)), seed=0):
 def padded(rows):
     """The same as transformers' collators make it: padded on the right, prompts masked."""
     longest = max(len(row) for row in rows)
-    batch = {key: torch.zeros(len(rows), longest, dtype=torch.int64) for key in ("input_ids", "attention_mask")}
+    batch = {
+        key: torch.zeros(len(rows), longest, dtype=torch.int64) for key in ("input_ids", "attention_mask")
+    }
     batch["labels"] = torch.full((len(rows), longest), -100)
     for i, row in enumerate(rows):
         tokens = torch.from_numpy(row.tokens).long()
@@ -404,7 +442,9 @@ def padded(rows):
 def trained_parameters(ours, theirs):
     """[(our parameter, theirs)] of everything that trains; every one has its partner."""
     partners = {
-        name.replace(".default", "").replace(".modules_to_save", "").replace("vector.weight", "vector"): parameter
+        name.replace(".default", "")
+        .replace(".modules_to_save", "")
+        .replace("vector.weight", "vector"): parameter
         for name, parameter in theirs.named_parameters()
         if parameter.requires_grad
     }
@@ -467,7 +507,9 @@ def test_half_precision_is_as_accurate_as_theirs(bases, dtype):
     """Both against fp32; the last digits differ, the size of the error must not."""
     exact = logits_of(load_model(bases("qwen3")), 40)
     ours = logits_of(load_model(bases("qwen3"), dtype=dtype), 40).float()
-    theirs = logits_of(transformers.AutoModelForCausalLM.from_pretrained(bases("qwen3"), dtype=dtype), 40).float()
+    theirs = logits_of(
+        transformers.AutoModelForCausalLM.from_pretrained(bases("qwen3"), dtype=dtype), 40
+    ).float()
     our_error, their_error = ((x - exact).square().mean().sqrt().item() for x in (ours, theirs))
     assert 0 < our_error < 1.5 * their_error
     assert our_error < (0.03 if dtype is torch.bfloat16 else 0.004) * exact.abs().mean().item()
@@ -476,7 +518,9 @@ def test_half_precision_is_as_accurate_as_theirs(bases, dtype):
 # The real model
 
 
-@pytest.mark.skipif(not SMOLLM2.exists(), reason="models/SmolLM2-135M-Instruct is not there; make test puts it there")
+@pytest.mark.skipif(
+    not SMOLLM2.exists(), reason="models/SmolLM2-135M-Instruct is not there; make test puts it there"
+)
 @pytest.mark.parametrize("kind", ["lora", "dora", "full"])
 def test_ten_steps_on_smollm2_follow_transformers_and_peft(tmp_path, kind):
     """Same rows, same initial adapters, AdamW with decay, clipping, warm-up and linear decline."""

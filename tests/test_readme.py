@@ -20,7 +20,9 @@ SHORTER = {
     "export.py": ["export_sample_tokens=48"],
 }
 
-needs_model = pytest.mark.skipif(not MODEL.is_dir(), reason="the demonstration model is not here; make test fetches it")
+needs_model = pytest.mark.skipif(
+    not MODEL.is_dir(), reason="the demonstration model is not here; make test fetches it"
+)
 
 
 def blocks(language: str) -> list[str]:
@@ -52,7 +54,11 @@ def test_every_command_of_the_readme_runs_in_order(workplace):
         more = SHORTER.get(words[1], []) if "export_sample_text" in line or words[1] != "export.py" else []
         environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(workplace / "cache")}
         done = subprocess.run(
-            [sys.executable, *words[1:], *more], cwd=workplace, env=environment, capture_output=True, text=True
+            [sys.executable, *words[1:], *more],
+            cwd=workplace,
+            env=environment,
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 

@@ -9,8 +9,8 @@ import pytest
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_tokenizers import KINDS, make_tokenizer
 
-from jinja_template import split_thought, tool_calls
 from templates import (
     TEMPLATES,
     JinjaTemplate,
@@ -23,8 +23,8 @@ from templates import (
     get_template,
     question_tokens,
 )
-from tests.tiny_tokenizers import KINDS, make_tokenizer
-from tokenizer import Tokenizer
+from text.jinja_template import split_thought, tool_calls
+from text.tokenizer import Tokenizer
 
 FIXTURES = Path(__file__).parent / "fixtures" / "templates"
 SAME_AS = {
@@ -138,9 +138,15 @@ def test_a_question_behind_an_answer_is_what_the_published_jinja_writes_there(pa
     source = fixture(SAME_AS[name])
     talk, answer = [USER, ANSWER, Message("user", "Was it good?")], ANSWER.content
     whole = theirs.apply_chat_template(
-        dicts(talk), chat_template=source, add_generation_prompt=True, tokenize=False, enable_thinking=thinking
+        dicts(talk),
+        chat_template=source,
+        add_generation_prompt=True,
+        tokenize=False,
+        enable_thinking=thinking,
     )
-    end = "".join(answers_of(render(TEMPLATES[name], talk[:2], ours, enable_thinking=thinking))).rpartition(answer)[2]
+    end = "".join(answers_of(render(TEMPLATES[name], talk[:2], ours, enable_thinking=thinking))).rpartition(
+        answer
+    )[2]
     expected = whole.partition(answer)[2].removeprefix(end)
     for template in (TEMPLATES[name], get_template(None, source)):
         tokens = question_tokens(ours, template, "Was it good?", thinking)

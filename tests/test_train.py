@@ -13,14 +13,12 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import CONFIG, ROOT, assert_same_weights, make_rows, tiny_runs
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import build
-import config as configuration
-import memory
-import prefetch
-import runs
 import train
-from checkpoint import load_model
-from tokenizer import Tokenizer
+from checkpoints.huggingface import load_model
+from options import config as configuration
+from pipeline import prefetch
+from text.tokenizer import Tokenizer
+from training import memory, run_folder, setup
 
 
 @pytest.fixture(scope="module")
@@ -96,14 +94,22 @@ def test_every_precision_learns(tiny, out, precision, method):
 def test_fp16_skips_overflowing_updates_and_lowers_the_scale(tiny, out, monkeypatch):
     # a loss so steep that 2^16 times its gradient leaves fp16's range: 65504
     steep = tiny.make_model("steep", seed=2, initializer_range=1.5)
-    assert tiny.train(out, model_name_or_path=steep, fp16=True, finetuning_type="full", num_train_epochs=4) == 0
+    assert (
+        tiny.train(out, model_name_or_path=steep, fp16=True, finetuning_type="full", num_train_epochs=4) == 0
+    )
     scales = list(tiny.losses(out, "loss_scale").values())
     assert scales[0] <= 2**15 and scales[-1] >= 1  # the very first update was skipped
     assert all(math.isfinite(loss) for loss in tiny.losses(out).values())
 
 
 def test_neftune_changes_training_and_not_evaluation(tiny, out):
-    keys = {"val_size": 4, "evaluation_strategy": "steps", "eval_steps": 1, "learning_rate": 0, "max_steps": 2}
+    keys = {
+        "val_size": 4,
+        "evaluation_strategy": "steps",
+        "eval_steps": 1,
+        "learning_rate": 0,
+        "max_steps": 2,
+    }
     assert tiny.train(out, **keys) == 0
     plain = tiny.losses(out), tiny.losses(out, "eval_loss")
     assert tiny.train(out, overwrite_output_dir=True, neftune_noise_alpha=5, **keys) == 0
@@ -123,7 +129,9 @@ class HostReads(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), keys=None):
         name = function.overloadpacket.__name__
-        masks = [index for index in arguments[1] if index is not None] if name in ("index", "index_put_") else ()
+        masks = (
+            [index for index in arguments[1] if index is not None] if name in ("index", "index_put_") else ()
+        )
         by_mask = any(index.dtype in (torch.bool, torch.uint8) for index in masks)
         # a number that takes a tensor's place in `where` is copied to the device
         by_copy = name == "where" and any(torch.is_tensor(part) and part.dim() == 0 for part in arguments[1:])
@@ -176,7 +184,9 @@ def test_what_makes_the_host_wait_is_seen():
     assert not reads.seen
 
 
-@pytest.mark.parametrize("keys", [{"gradient_accumulation_steps": 3}, {"streaming": True, "max_steps": 6}], ids=str)
+@pytest.mark.parametrize(
+    "keys", [{"gradient_accumulation_steps": 3}, {"streaming": True, "max_steps": 6}], ids=str
+)
 def test_a_thread_that_prepares_batches_changes_no_bit(tiny, out, monkeypatch, keys):
     """As on a GPU, where it does; there is no such thread left when the run is over."""
     assert tiny.train(out, **keys) == 0
@@ -240,7 +250,12 @@ def test_too_little_memory_recomputes_and_changes_no_bit(tiny, out, capsys, monk
 def test_compiled_blocks_train_the_same(tiny, out):
     """With a backend that needs no compiler: graphs are taken, then run as they are. (Of LoRA that takes a minute.)"""
     one_block = tiny.make_model("one", seed=1, num_hidden_layers=1)
-    keys = {"model_name_or_path": one_block, "finetuning_type": "full", "max_steps": 2, "overwrite_output_dir": True}
+    keys = {
+        "model_name_or_path": one_block,
+        "finetuning_type": "full",
+        "max_steps": 2,
+        "overwrite_output_dir": True,
+    }
     assert tiny.train(out, **keys) == 0
     losses, weights = tiny.losses(out), tiny.weights(out)
     compiled = {"torch_compile": True, "torch_compile_backend": "eager", "gradient_checkpointing": True}
@@ -251,7 +266,13 @@ def test_compiled_blocks_train_the_same(tiny, out):
 
 def test_loss_and_weights_equal_plain_torch(tiny, out):
     """One SGD update of all weights on one batch, against cross entropy and autograd written out."""
-    keys = {"finetuning_type": "full", "optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0, "max_steps": 1}
+    keys = {
+        "finetuning_type": "full",
+        "optim": "sgd",
+        "learning_rate": 0.5,
+        "max_grad_norm": 0,
+        "max_steps": 1,
+    }
     rows = tiny.folder / "one.json"
     rows.write_text(json.dumps(make_rows(3, seed=5)))
     assert tiny.train(out, dataset=rows, lr_scheduler_type="constant", **keys) == 0
@@ -261,9 +282,13 @@ def test_loss_and_weights_equal_plain_torch(tiny, out):
         prompt = f"<|im_start|>user\n{row['instruction']}<|im_end|>\n<|im_start|>assistant\n"
         start, ids = len(tokenizer.encode(prompt)), tokenizer.encode(prompt + row["output"] + "<|im_end|>")
         tokens = torch.tensor(ids)
-        hidden = model(tokens, torch.arange(len(ids)), torch.tensor([0, len(ids)], dtype=torch.int32), len(ids))
+        hidden = model(
+            tokens, torch.arange(len(ids)), torch.tensor([0, len(ids)], dtype=torch.int32), len(ids)
+        )
         logits = hidden @ model.head_weight().T
-        total = total + torch.nn.functional.cross_entropy(logits[start - 1 : -1], tokens[start:], reduction="sum")
+        total = total + torch.nn.functional.cross_entropy(
+            logits[start - 1 : -1], tokens[start:], reduction="sum"
+        )
         count += len(ids) - start
     (total / count).backward()
     assert tiny.losses(out)[1] == pytest.approx((total / count).item(), abs=1e-5)
@@ -324,19 +349,25 @@ def test_evaluation_equals_the_loss_of_the_saved_model(tiny, out):
     logged = tiny.losses(out, "eval_loss")
     assert list(logged) == [5, 10] and tiny.checkpoints(out) == [5, 10]
     results = tiny.results(out)
-    assert results["eval_loss"] == logged[10] and results["eval_perplexity"] == pytest.approx(math.exp(logged[10]))
-    before = (out / runs.RUN_CONFIG).read_text()
+    assert results["eval_loss"] == logged[10] and results["eval_perplexity"] == pytest.approx(
+        math.exp(logged[10])
+    )
+    before = (out / run_folder.RUN_CONFIG).read_text()
     for batch in (1, 2, 5):  # do_eval alone, from the checkpoint's adapter
         adapter = {"adapter_name_or_path": out / "checkpoint-5", "per_device_eval_batch_size": batch}
         assert tiny.train(out, dataset=None, do_eval=True, eval_dataset=few, **adapter) == 0
         assert tiny.results(out)["eval_loss"] == pytest.approx(logged[5], abs=1e-5)
-    assert (out / runs.RUN_CONFIG).read_text() == before and tiny.checkpoints(out) == [5, 10]
+    assert (out / run_folder.RUN_CONFIG).read_text() == before and tiny.checkpoints(out) == [5, 10]
 
 
 def test_several_evaluation_sets_are_measured_apart(tiny, out):
     more = tiny.folder / "more.json"
     more.write_text(json.dumps(make_rows(7, seed=11)))
-    keys = {"eval_dataset": f"{tiny.folder / 'few.json'},{more}", "evaluation_strategy": "steps", "eval_steps": 4}
+    keys = {
+        "eval_dataset": f"{tiny.folder / 'few.json'},{more}",
+        "evaluation_strategy": "steps",
+        "eval_steps": 4,
+    }
     assert tiny.train(out, **keys) == 0
     (entry, *_) = [entry for entry in tiny.log(out) if "eval_loss" in entry]
     losses = [value for name, value in entry.items() if name.endswith("_loss") and name != "eval_loss"]
@@ -346,7 +377,13 @@ def test_several_evaluation_sets_are_measured_apart(tiny, out):
 def test_the_best_checkpoint_is_kept_and_loaded(tiny, out, capsys):
     # the highest loss is called best here, so that it is an early one
     keys = {"greater_is_better": True, "max_steps": 12}
-    keys |= {"val_size": 4, "evaluation_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    keys |= {
+        "val_size": 4,
+        "evaluation_strategy": "steps",
+        "eval_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
     assert tiny.train(out, load_best_model_at_end=True, save_total_limit=2, **keys) == 0
     evaluations = tiny.losses(out, "eval_loss")
     best = max(evaluations, key=evaluations.get)
@@ -354,12 +391,20 @@ def test_the_best_checkpoint_is_kept_and_loaded(tiny, out, capsys):
     assert tiny.checkpoints(out) == [best, 12]
     assert_same_weights(tiny.weights(out), tiny.weights(out / f"checkpoint-{best}"))
     state = json.loads((out / "trainer_state.json").read_text())
-    assert state["best_metric"] == evaluations[best] and state["best_model_checkpoint"].endswith(f"checkpoint-{best}")
+    assert state["best_metric"] == evaluations[best] and state["best_model_checkpoint"].endswith(
+        f"checkpoint-{best}"
+    )
     assert f"checkpoint-{best}, eval_loss" in capsys.readouterr().out
 
 
 def test_early_stopping(tiny, out, capsys):
-    keys = {"val_size": 4, "evaluation_strategy": "steps", "eval_steps": 1, "learning_rate": 0, "logging_steps": 4}
+    keys = {
+        "val_size": 4,
+        "evaluation_strategy": "steps",
+        "eval_steps": 1,
+        "learning_rate": 0,
+        "logging_steps": 4,
+    }
     keys |= {"early_stopping_steps": 3, "num_train_epochs": 5}
     assert tiny.train(out, save_strategy="steps", save_steps=100, **keys) == 0
     assert "early stop: no gain in 3 evaluations" in capsys.readouterr().out
@@ -370,7 +415,13 @@ def test_early_stopping(tiny, out, capsys):
 
 
 def test_greater_is_better_and_unknown_metrics(tiny, out, capsys):
-    keys = {"val_size": 4, "evaluation_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    keys = {
+        "val_size": 4,
+        "evaluation_strategy": "steps",
+        "eval_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
     keys |= {"max_steps": 3, "load_best_model_at_end": True}
     assert tiny.train(out, metric_for_best_model="perplexity", greater_is_better=True, **keys) == 0
     state = json.loads((out / "trainer_state.json").read_text())
@@ -385,7 +436,9 @@ def test_save_total_limit_and_the_checkpoint_at_the_end(tiny, out):
     assert tiny.checkpoints(out) == [9, 10]
     files = {path.name for path in (out / "checkpoint-10").iterdir()}
     wanted = {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "trainer_state.json"}
-    assert wanted | {"training_state.pt", "rank_state_0.pt", "run_config.yaml", "chat_template.jinja"} <= files
+    assert (
+        wanted | {"training_state.pt", "rank_state_0.pt", "run_config.yaml", "chat_template.jinja"} <= files
+    )
     assert_same_weights(tiny.weights(out), tiny.weights(out / "checkpoint-10"))
 
 
@@ -408,7 +461,12 @@ def test_adapters_chain_and_continue(tiny, tmp_path):
 def test_train_from_scratch_needs_no_weights(tiny, out):
     bare = tiny.make_model("bare", seed=1)
     (bare / "model.safetensors").unlink()
-    keys = {"finetuning_type": "full", "model_name_or_path": bare, "learning_rate": 3e-3, "num_train_epochs": 3}
+    keys = {
+        "finetuning_type": "full",
+        "model_name_or_path": bare,
+        "learning_rate": 3e-3,
+        "num_train_epochs": 3,
+    }
     assert tiny.train(out, **keys) == 2
     assert tiny.train(out, train_from_scratch=True, **keys) == 0
     losses = tiny.losses(out)
@@ -438,7 +496,9 @@ def test_logs_and_results(tiny, out, capsys):
     wanted = "current_steps total_steps loss learning_rate epoch percentage elapsed_time remaining_time"
     for entry in log:
         assert set(wanted.split()) | {"tokens_per_second", "peak_memory", "grad_norm"} == entry.keys()
-        assert entry["total_steps"] == 8 and entry["tokens_per_second"] > 0 and 0.1 < entry["peak_memory"] < 20
+        assert (
+            entry["total_steps"] == 8 and entry["tokens_per_second"] > 0 and 0.1 < entry["peak_memory"] < 20
+        )
     assert log[1]["percentage"] == 37.5 and log[-1]["epoch"] == 2 and log[-1]["remaining_time"] == "0:00:00"
     state = json.loads((out / "trainer_state.json").read_text())
     assert state["global_step"] == state["max_steps"] == 8 and len(state["log_history"]) == 6
@@ -451,7 +511,13 @@ def test_logs_and_results(tiny, out, capsys):
     assert json.loads((out / "train_results.json").read_text()).keys() <= results.keys()
     assert (out / "training_loss.png").read_bytes().startswith(b"\x89PNG")
     text = capsys.readouterr().out
-    assert "step 3/8  loss" in text and "tok/s" in text and "left" in text and "{+" in text and "trainable" in text
+    assert (
+        "step 3/8  loss" in text
+        and "tok/s" in text
+        and "left" in text
+        and "{+" in text
+        and "trainable" in text
+    )
 
 
 def test_tokens_are_counted_once(tiny, out):
@@ -467,10 +533,12 @@ def test_the_saved_configuration_reloads_to_the_same_values_and_run(tiny, out, t
     first = configuration.load(
         tiny.words(out, lora_dropout=0.1), train.SECTIONS, program="train.py", description=""
     )
-    again = configuration.load([str(out / runs.RUN_CONFIG)], train.SECTIONS, program="train.py", description="")
+    again = configuration.load(
+        [str(out / run_folder.RUN_CONFIG)], train.SECTIONS, program="train.py", description=""
+    )
     assert first.values == again.values
-    assert yaml.safe_load((out / runs.RUN_CONFIG).read_text())["lora_dropout"] == 0.1
-    assert train.main([str(out / runs.RUN_CONFIG), f"output_dir={tmp_path / 'again'}"]) == 0
+    assert yaml.safe_load((out / run_folder.RUN_CONFIG).read_text())["lora_dropout"] == 0.1
+    assert train.main([str(out / run_folder.RUN_CONFIG), f"output_dir={tmp_path / 'again'}"]) == 0
     assert_same_weights(tiny.weights(out), tiny.weights(tmp_path / "again"))
 
 
@@ -481,7 +549,11 @@ def refused(tiny, out, capsys, **keys) -> str:
     """The message of a run that must not start training; status 2, no traceback, nothing saved."""
     assert tiny.train(out, **keys) == 2
     text = capsys.readouterr().err
-    assert "Traceback" not in text and not (out / "trainer_log.jsonl").exists() and not runs.list_checkpoints(out)
+    assert (
+        "Traceback" not in text
+        and not (out / "trainer_log.jsonl").exists()
+        and not run_folder.list_checkpoints(out)
+    )
     return text
 
 
@@ -492,13 +564,21 @@ def test_a_poisoned_weight_stops_with_the_step_and_the_rows(tiny, out, capsys):
     save_file(weights, poisoned / "model.safetensors", metadata={"format": "pt"})
     assert tiny.train(out, model_name_or_path=poisoned, save_strategy="steps", save_steps=1) == 1
     error = capsys.readouterr().err
-    assert "not a finite number at step 1" in error and "rows.json row" in error and "Nothing was saved" in error
+    assert (
+        "not a finite number at step 1" in error and "rows.json row" in error and "Nothing was saved" in error
+    )
     assert not tiny.checkpoints(out) and not (out / "adapter_model.safetensors").exists()
 
 
 @pytest.mark.parametrize("keys", [{}, {"finetuning_type": "full"}, {"bf16": True}, {"fp16": True}], ids=str)
 def test_a_divergence_is_found_at_its_step_although_nothing_is_logged(tiny, out, capsys, keys):
-    keys = {"learning_rate": 1e30, "lr_scheduler_type": "constant", "max_grad_norm": 0, "logging_steps": 100, **keys}
+    keys = {
+        "learning_rate": 1e30,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0,
+        "logging_steps": 100,
+        **keys,
+    }
     assert tiny.train(out, save_strategy="steps", save_steps=4, num_train_epochs=5, **keys) == 1
     error = capsys.readouterr().err
     assert "is not a finite number at step 2" in error and "learning_rate" in error
@@ -506,7 +586,13 @@ def test_a_divergence_is_found_at_its_step_although_nothing_is_logged(tiny, out,
 
 
 def test_an_evaluation_that_is_not_finite_stops_the_run(tiny, out, capsys):
-    keys = {"learning_rate": 1e30, "max_grad_norm": 0, "val_size": 4, "evaluation_strategy": "steps", "eval_steps": 1}
+    keys = {
+        "learning_rate": 1e30,
+        "max_grad_norm": 0,
+        "val_size": 4,
+        "evaluation_strategy": "steps",
+        "eval_steps": 1,
+    }
     assert tiny.train(out, max_steps=1, **keys) == 1
     assert "the evaluation's loss on validation is nan" in capsys.readouterr().err
 
@@ -565,11 +651,16 @@ def test_options_that_make_no_sense(tiny, out, capsys):
     assert "gradient_checkpointing" in refused(tiny, out, capsys, gradient_checkpointing="some")
     compiled = {"torch_compile": True, "gradient_checkpointing": "selective"}
     assert "of no use with torch_compile" in refused(tiny, out, capsys, **compiled)
-    assert "torch_compile_backend: best is unknown" in refused(tiny, out, capsys, torch_compile_backend="best")
+    assert "torch_compile_backend: best is unknown" in refused(
+        tiny, out, capsys, torch_compile_backend="best"
+    )
     assert "torch_compile_mode: best is not one of" in refused(tiny, out, capsys, torch_compile_mode="best")
     compiled = {"torch_compile_backend": "eager", "torch_compile_mode": "default"}
     assert "is for inductor, not for eager" in refused(tiny, out, capsys, **compiled)
-    compiled = {"torch_compile_backend": "eager", "gradient_checkpointing": "selective"}  # a backend alone turns it on
+    compiled = {
+        "torch_compile_backend": "eager",
+        "gradient_checkpointing": "selective",
+    }  # a backend alone turns it on
     assert "of no use with torch_compile" in refused(tiny, out, capsys, **compiled)
 
 
@@ -577,7 +668,7 @@ def test_an_interrupt_before_the_first_update(tiny, out, capsys, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(build, "build_model", interrupted)
+    monkeypatch.setattr(setup, "build_model", interrupted)
     assert tiny.train(out) == 130
     assert "nothing was trained" in capsys.readouterr().err
 
@@ -586,7 +677,7 @@ def test_a_disk_that_fills_during_a_save_is_no_traceback(tiny, out, capsys, monk
     def full(*arguments, **keys):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(build, "save_trained", full)
+    monkeypatch.setattr(setup, "save_trained", full)
     assert tiny.train(out, save_strategy="steps", save_steps=2) == 1
     error = capsys.readouterr().err
     assert f"output_dir: {out / 'checkpoint-2'} could not be written ([Errno 28] No space left" in error

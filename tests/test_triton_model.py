@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from tests.kernel_checks import DEVICE, relative_error
+from kernel_checks import DEVICE, relative_error
 
 triton = pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,9 +34,9 @@ CONFIGS = {
 SCRIPT = """
 import json, sys, torch
 import kernels
-from architectures import config_from_hf
+from architectures.config import config_from_hf
 from model import Decoder, initialize_weights
-from recompute import Plan
+from kernels.recompute import Plan
 
 configs, target, device = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3]
 lengths = [5, 1, 9]
@@ -120,7 +119,9 @@ def test_kernels_on_a_cpu_without_the_interpreter_fail_with_the_reason(script):
     done = run("triton", script=script, interpret=False)
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("ValueError: KERNELS=triton: Triton has no cpu backend; TRITON_INTERPRET=1 runs"), last
+    assert last.startswith(
+        "ValueError: KERNELS=triton: Triton has no cpu backend; TRITON_INTERPRET=1 runs"
+    ), last
     assert run("auto", script=script, interpret=False).returncode == 0
 
 

@@ -1,7 +1,7 @@
 """What tests of training share: a tiny random model, small data, and train.py called with keys.
 
-    with tiny_runs(folder) as tiny:                        # model, tokenizer and data, made once
-        status = tiny.train("out", learning_rate=1e-2)         # train.main in this process, output_dir=<folder>/out
+with tiny_runs(folder) as tiny:                        # model, tokenizer and data, made once
+    status = tiny.train("out", learning_rate=1e-2)         # train.main in this process, output_dir=<folder>/out
 """
 
 import json
@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from tiny_tokenizers import make_tokenizer
 
 import train
-from checkpoint import random_model, save_model
+from checkpoints.huggingface import random_model, save_model
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = {
@@ -93,15 +93,23 @@ class TinyRuns:
     def child(self, name: str, file_limit: int | None = None, **keys) -> "Child":
         """The same in a process of its own, output in <folder>/<name>.txt."""
         environment = {"XDG_CACHE_HOME": str(self.folder / "cache")}
-        return fork(train.main, (self.words(name, **keys),), self.folder / f"{name}.txt", environment, file_limit)
+        return fork(
+            train.main, (self.words(name, **keys),), self.folder / f"{name}.txt", environment, file_limit
+        )
 
     def weights(self, name: str) -> dict[str, torch.Tensor]:
         folder = self.folder / name
-        file = "adapter_model.safetensors" if (folder / "adapter_model.safetensors").exists() else "model.safetensors"
+        file = (
+            "adapter_model.safetensors"
+            if (folder / "adapter_model.safetensors").exists()
+            else "model.safetensors"
+        )
         return load_file(folder / file)
 
     def log(self, name: str) -> list[dict]:
-        return [json.loads(line) for line in (self.folder / name / "trainer_log.jsonl").read_text().splitlines()]
+        return [
+            json.loads(line) for line in (self.folder / name / "trainer_log.jsonl").read_text().splitlines()
+        ]
 
     def losses(self, name: str, key: str = "loss") -> dict[int, float]:
         return {entry["current_steps"]: entry[key] for entry in self.log(name) if key in entry}
@@ -138,7 +146,9 @@ def assert_same_weights(mine: dict, other: dict, tolerance: float = 0.0) -> None
 # Processes of their own, forked from one server that has imported train.py: 0.3 s each in place of 4 s
 
 
-def run_child(function, arguments: tuple, output: str, environment: dict[str, str], file_limit: int | None) -> None:
+def run_child(
+    function, arguments: tuple, output: str, environment: dict[str, str], file_limit: int | None
+) -> None:
     """In the child: stdout and stderr go to a file; what the function gives is the exit status."""
     os.environ.update(environment)
     handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -184,7 +194,9 @@ def fork(function, arguments: tuple, output: Path, environment: dict[str, str], 
     # the server has the cache folder of whichever test it was started in, so that of this test has to be said
     caches = {name: os.environ[name] for name in ("XDG_CACHE_HOME",) if name in os.environ}
     environment = caches | environment
-    process = context.Process(target=run_child, args=(function, arguments, str(output), environment, file_limit))
+    process = context.Process(
+        target=run_child, args=(function, arguments, str(output), environment, file_limit)
+    )
     process.start()
     del os.environ["PYTHONPATH"]
     return Child(process, output)

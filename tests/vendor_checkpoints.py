@@ -13,7 +13,13 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import TinyRuns
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-SIZES = {"hidden_size": 32, "intermediate_size": 96, "num_key_value_heads": 4, "head_dim": 8, "attention_bias": True}
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 96,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "attention_bias": True,
+}
 
 
 def words_of(values, bits: int) -> list[int]:
@@ -41,7 +47,9 @@ def scales_of(random, bits: int, *shape: int) -> np.ndarray:
     return (random.uniform(0.5, 1, shape) * 0.3 / 2**bits).astype(np.float16)
 
 
-def gptq_layer(random, outputs: int, inputs: int, bits: int = 4, group: int = 16, order: bool = False, first: int = 1):
+def gptq_layer(
+    random, outputs: int, inputs: int, bits: int = 4, group: int = 16, order: bool = False, first: int = 1
+):
     """first: what a file's zeros are less than the zeros; 1 is checkpoint_format gptq, 0 gptq_v2."""
     group_of = np.arange(inputs) // group
     if order:
@@ -59,7 +67,10 @@ def gptq_layer(random, outputs: int, inputs: int, bits: int = 4, group: int = 16
 
 def awq_layer(random, outputs: int, inputs: int, group: int = 16):
     group_of = np.arange(inputs) // group
-    codes, zeros = random.integers(0, 16, (inputs, outputs)), random.integers(0, 16, (inputs // group, outputs))
+    codes, zeros = (
+        random.integers(0, 16, (inputs, outputs)),
+        random.integers(0, 16, (inputs // group, outputs)),
+    )
     scales = scales_of(random, 4, *zeros.shape)
     tensors = {"qweight": awq_words(codes), "qzeros": awq_words(zeros), "scales": torch.from_numpy(scales)}
     return tensors, ((codes - zeros[group_of]).astype(np.float32) * scales.astype(np.float32)[group_of]).T
@@ -82,15 +93,27 @@ def aqlm_layer(random, outputs: int, inputs: int, books: int = 2, bits: int = 8)
 def hqq_layer(random, outputs: int, inputs: int, group: int = 16):
     """4 bits, axis 1."""
     codes = random.integers(0, 16, (outputs * inputs // group, group))
-    scales, zeros = scales_of(random, 4, len(codes), 1), random.uniform(0, 15, (len(codes), 1)).astype(np.float16)
+    scales, zeros = (
+        scales_of(random, 4, len(codes), 1),
+        random.uniform(0, 15, (len(codes), 1)).astype(np.float16),
+    )
     high, low = np.split(codes.astype(np.uint8), 2)
     tensors = {"W_q": high << 4 | low, "scale": scales, "zero": zeros}
     weight = (codes.astype(np.float32) - zeros) * scales
-    return {name: torch.from_numpy(tensor) for name, tensor in tensors.items()}, weight.reshape(outputs, inputs)
+    return {name: torch.from_numpy(tensor) for name, tensor in tensors.items()}, weight.reshape(
+        outputs, inputs
+    )
 
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": False, "sym": False}
-HQQ_WEIGHTS = {"nbits": 4, "group_size": 16, "axis": 1, "channel_wise": True, "optimize": True, "round_zero": True}
+HQQ_WEIGHTS = {
+    "nbits": 4,
+    "group_size": 16,
+    "axis": 1,
+    "channel_wise": True,
+    "optimize": True,
+    "round_zero": True,
+}
 AQLM = {"quant_method": "aqlm", "in_group_size": 8, "out_group_size": 1}
 FORMATS = {  # name: (what makes a layer, its settings, quantization_config)
     "gptq": (gptq_layer, {}, GPTQ),
@@ -98,9 +121,17 @@ FORMATS = {  # name: (what makes a layer, its settings, quantization_config)
     "gptq 3 bits": (gptq_layer, {"bits": 3, "first": 0}, GPTQ | {"bits": 3, "checkpoint_format": "gptq_v2"}),
     "gptq 2 bits": (gptq_layer, {"bits": 2}, GPTQ | {"bits": 2}),
     "gptq 8 bits": (gptq_layer, {"bits": 8, "group": 200}, GPTQ | {"bits": 8, "group_size": -1}),
-    "awq": (awq_layer, {}, {"quant_method": "awq", "bits": 4, "group_size": 16, "zero_point": True, "version": "gemm"}),
+    "awq": (
+        awq_layer,
+        {},
+        {"quant_method": "awq", "bits": 4, "group_size": 16, "zero_point": True, "version": "gemm"},
+    ),
     "aqlm 2x8": (aqlm_layer, {}, AQLM | {"num_codebooks": 2, "nbits_per_codebook": 8}),
-    "aqlm 1x12": (aqlm_layer, {"books": 1, "bits": 12}, AQLM | {"num_codebooks": 1, "nbits_per_codebook": 12}),
+    "aqlm 1x12": (
+        aqlm_layer,
+        {"books": 1, "bits": 12},
+        AQLM | {"num_codebooks": 1, "nbits_per_codebook": 12},
+    ),
     "hqq": (hqq_layer, {}, {"quant_method": "hqq", "quant_config": {"weight_quant_params": HQQ_WEIGHTS}}),
 }
 

@@ -6,8 +6,10 @@ Where the answer stands in a text ("#### 42", "\\boxed{42}", <answer>42</answer>
 and when two are the same (1,000 = 1000.0, 1/2 = 0.5) is written in answers.py.
 """
 
-from answers import same_answer
+from evaluation.answers import same_answer
 
 
 def exact_match(completions, answers):
-    return [float(answer is not None and same_answer(text, answer)) for text, answer in zip(completions, answers)]
+    return [
+        float(answer is not None and same_answer(text, answer)) for text, answer in zip(completions, answers)
+    ]

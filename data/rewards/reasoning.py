@@ -7,13 +7,17 @@ The form is that of DeepSeek-R1 (arXiv 2501.12948, table 1); an answer is compar
 
 import re
 
-from answers import same_answer
+from evaluation.answers import same_answer
 
-FORM = re.compile(r"\s*<think>(?:(?!</?think>).)+</think>\s*<answer>(?:(?!</?answer>).)+</answer>\s*", re.DOTALL)
+FORM = re.compile(
+    r"\s*<think>(?:(?!</?think>).)+</think>\s*<answer>(?:(?!</?answer>).)+</answer>\s*", re.DOTALL
+)
 
 
 def exact_match(completions, answers):
-    return [float(answer is not None and same_answer(text, answer)) for text, answer in zip(completions, answers)]
+    return [
+        float(answer is not None and same_answer(text, answer)) for text, answer in zip(completions, answers)
+    ]
 
 
 def right_form(completions):

@@ -8,10 +8,10 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-from architectures import config_from_hf
-from generate import Decoding, generate, new_cache
+from architectures.config import config_from_hf
+from generation.generate import Decoding, generate, new_cache
+from generation.sampling import GenerateOptions
 from model import Decoder, initialize_weights, lay_out_for_decoding
-from sampling import GenerateOptions
 
 SHAPE = {
     "model_type": "llama", "vocab_size": 1001, "hidden_size": 128, "intermediate_size": 176, "num_hidden_layers": 3,
@@ -60,7 +60,9 @@ def test_replayed_steps_give_the_tokens_of_the_ordinary_path(lengths, options):
 @pytest.mark.parametrize("options", [GREEDY, DRAWN], ids=["greedy", "drawn"])
 def test_starting_a_step_never_waits_for_the_gpu(options):
     model = make_model(torch.bfloat16)
-    decoding = Decoding(model, prompts_of(5, 9), dataclasses.replace(options, max_new_tokens=200), stop_ids=())
+    decoding = Decoding(
+        model, prompts_of(5, 9), dataclasses.replace(options, max_new_tokens=200), stop_ids=()
+    )
     for _ in range(5):
         decoding.step()
     steps, launched = decoding.steps, 0

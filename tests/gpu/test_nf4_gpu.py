@@ -6,15 +6,16 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
+from kernel_checks import assert_as_exact_as, random
+
 import kernels
 import lora
-from architectures import config_from_hf
+from architectures.config import config_from_hf
 from bench import four_bits
-from generate import Decoding
+from generation.generate import Decoding
+from generation.sampling import GenerateOptions
 from kernels.nf4 import CodesPart, dequantise_reference, few_rows_reference
 from quant.nf4 import NF4Format
-from sampling import GenerateOptions
-from tests.kernel_checks import assert_as_exact_as, random
 
 SHAPES = [(4096, 11008), (11008, 4096), (1024, 3584), (28672, 8192)]
 SHAPE = {
@@ -50,7 +51,9 @@ def test_values_and_codes_are_those_of_bitsandbytes_on_the_gpu(double):
 
 def test_a_gpu_quantises_as_a_cpu():
     weight = random(300, 1000)
-    on_gpu, on_cpu = (NF4Format("nf4", False).quantise(x, None, torch.float32) for x in (weight, weight.cpu()))
+    on_gpu, on_cpu = (
+        NF4Format("nf4", False).quantise(x, None, torch.float32) for x in (weight, weight.cpu())
+    )
     assert torch.equal(on_gpu.codes.cpu(), on_cpu.codes) and torch.equal(on_gpu.absmax.cpu(), on_cpu.absmax)
 
 
@@ -67,7 +70,11 @@ def test_products_of_a_few_rows_at_real_sizes(shape, rows, dtype):
             return layer.few_rows(x, *low, 0.5)
 
     def reference(x):
-        wide = part._replace(lora_a=low[0].double(), lora_b=low[1].double()) if x.dtype is torch.float64 else part
+        wide = (
+            part._replace(lora_a=low[0].double(), lora_b=low[1].double())
+            if x.dtype is torch.float64
+            else part
+        )
         return few_rows_reference(x, wide)
 
     assert_as_exact_as(kernel, reference, [random(rows, shape[1])], dtype, ())

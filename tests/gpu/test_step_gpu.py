@@ -62,7 +62,9 @@ def test_the_counter_sees_a_wait(tiny):
 
 
 @pytest.mark.parametrize("policy", ["full", "selective", "offload", "auto"])
-@pytest.mark.parametrize("method", [{"lora_dropout": 0.2, "neftune_noise_alpha": 5}, {"finetuning_type": "full"}])
+@pytest.mark.parametrize(
+    "method", [{"lora_dropout": 0.2, "neftune_noise_alpha": 5}, {"finetuning_type": "full"}]
+)
 def test_every_policy_trains_the_weights_of_none(tiny, tmp_path, method, policy):
     weights, losses = [], []
     method = {"flash_attn": "triton", **method}  # torch's flash attention adds up dq in any order

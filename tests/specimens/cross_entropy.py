@@ -16,10 +16,16 @@ def specimens(dtype):
     every_term = {"softcap": 30.0, "logit_scale": 0.5, "label_smoothing": 0.1, "z_loss": 1e-4}
     for vocabulary in (32000, 128256, 50257, 577):
         yield f"linear {vocabulary}", lambda v=vocabulary: linear(linear_cross_entropy_triton, v)
-        yield f"every term {vocabulary}", lambda v=vocabulary: linear(linear_cross_entropy_triton, v, **every_term)
+        yield (
+            f"every term {vocabulary}",
+            lambda v=vocabulary: linear(linear_cross_entropy_triton, v, **every_term),
+        )
         yield f"logprobs {vocabulary}", lambda v=vocabulary: linear(linear_logprobs_triton, v, softcap=30.0)
     for vocabulary in (32000, 50257):
-        yield f"bias {vocabulary}", lambda v=vocabulary: linear(linear_cross_entropy_triton, v, True, **every_term)
+        yield (
+            f"bias {vocabulary}",
+            lambda v=vocabulary: linear(linear_cross_entropy_triton, v, True, **every_term),
+        )
 
     def plain(columns, narrow):
         logits = torch.empty(8192, columns, dtype=narrow, device="meta", requires_grad=True)

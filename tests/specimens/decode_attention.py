@@ -21,7 +21,9 @@ SHAPES = {
 def specimens(dtype):
     for name, (sequences, new, heads, kv_heads, size, capacity, window, softcap, alibi) in SHAPES.items():
 
-        def call(n=sequences, new=new, h=heads, k=kv_heads, d=size, c=capacity, w=window, cap=softcap, alibi=alibi):
+        def call(
+            n=sequences, new=new, h=heads, k=kv_heads, d=size, c=capacity, w=window, cap=softcap, alibi=alibi
+        ):
             kind = {"dtype": dtype, "device": "meta"}
             q, keys = torch.empty(n * new, h, d, **kind), torch.empty(n, k, c, d, **kind)
             rows = torch.empty(n * new, k, d, **kind)

@@ -22,7 +22,9 @@ SPECIMENS = {
 def specimens(dtype):
     for name, (heads, kv_heads, size, tokens, segments, options) in SPECIMENS.items():
 
-        def call(heads=heads, kv_heads=kv_heads, size=size, tokens=tokens, segments=segments, options=options):
+        def call(
+            heads=heads, kv_heads=kv_heads, size=size, tokens=tokens, segments=segments, options=options
+        ):
             q, k, v = (
                 torch.empty(tokens, number, size, dtype=dtype, device="meta", requires_grad=True)
                 for number in (heads, kv_heads, kv_heads)

@@ -37,10 +37,15 @@ def specimens(dtype):
     for name, (inputs, sizes, rank, double, bias) in SHAPES.items():
 
         def call(rows, i=inputs, sizes=sizes, r=rank, d=double, b=bias):
-            few_rows_triton(torch.empty(rows, i, dtype=dtype, device="meta"), [part(o, i, r, d, b) for o in sizes])
+            few_rows_triton(
+                torch.empty(rows, i, dtype=dtype, device="meta"), [part(o, i, r, d, b) for o in sizes]
+            )
 
         for rows in (1, 16):
             yield f"{name}, {rows} rows", lambda call=call, rows=rows: call(rows)
     for kind, double in ((torch.bfloat16, True), (torch.float16, False), (torch.float32, True)):
         result = torch.empty(4096, 11008, dtype=kind, device="meta")
-        yield f"{kind}", lambda double=double, result=result: dequantise_triton(weight(4096, 11008, double), result)
+        yield (
+            f"{kind}",
+            lambda double=double, result=result: dequantise_triton(weight(4096, 11008, double), result),
+        )

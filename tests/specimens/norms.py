@@ -26,7 +26,9 @@ def specimens(dtype):
         torch.autograd.backward([y, total], [torch.empty_like(y), torch.empty_like(total)])
 
     def layer(rows, size, trained):
-        y = layer_norm_triton(empty(rows, size), empty(size, trained=trained), empty(size, trained=trained), 1e-5)
+        y = layer_norm_triton(
+            empty(rows, size), empty(size, trained=trained), empty(size, trained=trained), 1e-5
+        )
         y.backward(torch.empty_like(y))
 
     def heads():

@@ -15,10 +15,14 @@ def specimens(dtype):
     for heads, kv_heads, size, rotary, interleaved in SIZES:
 
         def call(heads=heads, kv_heads=kv_heads, size=size, rotary=rotary, interleaved=interleaved):
-            fused = torch.empty(8192, heads + 2 * kv_heads, size, dtype=dtype, device="meta", requires_grad=True)
+            fused = torch.empty(
+                8192, heads + 2 * kv_heads, size, dtype=dtype, device="meta", requires_grad=True
+            )
             q, k, _ = fused.split([heads, kv_heads, kv_heads], dim=1)
             angles = torch.empty(2, 8192, rotary // 2, dtype=dtype, device="meta")
             turned_q, turned_k = rope_triton(q, k, *angles, interleaved)
-            torch.autograd.grad([turned_q, turned_k], fused, [torch.empty_like(turned_q), torch.empty_like(turned_k)])
+            torch.autograd.grad(
+                [turned_q, turned_k], fused, [torch.empty_like(turned_q), torch.empty_like(turned_k)]
+            )
 
         yield f"{heads}+{kv_heads} heads of {size}, {rotary} turned, interleaved {interleaved}", call

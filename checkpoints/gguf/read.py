@@ -1,0 +1,405 @@
+"""Turn a GGUF file into a Hugging Face folder that every other script here can load.
+
+    python import_gguf.py model.gguf models/my-model [dtype=float32|bfloat16|float16] [shard_gigabytes=5]
+
+Reads the architectures llama (Mistral is stored as llama), qwen2 and qwen3, with every weight type that the
+`gguf` package can turn back into numbers (F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0, K- and I-quants), and the
+tokenizer through gguf_tokenizer.py. The folder is complete or absent: it is written as `<folder>.partial` and
+renamed at the end. Memory: a few rows of one tensor at a time, never the model.
+
+A quantised weight becomes the number it stands for: float32 is exact, but what quantising lost stays lost.
+
+Sources: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; the order of q/k rows and the rope_freqs
+tensor: llama.cpp's convert_hf_to_gguf.py; https://github.com/huggingface/safetensors#format.
+"""
+
+import argparse
+import json
+import math
+import re
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+
+import gguf
+import numpy as np
+from tqdm import tqdm
+
+from checkpoints.gguf.blocks import BLOCK_NAMES, QK_NORMS
+from checkpoints.gguf.read_tokenizer import read_tokenizer, write_tokenizer
+
+# GGUF architecture -> (model_type, class) of config.json
+ARCHITECTURES = {
+    "llama": ("llama", "LlamaForCausalLM"),
+    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
+    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
+}
+# dtype -> its name in safetensors, bytes of a number
+DTYPES = {"float32": ("F32", 4), "bfloat16": ("BF16", 2), "float16": ("F16", 2)}
+CHUNK_NUMBERS = 1 << 20  # turned back at a time; 4 MiB of float32 stays in the processor's cache
+
+
+def main(argv):
+    """Run the command line. Returns the exit code; what the user can mend is printed without a traceback."""
+    parser = argparse.ArgumentParser(prog="import_gguf.py", description=__doc__.splitlines()[0])
+    parser.add_argument("gguf_file", type=Path, help="the .gguf file")
+    parser.add_argument("folder", type=Path, help="the folder to write; must be absent or empty")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the weights (float32)")
+    parser.add_argument("--shard_gigabytes", type=float, default=5.0, help="largest file, 10^9 bytes (5)")
+    parser.add_argument("--pre", help="pre-tokenizer to take instead of the one that the file names")
+    keys = r"(dtype|shard_gigabytes|pre)="
+    options = parser.parse_args([f"--{word}" if re.match(keys, word) else word for word in argv])
+    try:
+        convert(options.gguf_file, options.folder, options.dtype, options.shard_gigabytes, options.pre)
+    except (ValueError, OSError) as error:
+        print(f"import_gguf.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def convert(gguf_file, folder, dtype="float32", shard_gigabytes=5.0, pre=None):
+    """Write `folder` from `gguf_file`; returns its Path.
+
+    Raises ValueError when the file is no GGUF, is cut short, or holds what this script cannot express;
+    FileNotFoundError when it is absent; FileExistsError when `folder` is there and not empty.
+    """
+    gguf_file, folder = Path(gguf_file), Path(folder)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: '{dtype}' is not one of {', '.join(DTYPES)}")
+    if not shard_gigabytes > 0:
+        raise ValueError(f"shard_gigabytes: {shard_gigabytes} is not above 0")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not an empty folder; name another one or remove it")
+    reader, metadata = open_gguf(gguf_file)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    config = read_config(metadata, tensors) | {"torch_dtype": dtype}
+    names = tensor_names(config)
+    check_tensors(tensors, names, config)
+    tokenizer = read_tokenizer(metadata, pre)
+    if len(tokenizer.tokens) > config["vocab_size"]:
+        rows = config["vocab_size"]
+        raise ValueError(f"token_embd.weight has {rows} rows for {len(tokenizer.tokens)} tokens")
+    kinds = Counter(tensor.tensor_type.name for tensor in reader.tensors).most_common()
+    print(
+        f"{gguf_file.name}: {config['architectures'][0]}, {len(tokenizer.tokens)} tokens, "
+        f"{len(tensors)} tensors ({', '.join(f'{count} {kind}' for kind, count in kinds)})"
+    )
+    partial = folder.with_name(folder.name + ".partial")
+    if partial.exists():
+        shutil.rmtree(partial)  # left by an import that was killed
+    partial.mkdir(parents=True)
+    try:
+        write_tokenizer(tokenizer, config["max_position_embeddings"], partial)
+        ids = {f"{name}_token_id": tokenizer.ids[name] for name in ("bos", "eos", "pad")}
+        ids = {key: value for key, value in ids.items() if value is not None}
+        _write_json(partial / "config.json", config | ids)
+        if len(tokenizer.end_ids) > 1:
+            ids["eos_token_id"] = tokenizer.end_ids  # generation may end at any of them
+        _write_json(partial / "generation_config.json", ids)
+        write_weights([(names[name], tensors[name]) for name in names], config, partial, shard_gigabytes)
+        partial.rename(folder)  # replaces an empty folder
+    finally:
+        if partial.exists():
+            shutil.rmtree(partial)
+    print(f"wrote {folder}")
+    return folder
+
+
+def open_gguf(path):
+    """-> (gguf.GGUFReader, {metadata key: Python value}). Raises ValueError for a file that is not whole."""
+    with open(path, "rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise ValueError(f"{path} is not a GGUF file: it starts with {magic!r}, not with b'GGUF'")
+    try:
+        reader = gguf.GGUFReader(path)
+        metadata = {key: _plain(field.contents()) for key, field in reader.fields.items()}
+    except (ValueError, IndexError, KeyError) as error:  # the reader's slicing past the end of the file
+        size = path.stat().st_size
+        raise ValueError(
+            f"{path} cannot be read as GGUF ({error}); it has {size} bytes: cut short? Fetch it again."
+        ) from error
+    if reader.byte_order != "I":
+        raise ValueError(f"{path} was written for a machine of the other byte order; use the usual file")
+    if metadata.get("split.count", 1) > 1:
+        parts = metadata["split.count"]
+        raise ValueError(f"{path} is one of {parts} parts; join them first: llama-gguf-split --merge")
+    return reader, metadata
+
+
+def _plain(value):
+    """float32 metadata widened by the reader -> the decimal that was meant: 9.9999997e-06 -> 1e-05."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def read_config(metadata, tensors):
+    """-> the dict of config.json, without token ids and dtype. Raises ValueError naming the key at fault."""
+    architecture = _need(metadata, "general.architecture")
+    if architecture not in ARCHITECTURES:
+        raise ValueError(
+            f"general.architecture: '{architecture}' cannot be read; {', '.join(ARCHITECTURES)} can"
+        )
+    model_type, class_name = ARCHITECTURES[architecture]
+
+    def get(key, default=None):
+        return metadata.get(f"{architecture}.{key}", default)
+
+    def need(key):
+        return _need(metadata, f"{architecture}.{key}")
+
+    for key in ("expert_count", "attention.sliding_window_pattern"):
+        if get(key):
+            found = f"{architecture}.{key} is {get(key)}"
+            raise ValueError(f"{found}; only dense models whose layers are alike can be read")
+    if "token_embd.weight" not in tensors:
+        raise ValueError("the file has no tensor token_embd.weight: a vocabulary-only or an adapter file?")
+    heads, hidden = need("attention.head_count"), need("embedding_length")
+    head_dim = get("attention.key_length", hidden // heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if get(key, head_dim) != head_dim:
+            raise ValueError(f"{architecture}.{key} is {get(key)}, expected the head size {head_dim}")
+    config = {
+        "architectures": [class_name],
+        "model_type": model_type,
+        "vocab_size": _shape(tensors["token_embd.weight"])[0],  # rows of the table, padding included
+        "hidden_size": hidden,
+        "intermediate_size": need("feed_forward_length"),
+        "num_hidden_layers": need("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": get("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": need("context_length"),
+        "rms_norm_eps": need("attention.layer_norm_rms_epsilon"),
+        "rope_theta": get("rope.freq_base", 10000.0),
+        "rope_scaling": read_rope_scaling(metadata, architecture, tensors, head_dim),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "mlp_bias": "blk.0.ffn_up.bias" in tensors,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,  # of no use to a trained model; transformers' own default
+        "use_cache": True,
+    }
+    if any(isinstance(value, list) for key, value in config.items() if key != "architectures"):
+        raise ValueError(f"{architecture}: layers of different sizes cannot be written as a {class_name}")
+    return _sliding_window(config, get("attention.sliding_window"), architecture)
+
+
+def _sliding_window(config, window, architecture):
+    """Add the sliding window, and drop the switches that the family does not have."""
+    if architecture == "llama" and window:  # a llama with a window is what transformers calls Mistral
+        if config["attention_bias"] or config["mlp_bias"]:
+            raise ValueError("llama.attention.sliding_window is set and there are biases; no family has both")
+        config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": window}
+    elif window:
+        config |= {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 0}
+    if config["model_type"] != "llama":
+        del config["mlp_bias"]
+    if config["model_type"] in ("mistral", "qwen2"):  # Mistral has no biases, Qwen2 always those of q, k, v
+        del config["attention_bias"]
+    return config
+
+
+def read_rope_scaling(metadata, architecture, tensors, head_dim):
+    """-> rope_scaling of config.json (None, linear, yarn or llama3)."""
+    prefix = f"{architecture}.rope.scaling."
+    kind = metadata.get(prefix + "type", "none")
+    if "rope_freqs.weight" in tensors:
+        if kind not in ("none", "llama3"):
+            raise ValueError(f"{prefix}type is '{kind}' and there is a rope_freqs tensor; expected only one")
+        return _llama3_scaling(tensors["rope_freqs.weight"], metadata, architecture, head_dim)
+    legacy = f"{architecture}.rope.scale_linear"
+    if legacy in metadata:
+        return {"rope_type": "linear", "factor": metadata[legacy]} if metadata[legacy] != 1 else None
+    if kind == "none":
+        return None
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": _need(metadata, prefix + "factor")}
+    if kind != "yarn":
+        raise ValueError(f"{prefix}type: '{kind}' is not one of none, linear, yarn")
+    scaling = {"rope_type": "yarn", "factor": _need(metadata, prefix + "factor")}
+    scaling["original_max_position_embeddings"] = _need(metadata, prefix + "original_context_length")
+    known = ("type", "factor", "original_context_length", "finetuned")
+    for key in (key for key in metadata if key.startswith(prefix) and key.removeprefix(prefix) not in known):
+        name = key.removeprefix(prefix).removeprefix("yarn_")
+        if name in ("beta_fast", "beta_slow"):
+            scaling[name] = metadata[key]
+        elif metadata[key] != 1.0:  # the neutral value of attn_factor and ext_factor
+            raise ValueError(f"{key}: {metadata[key]} has no counterpart in a config.json; expected 1.0")
+    return scaling
+
+
+def _llama3_scaling(tensor, metadata, architecture, head_dim):
+    """The divisor of every rotary frequency -> the four numbers of rope_type llama3 that give these divisors.
+
+    With w the wavelength of a frequency in tokens, f the factor, o the original context, l and h the low and
+    high factor, a divisor is 1 when w < o/h, f when w > o/l, else 1 / ((1-s)/f + s), s = (o/w - l) / (h - l).
+    Only o/l and o/h matter, so l is taken as 1 and the others are read off the line s(1/w). Meta's models
+    have o = 8192, l = 1, h = 4, which is tried first.
+    """
+    divisors = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float64)
+    if divisors.shape != (head_dim // 2,):
+        raise ValueError(f"rope_freqs.weight has shape {divisors.shape}, expected ({head_dim // 2},)")
+    factor = float(str(np.float32(divisors.max())))
+    if factor == 1.0 and divisors.min() == 1.0:
+        return None
+    theta = metadata.get(f"{architecture}.rope.freq_base", 10000.0)
+    inverse_wavelength = theta ** (-2 * np.arange(head_dim // 2) / head_dim) / (2 * math.pi)
+    guesses = [(8192, 4.0)]
+    between = (divisors > 1) & (divisors < factor)
+    if between.sum() >= 2:
+        s = (1 / divisors[between] - 1 / factor) / (1 - 1 / factor)
+        slope, offset = np.polyfit(inverse_wavelength[between], s, 1)
+        high = 1 - 1 / offset
+        guesses.append((round(slope * (high - 1)), round(high, 4)))
+    for original, high in guesses:
+        s = (original * inverse_wavelength - 1) / (high - 1)
+        expected = 1 / ((1 - s.clip(0, 1)) / factor + s.clip(0, 1))
+        if np.allclose(expected, divisors, rtol=1e-4):
+            return {
+                "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": high,
+                "original_max_position_embeddings": original,
+            }  # fmt: skip
+    raise ValueError("rope_freqs.weight does not follow Llama 3's rule, so no config.json can express it")
+
+
+def tensor_names(config):
+    """-> {GGUF name: Hugging Face name} of every weight that a model of this config has, in order."""
+    family = config["model_type"]
+    qkv = ("attn_q", "attn_k", "attn_v")
+    parts = [f"{part}.weight" for part in BLOCK_NAMES if family == "qwen3" or part not in QK_NORMS]
+    if family == "qwen2" or config.get("attention_bias"):
+        parts += [f"{part}.bias" for part in qkv + (() if family == "qwen2" else ("attn_output",))]
+    if config.get("mlp_bias"):
+        parts += [f"{part}.bias" for part in ("ffn_gate", "ffn_up", "ffn_down")]
+    names = {"token_embd.weight": "model.embed_tokens.weight"}
+    for layer in range(config["num_hidden_layers"]):
+        for part in parts:
+            stem, kind = part.split(".")
+            names[f"blk.{layer}.{part}"] = f"model.layers.{layer}.{BLOCK_NAMES[stem]}.{kind}"
+    names["output_norm.weight"] = "model.norm.weight"
+    if not config["tie_word_embeddings"]:
+        names["output.weight"] = "lm_head.weight"
+    return names
+
+
+def check_tensors(tensors, names, config):
+    """Every expected tensor is there in its shape, and no other. Raises ValueError with what is wrong."""
+    missing = [name for name in names if name not in tensors]
+    # rope_freqs.weight has become rope_scaling
+    extra = [name for name in tensors if name not in names and name != "rope_freqs.weight"]
+    for word, some in (("lacks", missing), ("holds unexpected", extra)):
+        if some:
+            listed = ", ".join(some[:5]) + (f" and {len(some) - 5} more" if len(some) > 5 else "")
+            raise ValueError(f"the file {word} {config['architectures'][0]} tensors: {listed}")
+    hidden, mlp, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    query, key_value = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
+    outputs = {"attn_q": query, "attn_k": key_value, "attn_v": key_value, "ffn_gate": mlp, "ffn_up": mlp,
+               "attn_q_norm": head, "attn_k_norm": head, "token_embd": config["vocab_size"],
+               "output": config["vocab_size"]}  # fmt: skip
+    inputs = {"attn_output": query, "ffn_down": mlp}
+    for name in names:
+        stem, kind = name.split(".")[-2:]
+        rows = outputs.get(stem, hidden)
+        expected = (rows,) if kind == "bias" or stem.endswith("norm") else (rows, inputs.get(stem, hidden))
+        found = _shape(tensors[name])
+        if found != expected:
+            raise ValueError(f"{name} has shape {found}, expected {expected} from the file's metadata")
+
+
+def write_weights(named_tensors, config, folder, shard_gigabytes):
+    """Write [(name, ReaderTensor)] as model.safetensors, or as numbered shards and their index."""
+    number_bytes = DTYPES[config["torch_dtype"]][1]
+    shards, shard_bytes = [[]], 0
+    for name, tensor in named_tensors:
+        tensor_bytes = int(tensor.n_elements) * number_bytes
+        if shards[-1] and shard_bytes + tensor_bytes > shard_gigabytes * 1e9:
+            shards.append([])
+            shard_bytes = 0
+        shard_bytes += tensor_bytes
+        shards[-1].append((name, tensor))
+    total_bytes = sum(int(tensor.n_elements) for _, tensor in named_tensors) * number_bytes
+    places = {}
+    with tqdm(total=total_bytes, unit="B", unit_scale=True, desc="weights") as progress:
+        for index, shard in enumerate(shards):
+            number = f"-{index + 1:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+            file_name = f"model{number}.safetensors"
+            places |= {name: file_name for name, _ in shard}
+            with open(folder / file_name, "wb") as file:
+                file.write(_safetensors_header(shard, config["torch_dtype"]))
+                for _, tensor in shard:
+                    for piece in _pieces(tensor, config):
+                        progress.update(file.write(piece))
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(places.items()))}
+        _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _safetensors_header(shard, dtype):
+    """Sizes are known beforehand, so the header comes first and the tensors follow one by one.
+
+    Format: 8 bytes header length, little-endian; JSON, padded with spaces to a multiple of 8; the tensors.
+    """
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    code, number_bytes = DTYPES[dtype]
+    for name, tensor in shard:
+        end = offset + int(tensor.n_elements) * number_bytes
+        header[name] = {"dtype": code, "shape": list(_shape(tensor)), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _pieces(tensor, config):
+    """Yield the bytes of one tensor in the wanted dtype, a few rows at a time, in Hugging Face's order."""
+    data = tensor.data
+    permuted = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    heads = permuted.get(tensor.name.split(".")[-2])
+    if heads and config["model_type"] in ("llama", "mistral"):
+        # In llama files the two rows of a rotary pair are neighbours: (head, pair, half). Hugging Face keeps
+        # the halves of a head apart: (head, half, pair). No quantised block spans rows: rows move as bytes.
+        data = data.reshape(heads, -1, 2, *data.shape[1:]).swapaxes(1, 2).reshape(data.shape)
+    rows = data if data.ndim > 1 else data[None]
+    step = max(1, CHUNK_NUMBERS // int(tensor.shape[0]))
+    for start in range(0, len(rows), step):
+        try:
+            values = gguf.dequantize(rows[start : start + step], tensor.tensor_type)
+        except NotImplementedError as error:
+            kind = tensor.tensor_type.name
+            raise ValueError(f"{tensor.name}: weights of type {kind} cannot be read") from error
+        values = np.ascontiguousarray(values, dtype=np.float32)
+        if not np.isfinite(values).all():
+            raise ValueError(f"{tensor.name} holds NaN or infinity: the file is damaged")
+        yield _cast(values, config["torch_dtype"], tensor.name)
+
+
+def _cast(values, dtype, name):
+    """float32 array -> bytes of `dtype`, rounded to nearest even."""
+    if dtype == "float32":
+        return values.tobytes()
+    if dtype == "bfloat16":
+        return gguf.quantize(values, gguf.GGMLQuantizationType.BF16).tobytes()
+    largest = float(np.abs(values).max())
+    if largest > float(np.finfo(np.float16).max):
+        raise ValueError(f"dtype: float16 cannot hold the {largest:g} in {name}; use bfloat16 or float32")
+    return values.astype(np.float16).tobytes()
+
+
+def _shape(tensor):
+    return tuple(int(size) for size in reversed(tensor.shape))  # GGUF counts the fastest dimension first
+
+
+def _need(metadata, key):
+    if key not in metadata:
+        raise ValueError(f"the file's metadata lacks {key}")
+    return metadata[key]
+
+
+def _write_json(path, value):
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

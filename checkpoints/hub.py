@@ -1,0 +1,119 @@
+"""From what the user writes in model_name_or_path to a local folder, by a hub download where there is none.
+
+Hugging Face's hub through huggingface_hub; ModelScope's with USE_MODELSCOPE_HUB=1 in the environment. Only files that
+are read here are fetched: no pickles, no second copy of the weights in another layout.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+WANTED_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
+UNWANTED_FILES = [
+    "*/*",
+    "consolidated*",
+]  # other layouts: original/, onnx/, Mistral's own second copy of its weights
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    model_name_or_path: Annotated[str | None, "model folder, or a hub id such as Qwen/Qwen2.5-7B"] = None
+    adapter_name_or_path: Annotated[tuple[str, ...], "adapter folders; all but the last are merged"] = ()
+    model_revision: Annotated[str, "branch, tag or commit of a hub model"] = "main"
+    cache_dir: Annotated[str | None, "where hub downloads are kept"] = None
+    hf_hub_token: Annotated[str | None, "token for gated Hugging Face models"] = None
+    ms_hub_token: Annotated[str | None, "token for ModelScope (with USE_MODELSCOPE_HUB=1)"] = None
+    rope_scaling: Annotated[
+        Literal["none", "linear", "dynamic", "yarn", "llama3"] | None,
+        "stretch the rotary embedding to longer texts",
+    ] = None
+    flash_attn: Annotated[
+        Literal["auto", "triton", "sdpa", "disabled", "fa2", "fa3"],
+        "attention kernel; auto = on a GPU what measures fastest; fa2 and fa3 need their packages",
+    ] = "auto"
+    infer_dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        "dtype for chat and export; auto = the checkpoint's",
+    ] = "auto"
+
+
+def resolve_model(options: ModelOptions) -> Path:
+    """The local folder of `model_name_or_path`, downloaded from a hub first if it is an id. Raises ValueError."""
+    name = options.model_name_or_path
+    if not name:
+        raise ValueError(
+            "model_name_or_path: missing; give a model folder or a hub id such as Qwen/Qwen2.5-0.5B"
+        )
+    return resolve_folder("model_name_or_path", name, options.model_revision, options)
+
+
+def resolve_adapters(options: ModelOptions) -> list[Path]:
+    """The local folders of `adapter_name_or_path`; hub ids at their main revision. Raises ValueError."""
+    return [
+        resolve_folder("adapter_name_or_path", name, "main", options) for name in options.adapter_name_or_path
+    ]
+
+
+def resolve_folder(key: str, name: str, revision: str, options: ModelOptions) -> Path:
+    """The local folder of the model or adapter that `key` names, downloaded if it is an id. Raises ValueError."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        wanted = "adapter_config.json" if "adapter" in key else "config.json"
+        raise ValueError(f"{key}: {name} is a file; give the folder that holds {wanted}")
+    if name.startswith((".", "/", "~")) or name.count("/") != 1 or name.endswith("/"):
+        raise ValueError(f"{key}: no folder {name}, and it is not a hub id (owner/name) either")
+    if os.environ.get("USE_MODELSCOPE_HUB", "0").lower() in ("1", "true"):
+        return _download_modelscope(key, name, revision, options)
+    return _download_hugging_face(key, name, revision, options)
+
+
+def _download_hugging_face(key: str, name: str, revision: str, options: ModelOptions) -> Path:
+    import huggingface_hub
+
+    try:
+        folder = huggingface_hub.snapshot_download(
+            name,
+            revision=revision,
+            cache_dir=options.cache_dir,
+            token=options.hf_hub_token,
+            allow_patterns=WANTED_FILES,
+            ignore_patterns=UNWANTED_FILES,
+        )
+    except (
+        OSError,
+        huggingface_hub.errors.HFValidationError,
+    ) as error:  # every error of the hub or the network
+        gated = isinstance(error, huggingface_hub.errors.GatedRepoError)
+        remedy = "it is gated: give hf_hub_token" if gated else "check the spelling and the network"
+        raise ValueError(
+            f"{key}: no folder {name} here, and it could not be fetched from the Hugging Face hub at revision "
+            f"{revision} ({type(error).__name__}: {_first_line(error)}); {remedy}"
+        ) from error
+    return Path(folder)
+
+
+def _download_modelscope(key: str, name: str, revision: str, options: ModelOptions) -> Path:
+    try:
+        from modelscope import snapshot_download
+        from modelscope.hub.api import HubApi
+    except ImportError as error:
+        raise ValueError(
+            f"{key}: USE_MODELSCOPE_HUB is set and {name} is no local folder: pip install modelscope"
+        ) from error
+    if options.ms_hub_token:
+        HubApi().login(options.ms_hub_token)
+    revision = "master" if revision == "main" else revision  # ModelScope's name of the default branch
+    try:
+        return Path(snapshot_download(name, revision=revision, cache_dir=options.cache_dir))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{key}: no folder {name} here, and it could not be fetched from ModelScope at revision {revision} "
+            f"({type(error).__name__}: {_first_line(error)})"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), "no message")

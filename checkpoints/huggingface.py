@@ -1,0 +1,447 @@
+"""Reading and writing models in the Hugging Face layout, and what a run trained.
+
+Loading is strict: every tensor of the model is set exactly once and every tensor of the files is used or named in a
+drop rule (architectures.py). Tensors stream one at a time from the memory-mapped file -> cast or quantise -> device, so
+the host never holds a second copy of the model. Linears that are quantised in the files are put together from their
+parts on the way (quant/). The files themselves: tensor_files.py; adapters: adapter_files.py; downloads: hub.py. Their
+public names can be had from here too.
+
+    model = load_model("models/SmolLM2-135M-Instruct", dtype=torch.bfloat16)
+    save_model(model, "out", source_folder="models/SmolLM2-135M-Instruct", shard_gigabytes=5)
+"""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import quant
+from architectures.config import ModelConfig, config_from_hf, from_hf_name, scale_rope, to_hf_name
+from checkpoints.hub import ModelOptions, resolve_adapters, resolve_model
+from checkpoints.peft import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    adapter_parameters,
+    adapter_scale_alpha,
+    adapter_state,
+    load_adapter,
+    merge_adapters,
+    prepare_adapters,
+    read_adapter,
+    read_adapter_config,
+    read_adapter_tensors,
+    save_adapter,
+    split_adapter_name,
+)
+from checkpoints.safetensors_files import (
+    read_json,
+    staged,
+    stream_tensors,
+    tensor_names,
+    weight_files,
+    write_json,
+    write_shards,
+)
+from checkpoints.value_head import PREFIX as VALUE_HEAD_PREFIX
+from checkpoints.value_head import load_value_head, save_value_head
+from lora import lora_layers, replace_module
+from model import Decoder, RMSNorm, initialize_weights
+from quant import Format, QuantLinear
+
+__all__ = [
+    "ADAPTER_CONFIG",
+    "ADAPTER_WEIGHTS",
+    "DTYPES",
+    "ModelOptions",
+    "adapter_scale_alpha",
+    "adapter_state",
+    "checkpoint_dtype",
+    "chosen_quantization",
+    "copy_side_files",
+    "load_adapter",
+    "load_config",
+    "load_model",
+    "merge_adapters",
+    "model_tensors",
+    "prepare_adapters",
+    "random_model",
+    "read_adapter",
+    "read_adapter_config",
+    "read_adapter_tensors",
+    "read_json",
+    "resolve_adapters",
+    "resolve_model",
+    "restore_trained",
+    "save_adapter",
+    "save_model",
+    "save_trained",
+    "set_parameter",
+    "split_adapter_name",
+    "stream_tensors",
+    "stream_weights",
+    "weight_files",
+    "write_model_json",
+    "write_shards",
+]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Beside the weights a model folder holds these; they are copied when a model is saved.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+
+
+# Reading
+
+
+def load_config(folder: str | Path) -> ModelConfig:
+    """Switches of the model in this folder; ValueError names the file."""
+    path = Path(folder) / "config.json"
+    hf = read_json(path)
+    if not isinstance(settings := hf.get("quantization_config") or {}, dict):
+        raise ValueError(f"{path}: quantization_config {settings!r} is not an object of keys and values")
+    try:
+        return config_from_hf(hf)
+    except ValueError as error:
+        raise ValueError(f"{Path(folder)}/{error}") from error  # the message starts with config.json
+
+
+def checkpoint_dtype(config: ModelConfig) -> torch.dtype:
+    """The dtype that config.json names (`dtype` or the older `torch_dtype`); fp32 if it names none."""
+    name = str(config.hf.get("dtype") or config.hf.get("torch_dtype") or "float32").removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(
+            f"config.json: dtype {name!r} is not one of {', '.join(DTYPES)}; choose one (infer_dtype)"
+        )
+    return DTYPES[name]
+
+
+def load_model(
+    folder: str | Path,
+    dtype: torch.dtype | None = torch.float32,
+    device: str | torch.device = "cpu",
+    rope_scaling: str | None = None,
+    cutoff_len: int | None = None,
+    quantization: Format | None = None,
+    norm_dtype: torch.dtype | None = None,
+) -> Decoder:
+    """The decoder in this folder with weights in `dtype` (None = the checkpoint's own) on `device`, in eval mode.
+
+    quantization: quantise the linears of the blocks while they are read; `dtype` is then that of the values they stand
+    for. A checkpoint that is quantised stays in its format, but for its head. norm_dtype: that of the norms' weights;
+    None = `dtype`. rope_scaling, cutoff_len: see architectures.scale_rope.
+    Raises ValueError for missing, extra, misshapen tensors, and for quantising what is quantised.
+    """
+    config = load_config(folder)
+    if rope_scaling:
+        config = scale_rope(config, rope_scaling, cutoff_len)
+    dtype = dtype or checkpoint_dtype(config)
+    stored = config.hf.get("quantization_config")
+    if quantization is not None and stored:
+        method = stored.get("quant_method")
+        raise ValueError(f"quantization_bit: {folder} is quantised already ({method}); drop quantization_bit")
+    model = Decoder(config, dtype=dtype, device="meta")
+    inside = [
+        name for name, module in model.layers.named_modules(prefix="layers") if isinstance(module, nn.Linear)
+    ]
+    biases: dict[str, Tensor] = {}
+    weights = stream_weights(folder, config, dtype)
+    if quantization is not None:
+        total = len(list(model.parameters()))
+        weights = tqdm(weights, "quantising", total, leave=False, unit="tensor", disable=None)
+    for name, value in weights:
+        owner = name.rpartition(".")[0]
+        if isinstance(value, QuantLinear) and name not in inside:
+            set_parameter(
+                model, f"{name}.weight", nn.Parameter(value.to(device).dequantize(dtype))
+            )  # head, embedding
+        elif isinstance(value, QuantLinear):
+            replace_module(model, name, value.to(device))
+        elif quantization is not None and owner in inside and name.endswith(".bias"):
+            biases[owner] = _own(value, dtype, device)
+        elif quantization is not None and owner in inside:
+            try:
+                layer = quantization.quantise(value.to(device), None, dtype)
+            except ValueError as error:
+                raise ValueError(f"{folder}: tensor {to_hf_name(config, name)}: {error}") from error
+            replace_module(model, owner, layer)
+        else:
+            chosen = norm_dtype if norm_dtype and _is_norm(model, owner) else dtype
+            set_parameter(model, name, nn.Parameter(_own(value, chosen, device)))
+    for name, bias in biases.items():
+        model.get_submodule(name).bias = nn.Parameter(bias, requires_grad=False)
+    return model.eval()
+
+
+def _is_norm(model: Decoder, module: str) -> bool:
+    return isinstance(model.get_submodule(module), RMSNorm)
+
+
+def chosen_quantization(folder: str | Path, wanted: Format | None) -> tuple[Format | None, str | None]:
+    """(what load_model shall quantise with, a line for the user or None): what the options want, or nothing where the
+    checkpoint is quantised already and stays as it is."""
+    settings = load_config(folder).hf.get("quantization_config")
+    if wanted is None or not settings:
+        return wanted, None
+    return (
+        None,
+        f"quantization_bit: ignored, {folder} is quantised already ({quant.from_config(settings).describe()})",
+    )
+
+
+def stream_weights(
+    folder: str | Path, config: ModelConfig, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor | QuantLinear]]:
+    """(our name, tensor) of every parameter in the folder's files; (our name of the linear, layer) of every linear that
+    is quantised there, as each is complete. Tensors lean on the mapped file, layers do not; `dtype` is that of the
+    values that layers stand for.
+
+    Raises ValueError naming file and tensor for missing, extra and misshapen ones.
+    """
+    skeleton = Decoder(config, device="meta")
+    known = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
+    packed = _Packed(folder, config, known, dtype)
+    missing = dict(known)
+    for name in packed.waiting:
+        missing = {key: shape for key, shape in missing.items() if key.rpartition(".")[0] != name}
+    for file, hf_name, tensor in stream_tensors(folder):
+        name = from_hf_name(config, hf_name)
+        if name is None:
+            continue
+        if (owner := packed.owner(name)) is not None:
+            layer = packed.add(owner, name, tensor, file)
+            if layer is not None:
+                yield owner, layer
+            continue
+        if name not in missing:
+            fault = (
+                "stands twice in the files" if name in known else "has no place in the model of config.json"
+            )
+            raise ValueError(f"{file}: tensor {hf_name} {fault}")
+        expected = missing.pop(name)
+        if tuple(tensor.shape) != expected:
+            found, more = tuple(tensor.shape), ""
+            if packed.format is not None and not tensor.is_floating_point():
+                more = f", or for a quantised one, whose {packed.format.marker} is missing"
+            raise ValueError(
+                f"{file}: tensor {hf_name} has shape {found}, config.json asks for {expected}{more}"
+            )
+        if not tensor.is_floating_point():
+            raise ValueError(
+                f"{file}: tensor {hf_name} is {tensor.dtype}, not floating point; config.json says nothing of a "
+                "quantised model (quantization_config), or not of this tensor"
+            )
+        yield name, tensor
+    missing |= {f"{name}.{part}": () for name, parts in packed.waiting.items() for part in parts}
+    if missing:
+        names = [to_hf_name(config, name) for name in missing]
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        raise ValueError(
+            f"{folder}: tensors missing from the safetensors files: {', '.join(names[:4])}{more}"
+        )
+
+
+class _Packed:
+    """The linears that a folder's files hold in a quantised format: collects the tensors of each until it has all.
+
+    waiting: our name of the linear -> the parts of its tensors' names that are still to come.
+    """
+
+    def __init__(
+        self, folder: str | Path, config: ModelConfig, known: dict[str, tuple[int, ...]], dtype: torch.dtype
+    ):
+        self.config, self.known, self.dtype = config, known, dtype
+        self.waiting: dict[str, set[str]] = {}
+        self._held: dict[str, dict[str, Tensor]] = {}
+        settings = config.hf.get("quantization_config")
+        self.format = quant.from_config(settings) if settings else None
+        if self.format is None:
+            return
+        linears = [name.removesuffix(".weight") for name, shape in known.items() if len(shape) == 2]
+        names = [from_hf_name(config, name) for name in tensor_names(folder)]
+        marked = {name.removesuffix(f".{self.format.marker}") for name in names if name is not None}
+        self.waiting = {name: set() for name in linears if name in marked}
+        for name in names:
+            owner = None if name is None else self.owner(name)
+            if owner is not None:
+                self.waiting[owner].add(name.removeprefix(f"{owner}."))
+
+    def owner(self, name: str) -> str | None:
+        """The quantised linear that this tensor (our name) is a part of."""
+        parts = name.split(".")
+        heads = (".".join(parts[:count]) for count in range(1, len(parts)))
+        return next((head for head in heads if head in self.waiting), None)
+
+    def add(self, owner: str, name: str, tensor: Tensor, file: Path) -> QuantLinear | None:
+        """Take one tensor; the layer if it was the last one."""
+        part = name.removeprefix(f"{owner}.")
+        if part not in self.waiting[owner]:
+            raise ValueError(f"{file}: tensor {to_hf_name(self.config, name)} stands twice in the files")
+        self.waiting[owner].remove(part)
+        held = self._held.setdefault(owner, {})
+        held[part] = tensor
+        if self.waiting[owner]:
+            return None
+        del self._held[owner]
+        bias = self._bias(owner, held, file)
+        try:
+            return self.format.read(held, self.known[f"{owner}.weight"], bias, self.dtype)
+        except ValueError as error:
+            raise ValueError(f"{file}: tensor {to_hf_name(self.config, owner)}.{error}") from error
+
+    def _bias(self, owner: str, held: dict[str, Tensor], file: Path) -> Tensor | None:
+        bias, expected = held.pop("bias", None), self.known.get(f"{owner}.bias")
+        if bias is None and expected is None:
+            return None
+        found = None if bias is None else tuple(bias.shape)
+        if expected is None and found is not None and not bias.any():
+            return None  # some quantisers write a bias of zeros for every linear
+        if found != expected:
+            wanted = f"shape {expected}" if expected else "none"
+            raise ValueError(
+                f"{file}: tensor {to_hf_name(self.config, owner)}.bias: {found}, expected {wanted}"
+            )
+        if not bias.is_floating_point():
+            name = f"{to_hf_name(self.config, owner)}.bias"
+            raise ValueError(f"{file}: tensor {name} is {bias.dtype}, not floating point")
+        return bias.clone()
+
+
+def random_model(folder: str | Path, dtype: torch.dtype, device: str | torch.device, seed: int) -> Decoder:
+    """Fresh weights for the config.json in this folder (option train_from_scratch)."""
+    model = Decoder(load_config(folder), dtype=dtype, device=device)
+    initialize_weights(model, torch.Generator(device=device).manual_seed(seed))
+    return model.eval()
+
+
+def set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put a parameter in the place of the one with this dotted name."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, parameter)
+
+
+def _own(tensor: Tensor, dtype: torch.dtype, device) -> Tensor:
+    """A tensor that does not lean on the mapped file: training in place must not write there, files may vanish."""
+    moved = tensor.to(device=device, dtype=dtype)
+    return moved.clone() if moved.data_ptr() == tensor.data_ptr() else moved
+
+
+# Writing
+
+
+def save_model(
+    model: Decoder, folder: str | Path, source_folder: str | Path | None, shard_gigabytes: float = 5.0
+) -> None:
+    """Write the decoder in Hugging Face layout: shards, index, config.json, and the source's tokenizer files.
+
+    Quantised linears are written in their format's layout, adapters are merged on the way (into 16 bit where the base
+    is quantised). A model that stands in `folder` stays until the new one is written.
+    """
+    with staged(folder) as staging:
+        tensors = ((to_hf_name(model.config, name), tensor) for name, tensor in model_tensors(model))
+        write_shards(staging, tensors, shard_gigabytes)
+        write_model_json(staging, model.config.hf, model.embed_tokens.weight.dtype, model_format(model))
+        if source_folder is not None:
+            copy_side_files(Path(source_folder), staging)
+
+
+def model_tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of a decoder: parameters, the parts of quantised linears; with adapters every linear's merged
+    weight, in the base's dtype."""
+    layers = lora_layers(model)
+    inside = tuple(f"{name}." for name in layers)
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear) and not name.startswith(inside):
+            yield from ((f"{name}.{part}", tensor) for part, tensor in module.tensors().items())
+    for name, parameter in model.named_parameters():
+        if not name.startswith((*inside, VALUE_HEAD_PREFIX)):
+            yield name, parameter.detach()
+    for name, layer in layers.items():
+        base = layer.base
+        dtype = base.dtype if isinstance(base, QuantLinear) else base.weight.dtype
+        yield f"{name}.weight", layer.merged_weight().to(dtype)
+        if base.bias is not None:
+            yield f"{name}.bias", base.bias.detach()
+
+
+def model_format(model: Decoder) -> Format | None:
+    """The format of the quantised linears that model_tensors gives; None if it gives none."""
+    inside = tuple(f"{name}." for name in lora_layers(model))
+    packed = [
+        m for name, m in model.named_modules() if isinstance(m, QuantLinear) and not name.startswith(inside)
+    ]
+    return packed[0].format if packed else None
+
+
+def write_model_json(
+    folder: str | Path, hf: dict, dtype: torch.dtype, quantization: Format | None = None
+) -> None:
+    """config.json with the dtype of the weights, under the older key too where the source had it, and how they are
+    quantised."""
+    name = str(dtype).removeprefix("torch.")
+    hf = {key: value for key, value in hf.items() if key != "quantization_config"}
+    if quantization is not None:
+        hf["quantization_config"] = quantization.config_for(dtype)
+    older = {"torch_dtype": name} if "torch_dtype" in hf else {}
+    write_json(Path(folder) / "config.json", {**hf, **older, "dtype": name})
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copy tokenizer files, chat template and generation_config.json."""
+    for name in (*TOKENIZER_FILES, "generation_config.json"):
+        if (source / name).is_file() and source.resolve() != target.resolve():
+            shutil.copyfile(source / name, target / name)
+
+
+# What a run trained
+
+
+def save_trained(
+    model: Decoder, folder: Path, source_folder: Path, base_name: str, shard_gigabytes: float = 5.0
+) -> None:
+    """What training changed: the adapter if there is one, else the whole model."""
+    if lora_layers(model):
+        save_adapter(model, folder, base_name)
+    else:
+        save_model(model, folder, source_folder, shard_gigabytes)
+    if model.v_head is not None:
+        save_value_head(model.v_head, folder)
+
+
+@torch.no_grad()
+def restore_trained(model: Decoder, folder: Path) -> None:
+    """Copy back what save_trained wrote, into a model that was prepared the same way. Raises ValueError."""
+    if lora_layers(model):
+        tensors, targets = read_adapter_tensors(folder), dict(adapter_parameters(model))
+        if model.config.tied_head:
+            tensors.pop("base_model.model.lm_head.weight", None)  # the embedding once more, for peft
+        tensors = tensors.items()
+    else:
+        tensors = ((name, tensor) for _, name, tensor in stream_tensors(folder))
+        parameters = {n: p for n, p in model.named_parameters() if not n.startswith(VALUE_HEAD_PREFIX)}
+        targets = {to_hf_name(model.config, name): parameter for name, parameter in parameters.items()}
+    for name, tensor in tensors:
+        if name not in targets:
+            raise ValueError(
+                f"{folder}: tensor {name} is nothing that this run trains; was another option changed?"
+            )
+        target = targets.pop(name)
+        if target.shape != tensor.shape:
+            shapes = f"shape {tuple(tensor.shape)}, this run has {tuple(target.shape)}"
+            raise ValueError(f"{folder}: tensor {name} has {shapes}; was another option changed?")
+        target.copy_(tensor)
+    if targets:
+        raise ValueError(f"{folder}: tensor {next(iter(targets))} is missing; was lora_target changed since?")
+    if model.v_head is not None:
+        load_value_head(model.v_head, folder)

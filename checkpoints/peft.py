@@ -1,0 +1,468 @@
+"""Adapters on disk in PEFT's format: adapter_config.json and adapter_model.safetensors, both ways.
+
+Names in the file are peft's: base_model.model.<Hugging Face name of the linear>.lora_A.weight, lora_B.weight,
+lora_magnitude_vector, and the plain name for modules that train in full (modules_to_save). Which linears have an
+adapter is read from the file's tensors; the configuration gives the scale. What would silently mean something else
+here than in peft is refused by name.
+
+    load_adapter(model, "saves/run")      # trains on, or stays beside the weights
+    merge_adapters(model, ["a", "b"])     # into the weights, in order
+    apply_adapters(model, ["a", "b"])     # for inference: the same, but beside weights that are quantised
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from architectures.config import ModelConfig, from_hf_name, to_hf_name
+from checkpoints.safetensors_files import PICKLE, file_tensors, read_json, staged, write_json, write_tensors
+from lora import (
+    LoraLinear,
+    LoraOptions,
+    full_modules,
+    is_quantised,
+    lora_layers,
+    merge_for_good,
+    prepare_trainable,
+    quantised_linears,
+    replace_module,
+    stacked,
+)
+from model import Decoder
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PEFT_PREFIX = "base_model.model."
+
+# Settings of peft's LoRA that change the mathematics and are not built here: key -> the value that means "off".
+UNSUPPORTED_ADAPTER_KEYS = {
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "lora_bias": False,
+    "layer_replication": None,
+    "megatron_config": None,
+    "use_qalora": False,
+    "alora_invocation_tokens": None,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+    "use_bdlora": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "monteclora_config": None,
+}
+# Ways to start A and B that take something out of the base weight; peft repeats that when it loads such an adapter.
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+PARTS = {
+    ".lora_A.weight": "lora_A",
+    ".lora_B.weight": "lora_B",
+    ".lora_magnitude_vector": "magnitude",
+    ".lora_magnitude_vector.weight": "magnitude",
+}
+ADAPTER_PARTS = set(PARTS.values())  # every other part of a module is a tensor of the module itself
+
+
+# Writing
+
+
+def save_adapter(model: Decoder, folder: str | Path, base_name: str) -> None:
+    """Write adapter_config.json and adapter_model.safetensors as peft reads them; an old adapter stays until then."""
+    if not lora_layers(model):
+        raise ValueError("save_adapter: the model has no adapter")
+    with staged(folder) as staging:
+        write_tensors(staging / ADAPTER_WEIGHTS, adapter_state(model))
+        write_json(staging / ADAPTER_CONFIG, adapter_config(model, base_name))
+
+
+def adapter_config(model: Decoder, base_name: str) -> dict:
+    """What adapter_config.json says of this model's adapter."""
+    layers = lora_layers(model)
+    first = next(iter(layers.values()))
+    full = [_hf_module(model.config, name) for name in full_modules(model)]
+    tied = model.config.tied_head and "embed_tokens" in full_modules(model)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "r": first.rank,
+        "lora_alpha": _whole(first.alpha),
+        "lora_dropout": first.dropout_probability,
+        "target_modules": _peft_targets(model, layers),
+        "modules_to_save": [*full, "lm_head"] if tied else full or None,
+        "ensure_weight_tying": tied,
+        "rank_pattern": _differing(model, {name: layer.rank for name, layer in layers.items()}, first.rank),
+        "alpha_pattern": _differing(
+            model, {name: _whole(layer.alpha) for name, layer in layers.items()}, first.alpha
+        ),
+        "use_rslora": first.rslora,
+        "use_dora": first.magnitude is not None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+    }
+
+
+def _hf_module(config: ModelConfig, name: str) -> str:
+    return to_hf_name(config, f"{name}.weight").removesuffix(".weight")
+
+
+def _whole(alpha: float) -> float | int:
+    return int(alpha) if alpha == int(alpha) else alpha  # readers of adapter_config.json expect an int
+
+
+def _differing(model: Decoder, values: dict[str, float], common: float) -> dict[str, float]:
+    return {_hf_module(model.config, name): value for name, value in values.items() if value != common}
+
+
+def _peft_targets(model: Decoder, layers: dict[str, LoraLinear]) -> list[str]:
+    """The short names if every linear of that name has an adapter, else the full names of those that do."""
+    short = {name.rpartition(".")[2] for name in layers}
+    kinds = (torch.nn.Linear, LoraLinear)
+    linears = (
+        name for name, module in model.named_modules() if isinstance(module, kinds) or is_quantised(module)
+    )
+    same_name = {name for name in linears if name.rpartition(".")[2] in short}
+    if same_name == set(layers):
+        return sorted(short)
+    return [_hf_module(model.config, name) for name in layers]
+
+
+def adapter_state(model: Decoder) -> dict[str, torch.Tensor]:
+    """Tensors of a model's adapter under PEFT's names, fully trained modules included."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_parameters(model)}
+    embedding = PEFT_PREFIX + to_hf_name(model.config, "embed_tokens.weight")
+    if model.config.tied_head and embedding in state:
+        state[PEFT_PREFIX + "lm_head.weight"] = state[embedding].clone()  # peft asks for it under both names
+    return state
+
+
+def adapter_parameters(model: Decoder) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """(PEFT's name, our parameter) of everything that belongs to the adapter."""
+    for name, layer in lora_layers(model).items():
+        full = PEFT_PREFIX + _hf_module(model.config, name)
+        yield f"{full}.lora_A.weight", layer.lora_a
+        yield f"{full}.lora_B.weight", layer.lora_b
+        if layer.magnitude is not None:
+            yield f"{full}.lora_magnitude_vector", layer.magnitude
+    for module in full_modules(model):
+        for name, parameter in model.get_submodule(module).named_parameters(recurse=False):
+            yield PEFT_PREFIX + to_hf_name(model.config, f"{module}.{name}"), parameter
+
+
+# Reading
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter folder as read: nothing of a model yet."""
+
+    folder: Path
+    config: dict  # adapter_config.json
+    modules: dict[
+        str, dict[str, torch.Tensor]
+    ]  # our name of the module -> lora_A | lora_B | magnitude | weight | bias
+
+    def fault(self, text: str) -> ValueError:
+        base = self.config.get("base_model_name_or_path") or "an unnamed model"
+        return ValueError(f"{self.folder / ADAPTER_WEIGHTS}: {text}; the adapter was trained on {base}")
+
+    @property
+    def dora(self) -> bool:
+        return bool(self.config.get("use_dora"))
+
+    def lists_in_full(self, module: str) -> bool:
+        """Whether modules_to_save names this module (our name): as peft, by the last letters ("norm": each norm)."""
+        return any(f"model.{module}".endswith(name) for name in self.config.get("modules_to_save") or ())
+
+
+def load_adapter(
+    model: Decoder, folder: str | Path, dtype: torch.dtype = torch.float32, dropout_probability: float = 0.0
+) -> None:
+    """Put the PEFT adapter in this folder on the model; it trains, everything else is frozen.
+
+    dtype is that of all that trains, the modules trained in full (modules_to_save) included. Other whole tensors in the
+    file (peft adds the embedding and the head where the head has an adapter) replace the model's and stay frozen.
+    Raises ValueError naming file and tensor when the adapter is of a kind that is not built here, or of another model;
+    the model is then unchanged.
+    """
+    file = read_adapter(folder, model.config)
+    if lora_layers(model):
+        raise ValueError(
+            f"{folder}: the model has an adapter already; merge that first (lora.merge_for_good)"
+        )
+    adapted = [module for module, parts in file.modules.items() if "lora_A" in parts or "lora_B" in parts]
+    whole = []  # (parameter, its new value, whether it trains)
+    for module, parts in file.modules.items():
+        trains = module not in adapted and file.lists_in_full(module)
+        for part in sorted(parts.keys() - ADAPTER_PARTS):
+            parameter = whole_parameter(model, f"{module}.{part}", parts[part], file)
+            whole.append((parameter, parts[part], trains))
+    layers = {module: adapted_linear(model, module, file, dtype, dropout_probability) for module in adapted}
+    model.requires_grad_(False)
+    for parameter, tensor, trains in whole:
+        parameter.data = tensor.to(parameter.device, dtype if trains else parameter.dtype, copy=True)
+        parameter.requires_grad_(trains)
+    for module, layer in layers.items():
+        replace_module(model, module, layer.train(model.training))
+
+
+def read_adapter(folder: str | Path, model_config: ModelConfig) -> AdapterFile:
+    """Configuration and tensors of a PEFT adapter, under our names. Raises ValueError for what is not built here."""
+    folder = Path(folder)
+    file = AdapterFile(folder, read_adapter_config(folder), {})
+    for key, tensor in read_adapter_tensors(folder).items():
+        module, part = split_adapter_name(model_config, key, folder)
+        file.modules.setdefault(module, {})[part] = tensor
+    if not file.modules:
+        raise file.fault("holds no tensor")
+    if model_config.tied_head:
+        _join_tied_head(file)
+    _refuse_other_depth(file, model_config.num_layers)
+    for name in file.config.get("modules_to_save") or ():
+        joined = name == "lm_head" and model_config.tied_head
+        if not joined and not any(f"model.{module}".endswith(name) for module in file.modules):
+            raise file.fault(
+                f"{ADAPTER_CONFIG} lists {name} in modules_to_save, but the file has no tensor of it"
+            )
+    return file
+
+
+def _refuse_other_depth(file: AdapterFile, num_layers: int) -> None:
+    """A name in target_modules means every linear of that name: in a deeper model some would be left without."""
+    targets = file.config.get("target_modules")
+    if (
+        not isinstance(targets, list)
+        or file.config.get("layers_to_transform")
+        or file.config.get("exclude_modules")
+    ):
+        return
+    for name in targets:
+        layers = sum(module.startswith("layers.") and module.endswith(f".{name}") for module in file.modules)
+        if "." not in name and 0 < layers < num_layers:
+            raise file.fault(f"adapts {name} in {layers} of this model's {num_layers} layers")
+
+
+def _join_tied_head(file: AdapterFile) -> None:
+    """In a tied model the head is the embedding: peft writes both, and they must be one."""
+    head, embedding = file.modules.pop("lm_head", {}), file.modules.get("embed_tokens", {})
+    remedy = "this model's head is tied to embed_tokens; merge that adapter with peft first"
+    if "lora_A" in head or "lora_B" in head:
+        raise file.fault(f"adapts lm_head alone, but {remedy}")
+    if "weight" in head and "weight" not in embedding:
+        raise file.fault(f"trains lm_head alone, but {remedy}")
+    if "weight" in embedding and "weight" not in head and not file.config.get("ensure_weight_tying"):
+        raise file.fault(f"trains embed_tokens alone (no ensure_weight_tying), but {remedy}")
+    if "weight" in head and not torch.equal(head["weight"], embedding["weight"]):
+        raise file.fault(f"trains embed_tokens and lm_head apart, but {remedy}")
+
+
+def read_adapter_config(folder: Path) -> dict:
+    """adapter_config.json of a LoRA adapter; ValueError for what would silently mean something else here."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"adapter_name_or_path: no folder {folder}")
+    path = folder / ADAPTER_CONFIG
+    config = read_json(path)
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{path}: peft_type {config.get('peft_type')!r}; only LORA adapters are known")
+    for key, off in UNSUPPORTED_ADAPTER_KEYS.items():
+        if config.get(key, off) not in (off, None, False, [], {}):
+            raise ValueError(
+                f"{path}: {key}={config[key]!r} is not supported; merge that adapter with peft first"
+            )
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(BASE_CHANGING_INITS):
+        raise ValueError(
+            f"{path}: init_lora_weights={start!r}: such an adapter belongs on a changed base model; save it as plain "
+            "LoRA with peft (save_pretrained with path_initial_model_for_weight_conversion), or merge it there"
+        )
+    return config
+
+
+def read_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the adapter by its name in the file; ValueError with the way out if there is none."""
+    folder = Path(folder)
+    path = folder / ADAPTER_WEIGHTS
+    if path.is_file():
+        return dict(file_tensors(path))
+    if (folder / "adapter_model.bin").is_file():
+        raise ValueError(
+            f"{folder}: only adapter_model.bin found, {PICKLE}; load it once with peft in an environment you trust and "
+            "save it again (peft writes safetensors)"
+        )
+    raise ValueError(f"{path}: file not found; is {folder} a complete adapter folder?")
+
+
+def split_adapter_name(config: ModelConfig, key: str, folder: Path) -> tuple[str, str]:
+    """PEFT's tensor name -> (our module name, lora_A | lora_B | magnitude | weight | bias)."""
+    path = Path(folder) / ADAPTER_WEIGHTS
+    if not key.startswith(PEFT_PREFIX):
+        raise ValueError(
+            f"{path}: tensor {key} does not start with {PEFT_PREFIX}; is it of another kind of model?"
+        )
+    name = key.removeprefix(PEFT_PREFIX).replace(".modules_to_save.", ".").replace(".base_layer.", ".")
+    for ending, part in PARTS.items():
+        if name.endswith(ending):
+            return _our_module(config, name.removesuffix(ending)), part
+    if ".lora_" in name:
+        raise ValueError(f"{path}: tensor {key} is of a kind of adapter that is not supported")
+    module, _, part = name.rpartition(".")
+    return _our_module(config, module), part
+
+
+def _our_module(config: ModelConfig, hf_module: str) -> str:
+    name = from_hf_name(config, f"{hf_module}.weight")
+    return (name or f"{hf_module}.weight").removesuffix(".weight")  # None: a tied head, see _join_tied_head
+
+
+def adapter_scale_alpha(config: dict, module: str) -> float:
+    """lora_alpha of this module (our name): by alpha_pattern as peft matches it, or the common value."""
+    return float(_by_pattern(config, "alpha_pattern", "lora_alpha", module))
+
+
+def _by_pattern(config: dict, patterns_key: str, common_key: str, module: str) -> float:
+    """The value of the first pattern that fits the end of the module's name, as peft's get_pattern_key."""
+    value = config.get(common_key, 8)  # peft's default of both
+    for pattern, other in (config.get(patterns_key) or {}).items():
+        try:
+            expression = re.compile(rf"(.*\.)?({pattern})$")
+        except re.error as error:
+            raise ValueError(
+                f"{ADAPTER_CONFIG}: {patterns_key}: {pattern!r} is no pattern ({error})"
+            ) from error
+        if expression.match(module) or expression.match(f"model.{module}"):
+            value = other
+            break
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ValueError(
+            f"{ADAPTER_CONFIG}: {common_key} of {module} is {value!r}, expected a number above 0"
+        )
+    return value
+
+
+def adapted_linear(
+    model: Decoder, module: str, file: AdapterFile, dtype: torch.dtype, dropout_probability: float
+) -> LoraLinear:
+    """The model's linear with the file's update around it; the model itself is not changed yet."""
+    parts = file.modules[module]
+    missing = {"lora_A", "lora_B", *(["magnitude"] if file.dora else [])} - parts.keys()
+    if missing:
+        raise file.fault(f"{module} lacks {', '.join(sorted(missing))}, so the file is incomplete")
+    try:
+        base = model.get_submodule(module)
+    except AttributeError as error:
+        raise file.fault(f"adapts {module}, which this model does not have") from error
+    if not hasattr(base, "in_features"):
+        raise file.fault(f"adapts {module}, a {type(base).__name__}; only linears are supported")
+    rank = int(_by_pattern(file.config, "rank_pattern", "r", module))
+    shapes = {"lora_A": (rank, base.in_features), "lora_B": (base.out_features, rank)}
+    if file.dora:
+        shapes["magnitude"] = (base.out_features,)
+    for part in sorted(parts.keys() & ADAPTER_PARTS):
+        if part not in shapes:
+            raise file.fault(
+                f"{module}.{part} does not belong to an adapter of this kind ({', '.join(shapes)})"
+            )
+        _check_shape(f"{module}.{part}", parts[part], shapes[part], file)
+    layer = LoraLinear(
+        base,
+        rank,
+        adapter_scale_alpha(file.config, module),
+        dropout_probability=dropout_probability,
+        rslora=bool(file.config.get("use_rslora")),
+        dora=file.dora,
+        dtype=dtype,
+        generator=torch.Generator(),  # the start is overwritten: leave the global generator alone
+    )
+    layer.lora_a.data.copy_(parts["lora_A"])
+    layer.lora_b.data.copy_(parts["lora_B"])
+    if layer.magnitude is not None:
+        layer.magnitude.data.copy_(parts["magnitude"])
+    return layer
+
+
+def whole_parameter(model: Decoder, name: str, tensor: torch.Tensor, file: AdapterFile) -> torch.nn.Parameter:
+    """The model's parameter that this tensor of the file replaces."""
+    try:
+        parameter = model.get_parameter(name)
+    except AttributeError as error:
+        raise file.fault(f"holds {name}, which this model does not have") from error
+    _check_shape(name, tensor, tuple(parameter.shape), file)
+    return parameter
+
+
+def _check_shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...], file: AdapterFile) -> None:
+    if tuple(tensor.shape) != expected:
+        found = tuple(tensor.shape)
+        raise file.fault(f"{name} has shape {found}, this model and {ADAPTER_CONFIG} ask for {expected}")
+
+
+# Several adapters
+
+
+def prepare_adapters(
+    model: Decoder,
+    folders: Iterable[str | Path],
+    options: LoraOptions,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Set what trains, starting from the given adapters: all but the last are merged, the last trains on.
+
+    With options.create_new_adapter all are merged and a fresh one is added; without folders see lora.prepare_trainable.
+    Raises ValueError if something would have to be merged into quantised weights.
+    """
+    folders = list(folders)
+    trained = folders[-1:] if options.finetuning_type == "lora" and not options.create_new_adapter else []
+    if len(folders) > len(trained) and quantised_linears(model):
+        raise ValueError(
+            f"adapter_name_or_path: {folders[0]} would have to be merged into quantised weights before another one is "
+            "trained; merge it with export.py and train on the result, or train it on alone"
+        )
+    merge_adapters(model, folders[: len(folders) - len(trained)])
+    if trained:
+        load_adapter(model, trained[0], dtype, options.lora_dropout)
+    else:
+        prepare_trainable(model, options, generator, dtype)
+
+
+def merge_adapters(model: Decoder, folders: Iterable[str | Path]) -> None:
+    """Every adapter merged into the weights, in order, in the weights' own dtypes; nothing trains afterwards."""
+    for folder in folders:
+        dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+        load_adapter(model, folder)
+        if lora_layers(model):
+            merge_for_good(model)
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(
+                dtypes.get(name, parameter.dtype)
+            )  # a quantised weight has become one
+    model.requires_grad_(False)
+
+
+@torch.no_grad()
+def apply_adapters(model: Decoder, folders: Iterable[str | Path]) -> None:
+    """Every adapter in use, in order, for inference: merged into dense weights, beside quantised ones, where several
+    become one of all their ranks (the 16-bit weights would be what quantising has saved). Nothing trains afterwards."""
+    if not quantised_linears(model):
+        merge_adapters(model, folders)
+        return
+    beside: dict[str, LoraLinear] = {}
+    for folder in folders:
+        dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+        load_adapter(model, folder)
+        for name, layer in lora_layers(model).items():
+            replace_module(model, name, layer.base if is_quantised(layer.base) else layer.merged_base())
+            if is_quantised(layer.base):
+                try:
+                    beside[name] = stacked(beside.get(name), layer)
+                except ValueError as error:
+                    raise ValueError(f"adapter_name_or_path: {folder}: {error}") from error
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(dtypes[name])
+    for name, layer in beside.items():
+        layer.settle(layer.base.dtype)
+        replace_module(model, name, layer.eval())
+    model.requires_grad_(False)

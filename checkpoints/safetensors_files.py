@@ -1,0 +1,225 @@
+"""Folders of safetensors files in the Hugging Face layout: model.safetensors, or shards and an index.
+
+Reading streams one tensor at a time from the memory-mapped file. Writing goes to a hidden folder first and only then
+replaces what was there, so neither a full disk nor a crash leaves half a model. Nothing is ever unpickled.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARDS = "model-*-of-*.safetensors"
+STAGING = ".incomplete"  # folder inside the target that holds the files while they are written
+
+PICKLE = "a pickle, which can run any code when it is read, so it is refused"
+
+
+# Reading
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file; ValueError names the file and the line."""
+    if not path.is_file():
+        raise ValueError(f"{path}: file not found; is {path.parent} a complete model or adapter folder?")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not JSON ({error}); the file is damaged, fetch it again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: holds a {type(value).__name__}, expected an object")
+    return value
+
+
+def stream_tensors(folder: str | Path) -> Iterator[tuple[Path, str, torch.Tensor]]:
+    """(file, name, tensor) of every tensor in the folder's safetensors files; the tensors lean on the mapped file."""
+    for path in weight_files(Path(folder)):
+        for name, tensor in file_tensors(path):
+            yield path, name, tensor
+
+
+def tensor_names(folder: str | Path) -> list[str]:
+    """Names of all tensors in the folder's safetensors files; no tensor is read."""
+    names = []
+    for path in weight_files(Path(folder)):
+        with opened(path) as file:
+            names += file.keys()
+    return names
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[safe_open]:
+    """safetensors' handle of one file; ValueError if it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a complete safetensors file ({error}); fetch it again") from error
+
+
+def file_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of every tensor in one safetensors file; ValueError if it is damaged."""
+    with opened(path) as file:
+        for name in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
+            yield name, file.get_tensor(name)
+
+
+def file_notes(path: Path) -> dict[str, str]:
+    """The metadata of one safetensors file; ValueError if it is damaged."""
+    with opened(path) as file:
+        return file.metadata() or {}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder; ValueError with the way out for folders that have none."""
+    if (folder / SINGLE).is_file():  # before the index, as transformers looks
+        return [folder / SINGLE]
+    if (folder / INDEX).is_file():
+        return _indexed_files(folder)
+    pickles = sorted(path.name for path in folder.glob("*.bin"))
+    if pickles:
+        raise ValueError(
+            f"{folder}: only {pickles[0]} found. A .bin file is {PICKLE}. Take the model's safetensors revision, or "
+            "convert it once in an environment you trust: "
+            "transformers' AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+        )
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(f"{folder}: holds an adapter, not a model; give it as adapter_name_or_path")
+    raise ValueError(f"{folder}: no {SINGLE} or {INDEX}; is it a model folder?")
+
+
+def _indexed_files(folder: Path) -> list[Path]:
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(
+            f"{folder / INDEX}: key weight_map missing or not a map of file names; fetch the file again"
+        )
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if Path(name).name != name:
+            raise ValueError(f"{folder / INDEX}: {name} points outside the folder; refused")
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name}: named in {INDEX} but not there; the download is incomplete")
+    return [folder / name for name in names]
+
+
+# Writing
+
+
+@contextmanager
+def staged(folder: str | Path) -> Iterator[Path]:
+    """A fresh folder to write files into; on leaving they replace those of the same name in `folder`.
+
+    New weights replace all old ones, however many files either has. An error inside leaves `folder` as it was.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    staging = folder / STAGING
+    if staging.exists():
+        shutil.rmtree(staging)  # left by a process that was killed
+    staging.mkdir()
+    try:
+        yield staging
+        for path in staging.iterdir():
+            _flush(path)
+        _publish(staging, folder)
+    finally:
+        shutil.rmtree(staging)
+
+
+def _publish(staging: Path, folder: Path) -> None:
+    """Move the files, in an order in which a reader finds the old weights, then the new ones; never a mixture."""
+    names = {path.name for path in staging.iterdir()}
+    shards = sorted(path.name for path in staging.glob(SHARDS))
+    if any((folder / name).exists() for name in shards):
+        # shards of the same names: for the moment of the renames the folder has no index, which is a clear error
+        (folder / INDEX).unlink(missing_ok=True)
+    for name in [*shards, *(name for name in (SINGLE, INDEX) if name in names)]:
+        os.replace(staging / name, folder / name)
+    if SINGLE in names or INDEX in names:
+        (folder / (INDEX if SINGLE in names else SINGLE)).unlink(missing_ok=True)
+        for stale in folder.glob(SHARDS):
+            if stale.name not in names:
+                stale.unlink()
+    for path in sorted(staging.iterdir()):
+        os.replace(path, folder / path.name)
+
+
+def _flush(path: Path) -> None:
+    """To the disk before its name is: or a power cut could leave the name of a file without its bytes."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], notes: dict[str, str] | None = None) -> None:
+    """One safetensors file with the permissions of any new file; OSError if it cannot be written."""
+    path.touch()
+    permissions = path.stat().st_mode
+    try:
+        save_file(tensors, path, metadata={"format": "pt"} | (notes or {}))
+    except SafetensorError as error:
+        raise OSError(f"{path}: could not be written ({error}); is the disk full?") from error
+    path.chmod(permissions)  # safetensors makes files that only their owner can read
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_shards(
+    folder: str | Path, tensors: Iterable[tuple[str, torch.Tensor]], shard_gigabytes: float
+) -> torch.dtype:
+    """Write (name, tensor) pairs as safetensors files of at most this many GB (1e9 bytes); give back their main dtype.
+
+    Only one shard is held in memory; a tensor above the limit gets a shard of its own. One shard ->
+    model.safetensors, more -> numbered files and an index. Old weights in the folder go once the new ones stand.
+    """
+    if not shard_gigabytes > 0:
+        raise ValueError(f"export_size: {shard_gigabytes} GB per file must be above 0")
+    limit = shard_gigabytes * 1e9
+    names: list[list[str]] = []  # of each finished shard
+    held: dict[str, torch.Tensor] = {}
+    held_bytes = total_bytes = 0
+    bytes_of: dict[torch.dtype, int] = {}
+    with staged(folder) as staging:
+
+        def flush() -> None:
+            write_tensors(staging / f"{len(names)}", held)
+            names.append(list(held))
+            held.clear()
+
+        for name, tensor in tensors:
+            size = tensor.numel() * tensor.element_size()
+            bytes_of[tensor.dtype] = bytes_of.get(tensor.dtype, 0) + size
+            if held and held_bytes + size > limit:
+                flush()
+                held_bytes = 0
+            held[name] = tensor.cpu().contiguous()
+            held_bytes += size
+            total_bytes += size
+        flush()
+        _name_shards(staging, names, total_bytes)
+    return max(bytes_of, key=bytes_of.get)
+
+
+def _name_shards(staging: Path, names: list[list[str]], total_bytes: int) -> None:
+    """Final names, which hold the number of shards, and the index."""
+    if len(names) == 1:
+        (staging / "0").rename(staging / SINGLE)
+        return
+    weight_map = {}
+    for i, shard in enumerate(names):
+        final = f"model-{i + 1:05d}-of-{len(names):05d}.safetensors"
+        (staging / f"{i}").rename(staging / final)
+        weight_map |= dict.fromkeys(shard, final)
+    write_json(staging / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})

@@ -1,0 +1,260 @@
+"""What to load for chat and export: a model folder, a hub id, an adapter, or the folder of a training run.
+
+A run folder says by itself what it needs: adapter_config.json names the base model, run_config.yaml (the resolved
+options of the run) the chat template, the stretched rope, how the base was quantised and the adapters that lay under
+the trained one. Options that the user gives beat those of the run.
+
+    source = find_source(ModelOptions(model_name_or_path="saves/demo"), TemplateOptions(), given=())
+    model, tokenizer, template = load_source(source, dtype=None, device="cpu")
+    load_head(model, source)                # of a reward model: reward_model.score_dialogues(model, ...) needs it
+"""
+
+from collections.abc import Container
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+import yaml
+
+import quant
+from architectures.config import ModelConfig, scale_rope
+from checkpoints.hub import ModelOptions, resolve_adapters, resolve_model
+from checkpoints.huggingface import load_config, load_model
+from checkpoints.peft import ADAPTER_CONFIG, apply_adapters
+from checkpoints.safetensors_files import read_json
+from checkpoints.value_head import VALUE_HEAD, ValueHead, has_value_head, load_value_head
+from model import Decoder
+from quant import Format, QuantOptions
+from templates import TemplateOptions, get_template
+from text.tokenizer import Tokenizer
+from training.run_folder import RUN_CONFIG
+
+EXPORT_RECORD = (
+    "export_info.json"  # marks a folder as an export, which the next export to the same place may replace
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    base: Path  # model folder
+    adapters: tuple[Path, ...]  # in the order in which they are merged
+    tokenizer: Path  # folder
+    template: TemplateOptions
+    rope_scaling: str | None
+    cutoff_len: int | None  # tokens; decides the factor of rope_scaling
+    notices: tuple[str, ...]  # what was taken from a run; for the user
+    quantization: QuantOptions = QuantOptions()  # of the base while it is read
+
+
+def find_source(
+    model: ModelOptions,
+    template: TemplateOptions,
+    given: Container[str],
+    quantization: QuantOptions | None = None,
+) -> Source:
+    """Everything to load.  given: keys that the user set (they beat the run's).  Raises ValueError naming the key.
+
+    quantization: how the base is to be quantised; an adapter's run says it where the user does not. None: not at all.
+    """
+    name, adapters = model.model_name_or_path, resolve_adapters(model)
+    if name and is_adapter(Path(name)):
+        adapters.insert(0, Path(name))
+        name = None
+    for folder in adapters:
+        if not is_adapter(folder):
+            raise ValueError(
+                f"adapter_name_or_path: {folder} holds no {ADAPTER_CONFIG}; give an adapter folder"
+            )
+    run_folder = adapters[-1] if adapters else Path(name or "")
+    run = read_run(run_folder)
+    notices = []
+    expanded: list[Path] = []
+    for folder in adapters:
+        below = adapters_below(read_run(folder), Path(name) if name else None)
+        unnamed = [path for path in below if path not in adapters]
+        notices += [f"{folder} was trained on top of {path}, which is merged first" for path in unnamed]
+        expanded += [path for path in (*below, folder) if path not in expanded]
+    if not name and adapters:
+        name = str(read_json(expanded[0] / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
+        notices.append(f"base model {name}, as {expanded[0]} says")
+        base = _resolve_base(replace(model, model_name_or_path=name), expanded[0])
+    else:
+        base = resolve_model(model)
+    beside = base / "adapter"  # what export.py keeps of a merge that 4 bits could not hold
+    if not adapters and is_adapter(beside):
+        notices.append(
+            f"{beside} belongs to these codes and is left out; model_name_or_path={beside} takes both"
+        )
+    if run:
+        for key in ("template", "default_system", "enable_thinking"):
+            if key not in given and run.get(key) is not None:
+                template = replace(template, **{key: run[key]})
+        if template.template and "template" not in given:
+            notices.append(f"template {template.template}, as {run_folder / RUN_CONFIG} says")
+    if quantization is not None and adapters and not any(item.name in given for item in fields(QuantOptions)):
+        quantization = _quantization_of(run)
+        if quant.from_options(quantization) is not None:
+            kind = quant.from_options(quantization).describe()
+            notices.append(
+                f"the base is quantised to {kind}, as {run_folder / RUN_CONFIG} says (quantization_bit)"
+            )
+    scaling, cutoff_len = model.rope_scaling, None
+    if "rope_scaling" not in given and adapters and run.get("rope_scaling"):
+        scaling, cutoff_len = (
+            run["rope_scaling"],
+            run.get("cutoff_len"),
+        )  # a full model's config.json has it already
+    tokenizer = next((f for f in reversed(expanded) if (f / "tokenizer.json").is_file()), base)
+    scaling = None if scaling == "none" else scaling
+    quantization = quantization or QuantOptions()
+    return Source(
+        base, tuple(expanded), tokenizer, template, scaling, cutoff_len, tuple(notices), quantization
+    )
+
+
+def load_source(
+    source: Source, dtype: torch.dtype | None, device: str, quantization: Format | None = None
+) -> tuple[Decoder, Tokenizer, object]:
+    """Model with its adapters merged (beside the weights if these are quantised), tokenizer, chat template.
+
+    dtype None = the checkpoint's.
+    """
+    # cheap mistakes come first
+    config = load_config(source.base)
+    tokenizer = Tokenizer.from_folder(source.tokenizer)
+    check_tokenizer(tokenizer, config, source)
+    options = source.template
+    template = get_template(options.template, tokenizer.chat_template, options.default_system)
+    model = load_model(source.base, dtype, device, source.rope_scaling, source.cutoff_len, quantization)
+    apply_adapters(model, source.adapters)
+    return model, tokenizer, template
+
+
+def load_head(model: Decoder, source: Source) -> None:
+    """Give the model the value head that lies beside its last adapter with one, or beside the base. Raises ValueError
+    if there is none."""
+    folder = value_head_folder(source)
+    if folder is None:
+        names = ", ".join(map(str, (*source.adapters, source.base)))
+        raise ValueError(
+            f"there is no {VALUE_HEAD} in {names}, so this is no reward model (stage rm trains one)"
+        )
+    head = ValueHead(model.config.hidden_size, model.embed_tokens.weight.device)
+    load_value_head(head, folder)
+    model.v_head = head.requires_grad_(False)
+
+
+def value_head_folder(source: Source) -> Path | None:
+    return next(
+        (folder for folder in (*reversed(source.adapters), source.base) if has_value_head(folder)), None
+    )
+
+
+def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig, source: Source) -> None:
+    """Raises ValueError when the tokenizer has tokens that the model has not."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{source.tokenizer}: the tokenizer has {tokenizer.vocab_size} tokens, but the model in {source.base} has "
+            f"{config.vocab_size}; tokenizer and model do not belong together"
+        )
+
+
+def scaled_config(source: Source) -> ModelConfig:
+    """The base model's switches, with the rope stretched as it will be used."""
+    config = load_config(source.base)
+    return scale_rope(config, source.rope_scaling, source.cutoff_len) if source.rope_scaling else config
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def read_run(folder: Path) -> dict:
+    """The resolved options of the run that wrote this folder, {} if no run did. Raises ValueError naming the file."""
+    path = folder / RUN_CONFIG
+    if not path.is_file():
+        return {}
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"{path}: not YAML ({reason}); remove it and give template and adapters yourself"
+        ) from error
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"{path}: expected keys and values; remove it and give template and adapters yourself"
+        )
+    return values
+
+
+def _quantization_of(run: dict) -> QuantOptions:
+    """How the run quantised its base while reading it."""
+    names = (item.name for item in fields(QuantOptions))
+    return QuantOptions(**{name: run[name] for name in names if run.get(name) is not None})
+
+
+def adapters_below(run: dict, base: Path | None = None) -> list[Path]:
+    """Adapters that the run merged into its base before it trained its own, without those that `base` already holds."""
+    names = run.get("adapter_name_or_path") or []
+    names = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
+    held = merged_into(base) if base is not None else []
+    below = [Path(name) for name in (names if run.get("create_new_adapter") else names[:-1])]
+    return [path for path in below if not any(_same_place(path, each) for each in held)]
+
+
+def merged_into(base: Path) -> list[str]:
+    """The adapters whose updates are in the weights of this folder, as export.py's records say."""
+    found: list[str] = []
+    while (Path(base) / EXPORT_RECORD).is_file():
+        record = read_json(Path(base) / EXPORT_RECORD)
+        found += record.get("adapters", [])
+        if _same_place(record.get("base"), base):
+            break
+        base = record.get("base", "")
+    return found
+
+
+def check_adapters(options: ModelOptions) -> None:
+    """ValueError if an adapter to train on was itself trained on top of one that is not named before it."""
+    folders, base = resolve_adapters(options), options.model_name_or_path
+    for number, folder in enumerate(folders):
+        if not (folder / ADAPTER_CONFIG).is_file():
+            raise ValueError(
+                f"adapter_name_or_path: {folder} holds no adapter ({ADAPTER_CONFIG}); a whole model is given as "
+                "model_name_or_path"
+            )
+        run = read_run(folder)
+        if not _same_place(run.get("model_name_or_path"), base):
+            continue  # whoever made the other base may have merged those below into it
+        known = folders[:number]
+        below = adapters_below(run, Path(base))
+        missing = [path for path in below if not any(_same_place(path, each) for each in known)]
+        if missing:
+            names = ",".join(map(str, [*known, *missing, folder]))
+            raise ValueError(
+                f"adapter_name_or_path: {folder} was trained on top of {', '.join(map(str, missing))}, without which "
+                f"it means nothing; give adapter_name_or_path={names}"
+            )
+
+
+def _same_place(one: str | Path | None, other: str | Path | None) -> bool:
+    """Whether both name the same folder, or the same id of a hub."""
+    if not one or not other:
+        return False
+    return str(one) == str(other) or Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
+
+
+def _resolve_base(model: ModelOptions, adapter: Path) -> Path:
+    if not model.model_name_or_path:
+        raise ValueError(
+            f"model_name_or_path: {adapter / ADAPTER_CONFIG} does not name its base model; give "
+            f"model_name_or_path=BASE adapter_name_or_path={adapter}"
+        )
+    try:
+        return resolve_model(model)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. That is the base model {adapter / ADAPTER_CONFIG} names; if it lies elsewhere, give "
+            f"model_name_or_path=BASE adapter_name_or_path={adapter}"
+        ) from error

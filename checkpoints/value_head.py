@@ -1,0 +1,89 @@
+"""One number for each token: the scalar head of a reward model, and of PPO's value function.
+
+In a file of its own beside the adapter or the model: value_head.safetensors with v_head.summary.weight (1, E) and
+v_head.summary.bias (1,), as trl and LLaMA-Factory name them, in any floating-point dtype. What a reward model reads
+behind each text before it gives the text's score (reward_model.py) is in the file's metadata: `ending`, token ids.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from checkpoints.safetensors_files import PICKLE, file_notes, file_tensors, write_tensors
+
+VALUE_HEAD = "value_head.safetensors"
+PICKLED = "value_head.bin"
+PREFIX = "v_head."
+
+
+class ValueHead(nn.Module):
+    """hidden (T, E) -> (T,) fp32. Its weights are fp32 whatever the model computes in."""
+
+    ending: tuple[int, ...] | None = (
+        None  # tokens behind a text whose score is asked for; None: nobody has said yet
+    )
+
+    def __init__(
+        self, hidden_size: int, device: torch.device | str = "cpu", generator: torch.Generator | None = None
+    ):
+        super().__init__()
+        self.summary = nn.Linear(hidden_size, 1, device=device)
+        bound = (
+            hidden_size**-0.5
+        )  # nn.Linear's own start, drawn on the CPU so that a seed gives the same everywhere
+        for parameter in self.summary.parameters():
+            drawn = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
+            parameter.data.copy_(drawn)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.summary(hidden.float())[:, 0]
+
+
+def save_value_head(head: ValueHead, folder: Path) -> None:
+    tensors = {PREFIX + name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
+    notes = {"ending": json.dumps(head.ending)} if head.ending else None
+    write_tensors(Path(folder) / VALUE_HEAD, tensors, notes)
+
+
+def has_value_head(folder: Path) -> bool:
+    """Whether a value head lies in this folder. Raises ValueError for one that would have to be unpickled."""
+    folder = Path(folder)
+    if not (folder / VALUE_HEAD).is_file() and (folder / PICKLED).is_file():
+        raise ValueError(
+            f"{folder / PICKLED}: {PICKLE}; in an environment you trust, load it once with torch.load and write it "
+            f"with safetensors.torch.save_file as {VALUE_HEAD}"
+        )
+    return (folder / VALUE_HEAD).is_file()
+
+
+@torch.no_grad()
+def load_value_head(head: ValueHead, folder: Path) -> None:
+    """Weights and ending. Raises ValueError naming file and tensor."""
+    path = Path(folder) / VALUE_HEAD
+    if not has_value_head(folder):
+        raise ValueError(f"{path}: file not found; {folder} is no reward model")
+    found = dict(file_tensors(path))
+    for name, parameter in head.named_parameters():
+        tensor = found.pop(PREFIX + name, None)
+        if tensor is None or tensor.shape != parameter.shape:
+            shape = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)}"
+            raise ValueError(f"{path}: tensor {PREFIX}{name} {shape}, expected {tuple(parameter.shape)}")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{path}: tensor {PREFIX}{name} is not finite; the reward model is broken")
+        parameter.copy_(tensor)
+    if found:
+        raise ValueError(f"{path}: tensor {next(iter(found))} belongs to no value head")
+    head.ending = _ending(path)
+
+
+def _ending(path: Path) -> tuple[int, ...]:
+    text = file_notes(path).get("ending", "[]")
+    try:
+        ending = json.loads(text)
+    except (ValueError, RecursionError):
+        ending = None
+    if not isinstance(ending, list) or not all(type(token) is int and token >= 0 for token in ending):
+        raise ValueError(f"{path}: ending is {text[:80]!r} in its metadata, expected a list of token ids")
+    return tuple(ending)

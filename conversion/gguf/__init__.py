@@ -1,0 +1,1 @@
+"""conversion/gguf: see the README."""

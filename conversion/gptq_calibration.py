@@ -1,0 +1,473 @@
+"""GPTQ of a whole model on calibration text, block by block, in bounded memory (export_quantization_* of export.py).
+
+    windows = read_windows(options, tokenizer, HubAccess())                  # (nsamples, maxlen)
+    calibration = Calibration(options, config, windows)
+    calibration.write(target, dense, shard_gigabytes=5.0)                    # dense: (Hugging Face name, tensor)
+
+Windows of text run through the model once, one block after the other. Within a block the linears are taken in the
+order in which it computes: q; k and v; o; gate and up; down. Each is solved (quant/gptq_solver.py) for the inputs that
+it gets when all before it are quantised already, as the finished model will compute ("true sequential"). For k and v
+tokens count by how much attention they get (_Text._received). Held at a time: one block, one Hessian and its factor;
+the text's activations lie in a memory-mapped file. Embedding, norms and head stay as they are.
+"""
+
+import random
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from architectures.config import ModelConfig, to_hf_name
+from checkpoints.safetensors_files import weight_files, write_shards
+from kernels.linear import matmul_transposed
+from model import Attention, Block, Decoder, Row
+from pipeline.formats import Dropped, check_stage, to_conversation, to_document
+from pipeline.sources import DatasetInfo, HubAccess, find_dataset, list_files, open_hub, read_rows
+from quant.gptq import GPTQFormat, GPTQLinear
+from quant.gptq_solver import GPTQOptions, Hessian, Integers, solve
+from text.tokenizer import Tokenizer
+
+ROWS_READ = 200_000  # of a data set, at most: the windows are drawn from these
+SEED = 0  # of the windows: the same command gives the same model
+TOKENS_AT_ONCE = 2048  # a batch of windows: enough for full speed, small beside a block
+PACKED_IN = 32  # GPTQ's file holds codes and zeros in 32-bit words, along inputs and along outputs
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    export_quantization_bit: Annotated[
+        Literal[8, 4, 3, 2] | None, "quantise the exported model by GPTQ to this many bits"
+    ] = None
+    export_quantization_dataset: Annotated[
+        str | None, "text to calibrate it on: a name in dataset_info.json, or a file"
+    ] = None
+    export_quantization_nsamples: Annotated[int, "windows of calibration text"] = 128
+    export_quantization_maxlen: Annotated[int, "tokens of each, from documents that are longer"] = 1024
+    export_quantization_group_size: Annotated[int, "inputs that share a scale; -1 = all of a row"] = 128
+    export_quantization_damp_percent: Annotated[
+        float, "share of the mean diagonal that is added to the Hessian's"
+    ] = 0.1
+    export_quantization_desc_act: Annotated[
+        bool, "act-order: columns by falling activations (better, slower to decode)"
+    ] = False
+    export_quantization_sym: Annotated[bool, "grids around zero; false = with zero points"] = True
+    dataset_dir: Annotated[str, "folder of dataset_info.json"] = "data"
+
+    def __post_init__(self):
+        if self.export_quantization_bit is None:
+            return
+        if not self.export_quantization_dataset:
+            raise ValueError(
+                "export_quantization_dataset: missing; name text to calibrate on, for example "
+                "export_quantization_dataset=c4_demo.jsonl"
+            )
+        for key, least in (("export_quantization_nsamples", 1), ("export_quantization_maxlen", 2)):
+            if getattr(self, key) < least:
+                raise ValueError(f"{key}: {getattr(self, key)}; expected at least {least}")
+        group = self.export_quantization_group_size
+        if group != -1 and group < 1:
+            raise ValueError(
+                f"export_quantization_group_size: {group}; expected a number above 0, or -1: whole rows"
+            )
+        if not 0 < self.export_quantization_damp_percent < 1:
+            damping = self.export_quantization_damp_percent
+            raise ValueError(f"export_quantization_damp_percent: {damping}; expected a share between 0 and 1")
+
+    @property
+    def solver(self) -> GPTQOptions:
+        return GPTQOptions(
+            bits=self.export_quantization_bit,
+            group_size=self.export_quantization_group_size,
+            symmetric=self.export_quantization_sym,
+            act_order=self.export_quantization_desc_act,
+            damping=self.export_quantization_damp_percent,
+        )
+
+    @property
+    def format(self) -> GPTQFormat:
+        return GPTQFormat(
+            bits=self.export_quantization_bit,
+            group_size=self.export_quantization_group_size,
+            desc_act=self.export_quantization_desc_act,
+            sym=self.export_quantization_sym,
+        )
+
+
+# Text
+
+
+def read_windows(options: CalibrationOptions, tokenizer: Tokenizer, hub: HubAccess) -> Tensor:
+    """(nsamples, maxlen) int64: random windows of documents that are longer. Raises ValueError naming the key.
+
+    Every long document gives one before any gives a second.
+    """
+    count, length = options.export_quantization_nsamples, options.export_quantization_maxlen
+    name = options.export_quantization_dataset
+    try:
+        info = find_dataset(name, options.dataset_dir)
+        check_stage(info, "sft")
+        chosen = random.Random(SEED)
+        documents = _some_documents(info, hub, 4 * count, length, chosen)
+    except ValueError as error:
+        raise ValueError(f"export_quantization_dataset: {str(error).removeprefix('dataset: ')}") from error
+    long: list[list[int]] = []
+    longest = 0
+    for text in documents:
+        ids = tokenizer.encode(text)
+        longest = max(longest, len(ids))
+        if len(ids) > length:
+            long.append(ids)
+        if len(long) == count:
+            break
+    if not long:
+        raise ValueError(
+            f"export_quantization_dataset: no document of {name} is longer than export_quantization_maxlen={length} "
+            f"tokens (the longest looked at has {longest}); lower it, or take longer documents"
+        )
+    windows = []
+    for number in range(count):
+        ids = long[number] if number < len(long) else chosen.choice(long)
+        start = chosen.randrange(len(ids) - length + 1)
+        windows.append(ids[start : start + length])
+    return torch.tensor(windows)
+
+
+def _some_documents(
+    info: DatasetInfo, hub: HubAccess, count: int, length: int, chosen: random.Random
+) -> list[str]:
+    """At most `count` documents drawn evenly from the first ROWS_READ rows, in random order; of very long ones a part.
+
+    Only those that can have more than `length` tokens, a token being at least one byte; if there are none, the longest.
+    """
+    kept, seen, longest = [], 0, ""
+    most = 64 * length  # characters: a book is not held as a whole
+    for text in _documents(info, hub, 8 * length):
+        if len(text) > most:
+            start = chosen.randrange(len(text) - most + 1)
+            text = text[start : start + most]
+        if len(text) > len(longest):
+            longest = text
+        if len(text.encode()) <= length:
+            continue
+        seen += 1
+        place = (
+            len(kept) if len(kept) < count else chosen.randrange(seen)
+        )  # algorithm R: every one is as likely
+        if place < len(kept):
+            kept[place] = text
+        elif place < count:
+            kept.append(text)
+    chosen.shuffle(kept)
+    return kept or [longest]
+
+
+def _documents(info: DatasetInfo, hub: HubAccess, joined: int) -> Iterator[str]:
+    """The text of each row; of conversations all turns. Lines of .txt files are joined up to this many characters."""
+    opened = open_hub(info, hub, streaming=True) if info.kind != "file" else None
+    lines = info.kind == "file" and all(file.suffix.lower() == ".txt" for file in list_files(info))
+    pending = ""
+    for number, (place, row) in enumerate(read_rows(info, opened)):
+        if number == ROWS_READ:
+            break
+        try:
+            text = _text_of(row, info)
+        except Dropped:
+            continue
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+        if not lines:
+            yield text
+        elif len(pending := pending + text + "\n") >= joined:
+            yield pending
+            pending = ""
+    if pending:
+        yield pending
+
+
+def _text_of(row: dict, info: DatasetInfo) -> str:
+    document = info.columns.keys() == {"prompt"} or ("text" in row and "instruction" not in row)
+    if info.formatting == "alpaca" and document:
+        return to_document(row, info)
+    return "\n".join(text for _, text in to_conversation(row, info).turns)
+
+
+# The model
+
+
+@dataclass
+class Summary:
+    """Mean over linears of the squared error of a layer's output over its squared size, on the calibration text."""
+
+    linears: int = 0
+    error: float = 0.0
+    rounded_error: float = 0.0  # if each weight had been rounded to the nearest point of the grid
+
+    def add(self, integers: Integers) -> None:
+        size = max(integers.size, torch.finfo(torch.float32).tiny)
+        self.linears += 1
+        self.error += (integers.error / size - self.error) / self.linears
+        self.rounded_error += (integers.rounded_error / size - self.rounded_error) / self.linears
+
+
+class Calibration:
+    """windows: (N, L) token ids. Raises ValueError where the model's sizes cannot be packed."""
+
+    def __init__(
+        self, options: CalibrationOptions, config: ModelConfig, windows: Tensor, device: str = "cpu"
+    ):
+        self.options, self.config, self.windows, self.device = options, config, windows, device
+        self.format, self.summary = options.format, Summary()
+        if windows.shape[1] > config.max_positions:
+            raise ValueError(
+                f"export_quantization_maxlen: {windows.shape[1]} tokens; the model is for texts of "
+                f"{config.max_positions}"
+            )
+        block = Block(config, 0, device="meta")
+        self.block_names = [name for name, _ in block.named_parameters()]
+        for name, module in block.named_modules():
+            sizes = (module.in_features, module.out_features) if isinstance(module, nn.Linear) else ()
+            if any(size % PACKED_IN for size in sizes):
+                raise ValueError(
+                    f"export_quantization_bit: {name} has {sizes[0]} inputs and {sizes[1]} outputs; GPTQ packs "
+                    f"multiples of {PACKED_IN}, so this model cannot be exported in it"
+                )
+
+    def told(self) -> str:
+        """For the user, at the end."""
+        error, rounded = 100 * self.summary.error, 100 * self.summary.rounded_error
+        lost = f"{error:.3g}% of what the linears put out is lost, {rounded:.3g}% if each weight were rounded alone"
+        return f"{self.format.describe()}: {lost} (squares, calibration text)"
+
+    def record(self) -> dict:
+        """How the integers were found, for whoever asks later."""
+        return {
+            "dataset": self.options.export_quantization_dataset,
+            "windows": list(self.windows.shape),
+            "damp_percent": self.options.export_quantization_damp_percent,
+            "output_error": self.summary.error,
+            "output_error_of_rounding": self.summary.rounded_error,
+        }
+
+    def working_bytes(self, dtype: torch.dtype) -> int:
+        """Disk space that `tensors` takes for activations while it runs."""
+        numbers = self.config.hidden_size + _inner_size(self.config)  # a token's
+        return self.windows.numel() * numbers * _compute_dtype(dtype).itemsize
+
+    def write(self, folder: Path, dense: Iterable[tuple[str, Tensor]], shard_gigabytes: float) -> None:
+        """The quantised tensors as safetensors files of a folder; dense as in `tensors`."""
+        working = folder / "working"
+        write_shards(folder, self.tensors(dense, working), shard_gigabytes)
+        shutil.rmtree(working)
+
+    @torch.no_grad()
+    def tensors(self, dense: Iterable[tuple[str, Tensor]], folder: Path) -> Iterator[tuple[str, Tensor]]:
+        """dense: (Hugging Face name, tensor) of the whole model, in any order; gone over once, before anything else.
+
+        folder: for working files, which stay there. Raises ValueError naming the layer whose numbers are bad.
+        """
+        block_numbers = sum(
+            parameter.numel() for parameter in Block(self.config, 0, device="meta").parameters()
+        )
+        write_shards(
+            folder / "dense", dense, 4e-9 * block_numbers
+        )  # holds a shard at a time: the size of a block
+        weights = _Weights(folder / "dense")
+        inside = {
+            self._hf_name(layer, name) for layer in range(self.config.num_layers) for name in self.block_names
+        }
+        yield from ((name, weights.read(name)) for name in weights.names if name not in inside)
+        embedding = weights.read(to_hf_name(self.config, "embed_tokens.weight"))
+        dtype = _compute_dtype(embedding.dtype)
+        text = _Text(self.config, self.windows, folder / "activations", dtype, self.device)
+        text.embed(embedding)
+        bits = self.options.export_quantization_bit
+        linears = self.config.num_layers * sum(len(names) for _, names in STAGES)
+        with tqdm(total=linears, desc=f"GPTQ, {bits} bits", unit=" linears", smoothing=0) as progress:
+            for layer in range(self.config.num_layers):
+                yield from self._block(layer, weights, text, progress)
+
+    def _block(
+        self, layer: int, weights: "_Weights", text: "_Text", progress: tqdm
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The quantised tensors of one block; the text moves on to the next one."""
+        block = Block(self.config, layer, dtype=text.dtype, device="meta")
+        values = {name: weights.read(self._hf_name(layer, name)) for name in self.block_names}
+        moved = {name: value.to(text.device, text.dtype, copy=True) for name, value in values.items()}
+        block.load_state_dict(moved, assign=True)
+        weight_names = {f"{part}.{name}.weight" for part, names in STAGES for name in names}
+        for name, value in values.items():
+            if name not in weight_names:
+                yield self._hf_name(layer, name), value
+        for stage, (part, names) in enumerate(STAGES):
+            hessian = Hessian(block.get_submodule(f"{part}.{names[0]}").in_features, text.device)
+            for x in text.inputs(block, stage):
+                self._named(layer, part, names, hessian.add, x)
+            linears = [block.get_submodule(f"{part}.{name}") for name in names]
+            # one product with the inverse for all: rows of a weight do not know each other
+            stacked = torch.cat([values[f"{part}.{name}.weight"].to(text.device) for name in names])
+            integers = self._named(layer, part, names, solve, stacked, hessian, self.options.solver)
+            self.summary.add(integers)
+            packed = self._packed(integers, [linear.out_features for linear in linears], text.dtype)
+            for name, linear, one in zip(names, linears, packed):
+                one.dequantize(out=linear.weight)
+                for suffix, tensor in one.tensors().items():
+                    yield self._hf_name(layer, f"{part}.{name}.{suffix}"), tensor
+            progress.update(len(names))
+        if layer + 1 < self.config.num_layers:
+            text.leave(block)
+
+    def _packed(self, integers: Integers, sizes: list[int], dtype: torch.dtype) -> list[GPTQLinear]:
+        """The layers of linears that were solved together."""
+        parts = zip(
+            *(tensor.cpu().split(sizes) for tensor in (integers.codes, integers.scales, integers.zeros))
+        )
+        group_of = integers.group_of.cpu()
+        return [  # each with groups of its own: tensors of a file may not share memory
+            GPTQLinear.from_integers(self.format, codes, scales, zeros, group_of.clone(), None, dtype).to(
+                self.device
+            )
+            for codes, scales, zeros in parts
+        ]
+
+    def _named(self, layer: int, part: str, names: tuple[str, ...], function, *arguments):
+        """function(*arguments), and whose numbers it were if it refuses them."""
+        try:
+            return function(*arguments)
+        except ValueError as error:
+            place = self._hf_name(layer, f"{part}.{names[0]}.weight").removesuffix(f"{names[0]}.weight")
+            raise ValueError(f"export_quantization_bit: {place}{'/'.join(names)}: {error}") from error
+
+    def _hf_name(self, layer: int, name: str) -> str:
+        return to_hf_name(self.config, f"layers.{layer}.{name}")
+
+
+STAGES = (  # the block's linears in the order in which it computes; those of a line have one Hessian
+    ("self_attn", ("q_proj",)),
+    ("self_attn", ("k_proj", "v_proj")),
+    ("self_attn", ("o_proj",)),
+    ("mlp", ("gate_proj", "up_proj")),
+    ("mlp", ("down_proj",)),
+)
+_, _KV, _O, _GATE_UP, _DOWN = range(len(STAGES))
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the activations: bf16 for bf16 models, else fp32, since fp16 overflows where a model was not made for it."""
+    return dtype if dtype is torch.bfloat16 else torch.float32
+
+
+def _inner_size(config: ModelConfig) -> int:
+    """Numbers of the wider of what o and down get."""
+    return max(config.num_heads * config.head_dim, config.intermediate_size)
+
+
+class _Weights:
+    """The tensors of a folder, by name; only what is asked for is read."""
+
+    def __init__(self, folder: Path):
+        self._file_of = {}
+        for path in weight_files(folder):
+            with safe_open(path, framework="pt") as file:
+                self._file_of |= dict.fromkeys(file.keys(), path)
+
+    @property
+    def names(self) -> Iterable[str]:
+        return self._file_of.keys()
+
+    def read(self, name: str) -> Tensor:
+        with safe_open(self._file_of[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+
+class _Text:
+    """The windows on their way through the blocks.
+
+    stream (tokens, E): the residual stream. inner (tokens, wider of attention's output and MLP): what the inner linear
+    of the current half of the block, o or down, gets. Both lie in files.
+    """
+
+    def __init__(self, config: ModelConfig, windows: Tensor, folder: Path, dtype: torch.dtype, device: str):
+        self.config, self.windows, self.dtype, self.device = config, windows, dtype, device
+        self.skeleton = Decoder(config, device="meta")
+        folder.mkdir()
+        self.stream = _mapped(folder / "stream", windows.numel(), config.hidden_size, dtype)
+        self.inner = _mapped(folder / "inner", windows.numel(), _inner_size(config), dtype)
+
+    def embed(self, embedding: Tensor) -> None:
+        for rows, _ in self._batches():
+            self.stream[rows] = embedding[self.windows.view(-1)[rows]].to(self.dtype)
+
+    def inputs(self, block: Block, stage: int) -> Iterator[Tensor]:
+        """(T, in) batches of what the linears of a stage get when those before it are as they stand in the block."""
+        half, norm = (block.self_attn, block.input_layernorm), (block.mlp, block.post_attention_layernorm)
+        half, norm = half if stage <= _O else norm
+        inner_linear = "o_proj" if stage <= _O else "down_proj"
+        linear = getattr(half, inner_linear)
+        for rows, count in self._batches():
+            x = self.stream[rows].to(self.device)
+            if stage == _GATE_UP:
+                x = x + block.self_attn.o_proj(self._inner(rows, block.self_attn.o_proj))
+                self.stream[rows] = x.cpu()
+            x = norm(x)
+            if stage == _KV:
+                x = x * self._received(block.self_attn, x, count).sqrt()[:, None].to(x.dtype)
+            if stage in (_O, _DOWN):
+                setattr(half, inner_linear, nn.Identity())  # what would go into the inner linear comes out
+                x = half(x, *self._place(count, x)) if stage == _O else half(x)
+                setattr(half, inner_linear, linear)
+                self.inner[rows, : x.shape[1]] = x.cpu()
+            yield x
+
+    def _received(self, attention: Attention, x: Tensor, count: int) -> Tensor:
+        """How much of each token's value goes on: attention to it, squared, summed over heads and queries. (T,) fp32.
+
+        An error d of the value of token j is a_ij d in the output at i, so this is its weight among the tokens. Without
+        it the first token, which many heads attend to most while they are at rest, counts as one among hundreds, and
+        GPTQ puts the error where no other token shows it: there.
+        """
+        q, k, _ = attention.project(x, *self._place(count, x))  # (T, H, D), (T, K, D)
+        length, group = self.windows.shape[1], q.shape[1] // k.shape[1]
+        place = torch.arange(length, device=x.device)
+        hidden = (place[:, None] < place) | (place[:, None] - place >= (attention.window or length))
+        received = torch.zeros(count, length, device=x.device)
+        for window, (queries, keys) in enumerate(zip(q.split(length), k.split(length))):
+            for head in range(q.shape[1]):  # (L, L) at a time
+                scores = matmul_transposed(queries[:, head], keys[:, head // group].contiguous()).float()
+                shares = (scores * attention.scale).masked_fill_(hidden, -torch.inf).softmax(-1)
+                received[window] += shares.square_().sum(0)
+        return received.view(-1)
+
+    def leave(self, block: Block) -> None:
+        """The stream behind the block."""
+        for rows, _ in self._batches():
+            x = block.mlp.down_proj(self._inner(rows, block.mlp.down_proj))
+            self.stream[rows] += x.cpu()
+
+    def _inner(self, rows: slice, linear: nn.Linear) -> Tensor:
+        return self.inner[rows, : linear.in_features].to(self.device)
+
+    def _batches(self) -> Iterator[tuple[slice, int]]:
+        """(rows of the files, windows) of each batch."""
+        windows, length = self.windows.shape
+        step = max(1, TOKENS_AT_ONCE // length)
+        for first in range(0, windows, step):
+            last = min(first + step, windows)
+            yield slice(first * length, last * length), last - first
+
+    def _place(self, count: int, x: Tensor) -> tuple[Tensor, Tensor, Row]:
+        """cos, sin and row for windows one behind the other."""
+        length = self.windows.shape[1]
+        borders = torch.arange(0, (count + 1) * length, length, dtype=torch.int32, device=x.device)
+        row = Row(borders, length, None, self.skeleton.flash_attn, x.dtype)
+        cos, sin = self.skeleton.rotation(torch.arange(length, device=x.device).repeat(count), row, x.dtype)
+        return cos, sin, row
+
+
+def _mapped(path: Path, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    return torch.from_file(str(path), shared=True, size=rows * columns, dtype=dtype).view(rows, columns)

@@ -1,0 +1,176 @@
+"""The base model with its adapters merged in, one tensor at a time, whatever format the base is in.
+
+    merge = Merge(config, [Adapter(config, folder) for folder in adapters], dtype=None, device="cpu")
+    for hf_name, tensor in merge.tensors(base_folder): ...         # dense, for a checkpoint of 16 bit
+    model = merge.model(base_folder)                               # the same as a Decoder
+
+W' = W + s B A in fp32 for every adapter in order, rounded once at the end (LoRA, arXiv 2106.09685); DoRA (arXiv
+2402.09353) gives each row of the sum its trained length. A quantised base is dequantised on the way.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from architectures.config import ModelConfig, to_hf_name
+from checkpoints.huggingface import checkpoint_dtype, set_parameter, stream_weights
+from checkpoints.peft import ADAPTER_PARTS, adapted_linear, read_adapter, whole_parameter
+from conversion.requantise import Piece
+from lora import LoraLinear
+from model import Decoder
+from quant import Format, QuantLinear
+
+EMBEDDING, HEAD = "embed_tokens", "lm_head"
+
+
+class Adapter:
+    """A PEFT adapter, ready to be merged into one tensor at a time.
+
+    Reading it checks everything against the model's shapes: ValueError names the first tensor that does not fit.
+    """
+
+    def __init__(self, config: ModelConfig, folder: Path):
+        # read as if the head had a weight of its own: an adapter may give it one
+        untied = replace(config, tied_head=False)
+        skeleton = Decoder(untied, device="meta")  # shapes only
+        self.file = read_adapter(folder, untied)
+        self.layers: dict[str, LoraLinear] = {}
+        for module, parts in self.file.modules.items():
+            if "lora_A" in parts or "lora_B" in parts:
+                self.layers[module] = adapted_linear(skeleton, module, self.file, torch.float32, 0.0)
+            for part in parts.keys() - ADAPTER_PARTS:
+                whole_parameter(skeleton, f"{module}.{part}", parts[part], self.file)
+
+    def apply(self, name: str, tensor: Tensor) -> Tensor:
+        """One of the model's tensors after this adapter; fp32 where an update was added."""
+        module, _, part = name.rpartition(".")
+        parts = self.file.modules.get(module, {})
+        if (
+            part in parts
+        ):  # trained in full; or, where the head has an adapter, the base that peft stores beside it
+            tensor = parts[part].to(tensor.device)
+        return self._merged(module, parts, tensor) if module in self.layers and part == "weight" else tensor
+
+    def _merged(self, module: str, parts: dict[str, Tensor], weight: Tensor) -> Tensor:
+        layer = self.layers[module]
+        shape_only = layer.base.weight
+        layer.base.weight = nn.Parameter(weight, requires_grad=False)
+        for part, name in (("lora_A", "lora_a"), ("lora_B", "lora_b"), ("magnitude", "magnitude")):
+            if part in parts:
+                setattr(
+                    layer,
+                    name,
+                    nn.Parameter(parts[part].to(weight.device, torch.float32), requires_grad=False),
+                )
+        merged = layer.merged_weight()
+        layer.base.weight = shape_only
+        if not torch.isfinite(merged).all():
+            raise self.file.fault(f"the merged {module} is not finite, so the adapter is broken")
+        return merged
+
+    @property
+    def unties(self) -> bool:
+        """Whether a tied head and the embedding differ after this adapter, as peft reads it: a module that it does not
+        name keeps the base's weight. Both trained in full and equal is how a tied pair is stored."""
+        embedding, head = self.file.modules.get(EMBEDDING, {}), self.file.modules.get(HEAD, {})
+        if not embedding and not head:
+            return False
+        if not head and self.file.config.get("ensure_weight_tying"):
+            return False
+        pair = "weight" in embedding and "weight" in head
+        return not (pair and torch.equal(embedding["weight"], head["weight"]))
+
+
+class Merge:
+    """The base model's dense tensors with every adapter applied, one at a time; a quantised base is dequantised."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        adapters: list[Adapter],
+        dtype: torch.dtype | None,
+        device: str,
+        quantization: Format | None = None,
+    ):
+        """quantization: put a 16-bit base's linears into codes first, as training did with quantization_bit."""
+        self.config, self.adapters, self.dtype, self.device = config, adapters, dtype, device
+        self.quantization = quantization
+        self.unties = config.tied_head and any(adapter.unties for adapter in adapters)
+        self.shapes = _shapes(config)
+        self.linears = set(block_linears(config))
+
+    def size_bytes(self) -> int:
+        """What the files will take: an estimate by the checkpoint's own dtype where none is asked for."""
+        numbers = sum(torch.Size(shape).numel() for shape in self.shapes.values())
+        if self.unties:
+            numbers += torch.Size(self.shapes[f"{EMBEDDING}.weight"]).numel()
+        return numbers * (self.dtype or checkpoint_dtype(self.config)).itemsize
+
+    def hf_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Hugging Face name -> shape of every tensor that `tensors` gives."""
+        shapes = {to_hf_name(self.config, name): shape for name, shape in self.shapes.items()}
+        return shapes | ({f"{HEAD}.weight": self.shapes[f"{EMBEDDING}.weight"]} if self.unties else {})
+
+    def tensors(self, folder: Path) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, merged dense tensor on the CPU), whatever format the base is in. Raises ValueError for
+        missing, extra and misshapen tensors."""
+        for piece in self.pieces(folder):
+            yield to_hf_name(self.config, piece.name), piece.rounded(self.dtype)
+
+    def model(self, folder: Path) -> Decoder:
+        """The merged model itself, dense."""
+        config = replace(self.config, tied_head=False) if self.unties else self.config
+        model = Decoder(config, device="meta")
+        for piece in self.pieces(folder):
+            set_parameter(model, piece.name, nn.Parameter(piece.rounded(self.dtype).to(self.device), False))
+        return model.eval()
+
+    def pieces(self, folder: Path) -> Iterator[Piece]:
+        """Every tensor of the merged model, not yet rounded, on self.device."""
+        for name, value in stream_weights(folder, self.config, checkpoint_dtype(self.config)):
+            if isinstance(value, QuantLinear):
+                value = value.to(self.device)
+                if value.bias is not None:
+                    yield Piece(
+                        f"{name}.bias", self._merged(f"{name}.bias", value.bias.detach()), value.dtype
+                    )
+                # fp32 until the adapters are in, so that it is rounded once
+                weight = self._merged(f"{name}.weight", value.dequantize(torch.float32))
+                yield Piece(f"{name}.weight", weight, value.dtype, True, value)
+                continue
+            tensor, module = value.to(self.device), name.removesuffix(".weight")
+            if self.quantization is not None and module in self.linears:
+                yield self._first_quantised(name, tensor)
+                continue
+            yield Piece(name, self._merged(name, tensor), value.dtype)
+            if self.unties and name == f"{EMBEDDING}.weight":
+                yield Piece(f"{HEAD}.weight", self._merged(f"{HEAD}.weight", tensor), value.dtype)
+
+    def _first_quantised(self, name: str, weight: Tensor) -> Piece:
+        """The adapters were trained on the codes, so they belong on these; without any the weight itself is wanted."""
+        if not self.adapters:
+            return Piece(name, weight, weight.dtype, True)
+        try:
+            base = self.quantization.quantise(weight, None, weight.dtype)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        return Piece(name, self._merged(name, base.dequantize(torch.float32)), weight.dtype, True, base)
+
+    def _merged(self, name: str, tensor: Tensor) -> Tensor:
+        for adapter in self.adapters:
+            tensor = adapter.apply(name, tensor)
+        return tensor
+
+
+def block_linears(config: ModelConfig) -> list[str]:
+    """The linears that are quantised, as checkpoint.load_model does: all of the blocks."""
+    layers = Decoder(config, device="meta").layers
+    return [name for name, module in layers.named_modules(prefix="layers") if isinstance(module, nn.Linear)]
+
+
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of the model; nothing is allocated."""
+    return {name: tuple(p.shape) for name, p in Decoder(config, device="meta").named_parameters()}

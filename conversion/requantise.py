@@ -1,0 +1,261 @@
+"""Putting adapters back into a quantised base: what is lost on the way, and a small adapter that keeps it.
+
+Base and adapters are together the matrix T = W + s B A with W the values of the quantised base. Its nearest codes
+Q(T) mostly are those of W again: an update is smaller than the steps between levels, so rounding takes it away. Hence
+
+requantise   Q = Q(T), and the rank-R part of T - Q that is nearest in Frobenius norm stays as an adapter
+             (its R largest singular triples: Eckart and Young, 1936)
+loftq        Q and the rank-R part in turns, each fitted to what the other leaves (LoftQ, arXiv 2310.08659, alg. 1);
+             where the base has the same format its own codes are a candidate too; the best of all is taken
+
+Without an adapter T is the 16-bit weight, and the same two give a quantised model with LoftQ's start for training.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from architectures.config import ModelConfig, to_hf_name
+from checkpoints.peft import save_adapter
+from lora import LoraLinear, replace_module
+from model import Decoder
+from quant import Format, QuantLinear
+
+RANK = 16  # of the kept part, where the user names none: LoftQ's and LLaMA-Factory's scripts' default
+EXACT_SIDE = 2048  # up to this many rows singular vectors are computed exactly, above by iteration
+OVERSAMPLING, ROUNDS = 16, 6  # of that iteration: further columns, and products with M M^T
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    export_merge: Annotated[
+        Literal["dequantise", "requantise", "loftq"] | None,
+        "adapters on a quantised base: into 16 bit; or quantised again, what that loses kept as an adapter of small "
+        "rank; or both fitted in turns. Default dequantise, with quantization_bit requantise",
+    ] = None
+    export_merge_rank: Annotated[
+        int | None,
+        "rank of the adapter that keeps what quantising loses; 0 = none. Default 16, without adapters 0",
+    ] = None
+    loftq_iter: Annotated[int, "export_merge=loftq: how often the two are fitted in turns"] = 4
+
+    def __post_init__(self):
+        if self.export_merge_rank is not None and self.export_merge_rank < 0:
+            raise ValueError(f"export_merge_rank: {self.export_merge_rank}; expected 0 or more")
+        if self.export_merge == "loftq" and self.export_merge_rank == 0:
+            raise ValueError("export_merge_rank: 0 leaves loftq nothing to fit; use export_merge=requantise")
+        if self.export_merge == "dequantise" and self.export_merge_rank:
+            raise ValueError(
+                "export_merge_rank: nothing is lost in 16 bit; use export_merge=requantise or loftq"
+            )
+        if self.loftq_iter < 1:
+            raise ValueError(f"loftq_iter: {self.loftq_iter}; expected 1 or more")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor of the merged model on its way into files."""
+
+    name: str  # ours
+    tensor: Tensor  # not yet rounded: fp32 where an update was added
+    dtype: torch.dtype  # what it is in the base
+    in_codes: bool = False  # the weight of a linear that is quantised
+    base: QuantLinear | None = None  # that linear before the update
+
+    def rounded(self, dtype: torch.dtype | None) -> Tensor:
+        """On the CPU, in `dtype` or else its own. Raises ValueError for numbers too large for it."""
+        result = self.tensor.to(dtype or self.dtype)
+        if (
+            result.dtype is torch.float16
+            and not torch.isfinite(result).all()
+            and torch.isfinite(self.tensor).all()
+        ):
+            raise ValueError(f"infer_dtype: {self.name} holds numbers too large for float16; use bfloat16")
+        return result.cpu()
+
+
+# One linear
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Codes for one weight T, and b @ a, which stands beside them.
+
+    norm  ||T||;  error  ||T - Q - b a|| / ||T||;  naive_error  the same of Q(T) alone;  update  ||T - W|| / ||T||, None
+    without a quantised base
+    """
+
+    layer: QuantLinear | None
+    b: Tensor | None  # (out, R) fp32
+    a: Tensor | None  # (R, in) fp32
+    norm: float
+    error: float
+    naive_error: float
+    update: float | None
+    keeps_codes: bool = False  # the base's
+
+
+def fit_once(target: Tensor, base: QuantLinear | None, format: Format, dtype: torch.dtype, rank: int) -> Fit:
+    """Quantise T (out, in), then keep the rank-R part of the rest."""
+    layer = format.quantise(target, None, dtype)
+    norm = max(_norm(target.float()), torch.finfo(torch.float32).tiny)
+    rest = _rest(target, layer)
+    naive_error = _norm(rest) / norm
+    update = None if base is None else _norm(_rest(target, base)) / norm
+    b, a, error = _kept(rest, rank)
+    return Fit(layer, b, a, norm, error / norm, naive_error, update)
+
+
+def fit_in_turns(
+    target: Tensor, base: QuantLinear | None, format: Format, dtype: torch.dtype, rank: int, rounds: int
+) -> Fit:
+    """LoftQ's alternation. The error need not fall in every round, so the best round counts."""
+    best = fit_once(target, base, format, dtype, rank)
+    b, a = best.b, best.a
+    for _ in range(rounds - 1):
+        layer = format.quantise(target - b @ a, None, dtype)
+        b, a, error = _kept(_rest(target, layer), rank)
+        if error / best.norm < best.error:
+            best = replace(best, layer=layer, b=b, a=a, error=error / best.norm)
+    if base is not None and base.format == format:
+        b, a, error = _kept(_rest(target, base), rank)
+        if error / best.norm <= best.error:
+            best = replace(best, layer=base, b=b, a=a, error=error / best.norm, keeps_codes=True)
+    return best
+
+
+def _kept(rest: Tensor, rank: int) -> tuple[Tensor | None, Tensor | None, float]:
+    """The rank-R part of a matrix in two factors, and the norm of what is left of it."""
+    if rank == 0:
+        return None, None, _norm(rest)
+    b, a = best_low_rank(rest, rank)
+    return b, a, _norm(rest - b @ a)
+
+
+def _rest(target: Tensor, layer: QuantLinear) -> Tensor:
+    """T - Q in fp32."""
+    return layer.dequantize(torch.float32).neg_().add_(target)
+
+
+def _norm(matrix: Tensor) -> float:
+    return torch.linalg.vector_norm(matrix).item()
+
+
+def best_low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """M (m, n) fp32 -> b (m, R), a (R, n) with b @ a the nearest matrix of rank R, both sharing the singular values
+    alike: b = U sqrt(S), a = sqrt(S) V^T (LoftQ, alg. 1). R is at most min(m, n)."""
+    rank = min(rank, *matrix.shape)
+    if matrix.shape[0] > matrix.shape[1]:
+        b, a = best_low_rank(matrix.T, rank)
+        return a.T.contiguous(), b.T.contiguous()
+    if matrix.shape[0] > EXACT_SIDE:
+        span = _leading_span(matrix, min(rank + OVERSAMPLING, matrix.shape[0]))  # (m, k), orthonormal
+        b, a = best_low_rank(span.T @ matrix, rank)
+        return span @ b, a
+    wide = matrix.double()  # the product below squares the condition number
+    _, vectors = torch.linalg.eigh(wide @ wide.T)  # in ascending order
+    u = vectors[:, -rank:].flip(1)  # (m, R)
+    projected = u.T @ wide  # S V^T (R, n)
+    root = torch.linalg.vector_norm(projected, dim=1).sqrt()  # (R,)
+    a = projected / root.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+    return (u * root).float().contiguous(), a.float().contiguous()
+
+
+def _leading_span(matrix: Tensor, columns: int) -> Tensor:
+    """Orthonormal columns that nearly span the leading singular vectors: subspace iteration from a fixed random start
+    (Halko et al., arXiv 0909.4061, alg. 4.4)."""
+    start = torch.randn(matrix.shape[1], columns, generator=torch.Generator().manual_seed(0))
+    span = torch.linalg.qr(matrix @ start.to(matrix.device)).Q
+    for _ in range(ROUNDS):
+        span = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ span).Q).Q
+    return span
+
+
+# The model
+
+
+@dataclass
+class Requantiser:
+    """Turns the pieces of a merged model into the tensors of a quantised checkpoint, and remembers what was lost.
+
+    format: of the result; None = each piece's own base's
+    dtype   of the values that the codes stand for, and of the rest of the model; None = as in the base
+    rounds  None = requantise, otherwise LoftQ's
+    """
+
+    config: ModelConfig
+    format: Format | None
+    dtype: torch.dtype | None
+    rank: int
+    rounds: int | None
+    fits: dict[str, Fit] = field(default_factory=dict)  # by our name of the linear; without the codes
+
+    def tensors(self, pieces: Iterable[Piece]) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, tensor on the CPU). Raises ValueError naming the linear that cannot be quantised."""
+        for piece in tqdm(pieces, desc="quantising", unit="tensor", disable=None, leave=False):
+            if not piece.in_codes:
+                yield to_hf_name(self.config, piece.name), piece.rounded(self.dtype)
+                continue
+            module = piece.name.removesuffix(".weight")
+            layer = self.fitted(module, piece)
+            for part, tensor in layer.tensors().items():
+                yield to_hf_name(self.config, f"{module}.{part}"), tensor.cpu()
+        if self.format is None:
+            raise ValueError("export_merge: no linear of the base is quantised; give quantization_bit")
+
+    def fitted(self, module: str, piece: Piece) -> QuantLinear:
+        """The codes for one weight; the rest of its fit is kept in fits."""
+        self.format = self.format or piece.base.format
+        if type(self.format).quantise is Format.quantise:
+            raise ValueError(
+                f"export_merge: {self.format.method} can only be read, not made from weights as they are; give "
+                "quantization_bit (and quantization_method) for the result, or export_merge=dequantise"
+            )
+        dtype = self.dtype or piece.dtype
+        try:
+            if self.rounds is None:
+                fit = fit_once(piece.tensor, piece.base, self.format, dtype, self.rank)
+            else:
+                fit = fit_in_turns(piece.tensor, piece.base, self.format, dtype, self.rank, self.rounds)
+        except ValueError as error:
+            raise ValueError(f"{module}: {error}") from error
+        kept = {} if fit.b is None else {"b": fit.b.cpu(), "a": fit.a.cpu()}
+        self.fits[module] = replace(fit, layer=None, **kept)
+        return fit.layer
+
+    def save_adapter(self, folder: Path, base_name: str) -> None:
+        """What the codes cannot hold, as a PEFT adapter of the scale 2 (alpha = 2 R, as LoRA's default here)."""
+        model = Decoder(self.config, device="meta")
+        for module, fit in self.fits.items():
+            layer = LoraLinear(
+                model.get_submodule(module), len(fit.a), 2.0 * len(fit.a), generator=torch.Generator()
+            )
+            share = 1 / math.sqrt(layer.scale)
+            layer.lora_a = nn.Parameter((fit.a * share).to(self.dtype or torch.float32))
+            layer.lora_b = nn.Parameter((fit.b * share).to(self.dtype or torch.float32))
+            replace_module(model, module, layer)
+        model.requires_grad_(False)  # else every other tensor would count as trained in full
+        folder.mkdir()
+        save_adapter(model, folder, base_name)
+
+    def summary(self) -> str:
+        """'error 0.0912 -> 0.0801 ...' over all linears as one vector."""
+        fits = list(self.fits.values())
+        whole = sum(fit.norm**2 for fit in fits)
+
+        def total(part: str) -> float:
+            return math.sqrt(sum((getattr(fit, part) * fit.norm) ** 2 for fit in fits) / whole)
+
+        text = f"{len(fits)} linears in {self.format.describe()}: relative error {total('naive_error'):.5f} quantised"
+        if self.rank:
+            text += f", {total('error'):.5f} with the adapter of rank {self.rank} beside them"
+        if all(fit.update is not None for fit in fits) and any(fit.update for fit in fits):
+            text += f"; the adapters had changed the weights by {total('update'):.5f}"
+        kept = sum(fit.keeps_codes for fit in fits)
+        return text + (f"; {kept} keep the base's codes" if kept else "")

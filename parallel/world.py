@@ -1,0 +1,173 @@
+"""Several processes as one: process group, gradient sums, rank-0 output. One process needs no launcher.
+
+`torchrun --nproc_per_node N train.py ...` sets RANK, WORLD_SIZE, LOCAL_RANK; without them the world has size 1 and
+every function here does nothing or the obvious. Gradients are SUMMED over ranks: the loop already divides by the
+number of tokens of all ranks, so (2 ranks x batch 4) and (batch 8) give the same gradients.
+"""
+
+import datetime
+import json
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+BUCKET_BYTES = (
+    25 * 2**20
+)  # of gradients per reduction; torch's DDP uses the same size, large enough for full bandwidth
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def print(self, *values) -> None:
+        """Print on rank 0."""
+        if self.is_main:
+            print(*values, flush=True)
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks, in place, without a host synchronisation."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def most(self, *numbers: int) -> list[int]:
+        """The largest of each number over all ranks. Goes over the host's own group, so it never waits for a GPU."""
+        if self.size == 1:
+            return list(numbers)
+        tensor = torch.tensor(numbers)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=_host_group())
+        return tensor.tolist()
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        return bool(self.most(int(flag))[0])
+
+    def gather(self, value: object) -> list:
+        """What each rank gave, in the order of the ranks; it has to be JSON. Goes over the host's own group."""
+        if self.size == 1:
+            return [value]
+        mine = torch.frombuffer(bytearray(json.dumps(value), "ascii"), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(sizes, torch.tensor([len(mine)]), group=_host_group())
+        most = int(max(sizes))
+        parts = [torch.zeros(most, dtype=torch.uint8) for _ in sizes]
+        dist.all_gather(parts, nn.functional.pad(mine, (0, most - len(mine))), group=_host_group())
+        return [json.loads(bytes(part[: int(size)].tolist())) for part, size in zip(parts, sizes)]
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier(group=_host_group())
+
+
+_HOST_GROUPS: list = []  # the gloo group beside NCCL's; made in start(), because every rank has to make it
+
+
+def _host_group():
+    return _HOST_GROUPS[0]
+
+
+def start(device: str = "auto", timeout_seconds: int = 1800) -> World:
+    """Join the process group that torchrun describes. device: auto | cpu | cuda. Raises ValueError."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(
+                "device: cuda asked for, but torch sees no GPU; use device=cpu or install a CUDA build"
+            )
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"device: process {local_rank} of this machine has no GPU (there are {torch.cuda.device_count()}); "
+                "start torchrun with --nproc_per_node of at most that"
+            )
+        torch.cuda.set_device(local_rank)
+        place = torch.device("cuda", local_rank)
+    else:
+        place = torch.device(device)
+    if size > 1 and not dist.is_initialized():
+        timeout = datetime.timedelta(seconds=timeout_seconds)
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=timeout)
+        _HOST_GROUPS.append(dist.new_group(backend="gloo", timeout=timeout))
+    return World(rank, size, local_rank, place)
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        _HOST_GROUPS.clear()
+
+
+class GradientSum:
+    """Sums the gradients of a model over ranks while the backward pass still runs.
+
+    Parameters are grouped into buckets from the last layer to the first, the order in which backward finishes them. A
+    full bucket starts its reduction at once; buckets start strictly in order, so ranks whose graphs differ (one has an
+    empty batch) still meet in the same collectives. Use: `with gradient_sum(last_micro_batch): loss.backward()`.
+    """
+
+    def __init__(self, model: nn.Module, world: World):
+        self.world = world
+        self.active = False
+        self.buckets: list[list[nn.Parameter]] = []
+        if world.size == 1:
+            return
+        bucket_bytes = BUCKET_BYTES
+        for parameter in reversed([p for p in model.parameters() if p.requires_grad]):
+            size = parameter.numel() * parameter.element_size()
+            same_kind = bool(self.buckets) and self.buckets[-1][0].dtype == parameter.dtype
+            if not same_kind or bucket_bytes + size > BUCKET_BYTES:
+                self.buckets.append([])
+                bucket_bytes = 0
+            self.buckets[-1].append(parameter)
+            bucket_bytes += size
+            parameter.register_post_accumulate_grad_hook(self._arrived)
+        self.bucket_of = {p: i for i, bucket in enumerate(self.buckets) for p in bucket}
+
+    def __call__(self, active: bool) -> "GradientSum":
+        """active: whether this backward pass is the last of its accumulation group."""
+        self.active = active and self.world.size > 1
+        return self
+
+    def __enter__(self) -> None:
+        self.waiting = [len(bucket) for bucket in self.buckets]
+        self.started: list[tuple[torch.Tensor, dist.Work]] = []
+
+    def __exit__(self, kind, error, trace) -> None:
+        if not self.active or kind is not None:
+            return
+        while len(self.started) < len(self.buckets):  # parameters that this rank's graph did not reach
+            self._start_next()
+        for bucket, (flat, work) in zip(self.buckets, self.started):
+            work.wait()
+            for parameter, piece in zip(bucket, flat.split([p.numel() for p in bucket])):
+                parameter.grad.copy_(piece.view_as(parameter))
+        self.active = False
+
+    def _arrived(self, parameter: nn.Parameter) -> None:
+        if not self.active:
+            return
+        self.waiting[self.bucket_of[parameter]] -= 1
+        while len(self.started) < len(self.buckets) and self.waiting[len(self.started)] == 0:
+            self._start_next()
+
+    def _start_next(self) -> None:
+        bucket = self.buckets[len(self.started)]
+        for parameter in bucket:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        flat = torch.cat([parameter.grad.flatten() for parameter in bucket])
+        self.started.append((flat, dist.all_reduce(flat, async_op=True)))

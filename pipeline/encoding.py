@@ -1,0 +1,480 @@
+"""One row -> tokens and a mask of what is trained; many rows -> chunks, in this process or in several.
+
+dialogue (stage sft): the template renders the conversation into spans, the tokenizer encodes them part by part, the
+answers' tokens are trained. document (pt): text + eos, cut into pieces of cutoff_len. pair (rm, dpo, orpo): prompt +
+chosen, prompt + rejected, two segments of one example; only these last answers are trained; a question (rm) stands
+behind each of them as the user's next turn, its last token marked as trained too. rated (kto): prompt + answer and a
+tag. prompt (ppo, grpo): what chat.py would give the model, and the row's answer as label behind it.
+Over-long conversations (`truncation_strategy`):
+  ratio  LLaMA-Factory 0.6: turn by turn, a pair of s source and t target tokens in a remaining budget b keeps the first
+         max(b * t // (s + t), reserved_label_len) target tokens and of the source what then fits; later turns go.
+         With mask_history the last turn comes first (as in newer versions), for it is the only one trained.
+  drop   the row is left out      left / right   the last / first cutoff_len tokens stay; left keeps the bos
+Both answers of a pair keep the same tokens of their prompt, chosen by the length of the longer one; with left the
+prompt gives way before the answers do. A prompt for generation is never cut: a longer one is dropped.
+"""
+
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+
+import numpy as np
+
+from pipeline.batch import ANSWER, ROLES, Example
+from pipeline.formats import (
+    Conversation,
+    Dropped,
+    Turn,
+    to_conversation,
+    to_document,
+    to_pair,
+    to_prompt,
+    to_rated,
+)
+from pipeline.sources import DatasetInfo
+from pipeline.store import Chunk, Tally
+from templates import Message, encode_dialogue, question_tokens
+
+CHUNK_ROWS = 256  # rows handed to a worker at once: a fraction of a second of work
+PARALLEL_CHUNKS = 16  # less work than this is done here: starting processes would take longer
+ROLE_NUMBER = {role: number for number, role in enumerate(ROLES)}
+Row = tuple[int, str, dict]  # row number, place for messages, columns
+
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    """What decides the tokens of a row, apart from row, template and tokenizer. Part of the cache key."""
+
+    kind: str  # of examples, one of formats.KINDS' values
+    cutoff_len: int
+    truncation_strategy: str = "ratio"
+    reserved_label_len: int = 1
+    train_on_prompt: bool = False
+    mask_history: bool = False
+    enable_thinking: bool = True
+    question: str = ""  # behind each answer of a pair
+
+
+class ChunkEncoder:
+    """Rows of one data set -> Chunk. Can be pickled, so that worker processes hold a copy."""
+
+    def __init__(self, info: DatasetInfo, part: int, template, tokenizer, options: EncodeOptions):
+        self.info, self.part, self.template, self.tokenizer, self.options = (
+            info,
+            part,
+            template,
+            tokenizer,
+            options,
+        )
+        self.bos, self.eos = tokenizer.bos_token, tokenizer.eos_token
+        self.ending = question_tokens(tokenizer, template, options.question, options.enable_thinking)
+        self.of_answers = replace(options, cutoff_len=options.cutoff_len - len(self.ending))
+        if self.ending and self.of_answers.cutoff_len < 2:
+            raise ValueError(
+                f"rm_question: it takes {len(self.ending)} tokens with what the template writes around it, and "
+                f"cutoff_len {options.cutoff_len} leaves no room for a text; raise cutoff_len"
+            )
+
+    def __call__(self, rows: list[Row]) -> Chunk:
+        tally, examples = Tally(), []
+        for row in rows:
+            examples += self.encode(row, tally)
+        return Chunk.join(examples, tally)
+
+    def encode(self, row: Row, tally: Tally) -> list[Example]:
+        """The examples of one row, [] when it is dropped. Errors name data set, place, row number and column."""
+        number, place, columns = row
+        tally.read += 1
+        try:
+            examples, cut, notes = self._encode(number, columns)
+            for note in notes:
+                tally.note(note, place)
+        except Dropped as reason:
+            tally.drop(str(reason), place)
+            return []
+        except ValueError as error:
+            raise ValueError(f"dataset {self.info.name!r}: {place} (row {number}): {error}") from error
+        tally.used += 1
+        tally.cut += cut > 0
+        tally.tokens_cut += cut
+        for example in examples:
+            tally.examples += 1
+            tally.tokens += len(example)
+            tally.tokens_trained += 0 if self.options.kind == "prompt" else int(example.trained.sum())
+            tally.desirable += example.tag
+            tally.longest = max(tally.longest, len(example))
+        return examples
+
+    def _encode(self, number: int, columns: dict) -> tuple[list[Example], int, tuple[str, ...]]:
+        """(examples, tokens cut, notes) of one row."""
+        kind = self.options.kind
+        if kind == "document":
+            return self._document(number, to_document(columns, self.info)), 0, ()
+        if kind == "prompt":
+            conversation, answer = to_prompt(columns, self.info)
+            example, notes = self._prompt(number, conversation, answer)
+            return [example], 0, (*conversation.notes, *notes)
+        if kind in ("pair", "rated"):
+            tag = 0
+            if kind == "pair":
+                conversation, *answers = to_pair(columns, self.info)
+            else:
+                conversation, answer, tag = to_rated(columns, self.info)
+                answers = [answer]
+            example, cut = self._answers(number, conversation, answers, tag)
+            return [example], cut, conversation.notes
+        conversation = to_conversation(columns, self.info)
+        examples, cut = self._dialogue(number, conversation)
+        return examples, cut, conversation.notes
+
+    def _document(self, number: int, text: str) -> list[Example]:
+        ids = list(self.tokenizer.encode(text, add_special=True))
+        if self.tokenizer.eos_id is not None and ids[-1:] != [self.tokenizer.eos_id]:
+            ids.append(self.tokenizer.eos_id)
+        if len(ids) < 2:
+            raise Dropped("no trained token")
+        examples = []
+        for start, end in pieces(len(ids), self.options.cutoff_len):
+            trained = np.ones(end - start, bool)
+            trained[0] = False  # nothing stands before it that could predict it
+            turns = np.zeros(end - start, np.int16)
+            roles = np.full(end - start, ROLE_NUMBER["text"] + ANSWER, np.uint8)
+            examples.append(
+                Example(np.array(ids[start:end], np.int32), trained, turns, roles, (self.part, number))
+            )
+        return examples
+
+    def _render(
+        self, conversation: Conversation, generation_prompt: bool = False
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """tokens, answer, turns, roles of a conversation, each (n,)."""
+        messages = [Message(role, text) for role, text in conversation.turns]
+        spans = self.template.render(
+            messages, self.bos, self.eos, generation_prompt=generation_prompt,
+            enable_thinking=self.options.enable_thinking, tools=list(conversation.tools) or None,
+        )  # fmt: skip
+        encoded = encode_dialogue(self.tokenizer, spans)
+        answer = np.array(encoded.answer, bool)
+        roles = np.array([ROLE_NUMBER.get(role, 0) for role in encoded.role], np.uint8) + answer * np.uint8(
+            ANSWER
+        )
+        return np.array(encoded.ids, np.int32), answer, np.array(encoded.turn, np.int16), roles
+
+    def _prompt(
+        self, number: int, conversation: Conversation, answer: Turn | None
+    ) -> tuple[Example, tuple[str, ...]]:
+        """What generation is given, as chat.py gives it; behind it the row's own answer as the label, if it has one.
+
+        The label is the text alone, without what the template puts around an answer: for comparing, never for reading.
+        """
+        tokens, _, turns, roles = self._render(conversation, generation_prompt=True)
+        if len(tokens) > self.options.cutoff_len:
+            raise Dropped("prompt longer than cutoff_len")
+        label = np.array([], np.int32)
+        if answer is not None:
+            label = np.array(self.tokenizer.encode(self._label(conversation, answer)), np.int32)
+        notes = ("label cut to cutoff_len tokens",) if len(label) > self.options.cutoff_len else ()
+        label = label[: self.options.cutoff_len]
+        role = ROLE_NUMBER[answer[0] if answer is not None else "assistant"] + ANSWER
+        example = Example(
+            np.concatenate([tokens, label]),
+            np.arange(len(tokens) + len(label)) >= len(tokens),
+            np.concatenate([turns, np.full(len(label), len(conversation.turns), np.int16)]),
+            np.concatenate([roles, np.full(len(label), role, np.uint8)]),
+            (self.part, number),
+        )
+        return example, notes
+
+    def _label(self, conversation: Conversation, answer: Turn) -> str:
+        """The text of an answer; a call of a tool as the template writes it, for that is what a model is to write."""
+        role, text = answer
+        if role != "function":
+            return text
+        messages = [Message(*turn) for turn in (*conversation.turns, answer)]
+        spans = self.template.render(messages, self.bos, self.eos, enable_thinking=self.options.enable_thinking,
+                                     tools=list(conversation.tools) or None)  # fmt: skip
+        written = "".join(span.text for span in spans if span.answer and span.turn == len(messages) - 1)
+        for word in self.template.stop_words(self.eos):
+            written = written.removesuffix(word)
+        return written
+
+    def _answers(
+        self, number: int, conversation: Conversation, answers: list[Turn], tag: int
+    ) -> tuple[Example, int]:
+        """prompt + answer for each answer, as segments. All keep the same tokens of the prompt."""
+        segments = []
+        for answer in answers:
+            tokens, produced, turns, roles = self._render(
+                replace(conversation, turns=[*conversation.turns, answer])
+            )
+            if not produced.any():
+                raise Dropped("no trained token")
+            last = np.flatnonzero(produced)[-1]
+            arrays = (tokens, produced & (turns == turns[last]), turns, roles)
+            # with a question what the template puts behind an answer is in the ending
+            segments.append(tuple(array[: last + 1] for array in arrays) if self.ending else arrays)
+        starts = {int(np.argmax(segment[1])) for segment in segments}
+        start = min(starts)
+        if len(starts) > 1 or any(
+            not np.array_equal(segments[0][0][:start], segment[0][:start]) for segment in segments
+        ):
+            raise Dropped("the template writes the prompt differently for the two answers")
+        first_turn = segments[0][2][:start]
+        prefix = int(np.argmax(first_turn >= 0)) if start and (first_turn >= 0).any() else 0
+        length = max(len(segment[0]) for segment in segments)
+        cut, kept = 0, []
+        for segment in segments:
+            keep = keep_answer(len(segment[0]), start, prefix, length, self.of_answers)
+            cut += len(keep) - int(keep.sum())
+            kept.append([array[keep] for array in segment])
+            kept[-1][1][:1] = False  # nothing stands before the first token that could predict it
+            if not kept[-1][1].any():
+                raise Dropped("no trained token")
+        if len(kept) > 1 and np.array_equal(kept[0][0], kept[1][0]):
+            raise Dropped("identical answers after cutting")
+        kept = [self._asked(segment) for segment in kept]
+        arrays = [np.concatenate(parts) for parts in zip(*kept)]
+        split = len(kept[0][0]) if len(kept) > 1 else 0
+        return Example(*arrays, (self.part, number), split=split, tag=tag), cut
+
+    def _asked(self, segment: list[np.ndarray]) -> list[np.ndarray]:
+        """tokens, trained, turns, roles of prompt + answer, with those of the question behind the answer."""
+        if not self.ending:
+            return segment
+        count, turn = len(self.ending), segment[2][-1] + 1
+        ending = (self.ending, np.arange(count) == count - 1, [turn] * count, [ROLE_NUMBER["user"]] * count)
+        return [
+            np.concatenate([array, np.asarray(more, array.dtype)]) for array, more in zip(segment, ending)
+        ]
+
+    def _dialogue(self, number: int, conversation: Conversation) -> tuple[list[Example], int]:
+        tokens, answer, turns, roles = self._render(conversation)
+        trained = answer
+        if self.options.mask_history and answer.any():
+            trained = answer & (turns == turns[np.flatnonzero(answer)[-1]])
+        elif self.options.train_on_prompt:
+            trained = np.ones(len(tokens), bool)
+        keep = keep_tokens(answer, turns, self.options)
+        if keep is not None:
+            tokens, trained, turns, roles = tokens[keep], trained[keep], turns[keep], roles[keep]
+        trained = trained.copy()
+        trained[:1] = False  # nothing stands before the first token that could predict it
+        if not trained.any():
+            raise Dropped("no trained token")
+        cut = 0 if keep is None else len(answer) - len(tokens)
+        return [Example(tokens, trained, turns, roles, (self.part, number))], cut
+
+
+# --------------------------------------------------------------------------------------------------------- cutting
+
+
+def pieces(length: int, capacity: int) -> list[tuple[int, int]]:
+    """Cut a document into consecutive (start, end) of at most `capacity` tokens.
+
+    A last piece of one token could train nothing (its only token has no predecessor), so it takes one more.
+    """
+    borders = [*range(0, length, capacity), length]
+    if len(borders) > 2 and borders[-1] - borders[-2] == 1 and capacity > 1:
+        borders[-2] -= 1
+    return list(zip(borders, borders[1:]))
+
+
+def keep_tokens(answer: np.ndarray, turns: np.ndarray, options: EncodeOptions) -> np.ndarray | None:
+    """Which tokens of a conversation stay, (n,) bool; None when it fits. Raises Dropped for strategy drop."""
+    length, capacity = len(answer), options.cutoff_len
+    if length <= capacity:
+        return None
+    if options.truncation_strategy == "drop":
+        raise Dropped("longer than cutoff_len")
+    place = np.arange(length)
+    if options.truncation_strategy == "right":
+        return place < capacity
+    if options.truncation_strategy == "left":
+        prefix = int(np.argmax(turns >= 0)) if turns[0] < 0 else 0  # bos: models go wrong without it
+        prefix = min(prefix, capacity - 1)
+        return (place < prefix) | (place >= length - (capacity - prefix))
+    return ratio_keep(answer, capacity, options.reserved_label_len, last_first=options.mask_history)
+
+
+def keep_answer(length: int, start: int, prefix: int, longest: int, options: EncodeOptions) -> np.ndarray:
+    """Which tokens of prompt + answer stay, (length,) bool; the prompt loses the same tokens for every answer to it.
+
+    start: tokens of the prompt; prefix of them stand before the first message (bos).  longest: of all its answers'
+    lengths.  Raises Dropped.
+    """
+    capacity, place = options.cutoff_len, np.arange(length)
+    if longest <= capacity:
+        return place >= 0
+    strategy = options.truncation_strategy
+    if strategy == "drop":
+        raise Dropped("longer than cutoff_len")
+    if strategy == "right":
+        if start >= capacity:
+            raise Dropped("prompt longer than cutoff_len")
+        return place < capacity
+    if strategy == "left":  # the prompt gives way first, and the bos last: models go wrong without it
+        prefix = min(prefix, capacity - 1)
+        kept = max(capacity - (longest - start), prefix, 1)
+        return (
+            (place < prefix)
+            | ((place >= start - (kept - prefix)) & (place < start))
+            | ((place >= start) & (place >= length - (capacity - kept)))
+        )
+    source, target = ratio_lengths(start, longest - start, capacity, options.reserved_label_len)
+    return (place < source) | ((place >= start) & (place < start + target))
+
+
+def ratio_keep(answer: np.ndarray, budget: int, reserved: int, last_first: bool = False) -> np.ndarray:
+    """LLaMA-Factory's rule over the pairs (run of prompt tokens, run of answer tokens)."""
+    starts = np.flatnonzero(np.diff(answer.astype(np.int8), prepend=-1 if not answer[0] else 0))
+    runs = [(int(a), int(b)) for a, b in zip(starts, [*starts[1:], len(answer)])]
+    if answer[0]:
+        runs.insert(0, (0, 0))  # an empty source
+    if len(runs) % 2:
+        runs.append(
+            (len(answer), len(answer))
+        )  # template text after the last answer: a source without a target
+    pairs = list(zip(runs[::2], runs[1::2]))
+    keep = np.zeros(len(answer), bool)
+    for (source, source_end), (target, target_end) in reversed(pairs) if last_first else pairs:
+        if budget <= 0:
+            break
+        source_kept, target_kept = ratio_lengths(source_end - source, target_end - target, budget, reserved)
+        keep[source : source + source_kept] = True
+        keep[target : target + target_kept] = True
+        budget -= source_kept + target_kept
+    return keep
+
+
+def ratio_lengths(source: int, target: int, budget: int, reserved: int) -> tuple[int, int]:
+    """How many source and target tokens of a pair stay within `budget` tokens.
+
+    Whole numbers: LLaMA-Factory's int(budget * (t / (s + t))) loses a token to rounding even where all would fit.
+    """
+    most = max(budget * target // max(source + target, 1), reserved)
+    target_kept = min(most, target, budget)
+    return min(source, budget - target_kept), target_kept
+
+
+# ------------------------------------------------------------------------------------------------------- many rows
+
+
+def encode_chunks(rows: Iterable[Row], encoder: ChunkEncoder, workers: int) -> Iterator[Chunk]:
+    """Chunks in row order, the same for any number of workers. At most 2 chunks a worker are in flight."""
+    chunks = _chunks(rows)
+    head = list(islice(chunks, PARALLEL_CHUNKS)) if workers > 1 else []
+    if len(head) < PARALLEL_CHUNKS:
+        yield from map(encoder, chain(head, chunks))
+        return
+    chunks = chain(head, chunks)
+    with ProcessPoolExecutor(workers, _context(), _start_worker, (encoder,)) as pool:
+        waiting: deque = deque()
+        try:
+            for chunk in chunks:
+                waiting.append(pool.submit(_encode, chunk))
+                if len(waiting) >= 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def numbered_rows(rows: Iterable[tuple[str, dict]]) -> Iterator[Row]:
+    for number, (place, row) in enumerate(rows):
+        yield number, place, row
+
+
+def refuse_unguarded_worker() -> None:
+    """A spawned worker imports the script again; without a guard there it would come here and wait for its parent."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise RuntimeError(
+            "preprocessing_num_workers: put the code of your script under `if __name__ == '__main__':`"
+        )
+
+
+def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    chunk: list[Row] = []
+    for row in rows:
+        chunk.append(row)
+        if len(chunk) == CHUNK_ROWS:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _context():
+    """fork starts at once but copies held locks: safe only while this process has a single thread."""
+    threads = 2
+    with contextlib.suppress(FileNotFoundError):  # no /proc: not Linux
+        threads = len(os.listdir("/proc/self/task"))
+    return multiprocessing.get_context("fork" if threads == 1 else "spawn")
+
+
+_worker_encoder: list[
+    ChunkEncoder
+] = []  # filled in worker processes only, so that it is sent once, not per chunk
+
+
+def _start_worker(encoder: ChunkEncoder) -> None:
+    _worker_encoder[:] = [encoder]
+
+
+def _encode(rows: list[Row]) -> Chunk:
+    return _worker_encoder[0](rows)
+
+
+# ------------------------------------------------------------------------------------------------------ cache keys
+
+
+def template_key(template, enable_thinking: bool = True) -> str:
+    """A hash of what the template does: of its spans for a few probe dialogues, with code and data changes included."""
+    probes = [
+        [
+            Message("user", "a?"),
+            Message("assistant", "b."),
+            Message("user", "c?"),
+            Message("assistant", "d."),
+        ],
+        [Message("system", "s"), Message("user", "a?"), Message("assistant", "<think>\nt\n</think>\n\nb.")],
+        [
+            Message("user", "a?"),
+            Message("function", "f"),
+            Message("observation", "o"),
+            Message("assistant", "b."),
+        ],
+    ]
+    tool = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}
+    ways = [(probe, {}) for probe in probes]
+    ways += [(probe[:-1], {"generation_prompt": True}) for probe in probes]
+    ways += [(probes[2], {"tools": [{"type": "function", "function": tool}]})]
+    seen = []
+    for probe, way in ways:
+        try:
+            spans = template.render(probe, "<bos>", "<eos>", enable_thinking=enable_thinking, **way)
+            seen.append([[span.text, span.answer, span.turn, span.role] for span in spans])
+        except ValueError as error:  # a template without tools or system: that is what it does
+            seen.append(str(error))
+    return hashlib.blake2b(json.dumps(seen).encode(), digest_size=16).hexdigest()
+
+
+def tokenizer_key(tokenizer) -> str:
+    """A hash of tokenizer.json, of the special tokens, and of the ids of a probe text."""
+    digest = hashlib.blake2b(digest_size=16)
+    folder = getattr(tokenizer, "folder", None)
+    if folder is not None and (folder / "tokenizer.json").is_file():
+        digest.update((folder / "tokenizer.json").read_bytes())
+    probe = tokenizer.encode("Hello, w\u00f6rld!  123\n\u4f60\u597d \U0001f642", add_special=True)
+    digest.update(
+        json.dumps([probe, tokenizer.bos_token, tokenizer.eos_token, tokenizer.vocab_size]).encode()
+    )
+    return digest.hexdigest()

@@ -1,0 +1,364 @@
+"""Where training rows come from: dataset_info.json, files, folders and hubs -> one dict per row.
+
+`dataset_info.json` is LLaMA-Factory's format: name -> one source (`hf_hub_url`, `ms_hub_url` or `file_name`) plus
+`subset`, `split`, `folder`, `revision`, `num_samples`, `file_sha1`, `formatting`, `columns`, `tags`, `ranking`.
+A name that is not in it may be a path to a file or a folder; its format is then read off the first row.
+Files are read row by row (readers.py), so memory does not grow with the file.
+A dataset's own code (`script_url`) is never run.
+
+Run from Python: for number, row in read_rows(find_dataset("identity", "data")): ...
+"""
+
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from pipeline.readers import FILE_TYPES, read_file
+
+COLUMN_NAMES = (
+    "prompt", "query", "response", "history", "messages", "system", "tools",
+    "images", "videos", "audios", "chosen", "rejected", "kto_tag",
+)  # fmt: skip
+ALPACA_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output"}
+PROMPT_NAMES, RESPONSE_NAMES = ("instruction", "prompt"), ("output", "completion", "response", "answer")
+SHAREGPT_COLUMNS = {"messages": "conversations"}
+SHAREGPT_TAGS = {
+    "role_tag": "from",
+    "content_tag": "value",
+    "user_tag": "human",
+    "assistant_tag": "gpt",
+    "observation_tag": "observation",
+    "function_tag": "function_call",
+    "system_tag": "system",
+}
+OPENAI_TAGS = {
+    "role_tag": "role",
+    "content_tag": "content",
+    "user_tag": "user",
+    "assistant_tag": "assistant",
+    "observation_tag": "tool",
+    "function_tag": "function_call",
+    "system_tag": "system",
+}
+FIELDS = {
+    "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name", "file_name", "file_sha1", "subset",
+    "split", "folder", "revision", "num_samples", "ranking", "formatting", "columns", "tags",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """One dataset. `kind` says how `location` is read: a file or folder path, or the id of a hub repository."""
+
+    name: str
+    kind: str  # "file", "hf_hub", "ms_hub"
+    location: str
+    formatting: str = "alpaca"  # "alpaca", "sharegpt"; "openai" is sharegpt with other tags
+    columns: dict[str, str] = field(default_factory=dict)  # only the columns this dataset has
+    tags: dict[str, str] = field(default_factory=dict)
+    subset: str | None = None
+    split: str = "train"
+    folder: str | None = None
+    revision: str | None = None
+    num_samples: int | None = None
+    file_sha1: str | None = None
+    ranking: bool = False
+
+
+@dataclass(frozen=True)
+class HubAccess:
+    """What reading from a hub needs beside the id. All may stay None."""
+
+    hf_token: str | None = None
+    ms_token: str | None = None
+    cache_dir: str | None = None
+
+
+# ---------------------------------------------------------------------------------------------- dataset_info.json
+
+
+def read_dataset_info(dataset_dir: str | Path) -> dict:
+    """The parsed dataset_info.json of the folder, or {} when there is none."""
+    path = Path(dataset_dir) / "dataset_info.json"
+    if not path.is_file():
+        return {}
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: not JSON ({error.msg})") from error
+    if not isinstance(entries, dict):
+        raise ValueError(f"{path}: expected an object of name -> dataset, found {type(entries).__name__}")
+    return entries
+
+
+def find_dataset(name: str, dataset_dir: str | Path, default_split: str = "train") -> DatasetInfo:
+    """Look `name` up in dataset_info.json; else take it as the path of a file or folder.
+
+    dataset_dir "ONLINE" (LLaMA-Factory's word) means that every name is a hub id.
+    Raises ValueError that names what was looked for and the closest known name.
+    """
+    if str(dataset_dir) == "ONLINE":
+        return DatasetInfo(name, _hub_kind(), name, columns=dict(ALPACA_COLUMNS), split=default_split)
+    entries = read_dataset_info(dataset_dir)
+    if name in entries:
+        return parse_entry(name, entries[name], dataset_dir, default_split)
+    for path in (Path(name), Path(dataset_dir) / name):
+        if path.exists():
+            return _guess_format(DatasetInfo(name, "file", str(path), split=default_split))
+    listing = Path(dataset_dir) / "dataset_info.json"
+    if not listing.is_file():
+        raise ValueError(
+            f"dataset: {name!r} is no file or folder, and {listing} does not exist (dataset_dir)"
+        )
+    near = difflib.get_close_matches(name, entries, n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(repr(match) for match in near)}?" if near else "."
+    known = ", ".join(list(entries)[:12]) + (", ..." if len(entries) > 12 else "")
+    raise ValueError(
+        f"dataset: {name!r} is not in {listing} and is no path of a file or folder{hint} Known: {known}"
+    )
+
+
+def parse_entry(name: str, entry: dict, dataset_dir: str | Path, default_split: str = "train") -> DatasetInfo:
+    """One entry of dataset_info.json -> DatasetInfo, every field checked."""
+    where = f"{Path(dataset_dir) / 'dataset_info.json'}: dataset {name!r}"
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where}: expected an object, found {type(entry).__name__}")
+    for key in entry:
+        if key not in FIELDS:
+            near = difflib.get_close_matches(key, FIELDS, n=1)
+            raise ValueError(
+                f"{where}: unknown field {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+            )
+    kind, location = _source(entry, where, dataset_dir)
+    formatting = entry.get("formatting", "alpaca")
+    if formatting not in ("alpaca", "sharegpt", "openai"):
+        raise ValueError(f"{where}: formatting is {formatting!r}, expected 'alpaca', 'sharegpt' or 'openai'")
+    num_samples = entry.get("num_samples")
+    if num_samples is not None and (type(num_samples) is not int or num_samples < 1):
+        raise ValueError(f"{where}: num_samples is {num_samples!r}, expected a whole number of at least 1")
+    if entry.get("ranking", False) not in (True, False):
+        raise ValueError(f"{where}: ranking is {entry['ranking']!r}, expected true or false")
+    for key in ("subset", "split", "folder", "revision", "file_sha1"):
+        if entry.get(key) is not None and not isinstance(entry[key], str):
+            raise ValueError(f"{where}: {key} is {entry[key]!r}, expected text")
+    return DatasetInfo(
+        name=name, kind=kind, location=location, formatting=formatting,
+        columns=_columns(entry, formatting, where), tags=_tags(entry, formatting, where),
+        subset=entry.get("subset"), split=entry.get("split") or default_split, folder=entry.get("folder"),
+        revision=entry.get("revision"), num_samples=num_samples, file_sha1=entry.get("file_sha1"),
+        ranking=bool(entry.get("ranking", False)),
+    )  # fmt: skip
+
+
+def _source(entry: dict, where: str, dataset_dir: str | Path) -> tuple[str, str]:
+    """LLaMA-Factory's order: hub ids first (ModelScope's when USE_MODELSCOPE_HUB=1), then script, then file."""
+    for key in ("hf_hub_url", "ms_hub_url", "file_name", "script_url"):
+        if key in entry and (not isinstance(entry[key], str) or not entry[key]):
+            raise ValueError(f"{where}: {key} is {entry[key]!r}, expected text")
+    kinds = [kind for kind in ("hf_hub", "ms_hub") if f"{kind}_url" in entry]
+    if kinds:
+        kind = _hub_kind() if _hub_kind() in kinds else kinds[0]
+        return kind, entry[f"{kind}_url"]
+    if "script_url" in entry:
+        raise ValueError(
+            f"{where}: script_url is not supported: it would run Python code that came with the data. "
+            "Convert the dataset to json, jsonl, csv or parquet once and give file_name."
+        )
+    if "file_name" not in entry:
+        raise ValueError(
+            f"{where}: none of hf_hub_url, ms_hub_url and file_name is given (it has {sorted(entry)})"
+        )
+    relative = os.path.normpath(entry["file_name"])
+    # a registry that came with somebody's data must not be able to point at other files of this machine
+    if os.path.isabs(relative) or relative.split(os.sep)[0] == "..":
+        raise ValueError(
+            f"{where}: file_name {entry['file_name']!r} leaves the folder {str(dataset_dir)!r}. "
+            "Move or link the file there, or give its path itself as `dataset`."
+        )
+    return "file", str(Path(dataset_dir) / relative)
+
+
+def _hub_kind() -> str:
+    return "ms_hub" if os.environ.get("USE_MODELSCOPE_HUB", "0").lower() in ("1", "true") else "hf_hub"
+
+
+def _columns(entry: dict, formatting: str, where: str) -> dict[str, str]:
+    """As LLaMA-Factory: without `columns` the defaults; with it only what it names (plus nothing else)."""
+    defaults = ALPACA_COLUMNS if formatting == "alpaca" else SHAREGPT_COLUMNS
+    if formatting == "openai":
+        defaults = {"messages": "messages"}
+    given = entry.get("columns")
+    if given is None:
+        return dict(defaults)
+    _check_mapping(given, COLUMN_NAMES, f"{where}: columns")
+    columns = {key: value for key, value in given.items() if value is not None}
+    needed = "prompt" if formatting == "alpaca" else "messages"
+    columns.setdefault(needed, defaults[needed])
+    return columns
+
+
+def _tags(entry: dict, formatting: str, where: str) -> dict[str, str]:
+    defaults = OPENAI_TAGS if formatting == "openai" else SHAREGPT_TAGS
+    given = entry.get("tags") or {}
+    _check_mapping(given, tuple(SHAREGPT_TAGS), f"{where}: tags")
+    return defaults | {key: value for key, value in given.items() if value is not None}
+
+
+def _check_mapping(given, known: tuple[str, ...], where: str) -> None:
+    if not isinstance(given, dict):
+        raise ValueError(f"{where} is {given!r}, expected an object")
+    for key, value in given.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            raise ValueError(f"{where}: unknown key {key!r}; {hint}")
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{where}.{key} is {value!r}, expected text")
+
+
+def _guess_format(info: DatasetInfo) -> DatasetInfo:
+    """Format of a dataset given by path, from the columns of its first row."""
+    first = next(iter(read_rows(info)), None)
+    if first is None:
+        raise ValueError(f"dataset: {info.location} holds no rows")
+    row = first[1]
+    ranked = "chosen" in row and "rejected" in row
+    columns = {key: key for key in ("system", "tools", "history", "kto_tag") if key in row}
+    if ranked:
+        columns |= {"chosen": "chosen", "rejected": "rejected"}
+    if isinstance(row.get("label"), bool):  # trl's name
+        columns["kto_tag"] = "label"
+    messages = next(
+        (name for name in ("messages", "conversations", "prompt") if isinstance(row.get(name), list)), None
+    )
+    if messages is not None or (ranked and isinstance(row["chosen"], list)):
+        some = row[messages] if messages is not None else row["chosen"]
+        openai = bool(some) and isinstance(some[0], dict) and "role" in some[0]
+        columns |= {"messages": messages or "messages"}
+        if messages == "prompt" and "completion" in row:
+            columns["response"] = "completion"
+        columns.pop("history", None)
+        formatting, tags = ("openai", OPENAI_TAGS) if openai else ("sharegpt", SHAREGPT_TAGS)
+        return replace(info, formatting=formatting, columns=columns, tags=tags)
+    prompt = next((name for name in PROMPT_NAMES if name in row), None)
+    response = next((name for name in RESPONSE_NAMES if name in row), None)
+    if prompt is not None:
+        columns |= {"prompt": prompt} | ({} if response is None else {"response": response})
+        columns |= {"query": "input"} if "input" in row else {}
+        paired = response is not None and isinstance(row[response], list) and len(row[response]) == 2
+        return replace(info, columns=columns, ranking=paired)
+    if "text" in row:
+        return replace(info, columns={"prompt": "text"})
+    raise ValueError(
+        f"dataset: {info.location} has the columns {', '.join(map(str, row))}; expected 'instruction' or 'prompt' "
+        "(alpaca), 'conversations' (sharegpt), 'messages' (OpenAI) or 'text'. "
+        "Name its columns in an entry of dataset_info.json instead."
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ rows
+
+
+def list_files(info: DatasetInfo) -> list[Path]:
+    """The data files of a `file` dataset in reading order: itself, or a folder's files of one type by name."""
+    path = Path(info.location)
+    if info.folder:
+        inside = os.path.normpath(info.folder)
+        if os.path.isabs(inside) or inside.split(os.sep)[0] == "..":
+            raise ValueError(f"dataset {info.name!r}: folder {info.folder!r} leaves {path}")
+        path = path / inside
+    if path.is_file():
+        files = [path]
+    elif path.is_dir():
+        files = sorted(
+            child for child in path.iterdir()
+            if child.is_file() and not child.name.startswith(".") and child.name != "dataset_info.json"
+        )  # fmt: skip
+    else:
+        raise FileNotFoundError(f"dataset {info.name!r}: {path} does not exist")
+    endings = {file.suffix.lower() for file in files}
+    if not files:
+        raise ValueError(f"dataset {info.name!r}: the folder {path} is empty")
+    if not endings <= set(FILE_TYPES):
+        wrong = next(file for file in files if file.suffix.lower() not in FILE_TYPES)
+        raise ValueError(
+            f"dataset {info.name!r}: {wrong} is of no known type; known: {', '.join(FILE_TYPES)}"
+        )
+    if len(endings - {".json", ".jsonl"}) + bool(endings & {".json", ".jsonl"}) > 1:
+        raise ValueError(
+            f"dataset {info.name!r}: the folder {path} mixes {', '.join(sorted(endings))}; keep one type"
+        )
+    return files
+
+
+def read_rows(info: DatasetInfo, opened: Iterable[dict] | None = None) -> Iterator[tuple[str, dict]]:
+    """Yield (place, row) in a fixed order; `place` is "file:line" or "file row n", for error messages.
+
+    opened: what open_hub returned, for a hub data set.
+    """
+    if info.kind != "file":
+        for number, row in enumerate(opened):
+            yield f"{info.location} row {number}", row
+        return
+    for path in list_files(info):
+        yield from read_file(path)
+
+
+def open_hub(info: DatasetInfo, hub: HubAccess, streaming: bool):
+    """The hub dataset as an iterable of dicts. Only data files are read; repositories' code never runs."""
+    if info.kind == "ms_hub":
+        try:
+            from modelscope import MsDataset
+        except ImportError as error:
+            raise ValueError(
+                f"dataset {info.name!r} comes from ModelScope; run `pip install modelscope` first"
+            ) from error
+        rows = MsDataset.load(
+            dataset_name=info.location, subset_name=info.subset, data_dir=info.folder, split=info.split,
+            cache_dir=hub.cache_dir, token=hub.ms_token, use_streaming=streaming,
+        )  # fmt: skip
+        return rows.to_hf_dataset() if hasattr(rows, "to_hf_dataset") else rows
+    from datasets import load_dataset  # imported here: it takes a second and only hub data needs it
+
+    try:
+        return load_dataset(
+            info.location, name=info.subset, data_dir=info.folder, split=info.split, revision=info.revision,
+            cache_dir=hub.cache_dir, token=hub.hf_token, streaming=streaming,
+        )  # fmt: skip
+    except (OSError, RuntimeError, ValueError) as error:  # not found, offline, script refused, unknown split
+        raise ValueError(
+            f"dataset {info.name!r}: the hub id {info.location!r} (split {info.split!r}) cannot be read: {error}"
+        ) from error
+
+
+def content_key(info: DatasetInfo, rows=None) -> str:
+    """A hash of what the rows are made of: the bytes of the files, or the hub dataset's own fingerprint."""
+    digest = hashlib.blake2b(digest_size=20)
+    if info.kind != "file":
+        digest.update(
+            f"{info.location} {info.subset} {info.split} {getattr(rows, '_fingerprint', '')}".encode()
+        )
+        return digest.hexdigest()
+    for path in list_files(info):
+        digest.update(path.suffix.encode())
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "blake2b").digest())
+    return digest.hexdigest()
+
+
+def check_sha1(info: DatasetInfo) -> str | None:
+    """A warning text when `file_sha1` is given and differs from the file, else None."""
+    if info.file_sha1 is None or info.kind != "file":
+        return None
+    files = list_files(info)
+    if len(files) > 1:
+        return f"dataset {info.name!r}: file_sha1 is given for a folder of {len(files)} files and was not checked"
+    with open(files[0], "rb") as file:
+        found = hashlib.file_digest(file, "sha1").hexdigest()
+    if found == info.file_sha1.lower():
+        return None
+    return f"dataset {info.name!r}: {files[0]} has sha1 {found}, but file_sha1 says {info.file_sha1}: other contents"

@@ -1,0 +1,369 @@
+"""Tokenised examples on disk: flat arrays that are memory-mapped, written in a way that survives being killed.
+
+A folder holds tokens.i32, trained.u8, turns.i16, roles.u8 (one entry per token), lengths.i32, rows.i64, splits.i32 and
+tags.i8 (one per example), and meta.json (sizes, checksums, counts). While it is being written its name ends in
+`.partial` and `progress.json` says how far it is: a killed run goes on there. Renaming makes it complete; a finished
+folder whose sizes or checksums are wrong is refused.
+
+Run from Python: store = ExampleStore([TokenFiles.open(folder)], ["my data"]); store.example(0)
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.batch import Example
+
+ARRAYS = {
+    "tokens": ("tokens.i32", np.dtype("<i4")),
+    "trained": ("trained.u8", np.dtype("bool")),
+    "turns": ("turns.i16", np.dtype("<i2")),
+    "roles": ("roles.u8", np.dtype("u1")),
+    "lengths": ("lengths.i32", np.dtype("<i4")),
+    "rows": ("rows.i64", np.dtype("<i8")),
+    "splits": ("splits.i32", np.dtype("<i4")),
+    "tags": ("tags.i8", np.dtype("i1")),
+}
+SETS_FILE = "anvil_tokenised.json"
+CHECK_BYTES = 1 << 24  # read this much at a time for checksums
+
+
+@dataclass
+class Tally:
+    """What happened to rows: read = used + all dropped. Counts of tokens are those of the kept examples."""
+
+    read: int = 0
+    used: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)  # reason -> rows
+    first: dict[str, str] = field(default_factory=dict)  # reason or note -> the first place it was seen
+    notes: dict[str, int] = field(default_factory=dict)  # what was repaired -> rows
+    cut: int = 0  # rows cut to cutoff_len
+    examples: int = 0
+    tokens: int = 0
+    tokens_cut: int = 0
+    tokens_trained: int = 0
+    longest: int = 0  # tokens of the longest kept example
+    desirable: int = 0  # examples tagged 1: KTO's good answers
+
+    def add(self, other: "Tally") -> None:
+        for name in (
+            "read",
+            "used",
+            "cut",
+            "examples",
+            "tokens",
+            "tokens_cut",
+            "tokens_trained",
+            "desirable",
+        ):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.longest = max(self.longest, other.longest)
+        for reason, count in other.dropped.items():
+            self.dropped[reason] = self.dropped.get(reason, 0) + count
+        for note, count in other.notes.items():
+            self.notes[note] = self.notes.get(note, 0) + count
+        self.first = other.first | self.first
+
+    def drop(self, reason: str, place: str) -> None:
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+        self.first.setdefault(reason, place)
+
+    def note(self, note: str, place: str) -> None:
+        self.notes[note] = self.notes.get(note, 0) + 1
+        self.first.setdefault(note, place)
+
+
+@dataclass
+class Chunk:
+    """Examples of a run of rows, flat. rows[i] is the row that example i came from; splits, tags as in Example."""
+
+    tokens: np.ndarray
+    trained: np.ndarray
+    turns: np.ndarray
+    roles: np.ndarray
+    lengths: np.ndarray
+    rows: np.ndarray
+    splits: np.ndarray
+    tags: np.ndarray
+    tally: Tally
+
+    @classmethod
+    def join(cls, examples: Sequence[Example], tally: Tally) -> "Chunk":
+        def flat(name: str) -> np.ndarray:
+            parts = [getattr(example, name) for example in examples]
+            return np.concatenate(parts or [np.empty(0)]).astype(ARRAYS[name][1], copy=False)
+
+        return cls(
+            *(flat(name) for name in ("tokens", "trained", "turns", "roles")),
+            lengths=np.array([len(example) for example in examples], np.int32),
+            rows=np.array([example.source[1] for example in examples], np.int64),
+            splits=np.array([example.split for example in examples], np.int32),
+            tags=np.array([example.tag for example in examples], np.int8),
+            tally=tally,
+        )
+
+
+class TokenFiles:
+    """The arrays of one dataset, from memory or memory-mapped from a folder."""
+
+    def __init__(self, arrays: dict[str, np.ndarray], tally: Tally):
+        self.tokens, self.trained = arrays["tokens"], arrays["trained"]
+        self.turns, self.roles = arrays["turns"], arrays["roles"]
+        self.lengths, self.rows, self.tally = arrays["lengths"], arrays["rows"], tally
+        self.splits, self.tags = arrays["splits"], arrays["tags"]
+        self.offsets = np.zeros(len(self.lengths) + 1, np.int64)
+        np.cumsum(self.lengths, out=self.offsets[1:])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @cached_property
+    def questions(self) -> np.ndarray:
+        """(n,) tokens in front of the first trained one."""
+        trained = np.flatnonzero(self.trained)
+        return trained[np.searchsorted(trained, self.offsets[:-1])] - self.offsets[:-1]
+
+    @classmethod
+    def from_chunk(cls, chunk: Chunk) -> "TokenFiles":
+        return cls({name: getattr(chunk, name) for name in ARRAYS}, chunk.tally)
+
+    def as_chunk(self) -> Chunk:
+        return Chunk(**{name: getattr(self, name) for name in ARRAYS}, tally=self.tally)
+
+    @classmethod
+    def open(cls, folder: str | Path, check: bool = True) -> "TokenFiles":
+        """Memory-map a finished folder. Raises ValueError when a file is missing, short, or changed."""
+        folder = Path(folder)
+        meta = _read_json(folder / "meta.json")
+        if meta is None or "sizes" not in meta:
+            raise ValueError(f"{folder}: meta.json is missing or not readable")
+        arrays = {}
+        for name, (file, dtype) in ARRAYS.items():
+            path = folder / file
+            found = path.stat().st_size if path.is_file() else -1
+            if found != meta["sizes"][name]:
+                raise ValueError(f"{path}: {found} bytes, expected {meta['sizes'][name]}")
+            if check and _checksum(path) != meta["checksums"][name]:
+                raise ValueError(f"{path}: its bytes changed since it was written (checksum)")
+            # an empty file cannot be mapped; asarray drops the memmap subclass, whose slicing is slow
+            arrays[name] = np.asarray(np.memmap(path, dtype, "r")) if found else np.empty(0, dtype)
+        return cls(arrays, Tally(**meta["tally"]))
+
+
+class ExampleStore:
+    """Examples of several datasets in one order. `index` (n, 2) says (part, example of that part) for each."""
+
+    def __init__(self, parts: Sequence[TokenFiles], datasets: Sequence[str], index: np.ndarray | None = None):
+        if index is None:
+            index = np.concatenate(
+                [np.empty((0, 2), np.int64)]
+                + [np.stack([np.full(len(part), k), np.arange(len(part))], 1) for k, part in enumerate(parts)]
+            )
+        self.parts, self.datasets, self.index = list(parts), list(datasets), index
+        self.lengths = self._gather("lengths", np.int32)
+        self.reference: np.ndarray | None = None  # (n, segments) fp32, see Example; filled by reference.py
+
+    @classmethod
+    def from_examples(cls, examples: Sequence[Example], datasets: Sequence[str]) -> "ExampleStore":
+        """A store in memory, in the order of the data sets."""
+        mine = [[example for example in examples if example.source[0] == k] for k in range(len(datasets))]
+        return cls([TokenFiles.from_chunk(Chunk.join(part, Tally())) for part in mine], datasets)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def example(self, i: int) -> Example:
+        k, j = self.index[i]
+        part = self.parts[k]
+        span = slice(part.offsets[j], part.offsets[j + 1])
+        return Example(
+            part.tokens[span],
+            part.trained[span],
+            part.turns[span],
+            part.roles[span],
+            (int(k), int(part.rows[j])),
+            int(part.splits[j]),
+            int(part.tags[j]),
+            None if self.reference is None else tuple(self.reference[i].tolist()),
+            int(self.copies[i]),
+        )
+
+    @cached_property
+    def copies(self) -> np.ndarray:
+        """(n,) how often the same example stands before each: num_samples and interleave_over repeat some."""
+        starts = np.cumsum([0, *map(len, self.parts)])
+        numbers, copies = starts[self.index[:, 0]] + self.index[:, 1], np.zeros(len(self), np.int64)
+        if np.bincount(numbers, minlength=1).max() > 1:  # sorting takes a second per million
+            order = np.argsort(numbers, kind="stable")
+            copies[order] = np.arange(len(self)) - np.searchsorted(numbers[order], numbers[order])
+        return copies
+
+    @property
+    def trained_share(self) -> float:
+        """Share of all tokens that are trained on, whichever examples are drawn."""
+        total = sum(len(part.tokens) for part in self.parts)
+        return sum(int(np.count_nonzero(part.trained)) for part in self.parts) / max(1, total)
+
+    @property
+    def segment_lengths(self) -> np.ndarray:
+        """(segments,) int64: tokens of every segment; an example has one or two."""
+        lengths, splits = np.asarray(self.lengths, np.int64), self._gather("splits", np.int64)
+        return np.concatenate([np.where(splits > 0, splits, lengths), (lengths - splits)[splits > 0]])
+
+    @property
+    def sources(self) -> np.ndarray:
+        """(n, 2): dataset and row of each example."""
+        return np.stack([self.index[:, 0], self._gather("rows", np.int64)], 1)
+
+    def digest(self) -> str:
+        """A checksum of every token, mark, border and tag and of the order, read at the speed of the disk."""
+        found = zlib.crc32(np.ascontiguousarray(self.index, np.int64).view(np.uint8))
+        for part in self.parts:
+            for name in ARRAYS:
+                array = getattr(part, name).view(np.uint8)
+                for start in range(0, len(array), CHECK_BYTES):
+                    found = zlib.crc32(array[start : start + CHECK_BYTES], found)
+        return f"{found:08x}"
+
+    def select(self, which: np.ndarray) -> "ExampleStore":
+        return ExampleStore(self.parts, self.datasets, self.index[which])
+
+    def _gather(self, name: str, dtype) -> np.ndarray:
+        values = np.empty(len(self.index), dtype)
+        for k, part in enumerate(self.parts):
+            mine = self.index[:, 0] == k
+            values[mine] = getattr(part, name)[self.index[mine, 1]]
+        return values
+
+
+class StoreWriter:
+    """Appends chunks to `folder`.partial; `finish` makes it `folder`. Goes on where a killed writer stopped."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.partial = self.folder.with_name(self.folder.name + ".partial")
+        self.partial.mkdir(parents=True, exist_ok=True)
+        state = _read_json(self.partial / "progress.json") or {}
+        self.sizes = state.get("sizes", dict.fromkeys(ARRAYS, 0))
+        self.checksums = state.get("checksums", dict.fromkeys(ARRAYS, 0))
+        self.tally = Tally(**state.get("tally", {}))
+        self.files = {}
+        for name, (file, _) in ARRAYS.items():
+            handle = open(self.partial / file, "ab")  # noqa: SIM115 (closed in finish and close)
+            handle.truncate(self.sizes[name])  # what was written after the last progress.json does not count
+            handle.seek(0, os.SEEK_END)
+            if handle.tell() < self.sizes[name]:
+                raise ValueError(
+                    f"{self.partial / file} is shorter than progress.json says; delete {self.partial}"
+                )
+            self.files[name] = handle
+
+    @property
+    def rows_done(self) -> int:
+        return self.tally.read
+
+    def append(self, chunk: Chunk) -> None:
+        for name, (_, dtype) in ARRAYS.items():
+            data = getattr(chunk, name).astype(dtype, copy=False).tobytes()
+            self.files[name].write(data)
+            self.files[name].flush()
+            self.sizes[name] += len(data)
+            self.checksums[name] = zlib.crc32(data, self.checksums[name])
+        self.tally.add(chunk.tally)
+        self._state("progress.json")
+
+    def _state(self, file: str) -> None:
+        state = {"sizes": self.sizes, "checksums": self.checksums, "tally": asdict(self.tally)}
+        temporary = self.partial / (file + ".new")
+        temporary.write_text(json.dumps(state))
+        os.replace(temporary, self.partial / file)
+
+    def close(self) -> None:
+        for handle in self.files.values():
+            handle.close()
+
+    def finish(self) -> None:
+        for handle in self.files.values():
+            handle.flush()
+            os.fsync(handle.fileno())
+        self.close()
+        self._state("meta.json")
+        (self.partial / "progress.json").unlink(missing_ok=True)
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+        os.replace(self.partial, self.folder)
+
+
+def save_sets(folder: Path, sets: dict[str, ExampleStore], meta: dict) -> None:
+    """Write several stores that may share parts, and `meta`, into a new folder; complete or absent."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    parts = list({id(part): part for store in sets.values() for part in store.parts}.values())
+    for number, part in enumerate(parts):
+        writer = StoreWriter(partial / f"part-{number}")
+        writer.append(part.as_chunk())
+        writer.finish()
+    described = []
+    for number, (name, store) in enumerate(sets.items()):
+        np.save(partial / f"index-{number}.npy", store.index)
+        used = [next(i for i, part in enumerate(parts) if part is mine) for mine in store.parts]
+        described.append({"name": name, "datasets": store.datasets, "parts": used})
+    (partial / SETS_FILE).write_text(json.dumps(meta | {"sets": described}, indent=1))
+    os.replace(partial, folder)
+
+
+def load_sets(folder: Path) -> tuple[dict, dict[str, ExampleStore]]:
+    """What save_sets wrote. Raises ValueError for a folder of something else or damaged files."""
+    meta = _read_json(folder / SETS_FILE)
+    if meta is None:
+        raise ValueError(
+            f"tokenized_path: {folder} exists but holds no tokenised data of Anvil ({SETS_FILE} is missing); name "
+            "another folder, and the data will be written there"
+        )
+    opened: dict[int, TokenFiles] = {}
+    sets = {}
+    for number, entry in enumerate(meta["sets"]):
+        for part in entry["parts"]:
+            if part not in opened:
+                opened[part] = TokenFiles.open(folder / f"part-{part}")
+        index = np.load(folder / f"index-{number}.npy", allow_pickle=False)
+        sets[entry["name"]] = ExampleStore(
+            [opened[part] for part in entry["parts"]], entry["datasets"], index
+        )
+    return meta, sets
+
+
+@contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """Hold an exclusive lock: of several ranks or runs that want the same data, one tokenises and the others wait."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # the kernel releases it when the process ends, however it ends
+        yield
+
+
+def _read_json(path: Path):
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError:  # half-written by a full disk: as good as absent
+        return None
+
+
+def _checksum(path: Path) -> int:
+    value = 0
+    with open(path, "rb") as file:
+        while block := file.read(CHECK_BYTES):
+            value = zlib.crc32(block, value)
+    return value

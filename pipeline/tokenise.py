@@ -1,0 +1,175 @@
+"""The examples of one data set: out of the cache, or tokenised now and kept there.
+
+The cache key is made of contents: bytes of the files, tokenizer, what the template renders, options. A killed
+tokenisation goes on where it stopped; of several ranks that want the same data one works and the others wait.
+
+Run from Python: files, order, report = Tokeniser(...).dataset(find_dataset("identity", "data"), "train")
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from pipeline.encoding import (
+    ChunkEncoder,
+    EncodeOptions,
+    Row,
+    encode_chunks,
+    numbered_rows,
+    template_key,
+    tokenizer_key,
+)
+from pipeline.formats import check_stage
+from pipeline.mixing import choose_rows, examples_of_rows
+from pipeline.report import DatasetReport
+from pipeline.sources import (
+    DatasetInfo,
+    HubAccess,
+    check_sha1,
+    content_key,
+    find_dataset,
+    open_hub,
+    read_rows,
+)
+from pipeline.store import StoreWriter, TokenFiles, locked
+
+CACHE_VERSION = 3  # raise it when the tokens of an unchanged row change, or the layout of the files
+
+
+class _Bar(tqdm):
+    monitor_interval = 0  # no monitor thread: with a second thread the workers could not be forked
+
+
+@dataclass(frozen=True)
+class Tokeniser:
+    """How rows become examples, and where these are kept."""
+
+    stage: str
+    encode: EncodeOptions
+    template: object
+    tokenizer: object
+    seed: int  # of num_samples
+    cache: Path
+    is_main: bool
+    hub: HubAccess
+    dataset_dir: str
+    split: str
+    max_samples: int | None
+    overwrite_cache: bool
+    workers: int
+
+    def encoder(self, info: DatasetInfo, part: int) -> ChunkEncoder:
+        return ChunkEncoder(info, part, self.template, self.tokenizer, self.encode)
+
+    def find(self, name: str) -> DatasetInfo:
+        info = find_dataset(name, self.dataset_dir, self.split)
+        check_stage(info, self.stage, self.encode.kind)
+        return info
+
+    def for_prompts(self) -> "Tokeniser":
+        return replace(self, encode=replace(self.encode, kind="prompt"))
+
+    def keys(self) -> dict:
+        """What decides the tokens of given rows."""
+        used = (
+            None
+            if self.encode.kind == "document"
+            else template_key(self.template, self.encode.enable_thinking)
+        )
+        return {
+            "version": CACHE_VERSION, "tokenizer": tokenizer_key(self.tokenizer), "template": used,
+            "options": {key: value for key, value in asdict(self.encode).items() if key != "question" or value},
+        }  # fmt: skip
+
+    def dataset(
+        self, info: DatasetInfo, role: str, only: np.ndarray | None = None
+    ) -> tuple[TokenFiles, np.ndarray, DatasetReport]:
+        """The examples of one data set, from the cache or made now, and the order in which to use them.
+
+        only: numbers of the rows to read, in place of num_samples and max_samples.
+        """
+        warning = check_sha1(info)
+        opened = None if info.kind == "file" else open_hub(info, self.hub, streaming=False)
+        limit, chosen, total = self.max_samples, None, 0
+        if only is not None:
+            limit, chosen = None, only
+        elif info.num_samples is not None:
+            total = sum(1 for _ in read_rows(info, opened))
+            chosen = choose_rows(total, info.num_samples, self.seed)[:limit]
+        described = {
+            name: value
+            for name, value in asdict(info).items()
+            if name not in ("name", "location", "file_sha1")
+        }
+        key = self.keys() | {"data": content_key(info, opened), "info": described}
+        key |= {"limit": limit, "chosen": None if chosen is None else [total, self.seed]}
+        if only is not None:
+            key["only"] = hashlib.blake2b(only.astype("<i8").tobytes(), digest_size=16).hexdigest()
+        name = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+        def rows() -> Iterator[Row]:
+            everything = numbered_rows(read_rows(info, opened))
+            if chosen is None:
+                return islice(everything, limit)
+            wanted = set(chosen.tolist())
+            return (row for row in everything if row[0] in wanted)
+
+        files = self._cached(self.cache / name, rows, self.encoder(info, 0))
+        order = np.arange(len(files))
+        warnings = [warning] if warning else []
+        if self.encode.kind == "dialogue" and "kto_tag" in info.columns:
+            warnings.append(
+                f"dataset {info.name!r}: columns.kto_tag is not used: stage {self.stage} trains on bad answers too"
+            )
+        report = DatasetReport(info.name, role, files.tally, self.encode.kind, warnings=tuple(warnings))
+        if only is None and chosen is not None:
+            order = examples_of_rows(files.rows, chosen)
+            report.left_out, report.repeated = total - len(np.unique(chosen)), len(order) - len(files)
+        return files, order, report
+
+    def _cached(self, folder: Path, rows, encoder: ChunkEncoder) -> TokenFiles:
+        """Open `folder`, or tokenise into it. A folder that is damaged is made again."""
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"cache_dir: {folder.parent} cannot be made ({error.strerror}); name another"
+            ) from error
+        with locked(folder.with_suffix(".lock")):
+            if folder.exists() and not (self.overwrite_cache and self.is_main):
+                try:
+                    return TokenFiles.open(folder)
+                except ValueError as error:
+                    print(f"cache: {error}; tokenising again")
+            if self.overwrite_cache and self.is_main:
+                shutil.rmtree(folder.with_name(folder.name + ".partial"), ignore_errors=True)
+            self._write(folder, rows, encoder)
+            return TokenFiles.open(folder, check=False)
+
+    def _write(self, folder: Path, rows, encoder: ChunkEncoder) -> None:
+        try:
+            writer = StoreWriter(folder)
+        except ValueError:  # what a killed run left does not fit together
+            shutil.rmtree(folder.with_name(folder.name + ".partial"))
+            writer = StoreWriter(folder)
+        todo = islice(rows(), writer.rows_done, None)
+        # delay: short work shows no bar
+        bar = _Bar(desc=f"tokenising {encoder.info.name}", unit=" rows", initial=writer.rows_done, delay=2.0,
+                   disable=not self.is_main)  # fmt: skip
+        try:
+            with bar:
+                for chunk in encode_chunks(todo, encoder, self.workers):
+                    writer.append(chunk)
+                    bar.update(chunk.tally.read)
+        except ValueError:  # a bad row: once the file is mended its key is another one
+            writer.close()
+            shutil.rmtree(writer.partial)
+            raise
+        writer.finish()

@@ -1,0 +1,321 @@
+"""Losses over pairs of answers, and the stages dpo and orpo.
+
+Letters: c and r are log-probabilities of the chosen and the rejected answer under the policy, c0 and r0 under the
+reference; the ratios are c - c0 and r - r0, and delta = (c - c0) - (r - r0). All are sums over the answer's tokens, in
+nats, (P,) fp32; for ipo, orpo and simpo means over them. b is pref_beta, e dpo_label_smoothing.
+
+    sigmoid    -(1-e) log s(b delta) - e log s(-b delta)              DPO, arXiv 2305.18290 eq. 7; e: cDPO
+    robust     the same, without the bias of labels flipped with probability e: arXiv 2403.00409
+    hinge      max(0, 1 - b delta)                                    SLiC-HF, arXiv 2305.10425; RSO, 2309.06657
+    ipo        (delta - 1/(2b))^2                                     arXiv 2310.12036 eq. 17
+    exo_pair   KL(s(b delta), s(-b delta) || 1-e, e)                  arXiv 2402.00856 eq. 16
+    kto_pair   each answer against the KL of the other kind           KTO's report; see kto_pair_loss
+    bco_pair   -log s(b(c-c0) - d) - log s(d - b(r-r0))               arXiv 2404.04656; d: mean reward so far
+    orpo       -c - b log s(log odds(c) - log odds(r))                arXiv 2403.07691 eq. 6-7     no reference
+    simpo      -log s(b(c - r) - simpo_gamma)                         arXiv 2405.14734 eq. 6       no reference
+    cpo        -log s(b(c - r)) - mean log-probability of the chosen  arXiv 2401.08417 eq. 5       no reference
+
+Departures: kto_pair's KL and bco's d are means over the whole accumulation group and all ranks, where trl took those of
+a micro-batch, so that batch 8 and 8 x 1 give the same gradients; the KL has no gradient, as in the KTO paper; ld_alpha
+weighs the reference's answers too, as trl does (LLaMA-Factory: the policy's only).
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model import Decoder
+from parallel.world import World
+from pipeline.batch import Batch
+from stages.logprobs import (
+    answer_sums,
+    batch_logprobs,
+    head_trains,
+    hidden_states,
+    label_counts,
+    label_logprobs,
+    mean_head_row,
+)
+from stages.reference import Reference
+from stages.stage import Metrics, Stage
+
+WITHOUT_REFERENCE = ("orpo", "simpo", "cpo")
+AVERAGED = ("ipo", "orpo", "simpo")  # over the answer's tokens
+SMOOTHED = ("sigmoid", "robust", "exo_pair", "simpo", "cpo")  # these know dpo_label_smoothing
+EXO_SMOOTHING = 1e-3  # with e = 0 the loss is infinite; trl's value
+
+
+@dataclass(frozen=True)
+class PreferenceOptions:
+    pref_loss: Annotated[
+        Literal[
+            "sigmoid", "robust", "hinge", "ipo", "exo_pair", "kto_pair", "bco_pair", "orpo", "simpo", "cpo"
+        ],
+        "dpo: loss of a pair; orpo, simpo and cpo have no reference (stage orpo always takes orpo)",
+    ] = "sigmoid"
+    pref_beta: Annotated[float, "how strongly a difference counts; simpo wants about 2"] = 0.1
+    pref_ftx: Annotated[
+        float | None, "weight of the chosen answer's loss per token; none = 1 for cpo, else 0"
+    ] = None
+    pref_bco_weight: Annotated[float, "weight of bco_pair's loss mixed into the loss of the pair"] = 0.0
+    dpo_label_smoothing: Annotated[float, "probability that chosen and rejected are exchanged; below 0.5"] = (
+        0.0
+    )
+    simpo_gamma: Annotated[float, "margin that simpo asks of the rewards"] = 0.5
+    ld_alpha: Annotated[
+        float | None, "LD-DPO: weight of tokens beyond the pair's shorter answer; none = 1"
+    ] = None
+
+    def __post_init__(self):
+        loss, smoothing = self.pref_loss, self.dpo_label_smoothing
+        if not (math.isfinite(self.pref_beta) and self.pref_beta > 0):
+            raise ValueError(f"pref_beta: {self.pref_beta} must be above 0")
+        for key in ("pref_ftx", "pref_bco_weight", "simpo_gamma"):
+            value = getattr(self, key)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{key}: {value} must be 0 or more")
+        if not 0 <= smoothing < 0.5:
+            raise ValueError(
+                f"dpo_label_smoothing: {smoothing} is not in [0, 0.5); at 0.5 the labels say nothing"
+            )
+        if smoothing and loss not in SMOOTHED:
+            raise ValueError(
+                f"dpo_label_smoothing: {smoothing}, but pref_loss {loss} has no smoothing; drop it, or choose one of "
+                f"{', '.join(SMOOTHED)}"
+            )
+        if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
+            raise ValueError(f"ld_alpha: {self.ld_alpha} is not in [0, 1]")
+        if self.pref_bco_weight and loss in ("bco_pair", *WITHOUT_REFERENCE):
+            why = "is bco's loss itself" if loss == "bco_pair" else "has no reference, which bco's loss needs"
+            raise ValueError(f"pref_bco_weight: {self.pref_bco_weight}, but pref_loss {loss} {why}; drop it")
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.pref_loss not in WITHOUT_REFERENCE
+
+    @property
+    def chosen_weight(self) -> float:
+        """Of the chosen answer's negative log-probability per token."""
+        given = 1.0 if self.pref_ftx is None and self.pref_loss == "cpo" else self.pref_ftx or 0.0
+        return 1.0 + given if self.pref_loss == "orpo" else given
+
+    def for_stage(self, stage: str) -> "PreferenceOptions":
+        return replace(self, pref_loss="orpo") if stage == "orpo" else self
+
+
+# The losses of pairs: (P,) -> (P,). The dtype stays.
+
+
+def sigmoid_loss(score: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Of score = b delta. Also cpo's, and simpo's of b(c - r) - gamma."""
+    if not smoothing:
+        return -F.logsigmoid(score)
+    return -(1 - smoothing) * F.logsigmoid(score) - smoothing * F.logsigmoid(-score)
+
+
+def robust_loss(score: Tensor, smoothing: float) -> Tensor:
+    """Its mean over labels flipped with probability `smoothing` is the sigmoid loss of the true ones."""
+    kept, flipped = (1 - smoothing) * F.logsigmoid(score), smoothing * F.logsigmoid(-score)
+    return (flipped - kept) / (1 - 2 * smoothing)
+
+
+def hinge_loss(score: Tensor) -> Tensor:
+    return F.relu(1 - score)
+
+
+def ipo_loss(delta: Tensor, beta: float) -> Tensor:
+    """delta of means over the tokens, as the authors do it: of sums the loss would grow with the answers' lengths."""
+    return (delta - 1 / (2 * beta)).square()
+
+
+def exo_loss(score: Tensor, smoothing: float) -> Tensor:
+    """Kullback-Leibler divergence of the policy's choice between the two from (1 - smoothing, smoothing)."""
+    chosen, rejected = F.logsigmoid(score), F.logsigmoid(-score)
+    return chosen.exp() * (chosen - math.log1p(-smoothing)) + rejected.exp() * (
+        rejected - math.log(smoothing)
+    )
+
+
+def kto_pair_loss(chosen: Tensor, rejected: Tensor, kl: Tensor, beta: float) -> Tensor:
+    """chosen, rejected: ratios (P,); kl (2,): mean ratio of the chosen and of the rejected answers, at least 0.
+
+    The KL of one kind is estimated on the answers of the other. Mean of an answer's two losses.
+    """
+    return 0.5 * (torch.sigmoid(beta * (kl[1] - chosen)) + torch.sigmoid(beta * (rejected - kl[0])))
+
+
+def bco_loss(chosen: Tensor, rejected: Tensor, baseline: Tensor) -> Tensor:
+    """chosen, rejected: rewards (P,); baseline (): mean reward."""
+    return -F.logsigmoid(chosen - baseline) - F.logsigmoid(baseline - rejected)
+
+
+def odds_ratio_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """-log sigmoid of the log odds ratio; c, r below 0 are means over the tokens, odds(c) = e^c / (1 - e^c)."""
+    # an answer that is certain has infinite odds: held where fp32 can still tell 1 - e^c from 0
+    c, r = chosen.clamp(max=-1e-7), rejected.clamp(max=-1e-7)
+    # expm1: 1 - exp(c) rounds to 0 for a c near 0
+    log_odds = (c - r) - (torch.log(-torch.expm1(c)) - torch.log(-torch.expm1(r)))
+    return -F.logsigmoid(log_odds)
+
+
+def divergence(ratio_sums: Tensor) -> Tensor:
+    """(3,) of PairPreference.ratio_sums -> (2,): an estimate of the Kullback-Leibler divergence on each kind."""
+    return (ratio_sums[:2] / ratio_sums[2].clamp(min=1)).clamp(min=0)
+
+
+class PairPreference(Stage):
+    """Stage dpo. In ratios (2, P) the chosen answers come first; without a reference they are log-probabilities."""
+
+    metric_names = (
+        "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
+        "logps/rejected", "logits/chosen", "logits/rejected", "sft_loss",
+    )  # fmt: skip
+    evaluation_names = ("loss", *metric_names)
+    uses_dropout = False
+
+    def __init__(self, options: PreferenceOptions, reference: Reference | None, world: World):
+        """reference: None exactly when the loss needs none."""
+        self.options, self.reference, self.world = options, reference, world
+        if options.pref_loss == "orpo":
+            self.metric_names = (*self.metric_names, "odds_ratio_loss")
+        self.head_row: Tensor | None = None  # (E,)
+        self.kl: Tensor | None = None  # (2,) of the current group, or the whole evaluation set
+        self.rewards = torch.zeros(2, dtype=torch.float64)  # sum over the answers seen so far, their number
+
+    def weight(self, batch: Batch) -> int:
+        return batch.pairs
+
+    def state(self) -> dict:
+        return {"rewards": self.rewards}
+
+    def restore(self, state: dict) -> None:
+        self.rewards = state["rewards"].to(self.rewards.device)
+
+    @property
+    def follows_rewards(self) -> bool:
+        return self.options.pref_loss == "bco_pair" or self.options.pref_bco_weight > 0
+
+    def prepare(self, model: Decoder, group: list[Batch]) -> None:
+        """For kto_pair and bco, which hold answers against a mean over the group: one more forward pass."""
+        if not (model.training and (self.follows_rewards or self.options.pref_loss == "kto_pair")):
+            return
+        model.eval()
+        sums = self.ratio_sums(model, group)
+        model.train()
+        self.kl = divergence(sums)
+        if self.follows_rewards:
+            new = torch.stack([self.options.pref_beta * sums[:2].sum(), 2 * sums[2]])
+            self.rewards = self.rewards.to(new.device) + new
+
+    @torch.no_grad()
+    def ratio_sums(self, model: Decoder, group: Iterable[Batch]) -> Tensor:
+        """(3,) over all ranks: ratios of the chosen answers, of the rejected ones, pairs."""
+        sums = torch.zeros(3, device=model.embed_tokens.weight.device)
+        for batch in group:
+            ratios = self.ratios(model, batch, self.answers(batch_logprobs(model, batch), batch))
+            sums[:2] += ratios.sum(1)
+            sums[2] += batch.pairs
+        return self.world.sum(sums)
+
+    def evaluate(self, model: Decoder, batches: Iterator[Batch], world: World) -> dict[str, float]:
+        """As in training with the whole set as one group: the same numbers whatever the size of the batches."""
+        if self.options.pref_loss == "kto_pair":
+            batches = list(batches)
+            self.kl = divergence(self.ratio_sums(model, batches))
+        return super().evaluate(model, batches, world)
+
+    def answers(self, logprobs: Tensor, batch: Batch) -> Tensor:
+        """logprobs (L,) of the labels -> (2, P): c and r as the loss wants them."""
+        return self.per_answer(answer_sums(logprobs, batch, self.options.ld_alpha), batch)
+
+    def per_answer(self, sums: Tensor, batch: Batch) -> Tensor:
+        """(2P,) -> (2, P), divided by the number of labels where the loss wants means."""
+        if self.options.pref_loss in AVERAGED:
+            sums = sums / label_counts(batch).clamp(min=1)
+        return sums.view(2, batch.pairs)
+
+    def ratios(self, model: Decoder, batch: Batch, policy: Tensor) -> Tensor:
+        """policy (2, P) -> (2, P)."""
+        if self.reference is None:
+            return policy
+        return policy - self.per_answer(self.reference.sums(model, batch), batch)
+
+    def losses(self, ratios: Tensor) -> Tensor:
+        """ratios (2, P) -> (P,), without the chosen answer's own loss."""
+        options, (chosen, rejected) = self.options, ratios
+        beta, smoothing, delta = options.pref_beta, options.dpo_label_smoothing, ratios[0] - ratios[1]
+        match options.pref_loss:
+            case "sigmoid" | "cpo":
+                losses = sigmoid_loss(beta * delta, smoothing)
+            case "simpo":
+                losses = sigmoid_loss(beta * delta - options.simpo_gamma, smoothing)
+            case "robust":
+                losses = robust_loss(beta * delta, smoothing)
+            case "hinge":
+                losses = hinge_loss(beta * delta)
+            case "ipo":
+                losses = ipo_loss(delta, beta)
+            case "exo_pair":
+                losses = exo_loss(beta * delta, smoothing or EXO_SMOOTHING)
+            case "kto_pair":
+                losses = kto_pair_loss(chosen, rejected, self.kl, beta)
+            case "bco_pair":
+                losses = bco_loss(beta * chosen, beta * rejected, self.baseline(ratios))
+            case "orpo":
+                losses = beta * odds_ratio_loss(chosen, rejected)
+        if options.pref_bco_weight:
+            second = bco_loss(beta * chosen, beta * rejected, self.baseline(ratios))
+            losses = (losses + options.pref_bco_weight * second) / (1 + options.pref_bco_weight)
+        return losses
+
+    def baseline(self, ratios: Tensor) -> Tensor:
+        """(): mean reward of all answers seen in training, this group's among them."""
+        return (self.rewards[0] / self.rewards[1].clamp(min=1)).to(ratios)
+
+    def loss(self, model: Decoder, batch: Batch) -> tuple[Tensor, Metrics]:
+        """Sum over the pairs."""
+        counts = label_counts(batch)
+        rows = hidden_states(model, batch)[batch.label_rows]  # (L, E)
+        logprobs = label_logprobs(model, rows, batch.labels[batch.label_rows])  # (L,)
+        policy = self.answers(logprobs, batch)
+        ratios = self.ratios(model, batch, policy)
+        preference = self.losses(ratios)
+        totals = answer_sums(logprobs, batch)
+        own = -(totals / counts.clamp(min=1)).view(2, batch.pairs)[0]  # of the chosen answer, per token
+        losses = preference + self.options.chosen_weight * own if self.options.chosen_weight else preference
+        with torch.no_grad():
+            rewards = self.options.pref_beta * ratios
+            metrics = {
+                "rewards/chosen": rewards[0],
+                "rewards/rejected": rewards[1],
+                "rewards/accuracies": (rewards[0] > rewards[1]).float(),
+                "rewards/margins": rewards[0] - rewards[1],
+                "logps/chosen": policy[0],
+                "logps/rejected": policy[1],
+                "sft_loss": own,
+            }
+            if self.options.pref_loss == "orpo":
+                metrics["odds_ratio_loss"] = preference / self.options.pref_beta
+            pairs = torch.full((), float(batch.pairs), device=rows.device)
+            sums = {name: torch.stack([value.sum(), pairs]) for name, value in metrics.items()}
+            sums |= self.mean_logits(model, batch, rows, counts)
+        return losses.sum(), sums
+
+    def mean_logits(self, model: Decoder, batch: Batch, rows: Tensor, counts: Tensor) -> Metrics:
+        """Mean logit over vocabulary and labels of each kind of answer, from hidden rows (L, E)."""
+        if self.head_row is None or head_trains(model):
+            self.head_row = mean_head_row(model)
+        sums = answer_sums(rows.float() @ self.head_row, batch).view(2, batch.pairs).sum(1)  # (2,)
+        both = torch.stack([sums, counts.view(2, batch.pairs).sum(1).to(sums)], dim=1)  # (2 kinds, 2)
+        return {"logits/chosen": both[0], "logits/rejected": both[1]}
+
+
+class OddsRatio(PairPreference):
+    """Stage orpo: fine-tuning and preference at once, without a reference."""
+
+    evaluation_names = (*PairPreference.evaluation_names, "odds_ratio_loss")

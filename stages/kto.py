@@ -1,0 +1,262 @@
+"""Stage kto: learn from single answers that were called good or bad; losses kto, apo_zero_unpaired and bco.
+
+Letters: x a question, y its answer; r = log-probability of y under the policy - under the reference, sums over its
+tokens in nats; b is pref_beta, s the sigmoid.
+
+    kto                good: w+ (1 - s(b (r - z)))   bad: w- (1 - s(b (z - r)))     arXiv 2402.01306 eq. 7-8
+    apo_zero_unpaired  good: w+ (1 - s(b r))         bad: w- s(b r)                 arXiv 2408.06266 eq. 7
+    bco                good: -w+ log s(b r - d)      bad: -w- log s(d - b r)        arXiv 2404.04656 eq. 7
+
+w+ = kto_chosen_weight, w- = kto_rejected_weight. z = max(0, mean r of questions with answers to other questions), an
+estimate of the KL divergence, without gradient: each row's question with the next row's answer, as a second segment of
+the example. d = mean b r of all answers seen so far.
+
+Departures from trl and LLaMA-Factory: z is the mean over the whole accumulation group and all ranks (in an evaluation:
+over the whole set), theirs that of a micro-batch (trl: averaged over ranks); and the next row is that of the data set,
+theirs that of the batch, so that batch 8, 8 x 1 accumulated and 2 ranks x 1 x 4 give the same gradients, at batch size
+1 too. pref_ftx adds the loss per token of each good answer, so that (sum over answers) / (number of answers) is what
+trains; LLaMA-Factory divides by the number of good ones.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from itertools import pairwise
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data import Prepared
+from model import Decoder
+from parallel.world import World
+from pipeline.batch import ROW_MULTIPLE, Batch, Example
+from pipeline.store import ExampleStore
+from stages.logprobs import (
+    batch_logprobs,
+    head_trains,
+    hidden_states,
+    label_counts,
+    label_logprobs,
+    mean_head_row,
+    segment_sums,
+)
+from stages.reference import Reference
+from stages.stage import Metrics, Stage
+
+
+@dataclass(frozen=True)
+class KTOOptions:
+    kto_loss: Annotated[Literal["kto", "apo_zero_unpaired", "bco"], "kto: loss of a good or bad answer"] = (
+        "kto"
+    )
+    kto_chosen_weight: Annotated[float, "weight of answers called good"] = 1.0
+    kto_rejected_weight: Annotated[float, "weight of answers called bad"] = 1.0
+
+    def __post_init__(self):
+        for key in ("kto_chosen_weight", "kto_rejected_weight"):
+            if not (math.isfinite(getattr(self, key)) and getattr(self, key) >= 0):
+                raise ValueError(f"{key}: {getattr(self, key)} must be 0 or more")
+        if not self.kto_chosen_weight + self.kto_rejected_weight > 0:
+            raise ValueError("kto_chosen_weight: both weights are 0, so nothing is learned; raise one")
+
+    @property
+    def needs_mismatches(self) -> bool:
+        return self.kto_loss == "kto"
+
+
+# The losses: rewards (n,), good (n,) bool -> (n,). The dtype stays.
+
+
+def kto_loss(rewards: Tensor, good: Tensor, baseline: Tensor) -> Tensor:
+    """rewards b r, baseline b z; also apo_zero_unpaired, with baseline 0."""
+    return torch.sigmoid(torch.where(good, baseline - rewards, rewards - baseline))
+
+
+def bco_loss(rewards: Tensor, good: Tensor, baseline: Tensor) -> Tensor:
+    return -F.logsigmoid(torch.where(good, rewards - baseline, baseline - rewards))
+
+
+# Questions with the answers of other rows
+
+
+class MismatchedStore(ExampleStore):
+    """The examples of a store, each with a second segment: its question with the next row's answer, see `mismatched`.
+
+    The last row takes the first one's answer.
+    """
+
+    def __init__(self, store: ExampleStore, cutoff_len: int):
+        super().__init__(store.parts, store.datasets, store.index)
+        if len(store) < 2:
+            raise ValueError(
+                f"kto_loss: kto needs answers to other questions, so at least 2 rows; {', '.join(store.datasets)} has "
+                f"{len(store)}"
+            )
+        self.cutoff_len = cutoff_len
+        questions = self._gather("questions", np.int32)  # tokens
+        answers = np.roll(self.lengths - questions, -1)
+        self.lengths = self.lengths + questions + np.minimum(answers, cutoff_len - questions)
+
+    def example(self, i: int) -> Example:
+        return mismatched(super().example(i), super().example((i + 1) % len(self)), self.cutoff_len)
+
+
+def mismatched(example: Example, other: Example, cutoff_len: int) -> Example:
+    """The example with a second segment: its question with the other's answer, as much of it as fits cutoff_len."""
+    question = int(np.argmax(example.trained))
+    start = int(np.argmax(other.trained))
+    stop = min(len(other), start + cutoff_len - question)
+
+    def joined(name: str) -> np.ndarray:
+        mine = getattr(example, name)
+        return np.concatenate([mine, mine[:question], getattr(other, name)[start:stop]])
+
+    arrays = {name: joined(name) for name in ("tokens", "trained", "turns", "roles")}
+    return replace(example, **arrays, split=len(example))
+
+
+def add_mismatches(prepared: Prepared, cutoff_len: int) -> None:
+    """Give every example its second segment. In a stream the next row is the one that is drawn next."""
+    if isinstance(prepared.train, ExampleStore):
+        prepared.train = MismatchedStore(prepared.train, cutoff_len)
+    prepared.eval = {name: MismatchedStore(store, cutoff_len) for name, store in prepared.eval.items()}
+    prepared.couple = lambda examples: (mismatched(*two, cutoff_len) for two in pairwise(examples))
+
+
+@dataclass
+class Measured:
+    """What the loss and the metrics are made of, (n,) each: one entry an answer."""
+
+    logprobs: Tensor  # fp32, of the whole answer, with gradient
+    ratios: Tensor  # r, with gradient
+    logits: Tensor  # fp32, sum over the answer's tokens of the mean logit
+    tokens: Tensor  # of the answer
+    good: Tensor  # bool
+
+    @classmethod
+    def join(cls, parts: list["Measured"]) -> "Measured":
+        return cls(*(torch.cat([getattr(part, item.name) for part in parts]) for item in fields(cls)))
+
+
+class RatedPreference(Stage):
+    """Stage kto. Of an example's two segments (loss kto) the second one is read without gradient only."""
+
+    metric_names = (
+        "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected",
+        "kl", "sft_loss",
+    )  # fmt: skip
+    evaluation_names = ("loss", *metric_names, "rewards/margins")
+    uses_dropout = False
+
+    def __init__(self, options: KTOOptions, beta: float, ftx: float, reference: Reference, world: World):
+        """beta: pref_beta.  ftx: pref_ftx."""
+        self.options, self.beta, self.ftx = options, beta, ftx
+        self.reference, self.world = reference, world
+        self.head_row: Tensor | None = None  # (E,)
+        self.kl = torch.zeros((), device=world.device)  # z of the current group
+        self.rewards = torch.zeros(
+            2, dtype=torch.float64, device=world.device
+        )  # sum of b r so far, number of answers
+
+    def weight(self, batch: Batch) -> int:
+        return len(batch)
+
+    def state(self) -> dict:
+        return {"rewards": self.rewards.cpu()}
+
+    def restore(self, state: dict) -> None:
+        self.rewards.copy_(state["rewards"])
+
+    @torch.no_grad()
+    def prepare(self, model: Decoder, group: list[Batch]) -> None:
+        """For kto and bco, which hold answers against a mean over the group: one more forward pass."""
+        if self.options.kto_loss == "apo_zero_unpaired":
+            return
+        was_training = model.training
+        model.eval()
+        sums = sum(self.ratio_sums(model, batch, self.options.needs_mismatches) for batch in group)
+        model.train(was_training)
+        self.world.sum(sums)
+        if self.options.needs_mismatches:
+            self.kl = self.divergence(sums)
+        else:
+            self.rewards += torch.stack([self.beta * sums[0], sums[1]])
+
+    def ratio_sums(self, model: Decoder, batch: Batch, other_answers: bool) -> Tensor:
+        """(2,) fp64: sum of r over the batch, of other rows' answers or of its own; their number."""
+        part = _half(batch, other_answers)
+        if not part.sources:
+            return torch.zeros(2, dtype=torch.float64, device=self.kl.device)
+        logprobs = segment_sums(batch_logprobs(model, part), label_counts(part))
+        total = (logprobs - self.reference.sums(model, part)).sum(dtype=torch.float64)
+        return torch.stack([total, torch.full_like(total, len(part))])
+
+    def divergence(self, sums: Tensor) -> Tensor:
+        """z, () fp32."""
+        return (sums[0] / sums[1].clamp(min=1)).clamp(min=0).float()
+
+    def measure(self, model: Decoder, batch: Batch) -> Measured:
+        part = _half(batch, False)
+        counts = label_counts(part)
+        rows = hidden_states(model, part)[part.label_rows]  # (L, E)
+        logprobs = segment_sums(label_logprobs(model, rows, part.labels[part.label_rows]), counts)
+        if self.head_row is None or head_trains(model):
+            self.head_row = mean_head_row(model)
+        with torch.no_grad():
+            logits = segment_sums(rows.float() @ self.head_row, counts)
+        ratios = logprobs - self.reference.sums(model, part)
+        return Measured(logprobs, ratios, logits, counts, part.tags[: len(part)].bool())
+
+    def loss(self, model: Decoder, batch: Batch) -> tuple[Tensor, Metrics]:
+        """Sum over the answers."""
+        return self.score(self.measure(model, batch))
+
+    def score(self, answers: Measured) -> tuple[Tensor, Metrics]:
+        options, good = self.options, answers.good
+        rewards, baseline = self.beta * answers.ratios, self.beta * self.kl
+        if options.kto_loss == "bco":
+            baseline = (self.rewards[0] / self.rewards[1].clamp(min=1)).float()
+        losses = (bco_loss if options.kto_loss == "bco" else kto_loss)(rewards, good, baseline)
+        losses = torch.where(good, options.kto_chosen_weight * losses, options.kto_rejected_weight * losses)
+        own = -answers.logprobs / answers.tokens.clamp(min=1)
+        if self.ftx:
+            losses = losses + self.ftx * torch.where(good, own, 0.0)
+        with torch.no_grad():
+            kinds = {"chosen": good.float(), "rejected": 1 - good.float()}
+            metrics = {}
+            for kind, mask in kinds.items():
+                metrics[f"rewards/{kind}"] = torch.stack([(mask * rewards).sum(), mask.sum()])
+                metrics[f"logps/{kind}"] = torch.stack([(mask * answers.logprobs).sum(), mask.sum()])
+                metrics[f"logits/{kind}"] = torch.stack(
+                    [(mask * answers.logits).sum(), (mask * answers.tokens).sum()]
+                )
+            metrics["sft_loss"] = torch.stack([(kinds["chosen"] * own).sum(), kinds["chosen"].sum()])
+            metrics["kl"] = torch.stack([self.kl, torch.ones_like(self.kl)]) * len(good)
+        return losses.sum(), metrics
+
+    def summary(self, means: dict[str, float]) -> dict[str, float]:
+        return means | {"rewards/margins": means["rewards/chosen"] - means["rewards/rejected"]}
+
+    def evaluate(self, model: Decoder, batches: Iterator[Batch], world: World) -> dict[str, float]:
+        """As in training with the whole set as one group: the same numbers whatever the size of the batches."""
+        parts, sums = [], torch.zeros(2, dtype=torch.float64, device=world.device)
+        for batch in batches:
+            parts.append(self.measure(model, batch))
+            if self.options.needs_mismatches:
+                sums += self.ratio_sums(model, batch, True)
+        self.kl = self.divergence(world.sum(sums))
+        value, metrics = self.score(Measured.join(parts))
+        count = torch.full_like(value, float(sum(len(part.good) for part in parts)))
+        rows = [torch.stack([value, count]), *(metrics[name] for name in self.metric_names)]
+        means = [total / max(number, 1) for total, number in world.sum(torch.stack(rows).double()).tolist()]
+        return self.summary(dict(zip(("loss", *self.metric_names), means)))
+
+
+def _half(batch: Batch, second: bool) -> Batch:
+    """The rows' own answers, or the other rows' answers to their questions."""
+    if not batch.pairs:
+        return batch
+    return batch.halves()[second].rounded(ROW_MULTIPLE[batch.tokens.device.type])

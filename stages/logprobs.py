@@ -1,0 +1,118 @@
+"""What is read off the decoder's hidden states: log-probabilities of labels, their sums, one number a token.
+
+All heads run on the rows that need them only, and the (T, V) logits never exist: design of every loss here.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import kernels
+from kernels.cross_entropy import CHUNK_BYTES
+from model import Decoder
+from pipeline.batch import Batch
+
+
+def hidden_states(model: Decoder, batch: Batch) -> Tensor:
+    """(T, E) in the compute dtype."""
+    return model(batch.tokens, batch.positions, batch.cu_seqlens, batch.max_seqlen)
+
+
+def head_loss(model: Decoder, rows: Tensor, labels: Tensor) -> Tensor:
+    """Sum of -log p(label) for hidden rows (L, E) and labels (L,), () fp32; all (L, V) logits never exist at once."""
+    if is_one_matrix(model):
+        return kernels.linear_cross_entropy(rows, model.head_weight(), labels)
+    return sum(chunk.sum() for chunk in _chunked_losses(model, rows, labels))
+
+
+def label_logprobs(model: Decoder, rows: Tensor, labels: Tensor) -> Tensor:
+    """log p(label) of hidden rows (L, E) and labels (L,) -> (L,) fp32, with gradient; memory as head_loss."""
+    if is_one_matrix(model):
+        return kernels.linear_logprobs(rows, model.head_weight(), labels)
+    return -torch.cat(_chunked_losses(model, rows, labels))
+
+
+def is_one_matrix(model: Decoder) -> bool:
+    """A head with an adapter is none (dropout; in bf16 the sum W + s B A would round the update away)."""
+    return model.config.tied_head or isinstance(model.lm_head, nn.Linear)
+
+
+def _chunked_losses(model: Decoder, rows: Tensor, labels: Tensor) -> list[Tensor]:
+    """-log p(label) through the layer itself, some rows at a time, and once more in the backward pass."""
+
+    def layer_loss(rows: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(model.logits(rows).float(), labels, reduction="none")
+
+    step = max(1, CHUNK_BYTES // (4 * model.config.vocab_size))  # rows
+    chunks = zip(rows.split(step), labels.split(step))
+    return [checkpoint(layer_loss, *chunk, use_reentrant=False) for chunk in chunks]
+
+
+def batch_logprobs(model: Decoder, batch: Batch, temperature: float = 1.0) -> Tensor:
+    """(L,) fp32: log-probability of each label of the batch, in the order of label_rows.
+
+    temperature: of the sampling that these are the probabilities of; it divides the logits, which are linear in rows.
+    """
+    rows = hidden_states(model, batch)[batch.label_rows]  # (L, E)
+    rows = rows if temperature == 1 else rows / temperature
+    return label_logprobs(model, rows, batch.labels[batch.label_rows])
+
+
+def head_trains(model: Decoder) -> bool:
+    head = model.embed_tokens if model.config.tied_head else model.lm_head
+    return any(parameter.requires_grad for parameter in head.parameters())
+
+
+@torch.no_grad()
+def mean_head_row(model: Decoder) -> Tensor:
+    """(E,) fp32: hidden @ row is the mean of a token's logits over the vocabulary, so no logit is needed for it.
+
+    An adapted or quantised head is linear too: the row is the slope of its mean output.
+    """
+    if is_one_matrix(model):
+        return model.head_weight().mean(0, dtype=torch.float32)
+    weight = model.embed_tokens.weight
+    dtype = model.compute_dtype or weight.dtype
+    nothing = torch.zeros(1, model.config.hidden_size, dtype=dtype, device=weight.device, requires_grad=True)
+    with torch.enable_grad():
+        return torch.autograd.grad(model.logits(nothing).float().mean(), nothing)[0][0].float()
+
+
+def label_counts(batch: Batch) -> Tensor:
+    """(N,) int64: labels of each segment that has a source (not of what pads the row). No host synchronisation."""
+    segments = len(batch.sources)
+    borders = batch.cu_seqlens[: segments + 1].long()
+    return torch.searchsorted(batch.label_rows, borders).diff()
+
+
+def segment_sums(values: Tensor, counts: Tensor) -> Tensor:
+    """values (L,) in segment order, counts (N,) -> (N,) sums. Deterministic, with gradient."""
+    return torch.segment_reduce(values, "sum", lengths=counts, unsafe=True, initial=0)
+
+
+def spread(values: Tensor, counts: Tensor, total: int) -> Tensor:
+    """(N,) numbers of segments -> (total,) of their tokens, without waiting for the device."""
+    return torch.repeat_interleave(values, counts, output_size=total)
+
+
+def answer_sums(values: Tensor, batch: Batch, ld_alpha: float | None = None) -> Tensor:
+    """values (L,) of each label -> (N,) sums over each answer, with gradient.
+
+    ld_alpha (pairs only): labels beyond the length of the shorter answer of the pair count this much. LD-DPO, arXiv
+    2409.06411; for policy and reference alike.
+    """
+    counts = label_counts(batch)
+    if ld_alpha is not None:
+        values = torch.where(_in_both(batch, counts), values, ld_alpha * values)
+    return segment_sums(values, counts)
+
+
+def _in_both(batch: Batch, counts: Tensor) -> Tensor:
+    """(L,) bool: whether the label's place in its answer is one that the other answer of the pair has too."""
+    labels = batch.label_rows.shape[0]
+    shared = counts.view(2, batch.pairs).amin(0).repeat(2)
+    starts = counts.cumsum(0) - counts
+    return torch.arange(labels, device=counts.device) - spread(starts, counts, labels) < spread(
+        shared, counts, labels
+    )

@@ -1,0 +1,437 @@
+"""PPO with a value head on the policy's trunk: the algorithm of trl 0.7.11 / 0.8, which LLaMA-Factory run_folder.
+
+A draw: roll out on the prompts, score the texts, and with kl_t = log pi(t) - log ref(t) of a text's token t:
+    reward_t = -kl_coef kl_t, at the last token + score    advantages = GAE (arXiv 1506.02438), V = 0 behind the text
+    returns = advantages + values                          then the advantages are whitened over the draw and all ranks
+Updates on it (arXiv 1707.06347 eq. 7), each a mean over the tokens of its group:
+    max(-A rho, -A clip(rho, 1 -+ cliprange)) + vf_coef 1/2 max((V - R)^2, (clip(V, old V -+ cliprange_value) - R)^2)
+with rho = pi / old pi. kl_coef is steered so that a text's sum of kl_t nears ppo_target (arXiv 1909.08593 section 2.2).
+
+One update takes gradient_accumulation_steps x per_device_train_batch_size texts (x ranks). One draw takes
+ppo_buffer_size times as many, and ppo_epochs x ppo_buffer_size updates are made of it; max_steps, save_steps and
+logging_steps count updates. Departures from trl: all statistics are of the whole draw on all ranks (trl: one
+process); a text whose mean rho is above ratio_threshold is left out (trl: the minibatch that it is in; the same with
+minibatches of 1); the parts of a draw keep their order in every epoch; pi and ref are of
+the temperature that the texts are sampled at (trl 0.7.11: of 1; its later versions as here).
+
+Replay: with ppo_save_draws=true the run keeps output_dir/draws/draw-<n>-rank-<r>.pt, all that the updates of a draw are
+made of (tokens, log-probabilities, values, KL a token, advantages, ...). ppo_replay=<file>, beside the settings of the
+run (or a checkpoint from before that draw), makes exactly these updates again, whatever texts would be rolled out now.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from generation.generate import Completion
+from generation.sampling import GenerateOptions
+from model import Decoder
+from parallel.world import World
+from pipeline.batch import ROW_MULTIPLE, Batch
+from stages.logprobs import batch_logprobs, hidden_states, label_counts, label_logprobs, segment_sums, spread
+from stages.reference import Reference
+from stages.rewards import RewardSource, samples_of
+from stages.rollouts import Prompt, completions_batch, prompts_of, roll_out, seed_of
+from stages.stage import Metrics, Stage, clipped_losses
+from training import run_folder
+
+EVALUATION = 0  # number of the draw whose seeds evaluations use; training counts from 1
+
+
+@dataclass(frozen=True)
+class PPOOptions:
+    ppo_buffer_size: Annotated[int, "ppo: texts rolled out at once, in groups of one update"] = 1
+    ppo_epochs: Annotated[int, "ppo: how often each text is trained on"] = 4
+    ppo_target: Annotated[
+        float, "ppo: sum of a text's KL in nats that the adaptive coefficient steers to"
+    ] = 6.0
+    ppo_score_norm: Annotated[bool, "ppo: rewards minus their running mean, by their running deviation"] = (
+        False
+    )
+    ppo_whiten_rewards: Annotated[
+        bool, "ppo: rewards a token (with the KL in them) divided by their deviation"
+    ] = False
+    init_kl_coef: Annotated[float, "ppo: what a nat of KL costs, at the start"] = 0.2
+    adap_kl_ctrl: Annotated[bool, "ppo: steer the KL coefficient to ppo_target; false = it stays"] = True
+    horizon: Annotated[float, "ppo: texts over which the KL coefficient adapts"] = 10000.0
+    gamma: Annotated[float, "ppo: discount a token"] = 1.0
+    lam: Annotated[float, "ppo: lambda of the generalised advantage estimate"] = 0.95
+    cliprange: Annotated[float, "ppo: how far a token's probability ratio may count away from 1"] = 0.2
+    cliprange_value: Annotated[float, "ppo: how far a value may count away from that at the rollout"] = 0.2
+    vf_coef: Annotated[float, "ppo: weight of the value loss"] = 0.1
+    ratio_threshold: Annotated[float, "ppo: a text whose mean probability ratio is above it is left out"] = (
+        10.0
+    )
+    ppo_value_warmup: Annotated[int, "ppo: draws at the start that train the value head alone"] = 0
+    ppo_save_draws: Annotated[bool, "ppo: keep every draw in output_dir/draws, for ppo_replay"] = False
+    ppo_replay: Annotated[
+        str | None, "ppo: file of output_dir/draws that takes the place of the first draw"
+    ] = None
+
+    def __post_init__(self):
+        for key in ("ppo_buffer_size", "ppo_epochs"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}: {getattr(self, key)} must be at least 1")
+        for key in ("ppo_target", "horizon", "cliprange", "cliprange_value", "ratio_threshold"):
+            if not getattr(self, key) > 0:
+                raise ValueError(f"{key}: {getattr(self, key)} must be above 0")
+        for key in ("init_kl_coef", "vf_coef", "ppo_value_warmup"):
+            if not getattr(self, key) >= 0:
+                raise ValueError(f"{key}: {getattr(self, key)} must not be negative")
+        for key in ("gamma", "lam"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ValueError(f"{key}: {getattr(self, key)} is not between 0 and 1")
+
+
+# Formulas
+
+
+def token_rewards(kl: Tensor, score: float, kl_coef: float) -> Tensor:
+    """kl (n,) of one text's tokens -> (n,): -kl_coef kl, and the text's score at the last."""
+    rewards = -kl_coef * kl
+    rewards[-1] += score
+    return rewards
+
+
+def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> Tensor:
+    """(n,), (n,) of one text's tokens -> (n,) advantages, not whitened. arXiv 1506.02438 eq. 16; values end with 0.
+
+    A_t = delta_t + gamma lam A_(t+1),  delta_t = r_t + gamma V_(t+1) - V_t.  In float64.
+    """
+    advantages, advantage, value_after = [], 0.0, 0.0
+    for reward, value in zip(reversed(rewards.tolist()), reversed(values.tolist())):
+        advantage = reward + gamma * value_after - value + gamma * lam * advantage
+        advantages.append(advantage)
+        value_after = value
+    return torch.tensor(advantages[::-1], dtype=torch.float64)
+
+
+def mean_and_variance(values: Tensor, world: World) -> tuple[float, float, int]:
+    """Of the values (n,) of all ranks: mean, unbiased variance (0 of less than two), how many."""
+
+    def over_ranks(*numbers: float) -> list[float]:
+        device = world.device  # a GPU's group reduces what is on GPUs
+        return world.sum(torch.tensor(numbers, dtype=torch.float64).to(device)).tolist()
+
+    values = values.double()
+    total, count = over_ranks(values.sum().item(), len(values))
+    mean = total / max(count, 1)
+    (squares,) = over_ranks((values - mean).square().sum().item())
+    return mean, squares / max(count - 1, 1), int(count)
+
+
+def whiten(values: Tensor, mean: float, variance: float, keep_mean: bool = False) -> Tensor:
+    """(n,) -> (n,) of variance 1 and mean 0, or their own mean. trl's masked_whiten."""
+    whitened = (values - mean) / math.sqrt(variance + 1e-8)
+    return whitened + mean if keep_mean else whitened
+
+
+def value_loss(values: Tensor, old: Tensor, returns: Tensor, cliprange: float) -> Tensor:
+    """1/2 max((V - R)^2, (V clipped around old V - R)^2), all (L,)."""
+    clipped = torch.clamp(values, old - cliprange, old + cliprange)
+    return 0.5 * torch.maximum((values - returns).square(), (clipped - returns).square())
+
+
+@dataclass
+class KLController:
+    """What a nat of KL costs. arXiv 1909.08593 section 2.2."""
+
+    value: float
+    target: float
+    horizon: float
+
+    def update(self, kl: float, texts: int) -> None:
+        """After a draw of so many texts with this mean sum of KL a text."""
+        error = min(max(kl / self.target - 1, -0.2), 0.2)
+        self.value *= 1 + error * texts / self.horizon
+
+
+@dataclass
+class RunningMoments:
+    """Mean and variance of all scores so far: trl's RunningMoments, by Chan's parallel formula, in float64."""
+
+    mean: float = 0.0
+    variance: float = 1.0  # biased
+    count: float = 1e-24
+
+    def update(self, mean: float, variance: float, count: int) -> None:
+        """Of a draw; variance: unbiased."""
+        if count == 0:
+            return
+        total, delta = self.count + count, mean - self.mean
+        squares = variance * (count - 1) + self.variance * self.count + delta**2 * self.count * count / total
+        self.mean += delta * count / total
+        self.variance, self.count = squares / total, total
+
+    @property
+    def deviation(self) -> float:
+        """Unbiased; 1 of fewer than two scores."""
+        return math.sqrt(self.variance * self.count / (self.count - 1)) if self.count > 1.5 else 1.0
+
+
+# The stage
+
+
+class PPO(Stage):
+    metric_names = (
+        "reward", "kl", "kl_coef", "completions/mean_length", "completions/clipped_ratio", "policy_loss", "value_loss",
+        "values", "returns", "clip_ratio", "value_clip_ratio", "approx_kl", "skipped",
+    )  # fmt: skip
+    evaluation_names = ("reward", "kl", "completions/mean_length", "completions/clipped_ratio")
+    has_value_head = True
+    uses_dropout = False
+
+    def __init__(
+        self, options: PPOOptions, generation: GenerateOptions, reward: RewardSource, *, tokenizer,
+        stop_ids: tuple[int, ...], reference: Reference, seed: int, world: World, group_size: int, output_dir: Path,
+    ):  # fmt: skip
+        """group_size: micro-batches of an update.  generation: its stop words are those of the template, too."""
+        self.options, self.generation, self.reward, self.reference = options, generation, reward, reference
+        self.tokenizer, self.stop_ids, self.seed = tokenizer, stop_ids, seed
+        self.world, self.group_size, self.output_dir = world, group_size, output_dir
+        self.draws = 0
+        self.controller = KLController(options.init_kl_coef, options.ppo_target, options.horizon)
+        self.moments = RunningMoments()
+        self.drawn: list[Batch] = []  # micro-batches of the draw that is being trained on
+        self.kl_coef = options.init_kl_coef  # that they were rewarded with
+        self.replay = options.ppo_replay
+        if self.replay is not None and not Path(self.replay).is_file():
+            raise ValueError(
+                f"ppo_replay: {self.replay}: file not found; ppo_save_draws=true writes such files"
+            )
+
+    # What the loop asks for
+
+    def groups(self, model: Decoder, drawn: list[Batch], first: int) -> Iterator[list[Batch]]:
+        """Micro-batches of prompts -> the groups of rolled-out texts; a draw that was begun comes from `restore`."""
+        if first == 0:
+            self._draw(model, drawn)
+        size = self.group_size
+        groups = [self.drawn[start : start + size] for start in range(0, len(self.drawn), size)]
+        updates = self.options.ppo_epochs * self.options.ppo_buffer_size
+        for number in range(first, updates):
+            if number == updates - 1:
+                self.drawn = []  # a checkpoint after the last update needs none of it
+            # the last draw of an epoch may hold fewer groups: they come more often
+            yield groups[number % len(groups)]
+
+    def weight(self, batch: Batch) -> int:
+        return batch.label_rows.shape[0]
+
+    def loss(self, model: Decoder, batch: Batch) -> tuple[Tensor, Metrics]:
+        """Sum over the tokens of the texts."""
+        options, extras = self.options, batch.extras
+        counts, tokens = label_counts(batch), batch.label_rows.shape[0]
+        hidden = hidden_states(model, batch)[batch.label_rows]  # (L, E)
+        warming = self.draws <= options.ppo_value_warmup
+        values = model.v_head(hidden.detach() if warming else hidden)
+        log_ratio = self._logprobs(model, batch, hidden) - extras["logprobs"]
+        with torch.no_grad():
+            kept = segment_sums(log_ratio.exp(), counts) <= options.ratio_threshold * counts  # (N,), no NaN
+            kept_tokens = spread(kept, counts, tokens)
+        # before exp: the gradient of an infinite ratio times 0 would be NaN
+        log_ratio = torch.where(kept_tokens, log_ratio, 0.0)
+        policy = (
+            clipped_losses(log_ratio, extras["advantages"], options.cliprange, options.cliprange)
+            * kept_tokens
+        )
+        value = value_loss(values, extras["values"], extras["returns"], options.cliprange_value) * kept_tokens
+        loss = options.vf_coef * value.sum() + policy.sum() * (0.0 if warming else 1.0)
+        with torch.no_grad():
+            change = (values - extras["values"]).abs()
+            sums = {
+                "policy_loss": policy,
+                "value_loss": value,
+                "values": values,
+                "returns": extras["returns"],
+                "clip_ratio": (log_ratio.exp() - 1).abs() > options.cliprange,
+                "value_clip_ratio": change > options.cliprange_value,
+                "approx_kl": 0.5 * log_ratio.square(),
+            }
+            return loss, self._metrics(batch, sums, kept)
+
+    @property
+    def temperature(self) -> float:
+        return self.generation.temperature if self.generation.do_sample else 1.0
+
+    def _logprobs(self, model: Decoder, batch: Batch, hidden: Tensor) -> Tensor:
+        """(L,) fp32 of the labels; hidden (L, E) of label_rows."""
+        return label_logprobs(model, hidden / self.temperature, batch.labels[batch.label_rows])
+
+    def _metrics(self, batch: Batch, by_token: dict[str, Tensor], kept: Tensor) -> Metrics:
+        texts, tokens = float(len(batch.sources)), float(batch.label_rows.shape[0])
+        extras, device = batch.extras, batch.tokens.device
+
+        def part(total: Tensor | float, count: float) -> Tensor:
+            # full, not tensor: the latter would wait for the device
+            if not torch.is_tensor(total):
+                total = torch.full((), total, device=device)
+            return torch.stack([total.float(), torch.full((), count, device=device)])
+
+        metrics = {name: part(value.sum(), tokens) for name, value in by_token.items()}
+        metrics |= {
+            "reward": part(extras["score"].sum(), texts),
+            "kl": part(extras["kl"].sum(), texts),
+            "kl_coef": part(self.kl_coef * texts, texts),
+            "completions/mean_length": part(tokens, texts),
+            "completions/clipped_ratio": part(extras["cut"].sum(), texts),
+            "skipped": part((~kept).sum(), texts),
+        }
+        return metrics
+
+    def state(self) -> dict:
+        moments = (self.moments.mean, self.moments.variance, self.moments.count)
+        drawn = {"kl_coef": self.kl_coef, "batches": [batch.plain() for batch in self.drawn]}
+        return {"draws": self.draws, "controller": self.controller.value, "moments": moments, "drawn": drawn}
+
+    def restore(self, state: dict) -> None:
+        self.draws, self.controller.value = state["draws"], state["controller"]
+        self.moments = RunningMoments(*state["moments"])
+        self.kl_coef = state["drawn"]["kl_coef"]
+        self.drawn = [Batch(**values) for values in state["drawn"]["batches"]]
+
+    def evaluate(self, model: Decoder, batches: Iterator[Batch], world: World) -> dict[str, float]:
+        """On held-out prompts, with the same seeds each time: mean reward, sum of KL a text, tokens, share cut off."""
+        prompts = [prompts_of(batch, self.tokenizer) for batch in batches]
+        completions, scores = self._texts(model, prompts, EVALUATION)
+        totals = torch.zeros(5, dtype=torch.float64)
+        totals[0] = scores.double().sum()
+        for each, texts in zip(prompts, completions):
+            batch = self._batch(each, texts)
+            reference = self.reference.logprobs(model, batch, self.temperature)
+            kl = batch_logprobs(model, batch, self.temperature) - reference
+            totals[1] += kl.double().sum().cpu()
+            totals[2] += sum(len(text.ids) for text in texts)
+            totals[3] += sum(text.finish_reason == "length" for text in texts)
+        totals[4] = len(scores)
+        *sums, count = world.sum(totals.to(world.device)).tolist()
+        return dict(zip(self.evaluation_names, (total / max(count, 1) for total in sums)))
+
+    # A draw
+
+    @torch.no_grad()
+    def _draw(self, model: Decoder, drawn: list[Batch]) -> None:
+        """Roll out, score, and note for every token what the updates need."""
+        if self.replay is not None:
+            self._take_over(Path(self.replay))
+            self.replay, self.draws = None, self.draws + 1
+            return
+        self.kl_coef = self.controller.value
+        prompts = [prompts_of(batch, self.tokenizer) for batch in drawn]
+        completions, scores = self._texts(model, prompts, self.draws + 1)
+        self.draws += 1  # not before: where the reward fails, the draw has not been
+        was_training = model.training
+        model.eval()
+        noted = [self._note(model, self._batch(*each)) for each in zip(prompts, completions)]
+        model.train(was_training)
+        extras = self._extras(noted, completions, scores)
+        self.drawn = [
+            completions_batch(*each).rounded(self._multiple) for each in zip(prompts, completions, extras)
+        ]
+        if self.options.ppo_save_draws:
+            self._keep_draw(self.output_dir / "draws" / f"draw-{self.draws}-rank-{self.world.rank}.pt")
+
+    def _keep_draw(self, path: Path) -> None:
+        """Raises StopRun."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(self.state(), path)
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+            path.unlink(missing_ok=True)
+            raise run_folder.StopRun(
+                f"ppo_save_draws: {path} could not be written ({str(error).splitlines()[0]}); make room and run the "
+                "same command to continue"
+            ) from error
+
+    def _take_over(self, path: Path) -> None:
+        """The draw in this file, in place of one of our own."""
+        remedy = "name a file of output_dir/draws, which ppo_save_draws=true writes"
+        try:
+            state = run_folder.read_plain(path)
+        except ValueError as error:
+            raise ValueError(f"ppo_replay: {path}: {error}; {remedy}") from error
+        if not isinstance(state, dict) or "drawn" not in state:
+            raise ValueError(f"ppo_replay: {path} holds no draw; {remedy}")
+        self.restore(state | {"draws": self.draws})
+
+    @property
+    def _multiple(self) -> int:
+        return ROW_MULTIPLE[self.world.device.type]
+
+    def _batch(self, prompts: list[Prompt], completions: list[Completion]) -> Batch:
+        return completions_batch(prompts, completions).rounded(self._multiple).to(self.world.device)
+
+    def _texts(
+        self, model: Decoder, prompts: list[list[Prompt]], draw: int
+    ) -> tuple[list[list[Completion]], Tensor]:
+        """What the policy writes to each micro-batch's prompts, and the score of each text in that order."""
+        flat = [prompt for each in prompts for prompt in each]
+        seeds = [seed_of(self.seed, draw, prompt) for prompt in flat]
+        common = {"stop_ids": self.stop_ids, "tokenizer": self.tokenizer}
+        texts = roll_out(model, flat, seeds, self.generation, **common)
+        scores, remaining = self.reward.scores(samples_of(flat, texts)), iter(texts)
+        return [[next(remaining) for _ in each] for each in prompts], scores
+
+    def _note(self, model: Decoder, batch: Batch) -> list[dict[str, Tensor]]:
+        """For each text on the CPU: (n,) fp32 log-probabilities of its tokens under policy and reference, values."""
+        hidden = hidden_states(model, batch)[batch.label_rows]
+        logprobs = self._logprobs(model, batch, hidden)
+        flat = {"logprobs": logprobs, "values": model.v_head(hidden)}
+        flat["kl"] = logprobs - self.reference.logprobs(model, batch, self.temperature)
+        counts = label_counts(batch).tolist()
+        split = {name: value.cpu().split(counts) for name, value in flat.items()}
+        return [dict(zip(split, values)) for values in zip(*split.values())]
+
+    def _extras(
+        self, noted: list[list[dict[str, Tensor]]], completions: list[list[Completion]], scores: Tensor
+    ) -> list[dict[str, list[Tensor]]]:
+        """Advantages and returns, by statistics of all texts of all ranks; for each micro-batch its Batch.extras."""
+        options, texts = self.options, [text for each in noted for text in each]
+        normalised = self._normalised(scores).tolist()
+        for text, score in zip(texts, normalised):
+            text["rewards"] = token_rewards(text["kl"].double(), score, self.kl_coef)
+        if options.ppo_whiten_rewards:
+            mean, variance, _ = self._statistics(texts, "rewards")
+            for text in texts:
+                text["rewards"] = whiten(text["rewards"], mean, variance, keep_mean=True)
+        for text in texts:
+            text["raw"] = gae(text["rewards"], text["values"], options.gamma, options.lam)
+        mean, variance, _ = self._statistics(texts, "raw")
+        for text, score, completion in zip(texts, scores.tolist(), (c for each in completions for c in each)):
+            text["returns"] = (text["raw"] + text["values"]).float()
+            text["advantages"] = whiten(text["raw"], mean, variance).float()
+            text["score"] = _at_the_end(score, text["kl"])
+            text["cut"] = _at_the_end(float(completion.finish_reason == "length"), text["kl"])
+        self._steer(torch.tensor([text["kl"].double().sum() for text in texts], dtype=torch.float64))
+        names = ("logprobs", "values", "kl", "returns", "advantages", "score", "cut")
+        return [{name: [text[name] for text in each] for name in names} for each in noted]
+
+    def _statistics(self, texts: list[dict[str, Tensor]], name: str) -> tuple[float, float, int]:
+        nothing = torch.zeros(0, dtype=torch.float64)
+        return mean_and_variance(torch.cat([nothing, *(text[name] for text in texts)]), self.world)
+
+    def _normalised(self, scores: Tensor) -> Tensor:
+        """Scores as they enter the rewards, float64."""
+        scores = scores.double()
+        if not self.options.ppo_score_norm:
+            return scores
+        self.moments.update(*mean_and_variance(scores, self.world))
+        return (scores - self.moments.mean) / (self.moments.deviation + torch.finfo(torch.float32).eps)
+
+    def _steer(self, kl: Tensor) -> None:
+        """kl (n,): sum over each text's tokens. What comes of it counts from the next draw on."""
+        mean, _, texts = mean_and_variance(kl, self.world)
+        if self.options.adap_kl_ctrl:
+            self.controller.update(mean, texts)
+
+
+def _at_the_end(number: float, like: Tensor) -> Tensor:
+    """(n,) zeros, but for the last."""
+    values = torch.zeros_like(like)
+    values[-1] = number
+    return values

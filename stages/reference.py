@@ -1,0 +1,241 @@
+"""The reference policy: log-probabilities that a trained policy is held to, beside the training or before it.
+
+Which policy (spec 91): ref_model with its adapters; else what the run starts from: with LoRA the model with its
+adapters switched off, which costs no memory, else a frozen copy of the weights that train. Where the texts are known
+ahead the log-probabilities are computed once, before the first update: then no copy is held and no step computes them.
+They are kept on disk by a key that is a hash of the reference's weights and of every token of the data set, so that
+whatever changes them (model, adapters, quantisation, rows, template, tokenizer, cutoff_len) also changes the key.
+"""
+
+import copy
+import hashlib
+import itertools
+import json
+import os
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from checkpoints.safetensors_files import write_tensors
+from lora import full_modules, lora_layers, lora_off
+from model import Decoder
+from parallel.world import World
+from pipeline.batch import ROW_MULTIPLE, Batch, BatchLoader
+from pipeline.store import ExampleStore, locked
+from stages.logprobs import answer_sums, batch_logprobs
+
+CACHE_VERSION = 1  # raise it when the same weights and tokens give other numbers
+TENSOR = "logprobs"
+ADAPTER_PARTS = ("lora_a", "lora_b", "magnitude")  # of an adapted linear, which are off
+
+
+@dataclass(frozen=True)
+class ReferenceOptions:
+    ref_model: Annotated[
+        str | None, "model that the policy is held to; default: what the run starts from"
+    ] = None
+    ref_model_adapters: Annotated[tuple[str, ...], "adapters on ref_model, in this order"] = ()
+    ref_model_quantization_bit: Annotated[int | None, "quantise ref_model to this many bits"] = None
+    precompute_ref_log_probs: Annotated[
+        bool | None,
+        "reference log-probabilities once before training, kept in the cache; default: if that saves work",
+    ] = None
+
+    def __post_init__(self):
+        for key in ("ref_model_adapters", "ref_model_quantization_bit"):
+            if getattr(self, key) and not self.ref_model:
+                raise ValueError(
+                    f"{key}: it belongs to ref_model, which is not given; name it, or drop {key}"
+                )
+
+
+class Reference:
+    """Gives log-probabilities under the reference policy; no gradient, no dropout, the trained model's mode stays."""
+
+    def __init__(self, policy: Decoder | None = None, ld_alpha: float | None = None):
+        """policy: None = the trained model with its adapters off.  ld_alpha: as in heads.answer_sums."""
+        self.policy, self.ld_alpha = policy, ld_alpha
+
+    @torch.no_grad()
+    def logprobs(self, model: Decoder, batch: Batch, temperature: float = 1.0) -> Tensor:
+        """(L,) fp32: log-probability of each label, in the order of label_rows."""
+        policy = model if self.policy is None else self.policy
+        was_training = policy.training
+        policy.eval()
+        with lora_off(policy) if self.policy is None else nullcontext():
+            values = batch_logprobs(policy, batch, temperature)
+        policy.train(was_training)
+        return values
+
+    def sums(self, model: Decoder, batch: Batch) -> Tensor:
+        """(N,) fp32: log-probability of each segment's labels; known ahead, or computed now."""
+        if batch.reference is not None:
+            return batch.reference
+        if not batch.sources:
+            return torch.zeros(0, device=batch.tokens.device)
+        return answer_sums(self.logprobs(model, batch), batch, self.ld_alpha)
+
+
+# Which policy
+
+
+def start_policy(model: Decoder, live: bool) -> Decoder | None:
+    """The reference of a run that names none, given the model with the weights it starts from; see Reference.
+
+    live: log-probabilities are asked for after the first update, so weights that train are copied; the others, which
+    never change, are shared. Else the model itself serves, before the first update.
+    """
+    if lora_layers(model) and not full_modules(model):
+        return None
+    return frozen_copy(model) if live else model
+
+
+def frozen_copy(model: Decoder) -> Decoder:
+    """A model of its own that never trains; it shares what does not train in the given one either."""
+    fixed = itertools.chain((p for p in model.parameters() if not p.requires_grad), model.buffers())
+    copied = copy.deepcopy(model, {id(tensor): tensor for tensor in fixed})
+    return copied.eval().requires_grad_(False)
+
+
+# Before training
+
+
+@torch.no_grad()
+def precompute(
+    reference: Reference,
+    model: Decoder,
+    stores: dict[str, ExampleStore],
+    rows_per_batch: int,
+    cache: Path,
+    world: World,
+    afresh: bool = False,
+) -> None:
+    """Fill `reference` of every store (name -> store), from the cache where it has the same weights and tokens.
+
+    afresh: compute in any case.  All ranks have to call; they share the work, and rank 0 alone reads and writes files.
+    Raises ValueError for numbers that are not finite.
+    """
+    policy = (
+        weights_key(reference.policy or model, adapters=reference.policy is not None) if world.is_main else ""
+    )
+    for name, store in stores.items():
+        key = {"version": CACHE_VERSION, "policy": policy, "ld_alpha": reference.ld_alpha}
+        key |= {"data": store_key(store)} if world.is_main else {}
+        hashed = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest()
+        path = cache / f"{hashed}.safetensors"
+        with _alone(path) if world.is_main else nullcontext():
+            values = None if afresh or not world.is_main else _read(path, key, len(store), segments(store))
+            if world.any(values is not None):
+                done = f"read from {path}"
+                values = _from_main(values, store, world)
+            else:
+                started = time.monotonic()
+                values = _compute(reference, model, store, rows_per_batch, world, name)
+                if world.is_main:
+                    _write(path, key, values)
+                done = f"computed in {time.monotonic() - started:.1f} s, kept in {path}"
+        world.print(f"reference log-probabilities of {len(store)} examples ({name}): {done}")
+        store.reference = values.numpy()
+
+
+def segments(store: ExampleStore) -> int:
+    return len(store.example(0).segments)
+
+
+def _compute(
+    reference: Reference, model: Decoder, store: ExampleStore, rows_per_batch: int, world: World, name: str
+) -> Tensor:
+    """(n, segments) fp32 on the CPU, the same on every rank: each computes its share of the batches."""
+    loader = BatchLoader(
+        store, rows_per_batch=rows_per_batch, shuffle=False, rank=world.rank, world=world.size
+    )
+    values = torch.zeros(len(store), segments(store), device=world.device)
+    numbers = tqdm(range(loader.batches_per_epoch), f"reference, {name}", unit=" batches", delay=2.0,
+                   disable=not world.is_main)  # fmt: skip
+    for number in numbers:
+        examples = loader.examples_of(number)
+        batch = loader.batch(number).rounded(ROW_MULTIPLE[world.device.type]).to(world.device)
+        values[examples] = reference.sums(model, batch).view(values.shape[1], -1).T
+    values = world.sum(values).cpu()
+    bad = (~torch.isfinite(values)).any(1).nonzero()
+    if len(bad):
+        dataset, row = store.example(int(bad[0])).source
+        raise ValueError(
+            f"the reference's log-probability of row {row} of {store.datasets[dataset]!r} is not finite ({len(bad)} "
+            "such examples); use bf16 instead of fp16, or another ref_model"
+        )
+    return values
+
+
+def _from_main(values: Tensor | None, store: ExampleStore, world: World) -> Tensor:
+    """Rank 0's values, on every rank: the others may not see its disk."""
+    mine = torch.zeros(len(store), segments(store)) if values is None else values
+    return world.sum(mine.to(world.device)).cpu()
+
+
+# On disk
+
+
+def weights_key(model: Decoder, adapters: bool) -> str:
+    """A hash of everything that decides what a model computes; adapters: whether they take part."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(repr((model.config, model.compute_dtype)).encode())
+    for name, tensor in sorted(itertools.chain(model.named_parameters(), model.named_buffers())):
+        if name.startswith("v_head.") or (not adapters and name.rpartition(".")[2] in ADAPTER_PARTS):
+            continue
+        name = name if adapters else name.replace(".base.", ".")  # adapted or not, it is the same weight
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def store_key(store: ExampleStore) -> str:
+    """A hash of the tokens of every example in order, of what is trained, and of where segments begin."""
+    digest = hashlib.blake2b(digest_size=16)
+    for example in map(store.example, range(len(store))):
+        digest.update(f"{len(example)} {example.split} ".encode())
+        digest.update(np.ascontiguousarray(example.tokens, np.int32))
+        digest.update(np.packbits(example.trained))
+    return digest.hexdigest()
+
+
+def _alone(path: Path):
+    """The lock on a file of the cache. Raises ValueError."""
+    try:
+        return locked(path.with_suffix(".lock"))
+    except OSError as error:
+        raise ValueError(
+            f"cache_dir: {path.parent} cannot be written ({error.strerror}); name another"
+        ) from error
+
+
+def _read(path: Path, key: dict, count: int, width: int) -> Tensor | None:
+    """(count, width) from the cache, None where it has nothing; says what is wrong with a file that cannot be used."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            found, values = file.metadata(), file.get_tensor(TENSOR)
+    except SafetensorError as error:
+        print(f"cache: {path} is damaged ({error}); the reference log-probabilities are computed again")
+        return None
+    if (found or {}).get("key") != json.dumps(key, sort_keys=True) or values.shape != (count, width):
+        print(
+            f"cache: {path} is of another model or other data; the reference log-probabilities are computed again"
+        )
+        return None
+    return values
+
+
+def _write(path: Path, key: dict, values: Tensor) -> None:
+    temporary = path.with_suffix(".partial")
+    write_tensors(temporary, {TENSOR: values}, {"key": json.dumps(key, sort_keys=True)})
+    os.replace(temporary, path)

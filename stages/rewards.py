@@ -1,0 +1,442 @@
+"""Where the reward of a generated answer comes from, for the stages ppo and grpo.
+
+    reward_file: my_rewards.py              functions of the user's own (FunctionReward)
+    reward_model: saves/rm                  an adapter of stage rm on the policy's own base (AdapterReward)
+    reward_model_type: full                 a second model, with reward_model_adapters if any (ModelReward)
+    reward_model_type: api                  reward_model is an address, asked over HTTP (ApiReward)
+
+An API gets POST {"model": "model", "messages": [text, ...]} (prompt and answer with their special tokens, as
+LLaMA-Factory sends them) and answers {"scores": [number, ...]}, one for each text in their order.
+
+A reward file holds one function or several. It is the user's program and runs on purpose, so use no file that you have
+not read. Every function in it that has a parameter `completions` is a reward (or those that reward_funcs names); it
+gets lists of equal length, by the names of its parameters, and returns one number for each completion:
+
+    def near_forty_words(completions, **others):
+        return [-abs(len(text.split()) - 40) / 40 for text in completions]
+
+    def exact_match(completions, answers):
+        return [float(text.strip() == answer) for text, answer in zip(completions, answers)]
+
+The names are `prompts` (text as the model sees it), `completions` (text without the stop token), `answers` (the row's
+own answer; None if it has none), `prompt_ids`, `completion_ids` (with the stop token), `finish_reasons` ("stop", or
+"length" when the answer was cut off), or **others for all of them. A function must depend on nothing else: texts are
+scored in batches of any size, on every rank, and again after a resume. The reward is the sum of all functions, each
+times its entry of reward_weights. trl's reward functions for plain text run here.
+"""
+
+import http.client
+import importlib.util
+import inspect
+import json
+import math
+import sys
+import time
+import traceback
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Literal
+
+import torch
+from torch import Tensor
+
+from checkpoints.peft import ADAPTER_PARTS, AdapterFile, adapted_linear, read_adapter, whole_parameter
+from checkpoints.value_head import ValueHead, has_value_head, load_value_head
+from generation.generate import Completion
+from lora import full_modules, is_quantised, lora_layers, replace_module
+from model import Decoder
+from stages.rm import score_texts
+from stages.rollouts import Prompt
+from text.tokenizer import Tokenizer
+from training.run_folder import StopRun
+
+ARGUMENTS = ("prompts", "completions", "answers", "prompt_ids", "completion_ids", "finish_reasons")
+API_TRIES = 3  # a server that is being restarted must not end a run of hours
+API_PAUSE = 2.0  # seconds before the second try; twice that before the third
+
+
+@dataclass(frozen=True)
+class RewardOptions:
+    reward_model: Annotated[
+        str | None, "reward model: adapter of stage rm, model folder, hub id or address"
+    ] = None
+    reward_model_type: Annotated[
+        Literal["lora", "full", "api"],
+        "what reward_model is: an adapter on the same base, a model of its own, or the address of a server",
+    ] = "lora"
+    reward_model_adapters: Annotated[tuple[str, ...], "adapters of a reward model of type full"] = ()
+    reward_model_quantization_bit: Annotated[int | None, "quantise a reward model of type full"] = None
+    reward_api_timeout: Annotated[float, "seconds that an answer of the reward server may take"] = 60.0
+    reward_file: Annotated[str | None, "Python file with reward functions; runs as your own program"] = None
+    reward_funcs: Annotated[
+        tuple[str, ...], "which functions of reward_file; default: all with `completions`"
+    ] = ()
+    reward_weights: Annotated[tuple[float, ...], "weight of each reward function; default: 1 each"] = ()
+
+    def __post_init__(self):
+        if self.reward_model and self.reward_file:
+            raise ValueError("reward_file: there is a reward_model too; give one of the two")
+        is_address = (self.reward_model or "").startswith(("http://", "https://"))
+        if self.reward_model and is_address != (self.reward_model_type == "api"):
+            raise ValueError(
+                f"reward_model: {self.reward_model} with reward_model_type={self.reward_model_type}: lora and full name"
+                " a folder or a hub id, api an address (http://...)"
+            )
+        for key in ("reward_model_adapters", "reward_model_quantization_bit"):
+            if getattr(self, key) and not (self.reward_model and self.reward_model_type == "full"):
+                raise ValueError(
+                    f"{key}: it belongs to a reward_model of type full; drop it, or set reward_model_type"
+                )
+        if not self.reward_api_timeout > 0:
+            raise ValueError(f"reward_api_timeout: {self.reward_api_timeout} must be above 0 (seconds)")
+        for key in ("reward_funcs", "reward_weights"):
+            if getattr(self, key) and not self.reward_file:
+                raise ValueError(
+                    f"{key}: it belongs to reward_file, which is not given; name one, or drop {key}"
+                )
+        twice = next((name for name in self.reward_funcs if self.reward_funcs.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(
+                f"reward_funcs: {twice} is named twice; name it once, with a weight in reward_weights"
+            )
+        if not all(map(math.isfinite, self.reward_weights)):
+            raise ValueError(
+                f"reward_weights: {', '.join(map(str, self.reward_weights))} must be finite numbers"
+            )
+        if self.reward_funcs and self.reward_weights and len(self.reward_funcs) != len(self.reward_weights):
+            raise ValueError(
+                f"reward_weights: {len(self.reward_weights)} numbers for {len(self.reward_funcs)} functions in "
+                "reward_funcs; give one for each"
+            )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One generated answer."""
+
+    prompt: str  # as the model saw it, special tokens included
+    completion: str  # without the stop token
+    answer: str | None  # the row's own
+    prompt_ids: Sequence[int]
+    completion_ids: Sequence[int]  # with the stop token
+    finish_reason: str  # "stop" or "length"
+    source: tuple[int, int] = (-1, -1)  # (dataset, row)
+
+
+def samples_of(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Sample]:
+    return [
+        Sample(prompt.text, done.text, prompt.answer, prompt.ids, done.ids, done.finish_reason, prompt.source)
+        for prompt, done in zip(prompts, completions, strict=True)
+    ]
+
+
+class RewardError(StopRun):
+    """Nobody knows what these answers are worth: a function or a server has failed. What was trained is sound."""
+
+
+class RewardSource:
+    """Answers -> numbers, on the host: the same number whichever answers are scored beside it."""
+
+    names: tuple[str, ...] = ("reward",)  # of its parts, K of them
+    weights: tuple[float, ...] = (1.0,)
+
+    def measure(self, samples: Sequence[Sample]) -> Tensor:
+        """(n, K) fp32, not checked yet; n > 0."""
+        raise NotImplementedError
+
+    def parts(self, samples: Sequence[Sample]) -> Tensor:
+        """(n, K) fp32 on the CPU. Raises RewardError for a number that is none."""
+        if not samples:
+            return torch.zeros(0, len(self.names))
+        values = self.measure(samples)
+        bad = (~torch.isfinite(values)).nonzero()
+        if len(bad):
+            row, part = bad[0].tolist()
+            raise RewardError(
+                f"the reward ({self.names[part]}) of an answer is {values[row, part]}, expected a finite number; the "
+                f"answer is {_short(samples[row].completion)!r}, to {_short(samples[row].prompt)!r}"
+            )
+        return values
+
+    def scores(self, samples: Sequence[Sample]) -> Tensor:
+        """(n,) fp32 on the CPU: the weighted sum of the parts."""
+        return self.parts(samples) @ torch.tensor(self.weights)
+
+
+class FunctionReward(RewardSource):
+    """The functions of a reward file; see the top of this file."""
+
+    def __init__(self, path: str | Path, names: Sequence[str] = (), weights: Sequence[float] = ()):
+        """Raises ValueError naming the file and what is wrong with it."""
+        self.path = Path(path).expanduser()
+        found = _reward_functions(self.path, names)
+        self.functions, self.names = tuple(found.values()), tuple(found)
+        self.weights = tuple(map(float, weights)) or (1.0,) * len(found)
+        if len(self.weights) != len(found):
+            raise ValueError(
+                f"reward_weights: {len(self.weights)} numbers for the {len(found)} functions of {self.path} "
+                f"({', '.join(found)}); give one for each"
+            )
+
+    def measure(self, samples: Sequence[Sample]) -> Tensor:
+        given = {
+            "prompts": [sample.prompt for sample in samples],
+            "completions": [sample.completion for sample in samples],
+            "answers": [sample.answer for sample in samples],
+            "prompt_ids": [list(sample.prompt_ids) for sample in samples],
+            "completion_ids": [list(sample.completion_ids) for sample in samples],
+            "finish_reasons": [sample.finish_reason for sample in samples],
+        }
+        columns = [self._call(name, function, given) for name, function in zip(self.names, self.functions)]
+        return torch.tensor(columns).T.contiguous()
+
+    def _call(self, name: str, function: Callable, given: dict[str, list]) -> list[float]:
+        """The function's numbers, one for each completion. Raises RewardError that names function and line."""
+        where = f"reward_file: {self.path}: {name}"
+        parameters = inspect.signature(function).parameters.values()
+        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+        wanted = (
+            ARGUMENTS
+            if takes_all
+            else [parameter.name for parameter in parameters if parameter.name in given]
+        )
+        try:
+            values = function(
+                **{key: list(given[key]) for key in wanted}
+            )  # its own lists: it may change them
+        except (Exception, SystemExit) as error:  # the user's program may raise anything
+            lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+                     if frame.filename == str(self.path)]  # fmt: skip
+            line = f" (line {lines[-1]})" if lines else ""
+            raise RewardError(f"{where}{line}: {type(error).__name__}: {error}") from error
+        try:
+            if isinstance(values, str | dict | set):  # iterable, but their items are no numbers in order
+                raise TypeError(f"it is a {type(values).__name__}")
+            numbers = [float(value) for value in values]
+        except (TypeError, ValueError) as error:
+            found = _short(" ".join(repr(values).split()))  # the repr of a tensor has lines
+            raise RewardError(f"{where} returned {found}, expected a list of numbers ({error})") from error
+        if len(numbers) != len(given["completions"]):
+            raise RewardError(
+                f"{where} returned {len(numbers)} numbers for {len(given['completions'])} completions; return one for "
+                "each, in their order"
+            )
+        return numbers
+
+
+def _reward_functions(path: Path, names: Sequence[str]) -> dict[str, Callable]:
+    """The reward functions of this file by name, in the order of `names`, or of the file. Raises ValueError."""
+    module = _load_module(path)
+    own = {
+        name: value
+        for name, value in vars(module).items()
+        if inspect.isfunction(value) and value.__module__ == module.__name__
+    }
+    rewards = {
+        name: value for name, value in own.items() if "completions" in inspect.signature(value).parameters
+    }
+    if not rewards:
+        raise ValueError(
+            f"reward_file: {path}: no function has a parameter `completions`, so there is no reward in it"
+        )
+    for name in names:
+        if name not in rewards:
+            raise ValueError(
+                f"reward_funcs: {path} has no reward function {name!r}; it has {', '.join(rewards)}"
+            )
+    chosen = {name: rewards[name] for name in names} or rewards
+    for name, function in chosen.items():
+        if inspect.iscoroutinefunction(function):
+            raise ValueError(
+                f"reward_file: {path}: {name} is async, but nothing waits for it; write `def {name}`"
+            )
+        for parameter in inspect.signature(function).parameters.values():
+            named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+            optional = parameter.default is not parameter.empty
+            bundle = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+            if not bundle and not optional and not (named and parameter.name in ARGUMENTS):
+                raise ValueError(
+                    f"reward_file: {path}: {name} has a parameter {parameter.name!r}; a reward function can have "
+                    f"{', '.join(ARGUMENTS)} and **others"
+                )
+    return chosen
+
+
+def _load_module(path: Path) -> ModuleType:
+    """Run the user's file, as an import would. Raises ValueError naming file and line."""
+    if not path.is_file():
+        found = "this is a folder" if path.is_dir() else "file not found"
+        raise ValueError(
+            f"reward_file: {path}: {found}; name a Python file of reward functions (see data/rewards)"
+        )
+    if path.suffix != ".py":
+        raise ValueError(f"reward_file: {path}: expected a Python file (.py)")
+    spec = importlib.util.spec_from_file_location(f"reward_file_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # as importlib's recipe: dataclasses look their module up there
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # the user's program may raise anything
+        lines = [
+            frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)
+        ]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        place = f":{line}" if line else ""
+        raise ValueError(f"reward_file: {path}{place}: {type(error).__name__}: {error}") from error
+    return module
+
+
+class ModelReward(RewardSource):
+    """A model with a value head (stage rm): the score of prompt and answer."""
+
+    def __init__(self, model: Decoder, folders: Iterable[Path]):
+        """The value head is that of the first of these folders which has one. Raises ValueError if none has."""
+        self.model = model
+        model.v_head = _read_head(model, list(folders))
+
+    def measure(self, samples: Sequence[Sample]) -> Tensor:
+        return score_texts(self.model, _texts(samples))[:, None]
+
+
+class AdapterReward(RewardSource):
+    """An adapter and a value head of stage rm on the policy's own base, in use only while answers are scored."""
+
+    def __init__(self, policy: Decoder, folder: Path):
+        """Raises ValueError when the folder is no adapter of this base, or has no value head."""
+        if full_modules(policy):
+            raise ValueError(
+                f"reward_model_type: lora scores with the base that the policy shares, but {full_modules(policy)[0]} "
+                "trains in full; set reward_model_type=full, or train adapters alone"
+            )
+        self.policy, self.head = policy, _read_head(policy, [Path(folder)])
+        file = read_adapter(folder, policy.config)
+        self.whole = list(_whole_tensors(policy, file))
+        own = lora_layers(policy)
+        self.layers: dict[str, torch.nn.Module] = {name: layer.base for name, layer in own.items()}
+        with _replaced(policy, self.layers):
+            for module, parts in file.modules.items():
+                if parts.keys() & ADAPTER_PARTS:
+                    layer = adapted_linear(policy, module, file, torch.float32, 0.0)
+                    base = layer.base
+                    layer.settle(base.dtype if is_quantised(base) else base.weight.dtype)
+                    self.layers[module] = layer.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def measure(self, samples: Sequence[Sample]) -> Tensor:
+        if any(layer.merged for layer in lora_layers(self.policy).values()):
+            raise ValueError(
+                "the policy's adapters are merged into the base that the reward adapter needs; unmerge it"
+            )
+        kept, weights = self.policy.v_head, [parameter.data for parameter, _ in self.whole]
+        try:
+            self.policy.v_head = self.head
+            for parameter, tensor in self.whole:
+                parameter.data = tensor
+            with _replaced(self.policy, self.layers):
+                return score_texts(self.policy, _texts(samples))[:, None]
+        finally:
+            self.policy.v_head = kept
+            for (parameter, _), data in zip(self.whole, weights):
+                parameter.data = data
+
+
+class ApiReward(RewardSource):
+    """A server that scores texts; see the top of this file."""
+
+    def __init__(
+        self, address: str, tokenizer: Tokenizer, timeout_seconds: float, pause_seconds: float = API_PAUSE
+    ):
+        self.address, self.tokenizer = address, tokenizer
+        self.timeout_seconds, self.pause_seconds = timeout_seconds, pause_seconds
+
+    def ask_once(self) -> None:
+        """Have one short text scored, before the training depends on it. Raises RewardError."""
+        self.scores([Sample("Hello", "", None, self.tokenizer.encode("Hello"), (), "stop")])
+
+    def measure(self, samples: Sequence[Sample]) -> Tensor:
+        messages = [self.tokenizer.decode(text, skip_special=False) for text in _texts(samples)]
+        answer = self._ask(json.dumps({"model": "model", "messages": messages}).encode())
+        where = f"reward_model: {self.address}"
+        try:
+            scores = json.loads(answer)["scores"]
+            scores = torch.tensor([float(score) for score in scores])
+        except (ValueError, TypeError, KeyError) as error:  # not JSON is a ValueError too
+            text = _short(answer.decode("utf-8", "replace"))
+            raise RewardError(f'{where} answered {text!r}, expected {{"scores": [number, ...]}}') from error
+        if len(scores) != len(samples):
+            raise RewardError(
+                f"{where} gave {len(scores)} scores for {len(samples)} texts; give one for each"
+            )
+        return scores[:, None]
+
+    def _ask(self, body: bytes) -> bytes:
+        """The body of the answer. Tries again after what may pass. Raises RewardError."""
+        request = urllib.request.Request(self.address, body, {"Content-Type": "application/json"})
+        for number in range(API_TRIES):
+            if number:
+                time.sleep(self.pause_seconds * 2 ** (number - 1))
+            try:
+                with urllib.request.urlopen(request, timeout=self.timeout_seconds) as answer:
+                    return answer.read()
+            except urllib.error.HTTPError as error:
+                problem = f"HTTP status {error.code} ({error.reason})"
+                if error.code < 500:  # the request is wrong, and would be again
+                    break
+            except (
+                OSError,
+                http.client.HTTPException,
+            ) as error:  # URLError, which wraps another, and TimeoutError
+                problem = getattr(error, "reason", error)
+                if isinstance(problem, TimeoutError):
+                    problem = f"no answer within {self.timeout_seconds:g} seconds (reward_api_timeout)"
+        raise RewardError(
+            f"reward_model: {self.address}: {problem}; does the server run, and is this where it scores?"
+        )
+
+
+def _texts(samples: Sequence[Sample]) -> list[list[int]]:
+    return [[*sample.prompt_ids, *sample.completion_ids] for sample in samples]
+
+
+def _read_head(model: Decoder, folders: Sequence[Path]) -> ValueHead:
+    """The value head of the first of these folders that has one."""
+    found = next((folder for folder in folders if has_value_head(folder)), None)
+    if found is None:
+        names = ", ".join(map(str, folders))
+        raise ValueError(
+            f"reward_model: there is no value_head.safetensors in {names}; stage rm writes one beside what it trains"
+        )
+    generator = torch.Generator()  # the start is overwritten: leave the global generator alone
+    head = ValueHead(model.config.hidden_size, model.embed_tokens.weight.device, generator)
+    load_value_head(head, found)
+    return head.requires_grad_(False)
+
+
+def _whole_tensors(model: Decoder, file: AdapterFile) -> Iterator[tuple[torch.nn.Parameter, Tensor]]:
+    """(the model's parameter, what the adapter has in its place) of the modules that were trained in full."""
+    for module, parts in file.modules.items():
+        for part in parts.keys() - ADAPTER_PARTS:
+            parameter = whole_parameter(model, f"{module}.{part}", parts[part], file)
+            yield parameter, parts[part].to(parameter.device, parameter.dtype, copy=True)
+
+
+@contextmanager
+def _replaced(model: Decoder, modules: dict[str, torch.nn.Module]) -> Iterator[None]:
+    """Within it these modules stand in the place of the model's own."""
+    own = {name: model.get_submodule(name) for name in modules}
+    for name, module in modules.items():
+        replace_module(model, name, module)
+    try:
+        yield
+    finally:
+        for name, module in own.items():
+            replace_module(model, name, module)
+
+
+def _short(text: str, most: int = 80) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."

@@ -1,0 +1,204 @@
+"""Stage rm: a scalar head on the decoder, trained so that the better answer of a pair gets the higher number.
+
+With v_c[t], v_r[t] the head's values at the t-th token of prompt + chosen and prompt + rejected, rm_loss says what
+the loss of a pair is:
+
+    span   mean of -log sigmoid(v_c[t] - v_r[t]) over t from the first token in which the two differ to the end of the
+           longer (of two that are equal, the last token alone): LLaMA-Factory's
+    last   -log sigmoid(v_c - v_r) at the two last tokens alone: Stiennon et al., arXiv 2009.01325 section 3.4; trl's
+
+The score of a text is the value at its last token, so `last` teaches what is asked, and `span` gives a value to every
+token, which a value function may start from. There is no padding here: beyond its end the shorter answer keeps the
+value of its last token. An answer ends with the last token that the model has to write (its stop token); what a
+template puts behind that is not looked at. The head has no dropout (trl's has 0.1): with it the loss would depend on
+how pairs are put together.
+
+With rm_question the user asks it behind the answer, and the value is read where the reply would begin: there a model
+that follows instructions has gathered what it would say about the answer. The tokens are kept with the value head, and
+score_texts puts them behind every text, whoever asks.
+
+    scores = score_dialogues(model, tokenizer, template, [[Message("user", "2 + 2?"), Message("assistant", "4")]])
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from checkpoints.value_head import ValueHead
+from model import Decoder
+from pipeline.batch import ROW_MULTIPLE, Batch, Example, collate
+from stages.logprobs import hidden_states, label_counts
+from stages.stage import Metrics, Stage
+from templates import Message, encode_dialogue
+from text.tokenizer import Tokenizer
+
+SCORE_TOKENS = 4096  # tokens scored at once: enough to keep a device busy, and few beside what training holds
+
+
+def span_loss(values: Tensor, tokens: Tensor, starts: Tensor, ends: Tensor, longest: int) -> Tensor:
+    """Loss of each pair, (P,) in the dtype of values.
+
+    values, tokens (T,) of the flat row; starts, ends (2P,) int64: where in it the segments begin and, exclusively, end,
+    first those of the chosen answers; longest: at least ends - starts, known on the host.
+    """
+    pairs = len(starts) // 2
+    starts, lengths = starts.view(2, pairs, 1), (ends - starts).view(2, pairs, 1)
+    place = torch.arange(longest, device=values.device)  # (M,)
+    at = starts + torch.minimum(place, lengths - 1)  # (2, P, M)
+    chosen, rejected = values[at]
+    within = place < lengths.amax(0)  # (P, M)
+    differs = ((tokens[at[0]] != tokens[at[1]]) | (place >= lengths.amin(0))) & within
+    span = (differs.cumsum(1) > 0) & within  # from the first difference on
+    last = place == lengths.amax(0) - 1
+    span = torch.where(differs.any(1, keepdim=True), span, last)
+    losses = -F.logsigmoid(chosen - rejected) * span
+    return losses.sum(1) / span.sum(1)
+
+
+def answer_ends(batch: Batch) -> Tensor:
+    """(N,) int64: the row behind the last trained token of each segment that has a source; every one has labels."""
+    return (
+        batch.label_rows[label_counts(batch).cumsum(0) - 1] + 2
+    )  # a label belongs to the token behind its row
+
+
+@dataclass(frozen=True)
+class RewardModelOptions:
+    rm_loss: Annotated[
+        Literal["span", "last"],
+        "rm: compare values from where two answers differ, or at their last tokens alone",
+    ] = "span"
+    rm_question: Annotated[
+        str, "rm: what the user asks behind each answer; its value is read where the reply would begin"
+    ] = ""
+
+    def __post_init__(self):
+        if self.rm_question and not self.rm_question.strip():
+            raise ValueError("rm_question: it holds nothing but spaces; write a question, or drop the key")
+
+
+class RewardModel(Stage):
+    metric_names = ("accuracy", "rewards/chosen", "rewards/rejected", "rewards/margins")
+    evaluation_names = ("loss", *metric_names)
+    has_value_head = True
+
+    def __init__(self, options: RewardModelOptions):
+        self.options = options
+
+    def weight(self, batch: Batch) -> int:
+        return batch.pairs
+
+    def loss(self, model: Decoder, batch: Batch) -> tuple[Tensor, Metrics]:
+        """Sum over the pairs."""
+        values = model.v_head(hidden_states(model, batch))  # (T,) fp32
+        ends = answer_ends(batch)
+        scores = values[ends - 1].view(2, batch.pairs)
+        if self.options.rm_loss == "last":
+            losses = -F.logsigmoid(scores[0] - scores[1])
+        else:
+            starts = batch.cu_seqlens[: len(ends)].long()
+            losses = span_loss(values, batch.tokens, starts, ends, batch.max_seqlen)
+        chosen, rejected = scores.detach()
+        metrics = {
+            "accuracy": (chosen > rejected).float(),
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margins": chosen - rejected,
+        }
+        count = torch.full((), float(batch.pairs), device=values.device)
+        return losses.sum(), {name: torch.stack([value.sum(), count]) for name, value in metrics.items()}
+
+
+def set_ending(head: ValueHead, ending: Sequence[int], tokenizer: Tokenizer) -> None:
+    """Have texts read with these tokens behind them. Raises ValueError for a head that was trained on others."""
+    if head.ending is not None and head.ending != tuple(ending):
+        trained, asked = (
+            repr(tokenizer.decode(list(tokens), skip_special=False)) if tokens else "nothing"
+            for tokens in (head.ending, ending)
+        )
+        raise ValueError(
+            f"rm_question: the value head was trained on texts with {trained} behind the answer, and here it is {asked}"
+            "; set rm_question, template and enable_thinking as they were, or start from a folder without a "
+            "value_head.safetensors"
+        )
+    head.ending = tuple(ending)
+
+
+@torch.no_grad()
+def pair_scores(model: Decoder, batch: Batch) -> tuple[list[float], list[float]]:
+    """Scores of the chosen and of the rejected answers of a batch. The model's mode stays."""
+    values = model.v_head(hidden_states(model, batch))
+    chosen, rejected = values[answer_ends(batch) - 1].view(2, batch.pairs).tolist()
+    return chosen, rejected
+
+
+@torch.no_grad()
+def score_texts(model: Decoder, texts: Sequence[Sequence[int]], most_tokens: int = SCORE_TOKENS) -> Tensor:
+    """(n,) fp32 on the CPU: the value at the last token of each text followed by the head's ending. The model's mode
+    and what trains stay.
+
+    texts: token ids up to the end of the answer, at least one each. Each is scored by itself, whatever lies beside it.
+    """
+    if model.v_head is None:
+        raise ValueError(
+            "the model has no value head, so it gives no scores; load one (value_head.load_value_head)"
+        )
+    ending = model.v_head.ending or ()
+    if max(ending, default=0) >= model.config.vocab_size:
+        raise ValueError(
+            f"value_head.safetensors: ending in its metadata has token {max(ending)}, but the model has "
+            f"{model.config.vocab_size}; the value head is of another model"
+        )
+    texts = [[*text, *ending] for text in texts]
+    was_training, device = model.training, model.embed_tokens.weight.device
+    model.eval()
+    scores = torch.empty(len(texts))
+    try:
+        for numbers in _together(texts, most_tokens):
+            batch = collate([_example(texts[number]) for number in numbers])
+            batch = batch.rounded(ROW_MULTIPLE[device.type]).to(device)
+            ends = torch.tensor(batch.borders[1 : len(numbers) + 1])
+            hidden = hidden_states(model, batch)[(ends - 1).to(device)]  # (n, E)
+            scores[numbers] = model.v_head(hidden).cpu()
+    finally:
+        model.train(was_training)
+    return scores
+
+
+def score_dialogues(
+    model: Decoder, tokenizer: Tokenizer, template, dialogues: Sequence[Sequence[Message]]
+) -> Tensor:
+    """(n,) fp32: the scores of the last answers of these dialogues. Raises ValueError for one without an answer."""
+    texts = []
+    for number, messages in enumerate(dialogues):
+        spans = template.render(list(messages), tokenizer.bos_token, tokenizer.eos_token)
+        encoded = encode_dialogue(tokenizer, spans)
+        if not messages or messages[-1].role not in ("assistant", "function") or not any(encoded.answer):
+            raise ValueError(f"dialogue {number} does not end with an answer, so there is nothing to score")
+        texts.append(encoded.ids[: int(np.flatnonzero(encoded.answer)[-1]) + 1])
+    return score_texts(model, texts)
+
+
+def _example(ids: Sequence[int]) -> Example:
+    nothing = np.zeros(len(ids), bool)
+    return Example(
+        np.asarray(ids, np.int32), nothing, nothing.astype(np.int16), nothing.astype(np.uint8), (-1, -1)
+    )
+
+
+def _together(texts: Sequence[Sequence[int]], most_tokens: int) -> Iterator[list[int]]:
+    """Numbers of the texts that are scored in one row."""
+    numbers, total = [], 0
+    for number, text in enumerate(texts):
+        if numbers and total + len(text) > most_tokens:
+            yield numbers
+            numbers, total = [], 0
+        numbers.append(number)
+        total += len(text)
+    if numbers:
+        yield numbers

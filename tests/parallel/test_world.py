@@ -1,0 +1,143 @@
+"""Two processes over gloo give the gradients and the weights of one."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from tiny_runs import ROOT, assert_same_weights, fork, free_port, start_ranks, tiny_runs
+
+import parallel.world
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    with tiny_runs(tmp_path_factory.mktemp("parallel")) as made:
+        yield made
+
+
+SGD = {"optim": "sgd", "learning_rate": 0.3, "num_train_epochs": 3}
+METHODS = {
+    "full": {"finetuning_type": "full", **SGD},
+    "lora": {"use_dora": True, "gradient_checkpointing": True, **SGD},
+    "packing": {"packing": True, "cutoff_len": 64, "finetuning_type": "full", **SGD},
+    "streaming": {"streaming": True, "buffer_size": 5, **SGD, "num_train_epochs": None, "max_steps": 5},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_ranks_train_the_weights_of_one_process(tiny, method):
+    """19 rows in groups of 8: in the last group of an epoch the second rank has one row and one empty batch."""
+    keys = METHODS[method] | {"val_size": 0 if method == "streaming" else 4, "do_eval": method != "streaming"}
+    keys |= {"do_train": True, "logging_steps": 2}
+    one = keys | {"per_device_train_batch_size": 8}
+    two = keys | {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    assert tiny.train(f"{method}-1", **one) == 0
+    ranks = start_ranks(tiny.words(f"{method}-2", **two), tiny.folder / method)
+    assert [rank.wait() for rank in ranks] == [0, 0], "".join(rank.text() for rank in ranks)
+    assert tiny.losses(f"{method}-2") == pytest.approx(tiny.losses(f"{method}-1"), abs=3e-5)
+    assert_same_weights(tiny.weights(f"{method}-2"), tiny.weights(f"{method}-1"), tolerance=3e-6)
+    seen = [tiny.results(f"{method}-{n}") for n in (1, 2)]
+    assert seen[0]["train_loss"] == pytest.approx(seen[1]["train_loss"], abs=3e-5)
+    if keys["do_eval"]:
+        assert seen[0]["eval_loss"] == pytest.approx(seen[1]["eval_loss"], abs=3e-5)
+    assert ranks[1].text() == ""  # only rank 0 speaks
+
+
+def test_a_bad_loss_on_one_rank_stops_all_and_names_its_rows(tiny):
+    keys = {"learning_rate": 1e30, "max_grad_norm": 0, "save_strategy": "steps", "save_steps": 4}
+    ranks = start_ranks(tiny.words("bad", **keys), tiny.folder / "bad-output")
+    assert [rank.wait() for rank in ranks] == [1, 1]
+    text = "".join(rank.text() for rank in ranks)
+    assert "at step 2; rows of that update: " in text and "[rank 1]" in text and not tiny.checkpoints("bad")
+
+
+def test_torchrun_trains_and_a_signal_to_it_leaves_a_checkpoint(tiny):
+    log = tiny.folder / "torchrun/trainer_log.jsonl"
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        f"--master_port={free_port()}",
+    ]
+    words = tiny.words("torchrun", num_train_epochs=2000, per_device_train_batch_size=1)
+    process = subprocess.Popen([*command, str(ROOT / "train.py"), *words], stdout=-1, stderr=-2, text=True)
+    for _ in range(600):
+        if log.exists() and len(tiny.log("torchrun")) > 3:
+            break
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.1)
+    process.terminate()
+    text, _ = process.communicate(timeout=60)
+    assert len(tiny.checkpoints("torchrun")) == 1 and "SIGTERM: stopped after step" in text, text
+
+
+# GradientSum by itself
+
+
+def sum_gradients(folder, rank: int) -> None:
+    """In each of two processes: gradients of a net with several buckets, dtypes, and a branch that rank 1 skips."""
+    parallel.world.BUCKET_BYTES = 400  # read at construction, so one net has several buckets
+    world = parallel.world.start("cpu", 60)
+    net = make_net()
+    gradient_sum = parallel.world.GradientSum(net, world)
+    assert len(gradient_sum.buckets) > 3
+    for micro_batch in range(3):
+        with gradient_sum(micro_batch == 2):
+            net_loss(net, rank, micro_batch).backward()
+    torch.save([parameter.grad for parameter in net.parameters()], folder / f"gradients.{rank}")
+    parallel.world.stop()
+
+
+def make_net() -> torch.nn.ModuleDict:
+    torch.manual_seed(3)
+    net = {"a": torch.nn.Linear(7, 11), "b": torch.nn.Linear(11, 11), "c": torch.nn.Linear(11, 5).double()}
+    net["unused"] = torch.nn.Linear(3, 3)
+    net["frozen"] = torch.nn.Linear(11, 11).requires_grad_(False)
+    return torch.nn.ModuleDict(net)
+
+
+def net_loss(net, rank: int, micro_batch: int) -> torch.Tensor:
+    x = torch.randn(4, 7, generator=torch.Generator().manual_seed(10 * rank + micro_batch))
+    hidden = net["frozen"](net["a"](x).tanh())
+    hidden = hidden if rank == 1 else net["b"](hidden)  # ranks whose graphs differ
+    hidden = net["a"].weight.sum() * hidden  # a parameter that is used twice
+    return net["c"](hidden.double()).square().sum()
+
+
+def test_gradient_sum_equals_plain_autograd_over_all_ranks(tmp_path):
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    children = [
+        fork(sum_gradients, (tmp_path, rank), tmp_path / f"output.{rank}", shared | {"RANK": str(rank)})
+        for rank in range(2)
+    ]
+    assert [child.wait() for child in children] == [0, 0], children[0].text() + children[1].text()
+    net = make_net()
+    sum(net_loss(net, rank, micro_batch) for rank in range(2) for micro_batch in range(3)).backward()
+    for rank in range(2):
+        found = torch.load(tmp_path / f"gradients.{rank}", weights_only=True)
+        for (name, parameter), gradient in zip(net.named_parameters(), found):
+            if not parameter.requires_grad:
+                assert gradient is None
+            elif parameter.grad is None:
+                assert not gradient.any(), name  # unused everywhere: zeros, the same on all ranks
+            else:
+                torch.testing.assert_close(gradient, parameter.grad, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_one_process_needs_no_group():
+    world = parallel.world.start("cpu")
+    assert (world.rank, world.size, world.is_main) == (0, 1, True)
+    assert world.most(3, 0) == [3, 0] and world.any(True) and not world.any(False)
+    assert world.sum(torch.ones(2)).tolist() == [1, 1]
+    with parallel.world.GradientSum(make_net(), world)(True):
+        pass
+    parallel.world.stop()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="device: cuda asked for, but torch sees no GPU"):
+        parallel.world.start("cuda")

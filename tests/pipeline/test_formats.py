@@ -1,0 +1,538 @@
+"""Reading: dataset_info.json, every file type, every row format, and an error with a place for every bad input."""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline import readers
+from pipeline.formats import Dropped, check_stage, to_conversation, to_document, to_pair, to_rated
+from pipeline.readers import read_file
+from pipeline.sources import (
+    OPENAI_TAGS,
+    SHAREGPT_TAGS,
+    DatasetInfo,
+    HubAccess,
+    check_sha1,
+    content_key,
+    find_dataset,
+    list_files,
+    open_hub,
+    parse_entry,
+    read_rows,
+)
+
+DATA = Path(__file__).resolve().parents[2] / "data"
+ROWS = [{"instruction": f"q{i} \u00fc", "input": "", "output": f"a{i}\n\u4f60"} for i in range(5)]
+
+
+def registry(folder, entries):
+    (folder / "dataset_info.json").write_text(json.dumps(entries), encoding="utf-8")
+    return folder
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def rows_of(path):
+    return [row for _, row in read_file(path)]
+
+
+# ------------------------------------------------------------------------------------------------------- file types
+
+
+def test_every_file_type_gives_the_same_rows(tmp_path):
+    import pyarrow
+    import pyarrow.csv
+    import pyarrow.parquet
+
+    table = pyarrow.Table.from_pylist(ROWS)
+    write(tmp_path / "a.json", json.dumps(ROWS, indent=2, ensure_ascii=False))
+    write(tmp_path / "b.jsonl", "\n".join(json.dumps(row) for row in ROWS) + "\n\n")
+    write(tmp_path / "lines.json", "\n".join(json.dumps(row) for row in ROWS))
+    pyarrow.csv.write_csv(table, tmp_path / "c.csv")
+    pyarrow.parquet.write_table(table, tmp_path / "d.parquet", row_group_size=2)
+    with (
+        pyarrow.OSFile(str(tmp_path / "e.arrow"), "wb") as file,
+        pyarrow.ipc.new_file(file, table.schema) as writer,
+    ):
+        writer.write_table(table, max_chunksize=2)
+    with (
+        pyarrow.OSFile(str(tmp_path / "f.arrow"), "wb") as file,
+        pyarrow.ipc.new_stream(file, table.schema) as writer,
+    ):
+        writer.write_table(table, max_chunksize=2)
+    for name in ("a.json", "b.jsonl", "lines.json", "c.csv", "d.parquet", "e.arrow", "f.arrow"):
+        assert rows_of(tmp_path / name) == ROWS, name
+
+
+def test_arrow_file_of_the_datasets_library(tmp_path):
+    from datasets import Dataset
+
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    assert rows_of(next((tmp_path / "saved").glob("*.arrow"))) == ROWS
+
+
+def test_txt_is_one_document_a_line(tmp_path):
+    path = write(tmp_path / "a.txt", "one\r\n\ntwo \u2028 still two\nthree")
+    places = [(place.rsplit(":", 1)[1], row["text"]) for place, row in read_file(path)]
+    assert places == [("1", "one"), ("2", ""), ("3", "two \u2028 still two"), ("4", "three")]
+
+
+def test_byte_order_mark_is_not_part_of_the_first_column(tmp_path):
+    for name, text in (
+        ("a.csv", "x,y\n1,2\n"),
+        ("b.jsonl", '{"x": "1", "y": "2"}\n'),
+        ("c.json", '[{"x": "1", "y": "2"}]'),
+    ):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+        assert rows_of(tmp_path / name) == [{"x": "1", "y": "2"}]
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 7, 64])
+def test_json_array_is_read_in_blocks_of_any_size(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(readers, "READ_CHARACTERS", block)
+    rows = [{"n": 123456789, "s": 'a "quoted" ]}, \\ text'}, {}, {"l": [1, [2, {"x": None}]]}]
+    path = write(tmp_path / "a.json", " \n" + json.dumps(rows, indent=1) + "\n ")
+    assert rows_of(path) == rows
+    assert rows_of(write(tmp_path / "b.json", "[ ]")) == []
+
+
+def test_json_place_is_the_line_where_the_row_begins(tmp_path):
+    path = write(tmp_path / "a.json", '[\n  {"a": 1,\n   "b": 2},\n\n  {"a": 3}\n]')
+    assert [place.rsplit(":", 1)[1] for place, _ in read_file(path)] == ["2", "5"]
+
+
+def test_csv_fields_may_be_long_and_hold_line_breaks(tmp_path):
+    long = "x" * 200_000
+    path = write(tmp_path / "a.csv", f'q,a\n"two\nlines",{long}\n')
+    assert rows_of(path) == [{"q": "two\nlines", "a": long}]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.jsonl", '{"a": 1}\n{"a": \n', r"a\.jsonl:2: not JSON"),
+        ("a.jsonl", '{"a": 1}\n[1]\n', r"a\.jsonl:2: expected an object .* list"),
+        ("a.json", '[{"a": 1},\n {"a": }]', r"a\.json:2: not JSON"),
+        ("a.json", '[{"a": 1}\n {"a": 2}]', r"a\.json:2: expected ',' or '\]'"),
+        ("a.json", '[{"a": 1},\n {"a": 2}', r"a\.json:2: .*the end of the file"),
+        ("a.json", '[{"a": 1}]\n]', r"a\.json:2: expected the end of the file"),
+        ("a.json", "[1]", r"a\.json:1 \(row 0\): expected an object"),
+        ("a.json", '"text"', r"a\.json:1: expected '\['"),
+        ("a.json", "  \n", r"a\.json: the file is empty"),
+        ("a.csv", "a,b\n1,2,3\n", r"a\.csv:2: 1 more fields"),
+        ("a.csv", "a,b\n1,2\n3\n", r"a\.csv:3: the line ends before the column 'b'"),
+        ("a.parquet", "no", r"a\.parquet: not a parquet file"),
+        ("a.arrow", "no such thing", r"a\.arrow: not an arrow file"),
+    ],
+)  # fmt: skip
+def test_a_broken_file_names_file_and_line(tmp_path, name, text, message):
+    with pytest.raises(ValueError, match=message):
+        rows_of(write(tmp_path / name, text))
+
+
+def test_a_file_that_is_not_utf8_is_refused(tmp_path):
+    for name in ("a.txt", "a.jsonl", "a.json", "a.csv"):
+        (tmp_path / name).write_bytes(b'[{"a": "\xff\xfe"}]\n')
+        with pytest.raises(ValueError, match=f"{name}: not UTF-8"):
+            rows_of(tmp_path / name)
+
+
+# ---------------------------------------------------------------------------------------------- dataset_info.json
+
+
+def test_all_fields_of_an_entry(tmp_path):
+    entry = {
+        "hf_hub_url": "a/b", "subset": "s", "split": "validation", "folder": "f", "revision": "r", "num_samples": 7,
+        "formatting": "sharegpt", "ranking": False, "file_sha1": "00",
+        "columns": {"messages": "m", "system": "sys", "tools": "t"}, "tags": {"role_tag": "who", "user_tag": "me"},
+    }  # fmt: skip
+    info = parse_entry("x", entry, tmp_path)
+    assert (info.kind, info.location, info.subset, info.split) == ("hf_hub", "a/b", "s", "validation")
+    assert (info.folder, info.revision, info.num_samples) == ("f", "r", 7)
+    assert info.columns == {"messages": "m", "system": "sys", "tools": "t"}
+    assert info.tags == SHAREGPT_TAGS | {"role_tag": "who", "user_tag": "me"}
+
+
+def test_columns_name_all_that_is_used(tmp_path):
+    # LLaMA-Factory: once `columns` is given, the default names of the others no longer apply
+    info = parse_entry(
+        "x", {"file_name": "a.json", "columns": {"prompt": "question", "response": "answer"}}, tmp_path
+    )
+    assert info.columns == {"prompt": "question", "response": "answer"}
+    assert parse_entry("x", {"file_name": "a.json"}, tmp_path).columns == {
+        "prompt": "instruction", "query": "input", "response": "output",
+    }  # fmt: skip
+
+
+def test_hub_is_chosen_as_llama_factory_does(tmp_path, monkeypatch):
+    both = {"hf_hub_url": "hf/x", "ms_hub_url": "ms/x", "file_name": "x.json"}
+    monkeypatch.delenv("USE_MODELSCOPE_HUB", raising=False)
+    assert parse_entry("x", both, tmp_path).location == "hf/x"
+    assert parse_entry("x", {"ms_hub_url": "ms/x"}, tmp_path).kind == "ms_hub"
+    monkeypatch.setenv("USE_MODELSCOPE_HUB", "1")
+    assert parse_entry("x", both, tmp_path).location == "ms/x"
+    assert parse_entry("x", {"hf_hub_url": "hf/x"}, tmp_path).kind == "hf_hub"
+    assert find_dataset("a/b", "ONLINE").kind == "ms_hub"
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ([], "expected an object"),
+        ({}, "none of hf_hub_url, ms_hub_url and file_name"),
+        ({"script_url": "x"}, "script_url is not supported: it would run Python code"),
+        ({"file_name": ""}, "file_name is ''"),
+        ({"file_name": "../x.json"}, "leaves the folder"),
+        ({"file_name": "a/../../x.json"}, "leaves the folder"),
+        ({"file_name": "/etc/passwd"}, "leaves the folder"),
+        (
+            {"file_name": "x.json", "formating": "alpaca"},
+            "unknown field 'formating'; did you mean 'formatting'",
+        ),
+        ({"file_name": "x.json", "formatting": "alpaka"}, "formatting is 'alpaka'"),
+        ({"file_name": "x.json", "num_samples": 0}, "num_samples is 0"),
+        ({"file_name": "x.json", "num_samples": True}, "num_samples is True"),
+        ({"file_name": "x.json", "subset": 3}, "subset is 3"),
+        ({"file_name": "x.json", "ranking": "yes"}, "ranking is 'yes'"),
+        (
+            {"file_name": "x.json", "columns": {"promt": "a"}},
+            "columns: unknown key 'promt'; did you mean 'prompt'",
+        ),
+        ({"file_name": "x.json", "columns": {"prompt": 1}}, r"columns\.prompt is 1"),
+        ({"file_name": "x.json", "columns": []}, r"columns is \[\]"),
+        ({"file_name": "x.json", "tags": {"rol_tag": "a"}}, "tags: unknown key 'rol_tag'"),
+    ],
+)
+def test_a_wrong_entry_is_refused(tmp_path, entry, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        parse_entry("mine", entry, tmp_path)
+    assert "dataset 'mine'" in str(caught.value)
+
+
+def test_an_unknown_name_shows_the_nearest(tmp_path):
+    registry(tmp_path, {"identity": {"file_name": "a.json"}})
+    with pytest.raises(ValueError, match="'identty' is not in .* did you mean 'identity'"):
+        find_dataset("identty", tmp_path)
+    with pytest.raises(ValueError, match="does not exist"):
+        find_dataset("identty", tmp_path / "nowhere")
+    (tmp_path / "dataset_info.json").write_text('{"a": \n}')
+    with pytest.raises(ValueError, match=r"dataset_info\.json:2: not JSON"):
+        find_dataset("a", tmp_path)
+
+
+def test_the_registry_that_comes_with_the_project_is_valid():
+    entries = json.loads((DATA / "dataset_info.json").read_text())
+    for name in entries:
+        info = find_dataset(name, DATA)
+        if info.kind == "file":
+            assert list(read_rows(info)), name
+
+
+OPENAI, ANSWER, WORSE = ([{"role": role, "content": text}] for role, text in (
+    ("user", "a"), ("assistant", "b"), ("assistant", "c"),
+))  # fmt: skip
+
+
+def test_a_path_is_a_dataset_and_its_format_is_read_off_the_first_row(tmp_path):
+    cases = [
+        ({"instruction": "a", "output": "b", "system": "s"}, "alpaca", {"prompt", "response", "system"}),
+        ({"conversations": [{"from": "human", "value": "a"}]}, "sharegpt", {"messages"}),
+        ({"messages": [{"role": "user", "content": "a"}]}, "openai", {"messages"}),
+        ({"conversations": [{"role": "user", "content": "a"}]}, "openai", {"messages"}),
+        ({"text": "a"}, "alpaca", {"prompt"}),
+        ({"prompt": "a", "answer": "b"}, "alpaca", {"prompt", "response"}),
+        ({"instruction": "a", "output": ["b", "c"]}, "alpaca", {"prompt", "response"}),
+        # trl's formats of preference data
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "alpaca", {"prompt", "chosen", "rejected"}),
+        ({"prompt": "a", "completion": "b", "label": True}, "alpaca", {"prompt", "response", "kto_tag"}),
+        (
+            {"prompt": OPENAI, "chosen": ANSWER, "rejected": WORSE},
+            "openai",
+            {"messages", "chosen", "rejected"},
+        ),
+        (
+            {"chosen": OPENAI + ANSWER, "rejected": OPENAI + WORSE},
+            "openai",
+            {"messages", "chosen", "rejected"},
+        ),
+        (
+            {"prompt": "a", "chosen": OPENAI + ANSWER, "rejected": OPENAI + WORSE},
+            "openai",
+            {"messages", "chosen", "rejected"},
+        ),
+        (
+            {"prompt": OPENAI, "completion": ANSWER, "label": False},
+            "openai",
+            {"messages", "response", "kto_tag"},
+        ),
+    ]
+    # fmt: skip
+    for row, formatting, columns in cases:
+        path = write(tmp_path / "one.jsonl", json.dumps(row))
+        info = find_dataset(str(path), tmp_path)
+        assert (info.formatting, set(info.columns)) == (formatting, columns)
+        assert info.ranking == isinstance(row.get("output"), list)
+        if "chosen" in row or info.ranking:
+            check_stage(info, "dpo")
+            assert to_pair(row, info)[0].turns == [("user", "a")]
+        if "label" in row:
+            assert to_rated(row, info)[1:] == (("assistant", "b"), int(row["label"]))
+    assert find_dataset("one.jsonl", tmp_path).location == str(
+        tmp_path / "one.jsonl"
+    )  # relative to dataset_dir
+    write(tmp_path / "one.jsonl", json.dumps({"question": "a", "answer": "b"}))
+    with pytest.raises(ValueError, match="columns question, answer; expected 'instruction'"):
+        find_dataset("one.jsonl", tmp_path)
+    write(tmp_path / "one.jsonl", "")
+    with pytest.raises(ValueError, match="holds no rows"):
+        find_dataset("one.jsonl", tmp_path)
+
+
+def test_a_folder_is_read_in_name_order_and_holds_one_type(tmp_path):
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for name in ("b", "a"):
+        write(folder / f"{name}.jsonl", json.dumps({"instruction": name, "output": "x"}))
+    write(folder / ".hidden", "x")
+    info = find_dataset("many", tmp_path)
+    assert [row["instruction"] for _, row in read_rows(info)] == ["a", "b"]
+    write(folder / "c.csv", "x\n1\n")
+    with pytest.raises(ValueError, match=r"mixes \.csv, \.jsonl"):
+        list_files(info)
+    write(folder / "c.bin", "x")
+    with pytest.raises(ValueError, match=r"c\.bin is of no known type"):
+        list_files(info)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match="is empty"):
+        find_dataset("none", tmp_path)
+
+
+def test_folder_field_stays_inside(tmp_path):
+    (tmp_path / "d" / "sub").mkdir(parents=True)
+    write(tmp_path / "d" / "sub" / "x.txt", "hello")
+    assert len(list_files(DatasetInfo("x", "file", str(tmp_path / "d"), folder="sub"))) == 1
+    with pytest.raises(ValueError, match="leaves"):
+        list_files(DatasetInfo("x", "file", str(tmp_path / "d"), folder="../.."))
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        list_files(DatasetInfo("x", "file", str(tmp_path / "gone.json")))
+
+
+def test_sha1_is_a_warning_only(tmp_path):
+    path = write(tmp_path / "x.txt", "hello")
+    right = hashlib.sha1(b"hello").hexdigest()
+    assert check_sha1(DatasetInfo("x", "file", str(path), file_sha1=right.upper())) is None
+    assert "file_sha1 says 00" in check_sha1(DatasetInfo("x", "file", str(path), file_sha1="00"))
+    assert check_sha1(DatasetInfo("x", "file", str(path))) is None
+
+
+def test_content_key_follows_the_bytes(tmp_path):
+    path = write(tmp_path / "x.txt", "hello")
+    info = DatasetInfo("x", "file", str(path))
+    before = content_key(info)
+    write(path, "hello")
+    assert content_key(info) == before
+    write(path, "hullo")
+    assert content_key(info) != before
+
+
+def test_hub_data_is_read_through_datasets(tmp_path, monkeypatch):
+    # a folder named like an id stands for the hub: `datasets` reads both the same way
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "someone" / "things").mkdir(parents=True)
+    write(tmp_path / "someone" / "things" / "train.jsonl", "\n".join(json.dumps(row) for row in ROWS))
+    info = parse_entry("x", {"hf_hub_url": "someone/things"}, tmp_path)
+    for streaming in (False, True):
+        opened = open_hub(info, HubAccess(cache_dir=str(tmp_path / "cache")), streaming)
+        assert [row for _, row in read_rows(info, opened)] == ROWS
+    bad = parse_entry("x", {"hf_hub_url": "someone/things", "split": "test"}, tmp_path)
+    with pytest.raises(
+        ValueError, match=r"dataset 'x': the hub id 'someone/things' \(split 'test'\) cannot be read"
+    ):
+        open_hub(bad, HubAccess(cache_dir=str(tmp_path / "cache")), False)
+
+
+def test_code_that_comes_with_hub_data_never_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "someone" / "things").mkdir(parents=True)
+    write(tmp_path / "someone" / "things" / "things.py", f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    info = parse_entry("x", {"hf_hub_url": "someone/things"}, tmp_path)
+    with pytest.raises(ValueError, match="cannot be read"):
+        list(open_hub(info, HubAccess(cache_dir=str(tmp_path / "cache")), False))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_modelscope_needs_its_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "modelscope", None)
+    with pytest.raises(ValueError, match="pip install modelscope"):
+        open_hub(parse_entry("x", {"ms_hub_url": "a/b"}, tmp_path), HubAccess(), False)
+
+
+# ---------------------------------------------------------------------------------------------------- conversations
+
+
+def alpaca(**columns):
+    default = {"prompt": "instruction", "query": "input", "response": "output"}
+    return DatasetInfo("x", "file", "x.json", columns=default | columns)
+
+
+def sharegpt(tags=SHAREGPT_TAGS, **columns):
+    return DatasetInfo(
+        "x", "file", "x", "sharegpt", columns={"messages": "conversations"} | columns, tags=tags
+    )
+
+
+def say(*turns):
+    return {"conversations": [{"from": role, "value": text} for role, text in turns]}
+
+
+def test_alpaca_turns():
+    info = alpaca(history="history", system="system")
+    row = {
+        "instruction": "i",
+        "input": "q",
+        "output": "o",
+        "history": [["u1", "a1"], ("u2", "a2")],
+        "system": "s",
+    }
+    assert to_conversation(row, info).turns == [
+        ("system", "s"), ("user", "u1"), ("assistant", "a1"), ("user", "u2"), ("assistant", "a2"),
+        ("user", "i\nq"), ("assistant", "o"),
+    ]  # fmt: skip
+    for empty in (
+        {"instruction": "i", "input": "", "output": "o"},
+        {"instruction": "i", "output": "o", "input": None},
+    ):
+        assert to_conversation(empty, info).turns == [("user", "i"), ("assistant", "o")]
+    assert to_conversation({"instruction": "", "input": "q", "output": "o"}, info).turns[0] == ("user", "q")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"instruction": "a", "input": ""}, "column 'output' is missing; the row has instruction, input"),
+        ({}, "column 'instruction' is missing; the row has nothing"),
+        ({"instruction": 5, "output": "a"}, "column 'instruction': expected text, found int 5"),
+        ({"instruction": "a", "output": ["b"]}, r"column 'output': expected text, found list \['b'\]"),
+        ({"instruction": "a", "input": 3, "output": "b"}, "column 'input': expected text, found int 3"),
+        (
+            {"instruction": "a", "output": "b", "system": []},
+            r"column 'system': expected text, found list \[\]",
+        ),
+        ({"instruction": "a", "output": "b", "history": "no"}, r"column 'history': expected a list of"),
+        (
+            {"instruction": "a", "output": "b", "history": [["a"]]},
+            r"column 'history'\[0\]: expected \[user, answer\]",
+        ),
+        ({"instruction": "a", "output": "b", "history": [["a", None]]}, r"column 'history'\[0\]"),
+    ],
+)
+def test_a_wrong_alpaca_row_names_the_column(row, message):
+    with pytest.raises(ValueError, match=message):
+        to_conversation(row, alpaca(history="history", system="system"))
+
+
+def test_alpaca_rows_with_nothing_to_train_are_dropped():
+    with pytest.raises(Dropped, match="no answer"):
+        to_conversation({"instruction": "a", "output": None}, alpaca())
+    with pytest.raises(Dropped, match="empty prompt"):
+        to_conversation({"instruction": "", "input": "", "output": "b"}, alpaca())
+    with pytest.raises(ValueError, match=r"columns\.response is not given"):
+        to_conversation({"text": "a"}, DatasetInfo("x", "file", "x", columns={"prompt": "text"}))
+
+
+def test_sharegpt_turns():
+    row = say(("system", "s"), ("human", "u"),
+              ("function_call", '{"name": "f", "arguments": {}}'), ("observation", "r"),
+              ("gpt", "a")) | {"sys": "column", "tools": '[{"name": "f"}]'}  # fmt: skip
+    conversation = to_conversation(row, sharegpt(system="sys", tools="tools"))
+    assert [role for role, _ in conversation.turns] == [
+        "system",
+        "user",
+        "function",
+        "observation",
+        "assistant",
+    ]
+    assert conversation.turns[0] == ("system", "s")  # the message beats the column
+    assert conversation.tools == ({"name": "f"},)
+    row = say(("human", "u"), ("gpt", "a"), ("human", "thanks")) | {"sys": "column"}
+    conversation = to_conversation(row, sharegpt(system="sys"))
+    assert conversation.turns == [("system", "column"), ("user", "u"), ("assistant", "a")]
+    assert conversation.notes == ("odd tail cut",)
+
+
+def test_sharegpt_rows_with_nothing_to_train_are_dropped():
+    for row in (say(), say(("human", "u")), say(("system", "s"))):
+        with pytest.raises(Dropped, match="no answer"):
+            to_conversation(row, sharegpt())
+    for row in (say(("gpt", "a"), ("human", "u")), say(("human", "u"), ("human", "v"), ("gpt", "a"))):
+        with pytest.raises(Dropped, match="roles do not alternate"):
+            to_conversation(row, sharegpt())
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": []}, r"column 'conversations' \(messages\) is missing; the row has messages"),
+        ({"conversations": "x"}, "expected a list of messages, found str 'x'"),
+        ({"conversations": ["x"]}, r"column 'conversations'\[0\]: expected an object"),
+        ({"conversations": [{"role": "user"}]}, r"\[0\]: no 'from' \(role_tag\); the message has role"),
+        (say(("human", "a"), ("bing", "b")), r"\[1\]: role 'bing' is none of 'human', 'gpt'"),
+        (say(("human", 3), ("gpt", "b")), r"\[0\]\.value: expected text, found int 3"),
+        ({"conversations": [{"from": "human", "content": "a"}]}, r"\[0\]: no 'value' \(content_tag\)"),
+        (say(("human", "a"), ("function_call", "f(x)")), r"\[1\]: a function call is not JSON"),
+        (say(("human", "a"), ("function_call", "[1]")), r"\[1\]: expected an object with 'name' and 'arguments'"),
+        (say(("human", "a"), ("gpt", "b")) | {"tools": "{"}, r"column 'tools' \(tools\): not JSON"),
+        (say(("human", "a"), ("gpt", "b")) | {"tools": '{"a": 1}'}, "expected a list of objects"),
+        (say(("human", "a"), ("gpt", "b")) | {"tools": '[{"a": 1}]'}, r"\[0\]: expected an object with a 'name'"),
+    ],
+)  # fmt: skip
+def test_a_wrong_sharegpt_row_names_the_message(row, message):
+    with pytest.raises(ValueError, match=message):
+        to_conversation(row, sharegpt(tools="tools"))
+
+
+def test_openai_messages():
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    row = {"conversations": [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {"role": "assistant", "content": None, "tool_calls": [call, call]},
+        {"role": "tool", "content": "r1"}, {"role": "tool", "content": "r2"},
+        {"role": "assistant", "content": "done"},
+    ]}  # fmt: skip
+    turns = to_conversation(row, sharegpt(OPENAI_TAGS)).turns
+    assert [role for role, _ in turns] == ["system", "user", "function", "observation", "assistant"]
+    assert turns[1][1] == "ab"
+    assert json.loads(turns[2][1]) == [{"name": "f", "arguments": {"x": 1}}] * 2
+    assert turns[3][1] == "r1\nr2"
+    assert call["function"]["arguments"] == '{"x": 1}'  # the row itself is left alone
+    picture = {"conversations": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}
+    with pytest.raises(ValueError, match="a part of the content is not text"):
+        to_conversation(picture, sharegpt(OPENAI_TAGS))
+
+
+def test_documents():
+    assert to_document({"text": "t"}, alpaca()) == "t"
+    assert to_document({"instruction": "i", "text": "t"}, alpaca()) == "i"
+    assert to_document({"body": "b"}, alpaca(prompt="body")) == "b"
+    with pytest.raises(Dropped, match="empty text"):
+        to_document({"body": " \n"}, alpaca(prompt="body"))
+    with pytest.raises(ValueError, match="column 'body' is missing"):
+        to_document({"text": "t"}, alpaca(prompt="body"))
+
+
+def test_data_of_later_stages_is_refused():
+    with pytest.raises(ValueError, match="it holds pairs of answers, but stage sft needs single answers"):
+        check_stage(DatasetInfo("x", "file", "x", ranking=True, columns={}), "sft")
+    for column in ("images", "videos", "audios"):
+        with pytest.raises(ValueError, match=rf"columns\.{column}"):
+            check_stage(alpaca(**{column: "c"}), "sft")
+    with pytest.raises(ValueError, match="stage pt reads one text column"):
+        check_stage(sharegpt(), "pt")
+    check_stage(sharegpt(), "sft")

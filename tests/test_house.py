@@ -1,0 +1,242 @@
+"""The picture of the parts holds: who may import whom, what is never imported, and imports that do nothing else."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# The import rule: a room, or a file of the root, imports only from lower rows; inside a room there is no circle.
+ROWS = {
+    "options": 0,
+    "kernels": 1,
+    "evaluation": 1,
+    "parallel": 2,
+    "architectures": 3,
+    "quant": 3,
+    "text": 3,
+    "model": 4,
+    "templates": 4,
+    "lora": 5,
+    "pipeline": 5,
+    "data": 6,
+    "checkpoints": 6,
+    "generation": 6,
+    "stages": 7,
+    "conversion": 8,
+    "training": 8,
+    "train": 9,
+    "chat": 9,
+    "export": 9,
+}
+PROGRAMS = [name for name, row in ROWS.items() if row == 9]
+ROOT_FILES = sorted(f"{name}.py" for name in (*PROGRAMS, "model", "lora", "data", "templates"))
+ROOMS = [name for name in ROWS if f"{name}.py" not in ROOT_FILES]
+ORACLES = {"transformers", "peft", "trl", "accelerate", "deepspeed"}  # for tests/ and bench/ only
+ONLY_IN = {"gguf": {"checkpoints/gguf/", "conversion/gguf/"}}
+PICKLES = {"pickle", "cPickle", "dill", "joblib", "cloudpickle", "marshal", "shelve"}
+FILES = sorted([*ROOT.glob("*.py"), *(path for room in ROOMS for path in ROOT.glob(f"{room}/**/*.py"))])
+NAMES = [str(path.relative_to(ROOT)) for path in FILES]
+
+
+def tree_of(path):
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def imports(tree):
+    """Dotted names that a file imports, wherever in the file; `from kernels import x` also gives kernels.x."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def calls(tree):
+    """(dotted name, node) of every call."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+def room_of(path):
+    """The room of a file, or its own name at the root."""
+    first = path.relative_to(ROOT).parts[0]
+    return first.removesuffix(".py")
+
+
+def imported_at_work(path):
+    """Names that the file imports; what main() of data.py and templates.py imports inside itself is a program's."""
+    tree = tree_of(path)
+    if path.name in ("data.py", "templates.py") and path.parent == ROOT:
+        tree.body = [node for node in tree.body if getattr(node, "name", "") != "main"]
+    return list(imports(tree))
+
+
+def test_the_root_holds_what_is_run_and_edited_first_and_every_room_has_a_row():
+    assert [path.name for path in sorted(ROOT.glob("*.py"))] == ROOT_FILES
+    others = {"configs", "data", "docs", "bench", "tests", "models", "saves"}
+    folders = {path.parent.name for path in ROOT.glob("*/*.py")} - others
+    assert folders == set(ROOMS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_a_file_imports_only_from_lower_rows(path):
+    own = room_of(path)
+    for name in imported_at_work(path):
+        first = name.partition(".")[0]
+        assert first not in ("tests", "bench")
+        if first in ROWS and first != own:
+            assert ROWS[first] < ROWS[own], f"row {ROWS[own]} imports {name} of row {ROWS[first]}"
+
+
+def module_of(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_inside_a_room_no_file_imports_in_a_circle_nor_from_its_own_catalogue(room):
+    files = {module_of(path): path for path in FILES if room_of(path) == room}
+    edges = {
+        name: {other for other in imports(tree_of(path)) if other in files} for name, path in files.items()
+    }
+    for name, others in edges.items():
+        if "." in name:  # `from kernels import launch` names the room only to reach a file of it
+            for node in ast.walk(tree_of(files[name])):
+                if isinstance(node, ast.ImportFrom) and node.module == room:
+                    taken = [alias.name for alias in node.names if f"{room}.{alias.name}" not in files]
+                    assert not taken, f"{name} imports {taken} from its own room's __init__"
+        others.discard(room)
+    done: set[str] = set()
+
+    def visit(name, way):
+        assert name not in way, f"a circle: {' -> '.join([*way, name])}"
+        if name not in done:
+            for other in sorted(edges[name]):
+                visit(other, [*way, name])
+            done.add(name)
+
+    for name in sorted(edges):
+        visit(name, [])
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_the_runtime_needs_none_of_the_packages_it_is_compared_with(path):
+    for name in imports(tree_of(path)):
+        first = name.partition(".")[0]
+        assert first not in ORACLES
+        place = str(path.relative_to(ROOT))
+        assert first not in ONLY_IN or place.startswith(tuple(ONLY_IN[first])), f"{name} belongs elsewhere"
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_nothing_is_unpickled_or_made_from_text(path):
+    tree = tree_of(path)
+    assert not PICKLES & {name.partition(".")[0] for name in imports(tree)}
+    for name, node in calls(tree):
+        assert name not in ("exec", "eval", "inspect.getsource"), f"line {node.lineno}"
+        if name in ("torch.load", "np.load", "numpy.load"):
+            given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            key, value = ("weights_only", "True") if name == "torch.load" else ("allow_pickle", "False")
+            assert given.get(key, "False") == value, f"line {node.lineno}: {name} may run code"
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_nothing_of_another_module_is_replaced(path):
+    """No `module.name = ...`: what a module means does not depend on who imported it."""
+    tree = tree_of(path)
+    imported = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imported |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported |= {alias.asname or alias.name for alias in node.names}
+    for node in ast.walk(tree):
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        for target in targets:
+            if isinstance(target, ast.Attribute):
+                root = ast.unparse(target).partition(".")[0]
+                assert root not in imported, f"line {node.lineno}: {ast.unparse(target)}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_the_environment_is_read_when_asked_not_at_import(path):
+    """kernels/__init__.py reads its override once, in a function of its own."""
+    for statement in tree_of(path).body:
+        if not isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.If):
+            assert "os.environ" not in ast.unparse(statement) and "getenv" not in ast.unparse(statement)
+
+
+WATCH = """
+import importlib, json, os, random, sys, threading, warnings
+import numpy, safetensors.torch, tokenizers, torch, tqdm, yaml, jinja2, gguf, huggingface_hub  # theirs is not looked at
+
+seen, allowed = [], ("__pycache__", ".pyc")
+WATCHED = ("socket.", "subprocess.", "shutil.", "os.system", "os.fork", "os.mkdir", "os.rename", "os.remove")
+
+def watch(event, arguments):
+    if event == "open":
+        path, mode, flags = arguments
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) and not any(part in str(path) for part in allowed):
+            seen.append(f"opens {path} for writing")
+    elif event.startswith(WATCHED) and not any(part in str(arguments) for part in allowed):
+        seen.append(f"{event} {arguments}"[:200])
+
+def state():
+    return {
+        "environment": dict(os.environ),
+        "working directory": os.getcwd(),
+        "threads": threading.active_count(),
+        "torch seed": torch.get_rng_state().tolist(),
+        "torch threads": torch.get_num_threads(),
+        "torch dtype": str(torch.get_default_dtype()),
+        "gradients": torch.is_grad_enabled(),
+        "random": str(random.getstate()),
+        "numpy": str(numpy.random.get_state()),
+        "warnings": len(warnings.filters),
+        "cuda": torch.cuda.is_initialized(),
+    }
+
+sys.path.insert(0, os.getcwd())
+sys.addaudithook(watch)
+for name in MODULES:
+    before = state()
+    importlib.import_module(name)
+    after = state()
+    for key in before:
+        if before[key] != after[key]:
+            seen.append(f"import {name} changes: {key}")
+    if seen:
+        print(json.dumps({name: seen}))
+        seen.clear()
+"""
+
+
+def test_importing_a_module_does_nothing_else():
+    """No output, file, process, connection, thread, seed, setting or environment variable. The script above tells."""
+    modules = [module_of(path) for path in sorted(FILES, key=lambda path: ROWS[room_of(path)])]
+    script = f"MODULES = {modules}\n{WATCH}"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    found = [json.loads(line) for line in run.stdout.splitlines()]
+    assert not found
+    assert not run.stderr
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_script_runs_only_when_it_is_started(name):
+    last = tree_of(ROOT / f"{name}.py").body[-1]
+    assert isinstance(last, ast.If) and "__name__ == '__main__'" in ast.unparse(last.test)
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_a_file_says_what_it_is_and_is_plain_text(path):
+    text = path.read_text(encoding="utf-8")
+    assert text.isascii()
+    assert ast.get_docstring(tree_of(path))

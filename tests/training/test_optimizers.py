@@ -1,0 +1,448 @@
+"""Schedules against transformers, optimizers against formulas and torch, groups against the HF trainer."""
+
+import io
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from training import optim
+from training.optim import OptimOptions
+
+
+def schedule_of(options: OptimOptions, total_steps: int, steps: int) -> list[float]:
+    return [optim.schedule(step, options, total_steps) for step in range(steps)]
+
+
+def transformers_schedule(kind, rate, warmup, total_steps, steps, kwargs) -> list[float]:
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=rate)
+    scheduler = get_scheduler(kind, optimizer, warmup, total_steps, kwargs)
+    factors = []
+    for _ in range(steps):
+        factors.append(scheduler.lr_lambdas[0](scheduler.last_epoch))
+        optimizer.step()
+        scheduler.step()
+    return factors
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 7])
+@pytest.mark.parametrize("total_steps", [1, 17, 123])
+@pytest.mark.parametrize(
+    "kind, text, kwargs",
+    [
+        ("linear", None, {}),
+        ("cosine", None, {}),
+        ("cosine", '{"num_cycles": 1.7}', {"num_cycles": 1.7}),
+        ("cosine_with_restarts", None, {}),
+        ("cosine_with_restarts", '{"num_cycles": 3}', {"num_cycles": 3}),
+        ("cosine_with_min_lr", '{"min_lr": 1e-6}', {"min_lr": 1e-6}),
+        ("cosine_with_min_lr", '{"min_lr_rate": 0.1}', {"min_lr_rate": 0.1}),
+        ("polynomial", None, {}),
+        ("polynomial", '{"power": 2.5, "lr_end": 1e-6}', {"power": 2.5, "lr_end": 1e-6}),
+        ("constant", None, {}),
+        ("constant_with_warmup", None, {}),
+        ("inverse_sqrt", None, {}),
+        ("inverse_sqrt", '{"timescale": 50}', {"timescale": 50}),
+    ],
+)
+def test_schedule_equals_transformers(kind, text, kwargs, total_steps, warmup):
+    if warmup >= total_steps and kind == "polynomial":
+        pytest.skip("transformers divides by zero here")
+    options = OptimOptions(
+        lr_scheduler_type=kind, lr_scheduler_kwargs=text, warmup_steps=warmup, learning_rate=3e-4
+    )
+    steps = total_steps + 3  # a few beyond the end as well
+    expected = transformers_schedule(kind, 3e-4, warmup, total_steps, steps, kwargs)
+    assert schedule_of(options, total_steps, steps) == pytest.approx(expected, abs=1e-12, rel=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:Both num_training_steps")
+@pytest.mark.parametrize("warmup_type", optim.RAMPS)
+@pytest.mark.parametrize("decay_type", optim.RAMPS)
+@pytest.mark.parametrize("stable", [None, 20])
+def test_warmup_stable_decay_equals_transformers(warmup_type, decay_type, stable):
+    import json
+
+    kwargs = {
+        "num_decay_steps": 31,
+        "warmup_type": warmup_type,
+        "decay_type": decay_type,
+        "min_lr_ratio": 0.07,
+    }
+    if stable is not None:
+        kwargs["num_stable_steps"] = stable
+    options = OptimOptions(
+        lr_scheduler_type="warmup_stable_decay", lr_scheduler_kwargs=json.dumps(kwargs), warmup_steps=11
+    )
+    expected = transformers_schedule("warmup_stable_decay", 5e-5, 11, 123, 126, kwargs)
+    assert schedule_of(options, 123, 126) == pytest.approx(expected, abs=1e-12, rel=1e-12)
+
+
+def test_polynomial_survives_a_run_that_is_all_warmup():
+    options = OptimOptions(lr_scheduler_type="polynomial", warmup_steps=5)
+    assert optim.schedule(4, options, 5) == 0.8
+    assert optim.schedule(6, options, 5) == pytest.approx(1e-7 / 5e-5)
+
+
+def test_warmup_ratio_rounds_up_and_steps_beat_it():
+    assert optim.warmup_length(OptimOptions(warmup_ratio=0.1), 101) == 11
+    assert optim.warmup_length(OptimOptions(warmup_ratio=0.1, warmup_steps=3), 101) == 3
+    assert (
+        optim.warmup_length(OptimOptions(warmup_steps=0.05), 101) == 6
+    )  # transformers 5 spells the ratio so
+    assert optim.warmup_length(OptimOptions(), 101) == 0
+    assert optim.warmup_length(OptimOptions(warmup_ratio=1.0), 7) == 7
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"learning_rate": -1e-4}, "learning_rate: -0.0001 is not a finite number of at least 0"),
+        ({"learning_rate": math.nan}, "learning_rate: nan"),
+        ({"weight_decay": math.inf}, "weight_decay: inf"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm"),
+        ({"adam_beta2": 1.0}, "adam_beta2: 1.0 is not in"),
+        ({"warmup_ratio": 5}, "warmup_ratio: 5 .* warmup_steps"),
+        ({"warmup_steps": 2.5}, "warmup_steps: 2.5"),
+        ({"lr_scheduler_kwargs": "{power: 2}"}, "lr_scheduler_kwargs: .* is not JSON"),
+        ({"lr_scheduler_kwargs": "[1]"}, "is not a JSON object"),
+        ({"lr_scheduler_kwargs": '{"power": 2}'}, "linear has no 'power'; it knows none"),
+        (
+            {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": '{"cycles": 2}'},
+            "'cycles'; it knows num_cycles",
+        ),
+        ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": '{"num_cycles": "2"}'}, "num_cycles='2'"),
+        (
+            {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": '{"lr_end": 1}'},
+            "lr_end=1 must be below",
+        ),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "needs num_decay_steps"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "needs min_lr or min_lr_rate"),
+        ({"lr_scheduler_type": "inverse_sqrt", "lr_scheduler_kwargs": '{"timescale": 0}'}, "timescale=0"),
+        (
+            {
+                "lr_scheduler_type": "warmup_stable_decay",
+                "lr_scheduler_kwargs": '{"num_decay_steps": 5, "decay_type": "exp"}',
+            },
+            "decay_type='exp'; known are linear",
+        ),
+    ],
+)
+def test_bad_options_name_the_key(values, message):
+    with pytest.raises(ValueError, match=message):
+        OptimOptions(**values)
+
+
+def test_decay_phase_longer_than_the_run_is_refused():
+    kwargs = '{"num_decay_steps": 90}'
+    options = OptimOptions(
+        lr_scheduler_type="warmup_stable_decay", lr_scheduler_kwargs=kwargs, warmup_steps=11
+    )
+    with pytest.raises(ValueError, match="num_decay_steps=90 and 11 warm-up steps do not fit into 100"):
+        optim.schedule(0, options, 100)
+
+
+def test_groups_equal_those_of_the_hugging_face_trainer():
+    from transformers import AutoModelForCausalLM, Qwen3Config
+    from transformers.trainer import Trainer
+
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=97, hidden_size=24, intermediate_size=36, num_hidden_layers=2, num_attention_heads=3,
+        num_key_value_heads=1, head_dim=8, attention_bias=True, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    decayed, spared = optim.parameter_groups(model, 0.1)
+    expected = set(Trainer.get_decay_parameter_names(None, model))
+    names = {name for name, _ in model.named_parameters()}
+    assert {name for name, _ in decayed["params"]} == expected & names
+    assert {name for name, _ in spared["params"]} == names - expected
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
+
+
+def test_frozen_parameters_are_left_out_and_vectors_do_not_decay():
+    model = nn.ModuleDict({"a": nn.Linear(3, 5), "b": nn.Linear(5, 2, bias=False)})
+    model["b"].requires_grad_(False)
+    model["a"].register_parameter("magnitude", nn.Parameter(torch.ones(5)))
+    groups = optim.parameter_groups(model, 0.3)
+    assert [name for name, _ in groups[0]["params"]] == ["a.weight"]
+    assert [name for name, _ in groups[1]["params"]] == ["a.bias", "a.magnitude"]
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        optim.parameter_groups(model, 0.0)
+
+
+class Small(nn.Module):
+    """An embedding, matrices above and below bitsandbytes' 4096-element limit, vectors."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(97, 53)
+        self.wide = nn.Linear(53, 91)
+        self.norm = nn.LayerNorm(91)
+        self.narrow = nn.Linear(91, 7)
+
+    def forward(self, ids):
+        return self.narrow(self.norm(self.wide(self.embed_tokens(ids))))
+
+
+def small_model(dtype=torch.float32) -> Small:
+    torch.manual_seed(1)
+    return Small().to(dtype)
+
+
+def train(model: nn.Module, optimizer, steps: int, first: int = 0) -> None:
+    for step in range(first, first + steps):
+        generator = torch.Generator().manual_seed(step)
+        ids = torch.randint(97, (31,), generator=generator)
+        optim.set_learning_rate(optimizer, 1.0 / (1 + step))
+        optimizer.zero_grad()
+        (model(ids).float() ** 2).mean().backward()
+        optimizer.step()
+
+
+def difference(a: nn.Module, b: nn.Module) -> float:
+    return max((p - q).abs().max().item() for p, q in zip(a.parameters(), b.parameters()))
+
+
+def distance(a: nn.Module, b: nn.Module) -> float:
+    return sum(((p - q) ** 2).sum().item() for p, q in zip(a.parameters(), b.parameters())) ** 0.5
+
+
+def by_hand(model: nn.Module, options: OptimOptions, steps: int) -> None:
+    """AdamW, Lion and SGD from their papers, in the dtype of the parameters."""
+    moments = {p: (torch.zeros_like(p), torch.zeros_like(p)) for p in model.parameters()}
+    for step in range(steps):
+        ids = torch.randint(97, (31,), generator=torch.Generator().manual_seed(step))
+        model.zero_grad()
+        (model(ids).float() ** 2).mean().backward()
+        rate = options.learning_rate / (1 + step)
+        with torch.no_grad():
+            for p in model.parameters():
+                decay = options.weight_decay if p.dim() > 1 else 0.0
+                if options.optim == "sgd":
+                    p -= rate * (p.grad + decay * p)
+                    continue
+                first, second = moments[p]
+                if "lion" in options.optim:  # arXiv 2302.06675, algorithm 2
+                    p *= 1 - rate * decay
+                    p -= rate * (options.adam_beta1 * first + (1 - options.adam_beta1) * p.grad).sign()
+                    first.mul_(options.adam_beta2).add_((1 - options.adam_beta2) * p.grad)
+                    continue
+                p *= 1 - rate * decay
+                first.mul_(options.adam_beta1).add_((1 - options.adam_beta1) * p.grad)
+                second.mul_(options.adam_beta2).add_((1 - options.adam_beta2) * p.grad**2)
+                mean = first / (1 - options.adam_beta1 ** (step + 1))
+                variance = second / (1 - options.adam_beta2 ** (step + 1))
+                p -= rate * mean / (variance.sqrt() + options.adam_epsilon)
+
+
+@pytest.mark.parametrize("kind", ["adamw_torch", "adamw_torch_fused", "sgd"])
+def test_ten_steps_equal_the_paper(kind):
+    options = OptimOptions(
+        optim=kind, learning_rate=0.02, weight_decay=0.1, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-5
+    )
+    model, expected = small_model(), small_model()
+    train(model, optim.make_optimizer(model, options), 10)
+    by_hand(expected, options, 10)
+    assert difference(model, small_model()) > 0.01
+    assert difference(model, expected) < 2e-6
+
+
+def test_adamw_follows_the_plain_torch_one_and_repeats_to_the_bit():
+    options = OptimOptions(learning_rate=0.01, weight_decay=0.1)
+    models = [small_model() for _ in range(3)]
+    for model in models[:2]:
+        optimizer = optim.make_optimizer(model, options)
+        assert optimizer.defaults["fused"]
+        train(model, optimizer, 10)
+    plain = torch.optim.AdamW(optim.parameter_groups(models[2], 0.1), lr=0.01, fused=False, foreach=False)
+    for group in plain.param_groups:
+        group["initial_lr"] = 0.01
+    train(models[2], plain, 10)
+    assert difference(models[0], models[1]) == 0.0
+    assert difference(models[0], models[2]) < 2e-6
+
+
+def test_adafactor_is_the_torch_one():
+    model, expected = small_model(), small_model()
+    train(model, optim.make_optimizer(model, OptimOptions(optim="adafactor", learning_rate=0.02)), 10)
+    oracle = torch.optim.Adafactor(expected.parameters(), lr=0.02)
+    oracle.param_groups[0]["initial_lr"] = 0.02
+    train(expected, oracle, 10)
+    assert difference(model, expected) == 0.0 < difference(model, small_model())
+
+
+@pytest.mark.parametrize("kind", ["adamw_8bit", "adamw_bnb_8bit"])
+def test_eight_bit_adamw_stays_near_adamw_and_keeps_embeddings_exact(kind):
+    rate = 0.01
+    model, expected = small_model(), small_model()
+    optimizer = optim.make_optimizer(model, OptimOptions(optim=kind, learning_rate=rate, weight_decay=0.1))
+    train(model, optimizer, 10)
+    train(expected, optim.make_optimizer(expected, OptimOptions(learning_rate=rate, weight_decay=0.1)), 10)
+    state = optimizer.state
+    assert state[model.wide.weight]["state1"].dtype is torch.uint8  # 4823 elements
+    assert state[model.embed_tokens.weight]["state1"].dtype is torch.float32  # 5141, but an embedding
+    assert state[model.narrow.weight]["state1"].dtype is torch.float32  # 637 elements: below the limit
+    assert 0 < distance(model, expected) < 0.1 * distance(expected, small_model())
+
+
+def test_eight_bit_embedding_override_does_not_leak_into_a_second_optimizer():
+    optim.make_optimizer(small_model(), OptimOptions(optim="adamw_8bit"))
+    plain = nn.Sequential(nn.Linear(97, 91, bias=False))
+    optimizer = optim.make_optimizer(plain, OptimOptions(optim="adamw_8bit"))
+    plain(torch.ones(3, 97)).sum().backward()
+    optimizer.step()
+    assert optimizer.state[plain[0].weight]["state1"].dtype is torch.uint8
+
+
+@pytest.mark.parametrize("kind", ["lion_32bit", "lion_8bit"])
+def test_lion_is_that_of_the_paper(kind):
+    options = OptimOptions(optim=kind, learning_rate=0.003, adam_beta1=0.8, adam_beta2=0.95, weight_decay=0.1)
+    model, expected = small_model(), small_model()
+    optimizer = optim.make_optimizer(model, options)
+    train(model, optimizer, 10)
+    by_hand(expected, options, 10)
+    wide, embeddings = (optimizer.state[layer.weight] for layer in (model.wide, model.embed_tokens))
+    assert "state2" not in wide and embeddings["state1"].dtype is torch.float32
+    if kind == "lion_32bit":
+        assert difference(model, expected) < 1e-6
+    else:  # where the mix is near zero its sign may be another one
+        assert wide["state1"].dtype is torch.uint8
+        assert 0 < distance(model, expected) < 0.3 * distance(expected, small_model())
+
+
+def test_paged_state_is_paged_again_when_it_is_read_back():
+    """On a CPU bitsandbytes makes plain tensors of it, in the same place."""
+    import bitsandbytes
+
+    class Recording(bitsandbytes.optim.PagedAdamW32bit):
+        def get_state_buffer(self, p, dtype=torch.float32):
+            self.made.append(super().get_state_buffer(p, dtype))
+            return self.made[-1]
+
+    def fresh(model):
+        optimizer = Recording(optim.parameter_groups(model, 0.0), lr=0.01)
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+        optimizer.made = []
+        return optimizer
+
+    models = [small_model() for _ in range(2)]
+    whole, half = (fresh(model) for model in models)
+    train(models[0], whole, 6)
+    train(models[1], half, 3)
+    saved = io.BytesIO()
+    torch.save(half.state_dict(), saved)
+    saved.seek(0)
+    again = fresh(models[1])
+    optim.load_optimizer(again, torch.load(saved))
+    states = [again.state[p][key] for p in models[1].parameters() for key in ("state1", "state2")]
+    assert {id(state) for state in states} == {id(buffer) for buffer in again.made}
+    train(models[1], again, 3, first=3)
+    assert difference(*models) == 0.0
+
+
+@pytest.mark.parametrize(
+    "kind, other",
+    [
+        ("paged_adamw_8bit", "adamw_8bit"),
+        ("paged_adamw_32bit", "adamw_torch"),
+        ("paged_lion_8bit", "lion_8bit"),
+        ("paged_lion_32bit", "lion_32bit"),
+    ],
+)
+def test_paged_optimizers_are_refused_on_a_cpu(kind, other):
+    with pytest.raises(ValueError, match=f"optim: {kind} .* are on the CPU; use {other}"):
+        optim.make_optimizer(small_model(), OptimOptions(optim=kind))
+
+
+def test_a_missing_bitsandbytes_says_how_to_get_it(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ValueError, match="optim: adamw_8bit needs bitsandbytes .*; pip install bitsandbytes"):
+        optim.make_optimizer(small_model(), OptimOptions(optim="adamw_8bit"))
+
+
+def test_an_unknown_optimizer_lists_the_known_ones():
+    with pytest.raises(
+        ValueError, match="optim: 'lion' is unknown; known are adamw_torch, .*paged_adamw_8bit"
+    ):
+        optim.make_optimizer(small_model(), OptimOptions(optim="lion"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="paged optimizers need a GPU")
+@pytest.mark.parametrize("kind", ["paged_adamw_32bit", "paged_adamw_8bit"])
+def test_paged_optimizers_follow_adamw_on_a_gpu(kind):
+    torch.manual_seed(0)
+    start = torch.randn(701, 503)  # above the 1e5 elements from which state is paged
+    gradients = [torch.randn(701, 503).cuda() for _ in range(10)]
+    layers = [nn.Linear(503, 701, bias=False).cuda() for _ in range(2)]
+    optimizers = []
+    for layer, name in zip(layers, (kind, "adamw_torch")):
+        layer.weight.data.copy_(start)
+        optimizers.append(optim.make_optimizer(layer, OptimOptions(optim=name, learning_rate=0.01)))
+    for gradient in gradients:
+        for layer, optimizer in zip(layers, optimizers):
+            layer.weight.grad = gradient.clone()
+            optimizer.step()
+    moved = (layers[1].weight.cpu() - start).abs().max().item()
+    tolerance = 1e-5 if kind.endswith("32bit") else 0.25
+    assert difference(*layers) < tolerance * moved
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "adamw_8bit"])
+def test_state_survives_a_file_to_the_bit(kind, dtype):
+    options = OptimOptions(optim=kind, learning_rate=0.01, weight_decay=0.1)
+    straight = small_model(dtype)
+    optimizer = optim.make_optimizer(straight, options)
+    train(straight, optimizer, 4)
+    file = io.BytesIO()
+    torch.save({"model": straight.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    train(straight, optimizer, 3, first=4)
+
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    resumed = small_model(dtype)
+    resumed.load_state_dict(saved["model"])
+    optimizer = optim.make_optimizer(resumed, options)
+    optimizer.load_state_dict(saved["optimizer"])
+    train(resumed, optimizer, 3, first=4)
+    assert difference(straight, resumed) == 0.0
+    assert optimizer.param_groups[0]["param_names"] == ["embed_tokens.weight", "wide.weight", "narrow.weight"]
+
+
+def test_groups_keep_their_own_peak_rate():
+    model = small_model()
+    optimizer = optim.make_optimizer(model, OptimOptions(learning_rate=0.01))
+    optimizer.param_groups[1]["initial_lr"] = 0.16
+    optim.set_learning_rate(optimizer, 0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.005, 0.08]
+
+
+@pytest.mark.parametrize("factor", [0.001, 30.0])
+def test_clipping_scales_to_the_norm_and_reports_the_old_one(factor):
+    model = small_model()
+    (model(torch.arange(17)) * factor).sum().backward()
+    before = [p.grad.clone() for p in model.parameters()]
+    norm = torch.cat([g.flatten() for g in before]).double().norm()
+    reported = optim.clip_gradients(model.parameters(), 0.7)
+    assert isinstance(reported, torch.Tensor) and reported.item() == pytest.approx(norm.item(), rel=1e-6)
+    scale = min(1.0, 0.7 / norm.item())
+    for p, old in zip(model.parameters(), before):
+        torch.testing.assert_close(p.grad, old * scale, rtol=1e-5, atol=1e-7)
+
+
+def test_clipping_off_only_measures():
+    model = small_model()
+    model(torch.arange(17)).sum().backward()
+    model.narrow.bias.grad = None  # a parameter without a gradient takes no part
+    before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    norm = optim.clip_gradients(model.parameters(), 0.0)
+    assert norm.item() == pytest.approx(torch.cat([g.flatten() for g in before]).norm().item(), rel=1e-6)
+    assert all(torch.equal(p.grad, old) for p, old in zip(model.parameters(), before))

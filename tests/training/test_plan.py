@@ -1,0 +1,169 @@
+"""plan=true: counts by the published formulas, sizes of what a run would hold, and the command line without weights."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from tiny_runs import tiny_runs
+
+import lora
+import quant
+from architectures.config import config_from_hf
+from checkpoints.huggingface import load_config, load_model
+from generation.generate import generate
+from generation.sampling import GenerateOptions
+from kernels.recompute import Plan
+from lora import LoraOptions
+from model import Decoder, KVCache
+from quant import QuantLinear, QuantOptions
+from tests.training.test_memory import LLAMA_7B
+from training import memory, plan
+
+# weights of its linears with and without the head; 2 d S L at S = 2048; adapters of rank 16 on all linears
+N, N_BLOCKS, ATTENTION, ADAPTERS = 6.607e9, 6.476e9, 2 * 4096 * 2048 * 32, 39.98e6
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    with tiny_runs(tmp_path_factory.mktemp("plan")) as made:
+        yield made
+
+
+def llama(method: str, **options) -> Decoder:
+    model = Decoder(config_from_hf(LLAMA_7B), dtype=torch.bfloat16, device="meta")
+    lora.prepare_trainable(model, LoraOptions(finetuning_type=method, lora_rank=16, **options))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("method", "again", "expected"),
+    [
+        ("lora", 0, 4 * N + 3.5 * ATTENTION + 6 * ADAPTERS),
+        ("lora", 32, 4 * N + 3.5 * ATTENTION + 6 * ADAPTERS + 2 * N_BLOCKS + ATTENTION),
+        ("full", 0, 6 * N + 3.5 * ATTENTION),
+        ("full", 32, 6 * N + 3.5 * ATTENTION + 2 * N_BLOCKS + ATTENTION),
+    ],
+)
+def test_a_token_costs_what_the_formula_says(method, again, expected):
+    work = plan.count_flops(llama(method), Plan(full=again), context=2048, trained_share=1.0)
+    assert sum(work.values()) == pytest.approx(expected, rel=1e-3)
+
+
+def test_frozen_blocks_below_the_first_trained_one_have_no_backward_pass():
+    work = plan.count_flops(llama("freeze", num_layer_trainable=8), Plan(), 2048, 1.0)
+    assert work["linears"] == pytest.approx((2 * 24 + 6 * 8) / 32 * N_BLOCKS, rel=1e-3)
+
+
+def test_only_trained_tokens_reach_the_head():
+    whole, part = (plan.count_flops(llama("lora"), Plan(), 2048, share)["head"] for share in (1.0, 0.25))
+    assert part == whole / 4 == 32000 * 4096
+
+
+def test_the_context_is_that_of_the_mean_token():
+    assert plan.mean_context(np.array([1, 3], np.int32)) == 2.5  # one token sees 1, three see 3
+
+
+@pytest.mark.parametrize("options", [{}, {"double_quantization": False}, {"quantization_type": "fp4"}])
+def test_quantised_layers_have_the_size_of_those_that_are_loaded(tiny, options):
+    folder = tiny.make_model("sized", seed=3, hidden_size=128, intermediate_size=192, head_dim=32)
+    quantization = quant.from_options(QuantOptions(quantization_bit=4, **options))
+    real = load_model(folder, torch.float32, quantization=quantization)
+    planned = plan.skeleton(folder, load_config(folder), torch.float32, quantization)
+    names = [name for name, module in real.named_modules() if isinstance(module, QuantLinear)]
+    assert names and names == [
+        name for name, module in planned.named_modules() if isinstance(module, QuantLinear)
+    ]
+    assert plan.weight_bytes(planned) == pytest.approx(plan.weight_bytes(real), rel=0.02)
+    assert {p.device.type for p in planned.parameters()} == {"meta"}
+
+
+def test_the_peak_holds_every_part_and_the_fuller_of_loading_and_training():
+    model = llama("lora")
+    need = memory.need(model, 4096)
+    peak = plan.predict_peak(model, Plan(), need, file_bytes=0.0, device=torch.device("cuda"))
+    assert peak.parts["weights"] == pytest.approx(2 * (N + 32000 * 4096), rel=1e-3)
+    assert peak.parts["adapters"] == pytest.approx(4 * ADAPTERS, rel=1e-3)
+    assert peak.parts["optimizer"] == pytest.approx(8 * ADAPTERS, rel=1e-3)
+    assert peak.bytes < need.of(0, 0) + 2.01 * N + 4 * ADAPTERS + 0.3e9
+    loading = plan.predict_peak(
+        model, Plan(), memory.need(model, 1), file_bytes=1e12, device=torch.device("cpu")
+    )
+    assert loading.parts["file being read"] == 1e12 and "activations" not in loading.parts
+
+
+@pytest.mark.parametrize("new", [1, 9, 256, 257, 300, 700])
+def test_the_cache_of_the_texts_is_what_decoding_holds(tiny, monkeypatch, new):
+    held, hold = [], KVCache._hold
+
+    def watched(cache, storage):
+        before = getattr(cache, "storage", None)
+        held.append(storage.nbytes + (0 if before is None else before.nbytes))
+        hold(cache, storage)
+
+    monkeypatch.setattr(KVCache, "_hold", watched)
+    folder = tiny.make_model("long", seed=1, max_position_embeddings=1024, num_hidden_layers=1)
+    model = load_model(folder, torch.float32).eval()
+    options = GenerateOptions(do_sample=False, max_new_tokens=new)
+    generate(model, [[5] * 7, [6] * 17, [8]], options, stop_ids=())
+    assert plan.cache_bytes(model.config, 3, 17, new, 4) == max(held)
+
+
+def test_the_texts_are_written_beside_everything_but_the_update(tiny):
+    model = llama("lora")
+    need = memory.need(model, 1)
+    common = {"file_bytes": 0.0, "device": torch.device("cuda"), "beside": {"reference": 5e9}}
+    peak = plan.predict_peak(model, Plan(), need, **common, cache=1e12)
+    parts = ["weights", "adapters", "reference", "optimizer", "cache of the texts"]
+    assert list(peak.parts) == parts and peak.parts["cache of the texts"] == 1e12
+    assert "cache of the texts" not in plan.predict_peak(model, Plan(), need, **common, cache=1.0).parts
+
+
+def test_the_buffer_of_quantised_layers_counts_once(tiny):
+    folder = tiny.make_model("buffered", seed=3, hidden_size=128, intermediate_size=192, head_dim=32)
+    model = plan.skeleton(folder, load_config(folder), torch.float32, quant.from_options(QuantOptions(4)))
+    lora.prepare_trainable(model, LoraOptions(lora_rank=4))
+    need = dataclasses.replace(memory.need(model, 64), head=0.0)
+    peak = plan.predict_peak(model, Plan(), need, file_bytes=0.0, device=torch.device("cuda"))
+    assert peak.parts["buffers"] == 128 * 192 * 4
+    states = plan.weight_bytes(model) + need.gradients + need.optimizer
+    assert peak.bytes == states + need.activations(0, 0) + need.block
+
+
+@pytest.mark.parametrize(("again", "passes"), [(0, 2), (2, 3)])
+def test_quantised_weights_are_made_dense_once_a_pass(tiny, monkeypatch, again, passes):
+    folder = tiny.make_model(f"passes-{again}", seed=3)
+    model = plan.skeleton(folder, load_config(folder), torch.float32, quant.from_options(QuantOptions(4)))
+    monkeypatch.setattr(plan, "measure_products", lambda dtype, device: 1e9)
+    monkeypatch.setattr(plan, "measure_copies", lambda device: 1e6)
+    bound = plan.bound_speed(model, Plan(full=again), np.array([8]), 1.0, 100, torch.device("cpu"))
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    numbers = sum(layer.in_features * layer.out_features for layer in layers)
+    moved = (
+        sum(layer.storage_bytes for layer in layers) + 2 * 4 * numbers
+    )  # codes read, dense written and read
+    assert bound.seconds["quantised weights"] == pytest.approx(passes * moved / 1e6 / 100)
+
+
+def test_a_plan_is_printed_without_weights_and_nothing_is_written(tiny, capsys):
+    folder = tiny.make_model("unread", seed=2)
+    (folder / "model.safetensors").unlink()
+    keys = {"model_name_or_path": folder, "quantization_bit": 4, "plan": "true"}
+    assert tiny.train("planned", **keys) == 0
+    said = capsys.readouterr().out
+    assert "peak memory" in said and "optimizer" in said and "tokens/s: " in said
+    assert not (tiny.folder / "planned").exists()
+    assert tiny.train("planned", **keys, do_train="false", do_eval="true", val_size="3") == 2
+    assert "plan: there is nothing to plan" in capsys.readouterr().err
+
+
+def test_a_plan_on_a_damaged_file_names_it(tiny, capsys):
+    folder = tiny.make_model("cut", seed=2)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:999])
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": settings}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert tiny.train("cut run", model_name_or_path=folder, plan="true") == 2
+    assert f"{file}: not a complete safetensors file" in capsys.readouterr().err

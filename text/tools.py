@@ -1,0 +1,56 @@
+"""How tool definitions are described in the system text: system text, definitions -> system text.
+
+A definition is OpenAI's JSON: {"type": "function", "function": {"name", "description", "parameters"}}, or only
+the inner part. Sources: LLaMA-Factory's "default" format; the chat_template of Qwen2.5 and Qwen3.
+Run: python -c "from text.tools import *; print(qwen_tools('Be brief.', [{'name': 'f'}]))"
+"""
+
+import json
+
+
+def generic_tools(system: str, tools: list[dict]) -> str:
+    """LLaMA-Factory's "default" tool format."""
+    lines, names = "", []
+    for tool in tools:
+        tool = tool.get("function", tool)
+        parameters = tool.get("parameters", {})
+        described = ""
+        for name, parameter in parameters.get("properties", {}).items():
+            required = ", required" if name in parameters.get("required", []) else ""
+            enum = (
+                f", should be one of [{', '.join(map(str, parameter['enum']))}]"
+                if parameter.get("enum")
+                else ""
+            )
+            items = (
+                f", where each item should be {parameter['items'].get('type', '')}"
+                if parameter.get("items")
+                else ""
+            )
+            kind, text = parameter.get("type", ""), parameter.get("description", "")
+            described += f"  - {name} ({kind}{required}): {text}{enum}{items}\n"
+        lines += f"> Tool Name: {tool['name']}\nTool Description: {tool.get('description', '')}\n"
+        lines += f"Tool Args:\n{described}\n"
+        names.append(tool["name"])
+    return (
+        f"{system}You have access to the following tools:\n{lines}Use the following format if using a tool:\n"
+        f"```\nAction: tool name (one of [{', '.join(names)}])\n"
+        "Action Input: the input to the tool, in a JSON format representing the kwargs "
+        '(e.g. ```{"input": "hello world", "num_beams": 5}```)\n```\n'
+    )
+
+
+def qwen_tools(system: str, tools: list[dict]) -> str:
+    """The system text that Qwen2.5's and Qwen3's chat_template writes."""
+    lines = "".join("\n" + json.dumps(tool, ensure_ascii=False) for tool in tools)
+    text = (
+        "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+        f"You are provided with function signatures within <tools></tools> XML tags:\n<tools>{lines}\n</tools>"
+        "\n\nFor each function call, return a json object with function name and arguments within "
+        "<tool_call></tool_call> XML tags:\n<tool_call>\n"
+        '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
+    )
+    return f"{system}\n\n{text}" if system else text
+
+
+TOOL_TEXTS = {"generic": generic_tools, "qwen": qwen_tools}

@@ -1,0 +1,202 @@
+"""How much memory a training step needs, and so how much of it has to be computed twice (gradient_checkpointing).
+
+Counted per token and block, in numbers of the compute dtype, with the letters of model.py: the residual stream twice,
+two norms, q, k, v, the heads' output, gate, up and their product:
+
+    everything  4E + 2HD + 2KD + 3F        selective  2E + 2HD + 2KD + 2F        full  E        offload  0
+
+With MHA (HD = KD = E) that is 131.6 KB per token and block of a 7B model in bf16, 93.2 KB without what is cheap to make
+again. Under fp16 the residual stream counts twice, being fp32. To it come gradients, optimizer state, one block's
+backward pass, the loss, and the dense weight that quantised layers are used through. The numbers are estimates on the
+safe side (tests compare them with what torch keeps on a CPU); a wrong one costs time or memory, never a bit.
+"""
+
+import os
+import sys
+from dataclasses import dataclass, replace
+
+import torch
+
+from kernels.recompute import CudaTransfers, Offload, Plan
+from lora import lora_layers, quantised_linears
+from model import Decoder
+
+# bytes of optimizer state per byte of parameter; 8-bit state is counted beside fp32 parameters
+STATE_PER_BYTE = {
+    "sgd": 0.0,
+    "adafactor": 0.1,
+    "adamw_8bit": 0.55,
+    "adamw_bnb_8bit": 0.55,
+    "paged_adamw_8bit": 0.55,
+    "lion_8bit": 0.28,
+    "lion_32bit": 1.0,
+    "paged_lion_8bit": 0.28,
+    "paged_lion_32bit": 1.0,
+}
+LOGIT_BYTES = 2 * 256 * 2**20  # two buffers of the chunked loss at its largest
+RESERVE_BYTES = 2**29  # workspaces of cuBLAS and NCCL, and what the allocator rounds up
+SLACK = 1.05  # of everything that is estimated
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that training adds to those of the weights. `blocks`: how many of the last have a backward pass."""
+
+    blocks: int
+    gradients: float
+    optimizer: float  # its state
+    head: float  # rows, logits and what a trained head takes, while the loss is computed
+    block: float  # the gradients within one block, while it goes backward, and the weight it dequantises
+    everything: float  # per block and policy
+    selective: float
+    full: float
+
+    @property
+    def fixed(self) -> float:
+        return self.gradients + self.optimizer + self.head + self.block
+
+    def activations(self, full: int, selective: int, offload: bool = False) -> float:
+        """Bytes kept at the fuller of two moments: the end of the forward pass, or when the last block runs again."""
+        inputs = min(full, 2) * self.full if offload else full * self.full
+        forward = inputs + selective * self.selective + (self.blocks - full - selective) * self.everything
+        again = inputs + self.everything if full else 0.0
+        return max(forward, again)
+
+    def of(self, full: int, selective: int, offload: bool = False) -> float:
+        """What these numbers of blocks take, with a margin."""
+        return SLACK * (self.fixed + self.activations(full, selective, offload)) + RESERVE_BYTES
+
+    def without_selective(self) -> "Need":
+        """For compiled blocks, which drop what is cheap by themselves or not at all."""
+        return replace(self, selective=self.everything)
+
+
+def need(model: Decoder, tokens: int, optimizer: str = "adamw_torch", ranks: int = 1) -> Need:
+    """What a micro-batch of `tokens` takes at most. optimizer: its name among the options."""
+    config = model.config
+    compute = model.compute_dtype or model.embed_tokens.weight.dtype
+    size = compute.itemsize
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = sum(parameter.numel() * parameter.element_size() for parameter in trained)
+    optimizer_state = gradients * STATE_PER_BYTE.get(optimizer, 2.0)  # Adam's two moments
+
+    hidden, middle = config.hidden_size, config.intermediate_size
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    cheap = 2 * hidden + middle
+    stream = 4 if compute is torch.float16 else size  # bytes of a number of the residual stream (model.py)
+    numbers = 2 * hidden + 2 * queries + 2 * keys + 3 * middle + config.qk_norm * (queries + keys)
+    block = tokens * (numbers * size + 2 * hidden * stream + 4 * config.num_heads)
+    block += _of_adapters(model, tokens, size) / config.num_layers
+    copies = _cast_weights(model, compute) / config.num_layers
+
+    head_rows = 4 * tokens * hidden * size  # the last norm, its rows, their gradient, the gradient of all
+    logits = min(LOGIT_BYTES, tokens * config.vocab_size * (4 + size))
+    head = model.head_weight()
+    trained_head = head.numel() * 4 if head.requires_grad else 0  # summed in fp32 beside the gradient itself
+    narrow_head = head.numel() * size if head.dtype != compute else 0
+    values = (
+        8 * tokens * hidden if model.v_head is not None else 0
+    )  # the rows in fp32 for it, and their gradient
+    first = first_trained(model)
+    return Need(
+        blocks=config.num_layers - first,
+        gradients=gradients * (2 if ranks > 1 else 1),
+        optimizer=optimizer_state,
+        head=head_rows + logits + trained_head + narrow_head + values,
+        block=block + _shared_weight(model, size),
+        everything=block + copies,
+        selective=block + copies - tokens * cheap * size,
+        full=tokens * hidden * stream,
+    )
+
+
+def first_trained(model: Decoder) -> int:
+    """Number of the first block with a backward pass. Blocks below it have no backward pass, so they keep nothing."""
+    if model.embed_tokens.weight.requires_grad:
+        return 0
+    trains = [any(p.requires_grad for p in block.parameters()) for block in model.layers]
+    return trains.index(True) if any(trains) else len(trains)
+
+
+def _of_adapters(model: Decoder, tokens: int, size: int) -> float:
+    """The narrow products x A^T, inputs that dropout made different with their masks, DoRA's outputs before scaling."""
+    total = 0
+    for layer in lora_layers(model).values():
+        total += tokens * layer.rank * size
+        if layer.dropout_probability > 0:
+            total += tokens * layer.in_features * (size + 1)
+        if layer.magnitude is not None:
+            total += tokens * layer.out_features * size
+    return total
+
+
+def _shared_weight(model: Decoder, size: int) -> float:
+    """The dense weight that a quantised layer is used through; all share the largest. DoRA's norms take another."""
+    layers = quantised_linears(model).values()
+    largest = max((layer.in_features * layer.out_features * size for layer in layers), default=0)
+    return largest * (1 + any(layer.magnitude is not None for layer in lora_layers(model).values()))
+
+
+def _cast_weights(model: Decoder, compute: torch.dtype) -> float:
+    """A weight of another dtype than the compute dtype is cast where it is used; the copy stays until the backward."""
+    total = 0
+    for name, parameter in model.layers.named_parameters():
+        if parameter.dtype != compute and parameter.dim() == 2 and not name.endswith(("lora_a", "lora_b")):
+            total += parameter.numel() * compute.itemsize
+    return total
+
+
+def choose(need: Need, free: float) -> tuple[int, int]:
+    """(full, selective): how many blocks run again and how many drop what is cheap, so that it fits into `free` bytes.
+
+    Dropping what is cheap comes first: counted by operations and traffic (not measured), a byte costs a seventh of the
+    time that it costs by running a block again. All blocks run again if nothing fits.
+    """
+    blocks = need.blocks
+    most = blocks if need.selective < need.everything else 0
+    ladder = [(0, selective) for selective in range(most + 1)]
+    ladder += [(full, min(most, blocks - full)) for full in range(1, blocks + 1)]
+    return next((step for step in ladder if need.of(*step) <= free), (blocks, 0))
+
+
+def plan(policy: str, need: Need, layers: int, device: torch.device, free: float) -> tuple[Plan, str]:
+    """What the blocks do under this policy (one of recompute.POLICIES), and a line that says so."""
+    blocks = need.blocks
+    fixed = {"none": (0, 0), "selective": (0, blocks), "full": (blocks, 0), "offload": (blocks, 0)}
+    full, selective = choose(need, free) if policy == "auto" else fixed[policy]
+    away = policy == "offload" or (policy == "auto" and need.of(full, selective) > free)
+    away = away and device.type == "cuda"  # elsewhere the inputs are in the host's memory already
+    what = [f"{full} of {layers} blocks"]
+    if selective:
+        what.append(f"norms and activations of {selective}")
+    if away:
+        what.append("block inputs wait in host memory")
+    gib = 2**30
+    line = f"gradient checkpointing: {', '.join(what)} ({policy}: "
+    line += f"needs {need.of(full, selective, away) / gib:.1f} of {free / gib:.1f} GiB free"
+    if full or selective:
+        line += f", {need.of(0, 0) / gib:.1f} without"
+    line += ")"
+    if policy == "auto" and need.of(full, selective, away) > free:
+        line += "; that may be too much: lower per_device_train_batch_size or cutoff_len"
+    below = layers - blocks  # those keep nothing anyway
+    if full:
+        chosen = Plan(full=below + full, selective=selective)
+    else:
+        chosen = Plan(selective=below + selective if selective else 0)
+    if away:
+        chosen.offload = Offload(CudaTransfers(device))
+    return chosen, line
+
+
+def free_bytes(device: torch.device) -> float:
+    """What this process may still take: on a GPU the driver's free memory and what torch has cached, on a CPU the
+    memory that Linux calls available, elsewhere all there is."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    if not sys.platform.startswith("linux"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with open("/proc/meminfo", encoding="ascii") as file:
+        numbers = dict(line.split(":") for line in file)
+    return int(numbers["MemAvailable"].split()[0]) * 1024

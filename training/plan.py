@@ -1,0 +1,306 @@
+"""What a training run will take, before any weight is read: peak memory by part, and the most tokens/s there can be.
+
+    python train.py configs/qlora.yaml plan=true
+
+The model stands without its numbers (device "meta"), with adapters and quantised layers of the right sizes, so every
+count is made on the modules that a run would train. Memory is that of the fullest moment: loading, the loss, or the
+backward pass of one block. The bound on speed counts products alone, at a rate that is measured on the spot:
+
+    forward 2N, gradient of the activations 2N, of trained weights 2N; attention 2 H D S and 5 H D S per layer
+
+FLOPs per token, with N weights of the linears, S the mean segment length as attention sees it (sum len^2 / sum len);
+only trained tokens reach the head, blocks below the lowest trained one have no gradient, recomputed blocks run twice.
+Quantised weights are written and read once more in each pass, at the speed of memory.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import kernels
+import quant
+from architectures.config import ModelConfig, from_hf_name
+from checkpoints.safetensors_files import opened, weight_files
+from generation.generate import FIRST_ROOM
+from kernels import recompute
+from lora import lora_layers, replace_module
+from model import Decoder
+from quant import Format, QuantLinear
+from training import memory
+
+GIB = 2**30
+SAMPLE_ROWS = 64  # of a weight, quantised to see how many bits a number takes; every format goes by rows
+RATE_SECONDS = 0.5  # how long products and copies are timed
+
+
+class Unread(QuantLinear):
+    """The place of a quantised linear whose numbers are not read: its size, and nothing else."""
+
+    def __init__(self, format: Format, shape: tuple[int, int], size_bytes: float, dtype: torch.dtype):
+        super().__init__(*shape, None, dtype)
+        self.format = format
+        self.register_buffer("codes", torch.empty(round(size_bytes), dtype=torch.uint8, device="meta"))
+
+    def fill(self, out: Tensor) -> None:
+        """Nothing is written: there are no numbers."""
+
+
+def skeleton(folder: Path, config: ModelConfig, dtype: torch.dtype, quantization: Format | None) -> Decoder:
+    """The decoder that checkpoint.load_model would give for this folder, on the meta device."""
+    model = Decoder(config, dtype=dtype, device="meta")
+    settings = config.hf.get("quantization_config")
+    if settings:
+        sizes = _sizes_in_files(folder, config)
+        quantization = quant.from_config(settings)
+    elif quantization is None:
+        return model
+    shares: dict[int, float] = {}  # bytes per number, by the length of a row
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, nn.Linear):
+            continue
+        shape = (module.out_features, module.in_features)
+        if settings:
+            if f"{name}.{quantization.marker}" not in sizes:
+                continue
+            size = sum(each for key, each in sizes.items() if key.startswith(f"{name}."))
+            size -= sizes.get(f"{name}.bias", 0)
+        elif name.startswith("layers."):
+            if shape[1] not in shares:
+                shares[shape[1]] = _bytes_per_number(quantization, shape[1])
+            size = shape[0] * shape[1] * shares[shape[1]]
+        else:
+            continue
+        packed = Unread(quantization, shape, size, dtype)
+        packed.bias = module.bias
+        replace_module(model, name, packed)
+    return model
+
+
+def _bytes_per_number(quantization: Format, inputs: int) -> float:
+    weight = torch.randn(SAMPLE_ROWS, inputs, generator=torch.Generator().manual_seed(0))
+    return quantization.quantise(weight, None, torch.float32).bits_per_weight / 8
+
+
+def _sizes_in_files(folder: Path, config: ModelConfig) -> dict[str, int]:
+    """Bytes of every tensor by our name, from the headers of the files."""
+    sizes = {}
+    for path in weight_files(Path(folder)):
+        with opened(path) as file:
+            for hf_name in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
+                piece, name = file.get_slice(hf_name), from_hf_name(config, hf_name)
+                if name is not None:
+                    bits = int(
+                        "".join(filter(str.isdigit, piece.get_dtype().partition("_")[0])) or 8
+                    )  # F16, I32, BOOL
+                    sizes[name] = int(np.prod(piece.get_shape(), dtype=np.int64)) * bits // 8
+    return sizes
+
+
+# Memory
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes by part at the fullest moment of a run."""
+
+    parts: dict[str, float]
+
+    @property
+    def bytes(self) -> float:
+        return sum(self.parts.values())
+
+
+def predict_peak(
+    model: Decoder, chosen: recompute.Plan, need: memory.Need, file_bytes: float, device: torch.device,
+    beside: dict[str, float] | None = None, *, cache: float = 0.0,
+) -> Peak:  # fmt: skip
+    """model: the skeleton, prepared as for training; chosen, need: what memory.plan and memory.need say of it;
+    file_bytes: of the largest file of weights; beside: bytes of other models that are held (reference, reward);
+    cache: cache_bytes of a stage that writes texts, which it does between its updates."""
+    parts = {} if device.type == "cuda" else {"process": float(resident_bytes())}
+    packed = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    parts["weights"] = _bytes_of(frozen) + sum(module.storage_bytes for module in packed)
+    parts["adapters" if lora_layers(model) else "trained weights"] = _bytes_of(trained)
+    loading = dict(parts)
+    if device.type != "cuda":  # the pages of the mapped file that have been read count until it is closed
+        loading["file being read"] = file_bytes
+    parts |= beside or {}
+    writing = parts | {"optimizer": need.optimizer, "cache of the texts": cache}
+    parts["gradients"], parts["optimizer"] = need.gradients, need.optimizer
+    below = model.config.num_layers - need.blocks  # blocks without a backward pass keep nothing
+    counts = max(0, chosen.full - below), min(chosen.selective, need.blocks)
+    parts["activations"] = need.activations(*counts, offload=chosen.offload is not None)
+    compute = model.compute_dtype or model.embed_tokens.weight.dtype
+    largest = max((module.in_features * module.out_features for module in packed), default=0)
+    parts["buffers"] = float(largest * compute.itemsize)
+    block = need.block - parts["buffers"]  # there it is counted too
+    parts["head" if need.head > block else "one block's backward"] = max(need.head, block)
+    return max(Peak(parts), Peak(loading), Peak(writing), key=lambda moment: moment.bytes)
+
+
+def cache_bytes(config: ModelConfig, texts: int, prompt: int, new: int, size: int) -> float:
+    """Keys and values of so many texts that are written together, of at most prompt + new tokens, with numbers of
+    `size` bytes; where the cache has to grow, the old and the new one."""
+    capacity = held = prompt + min(new, FIRST_ROOM)
+    while capacity < prompt + new - 1:  # the last token is never fed
+        held = capacity + capacity + capacity // 2
+        capacity += capacity // 2
+    return 2.0 * config.num_layers * config.num_kv_heads * config.head_dim * size * texts * held
+
+
+def largest_file(folder: Path) -> float:
+    """Bytes of the largest file of weights; 0 where there is none yet."""
+    return float(max((path.stat().st_size for path in folder.glob("*.safetensors")), default=0))
+
+
+def weight_bytes(model: Decoder) -> float:
+    """Of all parameters and quantised layers."""
+    return _bytes_of(model.parameters()) + sum(
+        m.storage_bytes for m in model.modules() if isinstance(m, QuantLinear)
+    )
+
+
+def _bytes_of(parameters) -> float:
+    return float(sum(p.numel() * p.element_size() for p in parameters))
+
+
+def resident_bytes() -> int:
+    """Memory of this process now."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+# Speed
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Seconds that a token takes at least, by part, and the rates of this machine that say so."""
+
+    seconds: dict[str, float]
+    flops_per_token: float
+    rate: float  # FLOP/s of a product in the compute dtype
+    bandwidth: float  # bytes/s of a copy, read and written
+
+    @property
+    def tokens_per_second(self) -> float:
+        return 1 / sum(self.seconds.values())
+
+
+def bound_speed(
+    model: Decoder,
+    chosen: recompute.Plan,
+    lengths: np.ndarray,
+    trained_share: float,
+    tokens: int,
+    device: torch.device,
+) -> Bound:
+    """lengths (segments,) of the data in tokens; trained_share: of the tokens that reach the head; tokens: of a
+    micro-batch, which is how often quantised weights are made dense."""
+    compute = model.compute_dtype or model.embed_tokens.weight.dtype
+    work = count_flops(model, chosen, mean_context(lengths), trained_share)
+    rate, bandwidth = measure_products(compute, device), measure_copies(device)
+    seconds = {kind: flops / rate for kind, flops in work.items()}
+    passes = 3 if chosen.full else 2  # forward, backward, and forward again
+    moved = sum(
+        m.storage_bytes + 2 * m.in_features * m.out_features * compute.itemsize
+        for m in model.modules()
+        if isinstance(m, QuantLinear)
+    )
+    if moved:
+        seconds["quantised weights"] = passes * moved / bandwidth / tokens
+    return Bound(seconds, sum(work.values()), rate, bandwidth)
+
+
+def mean_context(lengths: np.ndarray) -> float:
+    """Tokens of its own segment that a token meets on average, whole segments counted: sum len^2 / sum len."""
+    lengths = lengths.astype(np.float64)
+    return float((lengths**2).sum() / lengths.sum())
+
+
+def count_flops(
+    model: Decoder, chosen: recompute.Plan, context: float, trained_share: float
+) -> dict[str, float]:
+    """FLOPs per token by part; see the file's head."""
+    config, adapted = model.config, lora_layers(model)
+    first = memory.first_trained(model)
+    work = {"linears": 0.0, "attention": 0.0, "adapters": 0.0, "head": 0.0, "recomputed": 0.0}
+    head = config.vocab_size * config.hidden_size * trained_share
+    work["head"] = head * (6 if model.head_weight().requires_grad else 4)
+    per_attention = config.num_heads * config.head_dim * context
+    for number, block in enumerate(model.layers):
+        linears = sum(m.in_features * m.out_features for m in block.modules() if _is_base_linear(m))
+        own = [p for name, p in block.named_parameters() if not name.endswith(("lora_a", "lora_b"))]
+        trained = sum(p.numel() for p in own if p.requires_grad and p.dim() == 2)
+        backward = number >= first
+        work["linears"] += 2 * linears + 2 * trained + (2 * linears if backward else 0)
+        work["attention"] += per_attention * (7 if backward else 2)
+        if number < chosen.full and backward:
+            work["recomputed"] += 2 * linears + 2 * per_attention
+    work["adapters"] = 6.0 * sum(layer.lora_a.numel() + layer.lora_b.numel() for layer in adapted.values())
+    return {kind: flops for kind, flops in work.items() if flops}
+
+
+def _is_base_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | QuantLinear)
+
+
+def measure_products(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of a large product of random numbers on this device; the fastest of several."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / _fastest(lambda: kernels.linear(a, b), device)
+
+
+def measure_copies(device: torch.device) -> float:
+    """Bytes/s, read and written, of a copy that fits in no cache."""
+    source = torch.ones(2**28 if device.type == "cuda" else 2**26, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() * 4 / _fastest(lambda: target.copy_(source), device)
+
+
+def _fastest(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of the fastest call within RATE_SECONDS."""
+    times, end = [], time.perf_counter() + RATE_SECONDS
+    with torch.inference_mode():
+        call()
+        while not times or time.perf_counter() < end:
+            _wait(device)
+            start = time.perf_counter()
+            call()
+            _wait(device)
+            times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# The answer
+
+
+def report(peak: Peak, bound: Bound, free: float, tokens: int, device: torch.device) -> str:
+    """What the user reads: a line for each part."""
+    lines = [f"plan for a micro-batch of {tokens:,} tokens", "", f"{'peak memory':<26}     GiB"]
+    lines += [f"  {part:<24}{size / GIB:8.2f}" for part, size in peak.parts.items() if size > 0]
+    available = free + peak.parts.get("process", 0.0)
+    verdict = "" if peak.bytes <= available else ": TOO MUCH; lower per_device_train_batch_size or cutoff_len"
+    lines.append(f"  {'together':<24}{peak.bytes / GIB:8.2f} of {available / GIB:.2f}{verdict}")
+    if device.type == "cuda":
+        lines.append("  (what torch allocates; the CUDA context of about half a GiB comes to it)")
+    lines += ["", f"{'time per token at least':<26}      us"]
+    lines += [f"  {part:<24}{1e6 * seconds:8.2f}" for part, seconds in bound.seconds.items()]
+    rates = f"products at {bound.rate / 1e9:,.0f} GFLOP/s, copies at {bound.bandwidth / 1e9:,.0f} GB/s (measured now)"
+    speed = f"{bound.tokens_per_second:,.0f} tokens/s"
+    lines.append(f"  at most {speed}: {bound.flops_per_token / 1e9:.3f} GFLOP each, {rates}")
+    return "\n".join(lines)

@@ -1,0 +1,223 @@
+"""What a model answers to the rows of the evaluation sets, and how close that comes to their own answers.
+
+    predictor = TextPredictor(prepared.prompts, tokenizer, template, options, seed=42, rows_per_batch=8, world=world)
+    numbers, rows = predictor.run(model, "eval")        # {"eval_rouge-1": ..., "eval_bleu-4": ...}, what was written
+    numbers = write_predictions(predictor, model, output_dir, world)           # ... into generated_predictions.jsonl
+
+The texts depend on weights, rows and `seed` only: during training, afterwards and in a run of its own they are the
+same, on any number of ranks. Nothing that a training goes on with is touched: each text has a random generator of its
+own, and the model's mode is put back.
+Stage rm writes scores in place of texts.
+"""
+
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from tqdm import tqdm
+
+from evaluation.rouge_bleu import CHINESE, chinese_is_cut, mean_scores
+from evaluation.rouge_bleu import NAMES as METRICS
+from generation.generate import context_limit
+from generation.sampling import GenerateOptions
+from model import Decoder
+from parallel.world import World
+from pipeline.batch import ROW_MULTIPLE, collate
+from pipeline.store import ExampleStore
+from stages.rm import pair_scores
+from stages.rollouts import Prompt, ending_with, prompts_of, roll_out, seed_of
+from text.tokenizer import Tokenizer
+
+PREDICTIONS = "generated_predictions.jsonl"
+QUIET_SECONDS = 30.0  # between lines of progress where there is no terminal
+
+
+class Predictor(Protocol):
+    names: tuple[str, ...]  # of what `run` measures of the generated texts of each set
+
+    def run(self, model: Decoder, kind: str) -> tuple[dict[str, float], list[dict]]:
+        """(numbers, named `kind`_..., rows of generated_predictions.jsonl), the same on all ranks."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model wrote to one prompt."""
+
+    text: str
+    tokens: int  # the stop token included
+
+
+class TextPredictor:
+    """Answers to the prompts of each evaluation set, in the order of its rows."""
+
+    def __init__(
+        self,
+        sets: dict[str, ExampleStore],
+        tokenizer: Tokenizer,
+        template,
+        options: GenerateOptions,
+        *,
+        seed: int,
+        rows_per_batch: int,
+        world: World,
+    ):
+        """sets: of kind "prompt".  rows_per_batch: texts that are written together, on each rank."""
+        self.tokenizer, self.template = tokenizer, template
+        self.options = ending_with(options, template, tokenizer)
+        self.seed, self.rows_per_batch, self.world = seed, rows_per_batch, world
+        self.prompts = {name: _prompts(store, tokenizer) for name, store in sets.items()}
+        labels = [
+            prompt.answer
+            for prompts in self.prompts.values()
+            for prompt in prompts
+            if prompt.answer is not None
+        ]
+        self.names = METRICS if labels else ()
+        if not chinese_is_cut() and any(CHINESE.search(label) for label in labels):
+            world.print(
+                "note: jieba is not installed, so ROUGE takes Chinese by the character, not by the word; for the usual "
+                "numbers: pip install jieba"
+            )
+
+    def run(self, model: Decoder, kind: str) -> tuple[dict[str, float], list[dict]]:
+        """Rows: prompt, label (None where the row has no answer), predict; of several sets also the set's name."""
+        self._check_lengths(model)
+        started = time.monotonic()
+        several, tokens = len(self.prompts) > 1, 0
+        measured: dict[str, dict[str, float]] = {}
+        rows: list[dict] = []
+        for name, prompts in self.prompts.items():
+            answers = self._answers(model, name, prompts)
+            tokens += sum(answer.tokens for answer in answers)
+            pairs = [(answer.text, prompt.answer) for answer, prompt in zip(answers, prompts)]
+            measured[name] = mean_scores((text, label) for text, label in pairs if label is not None)
+            named = {"dataset": name} if several else {}
+            rows += [
+                {"prompt": prompt.text, "label": prompt.answer, "predict": answer.text, **named}
+                for answer, prompt in zip(answers, prompts)
+            ]
+        seconds = max(time.monotonic() - started, 1e-9)
+        numbers = _join(measured, kind)
+        return numbers | {f"{kind}_generated_tokens_per_second": round(tokens / seconds, 1)}, rows
+
+    def _answers(self, model: Decoder, name: str, prompts: list[Prompt]) -> list[Answer]:
+        """One for each prompt."""
+
+        def write(rows: range) -> list[tuple[str, int]]:
+            asked = [prompts[row] for row in rows]
+            # 0: the same draws at every evaluation, so that only the weights make a difference
+            seeds = [seed_of(self.seed, 0, prompt) for prompt in asked]
+            completions = roll_out(
+                model, asked, seeds, self.options, stop_ids=self.tokenizer.stop_ids, tokenizer=self.tokenizer
+            )
+            return [
+                (self.template.content(completion.text), len(completion.ids)) for completion in completions
+            ]
+
+        answers = _of_all_ranks(write, len(prompts), self.rows_per_batch, f"answering {name}", self.world)
+        return [Answer(text, tokens) for text, tokens in answers]
+
+    def _check_lengths(self, model: Decoder) -> None:
+        """Before the first text: a rank that stopped alone would leave the others waiting."""
+        limit = context_limit(model.config)
+        for name, prompts in self.prompts.items():
+            longest = max(prompts, key=lambda prompt: len(prompt.ids))
+            if len(longest.ids) >= limit:
+                raise ValueError(
+                    f"predict_with_generate: {name} row {longest.source[1]}: the prompt has {len(longest.ids)} tokens, "
+                    f"but the model takes {limit} with the answer; set cutoff_len below that to leave such rows out"
+                )
+
+
+class ScorePredictor:
+    """Stage rm: the scores of both answers of each pair."""
+
+    names = ()
+
+    def __init__(self, sets: dict[str, ExampleStore], *, rows_per_batch: int, world: World):
+        """sets: of kind "pair".  rows_per_batch: pairs that are scored together, on each rank."""
+        self.sets, self.rows_per_batch, self.world = sets, rows_per_batch, world
+
+    def run(self, model: Decoder, kind: str) -> tuple[dict[str, float], list[dict]]:
+        """Rows: number of the row, score of the chosen and of the rejected answer."""
+        was_training, device = model.training, model.embed_tokens.weight.device
+        model.eval()
+        measured: dict[str, dict[str, float]] = {}
+        rows: list[dict] = []
+        for name, store in self.sets.items():
+
+            def score(numbers: range, store: ExampleStore = store) -> list[tuple[float, float]]:
+                batch = collate([store.example(i) for i in numbers]).rounded(ROW_MULTIPLE[device.type])
+                return list(zip(*pair_scores(model, batch.to(device))))
+
+            scores = _of_all_ranks(score, len(store), self.rows_per_batch, f"scoring {name}", self.world)
+            wins = sum(chosen > rejected for chosen, rejected in scores)
+            margins = sum(chosen - rejected for chosen, rejected in scores)
+            measured[name] = {"accuracy": wins / len(scores), "rewards/margins": margins / len(scores)}
+            named = {"dataset": name} if len(self.sets) > 1 else {}
+            rows += [
+                {"row": int(row), "chosen": chosen, "rejected": rejected, **named}
+                for row, (chosen, rejected) in zip(store.sources[:, 1], scores)
+            ]
+        model.train(was_training)
+        return _join(measured, kind), rows
+
+
+def _of_all_ranks(
+    make: Callable[[range], list], count: int, rows_per_batch: int, what: str, world: World
+) -> list[list]:
+    """make(rows) of all batches of `count` rows, in the order of the rows: each rank makes every size-th batch."""
+    starts = range(0, count, rows_per_batch)[world.rank :: world.size]
+    mine = [range(start, min(start + rows_per_batch, count)) for start in starts]
+    made: list[tuple[int, list]] = []
+    terminal = sys.stderr.isatty()
+    bar = tqdm(
+        total=sum(map(len, mine)), desc=what, unit=" rows", disable=not world.is_main, leave=False, delay=2.0,
+        mininterval=0.1 if terminal else QUIET_SECONDS, dynamic_ncols=terminal,
+    )  # fmt: skip
+    with bar:
+        for rows in mine:
+            made.append((rows.start, make(rows)))
+            bar.update(len(rows))
+    return [value for _, values in sorted(itertools.chain(*world.gather(made))) for value in values]
+
+
+def _prompts(store: ExampleStore, tokenizer: Tokenizer) -> list[Prompt]:
+    return [prompts_of(collate([store.example(i)]), tokenizer)[0] for i in range(len(store))]
+
+
+def _join(measured: dict[str, dict[str, float]], kind: str) -> dict[str, float]:
+    """<kind>_<metric> is the mean over the sets that have it; of several sets there is <kind>_<set>_<metric> too."""
+    numbers: dict[str, float] = {}
+    if len(measured) > 1:
+        each_set = ((f"{kind}_{name}_", each) for name, each in measured.items())
+        numbers |= {prefix + metric: value for prefix, each in each_set for metric, value in each.items()}
+    for metric in dict.fromkeys(itertools.chain(*measured.values())):
+        values = [each[metric] for each in measured.values() if metric in each]
+        if values:
+            numbers[f"{kind}_{metric}"] = round(sum(values) / len(values), 4)
+    return numbers
+
+
+def write_predictions(predictor: Predictor, model: Decoder, folder: Path, world: World) -> dict[str, float]:
+    """Write generated_predictions.jsonl; gives what was measured, the time and the speed. All ranks call it."""
+    started = time.monotonic()
+    numbers, rows = predictor.run(model, "predict")
+    seconds = max(time.monotonic() - started, 1e-9)
+    if world.is_main:
+        temporary = folder / f".{PREDICTIONS}.tmp"  # complete, or the old one is still there
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        temporary.write_text("".join(lines), encoding="utf-8")
+        os.replace(temporary, folder / PREDICTIONS)
+    world.barrier()
+    speed = {
+        "predict_runtime": round(seconds, 4),
+        "predict_samples_per_second": round(len(rows) / seconds, 3),
+    }
+    return numbers | speed

@@ -1,0 +1,634 @@
+"""A training run and its folder: options, checkpoint-<step> that is complete or absent, resuming, the result, signals.
+
+A checkpoint is written under a temporary name, flushed to the disk, then renamed, so a kill -9 or a full disk at any
+moment leaves the earlier ones untouched. It holds the weights in Hugging Face or PEFT layout, trainer_state.json,
+`training_state.pt` (optimizer, scaler, counters) and one `rank_state_<rank>.pt` per rank; both are read with
+weights_only=True. A run may continue only with the settings that decided its weights so far (`fingerprint`).
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from safetensors import SafetensorError
+
+from parallel.world import World
+
+STATE_FILE, TRAINER_STATE = "training_state.pt", "trainer_state.json"
+RUN_CONFIG = "run_config.yaml"  # the resolved configuration; chat.py and export.py read it
+RESULTS = "train_results.json"  # written last: a run that has it is finished
+SAVE_REQUEST = "SAVE"  # `touch output_dir/SAVE` asks a running training for a checkpoint
+# what an overwriting run removes beside the checkpoints; weights stay until the new ones replace them
+LOGS = (
+    "trainer_log.jsonl", TRAINER_STATE, RESULTS, "eval_results.json", "predict_results.json", "all_results.json",
+    "training_loss.png", "generated_samples.jsonl", "generated_predictions.jsonl",
+)  # fmt: skip
+WEIGHTS = (
+    "adapter_config.json", "adapter_model.safetensors", "model*.safetensors", "model.safetensors.index.json",
+    "value_head.safetensors",
+)  # fmt: skip
+PIECES, PIECE_BYTES = 256, 2**16  # 16 MiB of each file: some ms, where all of a large model takes minutes
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NAME = re.compile(r"checkpoint-(\d+)")
+_TEMPORARY = ".tmp-"
+_GRACE_SECONDS = 1.0  # a terminal and a launcher may both pass on one Ctrl-C; a later one means it
+
+# Keys that a resumed run may change: they decide how long, where and how talkatively it trains, not what it computes.
+FREE = frozenset(
+    """output_dir overwrite_output_dir resume_from_checkpoint do_train do_eval do_predict num_train_epochs
+    max_steps predict_with_generate gradient_checkpointing device ddp_timeout logging_steps logging_first_step
+    report_to run_name plot_loss save_strategy save_steps save_total_limit save_only_model evaluation_strategy
+    eval_steps eval_dataset per_device_eval_batch_size load_best_model_at_end early_stopping_steps
+    overwrite_cache preprocessing_num_workers dataset_dir tokenized_path cache_dir hf_hub_token ms_hub_token
+    infer_dtype flash_attn ppo_save_draws ppo_replay reward_api_timeout""".split()  # noqa: SIM905
+)
+
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # of inductor
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    stage: Annotated[
+        Literal["pt", "sft", "rm", "dpo", "orpo", "kto", "ppo", "grpo"],
+        "pretraining on text, supervised fine-tuning on dialogues, reward model, preferences (dpo, orpo: pairs; kto: "
+        "single answers), reinforcement learning (ppo, grpo)",
+    ] = "sft"
+    do_train: Annotated[bool | None, "train; default: yes, unless do_eval or do_predict is set"] = None
+    do_eval: Annotated[bool, "evaluate once more at the end"] = False
+    do_predict: Annotated[
+        bool,
+        "at the end write generated_predictions.jsonl for the evaluation sets: texts, or in stage rm scores",
+    ] = False
+    predict_with_generate: Annotated[
+        bool, "evaluating and predicting write texts and measure ROUGE, BLEU-4 and exact match"
+    ] = False
+    output_dir: Annotated[str | None, "folder of the run: checkpoints, logs, the result"] = None
+    overwrite_output_dir: Annotated[
+        bool, "start anew even if output_dir holds checkpoints to resume from"
+    ] = False
+    resume_from_checkpoint: Annotated[
+        str | None, "a checkpoint folder, true (the newest) or false (start anew)"
+    ] = None
+    per_device_train_batch_size: Annotated[int, "examples (or packed rows) per device and micro-batch"] = 8
+    per_device_eval_batch_size: Annotated[int, "the same for evaluation"] = 8
+    gradient_accumulation_steps: Annotated[int, "micro-batches per update"] = 1
+    num_train_epochs: Annotated[float, "passes over the data"] = 3.0
+    max_steps: Annotated[int, "updates; above 0 it beats num_train_epochs"] = -1
+    bf16: Annotated[bool, "bf16 compute, fp32 trainable weights"] = False
+    fp16: Annotated[bool, "fp16 compute with loss scaling, fp32 trainable weights"] = False
+    pure_bf16: Annotated[bool, "everything in bf16, trainable weights too"] = False
+    upcast_layernorm: Annotated[bool | None, "weights of norms in fp32; default: on a quantised base"] = None
+    gradient_checkpointing: Annotated[
+        bool | Literal["auto", "none", "selective", "full", "offload"],
+        "what the backward pass computes again: nothing, norms and activations, whole blocks (true), those with their "
+        "inputs in host memory; auto = as little as memory allows",
+    ] = "auto"
+    torch_compile: Annotated[
+        bool, "compile each block with torch.compile; the kernels fuse most of it already"
+    ] = False
+    torch_compile_backend: Annotated[
+        str | None, "backend of torch.compile, inductor by default; turns it on"
+    ] = None
+    torch_compile_mode: Annotated[
+        str | None, "mode of inductor: default, max-autotune, ...; turns it on too"
+    ] = None
+    neftune_noise_alpha: Annotated[float | None, "noise on the embeddings while training; 5 is typical"] = (
+        None
+    )
+    plan: Annotated[
+        bool, "print the predicted peak memory and the bound on tokens/s, read no weights, and end"
+    ] = False
+    train_from_scratch: Annotated[
+        bool, "random weights; the model folder gives config.json and tokenizer"
+    ] = False
+    seed: Annotated[int, "seed of adapters, dropout and, without data_seed, of the data order"] = 42
+    device: Annotated[Literal["auto", "cpu", "cuda"], "where to train; auto = a GPU if there is one"] = "auto"
+    ddp_timeout: Annotated[int, "seconds that ranks wait for one another"] = 1800
+    logging_steps: Annotated[int, "updates between log lines"] = 500
+    logging_first_step: Annotated[bool, "log the first update too"] = False
+    report_to: Annotated[tuple[str, ...], "none, tensorboard, wandb, mlflow"] = ("none",)
+    run_name: Annotated[str | None, "name of the run in report_to services; default: output_dir"] = None
+    plot_loss: Annotated[bool, "write training_loss.png"] = False
+    save_strategy: Annotated[Literal["steps", "epoch", "no"], "when to save; with steps at the end too"] = (
+        "steps"
+    )
+    save_steps: Annotated[int, "updates between checkpoints"] = 500
+    save_total_limit: Annotated[int | None, "keep at most this many checkpoints (and the best one)"] = None
+    save_only_model: Annotated[bool, "checkpoints without optimizer state; they cannot be resumed"] = False
+    evaluation_strategy: Annotated[Literal["no", "steps", "epoch"], "when to evaluate during training"] = "no"
+    eval_steps: Annotated[int | None, "updates between evaluations; default: logging_steps"] = None
+    load_best_model_at_end: Annotated[bool, "finish with the checkpoint that evaluated best"] = False
+    metric_for_best_model: Annotated[
+        str | None, "what decides which is best, such as eval_<set>_loss; default: eval_loss, or eval_reward"
+    ] = None
+    greater_is_better: Annotated[bool | None, "default: no for losses and perplexities, else yes"] = None
+    early_stopping_steps: Annotated[int | None, "stop after this many evaluations without a gain"] = None
+
+    def __post_init__(self):
+        if not self.output_dir:
+            raise ValueError(
+                "output_dir: missing; name a folder for the run, for example output_dir=saves/first"
+            )
+        for key in (
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+        ):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}: {getattr(self, key)} must be at least 1")
+        for key in ("logging_steps", "save_steps", "eval_steps", "early_stopping_steps", "save_total_limit"):
+            if getattr(self, key) is not None and getattr(self, key) < 1:
+                raise ValueError(f"{key}: {getattr(self, key)} must be at least 1")
+        if self.do_train is False and not (self.do_eval or self.do_predict):
+            raise ValueError(
+                "do_train: false, and neither do_eval nor do_predict is set, so there is nothing to do"
+            )
+        if self.compiles:
+            self._check_compilation()
+        if self.compiles and self.recomputation == "selective":
+            raise ValueError(
+                "gradient_checkpointing: selective is of no use with torch_compile, which chooses by itself what it "
+                "keeps; set it to none or full"
+            )
+        if self.max_steps <= 0 and not self.num_train_epochs > 0:
+            raise ValueError(f"num_train_epochs: {self.num_train_epochs} must be above 0 (or set max_steps)")
+
+    @property
+    def trains(self) -> bool:
+        return not (self.do_eval or self.do_predict) if self.do_train is None else self.do_train
+
+    @property
+    def only_predicts(self) -> bool:
+        return self.do_predict and not (self.trains or self.do_eval)
+
+    def _check_compilation(self) -> None:
+        backends = torch.compiler.list_backends(exclude_tags=())
+        backend, mode = self.torch_compile_backend or "inductor", self.torch_compile_mode
+        if backend not in backends:
+            usual = ", ".join(torch.compiler.list_backends())
+            raise ValueError(f"torch_compile_backend: {backend} is unknown to torch; it has {usual}")
+        if mode is not None and backend != "inductor":
+            raise ValueError(
+                f"torch_compile_mode: {mode} is for inductor, not for {backend}; drop one of the two"
+            )
+        if mode not in (None, *COMPILE_MODES):
+            raise ValueError(f"torch_compile_mode: {mode} is not one of {', '.join(COMPILE_MODES)}")
+
+    @property
+    def compiles(self) -> bool:
+        """As in the Hugging Face trainer: a backend or a mode alone turns torch.compile on."""
+        return (
+            self.torch_compile
+            or self.torch_compile_backend is not None
+            or self.torch_compile_mode is not None
+        )
+
+    @property
+    def recomputation(self) -> str:
+        """One of recompute.POLICIES."""
+        if isinstance(self.gradient_checkpointing, bool):
+            return "full" if self.gradient_checkpointing else "none"
+        return self.gradient_checkpointing
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        if self.bf16 or self.pure_bf16:
+            return torch.bfloat16
+        return torch.float16 if self.fp16 else torch.float32
+
+    @property
+    def services(self) -> tuple[str, ...]:
+        return tuple(name for name in self.report_to if name not in ("none", ""))
+
+    @property
+    def metric(self) -> str:
+        name = self.metric_for_best_model or ("reward" if self.stage in ("ppo", "grpo") else "loss")
+        return name if name.startswith("eval_") else f"eval_{name}"
+
+    def better(self, value: float, best: float | None) -> bool:
+        greater = self.greater_is_better
+        if greater is None:
+            greater = not self.metric.endswith(("loss", "perplexity"))
+        return best is None or (value > best if greater else value < best)
+
+
+class StopRun(Exception):
+    """The run cannot go on; the message is for the user."""
+
+
+@dataclass
+class Progress:
+    """Counters that have to survive a kill beside weights, optimizer and random numbers. Equal on all ranks."""
+
+    step: int = 0  # updates done
+    logged_tokens: int = 0  # trained through by all ranks up to the last log line, prompt tokens included
+    logged_examples: int = 0
+    logged_loss: float = 0.0  # sum over updates up to the last log line
+    seconds: float = 0.0  # of training, in all processes that worked on this run
+    best_metric: float | None = None
+    best_checkpoint: str | None = None
+    stale_evaluations: int = 0  # evaluations since the last gain
+
+
+def trainer_state(output_dir: Path, progress: Progress, total_steps: int, epoch: float, tokens: int) -> dict:
+    """The Hugging Face trainer's trainer_state.json, but for log_history."""
+    best = None if progress.best_checkpoint is None else str(output_dir / progress.best_checkpoint)
+    return {
+        "global_step": progress.step,
+        "max_steps": total_steps,
+        "epoch": round(epoch, 4),
+        "num_input_tokens_seen": tokens,
+        "best_metric": progress.best_metric,
+        "best_model_checkpoint": best,
+    }
+
+
+# Which folder, and which checkpoint in it
+
+
+@contextmanager
+def reserve(output_dir: Path, world: World) -> Iterator[None]:
+    """Make the folder and keep other trainings out of it while the block runs. Raises ValueError.
+
+    The lock (flock on the folder itself, held by rank 0) leaves no file and ends with the process, however it ends.
+    """
+    handle, problem = -1, ""
+    if world.is_main:
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            handle = os.open(output_dir, os.O_RDONLY)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            problem = "another training is writing into it; choose another folder or wait for its end"
+        except OSError as error:
+            if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
+                problem = f"cannot be made or written ({error.strerror})"
+            else:
+                world.print(
+                    f"note: the file system of {output_dir} knows no locks; run one training in it at a time"
+                )
+        if not problem and not os.access(output_dir, os.W_OK):
+            problem = "cannot be written (permission denied)"
+    try:
+        if world.any(bool(problem)):
+            raise ValueError(f"output_dir: {output_dir}: {problem or 'rank 0 cannot use it'}")
+        yield
+    finally:
+        if handle >= 0:
+            os.close(handle)
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Complete checkpoints, oldest step first."""
+    if not output_dir.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in output_dir.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found) if (path / STATE_FILE).is_file()]
+
+
+def find_resume(output_dir: Path, resume_from_checkpoint: str | None, overwrite: bool) -> Path | None:
+    """The checkpoint to continue from, or None to start anew. Raises ValueError when the folder holds something else.
+
+    resume_from_checkpoint: None = the newest in output_dir unless `overwrite`; "true" the same but there has to be one;
+    "false" = start anew; else a path.
+    """
+    choice = (resume_from_checkpoint or "").lower()
+    checkpoints = list_checkpoints(output_dir)
+    if choice in ("true", "yes", "1"):
+        if not checkpoints:
+            raise ValueError(f"resume_from_checkpoint: no complete checkpoint-<step> in {output_dir}")
+        return checkpoints[-1]
+    anew = choice in ("false", "no", "0")
+    if choice and not anew:
+        path = Path(resume_from_checkpoint)
+        if not (path / STATE_FILE).is_file():
+            raise ValueError(
+                f"resume_from_checkpoint: {path} is no complete checkpoint (it has no {STATE_FILE})"
+            )
+        return path
+    if overwrite:
+        return None
+    if anew and checkpoints:
+        # they would be rotated, or resumed from, as if they were this run's
+        raise ValueError(
+            f"resume_from_checkpoint: false, but {output_dir} holds {checkpoints[-1].name} of an earlier run; choose "
+            "another output_dir, or set overwrite_output_dir=true to remove the old checkpoints"
+        )
+    if checkpoints:
+        return checkpoints[-1]
+    if (output_dir / RESULTS).exists():
+        raise ValueError(
+            f"output_dir: {output_dir} holds a finished run and no checkpoint to continue; "
+            "choose another folder or set overwrite_output_dir=true"
+        )
+    return None
+
+
+def refuse_to_destroy(
+    output_dir: Path, overwrite: bool, sources: Mapping[str, Sequence[Path]], trained_on: Path | None
+) -> None:
+    """ValueError when the run would replace or remove what it is made from. sources: key -> folders; trained_on: the
+    one of adapter_name_or_path that the result may replace."""
+    home = output_dir.resolve()
+    doomed = [checkpoint.resolve() for checkpoint in list_checkpoints(output_dir)] if overwrite else []
+    for key, source in ((key, folder) for key, folders in sources.items() for folder in folders):
+        path = source.resolve()
+        if path == home and (key, source) != ("adapter_name_or_path", trained_on):
+            raise ValueError(
+                f"output_dir: {output_dir} is also {key}, which the result would replace; choose another"
+            )
+        if any(path.is_relative_to(checkpoint) for checkpoint in doomed):
+            raise ValueError(
+                f"overwrite_output_dir: would remove {source}, which {key} names; choose another output_dir"
+            )
+
+
+def prepare_folder(output_dir: Path, resume: Path | None, overwrite: bool) -> list[str]:
+    """Remove what killed processes left, and what would be mistaken for this run's. Gives notices."""
+    for path in output_dir.glob(f"{_TEMPORARY}*"):
+        _remove(path) if path.is_dir() else path.unlink()
+    notices = []
+    (output_dir / SAVE_REQUEST).unlink(missing_ok=True)
+    if resume is None and overwrite:
+        checkpoints = list_checkpoints(output_dir)
+        for path in checkpoints:
+            _remove(path)
+        for name in (*LOGS, "runs/events.out.tfevents.*"):
+            for path in output_dir.glob(name):
+                path.unlink()
+        if checkpoints:
+            notices.append(f"overwrite_output_dir: removed {len(checkpoints)} checkpoints of the earlier run")
+    if resume is not None:
+        step = int(match[1]) if (match := _NAME.fullmatch(resume.name)) else -1
+        for path in list_checkpoints(output_dir):
+            if int(path.name.rpartition("-")[2]) > step >= 0:
+                aside = path.with_name(f"old-{path.name}")
+                if aside.exists():
+                    _remove(aside)
+                path.rename(aside)
+                notices.append(f"{path.name} is newer than {resume.name}, so it was renamed {aside.name}")
+    return notices
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder; renamed first, so that a kill half-way never leaves one that looks complete."""
+    doomed = path if path.name.startswith(_TEMPORARY) else path.with_name(f"{_TEMPORARY}old-{path.name}")
+    if doomed != path:
+        shutil.rmtree(doomed, ignore_errors=True)
+        path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+# Writing
+
+
+def write_checkpoint(
+    output_dir: Path, step: int, world: World, write: Callable[[Path], None], state: dict
+) -> Path:
+    """Make checkpoint-<step>: `write(folder)` on rank 0 puts weights and STATE_FILE there, every rank its own state.
+
+    Raises StopRun (with what was free) after removing the half-written folder; earlier checkpoints are untouched.
+    """
+    final, temporary = output_dir / f"checkpoint-{step}", output_dir / f"{_TEMPORARY}checkpoint-{step}"
+
+    def write_all(folder: Path) -> None:
+        torch.save(state, folder / f"rank_state_{world.rank}.pt")
+        _flush(folder / f"rank_state_{world.rank}.pt")
+        if world.is_main:
+            write(folder)
+            _flush_tree(folder)
+
+    _write_or_stop(temporary, final, world, write_all)
+    if world.is_main:
+        if final.exists():
+            _remove(final)
+        temporary.rename(final)
+        _flush(output_dir)
+    world.barrier()
+    return final
+
+
+def write_result(output_dir: Path, world: World, write: Callable[[Path], None]) -> None:
+    """Put the files of `write(folder)` into output_dir; weights of an earlier run there go. Raises StopRun."""
+    temporary = output_dir / f"{_TEMPORARY}result"
+
+    def write_all(folder: Path) -> None:
+        if world.is_main:
+            write(folder)
+            _flush_tree(folder)
+
+    _write_or_stop(temporary, output_dir, world, write_all)
+    if world.is_main:
+        fresh = {path.name for path in temporary.iterdir()}
+        for pattern in WEIGHTS:
+            for path in output_dir.glob(pattern):
+                if path.name not in fresh:
+                    path.unlink()
+        for path in temporary.iterdir():
+            os.replace(path, output_dir / path.name)
+        temporary.rmdir()
+        _flush(output_dir)
+    world.barrier()
+
+
+def _write_or_stop(temporary: Path, final: Path, world: World, write: Callable[[Path], None]) -> None:
+    failure: Exception | None = None
+    if world.is_main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            temporary.mkdir(parents=True)
+        except OSError as error:
+            failure = error
+    world.barrier()
+    try:
+        if failure is None:
+            write(temporary)
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # torch.save reports a full disk as RuntimeError
+        failure = error
+    if not world.any(failure is not None):
+        return
+    if not world.is_main:
+        raise StopRun(f"{final} could not be written ({failure or 'another rank failed'})") from failure
+    reason = str(failure or "another rank failed").splitlines()[0]
+    free = shutil.disk_usage(final.parent).free / 1e9
+    shutil.rmtree(temporary, ignore_errors=True)
+    raise StopRun(
+        f"output_dir: {final} could not be written ({reason}; {free:.2f} GB are free). Nothing half-written is left "
+        "and earlier checkpoints are complete; make room and run the same command to continue"
+    ) from failure
+
+
+def rotate(output_dir: Path, limit: int | None, keep: str | None) -> None:
+    """Remove the oldest checkpoints beyond `limit`; the newest and the one named `keep` (the best) stay."""
+    if limit is None:
+        return
+    checkpoints = list_checkpoints(output_dir)
+    removable = [path for path in checkpoints[:-1] if path.name != keep]
+    for path in removable[: max(0, len(checkpoints) - limit)]:
+        _remove(path)
+
+
+def _flush_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            _flush(path)
+    _flush(folder)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# Reading
+
+
+def read_checkpoint(folder: Path, fingerprint: Mapping[str, str], world: World) -> dict:
+    """The state in a checkpoint and this rank's own. Raises ValueError unless this run may continue it."""
+    state = read_state(folder / STATE_FILE)
+    check_fingerprint(folder, state["fingerprint"], fingerprint)
+    if "optimizer" not in state:
+        raise ValueError(
+            f"{folder}: saved with save_only_model, so there is no optimizer state to continue from; set "
+            "overwrite_output_dir=true, or give it as adapter_name_or_path or model_name_or_path of another run"
+        )
+    return state | {"rank": read_state(folder / f"rank_state_{world.rank}.pt")}
+
+
+def read_state(path: Path) -> dict:
+    """Our own state file, without unpickling code. Raises ValueError when it is missing or damaged."""
+    if not path.is_file():
+        raise ValueError(f"{path}: missing; the checkpoint was written by fewer processes than run now")
+    try:
+        return read_plain(path)
+    except ValueError as error:
+        others = [other.name for other in list_checkpoints(path.parent.parent) if other != path.parent]
+        there = f" (there are {', '.join(others)})" if others else ""
+        raise ValueError(
+            f"{path}: damaged ({error}); give another checkpoint as resume_from_checkpoint{there}, "
+            "or set overwrite_output_dir=true to start anew"
+        ) from error
+
+
+def read_plain(path: Path) -> object:
+    """What torch.save wrote: tensors and plain values. Raises ValueError that says what is wrong with the file."""
+    try:
+        with zipfile.ZipFile(
+            path
+        ) as archive:  # torch's format; torch.load itself does not look at the checksums
+            broken = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, zlib.error) as error:
+        raise ValueError(str(error)) from error
+    if broken:
+        raise ValueError(broken)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # RuntimeError, errors of pickle: the file may be anybody's
+        raise ValueError("not written by torch.save, or more than tensors and plain values") from error
+
+
+def read_history(folder: Path) -> list[dict]:
+    """log_history of a checkpoint's trainer_state.json."""
+    path = folder / TRAINER_STATE
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["log_history"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{path}: missing or damaged ({error}); give another resume_from_checkpoint"
+        ) from error
+
+
+def fingerprint(values: Mapping[str, object], world: World, described: Mapping[str, str]) -> dict[str, str]:
+    """Every setting that decides the weights, as text; `described`: what the options name, but do not say."""
+    kept = {key: str(value) for key, value in values.items() if key not in FREE}
+    return kept | {"number of processes": str(world.size)} | described
+
+
+def digest(paths: Iterable[Path]) -> str:
+    """A hash of names, sizes and bytes of these files: of all bytes of a small one, of a large one pieces all over it,
+    which any training changes."""
+    hashed = hashlib.blake2b(digest_size=8)
+    for path in sorted(paths):
+        size = path.stat().st_size
+        hashed.update(f"{path.name} {size} ".encode())
+        with open(path, "rb") as file:
+            for start in range(0, size, max(PIECE_BYTES, size // PIECES)):
+                file.seek(start)
+                hashed.update(file.read(PIECE_BYTES))
+    return hashed.hexdigest()
+
+
+def check_fingerprint(folder: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """ValueError that names each setting in which a resumed run differs. Keys new to this version do not count."""
+    changed = [
+        f"{key} was {before[key]}, is {now[key]}" for key in now if key in before and before[key] != now[key]
+    ]
+    if changed:
+        raise ValueError(
+            f"{folder}: cannot be continued with other settings: {'; '.join(changed)}. Restore them, choose another "
+            "output_dir (weights to start from are given as adapter_name_or_path or model_name_or_path), or set "
+            "overwrite_output_dir=true to start anew"
+        )
+
+
+def random_state(device: torch.device) -> dict:
+    """State of the random-number generators that this rank uses."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def restore_random_state(state: dict, device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+# Signals
+
+
+@contextmanager
+def catch_signals() -> Iterator[list[int]]:
+    """SIGTERM and SIGINT are noted in the list, for a checkpoint after the current step; a repeated one kills."""
+    received: list[int] = []
+    first_at = 0.0
+
+    def note(number, frame) -> None:
+        nonlocal first_at
+        if not received:
+            first_at = time.monotonic()
+            name = signal.Signals(number).name
+            os.write(2, f"\n{name}: saving after this step; once more to stop at once\n".encode())
+        elif time.monotonic() - first_at > _GRACE_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
