@@ -5,8 +5,8 @@
     python chat.py model_name_or_path=BASE adapter_name_or_path=A,B template=chatml prompt="Who are you?"
     python chat.py model_name_or_path=saves/rm prompt="2 + 2?" score="4"      # what a reward model thinks of an answer
 
-`clear` forgets the conversation, `exit` leaves, Ctrl-C stops an answer. The keys and values that the model computed for
-the conversation so far are kept, so a turn costs only its own tokens.
+`clear` forgets the conversation, `exit` leaves, Ctrl-C stops an answer. The keys and values that the model
+computed for the conversation so far are kept, so a turn costs only its own tokens.
 """
 
 import contextlib
@@ -177,8 +177,8 @@ def answer(conversation: "Conversation", text: str) -> bool:
 class Conversation:
     """Messages so far, and the model's cache of them.
 
-    ask() adds the user's message at once and the answer when the iteration ends, however it ends; a message that got no
-    answer at all is taken back.
+    ask() adds the user's message at once and the answer when the iteration ends, however it ends; a message
+    that got no answer at all is taken back.
     """
 
     def __init__(
@@ -194,7 +194,8 @@ class Conversation:
         self.enable_thinking, self.generator = enable_thinking, generator
         ids, words = split_stop_words(tokenizer, template.stop_words(tokenizer.eos_token))
         self.stop_ids = (*tokenizer.stop_ids, *ids)
-        # words that the template knows as text, for example the next "Human:" of a template without special tokens
+        # words that the template knows as text, for example the next "Human:" of a template without special
+        # tokens
         self.options = replace(options, stop=tuple(dict.fromkeys([*options.stop, *words])))
         self.messages: list[Message] = []
         self.cache: KVCache | None = None
@@ -211,7 +212,8 @@ class Conversation:
         return score_dialogues(self.model, self.tokenizer, self.template, [dialogue]).item()
 
     def ask(self, text: str) -> Iterator[str]:
-        """The answer to one more message, piece by piece. Raises ValueError when the conversation gets too long."""
+        """The answer to one more message, piece by piece. Raises ValueError when the conversation gets too
+        long."""
         self.new_tokens = 0
         # a lone surrogate (bytes that were no UTF-8) has no tokens
         self.messages.append(Message("user", text.encode("utf-8", "replace").decode("utf-8")))

@@ -1,8 +1,10 @@
-"""Data sets -> tokenised examples, cached, mixed and split -> the loaders of batches.py; with a report of losses.
+"""Data sets -> tokenised examples, cached, mixed and split -> the loaders of batches.py; with a report of
+losses.
 
-The way of a row: sources.py reads it, formats.py makes a conversation of it, encoding.py renders, tokenises, cuts and
-marks what is trained, tokenising.py keeps the result on disk and finds it again. A row without a trained token is never
-trained silently: it is dropped and counted, and the report's totals add up to the rows read.
+The way of a row: sources.py reads it, formats.py makes a conversation of it, encoding.py renders, tokenises,
+cuts and marks what is trained, tokenising.py keeps the result on disk and finds it again. A row without a
+trained token is never trained silently: it is dropped and counted, and the report's totals add up to the rows
+read.
 
 See any training batch token by token:  python data.py preview CONFIG [--index N] [key=value ...]
 """
@@ -92,7 +94,8 @@ class DataOptions:
             )
         if self.reserved_label_len >= self.cutoff_len:
             raise ValueError(
-                f"reserved_label_len is {self.reserved_label_len}, expected less than cutoff_len ({self.cutoff_len})"
+                f"reserved_label_len is {self.reserved_label_len}, expected less than cutoff_len "
+                f"({self.cutoff_len})"
             )
         if self.val_size < 0 or (self.val_size > 1 and self.val_size != int(self.val_size)):
             raise ValueError(
@@ -105,7 +108,8 @@ class DataOptions:
         if self.interleave_probs:
             if len(self.interleave_probs) != len(self.dataset):
                 raise ValueError(
-                    f"interleave_probs has {len(self.interleave_probs)} numbers for {len(self.dataset)} data sets"
+                    f"interleave_probs has {len(self.interleave_probs)} numbers for {len(self.dataset)} data "
+                    "sets"
                 )
             if min(self.interleave_probs) <= 0 or abs(sum(self.interleave_probs) - 1) > 1e-6:
                 raise ValueError(
@@ -122,7 +126,8 @@ class DataOptions:
 
 
 class TokenizedDataSaved(Exception):
-    """tokenized_path was written: the run is over, as in LLaMA-Factory. The text is for the user; not an error."""
+    """tokenized_path was written: the run is over, as in LLaMA-Factory. The text is for the user; not an
+    error."""
 
 
 @dataclass
@@ -144,9 +149,13 @@ class Prepared:
     ) -> BatchLoader | StreamingLoader:
         """The loader that the options ask for, over the stored or the streamed training set."""
         shared = {
-            "rows_per_batch": rows_per_batch, "packing": self.packing, "cutoff_len": self.row_tokens(options),
-            "seed": seed if options.data_seed is None else options.data_seed, "rank": rank, "world": world,
-        }  # fmt: skip
+            "rows_per_batch": rows_per_batch,
+            "packing": self.packing,
+            "cutoff_len": self.row_tokens(options),
+            "seed": seed if options.data_seed is None else options.data_seed,
+            "rank": rank,
+            "world": world,
+        }
         if self.train is None:
             raise ValueError("dataset: no training set is named")
         if isinstance(self.train, RowStream):
@@ -180,23 +189,34 @@ class Prepared:
         }
 
     def row_tokens(self, options: DataOptions) -> int:
-        """Tokens of a packed row. A pair is two answers of cutoff_len each, and so is a prompt with its label."""
+        """Tokens of a packed row. A pair is two answers of cutoff_len each, and so is a prompt with its
+        label."""
         return options.cutoff_len * (1 if self.kind in ("document", "dialogue") else 2)
 
 
 def load_datasets(
-    options: DataOptions, template, tokenizer, stage: str, *, seed: int, is_main: bool = True,
-    cache_dir: str | Path | None = None, enable_thinking: bool = True, hub: HubAccess | None = None,
-    prompts: bool = False, kind: str | None = None, question: str = "",
-) -> Prepared:  # fmt: skip
+    options: DataOptions,
+    template,
+    tokenizer,
+    stage: str,
+    *,
+    seed: int,
+    is_main: bool = True,
+    cache_dir: str | Path | None = None,
+    enable_thinking: bool = True,
+    hub: HubAccess | None = None,
+    prompts: bool = False,
+    kind: str | None = None,
+    question: str = "",
+) -> Prepared:
     """Read, tokenise (or load from the cache), mix and split what `options` names.
 
     template: may be None for stage pt.  cache_dir: where tokenised data is kept; None = default_cache_dir().
-    is_main: show progress, write tokenized_path.  All ranks may call this at once.
-    kind: of the examples; None = the stage's, see formats.KINDS.
-    prompts: prepare the evaluation sets for generation too: the same rows as prompts, each with its answer as label.
-    question: what stands behind each answer of a pair as the user's next turn (rm).
-    Raises ValueError for anything wrong with the data or options, TokenizedDataSaved after writing tokenized_path.
+    is_main: show progress, write tokenized_path.  All ranks may call this at once. kind: of the examples;
+    None = the stage's, see formats.KINDS. prompts: prepare the evaluation sets for generation too: the same
+    rows as prompts, each with its answer as label. question: what stands behind each answer of a pair as the
+    user's next turn (rm). Raises ValueError for anything wrong with the data or options, TokenizedDataSaved
+    after writing tokenized_path.
     """
     refuse_unguarded_worker()
     packing = stage == "pt" if options.packing is None else options.packing
@@ -206,15 +226,28 @@ def load_datasets(
         )
     shared = ("cutoff_len", "truncation_strategy", "reserved_label_len", "train_on_prompt", "mask_history")
     encode = EncodeOptions(
-        kind=kind or KINDS[stage], enable_thinking=enable_thinking, question=question,
+        kind=kind or KINDS[stage],
+        enable_thinking=enable_thinking,
+        question=question,
         **{key: getattr(options, key) for key in shared},
-    )  # fmt: skip
+    )
     seed = seed if options.data_seed is None else options.data_seed
     cache = Path(cache_dir or default_cache_dir()) / "tokenised"
     work = Tokeniser(
-        stage, encode, template, tokenizer, seed, cache, is_main, hub or HubAccess(), options.dataset_dir,
-        options.split, options.max_samples, options.overwrite_cache, options.preprocessing_num_workers or 1,
-    )  # fmt: skip
+        stage,
+        encode,
+        template,
+        tokenizer,
+        seed,
+        cache,
+        is_main,
+        hub or HubAccess(),
+        options.dataset_dir,
+        options.split,
+        options.max_samples,
+        options.overwrite_cache,
+        options.preprocessing_num_workers or 1,
+    )
     saved = Path(options.tokenized_path) if options.tokenized_path is not None else None
     if prompts and template is None:
         raise ValueError(f"template: generating from prompts needs one, also in stage {stage}")
@@ -272,9 +305,11 @@ def _prepare_stored(
 
 
 def _require_examples(
-    train: ExampleStore | RowStream | None, evaluation: dict[str, ExampleStore], prompts: dict[str, ExampleStore],
+    train: ExampleStore | RowStream | None,
+    evaluation: dict[str, ExampleStore],
+    prompts: dict[str, ExampleStore],
     report: DataReport,
-) -> None:  # fmt: skip
+) -> None:
     """Raises ValueError for a training set without examples, and for an evaluation set that is of no use."""
     empty = [name for name, store in (prompts or evaluation).items() if len(store) == 0]
     if isinstance(train, ExampleStore) and len(train) == 0:
@@ -358,7 +393,8 @@ def _take_prompts(evaluation: dict[str, ExampleStore], wanted: bool, folder: Pat
     sets = {name.removeprefix(PROMPTS): evaluation.pop(name) for name in names}
     if wanted and evaluation and not sets:
         raise ValueError(
-            f"tokenized_path: the data in {folder} holds no prompts to generate from; make it anew with the options "
+            f"tokenized_path: the data in {folder} holds no prompts to generate from; make it anew with the "
+            "options "
             "that ask for generation (predict_with_generate)"
         )
     return sets if wanted else {}
@@ -384,7 +420,8 @@ def split_validation(store: ExampleStore, val_size: float, seed: int) -> tuple[E
     return store.select(np.flatnonzero(~held)), store.select(validation[np.sort(first)])
 
 
-# ---------------------------------------------------------------------------------------------------- tokenized_path
+# ----------------------------------------------------------------------------------------------------
+# tokenized_path
 
 
 def _load_saved(
@@ -406,7 +443,8 @@ def _load_saved(
     return sets.pop("train", None), sets, DataReport(reports)
 
 
-# ----------------------------------------------------------------------------------------------------------- preview
+# -----------------------------------------------------------------------------------------------------------
+# preview
 
 
 @dataclass(frozen=True)
@@ -439,10 +477,16 @@ def preview(
             template_options.template, tokenizer.chat_template, template_options.default_system
         )
     prepared = load_datasets(
-        options, template, tokenizer, run.stage, seed=run.seed, cache_dir=run.cache_dir,
-        enable_thinking=template_options.enable_thinking, hub=HubAccess(run.hf_hub_token, None, run.cache_dir),
+        options,
+        template,
+        tokenizer,
+        run.stage,
+        seed=run.seed,
+        cache_dir=run.cache_dir,
+        enable_thinking=template_options.enable_thinking,
+        hub=HubAccess(run.hf_hub_token, None, run.cache_dir),
         question=run.rm_question if run.stage == "rm" else "",
-    )  # fmt: skip
+    )
     yield str(prepared.report)
     loader = prepared.train_loader(options, rows_per_batch=run.per_device_train_batch_size, seed=run.seed)
     batch = next(loader.batches(run.index))
@@ -479,10 +523,13 @@ def _tokenizer_folder(run: PreviewOptions) -> Path:
     try:
         return Path(
             snapshot_download(
-                run.model_name_or_path, revision=run.model_revision, cache_dir=run.cache_dir, token=run.hf_hub_token,
+                run.model_name_or_path,
+                revision=run.model_revision,
+                cache_dir=run.cache_dir,
+                token=run.hf_hub_token,
                 allow_patterns=["tokenizer*", "special_tokens_map.json", "*.jinja", "*config.json"],
             )
-        )  # fmt: skip
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise ValueError(
             f"model_name_or_path: {run.model_name_or_path!r} is no folder and cannot be downloaded: {error}"
@@ -496,9 +543,12 @@ def main(argv: list[str]) -> int:
         return 0 if argv[:1] in (["--help"], ["-h"]) else 2
     try:
         chosen = config.load(
-            argv[1:], [PreviewOptions, DataOptions, TemplateOptions], program="data.py preview",
-            description="Show a training batch token by token.", foreign_keys=True,
-        )  # fmt: skip
+            argv[1:],
+            [PreviewOptions, DataOptions, TemplateOptions],
+            program="data.py preview",
+            description="Show a training batch token by token.",
+            foreign_keys=True,
+        )
         colour = in_colour()
         for line in preview(chosen[DataOptions], chosen[TemplateOptions], chosen[PreviewOptions], colour):
             print(line)

@@ -1,4 +1,5 @@
-"""Merge adapters into their base model and write a model folder that stands alone (or convert, quantise, re-shard it).
+"""Merge adapters into their base model and write a model folder that stands alone (or convert, quantise,
+re-shard it).
 
     python export.py model_name_or_path=BASE adapter_name_or_path=A,B export_dir=out export_size=2
     python export.py model_name_or_path=BASE quantization_bit=4 export_dir=out       # in bitsandbytes' layout
@@ -8,9 +9,9 @@
     python export.py ... export_quantization_bit=4 export_quantization_dataset=c4_demo.jsonl     # GPTQ (calibrate.py)
     python export.py ... export_hub_model_id=owner/name hf_hub_token=...
 
-Tensors go one at a time from the base's files through the merge (merging.py) into the new shards, so the model is
-never held as a whole; only one shard is. A quantised base is dequantised on the way, or put back into codes
-(requantise.py); quality.py says what that costs.
+Tensors go one at a time from the base's files through the merge (merging.py) into the new shards, so the
+model is never held as a whole; only one shard is. A quantised base is dequantised on the way, or put back
+into codes (requantise.py); quality.py says what that costs.
 """
 
 import json
@@ -90,14 +91,21 @@ class ExportOptions:
             raise ValueError(f"export_size: {self.export_size}; expected GB per shard, above 0")
         if self.export_legacy_format:
             raise ValueError(
-                "export_legacy_format: true would write pytorch_model.bin, a pickle, which can run any code when it is "
+                "export_legacy_format: true would write pytorch_model.bin, a pickle, which can run any code "
+                "when it is "
                 "read; only safetensors are written, which every current runtime reads. Set it to false"
             )
 
 
 SECTIONS = [
-    ModelOptions, TemplateOptions, ExportOptions, QuantOptions, MergeOptions, CalibrationOptions, QualityOptions,
-]  # fmt: skip
+    ModelOptions,
+    TemplateOptions,
+    ExportOptions,
+    QuantOptions,
+    MergeOptions,
+    CalibrationOptions,
+    QualityOptions,
+]
 
 
 def main(argv: list[str]) -> int:
@@ -201,7 +209,8 @@ def export(source: Source, options: ExportOptions, request: Request) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
     parts = " + ".join(str(path) for path in (source.base, *source.adapters))
     print(
-        f"{parts} -> {target} ({str(written).removeprefix('torch.')}{', head untied' if merge.unties else ''})"
+        f"{parts} -> {target} "
+        f"({str(written).removeprefix('torch.')}{', head untied' if merge.unties else ''})"
     )
     if packing is not None:
         print(packing.summary())
@@ -246,7 +255,8 @@ def export_gguf(source: Source, options: ExportOptions, request: Request) -> Non
 
 
 def read_small_files(source: Source) -> tuple[ModelConfig, Tokenizer, ChatTemplate | None]:
-    """What can be wrong without reading weights. The template is the one asked for; None = the tokenizer's own."""
+    """What can be wrong without reading weights. The template is the one asked for; None = the tokenizer's
+    own."""
     config = scaled_config(source)
     tokenizer = Tokenizer.from_folder(source.tokenizer)
     check_tokenizer(tokenizer, config, source)
@@ -307,8 +317,10 @@ def tell_trained_in_codes(source: Source, config: ModelConfig, request: Request)
         bits = read_run(folder).get("quantization_bit")
         if bits in (4, 8):
             print(
-                f"note: {folder} was trained on the base in {bits} bits and is merged into its 16-bit weights here; "
-                f"quantization_bit={bits} merges it into what it was trained on (export_merge=dequantise: in 16 bit)"
+                f"note: {folder} was trained on the base in {bits} bits and is merged into its 16-bit "
+                "weights here; "
+                f"quantization_bit={bits} merges it into what it was trained on (export_merge=dequantise: in "
+                "16 bit)"
             )
 
 
@@ -341,7 +353,8 @@ def tell_quality(
     texts: list[Tensor] | None,
     target: Path,
 ) -> None:
-    """Print the losses on the sample and the report, measured on the files that were written; both to quality.json."""
+    """Print the losses on the sample and the report, measured on the files that were written; both to
+    quality.json."""
     if texts is None:
         if packing is not None and source.adapters:
             print("note: export_sample_text=FILE would measure what this does to the loss on a text")
@@ -459,7 +472,8 @@ def push(folder: Path, repository: str, token: str | None, api=None) -> str:
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"export_hub_model_id: {repository} could not be uploaded ({type(error).__name__}: {reason}); the model is "
+            f"export_hub_model_id: {repository} could not be uploaded ({type(error).__name__}: {reason}); "
+            "the model is "
             f"complete in {folder}. Is hf_hub_token a token that may write there?"
         ) from error
     return str(url)

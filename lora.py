@@ -176,8 +176,9 @@ class LoraLinear(nn.Module):
         return F.dropout(x, self.dropout_probability, self.training)
 
     def _one_kernel_serves(self, x: Tensor) -> bool:
-        """The fused product knows a flat row, a frozen base and no dropout; a quantised base is dequantised for it,
-        which pays where its backward pass follows (without one, the base's own forward may be cheaper)."""
+        """The fused product knows a flat row, a frozen base and no dropout; a quantised base is dequantised
+        for it, which pays where its backward pass follows (without one, the base's own forward may be
+        cheaper)."""
         if x.dim() != 2 or (self.training and self.dropout_probability > 0) or _trains(self.base):
             return False
         return _is_plain(self.base) or (torch.is_grad_enabled() and hasattr(self.base, "dequantize"))
@@ -231,8 +232,9 @@ class LoraLinear(nn.Module):
         return parts[0].weight.few_rows_of(x, parts)
 
     def beside(self) -> tuple[nn.Module, Tensor | None, Tensor | None]:
-        """The base and, beside it, lora_a (R, in) and lora_b (out, R) with the scale in it, for one token at a time on
-        a CPU (model.lay_out_for_decoding). An adapter that is not just added gives itself as the base."""
+        """The base and, beside it, lora_a (R, in) and lora_b (out, R) with the scale in it, for one token at
+        a time on a CPU (model.lay_out_for_decoding). An adapter that is not just added gives itself as the
+        base."""
         if self.magnitude is not None or self.merged or self.off:
             return self, None, None
         return self.base, self.lora_a.detach(), _wide(self.lora_b.detach()) * self.scale
@@ -262,8 +264,8 @@ class LoraLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The matrix (out, in) that base and adapter are together, fp32, with gradient: for whom a product is not
-        enough, such as the reader of model.head_weight(). forward is cheaper, and exact in bf16 too."""
+        """The matrix (out, in) that base and adapter are together, fp32, with gradient: for whom a product is
+        not enough, such as the reader of model.head_weight(). forward is cheaper, and exact in bf16 too."""
         if self.merged or self.off:
             return self.base_weight()
         if self.training and self.dropout_probability > 0:
@@ -310,7 +312,8 @@ class LoraLinear(nn.Module):
 
     @torch.no_grad()
     def settle(self, dtype: torch.dtype) -> None:
-        """For an adapter that will not change any more: A and B in the dtype they are used in, DoRA's norms once."""
+        """For an adapter that will not change any more: A and B in the dtype they are used in, DoRA's norms
+        once."""
         if self.magnitude is not None:
             self._settled_ratio = _wide(self.magnitude) / self.updated_norm()
         self.lora_a.data, self.lora_b.data = self.lora_a.data.to(dtype), self.lora_b.data.to(dtype)
@@ -348,7 +351,8 @@ def prepare_trainable(
     quantised = quantised_linears(model)
     if quantised and options.finetuning_type != "lora":
         raise ValueError(
-            f"finetuning_type: {options.finetuning_type}, but the base is quantised ({next(iter(quantised))}, ...): "
+            f"finetuning_type: {options.finetuning_type}, but the base is quantised "
+            f"({next(iter(quantised))}, ...): "
             "codes have no gradient; set finetuning_type=lora, or start from a 16-bit model"
         )
     if options.finetuning_type == "lora":
@@ -380,7 +384,8 @@ def add_lora(
     for name in quantised_linears(model):
         if _inside(name, full):
             raise ValueError(
-                f"additional_target: {name} is quantised, and codes have no gradient; lora_target gives it an adapter"
+                f"additional_target: {name} is quantised, and codes have no gradient; lora_target gives it "
+                "an adapter"
             )
     names = target_names(model, options.lora_target, without=full)
     seed = int(torch.randint(2**31, (), generator=generator))
@@ -512,13 +517,16 @@ def quantised_linears(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def stacked(first: LoraLinear | None, second: LoraLinear) -> LoraLinear:
-    """One adapter that does what two on the same base do together: s1 B1 A1 + s2 B2 A2 = [s1 B1, s2 B2] [A1; A2]."""
+    """One adapter that does what two on the same base do together: s1 B1 A1 + s2 B2 A2 = [s1 B1, s2 B2] [A1;
+    A2]."""
     if first is None:
         return second
     if first.magnitude is not None or second.magnitude is not None:
         raise ValueError(
-            "DoRA's row lengths are of the whole weight, so such an adapter cannot lie beside another one on a "
-            "quantised base; merge them with export.py first, or load the base in 16 bit (quantization_bit=null)"
+            "DoRA's row lengths are of the whole weight, so such an adapter cannot lie beside another one on "
+            "a "
+            "quantised base; merge them with export.py first, or load the base in 16 bit "
+            "(quantization_bit=null)"
         )
     rank = first.rank + second.rank
     both = LoraLinear(second.base, rank, rank, dtype=second.lora_a.dtype, generator=torch.Generator())

@@ -1,11 +1,12 @@
 """The decoder: one class, driven by the switches of ModelConfig, over flat rows of tokens.
 
-Shape letters: T tokens of a packed row, N segments in it, E hidden, H query heads, K key/value heads, D head size,
-F MLP size, V vocabulary. A row holds N segments one after the other; `cu_seqlens` are their N+1 borders, `positions`
-restart at 0 in each, and attention never crosses a border. So there is no padding and no mask.
+Shape letters: T tokens of a packed row, N segments in it, E hidden, H query heads, K key/value heads, D head
+size, F MLP size, V vocabulary. A row holds N segments one after the other; `cu_seqlens` are their N+1
+borders, `positions` restart at 0 in each, and attention never crosses a border. So there is no padding and no
+mask.
 
-The heads are applied by whoever needs them (loss on some rows, logits of the last token), so (T, V) logits never exist
-unless somebody asks. Weight names are Hugging Face's for Llama without the leading "model.".
+The heads are applied by whoever needs them (loss on some rows, logits of the last token), so (T, V) logits
+never exist unless somebody asks. Weight names are Hugging Face's for Llama without the leading "model.".
 
     model = checkpoint.load_model("models/SmolLM2-135M-Instruct")
     hidden = model(tokens, positions, cu_seqlens, max_seqlen)   # (T, E)
@@ -25,7 +26,8 @@ from kernels import recompute
 
 
 class Linear(nn.Linear):
-    """nn.Linear that casts its weight to the input's dtype where it is used: fp32 masters under bf16 compute."""
+    """nn.Linear that casts its weight to the input's dtype where it is used: fp32 masters under bf16
+    compute."""
 
     def forward(self, x: Tensor) -> Tensor:
         return kernels.linear(x, self.weight, self.bias)
@@ -41,14 +43,15 @@ class RMSNorm(nn.Module):
         return recompute.cheap(kernels.rms_norm, x, self.weight, self.eps)
 
     def of_sum(self, x: Tensor, delta: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """x, delta (T, E) -> the norm of x + delta in `dtype`, and x + delta: one kernel on a GPU. delta None:
-        nothing to add."""
+        """x, delta (T, E) -> the norm of x + delta in `dtype`, and x + delta: one kernel on a GPU. delta
+        None: nothing to add."""
         normed, total = kernels.add_rms_norm(x, delta, self.weight, self.eps, dtype=dtype)
         return recompute.remember(normed, kernels.rms_norm, total, self.weight, self.eps, 0.0, dtype), total
 
 
 class KVCache:
-    """Keys and values of several sequences, for decoding. `lengths` are host ints: how much of each is filled.
+    """Keys and values of several sequences, for decoding. `lengths` are host ints: how much of each is
+    filled.
 
     kept: what others made for this memory (captured steps, token_steps.py); forgotten when the cache moves.
     """
@@ -132,7 +135,8 @@ class KVCache:
             values[i, :, place : place + stop - start] = v[start:stop].transpose(0, 1)
 
     def reserve(self, capacity: int) -> None:
-        """Make room for this many tokens per sequence; at least half as much again is added, so growing stays rare."""
+        """Make room for this many tokens per sequence; at least half as much again is added, so growing stays
+        rare."""
         if capacity <= self.capacity:
             return
         grown = max(capacity, self.capacity + self.capacity // 2)
@@ -159,9 +163,9 @@ _QKV, _GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")  # wha
 class Joined:
     """Linears with one input, as one product for decoding: (T, in) -> one (T, sum of out).
 
-    The weights become views of one table. On a CPU that is (in, sum of out): the layout in which a processor reads the
-    weights of a one-row product at full memory speed (kernels/linear.py). A GPU keeps (sum of out, in) and gains fewer,
-    larger kernels. Names, shapes and values stay, nothing is held twice.
+    The weights become views of one table. On a CPU that is (in, sum of out): the layout in which a processor
+    reads the weights of a one-row product at full memory speed (kernels/linear.py). A GPU keeps (sum of out,
+    in) and gains fewer, larger kernels. Names, shapes and values stay, nothing is held twice.
     """
 
     def __init__(self, parts: list[Linear]):
@@ -178,7 +182,8 @@ class Joined:
             self.bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
 
     def serve(self, owner: nn.Module, names: tuple[str, ...]) -> bool:
-        """Whether the owner still has the layers that were joined: an adapter may have been put around one since."""
+        """Whether the owner still has the layers that were joined: an adapter may have been put around one
+        since."""
         children = owner._modules  # a plain dict: this is asked in every layer of every step
         return all(children[name] is part for name, part in zip(names, self.parts))
 
@@ -187,8 +192,9 @@ class Joined:
 
 
 def project_together(x: Tensor, layers: list[nn.Module]) -> list[Tensor]:
-    """[layer(x) for layer in layers]. A kind of layer that gains from one input for several (an adapter: it saves and
-    reads x once) says so by a static method `together(x, layers)`, which then does it; its results are the same."""
+    """[layer(x) for layer in layers]. A kind of layer that gains from one input for several (an adapter: it
+    saves and reads x once) says so by a static method `together(x, layers)`, which then does it; its results
+    are the same."""
     for layer in layers:
         together = getattr(type(layer), "together", None)
         if together is not None:
@@ -266,16 +272,17 @@ class MLP(nn.Module):
         return self.down_proj(recompute.cheap(kernels.gated_mlp, gate, up, self.activation))
 
 
-# fp16 ends at 65,504, and trained models go there at a few tokens: first in act(gate) * up and what down_proj makes of
-# it, then in the residual stream that adds this up. So under fp16 the stream is fp32 (Decoder.forward; the norms give
-# fp16 to the products), and the row of such a token goes through down_proj smaller by a power of two, which costs no
-# digit. Rows below the limit are as they were.
+# fp16 ends at 65,504, and trained models go there at a few tokens: first in act(gate) * up and what down_proj
+# makes of it, then in the residual stream that adds this up. So under fp16 the stream is fp32
+# (Decoder.forward; the norms give fp16 to the products), and the row of such a token goes through down_proj
+# smaller by a power of two, which costs no digit. Rows below the limit are as they were.
 FP16_ROW_LIMIT = 64.0  # of |act(gate) * up|: sums of 11,008 such values times weights of 0.05 still fit
 
 
 @torch.no_grad()
 def _row_scale(gate: Tensor, up: Tensor) -> Tensor:
-    """(T, 1) fp32, powers of two up to 1: by which each row of act(gate) * up, (T, F), stays within the limit."""
+    """(T, 1) fp32, powers of two up to 1: by which each row of act(gate) * up, (T, F), stays within the
+    limit."""
     bound = (
         gate.abs().amax(-1, keepdim=True).float() * up.abs().amax(-1, keepdim=True).float()
     )  # |act(x)| <= |x|
@@ -304,7 +311,8 @@ class Block(nn.Module):
 
 
 class Row:
-    """What every layer needs to know of the row: borders, the cache if there is one, the dtype of the products."""
+    """What every layer needs to know of the row: borders, the cache if there is one, the dtype of the
+    products."""
 
     def __init__(
         self, cu_seqlens, max_seqlen: int, cache: KVCache | None, flash_attn: str, dtype: torch.dtype
@@ -320,9 +328,9 @@ class Row:
 class Decoder(nn.Module):
     """Token ids -> hidden states after the final norm.
 
-    compute_dtype: dtype of the activations; None = that of the embedding. recompute: what the blocks keep for the
-    backward pass (recompute.py). flash_attn: which attention, one of kernels.ATTENTION. embedding_noise: NEFTune's
-    alpha (arXiv 2310.05914), active in train mode only.
+    compute_dtype: dtype of the activations; None = that of the embedding. recompute: what the blocks keep for
+    the backward pass (recompute.py). flash_attn: which attention, one of kernels.ATTENTION. embedding_noise:
+    NEFTune's alpha (arXiv 2310.05914), active in train mode only.
     """
 
     def __init__(self, config: ModelConfig, dtype=torch.float32, device=None):
@@ -411,8 +419,9 @@ class Decoder(nn.Module):
 def inverse_frequencies(rope: Rope, size: int, device=None) -> Tensor:
     """(D/2,) fp32 radians per position, for every kind but dynamic.
 
-    linear: divided by the factor (arXiv 2306.15595). yarn: arXiv 2309.00071, eq. 17-19 with the ramp over dimensions.
-    llama3: kept above, divided below, blended between two wavelengths (Llama 3.1 model card code).
+    linear: divided by the factor (arXiv 2306.15595). yarn: arXiv 2309.00071, eq. 17-19 with the ramp over
+    dimensions. llama3: kept above, divided below, blended between two wavelengths (Llama 3.1 model card
+    code).
     """
     exponent = torch.arange(0, size, 2, dtype=torch.int64, device=device).float() / size
     frequency = 1.0 / (rope.theta**exponent)
@@ -448,7 +457,8 @@ def inverse_frequencies(rope: Rope, size: int, device=None) -> Tensor:
 
 
 def dynamic_inverse_frequencies(rope: Rope, size: int, lengths: Tensor) -> Tensor:
-    """NTK-aware base by text length: theta * (f s / L0 - (f - 1))^(D / (D - 2)) for s > L0; (N,) -> (N, D/2)."""
+    """NTK-aware base by text length: theta * (f s / L0 - (f - 1))^(D / (D - 2)) for s > L0; (N,) -> (N,
+    D/2)."""
     length = lengths.float().clamp(min=rope.original_positions)
     growth = rope.factor * length / rope.original_positions - (rope.factor - 1)
     theta = rope.theta * growth ** (size / (size - 2))  # (N,)
@@ -457,7 +467,8 @@ def dynamic_inverse_frequencies(rope: Rope, size: int, lengths: Tensor) -> Tenso
 
 
 def _neftune_noise(x: Tensor, cu_seqlens: Tensor, alpha: float) -> Tensor:
-    """Uniform(-1, 1) * alpha / sqrt(L * E) with L the token's own segment length.  arXiv 2310.05914, algorithm 1."""
+    """Uniform(-1, 1) * alpha / sqrt(L * E) with L the token's own segment length.  arXiv 2310.05914,
+    algorithm 1."""
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
     length = lengths.repeat_interleave(lengths, output_size=x.shape[0])[:, None]
     bound = alpha / torch.sqrt(length * float(x.shape[1]))
@@ -467,12 +478,12 @@ def _neftune_noise(x: Tensor, cu_seqlens: Tensor, alpha: float) -> Tensor:
 def lay_out_for_decoding(model: Decoder) -> None:
     """Order the weights in memory so that one token at a time is fast; values, names and shapes stay.
 
-    For models that will only generate: training and saving work too, but are not faster. Layers that are not plain
-    linears (adapters, quantised) keep their layout; on a CPU quantised ones get, beside their codes, a table of bytes
-    or where their format has none a dense one, for one token at a time (one_row.py). A tied head is turned too: the
-    embedding then gathers a token's numbers from E places, which costs 0.02 ms where the head saves 0.5 (fp32) to 1.7
-    ms (bf16) of a 135M model.
-    On a GPU layers with one input are joined, and that is all.
+    For models that will only generate: training and saving work too, but are not faster. Layers that are not
+    plain linears (adapters, quantised) keep their layout; on a CPU quantised ones get, beside their codes, a
+    table of bytes or where their format has none a dense one, for one token at a time (one_row.py). A tied
+    head is turned too: the embedding then gathers a token's numbers from E places, which costs 0.02 ms where
+    the head saves 0.5 (fp32) to 1.7 ms (bf16) of a 135M model. On a GPU layers with one input are joined, and
+    that is all.
     """
     for block in model.layers:
         attention, mlp = block.self_attn, block.mlp
@@ -514,7 +525,8 @@ def _linears(block: Block) -> list[tuple[nn.Module, str, nn.Module]]:
 
 
 def _served(linear: nn.Module) -> bool:
-    """Whether one_row.py can take this layer's place: a plain linear, or a quantised one with or without an adapter."""
+    """Whether one_row.py can take this layer's place: a plain linear, or a quantised one with or without an
+    adapter."""
     if type(linear) is Linear:
         return True
     return _is_quantised(linear.beside()[0] if hasattr(linear, "beside") else linear)
@@ -539,7 +551,8 @@ def _straight(block: Block, dtype: torch.dtype) -> Layer:
 
 
 def _product(linears: list[nn.Module], joined, dtype: torch.dtype) -> Product | ByteProduct:
-    """Linears with one input as one product. joined: what holds their weights side by side if all are plain."""
+    """Linears with one input as one product. joined: what holds their weights side by side if all are
+    plain."""
     if _all_plain(*linears):
         return _dense_product(joined.weight.detach().T, joined.bias)
     beside = [linear.beside() if hasattr(linear, "beside") else (linear, None, None) for linear in linears]
@@ -581,7 +594,8 @@ def _all_plain(*linears: nn.Module) -> bool:
 
 @torch.no_grad()
 def initialize_weights(model: Decoder, generator: torch.Generator | None = None) -> None:
-    """Fresh weights: N(0, initializer_range) for matrices, ones for norms, zeros for biases, as transformers does."""
+    """Fresh weights: N(0, initializer_range) for matrices, ones for norms, zeros for biases, as transformers
+    does."""
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             parameter.zero_()

@@ -1,14 +1,16 @@
 """Chat templates: a list of messages -> text spans that say which text the model has to produce.
 
 A `ChatTemplate` is data: a slot of text per role, with {{content}}, {{bos}} and {{eos}} to fill in. A
-`JinjaTemplate` is the checkpoint's own chat_template; its answers are found by rendering prefixes of the dialogue.
-Both keep one promise: the text before a trained answer is exactly the text that generation is given.
+`JinjaTemplate` is the checkpoint's own chat_template; its answers are found by rendering prefixes of the
+dialogue. Both keep one promise: the text before a trained answer is exactly the text that generation is
+given.
 
-The built-in templates give the same tokens as the chat_template that the model's vendor publishes, where there
-is one; where LLaMA-Factory's template of the same name differs, a note at the entry says so. The end-of-turn
-token is trained; a newline after it is not.
+The built-in templates give the same tokens as the chat_template that the model's vendor publishes, where
+there is one; where LLaMA-Factory's template of the same name differs, a note at the entry says so. The
+end-of-turn token is trained; a newline after it is not.
 
-Run: python -c "from templates import *; print(TEMPLATES['chatml'].render([Message('user', 'Hi')], '', '</s>'))"
+Run: python -c "from templates import *; print(TEMPLATES['chatml'].render([Message('user', 'Hi')], '',
+'</s>'))"
 """
 
 import difflib
@@ -31,7 +33,8 @@ class TemplateOptions:
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template as data. In a slot {{content}} is the message, {{bos}} and {{eos}} are the tokenizer's tokens."""
+    """A template as data. In a slot {{content}} is the message, {{bos}} and {{eos}} are the tokenizer's
+    tokens."""
 
     name: str
     prefix: str = ""
@@ -79,7 +82,8 @@ class ChatTemplate:
             if self.system_in_first_user:
                 if len(messages) == first or messages[first].role != "user":
                     raise ValueError(
-                        f"template {self.name!r} writes the system text into the first user turn, so a system message "
+                        f"template {self.name!r} writes the system text into the first user turn, so a "
+                        "system message "
                         "needs a user message after it"
                     )
                 before_user = text
@@ -134,8 +138,10 @@ class ChatTemplate:
                 )
         if eos is None and "{{eos}}" in self.answer:
             raise ValueError(
-                f"template {self.name!r} ends an answer with the tokenizer's eos token, but the tokenizer has none;"
-                " name eos_token in tokenizer_config.json, or choose a template with its own end token like chatml"
+                f"template {self.name!r} ends an answer with the tokenizer's eos token, but the tokenizer "
+                "has none;"
+                " name eos_token in tokenizer_config.json, or choose a template with its own end token like "
+                "chatml"
             )
 
     def stop_words(self, eos: str | None) -> tuple[str, ...]:
@@ -143,7 +149,8 @@ class ChatTemplate:
         return tuple(dict.fromkeys([*self.stop, *([eos] if eos else [])]))
 
     def content(self, text: str) -> str:
-        """A generated text as the content of an assistant message: without the space that some templates begin with."""
+        """A generated text as the content of an assistant message: without the space that some templates
+        begin with."""
         return text.removeprefix(self.answer.partition("{{content}}")[0])
 
     def describe(self) -> str:
@@ -236,7 +243,8 @@ _TEMPLATES = (
         ),
         stop=("### Instruction:",),
     ),
-    # FastChat's vicuna_v1.1. LLaMA-Factory leaves out bos and the spaces after the system text and before the answer.
+    # FastChat's vicuna_v1.1. LLaMA-Factory leaves out bos and the spaces after the system text and before the
+    # answer.
     ChatTemplate(
         name="vicuna",
         prefix="{{bos}}",
@@ -251,7 +259,8 @@ _TEMPLATES = (
     ),
     _CHATML,
     _QWEN,
-    # Qwen3 with its thinking switch. Answers before the last user turn are context: their thoughts are removed.
+    # Qwen3 with its thinking switch. Answers before the last user turn are context: their thoughts are
+    # removed.
     replace(_QWEN, name="qwen3", default_system=None, thinking=True),
     # Qwen3 without any thinking block (Qwen3-*-Instruct-2507): every answer is trained.
     replace(_QWEN, name="qwen3_nothink", default_system=None),
@@ -270,7 +279,8 @@ _TEMPLATES = (
         trim=True,
     ),
     _LLAMA3,
-    # Llama-3.1/3.3-Instruct: always a system turn, with the date that the published chat_template falls back to.
+    # Llama-3.1/3.3-Instruct: always a system turn, with the date that the published chat_template falls back
+    # to.
     replace(
         _LLAMA3,
         name="llama31",
@@ -282,8 +292,8 @@ _TEMPLATES = (
         default_system="",
         stop=("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"),
     ),
-    # Mistral-7B-Instruct v0.1 and v0.2, Mixtral, as published since September 2024. The first published form had
-    # no space before [INST] and none before the answer, and refused system texts.
+    # Mistral-7B-Instruct v0.1 and v0.2, Mixtral, as published since September 2024. The first published form
+    # had no space before [INST] and none before the answer, and refused system texts.
     ChatTemplate(
         name="mistral",
         prefix="{{bos}}",
@@ -380,14 +390,17 @@ def _to_jinja(template: ChatTemplate) -> str:
 def _jinja_tools(template: ChatTemplate) -> list[str]:
     if template.tools != "qwen":
         return [
-            "{%- if tools %}{{- raise_exception('this template has no form for tool definitions') }}{%- endif %}"
+            "{%- if tools %}{{- raise_exception('this template has no form for tool definitions') }}{%- "
+            "endif %}"
         ]
     before, after = qwen_tools("", ["here"]).split('\n"here"')
     return [
         "{%- if tools %}",
-        f"{{%- set system_message = (system_message + '\\n\\n' if system_message else '') + {_literal(before)} %}}",
+        "{%- set system_message = (system_message + '\\n\\n' if system_message else '') + "
+        f"{_literal(before)} %}}",
         "{%- set defined = namespace(text='') %}",
-        "{%- for tool in tools %}{%- set defined.text = defined.text + '\\n' + (tool | tojson) %}{%- endfor %}",
+        "{%- for tool in tools %}{%- set defined.text = defined.text + '\\n' + (tool | tojson) %}{%- endfor "
+        "%}",
         f"{{%- set system_message = system_message + defined.text + {_literal(after)} %}}",
         "{%- endif %}",
     ]
@@ -445,8 +458,8 @@ class EncodedDialogue:
 
 
 def encode_dialogue(tokenizer, spans: list[Span]) -> EncodedDialogue:
-    """Tokens of rendered spans. Neighbouring spans with the same `answer` are joined first, so that the tokens
-    are those of the whole text; a token belongs to the span in which it begins."""
+    """Tokens of rendered spans. Neighbouring spans with the same `answer` are joined first, so that the
+    tokens are those of the whole text; a token belongs to the span in which it begins."""
     parts, flags, starts = [], [], []
     position = 0
     for span in spans:
@@ -474,9 +487,11 @@ def encode_dialogue(tokenizer, spans: list[Span]) -> EncodedDialogue:
 
 
 def question_tokens(tokenizer, template, question: str, enable_thinking: bool = True) -> list[int]:
-    """What stands between the last token of an answer and the first of a reply to `question`, the user's next turn.
+    """What stands between the last token of an answer and the first of a reply to `question`, the user's next
+    turn.
 
-    [] for an empty question. Raises ValueError for a template that has no such place, or whose answers go on in it.
+    [] for an empty question. Raises ValueError for a template that has no such place, or whose answers go on
+    in it.
     """
     if not question:
         return []
@@ -498,14 +513,16 @@ def question_tokens(tokenizer, template, question: str, enable_thinking: bool = 
     tokens = [token for token, answer in zip(encoded.ids, encoded.answer) if not answer]
     if not behind.startswith(end) or not tokens or tokens[0] in tokenizer.stop_ids:
         raise ValueError(
-            "rm_question: this template has no place for a question between the end of an answer and the user's next "
+            "rm_question: this template has no place for a question between the end of an answer and the "
+            "user's next "
             "turn; drop rm_question, or choose another template"
         )
     return tokens
 
 
 def compare(tokenizer, left, right, messages: list[Message], **options) -> str | None:
-    """The first token at which two templates differ for a dialogue, in words; None when they give the same tokens.
+    """The first token at which two templates differ for a dialogue, in words; None when they give the same
+    tokens.
 
     left, right: ChatTemplate or JinjaTemplate; options as for render, such as generation_prompt=True.
     """

@@ -5,11 +5,12 @@
     python train.py configs/qlora.yaml plan=true        # what it would take, before any weight is read
     python train.py --help
 
-Reading order: main -> run (what is built, in order) -> train (the loop) -> update (one optimizer step). The loop sums
-the losses of an accumulation group, divides once by their weight (tokens, pairs, ...: objectives.Stage) over all
-micro-batches and ranks, and looks at results on the host only when it logs, evaluates or saves.
-Exit status: 0 done, 1 the run cannot go on (loss not finite, disk full), 2 a mistake in options, files or data,
-128 + n stopped by signal n with a checkpoint. `touch OUTPUT_DIR/SAVE` asks for a checkpoint.
+Reading order: main -> run (what is built, in order) -> train (the loop) -> update (one optimizer step). The
+loop sums the losses of an accumulation group, divides once by their weight (tokens, pairs, ...:
+objectives.Stage) over all micro-batches and ranks, and looks at results on the host only when it logs,
+evaluates or saves. Exit status: 0 done, 1 the run cannot go on (loss not finite, disk full), 2 a mistake in
+options, files or data, 128 + n stopped by signal n with a checkpoint. `touch OUTPUT_DIR/SAVE` asks for a
+checkpoint.
 """
 
 import itertools
@@ -213,11 +214,13 @@ def begin_folder(config: configuration.Config, resume: Path | None, world: World
 
 
 def train(this: Run, history: list[dict]) -> int:
-    """Update until total_steps; log, evaluate, save when due. Gives the exit status (128 + n after signal n)."""
+    """Update until total_steps; log, evaluate, save when due. Gives the exit status (128 + n after signal
+    n)."""
     options, world, progress = this.options, this.world, this.progress
     if is_finished(this):
         world.print(
-            f"note: {this.output_dir} is already trained to step {progress.step}; raise num_train_epochs or max_steps "
+            f"note: {this.output_dir} is already trained to step {progress.step}; raise num_train_epochs or "
+            "max_steps "
             "to go on, or set overwrite_output_dir=true to start anew"
         )
         return 0
@@ -229,7 +232,8 @@ def train(this: Run, history: list[dict]) -> int:
             progress.step += 1
             this.window.add(loss, group)
             this.monitor.advance(progress.step)
-            # under fp16 an infinite gradient only means that the scaler skipped this update and halves its scale
+            # under fp16 an infinite gradient only means that the scaler skipped this update and halves its
+            # scale
             this.health.watch(progress.step, [loss] if options.fp16 else [loss, norm], group)
             stop, on_demand = world.most(max(received, default=0), wants_checkpoint(this))
             due = what_is_due(this)
@@ -267,10 +271,11 @@ def is_finished(this: Run) -> bool:
 
 @contextmanager
 def groups(this: Run) -> Iterator[Iterator[list[Batch]]]:
-    """Accumulation groups from the current step to the last; on a GPU data is prepared ahead while the model trains.
+    """Accumulation groups from the current step to the last; on a GPU data is prepared ahead while the model
+    trains.
 
-    What is drawn at once ends with its epoch: so batch 8, 8 x 1 accumulated and 2 ranks x 1 x 4 train on the same
-    groups of rows.
+    What is drawn at once ends with its epoch: so batch 8, 8 x 1 accumulated and 2 ranks x 1 x 4 train on the
+    same groups of rows.
     """
     rhythm, loader, first = this.rhythm, this.loader, this.progress.step
     draw, within = divmod(first, rhythm.updates)
@@ -305,7 +310,8 @@ def groups(this: Run) -> Iterator[Iterator[list[Batch]]]:
 
 
 def save_after_failure(this: Run) -> str:
-    """A checkpoint of what was trained before the reward failed, if it can be had; where it is, for the message."""
+    """A checkpoint of what was trained before the reward failed, if it can be had; where it is, for the
+    message."""
     if this.world.size > 1 or this.options.save_strategy == "no" or not this.progress.step:
         return ""  # other ranks may have their rewards, and know nothing of it
     return f"; the same command continues from {save_checkpoint(this)}"
@@ -353,7 +359,8 @@ def trained_parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def evaluate(this: Run) -> dict[str, float]:
-    """What the stage measures on every evaluation set over all ranks, and the speed. The model's mode stays."""
+    """What the stage measures on every evaluation set over all ranks, and the speed. The model's mode
+    stays."""
     was_training, started, device = this.model.training, time.monotonic(), this.world.device
     this.model.eval()
     measured: dict[str, dict[str, float]] = {}
@@ -364,7 +371,8 @@ def evaluate(this: Run) -> dict[str, float]:
         bad = next((kind for kind, value in measured[name].items() if not math.isfinite(value)), None)
         if bad is not None:
             raise StopRun(
-                f"the evaluation's {bad} on {name} is {measured[name][bad]}; lower learning_rate, or use bf16 instead "
+                f"the evaluation's {bad} on {name} is {measured[name][bad]}; lower learning_rate, or use "
+                "bf16 instead "
                 "of fp16"
             )
     results: dict[str, float] = {}
@@ -397,7 +405,8 @@ class Due:
 
 
 def what_is_due(this: Run) -> Due:
-    """After this step; the last one is logged, and saved with save_strategy=steps, as the Hugging Face trainer does."""
+    """After this step; the last one is logged, and saved with save_strategy=steps, as the Hugging Face
+    trainer does."""
     options, step = this.options, this.progress.step
     last = step == this.total_steps
     ends_epoch = step % (steps_per_epoch(this.rhythm, this.loader) or this.total_steps) == 0
@@ -512,7 +521,8 @@ def finish(this: Run) -> None:
 
 
 def save_model_state(this: Run, folder: Path, tokens: int) -> None:
-    """What other programs read: weights, tokenizer, configuration, the Hugging Face trainer's trainer_state.json."""
+    """What other programs read: weights, tokenizer, configuration, the Hugging Face trainer's
+    trainer_state.json."""
     this.save_weights(folder)
     epoch = this.epoch(this.progress.step)
     state = run_folder.trainer_state(this.output_dir, this.progress, this.total_steps, epoch, tokens)

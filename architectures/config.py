@@ -1,8 +1,8 @@
 """From a Hugging Face config.json to the switches of one decoder, and weight names both ways. Knows no torch.
 
-A family is one entry of FAMILIES: where each switch stands in its config.json, or its constant. The decoder (model.py)
-reads switches only; a family's name never decides anything there. To add a family: add an entry, and a switch if the
-family needs one that does not exist yet.
+A family is one entry of FAMILIES: where each switch stands in its config.json, or its constant. The decoder
+(model.py) reads switches only; a family's name never decides anything there. To add a family: add an entry,
+and a switch if the family needs one that does not exist yet.
 """
 
 import difflib
@@ -59,7 +59,8 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class Family:
-    """How one architecture's config.json maps to switches: a key's name, a constant, or a function of the file."""
+    """How one architecture's config.json maps to switches: a key's name, a constant, or a function of the
+    file."""
 
     model_type: str
     qkv_bias: str | bool = False
@@ -134,7 +135,8 @@ _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
-    """Switches of the model that this config.json describes. Raises ValueError naming the key that does not fit."""
+    """Switches of the model that this config.json describes. Raises ValueError naming the key that does not
+    fit."""
     family = _find_family(hf)
     hf = {**family.defaults, **hf}
     missing = [key for key in _SIZES if not isinstance(hf.get(key), int)]
@@ -188,8 +190,9 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
 def scale_rope(config: ModelConfig, kind: str, cutoff_len: int | None) -> ModelConfig:
     """The same model with RoPE scaling asked for by the user (option `rope_scaling`).
 
-    As LLaMA-Factory: for training (cutoff_len given, tokens) the factor is ceil(cutoff_len / trained length), nothing
-    happens while the text fits; without cutoff_len (inference) it is 2. The new maximum is written back to `hf`.
+    As LLaMA-Factory: for training (cutoff_len given, tokens) the factor is ceil(cutoff_len / trained length),
+    nothing happens while the text fits; without cutoff_len (inference) it is 2. The new maximum is written
+    back to `hf`.
     """
     if kind not in ROPE_KINDS:
         raise ValueError(f"rope_scaling: {kind!r} is not one of {', '.join(ROPE_KINDS)}")
@@ -258,7 +261,8 @@ def _rope_from_hf(hf: Mapping[str, Any]) -> Rope:
 
 
 def _yarn_attention(factor: float, mscale: float | None, mscale_all_dim: float | None) -> float:
-    """Peng et al., arXiv 2309.00071, eq. 22: 0.1 ln(factor) + 1; a ratio of two where a file gives both weights."""
+    """Peng et al., arXiv 2309.00071, eq. 22: 0.1 ln(factor) + 1; a ratio of two where a file gives both
+    weights."""
 
     def scale(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
@@ -266,7 +270,8 @@ def _yarn_attention(factor: float, mscale: float | None, mscale_all_dim: float |
     return scale(mscale) / scale(mscale_all_dim) if mscale and mscale_all_dim else scale(1.0)
 
 
-# Weight names. Inside, a name is Hugging Face's Llama name without the leading "model."; the head keeps its own.
+# Weight names. Inside, a name is Hugging Face's Llama name without the leading "model."; the head keeps its
+# own.
 
 
 def to_hf_name(config: ModelConfig, name: str) -> str:

@@ -5,14 +5,14 @@
     python bench/decode.py cases=d1 repeats=9 systems=anvil,static
     python bench/decode.py device=cpu           # smoke test at a tiny size: its numbers mean nothing
 
-Cases: d1 = Llama-2-7B's shape, one sequence, prompt 128, 256 new tokens; d2 = the same in NF4 with double quantisation;
-d3-32 and d3-128 = Llama-3-8B's shape, that many sequences, prompt 128, 128 new. Weights are random, bf16. Systems:
-anvil; eager = transformers generate with its defaults (sdpa; d2: with bitsandbytes' layers around the same codes);
-static = the same with a static cache, which it compiles (reduce-overhead; not in d2); 16bit = for d2, anvil with the
-same numbers in bf16. The time is that of the
-whole call, prompt included; compilation and capture fall into the calls before the timed ones. Systems take turns,
-A-B-C-A-B-C. The bound: every weight and every filled slot of the cache is read once per step at the rate at which this
-run reads, and products run at the rate at which this run multiplies.
+Cases: d1 = Llama-2-7B's shape, one sequence, prompt 128, 256 new tokens; d2 = the same in NF4 with double
+quantisation; d3-32 and d3-128 = Llama-3-8B's shape, that many sequences, prompt 128, 128 new. Weights are
+random, bf16. Systems: anvil; eager = transformers generate with its defaults (sdpa; d2: with bitsandbytes'
+layers around the same codes); static = the same with a static cache, which it compiles (reduce-overhead; not
+in d2); 16bit = for d2, anvil with the same numbers in bf16. The time is that of the whole call, prompt
+included; compilation and capture fall into the calls before the timed ones. Systems take turns, A-B-C-A-B-C.
+The bound: every weight and every filled slot of the cache is read once per step at the rate at which this run
+reads, and products run at the rate at which this run multiplies.
 """
 
 import importlib.util
@@ -105,7 +105,8 @@ def build(shape: dict, dtype: torch.dtype, device: torch.device, in_4_bits: bool
 
 
 def build_rival(shape: dict, model: Decoder, in_4_bits: bool):
-    """transformers' model around the very same tensors; None where it, or bitsandbytes if needed, is not installed."""
+    """transformers' model around the very same tensors; None where it, or bitsandbytes if needed, is not
+    installed."""
     needed = ["transformers"] + ["bitsandbytes"] * in_4_bits
     if any(importlib.util.find_spec(package) is None for package in needed):
         return None
@@ -172,7 +173,8 @@ SYSTEMS = {
 
 
 def least_seconds(model: Decoder, case: tuple, ceilings) -> float:
-    """What the whole call takes at least: the steps at the bound of memory or arithmetic, and the prompt's products."""
+    """What the whole call takes at least: the steps at the bound of memory or arithmetic, and the prompt's
+    products."""
     shape, sequences, prompt, new = case
     config, weight = model.config, model.head_weight()
     numbers = sum(p.numel() for name, p in model.named_parameters() if name != "embed_tokens.weight")
@@ -202,7 +204,8 @@ def logits_difference(model: Decoder, rival, prompt: list[int]) -> float:
 
 
 def measure(name: str, case: tuple, systems: dict, repeats: int, session: Session) -> dict:
-    """Seconds and tokens of every system's calls; the first call of each is not timed. Fewer turns if time is out.
+    """Seconds and tokens of every system's calls; the first call of each is not timed. Fewer turns if time is
+    out.
 
     Every run() ends with its tokens on the host, so the host's clock is right.
     """

@@ -6,13 +6,13 @@
     python bench/decode_cpu.py prompt=512 new=1                        prefill: the time of reading the prompt
     python bench/decode_cpu.py dtype=bfloat16 systems=anvil,anvil:int8,anvil:nf4,transformers:nf4      quantised weights
 
-Every system has a process of its own; they take turns, A-B-A-B, so a noisy neighbour meets all of them. transformers
-runs with its fastest plain settings (sdpa, cache). batch > 1: prompts of different lengths, which transformers pads on
-the left. The time is that of the whole call: prompt and new tokens. A system that cannot run here is listed as "not
-run". In fp32 all systems have to write the same tokens, or the run fails. The bound: every weight is read once per
-step, in the bytes it is stored in, at the speed at which this run reads a large tensor. After a colon: how the linears
-of the blocks are quantised, int8 (LLM.int8), eetq (int8, weights only), nf4 or fp4 (double quantisation); transformers
-takes bitsandbytes for that.
+Every system has a process of its own; they take turns, A-B-A-B, so a noisy neighbour meets all of them.
+transformers runs with its fastest plain settings (sdpa, cache). batch > 1: prompts of different lengths,
+which transformers pads on the left. The time is that of the whole call: prompt and new tokens. A system that
+cannot run here is listed as "not run". In fp32 all systems have to write the same tokens, or the run fails.
+The bound: every weight is read once per step, in the bytes it is stored in, at the speed at which this run
+reads a large tensor. After a colon: how the linears of the blocks are quantised, int8 (LLM.int8), eetq (int8,
+weights only), nf4 or fp4 (double quantisation); transformers takes bitsandbytes for that.
 """
 
 import importlib.util
@@ -205,7 +205,8 @@ def read_rate(threads: int) -> float:
 
 
 def weight_bytes(options: dict, quantised: str) -> int:
-    """What one step reads: every weight once. A tied head reads the embedding whole; an untied embedding a few rows."""
+    """What one step reads: every weight once. A tied head reads the embedding whole; an untied embedding a
+    few rows."""
     from checkpoints.huggingface import load_config
     from model import Decoder
 
@@ -287,8 +288,10 @@ def print_table(report: dict) -> None:
     bound = reading / report["weight_gb_per_step"]  # steps per second
     first, last = report["read_gb_per_second"]
     print(
-        f"{report['machine']}, {report['threads']} threads, torch {report['torch']}, {report['dtype']}, prompt "
-        f"{report['prompt']}, {report['new']} new tokens, batch {report['batch']}, {report['repeats']} runs each\n"
+        f"{report['machine']}, {report['threads']} threads, torch {report['torch']}, {report['dtype']}, "
+        "prompt "
+        f"{report['prompt']}, {report['new']} new tokens, batch {report['batch']}, {report['repeats']} runs "
+        "each\n"
         f"reading a tensor: {first:.0f} GB/s before and {last:.0f} after; a step reads "
         f"{report['weight_gb_per_step']:.2f} GB, so at most {bound:.0f} steps/s"
     )

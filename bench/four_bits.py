@@ -1,7 +1,8 @@
-"""Models in 4 bits for the benchmarks: ours with random weights, its 16-bit twin, and transformers' with bitsandbytes.
+"""Models in 4 bits for the benchmarks: ours with random weights, its 16-bit twin, and transformers' with
+bitsandbytes.
 
-All three stand for the same numbers, so their losses and tokens can be compared; codes are in memory once, since our
-layers hold what bitsandbytes' do (quant/nf4.py).
+All three stand for the same numbers, so their losses and tokens can be compared; codes are in memory once,
+since our layers hold what bitsandbytes' do (quant/nf4.py).
 """
 
 import torch
@@ -17,8 +18,8 @@ FORMAT = NF4Format("nf4", True)
 
 
 def random_decoder(config: ModelConfig, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Decoder:
-    """Random weights, the blocks' linears in NF4 with double quantisation. Made block by block: a model of 140 GB in 16
-    bits never takes more than its 4-bit size and one block."""
+    """Random weights, the blocks' linears in NF4 with double quantisation. Made block by block: a model of
+    140 GB in 16 bits never takes more than its 4-bit size and one block."""
     model = Decoder(config, dtype=dtype, device="meta")
     generator = torch.Generator(device).manual_seed(seed)
     for module in [
@@ -74,7 +75,8 @@ def packed_bytes(model: Decoder) -> int:
 
 
 def take_linears(rival: nn.Module, model: Decoder, dtype: torch.dtype) -> None:
-    """Put bitsandbytes' layers, around the codes of ours, into transformers' model; dtype: of their products."""
+    """Put bitsandbytes' layers, around the codes of ours, into transformers' model; dtype: of their
+    products."""
     for name, layer in model.named_modules():
         if isinstance(layer, NF4Linear):
             path = to_hf_name(model.config, f"{without_base(name)}.weight").removesuffix(".weight")

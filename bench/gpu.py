@@ -5,9 +5,9 @@
     python bench/gpu.py parts=tests,kernels out=/some/folder
     python bench/gpu.py device=cpu          # the benchmarks' smoke test
 
-Needs torch with CUDA, Triton and pytest; transformers and peft for the rivals; no network. Every part has its seconds
-and says itself what it left out for time; one that takes much longer is ended. A failing part does not stop the next.
-The table of parts is printed last, and the exit status is 1 if any part failed.
+Needs torch with CUDA, Triton and pytest; transformers and peft for the rivals; no network. Every part has its
+seconds and says itself what it left out for time; one that takes much longer is ended. A failing part does
+not stop the next. The table of parts is printed last, and the exit status is 1 if any part failed.
 """
 
 import importlib.util

@@ -1,9 +1,10 @@
-"""What bench/kernels.py measures: per operation its inputs, the systems that compute it, and the least work there is.
+"""What bench/kernels.py measures: per operation its inputs, the systems that compute it, and the least work
+there is.
 
-Work counts each input read once and each output written once, and the multiply-adds (times 2) of the products; so
-floor = max(bytes / bandwidth, operations / rate) and nothing can show more than 100% of it. bf16 on a GPU; on a CPU
-(smoke test) fp32 at tiny sizes. Systems beside `anvil`: `eager` (plain torch), `compile` (torch.compile of it),
-torch's own fused operations, Liger-Kernel and bitsandbytes where they are installed.
+Work counts each input read once and each output written once, and the multiply-adds (times 2) of the
+products; so floor = max(bytes / bandwidth, operations / rate) and nothing can show more than 100% of it. bf16
+on a GPU; on a CPU (smoke test) fp32 at tiny sizes. Systems beside `anvil`: `eager` (plain torch), `compile`
+(torch.compile of it), torch's own fused operations, Liger-Kernel and bitsandbytes where they are installed.
 """
 
 from collections.abc import Callable, Iterator
@@ -128,7 +129,8 @@ def all_cases(sizes: Sizes) -> Iterator[Case]:
 
 def compiled(function: Callable) -> System:
     """torch.compile with static shapes; on a CPU (smoke test) without its code generator."""
-    # a timed backward pass runs again and again on what one forward pass saved, so none of it may be given away
+    # a timed backward pass runs again and again on what one forward pass saved, so none of it may be given
+    # away
     import torch._functorch.config as settings
 
     settings.donated_buffer = False
@@ -408,7 +410,8 @@ def packed_attention(sizes: Sizes) -> Case:
 
 
 def decode_attention(sizes: Sizes) -> Iterator[Case]:
-    """One new token per sequence against a full cache, four query heads to a KV head: bound by reading the cache."""
+    """One new token per sequence against a full cache, four query heads to a KV head: bound by reading the
+    cache."""
     on_gpu = sizes.device.type == "cuda"
     for sequences, capacity in ((1, 8192), (32, 2048)) if on_gpu else ((1, 24), (3, 16)):
         yield _decode_case(sizes, sequences, capacity)
@@ -459,7 +462,8 @@ def losses(sizes: Sizes) -> Iterator[Case]:
 
 
 def cross_entropy(sizes: Sizes) -> Case:
-    """Of logits that exist. Anvil and Liger write the gradient over them, so later rounds see that in their place."""
+    """Of logits that exist. Anvil and Liger write the gradient over them, so later rounds see that in their
+    place."""
     vocabulary = sizes.vocabularies[0]
 
     def inputs(seed: int, small: bool) -> list:
@@ -711,7 +715,8 @@ def few_rows_4bit(sizes: Sizes, rows: int, inputs: int, outputs: int, rank: int 
 
 
 def adamw(sizes: Sizes) -> Case:
-    """Steps of the adapters of Llama-2-7B at rank 16: fp32 weight, gradient and two moments, 28 bytes a value."""
+    """Steps of the adapters of Llama-2-7B at rank 16: fp32 weight, gradient and two moments, 28 bytes a
+    value."""
     shape = (sizes.rank, sizes.hidden + sizes.mlp // 2)
 
     def inputs(seed: int, small: bool) -> list:

@@ -6,11 +6,11 @@
     python bench/kernels.py device=cpu              # smoke test at tiny sizes; the numbers mean nothing
     python bench/kernels.py list=true               # which file of kernels/ each case measures
 
-Times are replays of a CUDA graph over several sets of random tensors, so neither the host's launches nor the cache
-flatters anyone; systems that wait for the GPU inside are timed as the host starts them (column `how`). Share is the
-time that the least possible work would take at the ceilings of this run, over the time taken. Error is the largest of
-the outputs and gradients against fp64; more than twice the plain reference's is a failure. A rival that cannot run is
-listed with its reason. Results: bench/results/kernels_<gpu>.json.
+Times are replays of a CUDA graph over several sets of random tensors, so neither the host's launches nor the
+cache flatters anyone; systems that wait for the GPU inside are timed as the host starts them (column `how`).
+Share is the time that the least possible work would take at the ceilings of this run, over the time taken.
+Error is the largest of the outputs and gradients against fp64; more than twice the plain reference's is a
+failure. A rival that cannot run is listed with its reason. Results: bench/results/kernels_<gpu>.json.
 """
 
 import gc
@@ -115,7 +115,8 @@ def case_place(session: Session, case: Case) -> int:
 
 
 def measure_system(case: Case, system: System, timer: Timer, ceilings: Ceilings) -> list[dict[str, Any]]:
-    """One row per pass: time, rate, share of the floor, and the memory that a call takes beside its inputs."""
+    """One row per pass: time, rate, share of the floor, and the memory that a call takes beside its
+    inputs."""
     first = case.passes.get("forward") or case.passes["both"]
     sets = [prepare(case, system, seed) for seed in range(timer.sets(first.bytes or 2**30))]
     rows = []

@@ -5,7 +5,8 @@
         timing = timer.time([lambda: torch.mm(a, b)])          # Timing: median seconds of one call, spread
         ceilings = take_ceilings(timer)                    # what this machine can do at all, in this run
 
-A benchmark runs the same code on a CPU (device=cpu, at tiny sizes): that is its smoke test; its numbers mean nothing.
+A benchmark runs the same code on a CPU (device=cpu, at tiny sizes): that is its smoke test; its numbers mean
+nothing.
 """
 
 import json
@@ -40,7 +41,8 @@ MOST_CALLS = 64  # in one graph
 
 
 def read_options(argv: Sequence[str], defaults: dict[str, str], usage: str) -> dict[str, str]:
-    """key=value words over the defaults; ends the program for an unknown key, and for --help with the usage."""
+    """key=value words over the defaults; ends the program for an unknown key, and for --help with the
+    usage."""
     if "--help" in argv or "-h" in argv:
         print(usage)
         raise SystemExit(0)
@@ -62,7 +64,8 @@ def is_on(text: str) -> bool:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto`: the GPU. A benchmark goes to the CPU only when it is told to: its numbers there mean nothing."""
+    """`auto`: the GPU. A benchmark goes to the CPU only when it is told to: its numbers there mean
+    nothing."""
     if name == "auto":
         name = "cuda"
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -110,7 +113,8 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """The commit measured: git's answer, else COMMIT in the environment (a copy without .git), else `unknown`."""
+    """The commit measured: git's answer, else COMMIT in the environment (a copy without .git), else
+    `unknown`."""
     try:
         command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -161,8 +165,9 @@ class Timing:
 class Timer:
     """Measures calls on one device. All work to be measured is prepared inside `stream()`.
 
-    graph=True captures the calls once and replays them, so the host's launches do not count; give several calls on
-    different tensors when one set would fit into the cache. graph=False times calls as the host starts them.
+    graph=True captures the calls once and replays them, so the host's launches do not count; give several
+    calls on different tensors when one set would fit into the cache. graph=False times calls as the host
+    starts them.
     """
 
     def __init__(self, device: torch.device, seconds: float = 0.2, most_samples: int = 50):
@@ -170,12 +175,13 @@ class Timer:
         self.on_gpu = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if self.on_gpu else None
         self.cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size if self.on_gpu else 2**20
-        # read before each sample, four times the cache's size: what then lies in it is clean, so that nobody pays for
-        # writing it back
+        # read before each sample, four times the cache's size: what then lies in it is clean, so that nobody
+        # pays for writing it back
         self._flush = torch.ones(self.cache_bytes, device=device) if self.on_gpu else None
 
     def stream(self):
-        """Context: a stream of its own, since the default one cannot be captured, nor what it ran be differentiated."""
+        """Context: a stream of its own, since the default one cannot be captured, nor what it ran be
+        differentiated."""
         return torch.cuda.stream(self._stream) if self.on_gpu else nullcontext()
 
     def sets(self, bytes_per_call: float) -> int:
@@ -255,7 +261,8 @@ class Ceilings:
     @property
     def text(self) -> str:
         return (
-            f"ceilings of this run: copy {self.copy_gb_per_second:.0f} GB/s, read {self.read_gb_per_second:.0f} GB/s, "
+            f"ceilings of this run: copy {self.copy_gb_per_second:.0f} GB/s, read "
+            f"{self.read_gb_per_second:.0f} GB/s, "
             f"products {self.burst_tflops:.0f} TF in a burst, {self.sustained_tflops:.0f} TF sustained"
         )
 
@@ -267,7 +274,8 @@ REAL_PRODUCTS = (
 
 
 def take_ceilings(timer: Timer, sustained_seconds: float = 2.0) -> Ceilings:
-    """Copy and read bandwidth over 1 GiB, the burst rate of a large product, the sustained rate of real shapes."""
+    """Copy and read bandwidth over 1 GiB, the burst rate of a large product, the sustained rate of real
+    shapes."""
     device, on_gpu = timer.device, timer.on_gpu
     dtype = torch.bfloat16 if on_gpu else torch.float32
     count = 2**28 if on_gpu else 2**20  # fp32 values
@@ -286,7 +294,8 @@ def _copier(count: int, device: torch.device) -> Callable[[], Any]:
 
 
 def sustained_rate(timer: Timer, seconds: float) -> float:
-    """FLOP/s of the products of T1 one after another, once the GPU is as warm as this many seconds make it."""
+    """FLOP/s of the products of T1 one after another, once the GPU is as warm as this many seconds make
+    it."""
     shapes = REAL_PRODUCTS if timer.on_gpu else [(64, 64, 64)]
     dtype = torch.bfloat16 if timer.on_gpu else torch.float32
     tensors = {}
@@ -349,7 +358,8 @@ def _read_with_triton(x: torch.Tensor) -> torch.Tensor:
 
 
 class Session:
-    """One run of a benchmark: its rows, what was left out for time, what failed. The exit status follows from it."""
+    """One run of a benchmark: its rows, what was left out for time, what failed. The exit status follows from
+    it."""
 
     def __init__(self, seconds: float):
         self.start, self.seconds = time.monotonic(), seconds
@@ -409,12 +419,14 @@ def table(rows: Sequence[dict[str, str]]) -> str:
 
 
 def file_name(what: str, quick: bool, only: str) -> str:
-    """A quick run and a run of some parts get names of their own, so they never replace or mix with a whole one."""
+    """A quick run and a run of some parts get names of their own, so they never replace or mix with a whole
+    one."""
     return "_".join([what, *["quick"] * quick, *(part.replace(" ", "-") for part in only.split(",") if part)])
 
 
 def save(what: str, machine: dict[str, Any], report: dict[str, Any], folder: str) -> Path:
-    """Write <what>_<gpu>.json: one machine, one run. folder "": bench/results for a GPU, a temporary one for a CPU."""
+    """Write <what>_<gpu>.json: one machine, one run. folder "": bench/results for a GPU, a temporary one for
+    a CPU."""
     name = (machine.get("gpu") or "cpu").lower().removeprefix("nvidia ").replace(" ", "_")
     default = RESULTS if machine.get("gpu") else Path(tempfile.gettempdir()) / "anvil-bench"
     path = (Path(folder) if folder else default) / f"{what}_{name}.json"

@@ -3,9 +3,9 @@
     python bench/plan.py                           # SmolLM2-135M on this machine, a few minutes on a CPU
     python bench/plan.py model=FOLDER steps=3 out=bench/results
 
-Each case is two processes: one plans, one trains for a few steps. Memory is what training logs as its peak (resident
-set on a CPU, torch's allocator on a GPU); rows are packed, so the first steps meet the largest micro-batch too.
-Speed is of the last step, and is no benchmark here: it only has to stay below the bound.
+Each case is two processes: one plans, one trains for a few steps. Memory is what training logs as its peak
+(resident set on a CPU, torch's allocator on a GPU); rows are packed, so the first steps meet the largest
+micro-batch too. Speed is of the last step, and is no benchmark here: it only has to stay below the bound.
 """
 
 import json
@@ -32,7 +32,8 @@ CASES = {
     "full, 4 rows": "finetuning_type=full per_device_train_batch_size=4",
     "freeze, 4 rows": "finetuning_type=freeze per_device_train_batch_size=4",
     "qlora nf4, 8 rows": "finetuning_type=lora quantization_bit=4 per_device_train_batch_size=8",
-    "qlora nf4 bf16, 8 rows": "finetuning_type=lora quantization_bit=4 per_device_train_batch_size=8 bf16=true",
+    "qlora nf4 bf16, 8 "
+    "rows": "finetuning_type=lora quantization_bit=4 per_device_train_batch_size=8 bf16=true",
 }
 DEFAULTS = {"model": "models/SmolLM2-135M-Instruct", "dataset": "alpaca_en_demo", "dataset_dir": "data"}
 DEFAULTS |= {"steps": "3", "out": "", "only": ""}

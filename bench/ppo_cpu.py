@@ -4,13 +4,13 @@
     python bench/ppo_cpu.py trl=trl-1.0.0
     python bench/ppo_cpu.py trl=trl-1.0.0 draws=2 texts=8 prompt=64 new=64 batch=4 threads=2
 
-A draw: `texts` prompts of `prompt` tokens each (text of data/alpaca_en_demo.json), `new` tokens sampled to each at
-temperature 1 (nothing stops a text early, so nobody pads), log-probabilities under policy and reference, values,
-advantages, then 4 updates on all of them in micro-batches of `batch`. LoRA r=8 on all linears, fp32, AdamW, no
-checkpointing; a reward that costs nothing. The texts differ (own random numbers), the work does not.
-What differs by design: our value head shares the policy's trunk; trl's value model is a model of its own, here with
-all but its head frozen, which is the cheapest that trl allows. Each system lives in its own process and they take turns
-draw by draw. The first draw of each is not counted.
+A draw: `texts` prompts of `prompt` tokens each (text of data/alpaca_en_demo.json), `new` tokens sampled to
+each at temperature 1 (nothing stops a text early, so nobody pads), log-probabilities under policy and
+reference, values, advantages, then 4 updates on all of them in micro-batches of `batch`. LoRA r=8 on all
+linears, fp32, AdamW, no checkpointing; a reward that costs nothing. The texts differ (own random numbers),
+the work does not. What differs by design: our value head shares the policy's trunk; trl's value model is a
+model of its own, here with all but its head frozen, which is the cheapest that trl allows. Each system lives
+in its own process and they take turns draw by draw. The first draw of each is not counted.
 """
 
 import json

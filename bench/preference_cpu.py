@@ -3,8 +3,8 @@
     python bench/preference_cpu.py
     python bench/preference_cpu.py steps=6 pairs=4 longest=320 threads=2 systems=anvil,trl,anvil:cached,trl:cached
 
-Pairs of data/dpo_en_demo.json of at most `longest` tokens a side, LoRA r=8 on all linears, fp32, AdamW, beta 0.1, no
-checkpointing on either side (trl's own default would compute each block twice). What a step holds:
+Pairs of data/dpo_en_demo.json of at most `longest` tokens a side, LoRA r=8 on all linears, fp32, AdamW, beta
+0.1, no checkpointing on either side (trl's own default would compute each block twice). What a step holds:
 anvil         the reference's log-probabilities of these pairs, then the update: what a pair costs in a run of one epoch
 anvil:cached  the update alone: further epochs, and every later run on the same data
 trl           trl's default: the reference inside each step

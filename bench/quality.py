@@ -1,12 +1,13 @@
-"""What each quantised format costs in quality and saves in memory: perplexity, KL and bits a weight on a text.
+"""What each quantised format costs in quality and saves in memory: perplexity, KL and bits a weight on a
+text.
 
     python bench/quality.py                                  # SmolLM2-135M on wiki_demo.txt, all formats, minutes
     python bench/quality.py only=nf4 tokens=2048 out=bench/results
 
-The parent is the model in fp32. Each format quantises it while it is read, GPTQ by export.py (calibrated on c4_demo,
-another text than the one it is judged by; 32 windows of 512 tokens); the child computes in fp32 too, so that nothing
-but the weights differs (LLM.int8 also rounds what it multiplies). bits: of the linears in the blocks, from their
-tensors; model MB: those, and embedding and norms at 16 bits.
+The parent is the model in fp32. Each format quantises it while it is read, GPTQ by export.py (calibrated on
+c4_demo, another text than the one it is judged by; 32 windows of 512 tokens); the child computes in fp32 too,
+so that nothing but the weights differs (LLM.int8 also rounds what it multiplies). bits: of the linears in the
+blocks, from their tensors; model MB: those, and embedding and norms at 16 bits.
 """
 
 import math

@@ -1,12 +1,13 @@
-"""What the comparisons on a CPU share: systems in processes of their own that take turns, and the rivals' model.
+"""What the comparisons on a CPU share: systems in processes of their own that take turns, and the rivals'
+model.
 
     workers = start_workers(__file__, ["anvil", "peft"], options, adapter)     # each runs worker(system, options, ...)
     answers = take_turns(workers, requests)                                    # system -> one answer a request
     speeds(tokens, seconds)
 
-A script starts itself once more for each system (`--worker SYSTEM OPTIONS ...`), so the peak memory of each is its own;
-a worker answers every request, a line of JSON, with a line of JSON (serve). A-B-A-B: whatever else the machine does
-meets all systems alike.
+A script starts itself once more for each system (`--worker SYSTEM OPTIONS ...`), so the peak memory of each
+is its own; a worker answers every request, a line of JSON, with a line of JSON (serve). A-B-A-B: whatever
+else the machine does meets all systems alike.
 """
 
 import json
@@ -35,7 +36,8 @@ READY = "ready"
 def start_workers(
     script: str, systems: Iterable[str], options: dict, *more: str
 ) -> dict[str, subprocess.Popen]:
-    """A process for each system, ready for its first request. Ends the program when one does not come so far."""
+    """A process for each system, ready for its first request. Ends the program when one does not come so
+    far."""
     environment = os.environ | {"OMP_NUM_THREADS": options["threads"], "HF_HUB_OFFLINE": "1"}
     workers = {}
     for system in systems:

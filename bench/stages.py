@@ -1,12 +1,14 @@
-"""Every stage beyond supervised training at work on a real model: what is measured on held-out data before and after.
+"""Every stage beyond supervised training at work on a real model: what is measured on held-out data before
+and after.
 
     python bench/stages.py                          # the recipes of configs/, about half an hour on one CPU core
     python bench/stages.py only=dpo,kto out=bench/results     # takes the place of these cases' rows in stages_cpu.json
     python bench/stages.py only=rm more="max_steps=5 seed=1"
 
 Each case is a recipe, evaluated as it starts (do_train=false), then trained and evaluated, in processes of
-their own. A case passes if the number after training is above its threshold, or has risen by at least its gain. The
-exit status is 1 if one did not. With `out` the numbers go to stages_cpu.json there, each run's curves to <case>.png.
+their own. A case passes if the number after training is above its threshold, or has risen by at least its
+gain. The exit status is 1 if one did not. With `out` the numbers go to stages_cpu.json there, each run's
+curves to <case>.png.
 """
 
 import json
@@ -45,7 +47,8 @@ CASES = {
     ),  # a head of random numbers orders half right
     "dpo": Case("dpo_lora.yaml", "eval_rewards/accuracies", least=0.7),
     "simpo": Case(
-        "dpo_lora.yaml pref_loss=simpo pref_beta=2 cutoff_len=96 learning_rate=5e-4 lora_target=all lora_rank=8 "
+        "dpo_lora.yaml pref_loss=simpo pref_beta=2 cutoff_len=96 learning_rate=5e-4 lora_target=all "
+        "lora_rank=8 "
         "per_device_train_batch_size=8 max_grad_norm=1",
         "eval_rewards/margins",
         gain=0.0,

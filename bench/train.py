@@ -1,20 +1,21 @@
-"""Training on this GPU: Anvil beside transformers + peft on the same random weights, adapters and batches, in one run.
+"""Training on this GPU: Anvil beside transformers + peft on the same random weights, adapters and batches, in
+one run.
 
     python bench/train.py                           # under 200 s: T1, T2, M1, M2, then what fits
     python bench/train.py quick=true                # under 70 s
     python bench/train.py rows=T1,T2b compile=true seconds=500
     python bench/train.py device=cpu                # smoke test at tiny sizes; the numbers mean nothing
 
-Each rival runs with its usual recipe (gradient checkpointing, torch's choice of attention) and with its best: no
-recompute if that fits, cuDNN attention; compile=true adds torch.compile. Systems take turns, A-B-A-B: in each turn one
-step without and several with the clock, the host free to run ahead as in training. 5 steps of warm-up come before. The
-losses of all systems are compared step by step. T2, M1 and M2 train over a base in NF4 with double quantisation: the
-rival has bitsandbytes' layers around the same codes, and T2 also shows Anvil over the same numbers in 16 bits; M1 and
-M2 are there for their memory, so everything is recomputed.
-tokens/s counts real tokens, never padding. Model TF: 4N per token for LoRA (6N in full) + attention + adapters, the
-head on trained tokens only, nothing recomputed; `share` is of the sustained rate of products in this run. Peak memory
-is torch's, without what belongs to the other systems.
-"hf" are transformers, with peft where there are adapters. Results: bench/results/train_<gpu>.json.
+Each rival runs with its usual recipe (gradient checkpointing, torch's choice of attention) and with its best:
+no recompute if that fits, cuDNN attention; compile=true adds torch.compile. Systems take turns, A-B-A-B: in
+each turn one step without and several with the clock, the host free to run ahead as in training. 5 steps of
+warm-up come before. The losses of all systems are compared step by step. T2, M1 and M2 train over a base in
+NF4 with double quantisation: the rival has bitsandbytes' layers around the same codes, and T2 also shows
+Anvil over the same numbers in 16 bits; M1 and M2 are there for their memory, so everything is recomputed.
+tokens/s counts real tokens, never padding. Model TF: 4N per token for LoRA (6N in full) + attention +
+adapters, the head on trained tokens only, nothing recomputed; `share` is of the sustained rate of products in
+this run. Peak memory is torch's, without what belongs to the other systems. "hf" are transformers, with peft
+where there are adapters. Results: bench/results/train_<gpu>.json.
 """
 
 import gc
@@ -71,7 +72,8 @@ LOSS_TOLERANCE = 0.01  # of the loss: bf16 noise over 20 steps is below it, a wr
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the goals. lengths: tokens of each example of a micro-batch; () = like Alpaca's, cut at 1,024."""
+    """One line of the goals. lengths: tokens of each example of a micro-batch; () = like Alpaca's, cut at
+    1,024."""
 
     name: str
     what: str
@@ -160,7 +162,8 @@ def main(argv: list[str]) -> int:
 
 
 def make_groups(row: Row, count: int) -> list[list[MicroBatch]]:
-    """count accumulation groups of random tokens; the lengths are the row's or those of data/alpaca_en_demo.json."""
+    """count accumulation groups of random tokens; the lengths are the row's or those of
+    data/alpaca_en_demo.json."""
     random, vocabulary = np.random.default_rng(0), MODELS[row.model]["vocab_size"]
 
     def document(length: int, prompt: int) -> Document:
@@ -183,7 +186,8 @@ def make_groups(row: Row, count: int) -> list[list[MicroBatch]]:
 
 
 def alpaca_lengths(longest: int) -> list[tuple[int, int]]:
-    """(tokens of the example, of them prompt), a token for four characters and 20 for the template; cut at longest."""
+    """(tokens of the example, of them prompt), a token for four characters and 20 for the template; cut at
+    longest."""
     lengths = []
     for example in json.loads((ROOT / "data/alpaca_en_demo.json").read_text(encoding="utf-8")):
         prompt = 20 + (len(example["instruction"]) + len(example["input"])) // 4
@@ -246,7 +250,8 @@ def measure_row(row: Row, device: torch.device, seconds: float, with_compile: bo
 def build_all(makers: dict, groups, device, shared_bytes: int, not_run: dict[str, str]) -> dict[str, Entry]:
     """Construct and warm up every system. A rival's next recipe is taken where one runs out of memory.
 
-    Anvil is constructed first (its adapters are what the rivals copy) and stepped last (so they copy them untrained).
+    Anvil is constructed first (its adapters are what the rivals copy) and stepped last (so they copy them
+    untrained).
     """
     entries: dict[str, Entry] = {}
     before = allocated(device)
@@ -273,7 +278,8 @@ def build_all(makers: dict, groups, device, shared_bytes: int, not_run: dict[str
 
 
 def try_system(make, groups, device) -> tuple[Entry | None, tuple[str, str]]:
-    """(the system, warm) or (None, (its settings, why not)). Nothing of a failed one survives in a traceback."""
+    """(the system, warm) or (None, (its settings, why not)). Nothing of a failed one survives in a
+    traceback."""
     before, note = allocated(device), "construction"
     try:
         system = make()
@@ -307,7 +313,8 @@ def plan(entries: dict[str, Entry], seconds: float) -> tuple[int, int]:
 
 
 def take_turn(entry: Entry, groups, first: int, steps: int, device) -> None:
-    """One step to come back into the memory, then `steps` timed ones without looking at any result in between."""
+    """One step to come back into the memory, then `steps` timed ones without looking at any result in
+    between."""
     release(device)
     at_start = allocated(device)
     if device.type == "cuda":
@@ -369,7 +376,8 @@ def model_bytes(model) -> int:
 
 
 def release(device: torch.device) -> None:
-    """Give back what no system holds any more, so that the next one's memory is its own; a CPU's is not measured."""
+    """Give back what no system holds any more, so that the next one's memory is its own; a CPU's is not
+    measured."""
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()

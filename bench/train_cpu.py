@@ -5,14 +5,14 @@
     python bench/train_cpu.py shapes=equal dtype=bfloat16 systems=anvil,peft,peft:float32
     python bench/train_cpu.py shapes=equal tuning=full checkpointing=selective     (none | selective | full)
 
-tuning=lora: r=8 on all linears, adapters in fp32 as both systems keep them; tuning=full: every weight. AdamW, no
-dropout. A system may have a dtype of its own (peft:float32). checkpointing is Anvil's: the rival keeps everything.
-`equal`: 4 x 256 tokens, every token trained, no padding on either side.
-`alpaca`: rows of data/alpaca_en_demo.json, batch 8, prompt masked; the rival pads to the longest row of each batch, as
-its collators do; only real tokens count.
-Each system lives in its own process (so peak memory is its own) and the parent lets them take turns step by step,
-A-B-A-B. Also prints the rate of torch's matmul in this run, and the share of it that the multiply-adds of a step make:
-4 (full: 6) per weight of the blocks and token, as many per weight of the head and trained row.
+tuning=lora: r=8 on all linears, adapters in fp32 as both systems keep them; tuning=full: every weight. AdamW,
+no dropout. A system may have a dtype of its own (peft:float32). checkpointing is Anvil's: the rival keeps
+everything. `equal`: 4 x 256 tokens, every token trained, no padding on either side. `alpaca`: rows of
+data/alpaca_en_demo.json, batch 8, prompt masked; the rival pads to the longest row of each batch, as its
+collators do; only real tokens count. Each system lives in its own process (so peak memory is its own) and the
+parent lets them take turns step by step, A-B-A-B. Also prints the rate of torch's matmul in this run, and the
+share of it that the multiply-adds of a step make: 4 (full: 6) per weight of the blocks and token, as many per
+weight of the head and trained row.
 """
 
 import json
@@ -197,7 +197,8 @@ def print_table(report: dict) -> None:
             low, high = row["spread"]
             share = row["useful_gflops"] / rates["kernels"]
             print(
-                f"{shape:8} {system:12} {row['tokens_per_second']:8.0f} {row['median_tokens_per_second']:8.0f} "
+                f"{shape:8} {system:12} {row['tokens_per_second']:8.0f} "
+                f"{row['median_tokens_per_second']:8.0f} "
                 f"{low:7.0f}..{high:<7.0f} {row['useful_gflops']:6.0f} {share:9.0%} {row['peak_gb']:8.2f}"
             )
         for rival in [name for name in result if name.startswith("peft") and "anvil" in result]:

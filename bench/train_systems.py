@@ -1,9 +1,11 @@
-"""The systems that bench/train.py compares, built from one random model: names map one to one, so weights are shared.
+"""The systems that bench/train.py compares, built from one random model: names map one to one, so weights are
+shared.
 
-`Anvil` trains through train.update, as users do. `Rival` is transformers + peft, with bf16 autocast over frozen bf16
-weights and fp32 adapters as its trainer does it. For LoRA all systems hold the very same frozen weights, which are in
-memory once; for full tuning each has its copy. Adapters are copied from Anvil's. Over a base in 4 bits the rival has
-bitsandbytes' layers around the same codes, and Anvil once more trains over the same numbers in 16 bits.
+`Anvil` trains through train.update, as users do. `Rival` is transformers + peft, with bf16 autocast over
+frozen bf16 weights and fp32 adapters as its trainer does it. For LoRA all systems hold the very same frozen
+weights, which are in memory once; for full tuning each has its copy. Adapters are copied from Anvil's. Over a
+base in 4 bits the rival has bitsandbytes' layers around the same codes, and Anvil once more trains over the
+same numbers in 16 bits.
 """
 
 import contextlib
@@ -145,7 +147,8 @@ class Anvil:
 
 
 def anvil_in_16_bits(setting: Setting, source: Decoder, steps: int) -> Anvil:
-    """Anvil over the numbers that the source's codes stand for, with the same adapters: they follow from the seed."""
+    """Anvil over the numbers that the source's codes stand for, with the same adapters: they follow from the
+    seed."""
     system = Anvil(replace(setting, in_4_bits=False), four_bits.dense_twin(source), steps)
     system.unused_bytes = four_bits.packed_bytes(source)
     return system
@@ -160,7 +163,8 @@ def _example(document: Document) -> Example:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the rival is set up. attention: the backend of torch's SDPA that is tried first; None leaves it to torch."""
+    """How the rival is set up. attention: the backend of torch's SDPA that is tried first; None leaves it to
+    torch."""
 
     checkpointing: bool
     attention: str | None
@@ -232,7 +236,8 @@ class Rival:
 
 
 def _transformers_model(setting: Setting, source: Decoder):
-    """transformers' model on the source's weights: the same memory if they are frozen, a copy if they are trained."""
+    """transformers' model on the source's weights: the same memory if they are frozen, a copy if they are
+    trained."""
     import transformers
 
     config = transformers.LlamaConfig(**MODELS[setting.model])
@@ -275,7 +280,8 @@ def _with_adapters(model, setting: Setting, source: Decoder):
 def _padded(rows: MicroBatch, device: torch.device) -> tuple[dict[str, torch.Tensor], int]:
     """Rows -> the model's inputs, padded on the right to the longest, and the number of targets.
 
-    Without padding no mask is given, and without packing no positions: that lets the rival take its fastest attention.
+    Without padding no mask is given, and without packing no positions: that lets the rival take its fastest
+    attention.
     """
     longest = max(sum(len(one.ids) for one in row) for row in rows)
     ids = torch.zeros(len(rows), longest, dtype=torch.int64)
@@ -305,10 +311,11 @@ def _padded(rows: MicroBatch, device: torch.device) -> tuple[dict[str, torch.Ten
 
 
 def flops_per_step(setting: Setting, group: list[MicroBatch]) -> float:
-    """Model operations of one step: 4N per token with a frozen base (6N in full) + attention + 6 per adapter weight.
+    """Model operations of one step: 4N per token with a frozen base (6N in full) + attention + 6 per adapter
+    weight.
 
-    The head counts on trained rows only. Attention, causal, per token of a document of length S: 2 d S forward and
-    4 d S backward in every layer; nothing that is recomputed counts.
+    The head counts on trained rows only. Attention, causal, per token of a document of length S: 2 d S
+    forward and 4 d S backward in every layer; nothing that is recomputed counts.
     """
     config = config_from_hf(MODELS[setting.model])
     query, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim

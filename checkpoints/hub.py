@@ -1,7 +1,7 @@
 """From what the user writes in model_name_or_path to a local folder, by a hub download where there is none.
 
-Hugging Face's hub through huggingface_hub; ModelScope's with USE_MODELSCOPE_HUB=1 in the environment. Only files that
-are read here are fetched: no pickles, no second copy of the weights in another layout.
+Hugging Face's hub through huggingface_hub; ModelScope's with USE_MODELSCOPE_HUB=1 in the environment. Only
+files that are read here are fetched: no pickles, no second copy of the weights in another layout.
 """
 
 import os
@@ -39,7 +39,8 @@ class ModelOptions:
 
 
 def resolve_model(options: ModelOptions) -> Path:
-    """The local folder of `model_name_or_path`, downloaded from a hub first if it is an id. Raises ValueError."""
+    """The local folder of `model_name_or_path`, downloaded from a hub first if it is an id. Raises
+    ValueError."""
     name = options.model_name_or_path
     if not name:
         raise ValueError(
@@ -56,7 +57,8 @@ def resolve_adapters(options: ModelOptions) -> list[Path]:
 
 
 def resolve_folder(key: str, name: str, revision: str, options: ModelOptions) -> Path:
-    """The local folder of the model or adapter that `key` names, downloaded if it is an id. Raises ValueError."""
+    """The local folder of the model or adapter that `key` names, downloaded if it is an id. Raises
+    ValueError."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
@@ -89,7 +91,8 @@ def _download_hugging_face(key: str, name: str, revision: str, options: ModelOpt
         gated = isinstance(error, huggingface_hub.errors.GatedRepoError)
         remedy = "it is gated: give hf_hub_token" if gated else "check the spelling and the network"
         raise ValueError(
-            f"{key}: no folder {name} here, and it could not be fetched from the Hugging Face hub at revision "
+            f"{key}: no folder {name} here, and it could not be fetched from the Hugging Face hub at "
+            "revision "
             f"{revision} ({type(error).__name__}: {_first_line(error)}); {remedy}"
         ) from error
     return Path(folder)
@@ -110,7 +113,8 @@ def _download_modelscope(key: str, name: str, revision: str, options: ModelOptio
         return Path(snapshot_download(name, revision=revision, cache_dir=options.cache_dir))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{key}: no folder {name} here, and it could not be fetched from ModelScope at revision {revision} "
+            f"{key}: no folder {name} here, and it could not be fetched from ModelScope at revision "
+            f"{revision} "
             f"({type(error).__name__}: {_first_line(error)})"
         ) from error
 

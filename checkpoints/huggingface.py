@@ -1,10 +1,10 @@
 """Reading and writing models in the Hugging Face layout, and what a run trained.
 
-Loading is strict: every tensor of the model is set exactly once and every tensor of the files is used or named in a
-drop rule (architectures.py). Tensors stream one at a time from the memory-mapped file -> cast or quantise -> device, so
-the host never holds a second copy of the model. Linears that are quantised in the files are put together from their
-parts on the way (quant/). The files themselves: tensor_files.py; adapters: adapter_files.py; downloads: hub.py. Their
-public names can be had from here too.
+Loading is strict: every tensor of the model is set exactly once and every tensor of the files is used or
+named in a drop rule (architectures.py). Tensors stream one at a time from the memory-mapped file -> cast or
+quantise -> device, so the host never holds a second copy of the model. Linears that are quantised in the
+files are put together from their parts on the way (quant/). The files themselves: tensor_files.py; adapters:
+adapter_files.py; downloads: hub.py. Their public names can be had from here too.
 
     model = load_model("models/SmolLM2-135M-Instruct", dtype=torch.bfloat16)
     save_model(model, "out", source_folder="models/SmolLM2-135M-Instruct", shard_gigabytes=5)
@@ -136,12 +136,13 @@ def load_model(
     quantization: Format | None = None,
     norm_dtype: torch.dtype | None = None,
 ) -> Decoder:
-    """The decoder in this folder with weights in `dtype` (None = the checkpoint's own) on `device`, in eval mode.
+    """The decoder in this folder with weights in `dtype` (None = the checkpoint's own) on `device`, in eval
+    mode.
 
-    quantization: quantise the linears of the blocks while they are read; `dtype` is then that of the values they stand
-    for. A checkpoint that is quantised stays in its format, but for its head. norm_dtype: that of the norms' weights;
-    None = `dtype`. rope_scaling, cutoff_len: see architectures.scale_rope.
-    Raises ValueError for missing, extra, misshapen tensors, and for quantising what is quantised.
+    quantization: quantise the linears of the blocks while they are read; `dtype` is then that of the values
+    they stand for. A checkpoint that is quantised stays in its format, but for its head. norm_dtype: that of
+    the norms' weights; None = `dtype`. rope_scaling, cutoff_len: see architectures.scale_rope. Raises
+    ValueError for missing, extra, misshapen tensors, and for quantising what is quantised.
     """
     config = load_config(folder)
     if rope_scaling:
@@ -189,23 +190,24 @@ def _is_norm(model: Decoder, module: str) -> bool:
 
 
 def chosen_quantization(folder: str | Path, wanted: Format | None) -> tuple[Format | None, str | None]:
-    """(what load_model shall quantise with, a line for the user or None): what the options want, or nothing where the
-    checkpoint is quantised already and stays as it is."""
+    """(what load_model shall quantise with, a line for the user or None): what the options want, or nothing
+    where the checkpoint is quantised already and stays as it is."""
     settings = load_config(folder).hf.get("quantization_config")
     if wanted is None or not settings:
         return wanted, None
     return (
         None,
-        f"quantization_bit: ignored, {folder} is quantised already ({quant.from_config(settings).describe()})",
+        f"quantization_bit: ignored, {folder} is quantised already "
+        f"({quant.from_config(settings).describe()})",
     )
 
 
 def stream_weights(
     folder: str | Path, config: ModelConfig, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor | QuantLinear]]:
-    """(our name, tensor) of every parameter in the folder's files; (our name of the linear, layer) of every linear that
-    is quantised there, as each is complete. Tensors lean on the mapped file, layers do not; `dtype` is that of the
-    values that layers stand for.
+    """(our name, tensor) of every parameter in the folder's files; (our name of the linear, layer) of every
+    linear that is quantised there, as each is complete. Tensors lean on the mapped file, layers do not;
+    `dtype` is that of the values that layers stand for.
 
     Raises ValueError naming file and tensor for missing, extra and misshapen ones.
     """
@@ -239,7 +241,8 @@ def stream_weights(
             )
         if not tensor.is_floating_point():
             raise ValueError(
-                f"{file}: tensor {hf_name} is {tensor.dtype}, not floating point; config.json says nothing of a "
+                f"{file}: tensor {hf_name} is {tensor.dtype}, not floating point; config.json says nothing "
+                "of a "
                 "quantised model (quantization_config), or not of this tensor"
             )
         yield name, tensor
@@ -253,7 +256,8 @@ def stream_weights(
 
 
 class _Packed:
-    """The linears that a folder's files hold in a quantised format: collects the tensors of each until it has all.
+    """The linears that a folder's files hold in a quantised format: collects the tensors of each until it has
+    all.
 
     waiting: our name of the linear -> the parts of its tensors' names that are still to come.
     """
@@ -332,7 +336,8 @@ def set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
 
 
 def _own(tensor: Tensor, dtype: torch.dtype, device) -> Tensor:
-    """A tensor that does not lean on the mapped file: training in place must not write there, files may vanish."""
+    """A tensor that does not lean on the mapped file: training in place must not write there, files may
+    vanish."""
     moved = tensor.to(device=device, dtype=dtype)
     return moved.clone() if moved.data_ptr() == tensor.data_ptr() else moved
 
@@ -345,8 +350,8 @@ def save_model(
 ) -> None:
     """Write the decoder in Hugging Face layout: shards, index, config.json, and the source's tokenizer files.
 
-    Quantised linears are written in their format's layout, adapters are merged on the way (into 16 bit where the base
-    is quantised). A model that stands in `folder` stays until the new one is written.
+    Quantised linears are written in their format's layout, adapters are merged on the way (into 16 bit where
+    the base is quantised). A model that stands in `folder` stays until the new one is written.
     """
     with staged(folder) as staging:
         tensors = ((to_hf_name(model.config, name), tensor) for name, tensor in model_tensors(model))
@@ -357,8 +362,8 @@ def save_model(
 
 
 def model_tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of a decoder: parameters, the parts of quantised linears; with adapters every linear's merged
-    weight, in the base's dtype."""
+    """(name, tensor) of a decoder: parameters, the parts of quantised linears; with adapters every linear's
+    merged weight, in the base's dtype."""
     layers = lora_layers(model)
     inside = tuple(f"{name}." for name in layers)
     for name, module in model.named_modules():
@@ -387,8 +392,8 @@ def model_format(model: Decoder) -> Format | None:
 def write_model_json(
     folder: str | Path, hf: dict, dtype: torch.dtype, quantization: Format | None = None
 ) -> None:
-    """config.json with the dtype of the weights, under the older key too where the source had it, and how they are
-    quantised."""
+    """config.json with the dtype of the weights, under the older key too where the source had it, and how
+    they are quantised."""
     name = str(dtype).removeprefix("torch.")
     hf = {key: value for key, value in hf.items() if key != "quantization_config"}
     if quantization is not None:

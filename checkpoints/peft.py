@@ -1,9 +1,9 @@
 """Adapters on disk in PEFT's format: adapter_config.json and adapter_model.safetensors, both ways.
 
 Names in the file are peft's: base_model.model.<Hugging Face name of the linear>.lora_A.weight, lora_B.weight,
-lora_magnitude_vector, and the plain name for modules that train in full (modules_to_save). Which linears have an
-adapter is read from the file's tensors; the configuration gives the scale. What would silently mean something else
-here than in peft is refused by name.
+lora_magnitude_vector, and the plain name for modules that train in full (modules_to_save). Which linears have
+an adapter is read from the file's tensors; the configuration gives the scale. What would silently mean
+something else here than in peft is refused by name.
 
     load_adapter(model, "saves/run")      # trains on, or stays beside the weights
     merge_adapters(model, ["a", "b"])     # into the weights, in order
@@ -36,7 +36,8 @@ from model import Decoder
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
 
-# Settings of peft's LoRA that change the mathematics and are not built here: key -> the value that means "off".
+# Settings of peft's LoRA that change the mathematics and are not built here: key -> the value that means
+# "off".
 UNSUPPORTED_ADAPTER_KEYS = {
     "bias": "none",
     "fan_in_fan_out": False,
@@ -52,7 +53,8 @@ UNSUPPORTED_ADAPTER_KEYS = {
     "kasa_config": None,
     "monteclora_config": None,
 }
-# Ways to start A and B that take something out of the base weight; peft repeats that when it loads such an adapter.
+# Ways to start A and B that take something out of the base weight; peft repeats that when it loads such an
+# adapter.
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 PARTS = {
     ".lora_A.weight": "lora_A",
@@ -67,7 +69,8 @@ ADAPTER_PARTS = set(PARTS.values())  # every other part of a module is a tensor 
 
 
 def save_adapter(model: Decoder, folder: str | Path, base_name: str) -> None:
-    """Write adapter_config.json and adapter_model.safetensors as peft reads them; an old adapter stays until then."""
+    """Write adapter_config.json and adapter_model.safetensors as peft reads them; an old adapter stays until
+    then."""
     if not lora_layers(model):
         raise ValueError("save_adapter: the model has no adapter")
     with staged(folder) as staging:
@@ -173,7 +176,8 @@ class AdapterFile:
         return bool(self.config.get("use_dora"))
 
     def lists_in_full(self, module: str) -> bool:
-        """Whether modules_to_save names this module (our name): as peft, by the last letters ("norm": each norm)."""
+        """Whether modules_to_save names this module (our name): as peft, by the last letters ("norm": each
+        norm)."""
         return any(f"model.{module}".endswith(name) for name in self.config.get("modules_to_save") or ())
 
 
@@ -182,10 +186,10 @@ def load_adapter(
 ) -> None:
     """Put the PEFT adapter in this folder on the model; it trains, everything else is frozen.
 
-    dtype is that of all that trains, the modules trained in full (modules_to_save) included. Other whole tensors in the
-    file (peft adds the embedding and the head where the head has an adapter) replace the model's and stay frozen.
-    Raises ValueError naming file and tensor when the adapter is of a kind that is not built here, or of another model;
-    the model is then unchanged.
+    dtype is that of all that trains, the modules trained in full (modules_to_save) included. Other whole
+    tensors in the file (peft adds the embedding and the head where the head has an adapter) replace the
+    model's and stay frozen. Raises ValueError naming file and tensor when the adapter is of a kind that is
+    not built here, or of another model; the model is then unchanged.
     """
     file = read_adapter(folder, model.config)
     if lora_layers(model):
@@ -209,7 +213,8 @@ def load_adapter(
 
 
 def read_adapter(folder: str | Path, model_config: ModelConfig) -> AdapterFile:
-    """Configuration and tensors of a PEFT adapter, under our names. Raises ValueError for what is not built here."""
+    """Configuration and tensors of a PEFT adapter, under our names. Raises ValueError for what is not built
+    here."""
     folder = Path(folder)
     file = AdapterFile(folder, read_adapter_config(folder), {})
     for key, tensor in read_adapter_tensors(folder).items():
@@ -230,7 +235,8 @@ def read_adapter(folder: str | Path, model_config: ModelConfig) -> AdapterFile:
 
 
 def _refuse_other_depth(file: AdapterFile, num_layers: int) -> None:
-    """A name in target_modules means every linear of that name: in a deeper model some would be left without."""
+    """A name in target_modules means every linear of that name: in a deeper model some would be left
+    without."""
     targets = file.config.get("target_modules")
     if (
         not isinstance(targets, list)
@@ -275,8 +281,10 @@ def read_adapter_config(folder: Path) -> dict:
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(BASE_CHANGING_INITS):
         raise ValueError(
-            f"{path}: init_lora_weights={start!r}: such an adapter belongs on a changed base model; save it as plain "
-            "LoRA with peft (save_pretrained with path_initial_model_for_weight_conversion), or merge it there"
+            f"{path}: init_lora_weights={start!r}: such an adapter belongs on a changed base model; save it "
+            "as plain "
+            "LoRA with peft (save_pretrained with path_initial_model_for_weight_conversion), or merge it "
+            "there"
         )
     return config
 
@@ -289,7 +297,8 @@ def read_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
         return dict(file_tensors(path))
     if (folder / "adapter_model.bin").is_file():
         raise ValueError(
-            f"{folder}: only adapter_model.bin found, {PICKLE}; load it once with peft in an environment you trust and "
+            f"{folder}: only adapter_model.bin found, {PICKLE}; load it once with peft in an environment you "
+            "trust and "
             "save it again (peft writes safetensors)"
         )
     raise ValueError(f"{path}: file not found; is {folder} a complete adapter folder?")
@@ -411,14 +420,15 @@ def prepare_adapters(
 ) -> None:
     """Set what trains, starting from the given adapters: all but the last are merged, the last trains on.
 
-    With options.create_new_adapter all are merged and a fresh one is added; without folders see lora.prepare_trainable.
-    Raises ValueError if something would have to be merged into quantised weights.
+    With options.create_new_adapter all are merged and a fresh one is added; without folders see
+    lora.prepare_trainable. Raises ValueError if something would have to be merged into quantised weights.
     """
     folders = list(folders)
     trained = folders[-1:] if options.finetuning_type == "lora" and not options.create_new_adapter else []
     if len(folders) > len(trained) and quantised_linears(model):
         raise ValueError(
-            f"adapter_name_or_path: {folders[0]} would have to be merged into quantised weights before another one is "
+            f"adapter_name_or_path: {folders[0]} would have to be merged into quantised weights before "
+            "another one is "
             "trained; merge it with export.py and train on the result, or train it on alone"
         )
     merge_adapters(model, folders[: len(folders) - len(trained)])
@@ -429,7 +439,8 @@ def prepare_adapters(
 
 
 def merge_adapters(model: Decoder, folders: Iterable[str | Path]) -> None:
-    """Every adapter merged into the weights, in order, in the weights' own dtypes; nothing trains afterwards."""
+    """Every adapter merged into the weights, in order, in the weights' own dtypes; nothing trains
+    afterwards."""
     for folder in folders:
         dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         load_adapter(model, folder)
@@ -444,8 +455,9 @@ def merge_adapters(model: Decoder, folders: Iterable[str | Path]) -> None:
 
 @torch.no_grad()
 def apply_adapters(model: Decoder, folders: Iterable[str | Path]) -> None:
-    """Every adapter in use, in order, for inference: merged into dense weights, beside quantised ones, where several
-    become one of all their ranks (the 16-bit weights would be what quantising has saved). Nothing trains afterwards."""
+    """Every adapter in use, in order, for inference: merged into dense weights, beside quantised ones, where
+    several become one of all their ranks (the 16-bit weights would be what quantising has saved). Nothing
+    trains afterwards."""
     if not quantised_linears(model):
         merge_adapters(model, folders)
         return

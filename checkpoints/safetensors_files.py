@@ -1,7 +1,8 @@
 """Folders of safetensors files in the Hugging Face layout: model.safetensors, or shards and an index.
 
-Reading streams one tensor at a time from the memory-mapped file. Writing goes to a hidden folder first and only then
-replaces what was there, so neither a full disk nor a crash leaves half a model. Nothing is ever unpickled.
+Reading streams one tensor at a time from the memory-mapped file. Writing goes to a hidden folder first and
+only then replaces what was there, so neither a full disk nor a crash leaves half a model. Nothing is ever
+unpickled.
 """
 
 import json
@@ -39,7 +40,8 @@ def read_json(path: Path) -> dict:
 
 
 def stream_tensors(folder: str | Path) -> Iterator[tuple[Path, str, torch.Tensor]]:
-    """(file, name, tensor) of every tensor in the folder's safetensors files; the tensors lean on the mapped file."""
+    """(file, name, tensor) of every tensor in the folder's safetensors files; the tensors lean on the mapped
+    file."""
     for path in weight_files(Path(folder)):
         for name, tensor in file_tensors(path):
             yield path, name, tensor
@@ -86,7 +88,8 @@ def weight_files(folder: Path) -> list[Path]:
     pickles = sorted(path.name for path in folder.glob("*.bin"))
     if pickles:
         raise ValueError(
-            f"{folder}: only {pickles[0]} found. A .bin file is {PICKLE}. Take the model's safetensors revision, or "
+            f"{folder}: only {pickles[0]} found. A .bin file is {PICKLE}. Take the model's safetensors "
+            "revision, or "
             "convert it once in an environment you trust: "
             "transformers' AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
         )
@@ -117,7 +120,8 @@ def _indexed_files(folder: Path) -> list[Path]:
 def staged(folder: str | Path) -> Iterator[Path]:
     """A fresh folder to write files into; on leaving they replace those of the same name in `folder`.
 
-    New weights replace all old ones, however many files either has. An error inside leaves `folder` as it was.
+    New weights replace all old ones, however many files either has. An error inside leaves `folder` as it
+    was.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -135,11 +139,13 @@ def staged(folder: str | Path) -> Iterator[Path]:
 
 
 def _publish(staging: Path, folder: Path) -> None:
-    """Move the files, in an order in which a reader finds the old weights, then the new ones; never a mixture."""
+    """Move the files, in an order in which a reader finds the old weights, then the new ones; never a
+    mixture."""
     names = {path.name for path in staging.iterdir()}
     shards = sorted(path.name for path in staging.glob(SHARDS))
     if any((folder / name).exists() for name in shards):
-        # shards of the same names: for the moment of the renames the folder has no index, which is a clear error
+        # shards of the same names: for the moment of the renames the folder has no index, which is a clear
+        # error
         (folder / INDEX).unlink(missing_ok=True)
     for name in [*shards, *(name for name in (SINGLE, INDEX) if name in names)]:
         os.replace(staging / name, folder / name)
@@ -179,10 +185,12 @@ def write_json(path: Path, value: dict) -> None:
 def write_shards(
     folder: str | Path, tensors: Iterable[tuple[str, torch.Tensor]], shard_gigabytes: float
 ) -> torch.dtype:
-    """Write (name, tensor) pairs as safetensors files of at most this many GB (1e9 bytes); give back their main dtype.
+    """Write (name, tensor) pairs as safetensors files of at most this many GB (1e9 bytes); give back their
+    main dtype.
 
     Only one shard is held in memory; a tensor above the limit gets a shard of its own. One shard ->
-    model.safetensors, more -> numbered files and an index. Old weights in the folder go once the new ones stand.
+    model.safetensors, more -> numbered files and an index. Old weights in the folder go once the new ones
+    stand.
     """
     if not shard_gigabytes > 0:
         raise ValueError(f"export_size: {shard_gigabytes} GB per file must be above 0")

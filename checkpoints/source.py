@@ -1,8 +1,8 @@
 """What to load for chat and export: a model folder, a hub id, an adapter, or the folder of a training run.
 
-A run folder says by itself what it needs: adapter_config.json names the base model, run_config.yaml (the resolved
-options of the run) the chat template, the stretched rope, how the base was quantised and the adapters that lay under
-the trained one. Options that the user gives beat those of the run.
+A run folder says by itself what it needs: adapter_config.json names the base model, run_config.yaml (the
+resolved options of the run) the chat template, the stretched rope, how the base was quantised and the
+adapters that lay under the trained one. Options that the user gives beat those of the run.
 
     source = find_source(ModelOptions(model_name_or_path="saves/demo"), TemplateOptions(), given=())
     model, tokenizer, template = load_source(source, dtype=None, device="cpu")
@@ -52,9 +52,11 @@ def find_source(
     given: Container[str],
     quantization: QuantOptions | None = None,
 ) -> Source:
-    """Everything to load.  given: keys that the user set (they beat the run's).  Raises ValueError naming the key.
+    """Everything to load.  given: keys that the user set (they beat the run's).  Raises ValueError naming the
+    key.
 
-    quantization: how the base is to be quantised; an adapter's run says it where the user does not. None: not at all.
+    quantization: how the base is to be quantised; an adapter's run says it where the user does not. None: not
+    at all.
     """
     name, adapters = model.model_name_or_path, resolve_adapters(model)
     if name and is_adapter(Path(name)):
@@ -131,8 +133,8 @@ def load_source(
 
 
 def load_head(model: Decoder, source: Source) -> None:
-    """Give the model the value head that lies beside its last adapter with one, or beside the base. Raises ValueError
-    if there is none."""
+    """Give the model the value head that lies beside its last adapter with one, or beside the base. Raises
+    ValueError if there is none."""
     folder = value_head_folder(source)
     if folder is None:
         names = ", ".join(map(str, (*source.adapters, source.base)))
@@ -154,7 +156,8 @@ def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig, source: Source) -
     """Raises ValueError when the tokenizer has tokens that the model has not."""
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
-            f"{source.tokenizer}: the tokenizer has {tokenizer.vocab_size} tokens, but the model in {source.base} has "
+            f"{source.tokenizer}: the tokenizer has {tokenizer.vocab_size} tokens, but the model in "
+            f"{source.base} has "
             f"{config.vocab_size}; tokenizer and model do not belong together"
         )
 
@@ -170,7 +173,8 @@ def is_adapter(folder: Path) -> bool:
 
 
 def read_run(folder: Path) -> dict:
-    """The resolved options of the run that wrote this folder, {} if no run did. Raises ValueError naming the file."""
+    """The resolved options of the run that wrote this folder, {} if no run did. Raises ValueError naming the
+    file."""
     path = folder / RUN_CONFIG
     if not path.is_file():
         return {}
@@ -195,7 +199,8 @@ def _quantization_of(run: dict) -> QuantOptions:
 
 
 def adapters_below(run: dict, base: Path | None = None) -> list[Path]:
-    """Adapters that the run merged into its base before it trained its own, without those that `base` already holds."""
+    """Adapters that the run merged into its base before it trained its own, without those that `base` already
+    holds."""
     names = run.get("adapter_name_or_path") or []
     names = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
     held = merged_into(base) if base is not None else []
@@ -221,7 +226,8 @@ def check_adapters(options: ModelOptions) -> None:
     for number, folder in enumerate(folders):
         if not (folder / ADAPTER_CONFIG).is_file():
             raise ValueError(
-                f"adapter_name_or_path: {folder} holds no adapter ({ADAPTER_CONFIG}); a whole model is given as "
+                f"adapter_name_or_path: {folder} holds no adapter ({ADAPTER_CONFIG}); a whole model is given "
+                "as "
                 "model_name_or_path"
             )
         run = read_run(folder)
@@ -233,7 +239,8 @@ def check_adapters(options: ModelOptions) -> None:
         if missing:
             names = ",".join(map(str, [*known, *missing, folder]))
             raise ValueError(
-                f"adapter_name_or_path: {folder} was trained on top of {', '.join(map(str, missing))}, without which "
+                f"adapter_name_or_path: {folder} was trained on top of {', '.join(map(str, missing))}, "
+                "without which "
                 f"it means nothing; give adapter_name_or_path={names}"
             )
 

@@ -1,8 +1,9 @@
 """One number for each token: the scalar head of a reward model, and of PPO's value function.
 
-In a file of its own beside the adapter or the model: value_head.safetensors with v_head.summary.weight (1, E) and
-v_head.summary.bias (1,), as trl and LLaMA-Factory name them, in any floating-point dtype. What a reward model reads
-behind each text before it gives the text's score (reward_model.py) is in the file's metadata: `ending`, token ids.
+In a file of its own beside the adapter or the model: value_head.safetensors with v_head.summary.weight (1, E)
+and v_head.summary.bias (1,), as trl and LLaMA-Factory name them, in any floating-point dtype. What a reward
+model reads behind each text before it gives the text's score (reward_model.py) is in the file's metadata:
+`ending`, token ids.
 """
 
 import json
@@ -52,7 +53,8 @@ def has_value_head(folder: Path) -> bool:
     folder = Path(folder)
     if not (folder / VALUE_HEAD).is_file() and (folder / PICKLED).is_file():
         raise ValueError(
-            f"{folder / PICKLED}: {PICKLE}; in an environment you trust, load it once with torch.load and write it "
+            f"{folder / PICKLED}: {PICKLE}; in an environment you trust, load it once with torch.load and "
+            "write it "
             f"with safetensors.torch.save_file as {VALUE_HEAD}"
         )
     return (folder / VALUE_HEAD).is_file()

@@ -1,14 +1,16 @@
-"""GPTQ of a whole model on calibration text, block by block, in bounded memory (export_quantization_* of export.py).
+"""GPTQ of a whole model on calibration text, block by block, in bounded memory (export_quantization_* of
+export.py).
 
     windows = read_windows(options, tokenizer, HubAccess())                  # (nsamples, maxlen)
     calibration = Calibration(options, config, windows)
     calibration.write(target, dense, shard_gigabytes=5.0)                    # dense: (Hugging Face name, tensor)
 
-Windows of text run through the model once, one block after the other. Within a block the linears are taken in the
-order in which it computes: q; k and v; o; gate and up; down. Each is solved (quant/gptq_solver.py) for the inputs that
-it gets when all before it are quantised already, as the finished model will compute ("true sequential"). For k and v
-tokens count by how much attention they get (_Text._received). Held at a time: one block, one Hessian and its factor;
-the text's activations lie in a memory-mapped file. Embedding, norms and head stay as they are.
+Windows of text run through the model once, one block after the other. Within a block the linears are taken in
+the order in which it computes: q; k and v; o; gate and up; down. Each is solved (quant/gptq_solver.py) for
+the inputs that it gets when all before it are quantised already, as the finished model will compute ("true
+sequential"). For k and v tokens count by how much attention they get (_Text._received). Held at a time: one
+block, one Hessian and its factor; the text's activations lie in a memory-mapped file. Embedding, norms and
+head stay as they are.
 """
 
 import random
@@ -103,7 +105,8 @@ class CalibrationOptions:
 
 
 def read_windows(options: CalibrationOptions, tokenizer: Tokenizer, hub: HubAccess) -> Tensor:
-    """(nsamples, maxlen) int64: random windows of documents that are longer. Raises ValueError naming the key.
+    """(nsamples, maxlen) int64: random windows of documents that are longer. Raises ValueError naming the
+    key.
 
     Every long document gives one before any gives a second.
     """
@@ -127,7 +130,8 @@ def read_windows(options: CalibrationOptions, tokenizer: Tokenizer, hub: HubAcce
             break
     if not long:
         raise ValueError(
-            f"export_quantization_dataset: no document of {name} is longer than export_quantization_maxlen={length} "
+            f"export_quantization_dataset: no document of {name} is longer than "
+            f"export_quantization_maxlen={length} "
             f"tokens (the longest looked at has {longest}); lower it, or take longer documents"
         )
     windows = []
@@ -141,9 +145,11 @@ def read_windows(options: CalibrationOptions, tokenizer: Tokenizer, hub: HubAcce
 def _some_documents(
     info: DatasetInfo, hub: HubAccess, count: int, length: int, chosen: random.Random
 ) -> list[str]:
-    """At most `count` documents drawn evenly from the first ROWS_READ rows, in random order; of very long ones a part.
+    """At most `count` documents drawn evenly from the first ROWS_READ rows, in random order; of very long
+    ones a part.
 
-    Only those that can have more than `length` tokens, a token being at least one byte; if there are none, the longest.
+    Only those that can have more than `length` tokens, a token being at least one byte; if there are none,
+    the longest.
     """
     kept, seen, longest = [], 0, ""
     most = 64 * length  # characters: a book is not held as a whole
@@ -168,7 +174,8 @@ def _some_documents(
 
 
 def _documents(info: DatasetInfo, hub: HubAccess, joined: int) -> Iterator[str]:
-    """The text of each row; of conversations all turns. Lines of .txt files are joined up to this many characters."""
+    """The text of each row; of conversations all turns. Lines of .txt files are joined up to this many
+    characters."""
     opened = open_hub(info, hub, streaming=True) if info.kind != "file" else None
     lines = info.kind == "file" and all(file.suffix.lower() == ".txt" for file in list_files(info))
     pending = ""
@@ -202,7 +209,8 @@ def _text_of(row: dict, info: DatasetInfo) -> str:
 
 @dataclass
 class Summary:
-    """Mean over linears of the squared error of a layer's output over its squared size, on the calibration text."""
+    """Mean over linears of the squared error of a layer's output over its squared size, on the calibration
+    text."""
 
     linears: int = 0
     error: float = 0.0
@@ -234,7 +242,8 @@ class Calibration:
             sizes = (module.in_features, module.out_features) if isinstance(module, nn.Linear) else ()
             if any(size % PACKED_IN for size in sizes):
                 raise ValueError(
-                    f"export_quantization_bit: {name} has {sizes[0]} inputs and {sizes[1]} outputs; GPTQ packs "
+                    f"export_quantization_bit: {name} has {sizes[0]} inputs and {sizes[1]} outputs; GPTQ "
+                    "packs "
                     f"multiples of {PACKED_IN}, so this model cannot be exported in it"
                 )
 
@@ -267,7 +276,8 @@ class Calibration:
 
     @torch.no_grad()
     def tensors(self, dense: Iterable[tuple[str, Tensor]], folder: Path) -> Iterator[tuple[str, Tensor]]:
-        """dense: (Hugging Face name, tensor) of the whole model, in any order; gone over once, before anything else.
+        """dense: (Hugging Face name, tensor) of the whole model, in any order; gone over once, before
+        anything else.
 
         folder: for working files, which stay there. Raises ValueError naming the layer whose numbers are bad.
         """
@@ -358,7 +368,8 @@ _, _KV, _O, _GATE_UP, _DOWN = range(len(STAGES))
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of the activations: bf16 for bf16 models, else fp32, since fp16 overflows where a model was not made for it."""
+    """Of the activations: bf16 for bf16 models, else fp32, since fp16 overflows where a model was not made
+    for it."""
     return dtype if dtype is torch.bfloat16 else torch.float32
 
 
@@ -388,8 +399,8 @@ class _Weights:
 class _Text:
     """The windows on their way through the blocks.
 
-    stream (tokens, E): the residual stream. inner (tokens, wider of attention's output and MLP): what the inner linear
-    of the current half of the block, o or down, gets. Both lie in files.
+    stream (tokens, E): the residual stream. inner (tokens, wider of attention's output and MLP): what the
+    inner linear of the current half of the block, o or down, gets. Both lie in files.
     """
 
     def __init__(self, config: ModelConfig, windows: Tensor, folder: Path, dtype: torch.dtype, device: str):
@@ -404,7 +415,8 @@ class _Text:
             self.stream[rows] = embedding[self.windows.view(-1)[rows]].to(self.dtype)
 
     def inputs(self, block: Block, stage: int) -> Iterator[Tensor]:
-        """(T, in) batches of what the linears of a stage get when those before it are as they stand in the block."""
+        """(T, in) batches of what the linears of a stage get when those before it are as they stand in the
+        block."""
         half, norm = (block.self_attn, block.input_layernorm), (block.mlp, block.post_attention_layernorm)
         half, norm = half if stage <= _O else norm
         inner_linear = "o_proj" if stage <= _O else "down_proj"
@@ -425,11 +437,12 @@ class _Text:
             yield x
 
     def _received(self, attention: Attention, x: Tensor, count: int) -> Tensor:
-        """How much of each token's value goes on: attention to it, squared, summed over heads and queries. (T,) fp32.
+        """How much of each token's value goes on: attention to it, squared, summed over heads and queries.
+        (T,) fp32.
 
-        An error d of the value of token j is a_ij d in the output at i, so this is its weight among the tokens. Without
-        it the first token, which many heads attend to most while they are at rest, counts as one among hundreds, and
-        GPTQ puts the error where no other token shows it: there.
+        An error d of the value of token j is a_ij d in the output at i, so this is its weight among the
+        tokens. Without it the first token, which many heads attend to most while they are at rest, counts as
+        one among hundreds, and GPTQ puts the error where no other token shows it: there.
         """
         q, k, _ = attention.project(x, *self._place(count, x))  # (T, H, D), (T, K, D)
         length, group = self.windows.shape[1], q.shape[1] // k.shape[1]

@@ -4,8 +4,8 @@
     for hf_name, tensor in merge.tensors(base_folder): ...         # dense, for a checkpoint of 16 bit
     model = merge.model(base_folder)                               # the same as a Decoder
 
-W' = W + s B A in fp32 for every adapter in order, rounded once at the end (LoRA, arXiv 2106.09685); DoRA (arXiv
-2402.09353) gives each row of the sum its trained length. A quantised base is dequantised on the way.
+W' = W + s B A in fp32 for every adapter in order, rounded once at the end (LoRA, arXiv 2106.09685); DoRA
+(arXiv 2402.09353) gives each row of the sum its trained length. A quantised base is dequantised on the way.
 """
 
 from collections.abc import Iterator
@@ -29,7 +29,8 @@ EMBEDDING, HEAD = "embed_tokens", "lm_head"
 class Adapter:
     """A PEFT adapter, ready to be merged into one tensor at a time.
 
-    Reading it checks everything against the model's shapes: ValueError names the first tensor that does not fit.
+    Reading it checks everything against the model's shapes: ValueError names the first tensor that does not
+    fit.
     """
 
     def __init__(self, config: ModelConfig, folder: Path):
@@ -73,8 +74,8 @@ class Adapter:
 
     @property
     def unties(self) -> bool:
-        """Whether a tied head and the embedding differ after this adapter, as peft reads it: a module that it does not
-        name keeps the base's weight. Both trained in full and equal is how a tied pair is stored."""
+        """Whether a tied head and the embedding differ after this adapter, as peft reads it: a module that it
+        does not name keeps the base's weight. Both trained in full and equal is how a tied pair is stored."""
         embedding, head = self.file.modules.get(EMBEDDING, {}), self.file.modules.get(HEAD, {})
         if not embedding and not head:
             return False
@@ -85,7 +86,8 @@ class Adapter:
 
 
 class Merge:
-    """The base model's dense tensors with every adapter applied, one at a time; a quantised base is dequantised."""
+    """The base model's dense tensors with every adapter applied, one at a time; a quantised base is
+    dequantised."""
 
     def __init__(
         self,
@@ -95,7 +97,8 @@ class Merge:
         device: str,
         quantization: Format | None = None,
     ):
-        """quantization: put a 16-bit base's linears into codes first, as training did with quantization_bit."""
+        """quantization: put a 16-bit base's linears into codes first, as training did with
+        quantization_bit."""
         self.config, self.adapters, self.dtype, self.device = config, adapters, dtype, device
         self.quantization = quantization
         self.unties = config.tied_head and any(adapter.unties for adapter in adapters)
@@ -115,8 +118,8 @@ class Merge:
         return shapes | ({f"{HEAD}.weight": self.shapes[f"{EMBEDDING}.weight"]} if self.unties else {})
 
     def tensors(self, folder: Path) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, merged dense tensor on the CPU), whatever format the base is in. Raises ValueError for
-        missing, extra and misshapen tensors."""
+        """(Hugging Face name, merged dense tensor on the CPU), whatever format the base is in. Raises
+        ValueError for missing, extra and misshapen tensors."""
         for piece in self.pieces(folder):
             yield to_hf_name(self.config, piece.name), piece.rounded(self.dtype)
 
@@ -150,7 +153,8 @@ class Merge:
                 yield Piece(f"{HEAD}.weight", self._merged(f"{HEAD}.weight", tensor), value.dtype)
 
     def _first_quantised(self, name: str, weight: Tensor) -> Piece:
-        """The adapters were trained on the codes, so they belong on these; without any the weight itself is wanted."""
+        """The adapters were trained on the codes, so they belong on these; without any the weight itself is
+        wanted."""
         if not self.adapters:
             return Piece(name, weight, weight.dtype, True)
         try:

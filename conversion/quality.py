@@ -1,13 +1,14 @@
-"""What a model loses when its weights take fewer bits: perplexity, divergence, error and bits a weight, on a text.
+"""What a model loses when its weights take fewer bits: perplexity, divergence, error and bits a weight, on a
+text.
 
     texts = windows(tokenizer, "wiki.txt", length=1024, tokens=4096)
     perplexity(model, texts)                                    # exp of the mean loss a token
     report = measure(parent, child, texts)                      # per block and in total
     print(*report.lines(), sep="\\n")
 
-parent is the model in 16 or 32 bit, child the same model with quantised linears, perhaps with an adapter beside them.
-KL is KL(parent || child) = sum p (log p - log q) over the vocabulary in nats, mean over all positions. Both models are
-in memory at once, as KL needs the whole distributions of both.
+parent is the model in 16 or 32 bit, child the same model with quantised linears, perhaps with an adapter
+beside them. KL is KL(parent || child) = sum p (log p - log q) over the vocabulary in nats, mean over all
+positions. Both models are in memory at once, as KL needs the whole distributions of both.
 """
 
 import math
@@ -62,8 +63,8 @@ class QualityOptions:
 def windows(
     tokenizer: Tokenizer, path: str | Path, length: int = WINDOW, tokens: int | None = None
 ) -> list[Tensor]:
-    """The text's tokens (the beginning-of-text token first, where the tokenizer has one) in rows of at most `length`,
-    (<= length,) int64 each; at most `tokens` in all. Raises ValueError naming the file."""
+    """The text's tokens (the beginning-of-text token first, where the tokenizer has one) in rows of at most
+    `length`, (<= length,) int64 each; at most `tokens` in all. Raises ValueError naming the file."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -185,8 +186,8 @@ class LinearQuality:
 
 
 def linear_quality(name: str, weight: Tensor, layer: nn.Module, stored_dtype: torch.dtype) -> LinearQuality:
-    """weight: the parent's (out, in); layer: the child's linear, with or without an adapter, quantised or else stored
-    in stored_dtype."""
+    """weight: the parent's (out, in); layer: the child's linear, with or without an adapter, quantised or
+    else stored in stored_dtype."""
     adapter = layer if isinstance(layer, LoraLinear) else None
     base = layer if adapter is None else adapter.base
     if isinstance(base, QuantLinear):
@@ -250,7 +251,8 @@ class Report:
             yield numbers + change + "".join(f" {own.get(name, ''):>9}" for name in names)
         before, after = math.exp(self.difference.parent_loss), math.exp(self.difference.child_loss)
         yield (
-            f"total: {total_bits(self.linears):.3f} bits a weight in linears, {self.model_bits:.3f} in all the model, "
+            f"total: {total_bits(self.linears):.3f} bits a weight in linears, {self.model_bits:.3f} in all "
+            "the model, "
             f"error {total_error(self.linears):.5f}"
         )
         yield (
@@ -283,8 +285,8 @@ class Report:
 def measure(parent: Decoder, child: Decoder, texts: list[Tensor], stored_bytes: int) -> Report:
     """Compare two models of one shape; stored_bytes: what the child's files take.
 
-    The child's blocks are put into the parent one at a time and it reads the first row of the texts, so this takes as
-    long as one pass for each block; the parent is afterwards as it was.
+    The child's blocks are put into the parent one at a time and it reads the first row of the texts, so this
+    takes as long as one pass for each block; the parent is afterwards as it was.
     """
     check_parent(parent.config, child.config)
     states = _all_states(parent, texts)

@@ -1,14 +1,16 @@
 """Putting adapters back into a quantised base: what is lost on the way, and a small adapter that keeps it.
 
-Base and adapters are together the matrix T = W + s B A with W the values of the quantised base. Its nearest codes
-Q(T) mostly are those of W again: an update is smaller than the steps between levels, so rounding takes it away. Hence
+Base and adapters are together the matrix T = W + s B A with W the values of the quantised base. Its nearest
+codes Q(T) mostly are those of W again: an update is smaller than the steps between levels, so rounding takes
+it away. Hence
 
 requantise   Q = Q(T), and the rank-R part of T - Q that is nearest in Frobenius norm stays as an adapter
              (its R largest singular triples: Eckart and Young, 1936)
 loftq        Q and the rank-R part in turns, each fitted to what the other leaves (LoftQ, arXiv 2310.08659, alg. 1);
              where the base has the same format its own codes are a candidate too; the best of all is taken
 
-Without an adapter T is the 16-bit weight, and the same two give a quantised model with LoftQ's start for training.
+Without an adapter T is the 16-bit weight, and the same two give a quantised model with LoftQ's start for
+training.
 """
 
 import math
@@ -36,7 +38,8 @@ OVERSAMPLING, ROUNDS = 16, 6  # of that iteration: further columns, and products
 class MergeOptions:
     export_merge: Annotated[
         Literal["dequantise", "requantise", "loftq"] | None,
-        "adapters on a quantised base: into 16 bit; or quantised again, what that loses kept as an adapter of small "
+        "adapters on a quantised base: into 16 bit; or quantised again, what that loses kept as an adapter "
+        "of small "
         "rank; or both fitted in turns. Default dequantise, with quantization_bit requantise",
     ] = None
     export_merge_rank: Annotated[
@@ -87,8 +90,8 @@ class Piece:
 class Fit:
     """Codes for one weight T, and b @ a, which stands beside them.
 
-    norm  ||T||;  error  ||T - Q - b a|| / ||T||;  naive_error  the same of Q(T) alone;  update  ||T - W|| / ||T||, None
-    without a quantised base
+    norm  ||T||;  error  ||T - Q - b a|| / ||T||;  naive_error  the same of Q(T) alone;  update  ||T - W|| /
+    ||T||, None without a quantised base
     """
 
     layer: QuantLinear | None
@@ -148,8 +151,8 @@ def _norm(matrix: Tensor) -> float:
 
 
 def best_low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """M (m, n) fp32 -> b (m, R), a (R, n) with b @ a the nearest matrix of rank R, both sharing the singular values
-    alike: b = U sqrt(S), a = sqrt(S) V^T (LoftQ, alg. 1). R is at most min(m, n)."""
+    """M (m, n) fp32 -> b (m, R), a (R, n) with b @ a the nearest matrix of rank R, both sharing the singular
+    values alike: b = U sqrt(S), a = sqrt(S) V^T (LoftQ, alg. 1). R is at most min(m, n)."""
     rank = min(rank, *matrix.shape)
     if matrix.shape[0] > matrix.shape[1]:
         b, a = best_low_rank(matrix.T, rank)
@@ -168,8 +171,8 @@ def best_low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _leading_span(matrix: Tensor, columns: int) -> Tensor:
-    """Orthonormal columns that nearly span the leading singular vectors: subspace iteration from a fixed random start
-    (Halko et al., arXiv 0909.4061, alg. 4.4)."""
+    """Orthonormal columns that nearly span the leading singular vectors: subspace iteration from a fixed
+    random start (Halko et al., arXiv 0909.4061, alg. 4.4)."""
     start = torch.randn(matrix.shape[1], columns, generator=torch.Generator().manual_seed(0))
     span = torch.linalg.qr(matrix @ start.to(matrix.device)).Q
     for _ in range(ROUNDS):
@@ -182,7 +185,8 @@ def _leading_span(matrix: Tensor, columns: int) -> Tensor:
 
 @dataclass
 class Requantiser:
-    """Turns the pieces of a merged model into the tensors of a quantised checkpoint, and remembers what was lost.
+    """Turns the pieces of a merged model into the tensors of a quantised checkpoint, and remembers what was
+    lost.
 
     format: of the result; None = each piece's own base's
     dtype   of the values that the codes stand for, and of the rest of the model; None = as in the base
@@ -197,7 +201,8 @@ class Requantiser:
     fits: dict[str, Fit] = field(default_factory=dict)  # by our name of the linear; without the codes
 
     def tensors(self, pieces: Iterable[Piece]) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, tensor on the CPU). Raises ValueError naming the linear that cannot be quantised."""
+        """(Hugging Face name, tensor on the CPU). Raises ValueError naming the linear that cannot be
+        quantised."""
         for piece in tqdm(pieces, desc="quantising", unit="tensor", disable=None, leave=False):
             if not piece.in_codes:
                 yield to_hf_name(self.config, piece.name), piece.rounded(self.dtype)
@@ -214,7 +219,8 @@ class Requantiser:
         self.format = self.format or piece.base.format
         if type(self.format).quantise is Format.quantise:
             raise ValueError(
-                f"export_merge: {self.format.method} can only be read, not made from weights as they are; give "
+                f"export_merge: {self.format.method} can only be read, not made from weights as they are; "
+                "give "
                 "quantization_bit (and quantization_method) for the result, or export_merge=dequantise"
             )
         dtype = self.dtype or piece.dtype
@@ -230,7 +236,8 @@ class Requantiser:
         return fit.layer
 
     def save_adapter(self, folder: Path, base_name: str) -> None:
-        """What the codes cannot hold, as a PEFT adapter of the scale 2 (alpha = 2 R, as LoRA's default here)."""
+        """What the codes cannot hold, as a PEFT adapter of the scale 2 (alpha = 2 R, as LoRA's default
+        here)."""
         model = Decoder(self.config, device="meta")
         for module, fit in self.fits.items():
             layer = LoraLinear(

@@ -1,9 +1,10 @@
 """The final answer in a solution of a mathematical problem, and whether two of them are the same.
 
-Where it stands, in this order: behind the last "####" (GSM8K, arXiv 2110.14168), in the last \\boxed{...} (MATH, arXiv
-2103.03874), in the last <answer>...</answer> (R1's format), behind the last "answer is" or "answer:"; else it is the
-last number (of a solution; a row's own answer without such a mark is the answer itself). Numbers are compared as exact
-fractions (1,000 = 1000.0; 1/2 = 0.5 = \\frac{1}{2}), other text without regard to case and spaces.
+Where it stands, in this order: behind the last "####" (GSM8K, arXiv 2110.14168), in the last \\boxed{...}
+(MATH, arXiv 2103.03874), in the last <answer>...</answer> (R1's format), behind the last "answer is" or
+"answer:"; else it is the last number (of a solution; a row's own answer without such a mark is the answer
+itself). Numbers are compared as exact fractions (1,000 = 1000.0; 1/2 = 0.5 = \\frac{1}{2}), other text
+without regard to case and spaces.
 """
 
 import re

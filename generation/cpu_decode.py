@@ -1,7 +1,7 @@
 """One token of one sequence through the decoder on a CPU, as a straight line of few operations.
 
-At one token, a layer's matrices take 0.4 ms to read (135M model, fp32) and the modules' some forty small operations
-as long as half of that. Here a layer is some twenty, over vectors instead of rows of one:
+At one token, a layer's matrices take 0.4 ms to read (135M model, fp32) and the modules' some forty small
+operations as long as half of that. Here a layer is some twenty, over vectors instead of rows of one:
     the products as embedding bags (kernels/linear.py), whose shares are summed together with the residual stream,
     one rotation for q, k and v side by side (v turns by the angle 0) and one copy of k and v into the cache.
 Quantised weights are read as bytes where the format has such a table (kernels/byte_linear.py), else they are expanded
@@ -92,8 +92,10 @@ class Layer(NamedTuple):
 class OneRow:
     """The blocks of a decoder that was laid out for decoding (model.lay_out_for_decoding).
 
-    dtype: of the model's activations.  places: (module, name, layer that stood there): an adapter put around one since
-    then must not be left out.  adapters: those that were copied: if one changes or is switched off, the modules serve.
+    dtype: of the model's activations.  places: (module, name, layer that stood there): an adapter put around
+    one since
+    then must not be left out.  adapters: those that were copied: if one changes or is switched off, the
+    modules serve.
     """
 
     def __init__(
@@ -122,7 +124,8 @@ class OneRow:
         self.ones = torch.ones(dense[0].starts.shape[0], dtype=dense[0].table.dtype) if dense else None
 
     def serves(self, x: Tensor) -> bool:
-        """Whether x (T, E) is one row in the model's dtype, and the decoder still has the layers of the start."""
+        """Whether x (T, E) is one row in the model's dtype, and the decoder still has the layers of the
+        start."""
         fits = x.shape[0] == 1 and x.dtype is self.dtype and not torch.is_grad_enabled()
         return fits and self._unchanged()
 
@@ -133,7 +136,8 @@ class OneRow:
         )
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, storage: Tensor, filled: int) -> Tensor:
-        """x (1, E), cos and sin (1, D/2), storage (layers, 2, 1, K, capacity, D) with `filled` slots -> (1, E).
+        """x (1, E), cos and sin (1, D/2), storage (layers, 2, 1, K, capacity, D) with `filled` slots -> (1,
+        E).
 
         The new keys and values go to slot `filled`. The final norm is left to the caller.
         """

@@ -1,11 +1,11 @@
-"""Decoding at fixed shapes: one new token for every sequence per step, nothing asked of the host, so a CUDA graph can
-replay the step.
+"""Decoding at fixed shapes: one new token for every sequence per step, nothing asked of the host, so a CUDA
+graph can replay the step.
 
-The ordinary step in generate.py builds its tensors from what the host knows: last tokens, lengths, random numbers. On a
-GPU that costs more than the step itself. Here all of it lives on the device from one step to the next; the host starts
-several steps ahead and learns each step's tokens while the next ones are running. The graph holds the model; choosing
-the token, a few kernels that differ with every option, follows it. On a CPU the same step runs without a graph, and
-tests show that it gives the ordinary path's tokens.
+The ordinary step in generate.py builds its tensors from what the host knows: last tokens, lengths, random
+numbers. On a GPU that costs more than the step itself. Here all of it lives on the device from one step to
+the next; the host starts several steps ahead and learns each step's tokens while the next ones are running.
+The graph holds the model; choosing the token, a few kernels that differ with every option, follows it. On a
+CPU the same step runs without a graph, and tests show that it gives the ordinary path's tokens.
 
     steps = TokenSteps(model, cache)
     steps.begin(last_tokens, cache.lengths, choose)
@@ -21,12 +21,14 @@ from torch import Tensor
 import kernels
 from model import Decoder, KVCache, Row
 
-AHEAD = 4  # steps on their way at once: the host's hiccups are shorter; so many are in vain after the last text's end
+# steps on their way at once: the host's hiccups are shorter; so many are in vain after the last text's end
+AHEAD = 4
 DRAWS = 32  # steps that one copy of random numbers serves
 
 
 class DeviceCache:
-    """A KVCache whose filled lengths stand on the device. Every row of tokens brings one for each sequence."""
+    """A KVCache whose filled lengths stand on the device. Every row of tokens brings one for each
+    sequence."""
 
     def __init__(self, cache: KVCache):
         device = cache.storage.device
@@ -51,7 +53,8 @@ class DeviceCache:
 
     @torch.inference_mode()
     def retire(self, sequence: int) -> None:
-        """Its text has ended: the row stays, but attends to nothing but its own token and never grows again."""
+        """Its text has ended: the row stays, but attends to nothing but its own token and never grows
+        again."""
         self.lengths[sequence] = 0
         self.growth[sequence] = 0
 
@@ -59,8 +62,8 @@ class DeviceCache:
 class Replay:
     """A function without arguments that reads and writes fixed tensors; captured on a GPU, a CUDA graph.
 
-    What is to be captured runs once as it is first: kernels compile and libraries allocate then, which a capture would
-    not allow. That run counts.
+    What is to be captured runs once as it is first: kernels compile and libraries allocate then, which a
+    capture would not allow. That run counts.
     """
 
     def __init__(self, function: Callable[[], None], device: torch.device):
@@ -122,10 +125,10 @@ class TokenSteps:
     ) -> None:
         """last_tokens: per row, what its cache, filled to `lengths`, does not hold yet.
 
-        choose(logits (B, V) fp32, uniforms (B,) fp64 or None) -> (B,) tokens, -1 for a row whose logits are not finite;
-        on a GPU it must not synchronise. draws(first, count) -> (count, B) fp64 on the host: the uniform numbers of
-        steps first .. first + count - 1; None = nothing is drawn. capture: whether so many steps follow that a graph
-        pays.
+        choose(logits (B, V) fp32, uniforms (B,) fp64 or None) -> (B,) tokens, -1 for a row whose logits are
+        not finite; on a GPU it must not synchronise. draws(first, count) -> (count, B) fp64 on the host: the
+        uniform numbers of steps first .. first + count - 1; None = nothing is drawn. capture: whether so many
+        steps follow that a graph pays.
         """
         self.tokens.copy_(torch.tensor(last_tokens))
         self.cache.begin(lengths)

@@ -1,9 +1,10 @@
-"""Decoding: a loop over sequences of different lengths with a key/value cache, and text as it comes out of it.
+"""Decoding: a loop over sequences of different lengths with a key/value cache, and text as it comes out of
+it.
 
-A step feeds every live sequence what its cache does not hold yet: the whole prompt at first, then one token. So
-prompts need no padding, and a conversation that goes on re-uses the cache of its beginning. On a GPU the steps of one
-token each run ahead of the host, at fixed shapes (token_steps.py).
-Every sampled sequence has a random generator of its own, so its text does not depend on its neighbours in the batch.
+A step feeds every live sequence what its cache does not hold yet: the whole prompt at first, then one token.
+So prompts need no padding, and a conversation that goes on re-uses the cache of its beginning. On a GPU the
+steps of one token each run ahead of the host, at fixed shapes (token_steps.py). Every sampled sequence has a
+random generator of its own, so its text does not depend on its neighbours in the batch.
 
     completions = generate(model, [ids], GenerateOptions(do_sample=False), stop_ids=tokenizer.stop_ids)
     for piece in TextStream(model, tokenizer, ids, options, stop_ids=tokenizer.stop_ids): print(piece, end="")
@@ -45,12 +46,12 @@ def generate(
 ) -> list[Completion]:
     """Continue every prompt; the prompts may differ in length.
 
-    stop_ids: tokens that end a text.  generator: on the CPU; gives each sequence its seed (None = torch's global one).
-    seeds: of the sequences, in place of a generator.
-    on_token(sequence, token) is called for every new token; returning True ends that sequence. tokenizer: needed for
-    options.stop; fills Completion.text.  cache: one to use again, after its restart(); on a GPU it also keeps the steps
-    that were captured for it, so give it up when layers of the model are replaced or adapters switched.
-    Raises ValueError for prompts that are empty or too long for the model.
+    stop_ids: tokens that end a text.  generator: on the CPU; gives each sequence its seed (None = torch's
+    global one). seeds: of the sequences, in place of a generator. on_token(sequence, token) is called for
+    every new token; returning True ends that sequence. tokenizer: needed for
+    options.stop; fills Completion.text.  cache: one to use again, after its restart(); on a GPU it also keeps
+    the steps that were captured for it, so give it up when layers of the model are replaced or adapters
+    switched. Raises ValueError for prompts that are empty or too long for the model.
     """
     if tokenizer is None and options.stop:
         raise ValueError("stop: stop words are found in the text; give generate() the tokenizer")
@@ -149,7 +150,8 @@ class Decoding:
         chosen = [(s, token) for s, token in zip(self.rows, tokens) if self.finish_reasons[s] is None]
         if any(token < 0 for _, token in chosen):
             raise ValueError(
-                "the model's logits are not finite numbers; its weights are damaged, or too large for float16 "
+                "the model's logits are not finite numbers; its weights are damaged, or too large for "
+                "float16 "
                 "(then set infer_dtype=bfloat16 or float32)"
             )
         for sequence, token in chosen:
@@ -233,7 +235,8 @@ class Decoding:
         return tokens
 
     def _begin_steps(self) -> None:
-        """Steps of fixed shapes for the rows there are; those that the cache kept from an earlier text if they fit."""
+        """Steps of fixed shapes for the rows there are; those that the cache kept from an earlier text if
+        they fit."""
         kept, count = self.cache.kept, len(self.rows)
         if count not in kept or kept[count].model is not self.model:
             kept[count] = TokenSteps(self.model, self.cache)
@@ -262,7 +265,8 @@ class Decoding:
 
 
 def context_limit(config: ModelConfig) -> int:
-    """Tokens of text the model takes. The dynamic rope kind stretches beyond the length it names, up to its factor."""
+    """Tokens of text the model takes. The dynamic rope kind stretches beyond the length it names, up to its
+    factor."""
     if config.rope.kind == "dynamic":
         return int(config.max_positions * config.rope.factor)
     return config.max_positions
@@ -292,8 +296,8 @@ def _check_prompt(number: int, prompt: list[int], vocab_size: int, limit: int) -
 
 
 def split_stop_words(tokenizer, words: Iterable[str]) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Stop words -> (stop tokens, words to look for in the text). A word that is one special token becomes that token,
-    since decoding leaves special tokens out."""
+    """Stop words -> (stop tokens, words to look for in the text). A word that is one special token becomes
+    that token, since decoding leaves special tokens out."""
     ids, texts = [], []
     for word in words:
         token = tokenizer.token_id(word)
@@ -307,8 +311,8 @@ def split_stop_words(tokenizer, words: Iterable[str]) -> tuple[tuple[int, ...], 
 class TextWriter:
     """Tokens in, text out, never half a character and never a part of a stop word.
 
-    Text that could be the beginning of a stop word is held back until it is known. After a stop word, `stopped` is true
-    and nothing more comes out.
+    Text that could be the beginning of a stop word is held back until it is known. After a stop word,
+    `stopped` is true and nothing more comes out.
     """
 
     def __init__(self, tokenizer, stop_words: Iterable[str] = ()):
@@ -346,10 +350,11 @@ def _overlap(text: str, word: str) -> int:
 
 
 class TextStream:
-    """One answer as text while it is generated: iterate over the pieces, then look at `ids` and `finish_reason`.
+    """One answer as text while it is generated: iterate over the pieces, then look at `ids` and
+    `finish_reason`.
 
-    cache: a cache of one sequence that holds the beginning of the prompt, or None. `cached_ids` are the tokens it holds
-    afterwards, also when the iteration was left early (Ctrl-C).
+    cache: a cache of one sequence that holds the beginning of the prompt, or None. `cached_ids` are the
+    tokens it holds afterwards, also when the iteration was left early (Ctrl-C).
     """
 
     def __init__(

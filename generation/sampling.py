@@ -1,7 +1,8 @@
-"""How the next token is chosen: options, samplers as pure functions on the device, random numbers per sequence.
+"""How the next token is chosen: options, samplers as pure functions on the device, random numbers per
+sequence.
 
-Sources: the definitions of transformers' logits processors, in their order; nucleus sampling arXiv 1904.09751, min-p
-arXiv 2407.01082, repetition penalty arXiv 1909.05858. Defaults are LLaMA-Factory's.
+Sources: the definitions of transformers' logits processors, in their order; nucleus sampling arXiv
+1904.09751, min-p arXiv 2407.01082, repetition penalty arXiv 1909.05858. Defaults are LLaMA-Factory's.
 """
 
 import math
@@ -56,12 +57,14 @@ class GenerateOptions:
 
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """seen (B, V) bool: the token stands in the text. Positive logits are divided, negative ones multiplied."""
+    """seen (B, V) bool: the token stands in the text. Positive logits are divided, negative ones
+    multiplied."""
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def ban_repeated_ngrams(logits: Tensor, texts: list[list[int]], size: int) -> Tensor:
-    """Exclude every token that would complete a run of `size` tokens that the text of its row holds already."""
+    """Exclude every token that would complete a run of `size` tokens that the text of its row holds
+    already."""
     logits = logits.clone()
     for row, text in enumerate(texts):
         prefix = text[len(text) - size + 1 :]
@@ -79,7 +82,8 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Exclude the unlikely end whose probabilities add up to at most 1 - p; the likeliest token always stays."""
+    """Exclude the unlikely end whose probabilities add up to at most 1 - p; the likeliest token always
+    stays."""
     ordered, places = logits.sort(descending=False)
     excluded = ordered.softmax(-1).cumsum(-1) <= 1 - p
     excluded[:, -1] = False
@@ -95,8 +99,9 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
 def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
     """One token per row, (B,): where the row's number from [0, 1) falls in the cumulative distribution.
 
-    uniforms: (B,) fp64. Summed in fp64: 150 thousand fp32 terms would leave out the unlikely end. Tokens at -inf are
-    never drawn: they add nothing to the sum, and the largest number below 1 times the total rounds to less than it.
+    uniforms: (B,) fp64. Summed in fp64: 150 thousand fp32 terms would leave out the unlikely end. Tokens at
+    -inf are never drawn: they add nothing to the sum, and the largest number below 1 times the total rounds
+    to less than it.
     """
     cumulative = logits.softmax(-1).double().cumsum(-1)  # (B, V)
     target = uniforms[:, None] * cumulative[:, -1:]
@@ -105,7 +110,8 @@ def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def sample(logits: Tensor, options: GenerateOptions, uniforms: Tensor) -> Tensor:
-    """logits (B, V) fp32, already penalised -> (B,) tokens, drawn after temperature, top-k, top-p and min-p."""
+    """logits (B, V) fp32, already penalised -> (B,) tokens, drawn after temperature, top-k, top-p and
+    min-p."""
     logits = logits / options.temperature
     logits, tokens = _candidates(logits, options.top_k)
     if options.top_k:
@@ -121,9 +127,9 @@ def sample(logits: Tensor, options: GenerateOptions, uniforms: Tensor) -> Tensor
 def _candidates(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor | None]:
     """The best few logits and their tokens (B, n), if top-k keeps no other; else all of them and None.
 
-    Sorting a few hundred numbers instead of the vocabulary is what makes top-p cheap. Equal logits at the k-th place
-    all stay, so the few have to reach below it. That test would make a GPU wait, so there it is not made: of more than
-    (CANDIDATES - 1) * k tokens that equal the k-th, some are left out.
+    Sorting a few hundred numbers instead of the vocabulary is what makes top-p cheap. Equal logits at the
+    k-th place all stay, so the few have to reach below it. That test would make a GPU wait, so there it is
+    not made: of more than (CANDIDATES - 1) * k tokens that equal the k-th, some are left out.
     """
     count = CANDIDATES * top_k
     if not top_k or count >= logits.shape[-1]:
@@ -135,10 +141,11 @@ def _candidates(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor | None]:
 
 
 def choose(logits: Tensor, options: GenerateOptions, seen: Tensor | None, uniforms: Tensor | None) -> Tensor:
-    """logits (B, V) fp32 -> (B,) tokens, -1 where the logits are not finite. No host synchronisation on a GPU.
+    """logits (B, V) fp32 -> (B,) tokens, -1 where the logits are not finite. No host synchronisation on a
+    GPU.
 
-    seen: (B, V) bool, tokens that stand in the text, for the repetition penalty; the chosen ones are noted in it.
-    uniforms: (B,) fp64 from [0, 1) if do_sample.
+    seen: (B, V) bool, tokens that stand in the text, for the repetition penalty; the chosen ones are noted in
+    it. uniforms: (B,) fp64 from [0, 1) if do_sample.
     """
     best = logits.argmax(-1)
     is_finite = torch.isfinite(logits.gather(1, best[:, None]))[:, 0]

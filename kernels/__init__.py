@@ -1,9 +1,9 @@
 """The only place that chooses between implementations of an operation (by device, dtype and shape).
 
-One file per operation; each holds its formula, a plain reference, and what is faster where. KERNELS in the environment:
-auto (default) takes the Triton kernels on a GPU and torch on a CPU; triton insists on the kernels (on a CPU with
-TRITON_INTERPRET=1); reference forces the references everywhere. `choices()` says what was taken. A shape that a kernel
-does not know goes to the reference, which is said once.
+One file per operation; each holds its formula, a plain reference, and what is faster where. KERNELS in the
+environment: auto (default) takes the Triton kernels on a GPU and torch on a CPU; triton insists on the
+kernels (on a CPU with TRITON_INTERPRET=1); reference forces the references everywhere. `choices()` says what
+was taken. A shape that a kernel does not know goes to the reference, which is said once.
 """
 
 import os
@@ -76,7 +76,8 @@ _REFERENCE = _MODE == "reference"
 
 
 def _triton_serves(operation: str, device: torch.device, problem: str | None = None) -> bool:
-    """Whether the operation's Triton kernel is taken. problem: what its `unsupported` says about these tensors."""
+    """Whether the operation's Triton kernel is taken. problem: what its `unsupported` says about these
+    tensors."""
     if _REFERENCE or (_MODE == "auto" and device.type != "cuda"):
         return False
     missing = _missing(device)
@@ -145,8 +146,8 @@ def attention(
 ) -> torch.Tensor:
     """q (T, H, D) over k, v (T, K, D) within segments -> (T, H, D). See kernels/attention.py.
 
-    flash_attn: auto = on a CPU torch's kernels, on a GPU what measures fastest for the shape; triton, sdpa, fa2, fa3 =
-    that one, ValueError if it cannot be had; disabled = the plain formula.
+    flash_attn: auto = on a CPU torch's kernels, on a GPU what measures fastest for the shape; triton, sdpa,
+    fa2, fa3 = that one, ValueError if it cannot be had; disabled = the plain formula.
     """
     arguments = (q, k, v, cu_seqlens, max_seqlen, window, scale, causal, softcap, alibi_slopes)
     if flash_attn == "disabled" or _REFERENCE:
@@ -173,7 +174,8 @@ def attention(
 
 
 def decode_attention(q, keys, values, cu_seqlens, lengths, max_new, window, scale, softcap=None, slopes=None):
-    """New tokens against a cache whose lengths only the device knows -> (T, H, D). See kernels/decode_attention.py."""
+    """New tokens against a cache whose lengths only the device knows -> (T, H, D). See
+    kernels/decode_attention.py."""
     serves = _triton_serves("decode_attention", q.device, _decode_attention.unsupported(q, keys, max_new))
     chosen = (
         _decode_attention.decode_attention_triton if serves else _decode_attention.decode_attention_reference
@@ -196,7 +198,8 @@ def add_rms_norm(
     offset: float = 0.0,
     dtype=None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """rms_norm of x + delta, and that sum: the step of a residual stream; delta None is 0. See kernels/rms_norm.py."""
+    """rms_norm of x + delta, and that sum: the step of a residual stream; delta None is 0. See
+    kernels/rms_norm.py."""
     if _triton_serves("rms_norm", x.device, _norms.unsupported(x, delta)):
         return _rms_norm.add_rms_norm_triton(x, delta, weight, eps, offset, dtype)
     return _rms_norm.add_rms_norm_reference(x, delta, weight, eps, offset, dtype)
@@ -212,7 +215,8 @@ def layer_norm(
 
 
 def rope(q, k, cos, sin, interleaved: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """q (T, H, D) and k (T, K, D) rotated by their angles, given as cos and sin (T, R/2). See kernels/rope.py."""
+    """q (T, H, D) and k (T, K, D) rotated by their angles, given as cos and sin (T, R/2). See
+    kernels/rope.py."""
     if _triton_serves("rope", q.device, _rope.unsupported(q, k)):
         return _rope.rope_triton(q, k, cos, sin, interleaved)
     return (_rope.rope_reference if _REFERENCE else _rope.rope)(q, k, cos, sin, interleaved)
@@ -262,7 +266,8 @@ def linear_logprobs(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> torch.Tensor:
-    """(L,) log-probabilities of the labels, with gradient, without (L, V) logits. See kernels/cross_entropy.py."""
+    """(L,) log-probabilities of the labels, with gradient, without (L, V) logits. See
+    kernels/cross_entropy.py."""
     chosen = _of_cross_entropy("linear_logprobs", hidden)
     return chosen(hidden, weight, labels, bias, softcap=softcap, logit_scale=logit_scale)
 
@@ -310,14 +315,15 @@ def lora_linear(x, weight, bias, lora_a, lora_b, scale: float) -> torch.Tensor:
 
 
 def lora_linears(x: torch.Tensor, parts: list[LoraPart]) -> list[torch.Tensor]:
-    """Several frozen linears with adapters and one input, which is saved and read once. See kernels/lora_linear.py."""
+    """Several frozen linears with adapters and one input, which is saved and read once. See
+    kernels/lora_linear.py."""
     chosen = _lora_linear.lora_linears_reference if _REFERENCE else _lora_linear.lora_linears
     return chosen(x, parts)
 
 
 def dequantise_4bit(weight: Codes, out: torch.Tensor) -> bool:
-    """Write a weight in 4 bits into out (out, in), where a kernel does that; False leaves it to the caller. See
-    kernels/nf4.py."""
+    """Write a weight in 4 bits into out (out, in), where a kernel does that; False leaves it to the caller.
+    See kernels/nf4.py."""
     if not _triton_serves("weights in 4 bits", out.device, _nf4.unsupported_fill(out)):
         return False
     _nf4.dequantise_triton(weight, out)
@@ -325,8 +331,8 @@ def dequantise_4bit(weight: Codes, out: torch.Tensor) -> bool:
 
 
 def few_rows_4bit(x: torch.Tensor, parts: list[CodesPart]) -> list[torch.Tensor] | None:
-    """x (1 to 16 rows, in) through linears in 4 bits with their adapters, straight from the codes, no gradient; None
-    where no kernel does that, and then the dense weight is the way. See kernels/nf4.py."""
+    """x (1 to 16 rows, in) through linears in 4 bits with their adapters, straight from the codes, no
+    gradient; None where no kernel does that, and then the dense weight is the way. See kernels/nf4.py."""
     if not _triton_serves("products with weights in 4 bits", x.device, _nf4.unsupported(x)):
         return None
     return _nf4.few_rows_triton(x, parts)
@@ -346,6 +352,7 @@ def choices(device: torch.device | str, flash_attn: str = "auto") -> str:
     if flash_attn != "auto":
         attention_name = {"disabled": "by the plain formula", "triton": "Triton"}.get(flash_attn, flash_attn)
     return (
-        f"kernels: linear {product}, attention {attention_name}, cross entropy chunked in {pointwise}, lora fused, "
+        f"kernels: linear {product}, attention {attention_name}, cross entropy chunked in {pointwise}, lora "
+        "fused, "
         f"norms, rope and gated mlp {pointwise}"
     )

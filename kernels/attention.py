@@ -7,10 +7,11 @@ key/value head h // (H / K). Of the scores s = q k^T * scale, in this order:
     causal:            a query sees its own position and those before it
     window W:          position p sees keys p-W+1 .. p   (arXiv 2310.06825, section 2); causal only
 
-`attention_reference` is the formula and the oracle of the tests. `attention_sdpa` is what runs on a CPU: segment by
-segment into torch's flash kernel (nothing (T, T) exists), or through two products where those are faster; elsewhere
-its one block-diagonal mask keeps the host out of it. The Triton kernels are in flash_attention.py, torch's own flash
-kernels for the GPU in attention_rivals.py. `cached_attention_reference` serves rows whose keys stand in a cache.
+`attention_reference` is the formula and the oracle of the tests. `attention_sdpa` is what runs on a CPU:
+segment by segment into torch's flash kernel (nothing (T, T) exists), or through two products where those are
+faster; elsewhere its one block-diagonal mask keeps the host out of it. The Triton kernels are in
+flash_attention.py, torch's own flash kernels for the GPU in attention_rivals.py. `cached_attention_reference`
+serves rows whose keys stand in a cache.
 """
 
 import torch
@@ -33,9 +34,9 @@ def attention_reference(
 ) -> torch.Tensor:
     """Every score written out, (H, T, T) of them: memory grows with the square of the row.
 
-    q (T, H, D), k and v (T, K, D), one dtype; cu_seqlens (N+1,) int32; max_seqlen, window: tokens; softcap: logits;
-    alibi_slopes (H,) fp32 -> (T, H, D). Products in q's dtype, softmax in fp32 (fp64 stays).
-    Raises ValueError for a window without causal.
+    q (T, H, D), k and v (T, K, D), one dtype; cu_seqlens (N+1,) int32; max_seqlen, window: tokens; softcap:
+    logits; alibi_slopes (H,) fp32 -> (T, H, D). Products in q's dtype, softmax in fp32 (fp64 stays). Raises
+    ValueError for a window without causal.
     """
     check(window, causal)
     place = torch.arange(q.shape[0], device=q.device)
@@ -67,7 +68,8 @@ def attention_sdpa(
     softcap=None,
     alibi_slopes=None,
 ) -> torch.Tensor:
-    """attention_reference through torch's scaled_dot_product_attention, which knows no soft cap (ValueError)."""
+    """attention_reference through torch's scaled_dot_product_attention, which knows no soft cap
+    (ValueError)."""
     check(window, causal)
     if softcap is not None:
         raise ValueError(
@@ -116,8 +118,9 @@ def cached_attention_reference(
 ) -> torch.Tensor:
     """Attention of new tokens against a cache that already holds their own keys.
 
-    q (T, H, D): the new tokens of sequences 0..N-1 one after the other; borders: N+1 host ints into T.
-    keys, values (N, K, capacity, D); lengths: N host ints, filled slots per sequence, new tokens included -> (T, H, D).
+    q (T, H, D): the new tokens of sequences 0..N-1 one after the other; borders: N+1 host ints into T. keys,
+    values (N, K, capacity, D); lengths: N host ints, filled slots per sequence, new tokens included -> (T, H,
+    D).
     """
     gqa = q.shape[1] != keys.shape[1]
     count = len(lengths)
@@ -169,7 +172,8 @@ def cached_attention_reference(
 
 
 def _runs_of_equal_length(borders: list[int]):
-    """Yield (start, count, length) for runs of neighbouring segments of one length: one kernel call serves a run."""
+    """Yield (start, count, length) for runs of neighbouring segments of one length: one kernel call serves a
+    run."""
     i, last = 0, len(borders) - 1
     while i < last:
         length, j = borders[i + 1] - borders[i], i + 1
@@ -203,7 +207,8 @@ def _alibi_bias(length: int, window, causal: bool, slopes, dtype) -> torch.Tenso
 
 
 def _one_mask(q, k, v, cu_seqlens, window, scale, causal=True, alibi_slopes=None):
-    """The same on any device without a host synchronisation; (T, T) mask, so for short rows and tests only."""
+    """The same on any device without a host synchronisation; (T, T) mask, so for short rows and tests
+    only."""
     place = torch.arange(q.shape[0], device=q.device)
     segment = torch.searchsorted(cu_seqlens[1:].contiguous(), place, right=True)
     mask = (segment[:, None] == segment[None, :]) & _seen(place[:, None], place[None, :], window, causal)

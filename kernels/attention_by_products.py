@@ -1,13 +1,14 @@
-"""Causal attention on a CPU out of oneDNN's products, for the dtypes and lengths at which torch's kernel is slower.
+"""Causal attention on a CPU out of oneDNN's products, for the dtypes and lengths at which torch's kernel is
+slower.
 
-softmax(q k^T * scale) v for segments of one length, by blocks of queries: a block meets the keys up to its own end
-only, so what lies above the diagonal is not multiplied, and no more than a block's scores exist at a time. The backward
-pass computes them again. With P = softmax(S), O = P V (arXiv 2205.14135, appendix B):
+softmax(q k^T * scale) v for segments of one length, by blocks of queries: a block meets the keys up to its
+own end only, so what lies above the diagonal is not multiplied, and no more than a block's scores exist at a
+time. The backward pass computes them again. With P = softmax(S), O = P V (arXiv 2205.14135, appendix B):
     dV = P^T dO      dS = P * (dO V^T - sum over keys of P * dO V^T)      dQ = dS K      dK = dS^T Q
 The query heads of one key/value head are rows of one product, so K and V are never repeated.
 
-T tokens, N segments of S tokens, H query heads, K key/value heads, G = H / K, D head size; one product serves N K
-pairs of segment and head in bf16, and one pair in fp32 (oneDNN's fp32 product has no batches here).
+T tokens, N segments of S tokens, H query heads, K key/value heads, G = H / K, D head size; one product serves
+N K pairs of segment and head in bf16, and one pair in fp32 (oneDNN's fp32 product has no batches here).
 """
 
 import functools
@@ -18,13 +19,14 @@ from torch import Tensor
 
 from kernels.linear import matmul_transposed, onednn_fp32_available
 
-BLOCK = 128  # queries; measured best of 64 to 1024: what is skipped above the diagonal against the number of calls
+# queries; measured best of 64 to 1024: what is skipped above the diagonal against the number of calls
+BLOCK = 128
 SHORTEST_FP32 = 512  # tokens; below, the many small products of one pair each cost what they save
 
 
 def pays(dtype: torch.dtype, length: int) -> bool:
-    """Whether this way is the faster one. Measured with 33 to 1024 tokens, 9 heads of 64, forward and backward: bf16
-    1.5 to 3.7 times as fast, fp32 1.5 times from 512 tokens on and slower below 300."""
+    """Whether this way is the faster one. Measured with 33 to 1024 tokens, 9 heads of 64, forward and
+    backward: bf16 1.5 to 3.7 times as fast, fp32 1.5 times from 512 tokens on and slower below 300."""
     if dtype is torch.bfloat16:
         return torch.cpu._is_avx512_bf16_supported()
     return dtype is torch.float32 and length >= SHORTEST_FP32 and onednn_fp32_available()
@@ -72,7 +74,8 @@ class _Attention(torch.autograd.Function):
 
 
 def _weights(queries: Tensor, keys: Tensor, block: int, scale: float) -> Tensor:
-    """softmax of the scores (pairs, rows, seen); the last `block` keys are those of the rows' own positions."""
+    """softmax of the scores (pairs, rows, seen); the last `block` keys are those of the rows' own
+    positions."""
     scores = _product(queries, keys, scale)
     scores[..., -block:] += _causal(block, scores.shape[1] // block, scores.dtype)
     return torch.softmax(scores, -1, out=scores)

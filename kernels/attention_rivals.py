@@ -1,9 +1,9 @@
 """Attention on a GPU by kernels of others, and the choice between them and ours by measurement.
 
-torch carries FlashAttention 2 for rows with borders and cuDNN's kernels for equal lengths; which one wins depends on
-the GPU, the head size and the lengths. So `Chooser` times what can serve a class of shapes, once, with the first row of
-that class, forward and backward where gradients are asked for, and says what it found. The calls into torch and into
-the package flash_attn have not been run on a GPU yet: unmeasured.
+torch carries FlashAttention 2 for rows with borders and cuDNN's kernels for equal lengths; which one wins
+depends on the GPU, the head size and the lengths. So `Chooser` times what can serve a class of shapes, once,
+with the first row of that class, forward and backward where gradients are asked for, and says what it found.
+The calls into torch and into the package flash_attn have not been run on a GPU yet: unmeasured.
 """
 
 import importlib
@@ -24,7 +24,8 @@ PACKAGES = {  # flash_attn's value -> module, how to install it
     "fa2": ("flash_attn", "pip install flash-attn --no-build-isolation"),
     "fa3": (
         "flash_attn_interface",
-        'pip install "git+https://github.com/Dao-AILab/flash-attention#subdirectory=hopper" --no-build-isolation',
+        'pip install "git+https://github.com/Dao-AILab/flash-attention#subdirectory=hopper" '
+        "--no-build-isolation",
     ),
 }
 
@@ -60,9 +61,20 @@ def torch_flash(q, k, v, cu_seqlens, max_seqlen, window, scale, causal=True, sof
     """torch's FlashAttention 2 on rows with borders; fp16 and bf16, no cap and no slopes."""
     left, right = (None, None) if window is None else (window - 1, 0)
     return torch.ops.aten._flash_attention_forward(
-        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0.0, causal, False,
-        scale=scale, window_size_left=left, window_size_right=right,
-    )[0]  # fmt: skip
+        q,
+        k,
+        v,
+        cu_seqlens,
+        cu_seqlens,
+        max_seqlen,
+        max_seqlen,
+        0.0,
+        causal,
+        False,
+        scale=scale,
+        window_size_left=left,
+        window_size_right=right,
+    )[0]
 
 
 def rivals(
@@ -84,7 +96,8 @@ def rivals(
 def attention_torch(
     q, k, v, cu_seqlens, max_seqlen, window, scale, causal=True, softcap=None, alibi_slopes=None
 ):
-    """The best of torch without measuring: flash_attn: sdpa. A soft cap is known to the plain formula only."""
+    """The best of torch without measuring: flash_attn: sdpa. A soft cap is known to the plain formula
+    only."""
     arguments = (q, k, v, cu_seqlens, max_seqlen, window, scale, causal, softcap, alibi_slopes)
     if softcap is not None:
         say_once("kernels: attention takes the torch reference: scaled_dot_product_attention has no soft cap")
@@ -111,7 +124,8 @@ def require_package(flash_attn: str) -> None:
 def attention_package(
     name: str, q, k, v, cu_seqlens, max_seqlen, window, scale, causal, softcap, alibi_slopes
 ):
-    """flash_attn: fa2 or fa3, by their own packages. Raises ValueError for a missing one or a switch it has not."""
+    """flash_attn: fa2 or fa3, by their own packages. Raises ValueError for a missing one or a switch it has
+    not."""
     require_package(name)
     module, _ = PACKAGES[name]
     options = {"window_size": (-1, -1) if window is None else (window - 1, 0)}
@@ -170,9 +184,11 @@ class Chooser:
 
 
 def time_on_gpu(function: Callable, arguments: tuple) -> float:
-    """Median milliseconds of forward, and backward if an argument is trained. Synchronises: once per class of shapes.
+    """Median milliseconds of forward, and backward if an argument is trained. Synchronises: once per class of
+    shapes.
 
-    In a thread of its own, where none of the caller's autograd hooks and dispatch modes (checkpointing) are in force.
+    In a thread of its own, where none of the caller's autograd hooks and dispatch modes (checkpointing) are
+    in force.
     """
     found: list = []
     torch.cuda.synchronize()  # the other thread works on another stream

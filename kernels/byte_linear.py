@@ -1,12 +1,14 @@
-"""y = x W^T for one row on a CPU, with W in one byte a weight: the product of decoding from quantised weights.
+"""y = x W^T for one row on a CPU, with W in one byte a weight: the product of decoding from quantised
+weights.
 
     W[o, i] = (codes[i, o] - zero) * scales[i // group, o]        group = in / groups inputs
 
-The sums over a group, sum_i x[i] * (codes[i, o] - zero), are an embedding bag over rows of bytes (fbgemm's, whose rows
-end with a scale and an offset of their own: here 1 and -zero), one bag for each group or each thread's share. It reads
-a byte a weight at the speed of memory, as kernels/linear.matvec_by_rows reads two or four. Measured on two cores
-(576 x 3072, thirty such tables in turn): 65 us, against 126 in bf16, 222 in fp32 and 111 by torch._weight_int8pack_mm;
-the same bag over 4-bit codes takes 105, since it unpacks them one by one. Sums are fp32.
+The sums over a group, sum_i x[i] * (codes[i, o] - zero), are an embedding bag over rows of bytes (fbgemm's,
+whose rows end with a scale and an offset of their own: here 1 and -zero), one bag for each group or each
+thread's share. It reads a byte a weight at the speed of memory, as kernels/linear.matvec_by_rows reads two or
+four. Measured on two cores (576 x 3072, thirty such tables in turn): 65 us, against 126 in bf16, 222 in fp32
+and 111 by torch._weight_int8pack_mm; the same bag over 4-bit codes takes 105, since it unpacks them one by
+one. Sums are fp32.
 """
 
 from typing import NamedTuple
@@ -31,7 +33,8 @@ class Bytes(NamedTuple):
 
 
 class ByteTable:
-    """Weights with one input, side by side, as the bag reads them. ValueError unless zero and groups are the same."""
+    """Weights with one input, side by side, as the bag reads them. ValueError unless zero and groups are the
+    same."""
 
     def __init__(self, parts: list[Bytes]):
         self.zero = parts[0].zero

@@ -8,20 +8,21 @@ For a row with scores s = h W^T + b and label y:
          + w lse^2                             w: z_loss.  PaLM, arXiv 2204.02311, section 5
     dloss/dz_j = (1 + 2 w lse) exp(z_j - lse) - (1 - e) [j = y] - e / V
 
-The head's product, the softmax and the gradient are taken chunk by chunk in the forward pass, so at most one chunk of
-logits exists at a time, whatever L and V are: CHUNK_BYTES of fp32 ones in torch, WORKSPACE_BYTES in the compute dtype
-with Triton. The gradient of the hidden rows is kept (L, E); with a frozen head the work is two products, 4 L E V. A
-trained head takes a third and an fp32 buffer (V, E) that sums over the chunks: 2.1 GB for 128256 x 4096. Idea: arXiv
-2411.09009 and Liger-Kernel's chunked loss. linear_logprobs keeps nothing of size (L, V) or (L, E) but its inputs and
-computes the logits again.
+The head's product, the softmax and the gradient are taken chunk by chunk in the forward pass, so at most one
+chunk of logits exists at a time, whatever L and V are: CHUNK_BYTES of fp32 ones in torch, WORKSPACE_BYTES in
+the compute dtype with Triton. The gradient of the hidden rows is kept (L, E); with a frozen head the work is
+two products, 4 L E V. A trained head takes a third and an fp32 buffer (V, E) that sums over the chunks: 2.1
+GB for 128256 x 4096. Idea: arXiv 2411.09009 and Liger-Kernel's chunked loss. linear_logprobs keeps nothing of
+size (L, V) or (L, E) but its inputs and computes the logits again.
 
-The products are cuBLAS's or oneDNN's, in the compute dtype with fp32 sums; everything from the logits on is fp32. In
-Triton one pass turns a chunk of logits into losses and, in the same memory, gradients. A row of up to 32768 stands in
-registers, so it is read once and written once; other rows (longer; with bias, cap or smoothing; fp32) are read twice,
-the second time from the end, where the L2 cache still holds them. Times on a GPU: unmeasured.
+The products are cuBLAS's or oneDNN's, in the compute dtype with fp32 sums; everything from the logits on is
+fp32. In Triton one pass turns a chunk of logits into losses and, in the same memory, gradients. A row of up
+to 32768 stands in registers, so it is read once and written once; other rows (longer; with bias, cap or
+smoothing; fp32) are read twice, the second time from the end, where the L2 cache still holds them. Times on a
+GPU: unmeasured.
 
-A label outside 0..V-1: on a CPU ValueError; a GPU cannot be asked without stopping the host, so there the row's loss
-and gradient are NaN.
+A label outside 0..V-1: on a CPU ValueError; a GPU cannot be asked without stopping the host, so there the
+row's loss and gradient are NaN.
 """
 
 from typing import NamedTuple
@@ -106,8 +107,9 @@ def _wide(x: Tensor) -> Tensor:
 def linear_cross_entropy(hidden, weight, labels, bias=None, **terms) -> Tensor:
     """Sum over the L rows of the loss in nats; the formula and its terms are in the file's head.
 
-    hidden (L, E) compute dtype; weight (V, E); labels (L,) int64 in 0..V-1; bias (V,) or None -> () fp32.
-    L may be 0: the loss is 0 and every gradient exists. Gradients: hidden, weight, bias, each only if it is asked for.
+    hidden (L, E) compute dtype; weight (V, E); labels (L,) int64 in 0..V-1; bias (V,) or None -> () fp32. L
+    may be 0: the loss is 0 and every gradient exists. Gradients: hidden, weight, bias, each only if it is
+    asked for.
     """
     return _LinearCrossEntropy.apply(hidden, weight, labels, bias, Terms(**terms).check(), _TorchChunks)
 
@@ -118,7 +120,8 @@ def linear_cross_entropy_triton(hidden, weight, labels, bias=None, **terms) -> T
 
 
 def linear_logprobs(hidden, weight, labels, bias=None, **terms) -> Tensor:
-    """log p(label) of each row -> (L,) fp32, with gradient. Operands and terms (softcap, logit_scale) as above."""
+    """log p(label) of each row -> (L,) fp32, with gradient. Operands and terms (softcap, logit_scale) as
+    above."""
     return _LinearLogprobs.apply(hidden, weight, labels, bias, Terms(**terms).check(), _TorchChunks)
 
 
@@ -130,8 +133,8 @@ def linear_logprobs_triton(hidden, weight, labels, bias=None, **terms) -> Tensor
 def cross_entropy(logits, labels, **terms) -> Tensor:
     """Sum of the row losses of logits (L, V) that exist already -> () fp32; terms as in the file's head.
 
-    Where a gradient is asked for it is written over the logits, which nobody may use afterwards (autograd refuses
-    where it can see it; a second backward pass is refused too).
+    Where a gradient is asked for it is written over the logits, which nobody may use afterwards (autograd
+    refuses where it can see it; a second backward pass is refused too).
     """
     return _CrossEntropy.apply(logits, labels, Terms(**terms).check(), _TorchChunks)
 
@@ -167,7 +170,8 @@ class _TorchChunks:
     def losses(logits, classes: int, labels, bias, terms: Terms, gradient: bool, factors=None):
         """(L,) losses and, if asked for, the gradients (L, V) of each by its logits, times factors (L,).
 
-        Both fp32 (fp64 stays); logits are overwritten if they have that dtype. classes: all columns of the logits.
+        Both fp32 (fp64 stays); logits are overwritten if they have that dtype. classes: all columns of the
+        logits.
         """
         z, target = _wide(logits), labels[:, None]
         if bias is not None:
@@ -236,7 +240,8 @@ class _TritonChunks:
 
     @staticmethod
     def losses(logits, classes: int, labels, bias, terms: Terms, gradient: bool, factors=None):
-        """(L,) losses, fp32, and, if asked for, the gradients (L, V) of each, times factors (L,), over the logits.
+        """(L,) losses, fp32, and, if asked for, the gradients (L, V) of each, times factors (L,), over the
+        logits.
 
         Columns from `classes` on are read and written, but what stands there means nothing.
         """
@@ -247,9 +252,21 @@ class _TritonChunks:
             at_label = torch.empty_like(losses)
             grid = (min(rows, programs * processors(logits.device)),)
             run(
-                _row_kernel, grid, logits, labels, factors, losses, at_label, rows, classes, logits.stride(0),
-                float(terms.logit_scale), float(terms.z_loss), GRADIENT=gradient, **constants,
-            )  # fmt: skip
+                _row_kernel,
+                grid,
+                logits,
+                labels,
+                factors,
+                losses,
+                at_label,
+                rows,
+                classes,
+                logits.stride(0),
+                float(terms.logit_scale),
+                float(terms.z_loss),
+                GRADIENT=gradient,
+                **constants,
+            )
             if gradient:
                 sizes = rows, classes, logits.stride(0)
                 run(
@@ -269,10 +286,24 @@ class _TritonChunks:
             twice = 2 * multiprocessors * width * logits.element_size() <= CACHE_BYTES
             grid = (min(rows, multiprocessors * (2 if twice else 1)),)
             run(
-                _long_row_kernel, grid, logits, labels, bias, factors, losses,
-                rows, classes, width, logits.stride(0), softcap, float(terms.logit_scale),
-                terms.label_smoothing or None, float(terms.z_loss), GRADIENT=gradient, **constants,
-            )  # fmt: skip
+                _long_row_kernel,
+                grid,
+                logits,
+                labels,
+                bias,
+                factors,
+                losses,
+                rows,
+                classes,
+                width,
+                logits.stride(0),
+                softcap,
+                float(terms.logit_scale),
+                terms.label_smoothing or None,
+                float(terms.z_loss),
+                GRADIENT=gradient,
+                **constants,
+            )
         if not gradient:
             return losses, None
         torch.autograd.graph.increment_version(logits)
@@ -334,8 +365,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         def scaled(grad, dtype):
             if grad is None:
                 return None
-            # multiplied in fp32: with fp16 loss scaling grad_total may be 2^16. No third buffer of the head's size.
-            # On a GPU a number without dimensions would be rounded to grad's dtype first; one with a dimension is not
+            # multiplied in fp32: with fp16 loss scaling grad_total may be 2^16. No third buffer of the head's
+            # size. On a GPU a number without dimensions would be rounded to grad's dtype first; one with a
+            # dimension is not
             factor = grad_total if grad_total.device.type == "cpu" else grad_total.reshape(1)
             return torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype))
 
@@ -396,7 +428,8 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _chunks_of_logits(hidden: Tensor, weight: Tensor, chunks):
-    """Yield (slice of rows, their logits); the logits' memory is the same for all where the kind of chunk has one."""
+    """Yield (slice of rows, their logits); the logits' memory is the same for all where the kind of chunk has
+    one."""
     count, vocabulary = hidden.shape[0], weight.shape[0]
     step = chunks.rows(count, vocabulary, hidden.dtype)
     workspace = chunks.workspace(min(step, count), vocabulary, hidden)
@@ -485,13 +518,26 @@ def _slope(grad, z, softcap):
 
 @jit
 def _row_kernel(
-    logits, labels, factors, losses, at_label, rows, size, stride, logit_scale, z_weight,
-    GRADIENT: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """The usual loss of rows that a program holds in registers: 32 values a thread of 1024, and no room for more.
+    logits,
+    labels,
+    factors,
+    losses,
+    at_label,
+    rows,
+    size,
+    stride,
+    logit_scale,
+    z_weight,
+    GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The usual loss of rows that a program holds in registers: 32 values a thread of 1024, and no room for
+    more.
 
-    So bias, cap and smoothing are _long_row_kernel's, and so is the subtraction at the label _label_kernel's (telling
-    where it stands spills 112 bytes a thread). Persistent: the next row is on its way to shared memory meanwhile.
+    So bias, cap and smoothing are _long_row_kernel's, and so is the subtraction at the label _label_kernel's
+    (telling where it stands spills 112 bytes a thread). Persistent: the next row is on its way to shared
+    memory meanwhile.
     """
     columns = tl.arange(0, BLOCK)
     inside = columns < size
@@ -525,13 +571,28 @@ def _label_kernel(logits, labels, at_label, rows, size, stride, BLOCK: tl.conste
 
 @jit
 def _long_row_kernel(
-    logits, labels, bias, factors, losses, rows, size, width, stride, softcap, logit_scale, smoothing, z_weight,
-    GRADIENT: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    logits,
+    labels,
+    bias,
+    factors,
+    losses,
+    rows,
+    size,
+    width,
+    stride,
+    softcap,
+    logit_scale,
+    smoothing,
+    z_weight,
+    GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     """Any row, BLOCK values at a time: once for the sum (online, arXiv 1805.02867), once for the gradient.
 
-    size: classes; width: columns that may be read and written, a multiple of 16 where the memory is this file's own
-    (a mask that ends in the middle of 16 bytes would make every load and store one of single values).
+    size: classes; width: columns that may be read and written, a multiple of 16 where the memory is this
+    file's own (a mask that ends in the middle of 16 bytes would make every load and store one of single
+    values).
     """
     columns = tl.arange(0, BLOCK)
     blocks = tl.cdiv(size, BLOCK)

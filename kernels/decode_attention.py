@@ -1,13 +1,14 @@
 """Attention of one to sixteen new tokens per sequence against a cache, for decoding.
 
-T new tokens of N sequences one after the other, H query heads, K key/value heads (H is a multiple of K), D head size.
-A new token at position p sees keys 0 .. p of its sequence, with a sliding window W only p-W+1 .. p
-(arXiv 2310.06825, section 2). score = scale * q k, then softcap * tanh(score / softcap) (Gemma 2, arXiv 2408.00118,
-section 2), then + slope * (key position - p) (ALiBi, arXiv 2108.12409, eq. 1).
+T new tokens of N sequences one after the other, H query heads, K key/value heads (H is a multiple of K), D
+head size. A new token at position p sees keys 0 .. p of its sequence, with a sliding window W only p-W+1 .. p
+(arXiv 2310.06825, section 2). score = scale * q k, then softcap * tanh(score / softcap) (Gemma 2, arXiv
+2408.00118, section 2), then + slope * (key position - p) (ALiBi, arXiv 2108.12409, eq. 1).
 
-Reading the cache is all the time this takes, so the kernel reads it once: one program serves all query heads of a
-key/value head. A single sequence has few heads, so its keys are divided among `splits` programs ("flash decoding", Dao
-et al., 2023); each gives its part of the sum and the logarithm of its softmax's denominator, a second kernel merges:
+Reading the cache is all the time this takes, so the kernel reads it once: one program serves all query heads
+of a key/value head. A single sequence has few heads, so its keys are divided among `splits` programs ("flash
+decoding", Dao et al., 2023); each gives its part of the sum and the logarithm of its softmax's denominator, a
+second kernel merges:
     out = sum_s 2^(lse_s - m) out_s / sum_s 2^(lse_s - m),   m = max_s lse_s.
 How much is filled is known to the device only, so nothing here waits for it: the number of splits comes from the
 capacity, and the programs divide between them what they find filled.
@@ -25,11 +26,13 @@ LOG2_E = 1.4426950408889634  # exp2 is the processor's own exponential
 def decode_attention_reference(
     q, keys, values, cu_seqlens, lengths, max_new: int, window, scale, softcap, slopes
 ):
-    """q (T, H, D); keys, values (N, K, capacity, D) that hold the new tokens already -> (T, H, D) in q's dtype.
+    """q (T, H, D); keys, values (N, K, capacity, D) that hold the new tokens already -> (T, H, D) in q's
+    dtype.
 
-    cu_seqlens (N+1,) int32: borders of the new tokens; lengths (N,) int32: filled slots, new tokens included; both on
-    the device. max_new: most new tokens of a sequence, a host int. window: tokens or None. softcap: float or None.
-    slopes: (H,) fp32 or None. No host synchronisation. Every score is masked over the whole capacity.
+    cu_seqlens (N+1,) int32: borders of the new tokens; lengths (N,) int32: filled slots, new tokens included;
+    both on the device. max_new: most new tokens of a sequence, a host int. window: tokens or None. softcap:
+    float or None. slopes: (H,) fp32 or None. No host synchronisation. Every score is masked over the whole
+    capacity.
     """
     tokens, heads, size = q.shape
     kv_heads, capacity = keys.shape[1:3]
@@ -67,9 +70,11 @@ def decode_attention_reference(
 
 
 def store_reference(k, v, keys, values, cu_seqlens, lengths, max_new: int) -> None:
-    """Put the new k, v (T, K, D) into the cache's keys, values (N, K, capacity, D): the last slots that are filled.
+    """Put the new k, v (T, K, D) into the cache's keys, values (N, K, capacity, D): the last slots that are
+    filled.
 
-    cu_seqlens, lengths, max_new: as above, so a sequence with two new tokens and length 7 gets them into slots 5 and 6.
+    cu_seqlens, lengths, max_new: as above, so a sequence with two new tokens and length 7 gets them into
+    slots 5 and 6.
     """
     token = torch.arange(k.shape[0], device=k.device)
     sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
@@ -92,10 +97,11 @@ def unsupported(q, keys, max_new: int) -> str | None:
 
 
 def sizes(group: int, max_new: int, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
-    """Block sizes. ROWS: queries of a program, new tokens x heads of a group; KEYS: keys per turn of its loop.
+    """Block sizes. ROWS: queries of a program, new tokens x heads of a group; KEYS: keys per turn of its
+    loop.
 
-    A turn's keys and values are 32 KB at most, so that three turns are on their way at once in two programs per
-    multiprocessor: enough to keep memory busy.
+    A turn's keys and values are 32 KB at most, so that three turns are on their way at once in two programs
+    per multiprocessor: enough to keep memory busy.
     """
     width = max(16, next_power_of_2(head_dim))
     rows = min(64 if width < 256 else 32, max(16, next_power_of_2(group * max_new)))
@@ -104,7 +110,8 @@ def sizes(group: int, max_new: int, head_dim: int, dtype: torch.dtype) -> dict[s
 
 
 def choose_splits(programs: int, capacity: int, block: int, device: torch.device) -> int:
-    """Programs that share one head's keys: enough to give every multiprocessor two, none with less than a block."""
+    """Programs that share one head's keys: enough to give every multiprocessor two, none with less than a
+    block."""
     wanted = ceil_divide(2 * processors(device), programs)
     return max(1, min(wanted, ceil_divide(capacity, block), MAX_SPLITS))
 
@@ -116,8 +123,10 @@ def decode_attention_triton(
     tokens, heads, head_dim = q.shape
     sequences, kv_heads, capacity = keys.shape[:3]
     if keys.stride() != values.stride() or keys.stride(3) != 1:
-        raise ValueError(f"decode_attention: keys and values must lie alike, values of a head side by side; "
-                         f"their strides are {keys.stride()} and {values.stride()}")  # fmt: skip
+        raise ValueError(
+            f"decode_attention: keys and values must lie alike, values of a head side by side; "
+            f"their strides are {keys.stride()} and {values.stride()}"
+        )
     q = q if q.stride(2) == 1 else q.contiguous()
     group = heads // kv_heads
     blocks = sizes(group, max_new, head_dim, q.dtype)
@@ -130,18 +139,50 @@ def decode_attention_triton(
         part = torch.empty((tokens, heads, splits, head_dim), dtype=torch.float32, device=q.device)
         lse = torch.empty((tokens, heads, splits), dtype=torch.float32, device=q.device)
     run(
-        _decode_kernel, (splits, kv_heads * row_blocks, sequences),
-        q, keys, values, cu_seqlens, lengths, slopes, part, lse,
-        q.stride(0), q.stride(1), keys.stride(0), keys.stride(1), keys.stride(2), part.stride(0), part.stride(1),
-        scale * LOG2_E, softcap or 0.0, kv_heads, splits,
-        GROUP=group, HEAD=head_dim, WINDOW=window, SOFTCAP=softcap is not None, MERGED=splits == 1,
-        PRECISION="ieee" if q.dtype is torch.float32 else "tf32", **blocks, num_warps=4, num_stages=3,
-    )  # fmt: skip
+        _decode_kernel,
+        (splits, kv_heads * row_blocks, sequences),
+        q,
+        keys,
+        values,
+        cu_seqlens,
+        lengths,
+        slopes,
+        part,
+        lse,
+        q.stride(0),
+        q.stride(1),
+        keys.stride(0),
+        keys.stride(1),
+        keys.stride(2),
+        part.stride(0),
+        part.stride(1),
+        scale * LOG2_E,
+        softcap or 0.0,
+        kv_heads,
+        splits,
+        GROUP=group,
+        HEAD=head_dim,
+        WINDOW=window,
+        SOFTCAP=softcap is not None,
+        MERGED=splits == 1,
+        PRECISION="ieee" if q.dtype is torch.float32 else "tf32",
+        **blocks,
+        num_warps=4,
+        num_stages=3,
+    )
     if splits > 1:
         run(
-            _merge_kernel, (tokens, heads), part, lse, out, splits,
-            HEAD=head_dim, WIDTH=blocks["WIDTH"], SPLITS=next_power_of_2(splits), num_warps=4,
-        )  # fmt: skip
+            _merge_kernel,
+            (tokens, heads),
+            part,
+            lse,
+            out,
+            splits,
+            HEAD=head_dim,
+            WIDTH=blocks["WIDTH"],
+            SPLITS=next_power_of_2(splits),
+            num_warps=4,
+        )
     return out
 
 
@@ -150,20 +191,58 @@ def store_triton(k, v, keys, values, cu_seqlens, lengths, max_new: int) -> None:
     _, kv_heads, head_dim = k.shape
     k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (k, v))
     run(
-        _store_kernel, (max_new, keys.shape[0]), k, v, keys, values, cu_seqlens, lengths,
-        k.stride(0), k.stride(1), v.stride(0), v.stride(1), *keys.stride()[:3], kv_heads, head_dim,
-        HEADS=next_power_of_2(kv_heads), WIDTH=next_power_of_2(head_dim), num_warps=4,
-    )  # fmt: skip
+        _store_kernel,
+        (max_new, keys.shape[0]),
+        k,
+        v,
+        keys,
+        values,
+        cu_seqlens,
+        lengths,
+        k.stride(0),
+        k.stride(1),
+        v.stride(0),
+        v.stride(1),
+        *keys.stride()[:3],
+        kv_heads,
+        head_dim,
+        HEADS=next_power_of_2(kv_heads),
+        WIDTH=next_power_of_2(head_dim),
+        num_warps=4,
+    )
 
 
 @jit
 def _decode_kernel(
-    q, keys, values, borders, lengths, slopes, part, lse,
-    q_token, q_head, kv_sequence, kv_head, kv_slot, part_token, part_head,
-    scale, softcap, kv_heads, splits,
-    GROUP: tl.constexpr, HEAD: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, MERGED: tl.constexpr,
-    PRECISION: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+    q,
+    keys,
+    values,
+    borders,
+    lengths,
+    slopes,
+    part,
+    lse,
+    q_token,
+    q_head,
+    kv_sequence,
+    kv_head,
+    kv_slot,
+    part_token,
+    part_head,
+    scale,
+    softcap,
+    kv_heads,
+    splits,
+    GROUP: tl.constexpr,
+    HEAD: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    MERGED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     split = tl.program_id(0)
     own_head = tl.program_id(1) % kv_heads
     row = tl.program_id(1) // kv_heads * ROWS + tl.arange(
@@ -253,10 +332,24 @@ def _merge_kernel(part, lse, out, splits, HEAD: tl.constexpr, WIDTH: tl.constexp
 
 @jit
 def _store_kernel(
-    k, v, keys, values, borders, lengths,
-    k_token, k_head, v_token, v_head, kv_sequence, kv_head, kv_slot, heads, head_dim,
-    HEADS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+    k,
+    v,
+    keys,
+    values,
+    borders,
+    lengths,
+    k_token,
+    k_head,
+    v_token,
+    v_head,
+    kv_sequence,
+    kv_head,
+    kv_slot,
+    heads,
+    head_dim,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     token, sequence = tl.program_id(0), tl.program_id(1)
     first = tl.load(borders + sequence)
     new = tl.load(borders + sequence + 1) - first

@@ -1,6 +1,8 @@
-"""Flash attention on flat rows: forward and backward of attention.attention_reference without its (H, T, T) scores.
+"""Flash attention on flat rows: forward and backward of attention.attention_reference without its (H, T, T)
+scores.
 
-Forward, one program per block of queries and query head, over blocks of keys (Dao, arXiv 2307.08691, algorithm 1):
+Forward, one program per block of queries and query head, over blocks of keys (Dao, arXiv 2307.08691,
+algorithm 1):
     top' = max(top, s)    p = 2^(s - top')    total' = total 2^(top - top') + sum p    acc' = acc 2^(top - top') + p v
     out = acc / total     lse = top + log2 total, saved (H, T) fp32; s is in units of log 2, so that exp is one exp2
 Backward (the same, algorithm 2), with delta = sum over D of grad * out:
@@ -9,12 +11,12 @@ with ds times 1 - tanh^2 under a soft cap. dk and dv: one program per block of k
 through the query heads of the group; dq: one program per block of queries, which takes the scores once more. No
 atomics: 7 products instead of 5, and the same bits every time.
 
-Where the work is: a segment's blocks never cross its borders. Block b of the grid belongs to the segment i with the
-largest cu_seqlens[i] // BLOCK + i <= b, found by bisection in the kernel; so T // BLOCK + N blocks serve any
-segments, at most one each is idle, and the host never looks at cu_seqlens. Blocks outside of the window or
-above the diagonal are not run, those in between are not masked. One loop serves all: a branch around the mask costs
-less than draining the pipeline between loops, and a third of the code. Long programs come first.
-Head sizes that are no power of two are padded with zeros in registers.
+Where the work is: a segment's blocks never cross its borders. Block b of the grid belongs to the segment i
+with the largest cu_seqlens[i] // BLOCK + i <= b, found by bisection in the kernel; so T // BLOCK + N blocks
+serve any segments, at most one each is idle, and the host never looks at cu_seqlens. Blocks outside of the
+window or above the diagonal are not run, those in between are not masked. One loop serves all: a branch
+around the mask costs less than draining the pipeline between loops, and a third of the code. Long programs
+come first. Head sizes that are no power of two are padded with zeros in registers.
 """
 
 import math
@@ -53,7 +55,8 @@ def flash_attention_triton(
     softcap=None,
     alibi_slopes=None,
 ) -> torch.Tensor:
-    """attention.attention_reference; gradients of q, k and v. scale > 0; q, k, v not contiguous are copied."""
+    """attention.attention_reference; gradients of q, k and v. scale > 0; q, k, v not contiguous are
+    copied."""
     check(window, causal)
     if scale <= 0:
         raise ValueError(f"attention scale {scale}: the kernels need a positive one")
@@ -67,8 +70,9 @@ def flash_attention_triton(
 def _blocks(kernel: str, head_block: int, dtype: torch.dtype, generation: int, plain: bool) -> dict[str, int]:
     """Block sizes, warps and stages of forward, keys (dk, dv) and queries (dq). plain: no soft cap, no ALiBi.
 
-    Bounds: registers (the fp32 accumulators of BLOCK x D and the scores, 255 a thread) and shared memory (163 KB on
-    an A100, 227 KB on an H100, 99 KB on others: the block that stays, plus `num_stages` of the blocks that stream).
+    Bounds: registers (the fp32 accumulators of BLOCK x D and the scores, 255 a thread) and shared memory (163
+    KB on an A100, 227 KB on an H100, 99 KB on others: the block that stays, plus `num_stages` of the blocks
+    that stream).
     """
     if generation == 0:  # the interpreter: small, so that small tests have several blocks
         return {"BLOCK_M": 16 if kernel == "keys" else 32, "BLOCK_N": 32 if kernel == "keys" else 16}
@@ -81,10 +85,10 @@ def _blocks(kernel: str, head_block: int, dtype: torch.dtype, generation: int, p
     return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
 
 
-# kernel -> padded head size -> BLOCK_M (queries), BLOCK_N (keys), warps, stages. With two stages the copy of the next
-# block is started when this one is done and waited for at once, so it takes three to hide it. Chosen by what compiles
-# without spilling; none of them has been timed yet. keys at 128 on a GPU of the H100's kind could also take
-# (64, 128, 8, 3): fewer blocks, but some 60 bytes spilled.
+# kernel -> padded head size -> BLOCK_M (queries), BLOCK_N (keys), warps, stages. With two stages the copy of
+# the next block is started when this one is done and waited for at once, so it takes three to hide it. Chosen
+# by what compiles without spilling; none of them has been timed yet. keys at 128 on a GPU of the H100's kind
+# could also take (64, 128, 8, 3): fewer blocks, but some 60 bytes spilled.
 _AMPERE = {
     "forward": {64: (128, 64, 4, 3), 128: (128, 32, 4, 3), 256: (128, 32, 8, 2)},
     "keys": {64: (32, 128, 8, 3), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
@@ -111,7 +115,8 @@ def _tiles(generation: int) -> dict[str, dict[int, tuple[int, int, int, int]]]:
 def _heads_together(q, k, max_seqlen: int) -> int:
     """How many query heads run side by side: as many as have their keys and values in the L2 cache at a time.
 
-    More heads side by side keep the heavy blocks first for all of them; fewer read keys and values from the cache.
+    More heads side by side keep the heavy blocks first for all of them; fewer read keys and values from the
+    cache.
     """
     heads, group = q.shape[1], q.shape[1] // k.shape[1]
     bytes_per_head = 2 * max_seqlen * k.shape[2] * k.element_size() / group
@@ -119,12 +124,14 @@ def _heads_together(q, k, max_seqlen: int) -> int:
 
 
 def _largest_divisor(number: int, most: int) -> int:
-    """The largest divisor of number that is at most `most`; 1 if most is 0. _place takes heads in equal chunks."""
+    """The largest divisor of number that is at most `most`; 1 if most is 0. _place takes heads in equal
+    chunks."""
     return max(n for n in range(1, max(1, min(number, most)) + 1) if number % n == 0)
 
 
 class _Shared:
-    """What the kernels of one call share: sizes, switches and the numbers that change the scores. Holds no tensor."""
+    """What the kernels of one call share: sizes, switches and the numbers that change the scores. Holds no
+    tensor."""
 
     def __init__(self, q, k, cu_seqlens, max_seqlen, window, scale, causal, softcap, alibi):
         self.tokens, self.heads, self.head_dim = q.shape
@@ -166,7 +173,8 @@ class _Shared:
 class _FlashAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, cu_seqlens, max_seqlen, window, scale, causal, softcap, alibi_slopes):
-        # contiguous, so that steps between rows are constants: with addresses in registers the kernels would spill
+        # contiguous, so that steps between rows are constants: with addresses in registers the kernels would
+        # spill
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         shared = _Shared(
             q, k, cu_seqlens, max_seqlen, window, scale, causal, softcap, alibi_slopes is not None
@@ -185,9 +193,18 @@ class _FlashAttention(torch.autograd.Function):
         shared, grad = ctx.shared, grad.contiguous()
         delta = torch.empty_like(lse)
         run(
-            _delta_kernel, (ceil_divide(shared.tokens, DELTA_ROWS), shared.heads), out, grad, delta, shared.tokens,
-            HEADS=shared.heads, ROWS=DELTA_ROWS, D=shared.head_dim, BLOCK_D=shared.switches["BLOCK_D"], num_warps=4,
-        )  # fmt: skip
+            _delta_kernel,
+            (ceil_divide(shared.tokens, DELTA_ROWS), shared.heads),
+            out,
+            grad,
+            delta,
+            shared.tokens,
+            HEADS=shared.heads,
+            ROWS=DELTA_ROWS,
+            D=shared.head_dim,
+            BLOCK_D=shared.switches["BLOCK_D"],
+            num_warps=4,
+        )
         dq = dk = dv = None
         inputs = (q, k, v, grad, lse, delta)
         if any(ctx.needs_input_grad[1:3]):
@@ -276,10 +293,16 @@ def _seen(query, key, length, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr
 
 @jit
 def _key_range(
-    first, length, window,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-):  # fmt: skip
-    """For queries first .. first + BLOCK_M - 1: keys start .. left and right .. stop need masks, left .. right none."""
+    first,
+    length,
+    window,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
+    """For queries first .. first + BLOCK_M - 1: keys start .. left and right .. stop need masks, left ..
+    right none."""
     start, left, stop, right = first * 0, first * 0, length, length // BLOCK_N * BLOCK_N
     if CAUSAL:
         stop = tl.minimum(first + BLOCK_M, length)
@@ -293,11 +316,30 @@ def _key_range(
 
 @jit(do_not_specialize=["tokens", "segments", "together", "window"])
 def _forward_kernel(
-    q, k, v, out, lse, cu_seqlens, slopes,
-    tokens, segments, together, window, scale, cap,
-    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    out,
+    lse,
+    cu_seqlens,
+    slopes,
+    tokens,
+    segments,
+    together,
+    window,
+    scale,
+    cap,
+    GROUP: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     STRIDE_K: tl.constexpr = KV_HEADS * D
     STRIDE_Q: tl.constexpr = GROUP * STRIDE_K
     head, begin, length, first = _place(cu_seqlens, segments, together, BLOCK_M, CAUSAL)
@@ -312,8 +354,9 @@ def _forward_kernel(
     start, left, right, stop = _key_range(first, length, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    # finite, while masked scores are -inf: a row may see nothing of a block, and 2^(-inf - top) is then 0. Were both
-    # -inf it would be NaN; were both finite, s * unit - top in one rounding (FMA) would not be 0 but huge: 2^huge
+    # finite, while masked scores are -inf: a row may see nothing of a block, and 2^(-inf - top) is then 0.
+    # Were both -inf it would be NaN; were both finite, s * unit - top in one rounding (FMA) would not be 0
+    # but huge: 2^huge
     top = tl.full((BLOCK_M,), -1e30, tl.float32)
     row = first + tl.arange(0, BLOCK_M)
     k += start.to(tl.int64) * STRIDE_K
@@ -350,8 +393,8 @@ def _forward_kernel(
 
 @jit(do_not_specialize=["tokens"])
 def _delta_kernel(
-    out, grad, delta, tokens, HEADS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    out, grad, delta, tokens, HEADS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
+):
     """delta[h, t] = sum over D of grad * out."""
     STRIDE_Q: tl.constexpr = HEADS * D
     first, head = tl.program_id(0) * ROWS, tl.program_id(1)
@@ -364,10 +407,24 @@ def _delta_kernel(
 
 @jit
 def _probabilities(
-    s, query, key, lse, free, length, window, scale, cap, slope,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, ALIBI: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Products q k^T -> (p, ds / d product without `scale`). query, key, lse lie along s; free: no mask touches s."""
+    s,
+    query,
+    key,
+    lse,
+    free,
+    length,
+    window,
+    scale,
+    cap,
+    slope,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAP: tl.constexpr,
+    ALIBI: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Products q k^T -> (p, ds / d product without `scale`). query, key, lse lie along s; free: no mask
+    touches s."""
     slack = 1.0
     if CAP:
         bent = tanh(s * scale, PRECISION == "ieee")
@@ -384,12 +441,36 @@ def _probabilities(
 
 @jit(do_not_specialize=["tokens", "segments", "together", "window"])
 def _keys_kernel(
-    q, k, v, grad, lse, delta, dk, dv, cu_seqlens, slopes,
-    factor, tokens, segments, together, window, scale, cap,
-    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """dk and dv of one block of keys and one key/value head; the first blocks of a segment have the most queries."""
+    q,
+    k,
+    v,
+    grad,
+    lse,
+    delta,
+    dk,
+    dv,
+    cu_seqlens,
+    slopes,
+    factor,
+    tokens,
+    segments,
+    together,
+    window,
+    scale,
+    cap,
+    GROUP: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """dk and dv of one block of keys and one key/value head; the first blocks of a segment have the most
+    queries."""
     STRIDE_K: tl.constexpr = KV_HEADS * D
     STRIDE_Q: tl.constexpr = GROUP * STRIDE_K
     kv_head, begin, length, first = _place(cu_seqlens, segments, together, BLOCK_N, False)
@@ -428,9 +509,22 @@ def _keys_kernel(
         if slopes is not None:
             slope = tl.load(slopes + head) * 1.4426950408889634  # log2 e
         p, slack = _probabilities(
-            s, row[None, :], key, row_lse[None, :], free, length, window, scale, cap, slope,
-            CAUSAL, WINDOW, CAP, slopes is not None, PRECISION,
-        )  # fmt: skip
+            s,
+            row[None, :],
+            key,
+            row_lse[None, :],
+            free,
+            length,
+            window,
+            scale,
+            cap,
+            slope,
+            CAUSAL,
+            WINDOW,
+            CAP,
+            slopes is not None,
+            PRECISION,
+        )
         rows = _rows(grad + offset, place, STRIDE_Q, length, BLOCK_M, D, BLOCK_D)
         row_delta = tl.load(delta + numbers, mask=row < length, other=0.0)
         sum_v = tl.dot(p.to(rows.dtype), rows, sum_v, input_precision=PRECISION)
@@ -447,11 +541,33 @@ def _keys_kernel(
 
 @jit(do_not_specialize=["tokens", "segments", "together", "window"])
 def _queries_kernel(
-    q, k, v, grad, lse, delta, dq, cu_seqlens, slopes,
-    factor, tokens, segments, together, window, scale, cap,
-    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    grad,
+    lse,
+    delta,
+    dq,
+    cu_seqlens,
+    slopes,
+    factor,
+    tokens,
+    segments,
+    together,
+    window,
+    scale,
+    cap,
+    GROUP: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """dq of one block of queries and one query head."""
     STRIDE_K: tl.constexpr = KV_HEADS * D
     STRIDE_Q: tl.constexpr = GROUP * STRIDE_K
@@ -483,9 +599,22 @@ def _queries_kernel(
         dp = tl.dot(rows, tl.trans(values), less, input_precision=PRECISION)
         free = (place >= left) & (place < right)
         p, slack = _probabilities(
-            s, row, column, row_lse[:, None], free, length, window, scale, cap, slope,
-            CAUSAL, WINDOW, CAP, slopes is not None, PRECISION,
-        )  # fmt: skip
+            s,
+            row,
+            column,
+            row_lse[:, None],
+            free,
+            length,
+            window,
+            scale,
+            cap,
+            slope,
+            CAUSAL,
+            WINDOW,
+            CAP,
+            slopes is not None,
+            PRECISION,
+        )
         ds = p * dp * slack
         acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PRECISION)
         k += BLOCK_N * STRIDE_K

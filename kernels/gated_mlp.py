@@ -1,6 +1,7 @@
 """Gated activation of the MLP: act(gate) * up.  Shazeer, arXiv 2002.05202, section 2 (SwiGLU, GEGLU, ReGLU).
 
-Backward: dgate = grad * up * act'(gate), dup = grad * act(gate). It computes act(gate) again instead of keeping it.
+Backward: dgate = grad * up * act'(gate), dup = grad * act(gate). It computes act(gate) again instead of
+keeping it.
 """
 
 import torch
@@ -23,7 +24,8 @@ def gated_mlp_reference(gate: torch.Tensor, up: torch.Tensor, activation: str) -
 
 
 def gated_mlp(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
-    """gated_mlp_reference that keeps gate and up only: the backward pass computes act(gate) again instead of saving it.
+    """gated_mlp_reference that keeps gate and up only: the backward pass computes act(gate) again instead of
+    saving it.
 
     For silu; the other activations keep what autograd keeps.
     """
@@ -54,7 +56,8 @@ def unsupported(gate: torch.Tensor, up: torch.Tensor) -> str | None:
 
 
 def gated_mlp_triton(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
-    """gated_mlp_reference as one kernel, and one backward; keeps gate and up, which may be halves of one tensor."""
+    """gated_mlp_reference as one kernel, and one backward; keeps gate and up, which may be halves of one
+    tensor."""
     return _GatedMLP.apply(gate, up, activation)
 
 
@@ -122,7 +125,7 @@ def _activation(x, ACT: tl.constexpr):
 @jit
 def _forward_kernel(
     gate, up, result, gate_stride, up_stride, blocks, size, ACT: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+):
     row, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     column = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = column < size
@@ -134,9 +137,19 @@ def _forward_kernel(
 
 @jit
 def _backward_kernel(
-    gate, up, grad, dgate, dup, gate_stride, up_stride, grad_stride, blocks, size,
-    ACT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    gate,
+    up,
+    grad,
+    dgate,
+    dup,
+    gate_stride,
+    up_stride,
+    grad_stride,
+    blocks,
+    size,
+    ACT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     column = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = column < size

@@ -7,10 +7,10 @@
 
     run(_scale_kernel, (blocks,), x, y, count, 2.0, BLOCK=1024, num_warps=4)
 
-`run` is kernel[grid](...), with one addition: inside `recording(90)` nothing is started. The launches are collected
-instead, with the block sizes that the launcher chooses for that GPU generation, and can be compiled on a machine
-without a GPU (tests/test_kernels_compile.py does that in CI).
-TRITON_INTERPRET=1 in the environment, set before this file is imported, runs the kernels on CPU tensors.
+`run` is kernel[grid](...), with one addition: inside `recording(90)` nothing is started. The launches are
+collected instead, with the block sizes that the launcher chooses for that GPU generation, and can be compiled
+on a machine without a GPU (tests/test_kernels_compile.py does that in CI). TRITON_INTERPRET=1 in the
+environment, set before this file is imported, runs the kernels on CPU tensors.
 """
 
 import functools
@@ -83,7 +83,8 @@ def recording(capability: int) -> Iterator[list[Launch]]:
 
 
 def run(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
-    """Start a kernel. arguments: in its order, a tensor first; options: constants by name, num_warps, num_stages."""
+    """Start a kernel. arguments: in its order, a tensor first; options: constants by name, num_warps,
+    num_stages."""
     if _recording is not None:
         _recording.launches.append(_describe(kernel, arguments, options))
     elif all(grid):  # without rows there is nothing to start, and CUDA refuses an empty grid
@@ -135,7 +136,8 @@ def capability(device: torch.device) -> int:
 
 
 def processors(device: torch.device) -> int:
-    """Multiprocessors of the GPU; 4 in the interpreter, so that persistent grids are short but not trivial."""
+    """Multiprocessors of the GPU; 4 in the interpreter, so that persistent grids are short but not
+    trivial."""
     if _recording is not None:
         return RECORDED_PROCESSORS[_recording.capability]
     return 4 if device.type != "cuda" else _gpu(device.index or 0)[1]
@@ -164,7 +166,8 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def recorded_or_traced(device: torch.device) -> bool:
-    """Whether nothing may be timed now: launches are recorded, torch.compile traces, or a CUDA graph is captured."""
+    """Whether nothing may be timed now: launches are recorded, torch.compile traces, or a CUDA graph is
+    captured."""
     if _recording is not None or torch.compiler.is_compiling():
         return True
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

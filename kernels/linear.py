@@ -1,11 +1,12 @@
 """y = x W^T + b, with the weight cast to the compute dtype at the place of use.
 
-Why a file for one matrix product: on x86 machines that are not Intel's, torch sends fp32 products to MKL, which there
-stays on its 256-bit path; oneDNN (already inside torch) runs the same product with 512-bit registers, measured 2.2
-times as fast (bench/train_cpu.py prints both). The product is still true fp32. bf16 and fp16 go to oneDNN in any case.
+Why a file for one matrix product: on x86 machines that are not Intel's, torch sends fp32 products to MKL,
+which there stays on its 256-bit path; oneDNN (already inside torch) runs the same product with 512-bit
+registers, measured 2.2 times as fast (bench/train_cpu.py prints both). The product is still true fp32. bf16
+and fp16 go to oneDNN in any case.
 
-Casting here instead of under autocast keeps precision visible: parameters may be fp32 masters while x is bf16, and the
-backward pass casts again instead of holding a second copy of every weight.
+Casting here instead of under autocast keeps precision visible: parameters may be fp32 masters while x is
+bf16, and the backward pass casts again instead of holding a second copy of every weight.
 """
 
 import functools
@@ -75,14 +76,17 @@ def linear_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
 
 
 def matvec_by_rows(x: torch.Tensor, table: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x (1, in) times table (in, out), rows contiguous -> (1, out): the product of decoding, bound by memory speed.
+    """x (1, in) times table (in, out), rows contiguous -> (1, out): the product of decoding, bound by memory
+    speed.
 
-    Written as an embedding bag, y = sum_i x[i] * table[i], because torch's kernel for that (fbgemm, weights of the rows
-    = x) streams the table at the speed of memory: measured 80 to 95% of a plain read, against 60% for oneDNN's
-    product and 35% for MKL's on the shapes of a 135M model. One bag per thread, each over its share of the rows.
+    Written as an embedding bag, y = sum_i x[i] * table[i], because torch's kernel for that (fbgemm, weights
+    of the rows = x) streams the table at the speed of memory: measured 80 to 95% of a plain read, against 60%
+    for oneDNN's product and 35% for MKL's on the shapes of a 135M model. One bag per thread, each over its
+    share of the rows.
     """
     rows, starts = shares_of_rows(table.shape[0], min(torch.get_num_threads(), table.shape[0]))
-    # detached: where a gradient could be asked for, the operation also builds what its backward pass would need
+    # detached: where a gradient could be asked for, the operation also builds what its backward pass would
+    # need
     result = torch.embedding_bag(table.detach(), rows, starts, mode=0, per_sample_weights=x[0])[
         0
     ]  # (bags, out)

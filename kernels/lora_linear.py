@@ -1,20 +1,23 @@
-"""y = x W^T + b + s (x A^T) B^T as one autograd function that saves x once.  Hu et al., arXiv 2106.09685, eq. 3.
+"""y = x W^T + b + s (x A^T) B^T as one autograd function that saves x once.  Hu et al., arXiv 2106.09685, eq.
+3.
 
-Linears with one input (q/k/v, gate/up) go through it together: x is saved once; the stacked A read x once where
-separate adapters read it once each, forward and again for A's gradient; and dx is summed in one buffer. W may be
-dense or quantised: anything with dequantize(), which is called again in the backward pass instead of being saved.
+Linears with one input (q/k/v, gate/up) go through it together: x is saved once; the stacked A read x once
+where separate adapters read it once each, forward and again for A's gradient; and dx is summed in one buffer.
+W may be dense or quantised: anything with dequantize(), which is called again in the backward pass instead of
+being saved.
 
-Two orders of the same product. Separate: the low-rank branch beside the base product, 2 T R (in + out) multiply-adds.
-Merged: first W + s B A, then one product; 2 in out R multiply-adds, and no pass over a (T, out) tensor for the sum.
-With R << T the second costs less as soon as T > in out / (in + out). It is used on a CPU in fp32 only: in bf16 the
-sum W + s B A would round a small update away, and a GPU would write and read a second weight.
+Two orders of the same product. Separate: the low-rank branch beside the base product, 2 T R (in + out)
+multiply-adds. Merged: first W + s B A, then one product; 2 in out R multiply-adds, and no pass over a (T,
+out) tensor for the sum. With R << T the second costs less as soon as T > in out / (in + out). It is used on a
+CPU in fp32 only: in bf16 the sum W + s B A would round a small update away, and a GPU would write and read a
+second weight.
 
-No Triton kernel adds the branch, by count of bytes. An own kernel for y += s low B^T reads and writes y, 4 T out bytes
-in bf16, and so does addmm_ after the base product. But the other way round, first y = s low B^T + b, then the base
-product with beta = 1, the branch is a pure write of 2 T out bytes, and y is read in the epilogue of the large product,
-under its arithmetic; y is also rounded in the better order. Likewise dx. On a CPU the base comes first (oneDNN's fp32
-product does not accumulate). What a kernel could save is the second of two reads of dy in the backward pass
-(dy B and dy^T low), 2 T out bytes: left until it can be measured.
+No Triton kernel adds the branch, by count of bytes. An own kernel for y += s low B^T reads and writes y, 4 T
+out bytes in bf16, and so does addmm_ after the base product. But the other way round, first y = s low B^T +
+b, then the base product with beta = 1, the branch is a pure write of 2 T out bytes, and y is read in the
+epilogue of the large product, under its arithmetic; y is also rounded in the better order. Likewise dx. On a
+CPU the base comes first (oneDNN's fp32 product does not accumulate). What a kernel could save is the second
+of two reads of dy in the backward pass (dy B and dy^T low), 2 T out bytes: left until it can be measured.
 """
 
 from typing import Any, NamedTuple
@@ -38,7 +41,8 @@ class Part(NamedTuple):
 
 
 def lora_linear_reference(x, weight, bias, lora_a, lora_b, scale: float) -> Tensor:
-    """x (T, in), weight (out, in), bias (out,) or None, lora_a (R, in), lora_b (out, R) -> (T, out) in x's dtype."""
+    """x (T, in), weight (out, in), bias (out,) or None, lora_a (R, in), lora_b (out, R) -> (T, out) in x's
+    dtype."""
     # autograd may keep it, so not in the shared buffer
     weight = weight.to(x.dtype) if isinstance(weight, Tensor) else weight.dequantize(x.dtype)
     result = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
@@ -60,8 +64,8 @@ def lora_linear(x, weight, bias, lora_a, lora_b, scale: float) -> Tensor:
 def lora_linears(x: Tensor, parts: list[Part]) -> list[Tensor]:
     """x (T, in) through several frozen linears with adapters -> [(T, out)] in x's dtype, one for each part.
 
-    Gradients for x and every lora_a and lora_b, each in its own dtype; adapters are cast to x's dtype where they are
-    used. Weights and biases get none: the caller sees to it that they are frozen.
+    Gradients for x and every lora_a and lora_b, each in its own dtype; adapters are cast to x's dtype where
+    they are used. Weights and biases get none: the caller sees to it that they are frozen.
     """
     tensors, others = [], []
     for weight, bias, lora_a, lora_b, scale in parts:
@@ -75,7 +79,8 @@ _shared: dict[tuple[torch.device, torch.dtype], Tensor] = {}  # the one buffer f
 
 
 def shared_buffers() -> list[Tensor]:
-    """For whoever recorded products (a CUDA graph): what they write to, which a larger weight would let go."""
+    """For whoever recorded products (a CUDA graph): what they write to, which a larger weight would let
+    go."""
     return list(_shared.values())
 
 
@@ -92,7 +97,8 @@ def _dense(weight, dtype: torch.dtype) -> Tensor:
 
 
 def _branch_first(device: torch.device) -> bool:
-    """Whether products add to what is there for free, so that the low-rank branch is written first (file's head)."""
+    """Whether products add to what is there for free, so that the low-rank branch is written first (file's
+    head)."""
     return device.type != "cpu"
 
 
@@ -103,7 +109,8 @@ def _merge_is_cheaper(rows: int, weight: Tensor, dtype: torch.dtype) -> bool:
 
 
 class _LoraLinears(torch.autograd.Function):
-    """tensors: weight (None if quantised), bias, lora_a, lora_b of every part; others: (quantised weight, scale)."""
+    """tensors: weight (None if quantised), bias, lora_a, lora_b of every part; others: (quantised weight,
+    scale)."""
 
     @staticmethod
     def forward(ctx, x, others, *tensors):

@@ -1,20 +1,22 @@
 """Weights in NF4 or FP4 (quant/nf4.py): to numbers, and the product of a few rows straight from the codes.
 
-w = table[code] * absmax[block], blocks of 64 along the flattened weight, the first weight of a byte in its high half.
-Dettmers et al., arXiv 2305.14314, section 3; with double quantisation absmax[b] = map[q[b]] * nested[b / 256] + mean.
+w = table[code] * absmax[block], blocks of 64 along the flattened weight, the first weight of a byte in its
+high half. Dettmers et al., arXiv 2305.14314, section 3; with double quantisation absmax[b] = map[q[b]] *
+nested[b / 256] + mean.
 
-Two ways to a product x W^T. For many rows the weight is written out once (K5, a stream: 0.52 bytes read, 2 written a
-weight) and the library multiplies. For 1 to 16 rows, decoding, reading the weight is all the time it takes, so the
-codes are multiplied as they are read (K6): a quarter of the bytes of a bf16 weight. One row: ordinary arithmetic in
-fp32, several outputs per program, since a tensor core would be fed 15 rows of zeros. More: matrix units on blocks of
-64 outputs, rounded to x's dtype as the dense weight would be; outputs alone are too few programs for a GPU, so the
-inputs are divided too (`splits`) and a second kernel adds the parts in a fixed order.
+Two ways to a product x W^T. For many rows the weight is written out once (K5, a stream: 0.52 bytes read, 2
+written a weight) and the library multiplies. For 1 to 16 rows, decoding, reading the weight is all the time
+it takes, so the codes are multiplied as they are read (K6): a quarter of the bytes of a bf16 weight. One row:
+ordinary arithmetic in fp32, several outputs per program, since a tensor core would be fed 15 rows of zeros.
+More: matrix units on blocks of 64 outputs, rounded to x's dtype as the dense weight would be; outputs alone
+are too few programs for a GPU, so the inputs are divided too (`splits`) and a second kernel adds the parts in
+a fixed order.
 
-The table of 16 is gathered from shared memory: its entries lie in different banks, so a warp's 32 look-ups take one
-access whatever the codes are (a table of pairs would not fit into the banks). x A^T, the narrow half of an adapter,
-needs all of x and goes first; s (x A^T) B^T and the bias are added in the launch of the product. Linears with one input
-share their launches.
-Nothing here waits for the GPU, so all of it can be captured in a graph.
+The table of 16 is gathered from shared memory: its entries lie in different banks, so a warp's 32 look-ups
+take one access whatever the codes are (a table of pairs would not fit into the banks). x A^T, the narrow half
+of an adapter, needs all of x and goes first; s (x A^T) B^T and the bias are added in the launch of the
+product. Linears with one input share their launches. Nothing here waits for the GPU, so all of it can be
+captured in a graph.
 """
 
 from typing import NamedTuple
@@ -28,13 +30,14 @@ BLOCK = 64  # weights per scale, the format's
 NESTED_BLOCK = 256  # scales per scale of scales
 MOST_ROWS = 16  # of x
 MOST_PARTS = 3  # linears in one launch: q, k, v
-# of codes that a program of the one-row kernel has on their way: 32 a thread, and with it so few registers (128) that
-# four programs fit a multiprocessor, 528 an H100: 4,096 outputs are 512, 8 each
+# of codes that a program of the one-row kernel has on their way: 32 a thread, and with it so few registers
+# (128) that four programs fit a multiprocessor, 528 an H100: 4,096 outputs are 512, 8 each
 TILE_BYTES = 4096
 
 
 class Codes(NamedTuple):
-    """A weight (out, in) in 4 bits. All on one device; the last three are None without double quantisation."""
+    """A weight (out, in) in 4 bits. All on one device; the last three are None without double
+    quantisation."""
 
     codes: Tensor  # (ceil(out * in / 2),) uint8
     absmax: Tensor  # (ceil(out * in / 64),) fp32, or uint8 with double quantisation
@@ -56,8 +59,8 @@ class CodesPart(NamedTuple):
 
 
 def dequantise_reference(weight: Codes, out: Tensor) -> None:
-    """Write the weight into out (out, in): fp32 arithmetic, rounded to out's dtype. The plain form, for tests and
-    benchmarks; on a CPU quant/nf4.dequantise_by_pairs serves."""
+    """Write the weight into out (out, in): fp32 arithmetic, rounded to out's dtype. The plain form, for tests
+    and benchmarks; on a CPU quant/nf4.dequantise_by_pairs serves."""
     pairs = torch.stack((weight.codes >> 4, weight.codes & 15), dim=1).view(-1)[: out.numel()]
     scales = scales_reference(weight).repeat_interleave(BLOCK)[: out.numel()]
     out.copy_((weight.table[pairs.int()] * scales).view_as(out))
@@ -108,9 +111,18 @@ def dequantise_triton(weight: Codes, out: Tensor) -> None:
     )  # with 4 warps: 4 bytes of codes a thread and step, so 16 bytes of bf16, side by side
     each = groups * BLOCK * steps
     run(
-        _dequantise_kernel, (ceil_divide(out.numel(), each),), weight.codes, *weight[1:], out, out.numel(),
-        GROUPS=groups, STEPS=steps, WHOLE=out.numel() % each == 0, num_warps=4, enable_fp_fusion=False,
-    )  # fmt: skip
+        _dequantise_kernel,
+        (ceil_divide(out.numel(), each),),
+        weight.codes,
+        *weight[1:],
+        out,
+        out.numel(),
+        GROUPS=groups,
+        STEPS=steps,
+        WHOLE=out.numel() % each == 0,
+        num_warps=4,
+        enable_fp_fusion=False,
+    )
 
 
 @jit
@@ -125,9 +137,18 @@ def _scales(absmax, nested_absmax, nested_table, mean, block, inside):
 
 @jit
 def _dequantise_kernel(
-    codes, absmax, table, nested_absmax, nested_table, mean, out, numel,
-    GROUPS: tl.constexpr, STEPS: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
+    codes,
+    absmax,
+    table,
+    nested_absmax,
+    nested_table,
+    mean,
+    out,
+    numel,
+    GROUPS: tl.constexpr,
+    STEPS: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
     """WHOLE: every program has all of its weights. Masks of single bytes would forbid loads of several."""
     levels = tl.load(table + tl.arange(0, 16))
     for step in tl.static_range(STEPS):
@@ -183,9 +204,20 @@ def _low(x: Tensor, parts: list[CodesPart]) -> Tensor | None:
     tables += tables[:1] * (MOST_PARTS - len(tables))  # of parts that are not there: never read
     rows = max(2, next_power_of_2(x.shape[0]))
     run(
-        _low_kernel, (low.shape[1],), x, *tables, low, x.stride(0), x.shape[0], x.shape[1], rank, low.shape[1],
-        ROWS=rows, BLOCK=max(128, 4096 // rows), num_warps=4,
-    )  # fmt: skip
+        _low_kernel,
+        (low.shape[1],),
+        x,
+        *tables,
+        low,
+        x.stride(0),
+        x.shape[0],
+        x.shape[1],
+        rank,
+        low.shape[1],
+        ROWS=rows,
+        BLOCK=max(128, 4096 // rows),
+        num_warps=4,
+    )
     return low
 
 
@@ -221,10 +253,21 @@ def _one_row(x: Tensor, parts: list[CodesPart], low: Tensor | None, result: Tens
     rows = TILE_BYTES // (tile * BLOCK // 2)
     arguments, blocks = _arguments(parts, rows)
     run(
-        _one_row_kernel, (blocks,), x, parts[0].weight.table, parts[0].weight.nested_table, low, result, *arguments,
-        groups, RANK=_rank(parts[0]), RANKS=next_power_of_2(max(2, _rank(parts[0]))), ROWS=rows, GROUPS=tile,
+        _one_row_kernel,
+        (blocks,),
+        x,
+        parts[0].weight.table,
+        parts[0].weight.nested_table,
+        low,
+        result,
+        *arguments,
+        groups,
+        RANK=_rank(parts[0]),
+        RANKS=next_power_of_2(max(2, _rank(parts[0]))),
+        ROWS=rows,
+        GROUPS=tile,
         num_warps=4,
-    )  # fmt: skip
+    )
 
 
 def _some_rows(x: Tensor, parts: list[CodesPart], low: Tensor | None, result: Tensor) -> None:
@@ -237,12 +280,28 @@ def _some_rows(x: Tensor, parts: list[CodesPart], low: Tensor | None, result: Te
     if splits > 1:
         target = torch.empty(splits, *result.shape, dtype=torch.float32, device=x.device)
     run(
-        _some_rows_kernel, (blocks, splits), x, parts[0].weight.table, parts[0].weight.nested_table, low, target,
-        *arguments, groups, splits, x.stride(0), x.shape[0], result.shape[1],
+        _some_rows_kernel,
+        (blocks, splits),
+        x,
+        parts[0].weight.table,
+        parts[0].weight.nested_table,
+        low,
+        target,
+        *arguments,
+        groups,
+        splits,
+        x.stride(0),
+        x.shape[0],
+        result.shape[1],
         _rank(parts[0]) * len(parts),
-        RANK=_rank(parts[0]), RANKS=next_power_of_2(max(16, _rank(parts[0]))), ROWS=rows, GROUPS=tile,
-        PRECISION="ieee" if x.dtype is torch.float32 else "tf32", num_warps=4, num_stages=4,
-    )  # fmt: skip
+        RANK=_rank(parts[0]),
+        RANKS=next_power_of_2(max(16, _rank(parts[0]))),
+        ROWS=rows,
+        GROUPS=tile,
+        PRECISION="ieee" if x.dtype is torch.float32 else "tf32",
+        num_warps=4,
+        num_stages=4,
+    )
     if splits > 1:
         count = result.numel()
         run(_add_kernel, (ceil_divide(count, 512),), target, result, count, splits, BLOCK=512, num_warps=4)
@@ -250,7 +309,8 @@ def _some_rows(x: Tensor, parts: list[CodesPart], low: Tensor | None, result: Te
 
 @jit
 def _of(part, first, second, third):
-    """The pointer of this part. A branch: a choice between two pointers would lose what is known of their alignment."""
+    """The pointer of this part. A branch: a choice between two pointers would lose what is known of their
+    alignment."""
     chosen = first
     if part == 1:
         chosen = second
@@ -267,7 +327,7 @@ def _number(part, first, second, third):
 @jit
 def _low_kernel(
     x, a0, a1, a2, low, x_stride, tokens, inputs, rank, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+):
     """One program per column: x times one row of one A."""
     column = tl.program_id(0)
     part, row = column // rank, column % rank
@@ -290,8 +350,8 @@ def _low_kernel(
 def _weights(word, levels):
     """word (A, B, C) int32, eight codes each -> (A, B, 8 C), their levels in the order of the weights.
 
-    The first weight stands in the high half of the lowest byte. Each join adds a last dimension, the later one the
-    faster, so the eight shifts are joined in bit-reversed order.
+    The first weight stands in the high half of the lowest byte. Each join adds a last dimension, the later
+    one the faster, so the eight shifts are joined in bit-reversed order.
     """
     first = tl.join(tl.join(word >> 4, word >> 20), tl.join(word >> 12, word >> 28))
     second = tl.join(tl.join(word, word >> 16), tl.join(word >> 8, word >> 24))
@@ -309,13 +369,47 @@ def _words(codes, place, inside):
 
 @jit
 def _one_row_kernel(
-    x, table, nested_table, low, result,
-    codes0, absmax0, nested0, mean0, bias0, lora_b0, codes1, absmax1, nested1, mean1, bias1, lora_b1,
-    codes2, absmax2, nested2, mean2, bias2, lora_b2, outs0, outs1, outs2, scale0, scale1, scale2,
-    block1, block2, column1, column2, groups,
-    RANK: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
-):  # fmt: skip
-    """ROWS outputs of one linear. x (1, in); result (1, sum of out); groups: blocks of 64 in a row of the weight."""
+    x,
+    table,
+    nested_table,
+    low,
+    result,
+    codes0,
+    absmax0,
+    nested0,
+    mean0,
+    bias0,
+    lora_b0,
+    codes1,
+    absmax1,
+    nested1,
+    mean1,
+    bias1,
+    lora_b1,
+    codes2,
+    absmax2,
+    nested2,
+    mean2,
+    bias2,
+    lora_b2,
+    outs0,
+    outs1,
+    outs2,
+    scale0,
+    scale1,
+    scale2,
+    block1,
+    block2,
+    column1,
+    column2,
+    groups,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """ROWS outputs of one linear. x (1, in); result (1, sum of out); groups: blocks of 64 in a row of the
+    weight."""
     block = tl.program_id(0)
     part = (block >= block1).to(tl.int32) + (block >= block2).to(tl.int32)
     codes, absmax = _of(part, codes0, codes1, codes2), _of(part, absmax0, absmax1, absmax2)
@@ -357,13 +451,53 @@ def _one_row_kernel(
 
 @jit
 def _some_rows_kernel(
-    x, table, nested_table, low, result,
-    codes0, absmax0, nested0, mean0, bias0, lora_b0, codes1, absmax1, nested1, mean1, bias1, lora_b1,
-    codes2, absmax2, nested2, mean2, bias2, lora_b2, outs0, outs1, outs2, scale0, scale1, scale2,
-    block1, block2, column1, column2, groups, splits, x_stride, tokens, columns, low_columns,
-    RANK: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """ROWS outputs of one linear over one split of the inputs. x (T, in); result (T, sum of out), or that per split."""
+    x,
+    table,
+    nested_table,
+    low,
+    result,
+    codes0,
+    absmax0,
+    nested0,
+    mean0,
+    bias0,
+    lora_b0,
+    codes1,
+    absmax1,
+    nested1,
+    mean1,
+    bias1,
+    lora_b1,
+    codes2,
+    absmax2,
+    nested2,
+    mean2,
+    bias2,
+    lora_b2,
+    outs0,
+    outs1,
+    outs2,
+    scale0,
+    scale1,
+    scale2,
+    block1,
+    block2,
+    column1,
+    column2,
+    groups,
+    splits,
+    x_stride,
+    tokens,
+    columns,
+    low_columns,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """ROWS outputs of one linear over one split of the inputs. x (T, in); result (T, sum of out), or that per
+    split."""
     block, split = tl.program_id(0), tl.program_id(1)
     part = (block >= block1).to(tl.int32) + (block >= block2).to(tl.int32)
     codes, absmax = _of(part, codes0, codes1, codes2), _of(part, absmax0, absmax1, absmax2)

@@ -5,9 +5,10 @@ Without CENTERED (RMSNorm) the mean is taken as 0. Backward, with g = grad * (of
     dx = (g - average(g) - n average(g n)) / deviation + grad of total         average(g): with CENTERED only
     dweight = sum over rows of grad * n        dbias = sum over rows of grad
 
-Both directions are bound by memory: every tensor is read or written once, 16 bytes per thread and load. The gradients
-of weight and bias are summed without atomics, hence the same bits in every run: the backward kernel runs as few
-programs as fill the GPU, each keeps its sums in registers over all its rows, and a second small kernel adds them up.
+Both directions are bound by memory: every tensor is read or written once, 16 bytes per thread and load. The
+gradients of weight and bias are summed without atomics, hence the same bits in every run: the backward kernel
+runs as few programs as fill the GPU, each keeps its sums in registers over all its rows, and a second small
+kernel adds them up.
 """
 
 import torch
@@ -19,7 +20,8 @@ THREAD_VALUES = (
     16  # two 16-byte loads per tensor in bf16; 8 warps and 3 tensors are enough under way to hide latency
 )
 MAX_SIZE = 65536  # values per row
-# values of a row that fit in the registers of one program; wider rows are read twice, the second time from the L2 cache
+# values of a row that fit in the registers of one program; wider rows are read twice, the second time from
+# the L2 cache
 MAX_BLOCK, MAX_BLOCK_BACKWARD = 16384, 8192
 WIDE_BLOCK = 4096
 PIPELINE_BYTES = 10000  # of shared memory per warp: 16 warps then fit A100's 163 KB and what it reserves
@@ -39,7 +41,8 @@ def unsupported(x: torch.Tensor, delta: torch.Tensor | None = None) -> str | Non
 def forward(
     x, delta, weight, bias, eps: float, offset: float, centered: bool, dtype: torch.dtype | None = None
 ):
-    """x (..., E), delta like x or None, weight and bias (E,) or None -> y, total (..., E), mean and rstd (rows,) fp32.
+    """x (..., E), delta like x or None, weight and bias (E,) or None -> y, total (..., E), mean and rstd
+    (rows,) fp32.
 
     y has x's dtype, or the one given; total is x when delta is None; mean is None unless centered.
     """
@@ -51,13 +54,27 @@ def forward(
         delta = delta.contiguous()
     rstd = torch.empty(count, dtype=torch.float32, device=x.device)
     mean = torch.empty_like(rstd) if centered else None
-    # as in Llama, the normalised value is rounded to y's dtype before it meets the weight, if that is no wider
+    # as in Llama, the normalised value is rounded to y's dtype before it meets the weight, if that is no
+    # wider
     wide_weight = weight is not None and weight.dtype.itemsize > y.dtype.itemsize
     flags = {"CENTERED": centered, "ROUNDED": not centered and offset == 0.0 and not wide_weight}
     arguments = (
-        rows, delta, weight, bias, total, y, mean, rstd, count, inner, outer_stride, inner_stride, size, eps,
+        rows,
+        delta,
+        weight,
+        bias,
+        total,
+        y,
+        mean,
+        rstd,
+        count,
+        inner,
+        outer_stride,
+        inner_stride,
+        size,
+        eps,
         float(offset),
-    )  # fmt: skip
+    )
     tile_rows, block, warps = _tile(size)
     if block > MAX_BLOCK:
         run(_wide_forward_kernel, (count,), *arguments, **flags, BLOCK=WIDE_BLOCK, num_warps=16)
@@ -68,7 +85,8 @@ def forward(
 
 
 def backward(grad, total_grad, x, weight, mean, rstd, offset: float, want_weight: bool, want_bias: bool):
-    """Gradients of y and total (or None), what forward gave -> dx like x, dweight and dbias (E,) fp32, or None."""
+    """Gradients of y and total (or None), what forward gave -> dx like x, dweight and dbias (E,) fp32, or
+    None."""
     rows, inner, outer_stride, inner_stride = _row_strides(x)
     count, size = rstd.shape[0], x.shape[-1]
     grad = grad.contiguous()
@@ -85,9 +103,22 @@ def backward(grad, total_grad, x, weight, mean, rstd, offset: float, want_weight
     dweight = parts[0] if want_weight else None
     dbias = parts[-1] if want_bias else None
     arguments = (
-        rows, grad, total_grad, weight, mean, rstd, dx, dweight, dbias, count, inner, outer_stride, inner_stride, size,
+        rows,
+        grad,
+        total_grad,
+        weight,
+        mean,
+        rstd,
+        dx,
+        dweight,
+        dbias,
+        count,
+        inner,
+        outer_stride,
+        inner_stride,
+        size,
         float(offset),
-    )  # fmt: skip
+    )
     if wide:
         run(_wide_backward_kernel, (programs,), *arguments, BLOCK=WIDE_BLOCK, num_warps=16)
     else:
@@ -106,7 +137,8 @@ def backward(grad, total_grad, x, weight, mean, rstd, offset: float, want_weight
 def _row_strides(x: torch.Tensor) -> tuple[torch.Tensor, int, int, int]:
     """x (or a copy where it must be), rows in a group, stride of groups, stride of rows in a group.
 
-    Row r begins at r // inner * outer_stride + r % inner * inner_stride: enough for (T, heads, D) views of a product.
+    Row r begins at r // inner * outer_stride + r % inner * inner_stride: enough for (T, heads, D) views of a
+    product.
     """
     if x.stride(-1) != 1 and x.shape[-1] > 1 or x.dim() > 3:
         x = x.contiguous()
@@ -125,7 +157,8 @@ def _tile(size: int) -> tuple[int, int, int]:
 
 
 def _programs(tiles: int, warps: int, device: torch.device) -> int:
-    """Of a kernel whose programs go on until no tile is left: 16 warps on every processor, and all with equal work."""
+    """Of a kernel whose programs go on until no tile is left: 16 warps on every processor, and all with equal
+    work."""
     rounds = ceil_divide(tiles, processors(device) * max(1, 16 // warps))
     return ceil_divide(tiles, max(1, rounds))
 
@@ -158,9 +191,26 @@ def _scale_and_shift(normal, factor, shift, offset, ROUNDED: tl.constexpr, dtype
 
 @jit
 def _forward_kernel(
-    x, delta, weight, bias, total, y, mean, rstd, rows, inner, outer_stride, inner_stride, size, eps, offset,
-    CENTERED: tl.constexpr, ROUNDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    x,
+    delta,
+    weight,
+    bias,
+    total,
+    y,
+    mean,
+    rstd,
+    rows,
+    inner,
+    outer_stride,
+    inner_stride,
+    size,
+    eps,
+    offset,
+    CENTERED: tl.constexpr,
+    ROUNDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     inside = (row < rows) & (column < size)
@@ -186,9 +236,25 @@ def _forward_kernel(
 
 @jit
 def _wide_forward_kernel(
-    x, delta, weight, bias, total, y, mean, rstd, rows, inner, outer_stride, inner_stride, size, eps, offset,
-    CENTERED: tl.constexpr, ROUNDED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    x,
+    delta,
+    weight,
+    bias,
+    total,
+    y,
+    mean,
+    rstd,
+    rows,
+    inner,
+    outer_stride,
+    inner_stride,
+    size,
+    eps,
+    offset,
+    CENTERED: tl.constexpr,
+    ROUNDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One row per program, piece by piece."""
     row = tl.program_id(0)
     begin = (row // inner).to(tl.int64) * outer_stride + row % inner * inner_stride
@@ -228,9 +294,25 @@ def _wide_forward_kernel(
 
 @jit
 def _backward_kernel(
-    x, grad, total_grad, weight, mean, rstd, dx, dweight, dbias, rows, inner, outer_stride, inner_stride, size, offset,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    x,
+    grad,
+    total_grad,
+    weight,
+    mean,
+    rstd,
+    dx,
+    dweight,
+    dbias,
+    rows,
+    inner,
+    outer_stride,
+    inner_stride,
+    size,
+    offset,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     """Tiles of ROWS rows; dweight, dbias (programs, size) fp32 take the sums over this program's tiles."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     column = tl.arange(0, BLOCK)[None, :]
@@ -275,9 +357,23 @@ def _backward_kernel(
 
 @jit
 def _wide_backward_kernel(
-    x, grad, total_grad, weight, mean, rstd, dx, dweight, dbias, rows, inner, outer_stride, inner_stride, size, offset,
+    x,
+    grad,
+    total_grad,
+    weight,
+    mean,
+    rstd,
+    dx,
+    dweight,
+    dbias,
+    rows,
+    inner,
+    outer_stride,
+    inner_stride,
+    size,
+    offset,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """One row at a time, piece by piece; dweight and dbias begin as zeros."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     for step in range(tl.cdiv(rows - program, programs)):

@@ -1,12 +1,13 @@
 """Activation memory for time: what each block keeps for its backward pass. Knows torch only.
 
 none       what autograd asks for stays
-selective  what one pass over memory makes again (norms, the gated activation) goes; products and attention stay
+selective  what one pass over memory makes again (norms, the gated activation) goes; products and attention
+stay
 full       the block's input alone stays and the block runs again (Chen et al., arXiv 1604.06174)
 offload    full, with that input in pinned host memory until the backward pass comes near
 
-Nothing here changes a bit of the loss or the gradients: what is made again is made by the same operations from the same
-values, with the random numbers of the first time.
+Nothing here changes a bit of the loss or the gradients: what is made again is made by the same operations
+from the same values, with the random numbers of the first time.
 
     model.recompute = recompute.Plan(full=8, selective=24)      # of 32 blocks
 """
@@ -39,7 +40,8 @@ class Plan:
         return torch.is_grad_enabled() and number < self.full
 
     def run(self, number: int, block: Callable, *state):
-        """block(*state), which is block `number`. What is no tensor of its own comes to the block by closure."""
+        """block(*state), which is block `number`. What is no tensor of its own comes to the block by
+        closure."""
         if not torch.is_grad_enabled():
             return block(*state)
         if self.runs_again(number):
@@ -55,19 +57,21 @@ class Plan:
 
 # selective: a saved tensor whose recipe is known is kept as the recipe
 #
-# torch's own selective checkpointing (create_selective_checkpoint_contexts) chooses by operator in a dispatch mode. It
-# does not see Triton kernels, refuses products that are updated in place (LoRA's), and runs every operator of the block
-# through Python twice. A recipe needs neither, whoever saves the tensor.
+# torch's own selective checkpointing (create_selective_checkpoint_contexts) chooses by operator in a dispatch
+# mode. It does not see Triton kernels, refuses products that are updated in place (LoRA's), and runs every
+# operator of the block through Python twice. A recipe needs neither, whoever saves the tensor.
 
 
 def cheap(function: Callable, *inputs):
-    """function(*inputs) -> a tensor that is cheap to make again. The inputs must be kept for the backward anyway."""
+    """function(*inputs) -> a tensor that is cheap to make again. The inputs must be kept for the backward
+    anyway."""
     return remember(function(*inputs), function, *inputs)
 
 
 def remember(value: Tensor, function: Callable, *inputs) -> Tensor:
     """Gives back `value`, which function(*inputs) would make bit by bit; see `cheap`."""
-    # a compiled block has no recipes (train.py refuses the pair), and asking for them would break its graph in two
+    # a compiled block has no recipes (train.py refuses the pair), and asking for them would break its graph
+    # in two
     book = None if torch.compiler.is_compiling() else _BOOK.get()
     if book is not None:
         book.add(value, function, inputs)

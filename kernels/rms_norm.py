@@ -1,10 +1,10 @@
 """RMSNorm: y = weight * x / sqrt(mean(x^2) + eps).  Zhang and Sennrich, arXiv 1910.07467, eq. 4.
 
-As in Llama, the normalised value is rounded to y's dtype before it meets the weight, unless the weight is wider (norms
-kept in fp32). With offset 1 the factor is 1 + weight and nothing is rounded on the way (Gemma). y has x's dtype, or
-the one that is asked for: a residual stream in fp32 goes on into fp16 products. add_rms_norm adds the residual in the
-same kernel, and its backward pass the gradient that the sum has from elsewhere. kernels/norms.py has the kernels and
-the gradients.
+As in Llama, the normalised value is rounded to y's dtype before it meets the weight, unless the weight is
+wider (norms kept in fp32). With offset 1 the factor is 1 + weight and nothing is rounded on the way (Gemma).
+y has x's dtype, or the one that is asked for: a residual stream in fp32 goes on into fp16 products.
+add_rms_norm adds the residual in the same kernel, and its backward pass the gradient that the sum has from
+elsewhere. kernels/norms.py has the kernels and the gradients.
 """
 
 import torch
@@ -15,7 +15,8 @@ from kernels import norms
 def rms_norm_reference(
     x, weight, eps: float, offset: float = 0.0, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """x (..., E) any float dtype, weight (E,) -> (..., E) in dtype or x's; the mean is taken in fp32 (fp64 stays)."""
+    """x (..., E) any float dtype, weight (E,) -> (..., E) in dtype or x's; the mean is taken in fp32 (fp64
+    stays)."""
     wide, dtype = x if x.dtype is torch.float64 else x.float(), dtype or x.dtype
     normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     if offset:
@@ -28,7 +29,8 @@ def rms_norm_reference(
 def add_rms_norm_reference(
     x, delta, weight, eps: float, offset: float = 0.0, dtype: torch.dtype | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x, delta (..., E) -> rms_norm_reference(x + delta), x + delta in x's dtype. delta None: nothing to add."""
+    """x, delta (..., E) -> rms_norm_reference(x + delta), x + delta in x's dtype. delta None: nothing to
+    add."""
     total = x if delta is None else x + delta
     return rms_norm_reference(total, weight, eps, offset, dtype), total
 
@@ -36,7 +38,8 @@ def add_rms_norm_reference(
 def rms_norm_triton(
     x, weight, eps: float, offset: float = 0.0, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """rms_norm_reference as one kernel. Backward: one, and a small one if the weight trains; keeps x and 1 / rms."""
+    """rms_norm_reference as one kernel. Backward: one, and a small one if the weight trains; keeps x and 1 /
+    rms."""
     return _RMSNorm.apply(x, None, weight, eps, offset, dtype)[0]
 
 

@@ -1,12 +1,13 @@
 """Rotary position embedding of q and k.  Su et al., arXiv 2104.09864, section 3.4.
 
-The pair (x1, x2) at angle a = position * inverse_frequency[i] becomes (x1 cos a - x2 sin a, x2 cos a + x1 sin a).
-Half-split (Llama): x1 = x[i], x2 = x[i + R/2]; interleaved (GPT-J): x1 = x[2i], x2 = x[2i + 1]. R = 2 * len(cos) may be
-less than the head size D: the other D - R values pass through (partial rotary, GPT-NeoX). Backward: -a.
+The pair (x1, x2) at angle a = position * inverse_frequency[i] becomes (x1 cos a - x2 sin a, x2 cos a + x1 sin
+a). Half-split (Llama): x1 = x[i], x2 = x[i + R/2]; interleaved (GPT-J): x1 = x[2i], x2 = x[2i + 1]. R = 2 *
+len(cos) may be less than the head size D: the other D - R values pass through (partial rotary, GPT-NeoX).
+Backward: -a.
 
-Nothing of q and k is kept. Results are fresh tensors. In place would move as many bytes, and is not sound: q and k are
-often views of one product, which autograd does not let a function of two results change; and an incoming gradient may
-be another node's too (that of x in x + y is), which a function cannot see.
+Nothing of q and k is kept. Results are fresh tensors. In place would move as many bytes, and is not sound: q
+and k are often views of one product, which autograd does not let a function of two results change; and an
+incoming gradient may be another node's too (that of x in x + y is), which a function cannot see.
 """
 
 import torch
@@ -17,7 +18,8 @@ PAIRS = 2048  # of one program: 16 per thread, so two 16-byte loads of each half
 
 
 def rope_reference(q, k, cos, sin, interleaved: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """q (T, H, D), k (T, K, D); cos, sin (T, R/2), R <= D, one angle per pair -> q and k, rotated, in their dtype."""
+    """q (T, H, D), k (T, K, D); cos, sin (T, R/2), R <= D, one angle per pair -> q and k, rotated, in their
+    dtype."""
     return _turn(q, cos, sin, interleaved), _turn(k, cos, sin, interleaved)
 
 
@@ -60,12 +62,14 @@ def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bo
 
 
 def rotation_tables(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos, sin (T, D/2) -> (cos, cos) and (-sin, sin), each (T, 1, D): made once for all layers when decoding."""
+    """cos, sin (T, D/2) -> (cos, cos) and (-sin, sin), each (T, 1, D): made once for all layers when
+    decoding."""
     return torch.cat((cos, cos), dim=-1)[:, None], torch.cat((-sin, sin), dim=-1)[:, None]
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x (T, heads, D) * (cos, cos) + (x2, x1) * (-sin, sin): the halves of x swapped; cos, sin by rotation_tables."""
+    """x (T, heads, D) * (cos, cos) + (x2, x1) * (-sin, sin): the halves of x swapped; cos, sin by
+    rotation_tables."""
     return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
@@ -77,7 +81,8 @@ def unsupported(q: torch.Tensor, k: torch.Tensor) -> str | None:
 
 
 def rope_triton(q, k, cos, sin, interleaved: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """rope_reference as one kernel for q and k, and one backward. q, k: any strides between tokens and heads."""
+    """rope_reference as one kernel for q and k, and one backward. q, k: any strides between tokens and
+    heads."""
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
         return _RopeTriton.apply(q, k, cos, sin, interleaved)
     return _start(q, k, cos, sin, interleaved, backward=False)
@@ -107,43 +112,138 @@ def _start(q, k, cos, sin, interleaved: bool, backward: bool) -> tuple[torch.Ten
     q_programs = ceil_divide(tokens, lines // q_block) * (q_heads // q_block)
     k_programs = ceil_divide(tokens, lines // k_block) * (k_heads // k_block)
     run(
-        _rope_kernel, (q_programs + k_programs,),
-        q, k, turned_q, turned_k, cos, sin, q_programs, tokens, q_heads, k_heads, size, half,
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), cos.stride(0), sin.stride(0),
-        INTERLEAVED=interleaved, BACKWARD=backward, LINES=lines, Q_HEADS=q_block, K_HEADS=k_block, HALF=half_block,
-        REST=next_power_of_2(rest) if rest else 0, num_warps=4,
-    )  # fmt: skip
+        _rope_kernel,
+        (q_programs + k_programs,),
+        q,
+        k,
+        turned_q,
+        turned_k,
+        cos,
+        sin,
+        q_programs,
+        tokens,
+        q_heads,
+        k_heads,
+        size,
+        half,
+        q.stride(0),
+        q.stride(1),
+        k.stride(0),
+        k.stride(1),
+        cos.stride(0),
+        sin.stride(0),
+        INTERLEAVED=interleaved,
+        BACKWARD=backward,
+        LINES=lines,
+        Q_HEADS=q_block,
+        K_HEADS=k_block,
+        HALF=half_block,
+        REST=next_power_of_2(rest) if rest else 0,
+        num_warps=4,
+    )
     return turned_q, turned_k
 
 
 @jit
 def _rope_kernel(
-    q, k, turned_q, turned_k, cos, sin, q_programs, tokens, q_heads, k_heads, size, half,
-    q_token, q_head, k_token, k_head, cos_token, sin_token,
-    INTERLEAVED: tl.constexpr, BACKWARD: tl.constexpr, LINES: tl.constexpr, Q_HEADS: tl.constexpr,
-    K_HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    turned_q,
+    turned_k,
+    cos,
+    sin,
+    q_programs,
+    tokens,
+    q_heads,
+    k_heads,
+    size,
+    half,
+    q_token,
+    q_head,
+    k_token,
+    k_head,
+    cos_token,
+    sin_token,
+    INTERLEAVED: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    LINES: tl.constexpr,
+    Q_HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
+):
     """The first programs serve q, the others k. q_token, ...: strides, in values."""
     program = tl.program_id(0)
     if program < q_programs:
         _turn_lines(
-            q, turned_q, cos, sin, program, tokens, q_heads, size, half, q_token, q_head, cos_token, sin_token,
-            INTERLEAVED, BACKWARD, LINES, Q_HEADS, HALF, REST,
-        )  # fmt: skip
+            q,
+            turned_q,
+            cos,
+            sin,
+            program,
+            tokens,
+            q_heads,
+            size,
+            half,
+            q_token,
+            q_head,
+            cos_token,
+            sin_token,
+            INTERLEAVED,
+            BACKWARD,
+            LINES,
+            Q_HEADS,
+            HALF,
+            REST,
+        )
     else:
         _turn_lines(
-            k, turned_k, cos, sin, program - q_programs, tokens, k_heads, size, half, k_token, k_head, cos_token,
-            sin_token, INTERLEAVED, BACKWARD, LINES, K_HEADS, HALF, REST,
-        )  # fmt: skip
+            k,
+            turned_k,
+            cos,
+            sin,
+            program - q_programs,
+            tokens,
+            k_heads,
+            size,
+            half,
+            k_token,
+            k_head,
+            cos_token,
+            sin_token,
+            INTERLEAVED,
+            BACKWARD,
+            LINES,
+            K_HEADS,
+            HALF,
+            REST,
+        )
 
 
 @jit
 def _turn_lines(
-    x, turned, cos, sin, block, tokens, heads, size, half, x_token, x_head, cos_token, sin_token,
-    INTERLEAVED: tl.constexpr, BACKWARD: tl.constexpr, LINES: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+    x,
+    turned,
+    cos,
+    sin,
+    block,
+    tokens,
+    heads,
+    size,
+    half,
+    x_token,
+    x_head,
+    cos_token,
+    sin_token,
+    INTERLEAVED: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    LINES: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
     REST: tl.constexpr,
-):  # fmt: skip
-    """LINES rows of (token, head): HEADS heads of some tokens; the next block takes the same tokens' other heads."""
+):
+    """LINES rows of (token, head): HEADS heads of some tokens; the next block takes the same tokens' other
+    heads."""
     line = tl.arange(0, LINES)[:, None]
     head_blocks = heads // HEADS
     token = (block // head_blocks * (LINES // HEADS) + line // HEADS).to(tl.int64)

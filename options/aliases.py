@@ -1,7 +1,7 @@
 """What other systems call our keys and values, what of theirs is harmless here, and what is not built yet.
 
-The other systems: LLaMA-Factory in several versions, the Hugging Face trainer, qlora, Efficient-Tuning-LLMs, swift,
-peft. A key that a section of the script declares is never looked up here (see config.py).
+The other systems: LLaMA-Factory in several versions, the Hugging Face trainer, qlora, Efficient-Tuning-LLMs,
+swift, peft. A key that a section of the script declares is never looked up here (see config.py).
 """
 
 import re
@@ -188,7 +188,8 @@ def lookup(table: Mapping[str, str], name: str) -> tuple[str | None, list[str]]:
 
 
 def is_off(raw: object, off: list[str]) -> bool:
-    """Whether this value switches the key off; `off`: values that do so besides null, false, none, no and 0."""
+    """Whether this value switches the key off; `off`: values that do so besides null, false, none, no and
+    0."""
     if raw is None or raw == [] or raw == {}:
         return True
     text = str(raw).lower()

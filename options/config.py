@@ -90,7 +90,8 @@ def load(
     """Read files and command line into `sections`. --help prints every key and exits with 0.
 
     other_sections: options of other scripts; their keys are checked and then left out, so that for example
-    chat.py reads a training file.  foreign_keys: keys of a file that no section here has are left out, for scripts
+    chat.py reads a training file.  foreign_keys: keys of a file that no section here has are left out, for
+    scripts
     that must not import the sections of others; the command line is still checked.  Raises ConfigError with
     every mistake found, one a line.
     """
@@ -104,8 +105,11 @@ def load(
     chosen: dict[str, tuple[object, _Setting]] = {}
     for settings in [*(_read_file(name) for name in files), words]:
         chosen |= reader.resolve(settings)
-    reader.problems += [f"{name} is required: {key.help}" for name, key in keys.items()
-                        if key.default is MISSING and name not in chosen]  # fmt: skip
+    reader.problems += [
+        f"{name} is required: {key.help}"
+        for name, key in keys.items()
+        if key.default is MISSING and name not in chosen
+    ]
     _raise(reader.problems)
 
     built = {}
@@ -474,10 +478,12 @@ class _Dumper(yaml.SafeDumper):
         ),
     }
     yaml_implicit_resolvers = yaml.SafeDumper.yaml_implicit_resolvers | {
-        letter: [*yaml.SafeDumper.yaml_implicit_resolvers.get(letter, []),
-                 ("tag:yaml.org,2002:null", re.compile("(?i)(none|null)$"))]
+        letter: [
+            *yaml.SafeDumper.yaml_implicit_resolvers.get(letter, []),
+            ("tag:yaml.org,2002:null", re.compile("(?i)(none|null)$")),
+        ]
         for letter in "nN"
-    }  # fmt: skip
+    }
 
 
 def _title(section: type) -> str:

@@ -1,7 +1,7 @@
 """From text to typed values: what a key's type accepts, in YAML, JSON and on the command line alike.
 
-The kinds: int, float, bool, str, Literal[...], tuple[...], and unions of these and None. Until the kind is known a
-value stays text, because YAML 1.1 reads `no` as False, `1e-4` as a string and `1.10` as 1.1.
+The kinds: int, float, bool, str, Literal[...], tuple[...], and unions of these and None. Until the kind is
+known a value stays text, because YAML 1.1 reads `no` as False, `1e-4` as a string and `1.10` as 1.1.
 """
 
 import difflib
@@ -27,7 +27,8 @@ def truth_word(truth: bool) -> Plain:
 
 
 def node_value(node: yaml.Node, depth: int = 0):
-    """A YAML node as None, Plain, str (quoted), list or dict of these. ValueError for what no option can be."""
+    """A YAML node as None, Plain, str (quoted), list or dict of these. ValueError for what no option can
+    be."""
     if depth > 4:  # far beyond any option; an anchor that contains itself has no end
         raise ValueError("lists in lists in lists are not a value for an option")
     if isinstance(node, yaml.SequenceNode):

@@ -1,8 +1,8 @@
 """Several processes as one: process group, gradient sums, rank-0 output. One process needs no launcher.
 
-`torchrun --nproc_per_node N train.py ...` sets RANK, WORLD_SIZE, LOCAL_RANK; without them the world has size 1 and
-every function here does nothing or the obvious. Gradients are SUMMED over ranks: the loop already divides by the
-number of tokens of all ranks, so (2 ranks x batch 4) and (batch 8) give the same gradients.
+`torchrun --nproc_per_node N train.py ...` sets RANK, WORLD_SIZE, LOCAL_RANK; without them the world has size
+1 and every function here does nothing or the obvious. Gradients are SUMMED over ranks: the loop already
+divides by the number of tokens of all ranks, so (2 ranks x batch 4) and (batch 8) give the same gradients.
 """
 
 import datetime
@@ -42,7 +42,8 @@ class World:
         return tensor
 
     def most(self, *numbers: int) -> list[int]:
-        """The largest of each number over all ranks. Goes over the host's own group, so it never waits for a GPU."""
+        """The largest of each number over all ranks. Goes over the host's own group, so it never waits for a
+        GPU."""
         if self.size == 1:
             return list(numbers)
         tensor = torch.tensor(numbers)
@@ -54,7 +55,8 @@ class World:
         return bool(self.most(int(flag))[0])
 
     def gather(self, value: object) -> list:
-        """What each rank gave, in the order of the ranks; it has to be JSON. Goes over the host's own group."""
+        """What each rank gave, in the order of the ranks; it has to be JSON. Goes over the host's own
+        group."""
         if self.size == 1:
             return [value]
         mine = torch.frombuffer(bytearray(json.dumps(value), "ascii"), dtype=torch.uint8)
@@ -90,7 +92,8 @@ def start(device: str = "auto", timeout_seconds: int = 1800) -> World:
             )
         if local_rank >= torch.cuda.device_count():
             raise ValueError(
-                f"device: process {local_rank} of this machine has no GPU (there are {torch.cuda.device_count()}); "
+                f"device: process {local_rank} of this machine has no GPU (there are "
+                f"{torch.cuda.device_count()}); "
                 "start torchrun with --nproc_per_node of at most that"
             )
         torch.cuda.set_device(local_rank)
@@ -114,9 +117,10 @@ def stop() -> None:
 class GradientSum:
     """Sums the gradients of a model over ranks while the backward pass still runs.
 
-    Parameters are grouped into buckets from the last layer to the first, the order in which backward finishes them. A
-    full bucket starts its reduction at once; buckets start strictly in order, so ranks whose graphs differ (one has an
-    empty batch) still meet in the same collectives. Use: `with gradient_sum(last_micro_batch): loss.backward()`.
+    Parameters are grouped into buckets from the last layer to the first, the order in which backward finishes
+    them. A full bucket starts its reduction at once; buckets start strictly in order, so ranks whose graphs
+    differ (one has an empty batch) still meet in the same collectives. Use: `with
+    gradient_sum(last_micro_batch): loss.backward()`.
     """
 
     def __init__(self, model: nn.Module, world: World):

@@ -1,12 +1,12 @@
 """Examples -> flat batches without padding: packing, order, sharding over ranks, resuming.
 
-A Batch is one row of T tokens made of N segments (design: no padding anywhere). Every order here is a pure function
-of (seed, batch number), so a run resumes by asking for batches(start=i), and every rank computes the same plan.
-Rank r of `world` takes the global batches k * world + r; the last round is filled with empty batches, so that all
-ranks see the same number of them.
+A Batch is one row of T tokens made of N segments (design: no padding anywhere). Every order here is a pure
+function of (seed, batch number), so a run resumes by asking for batches(start=i), and every rank computes the
+same plan. Rank r of `world` takes the global batches k * world + r; the last round is filled with empty
+batches, so that all ranks see the same number of them.
 
-Packing is first-fit decreasing inside windows of shuffled examples (Johnson 1973: at most 11/9 of the optimum + 1),
-over whole examples: none is ever split, and attention never crosses a segment border.
+Packing is first-fit decreasing inside windows of shuffled examples (Johnson 1973: at most 11/9 of the optimum
++ 1), over whole examples: none is ever split, and attention never crosses a segment border.
 """
 
 import itertools
@@ -29,15 +29,16 @@ ROLES = (
     "text",
 )  # order is stored in caches
 ANSWER = 64  # bit in Example.roles
-# tokens; see Batch.rounded. A GPU's products work in tiles of 128 rows, so a smaller multiple would save it nothing.
+# tokens; see Batch.rounded. A GPU's products work in tiles of 128 rows, so a smaller multiple would save it
+# nothing.
 ROW_MULTIPLE = {"cpu": 32, "cuda": 128}
 GROUP_BATCHES = 50  # batches per length-sorted megabatch, as in transformers' LengthGroupedSampler
 
 
 @dataclass(frozen=True)
 class Example:
-    """One segment, or two that belong together (a preference pair: chosen, rejected). All arrays have the length of
-    both; `source` is (dataset, row), both counted from 0."""
+    """One segment, or two that belong together (a preference pair: chosen, rejected). All arrays have the
+    length of both; `source` is (dataset, row), both counted from 0."""
 
     tokens: np.ndarray  # (n,) int32
     trained: np.ndarray  # (n,) bool, True where the token is a target
@@ -86,7 +87,8 @@ class Batch:
     tags: torch.Tensor | None = None  # (N,) int64, Example.tag of each segment
     reference: torch.Tensor | None = None  # (N,) fp32, Example.reference
     first_labels: int = 0  # with pairs: labels of segments 0..P-1
-    # what a stage knows of each label (old log-probabilities, advantages, ...): name -> (L,) in the order of label_rows
+    # what a stage knows of each label (old log-probabilities, advantages, ...): name -> (L,) in the order of
+    # label_rows
     extras: dict[str, torch.Tensor] = field(default_factory=dict)
     turns: np.ndarray | None = None  # (T,) int16, index of the message; -1 = prefix
     roles: np.ndarray | None = None  # (T,) uint8, as in Example
@@ -105,15 +107,17 @@ class Batch:
         return replace(self, **tensors, extras={name: function(value) for name, value in self.extras.items()})
 
     def plain(self) -> dict:
-        """For a checkpoint, and Batch(**plain): tensors and plain values; turns and roles, for people, are left out."""
+        """For a checkpoint, and Batch(**plain): tensors and plain values; turns and roles, for people, are
+        left out."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         return {name: None if isinstance(value, np.ndarray) else value for name, value in values.items()}
 
     def rounded(self, multiple: int) -> "Batch":
         """The same batch with one segment of untrained tokens behind it, so that T is a multiple of this.
 
-        Products are compiled per shape (oneDNN: 1.2 ms and up to 1 MB for each new T and weight), so few values of T
-        are faster and smaller than exactly the tokens. Nothing sees that segment, and no loss or gradient comes of it.
+        Products are compiled per shape (oneDNN: 1.2 ms and up to 1 MB for each new T and weight), so few
+        values of T are faster and smaller than exactly the tokens. Nothing sees that segment, and no loss or
+        gradient comes of it.
         """
         count = -len(self.tokens) % multiple
         if count == 0:
@@ -132,12 +136,14 @@ class Batch:
         )
 
     def halves(self) -> tuple["Batch", "Batch"]:
-        """The first segments of all pairs, and the second ones, as batches of single segments; views, nothing waits."""
+        """The first segments of all pairs, and the second ones, as batches of single segments; views, nothing
+        waits."""
         first = [slice(0, self.pairs), slice(0, self.borders[self.pairs]), slice(0, self.first_labels)]
         second = [
-            slice(self.pairs, 2 * self.pairs), slice(self.borders[self.pairs], self.borders[2 * self.pairs]),
+            slice(self.pairs, 2 * self.pairs),
+            slice(self.borders[self.pairs], self.borders[2 * self.pairs]),
             slice(self.first_labels, len(self.label_rows)),
-        ]  # fmt: skip
+        ]
         return self._part(*first), self._part(*second)
 
     def _part(self, segments: slice, tokens: slice, labels: slice) -> "Batch":
@@ -217,19 +223,22 @@ def collate(examples: Sequence[Example]) -> Batch:
     )
 
 
-# --------------------------------------------------------------------------------------------------------- packing
+# ---------------------------------------------------------------------------------------------------------
+# packing
 
 
 def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Put each item, in the given order, into the first bin that still has room; O(n log n) by a tree of maxima.
+    """Put each item, in the given order, into the first bin that still has room; O(n log n) by a tree of
+    maxima.
 
     Returns the bins as lists of item numbers. Raises ValueError for an item longer than `capacity`.
     """
     leaves = 1
     while leaves < max(len(lengths), 1):
         leaves *= 2
-    # room[1] is the root; a node holds the most room of any bin below it. Bins not opened yet have full room, and
-    # stand behind the open ones, so "the leftmost leaf with room" is first-fit and opens a bin only when it must.
+    # room[1] is the root; a node holds the most room of any bin below it. Bins not opened yet have full room,
+    # and stand behind the open ones, so "the leftmost leaf with room" is first-fit and opens a bin only when
+    # it must.
     room = [capacity] * (2 * leaves)
     bins: list[list[int]] = []
     for item, length in enumerate(lengths):
@@ -256,7 +265,8 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 def pack(
     lengths: np.ndarray, capacity: int, order: np.ndarray, window: int = PACK_WINDOW
 ) -> list[np.ndarray]:
-    """Pack the examples of `order` window by window, each window longest first. Returns rows of example numbers."""
+    """Pack the examples of `order` window by window, each window longest first. Returns rows of example
+    numbers."""
     rows = []
     for start in range(0, len(order), window):
         part = order[start : start + window]
@@ -265,7 +275,8 @@ def pack(
     return rows
 
 
-# --------------------------------------------------------------------------------------------------------- loaders
+# ---------------------------------------------------------------------------------------------------------
+# loaders
 
 
 class BatchLoader:
@@ -277,9 +288,18 @@ class BatchLoader:
     """
 
     def __init__(
-        self, store: Store, *, rows_per_batch: int, packing: bool = False, cutoff_len: int = 0,
-        group_by_length: bool = False, shuffle: bool = True, seed: int = 0, rank: int = 0, world: int = 1,
-    ):  # fmt: skip
+        self,
+        store: Store,
+        *,
+        rows_per_batch: int,
+        packing: bool = False,
+        cutoff_len: int = 0,
+        group_by_length: bool = False,
+        shuffle: bool = True,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ):
         if len(store) == 0:
             raise ValueError(
                 "there is no example to train or evaluate on; the data report says what was dropped"
@@ -342,7 +362,8 @@ class BatchLoader:
 
 
 def group_by_length(order: np.ndarray, lengths: np.ndarray, batch: int) -> np.ndarray:
-    """transformers' rule: megabatches of up to 50 batches, each sorted longest first, the longest of all in front.
+    """transformers' rule: megabatches of up to 50 batches, each sorted longest first, the longest of all in
+    front.
 
     The longest example comes first so that running out of memory shows at once.
     """
@@ -357,19 +378,29 @@ def group_by_length(order: np.ndarray, lengths: np.ndarray, batch: int) -> np.nd
 class StreamingLoader:
     """Batches of an endless stream, for data that is never stored.
 
-    `open_epoch(epoch)` yields the rows of one pass in file order, `encode(row)` makes examples of one ([] when the row
-    is dropped). Rows go through a shuffle buffer, then into batches or packed rows. Every rank makes all batches and
-    keeps its own: exact sharding for the price of tokenising everywhere. Resuming replays the stream.
+    `open_epoch(epoch)` yields the rows of one pass in file order, `encode(row)` makes examples of one ([]
+    when the row is dropped). Rows go through a shuffle buffer, then into batches or packed rows. Every rank
+    makes all batches and keeps its own: exact sharding for the price of tokenising everywhere. Resuming
+    replays the stream.
     """
 
     batches_per_epoch = None
 
     def __init__(
-        self, open_epoch: Callable[[int], Iterator], encode: Callable[[object], list[Example]], *,
-        rows_per_batch: int, packing: bool = False, cutoff_len: int = 0, buffer_size: int = 16384,
-        shuffle: bool = True, seed: int = 0, rank: int = 0, world: int = 1,
+        self,
+        open_epoch: Callable[[int], Iterator],
+        encode: Callable[[object], list[Example]],
+        *,
+        rows_per_batch: int,
+        packing: bool = False,
+        cutoff_len: int = 0,
+        buffer_size: int = 16384,
+        shuffle: bool = True,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
         couple: Callable[[Iterator[Example]], Iterator[Example]] = iter,
-    ):  # fmt: skip
+    ):
         """couple: makes other examples of the shuffled ones, for what needs several of them."""
         self.open_epoch, self.encode, self.couple = open_epoch, encode, couple
         self.rows_per_batch, self.packing, self.cutoff_len = rows_per_batch, packing, cutoff_len
@@ -385,7 +416,8 @@ class StreamingLoader:
         return self.rows_per_batch * self.cutoff_len
 
     def most_examples(self) -> int:
-        """Examples of the largest batch that may come, taking none of a packed row to be shorter than 16 tokens."""
+        """Examples of the largest batch that may come, taking none of a packed row to be shorter than 16
+        tokens."""
         return self.rows_per_batch * (max(1, self.cutoff_len // 16) if self.packing else 1)
 
     def _global_batches(self) -> Iterator[list[Example]]:
@@ -423,7 +455,8 @@ class StreamingLoader:
 
 
 def shuffle_buffer(items: Iterator, size: int, seed: list[int]) -> Iterator:
-    """Yield the items in an order that depends on `seed` alone: each comes from a random place of a full buffer."""
+    """Yield the items in an order that depends on `seed` alone: each comes from a random place of a full
+    buffer."""
     random = np.random.default_rng(seed)
     buffer: list = []
     for item in items:

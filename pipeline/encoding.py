@@ -1,11 +1,11 @@
 """One row -> tokens and a mask of what is trained; many rows -> chunks, in this process or in several.
 
-dialogue (stage sft): the template renders the conversation into spans, the tokenizer encodes them part by part, the
-answers' tokens are trained. document (pt): text + eos, cut into pieces of cutoff_len. pair (rm, dpo, orpo): prompt +
-chosen, prompt + rejected, two segments of one example; only these last answers are trained; a question (rm) stands
-behind each of them as the user's next turn, its last token marked as trained too. rated (kto): prompt + answer and a
-tag. prompt (ppo, grpo): what chat.py would give the model, and the row's answer as label behind it.
-Over-long conversations (`truncation_strategy`):
+dialogue (stage sft): the template renders the conversation into spans, the tokenizer encodes them part by
+part, the answers' tokens are trained. document (pt): text + eos, cut into pieces of cutoff_len. pair (rm,
+dpo, orpo): prompt + chosen, prompt + rejected, two segments of one example; only these last answers are
+trained; a question (rm) stands behind each of them as the user's next turn, its last token marked as trained
+too. rated (kto): prompt + answer and a tag. prompt (ppo, grpo): what chat.py would give the model, and the
+row's answer as label behind it. Over-long conversations (`truncation_strategy`):
   ratio  LLaMA-Factory 0.6: turn by turn, a pair of s source and t target tokens in a remaining budget b keeps the first
          max(b * t // (s + t), reserved_label_len) target tokens and of the source what then fits; later turns go.
          With mask_history the last turn comes first (as in newer versions), for it is the only one trained.
@@ -78,7 +78,8 @@ class ChunkEncoder:
         self.of_answers = replace(options, cutoff_len=options.cutoff_len - len(self.ending))
         if self.ending and self.of_answers.cutoff_len < 2:
             raise ValueError(
-                f"rm_question: it takes {len(self.ending)} tokens with what the template writes around it, and "
+                f"rm_question: it takes {len(self.ending)} tokens with what the template writes around it, "
+                "and "
                 f"cutoff_len {options.cutoff_len} leaves no room for a text; raise cutoff_len"
             )
 
@@ -89,7 +90,8 @@ class ChunkEncoder:
         return Chunk.join(examples, tally)
 
     def encode(self, row: Row, tally: Tally) -> list[Example]:
-        """The examples of one row, [] when it is dropped. Errors name data set, place, row number and column."""
+        """The examples of one row, [] when it is dropped. Errors name data set, place, row number and
+        column."""
         number, place, columns = row
         tally.read += 1
         try:
@@ -157,9 +159,13 @@ class ChunkEncoder:
         """tokens, answer, turns, roles of a conversation, each (n,)."""
         messages = [Message(role, text) for role, text in conversation.turns]
         spans = self.template.render(
-            messages, self.bos, self.eos, generation_prompt=generation_prompt,
-            enable_thinking=self.options.enable_thinking, tools=list(conversation.tools) or None,
-        )  # fmt: skip
+            messages,
+            self.bos,
+            self.eos,
+            generation_prompt=generation_prompt,
+            enable_thinking=self.options.enable_thinking,
+            tools=list(conversation.tools) or None,
+        )
         encoded = encode_dialogue(self.tokenizer, spans)
         answer = np.array(encoded.answer, bool)
         roles = np.array([ROLE_NUMBER.get(role, 0) for role in encoded.role], np.uint8) + answer * np.uint8(
@@ -170,9 +176,11 @@ class ChunkEncoder:
     def _prompt(
         self, number: int, conversation: Conversation, answer: Turn | None
     ) -> tuple[Example, tuple[str, ...]]:
-        """What generation is given, as chat.py gives it; behind it the row's own answer as the label, if it has one.
+        """What generation is given, as chat.py gives it; behind it the row's own answer as the label, if it
+        has one.
 
-        The label is the text alone, without what the template puts around an answer: for comparing, never for reading.
+        The label is the text alone, without what the template puts around an answer: for comparing, never for
+        reading.
         """
         tokens, _, turns, roles = self._render(conversation, generation_prompt=True)
         if len(tokens) > self.options.cutoff_len:
@@ -193,13 +201,19 @@ class ChunkEncoder:
         return example, notes
 
     def _label(self, conversation: Conversation, answer: Turn) -> str:
-        """The text of an answer; a call of a tool as the template writes it, for that is what a model is to write."""
+        """The text of an answer; a call of a tool as the template writes it, for that is what a model is to
+        write."""
         role, text = answer
         if role != "function":
             return text
         messages = [Message(*turn) for turn in (*conversation.turns, answer)]
-        spans = self.template.render(messages, self.bos, self.eos, enable_thinking=self.options.enable_thinking,
-                                     tools=list(conversation.tools) or None)  # fmt: skip
+        spans = self.template.render(
+            messages,
+            self.bos,
+            self.eos,
+            enable_thinking=self.options.enable_thinking,
+            tools=list(conversation.tools) or None,
+        )
         written = "".join(span.text for span in spans if span.answer and span.turn == len(messages) - 1)
         for word in self.template.stop_words(self.eos):
             written = written.removesuffix(word)
@@ -272,7 +286,8 @@ class ChunkEncoder:
         return [Example(tokens, trained, turns, roles, (self.part, number))], cut
 
 
-# --------------------------------------------------------------------------------------------------------- cutting
+# ---------------------------------------------------------------------------------------------------------
+# cutting
 
 
 def pieces(length: int, capacity: int) -> list[tuple[int, int]]:
@@ -304,9 +319,11 @@ def keep_tokens(answer: np.ndarray, turns: np.ndarray, options: EncodeOptions) -
 
 
 def keep_answer(length: int, start: int, prefix: int, longest: int, options: EncodeOptions) -> np.ndarray:
-    """Which tokens of prompt + answer stay, (length,) bool; the prompt loses the same tokens for every answer to it.
+    """Which tokens of prompt + answer stay, (length,) bool; the prompt loses the same tokens for every answer
+    to it.
 
-    start: tokens of the prompt; prefix of them stand before the first message (bos).  longest: of all its answers'
+    start: tokens of the prompt; prefix of them stand before the first message (bos).  longest: of all its
+    answers'
     lengths.  Raises Dropped.
     """
     capacity, place = options.cutoff_len, np.arange(length)
@@ -356,14 +373,16 @@ def ratio_keep(answer: np.ndarray, budget: int, reserved: int, last_first: bool 
 def ratio_lengths(source: int, target: int, budget: int, reserved: int) -> tuple[int, int]:
     """How many source and target tokens of a pair stay within `budget` tokens.
 
-    Whole numbers: LLaMA-Factory's int(budget * (t / (s + t))) loses a token to rounding even where all would fit.
+    Whole numbers: LLaMA-Factory's int(budget * (t / (s + t))) loses a token to rounding even where all would
+    fit.
     """
     most = max(budget * target // max(source + target, 1), reserved)
     target_kept = min(most, target, budget)
     return min(source, budget - target_kept), target_kept
 
 
-# ------------------------------------------------------------------------------------------------------- many rows
+# ------------------------------------------------------------------------------------------------------- many
+# rows
 
 
 def encode_chunks(rows: Iterable[Row], encoder: ChunkEncoder, workers: int) -> Iterator[Chunk]:
@@ -394,7 +413,8 @@ def numbered_rows(rows: Iterable[tuple[str, dict]]) -> Iterator[Row]:
 
 
 def refuse_unguarded_worker() -> None:
-    """A spawned worker imports the script again; without a guard there it would come here and wait for its parent."""
+    """A spawned worker imports the script again; without a guard there it would come here and wait for its
+    parent."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise RuntimeError(
             "preprocessing_num_workers: put the code of your script under `if __name__ == '__main__':`"
@@ -433,11 +453,13 @@ def _encode(rows: list[Row]) -> Chunk:
     return _worker_encoder[0](rows)
 
 
-# ------------------------------------------------------------------------------------------------------ cache keys
+# ------------------------------------------------------------------------------------------------------ cache
+# keys
 
 
 def template_key(template, enable_thinking: bool = True) -> str:
-    """A hash of what the template does: of its spans for a few probe dialogues, with code and data changes included."""
+    """A hash of what the template does: of its spans for a few probe dialogues, with code and data changes
+    included."""
     probes = [
         [
             Message("user", "a?"),

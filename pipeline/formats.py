@@ -1,13 +1,14 @@
 """Rows of any supported format -> a list of (role, text) turns, or a document for pretraining.
 
 alpaca    {"instruction", "input", "output"[, "system", "history": [[user, answer], ...]]}
-sharegpt  {"conversations": [{"from": "human"|"gpt"|"observation"|"function_call"|"system", "value": ...}][, "tools"]}
+sharegpt  {"conversations": [{"from": "human"|"gpt"|"observation"|"function_call"|"system", "value": ...}][,
+"tools"]}
 openai    {"messages": [{"role": "user"|"assistant"|"system"|"tool", "content": ...}]}: sharegpt with other tags
 text      {"text": ...}: a document (stage pt); so is the prompt column of an alpaca row
 
-Rules (LLaMA-Factory's): user text = prompt + "\\n" + query, empty ones skipped; answers of `history` are trained too;
-the first system message beats the system column; then (user | observation) and (assistant | function) alternate; an
-odd tail is cut off. Two kinds of trouble are kept apart:
+Rules (LLaMA-Factory's): user text = prompt + "\\n" + query, empty ones skipped; answers of `history` are
+trained too; the first system message beats the system column; then (user | observation) and (assistant |
+function) alternate; an odd tail is cut off. Two kinds of trouble are kept apart:
   ValueError   the row is not what dataset_info.json says (missing column, wrong type, unknown role): stop and fix it
   Dropped      the row is readable but holds nothing to train on: left out, counted, and shown in the report
 The template writes tool lists and calls as its model knows them; here they are only checked.
@@ -22,9 +23,15 @@ from pipeline.sources import DatasetInfo
 LATER = {"images": "pictures", "videos": "videos", "audios": "sound"}
 # what a stage makes of a row: the stages of one kind train on the same tokens
 KINDS = {
-    "pt": "document", "sft": "dialogue", "rm": "pair", "dpo": "pair", "orpo": "pair", "kto": "rated", "ppo": "prompt",
+    "pt": "document",
+    "sft": "dialogue",
+    "rm": "pair",
+    "dpo": "pair",
+    "orpo": "pair",
+    "kto": "rated",
+    "ppo": "prompt",
     "grpo": "prompt",
-}  # fmt: skip
+}
 
 
 Turn = tuple[str, str]  # (role, text)
@@ -47,7 +54,8 @@ def is_ranked(info: DatasetInfo) -> bool:
 
 
 def check_stage(info: DatasetInfo, stage: str, kind: str | None = None) -> None:
-    """Refuse a dataset that the stage cannot use, before a row is read.  kind: None = the stage's, see KINDS."""
+    """Refuse a dataset that the stage cannot use, before a row is read.  kind: None = the stage's, see
+    KINDS."""
     kind = kind or KINDS[stage]
     ranked = is_ranked(info)
     if (ranked and kind not in ("pair", "prompt")) or (kind == "pair" and not ranked):
@@ -57,7 +65,8 @@ def check_stage(info: DatasetInfo, stage: str, kind: str | None = None) -> None:
         raise ValueError(f"dataset {info.name!r}: it holds {kinds[0]}, but stage {stage} needs {kinds[1]}")
     if kind == "rated" and "kto_tag" not in info.columns:
         raise ValueError(
-            f"dataset {info.name!r}: stage {stage} needs to know which answers are good; name the column of true and "
+            f"dataset {info.name!r}: stage {stage} needs to know which answers are good; name the column of "
+            "true and "
             'false in its entry: columns: {"kto_tag": "<column>"}'
         )
     if ("chosen" in info.columns) != ("rejected" in info.columns):
@@ -111,8 +120,9 @@ def to_conversation(row: dict, info: DatasetInfo) -> Conversation:
 def to_pair(row: dict, info: DatasetInfo) -> tuple[Conversation, Turn, Turn]:
     """(the conversation up to the answer, chosen, rejected) of one row for stages rm, dpo and orpo.
 
-    The answers are `columns.chosen` and `columns.rejected`, or the two entries of `columns.response`; each is a text,
-    a message object, or a list that ends with one. A list may begin with the conversation if the row has no other.
+    The answers are `columns.chosen` and `columns.rejected`, or the two entries of `columns.response`; each is
+    a text, a message object, or a list that ends with one. A list may begin with the conversation if the row
+    has no other.
     """
     found = _ranked_answers(row, info)
     if info.formatting != "alpaca" and info.columns["messages"] not in row:
@@ -246,7 +256,8 @@ def _alpaca(row: dict, info: DatasetInfo) -> Conversation:
     history = _optional(row, info.columns.get("history"), lambda value: value, [])
     if not isinstance(history, list):
         raise ValueError(
-            f"column {info.columns['history']!r}: expected a list of [user, answer] pairs, found {_show(history)}"
+            f"column {info.columns['history']!r}: expected a list of [user, answer] pairs, found "
+            f"{_show(history)}"
         )
     for i, pair in enumerate(history):
         if (
@@ -339,7 +350,8 @@ def _finish(turns: list[Turn], row: dict, info: DatasetInfo, system: str) -> Con
     return Conversation(turns, tools)
 
 
-# ---------------------------------------------------------------------------------------------------------- fields
+# ----------------------------------------------------------------------------------------------------------
+# fields
 
 
 def _text(row: dict, column: str, empty_ok: bool = False) -> str:
@@ -380,7 +392,8 @@ def _show(value) -> str:
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
-# ----------------------------------------------------------------------------------------------------------- tools
+# -----------------------------------------------------------------------------------------------------------
+# tools
 
 
 def _tools(row: dict, column: str | None) -> tuple[dict, ...]:

@@ -1,7 +1,8 @@
 """Which rows are used, in which order: choosing, interleaving and splitting, all pure functions of a seed.
 
-Interleaving follows datasets.interleave_datasets (the same draws from the same seed): round robin or by probabilities,
-`under` ends when the first data set is used up, `over` when every one has been, starting used-up ones again.
+Interleaving follows datasets.interleave_datasets (the same draws from the same seed): round robin or by
+probabilities, `under` ends when the first data set is used up, `over` when every one has been, starting
+used-up ones again.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,8 @@ def choose_rows(total: int, count: int, seed: int) -> np.ndarray:
 
 
 def examples_of_rows(rows: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """Numbers of the examples that come from the chosen rows, in that order. `rows` says it for each, ascending."""
+    """Numbers of the examples that come from the chosen rows, in that order. `rows` says it for each,
+    ascending."""
     first, last = np.searchsorted(rows, chosen, "left"), np.searchsorted(rows, chosen, "right")
     return np.concatenate([np.empty(0, np.int64)] + [np.arange(a, b) for a, b in zip(first, last)])
 

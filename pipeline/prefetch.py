@@ -3,8 +3,8 @@
     with ahead(batches, depth=2) as ready:
         for batch in ready: ...
 
-Order and content are those of the iterator. What it raises is raised where its item would have come; what it raises
-beyond the last item that is taken never shows. Leaving the block, by an error too, ends the thread.
+Order and content are those of the iterator. What it raises is raised where its item would have come; what it
+raises beyond the last item that is taken never shows. Leaving the block, by an error too, ends the thread.
 """
 
 import queue

@@ -1,8 +1,9 @@
-"""Files -> rows: json, jsonl, csv, parquet, arrow and txt, one row at a time, each with its place for messages.
+"""Files -> rows: json, jsonl, csv, parquet, arrow and txt, one row at a time, each with its place for
+messages.
 
-A .json file is one array of objects (parsed piece by piece, so a file larger than memory can be read) or, as many
-hub files are, one object per line. csv values stay text. txt is one document per line, as the column `text`.
-Anything that is not what it should be is a ValueError that names file and line.
+A .json file is one array of objects (parsed piece by piece, so a file larger than memory can be read) or, as
+many hub files are, one object per line. csv values stay text. txt is one document per line, as the column
+`text`. Anything that is not what it should be is a ValueError that names file and line.
 
 Run from Python: for place, row in read_file(Path("data/tiny_alpaca.json")): ...
 """
@@ -62,7 +63,8 @@ def _object(row, place: str) -> dict:
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, dict]]:
-    """A .json file: one array of objects, or one object per line (many hub files are JSON lines in disguise)."""
+    """A .json file: one array of objects, or one object per line (many hub files are JSON lines in
+    disguise)."""
     with open(path, encoding="utf-8-sig") as file:
         while (head := file.read(READ_CHARACTERS)).isspace():
             pass
@@ -80,7 +82,8 @@ def _read_json(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def _iterate_array(path: Path) -> Iterator[tuple[int, object]]:
-    """Yield (line, value) of a top-level JSON array, holding only the value being parsed (and a block of text)."""
+    """Yield (line, value) of a top-level JSON array, holding only the value being parsed (and a block of
+    text)."""
     decoder = json.JSONDecoder()
     with open(path, encoding="utf-8-sig") as file:
         text, start, line = file.read(READ_CHARACTERS), 0, 1
@@ -134,7 +137,8 @@ def _iterate_array(path: Path) -> Iterator[tuple[int, object]]:
                 return
             else:
                 raise ValueError(
-                    f"{path}:{line}: expected ',' or ']' after a row, found {found or 'the end of the file'!r}"
+                    f"{path}:{line}: expected ',' or ']' after a row, found "
+                    f"{found or 'the end of the file'!r}"
                 )
 
 

@@ -1,4 +1,5 @@
-"""What a person sees of the data: the report of what was used and lost, one example as text, a batch token by token.
+"""What a person sees of the data: the report of what was used and lost, one example as text, a batch token by
+token.
 
 Every token of a batch leads back to its data set, row and turn, with the reason why it is trained or not.
 """
@@ -60,9 +61,17 @@ class DataReport:
             tally = entry.tally
             name = entry.name if entry.role == "train" else f"{entry.name} ({entry.role})"
             numbers = (
-                entry.rows, tally.used, sum(tally.dropped.values()), entry.left_out, tally.cut,
-                tally.examples + entry.repeated, tally.tokens, tally.tokens_trained, tally.tokens_cut, tally.longest,
-            )  # fmt: skip
+                entry.rows,
+                tally.used,
+                sum(tally.dropped.values()),
+                entry.left_out,
+                tally.cut,
+                tally.examples + entry.repeated,
+                tally.tokens,
+                tally.tokens_trained,
+                tally.tokens_cut,
+                tally.longest,
+            )
             table.append((name, *(f"{number:,}" for number in numbers)))
         widths = [max(len(row[i]) for row in table) for i in range(len(head))]
         lines = [
@@ -135,10 +144,15 @@ def _runs(flags: np.ndarray) -> Iterator[tuple[bool, int, int]]:
 
 
 def token_table(
-    batch: Batch, tokenizer, datasets: list[str], places: dict[tuple[int, int], str], colour: bool,
+    batch: Batch,
+    tokenizer,
+    datasets: list[str],
+    places: dict[tuple[int, int], str],
+    colour: bool,
     kind: str = "dialogue",
-) -> Iterator[str]:  # fmt: skip
-    """Lines that show a batch token by token: place in the segment, id, text, turn, role, trained or not, and why."""
+) -> Iterator[str]:
+    """Lines that show a batch token by token: place in the segment, id, text, turn, role, trained or not, and
+    why."""
     labels, tokens, roles = batch.labels.tolist(), batch.tokens.tolist(), batch.roles.tolist()
     tags = [0] * len(batch.sources) if batch.tags is None else batch.tags.tolist()
     used = "of labels" if kind == "prompt" else "trained"
@@ -161,10 +175,13 @@ def token_table(
             role, answer = ROLES[roles[start + t] % ANSWER], roles[start + t] >= ANSWER
             turn = int(batch.turns[start + t])
             fields = (
-                f"{t:6d} {token:7d}", f"{tokenizer.piece(token)!r:<24}", f"turn {turn}" if turn >= 0 else "      ",
-                f"{role:<11}", ("label" if kind == "prompt" else "train") if trained[t] else "  -  ",
+                f"{t:6d} {token:7d}",
+                f"{tokenizer.piece(token)!r:<24}",
+                f"turn {turn}" if turn >= 0 else "      ",
+                f"{role:<11}",
+                ("label" if kind == "prompt" else "train") if trained[t] else "  -  ",
                 reason(t, role, answer, trained[t], kind),
-            )  # fmt: skip
+            )
             line = "  ".join(fields)
             yield f"{GREEN if trained[t] else DIM}{line}{PLAIN}" if colour else line
 

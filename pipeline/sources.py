@@ -1,10 +1,10 @@
 """Where training rows come from: dataset_info.json, files, folders and hubs -> one dict per row.
 
-`dataset_info.json` is LLaMA-Factory's format: name -> one source (`hf_hub_url`, `ms_hub_url` or `file_name`) plus
-`subset`, `split`, `folder`, `revision`, `num_samples`, `file_sha1`, `formatting`, `columns`, `tags`, `ranking`.
-A name that is not in it may be a path to a file or a folder; its format is then read off the first row.
-Files are read row by row (readers.py), so memory does not grow with the file.
-A dataset's own code (`script_url`) is never run.
+`dataset_info.json` is LLaMA-Factory's format: name -> one source (`hf_hub_url`, `ms_hub_url` or `file_name`)
+plus `subset`, `split`, `folder`, `revision`, `num_samples`, `file_sha1`, `formatting`, `columns`, `tags`,
+`ranking`. A name that is not in it may be a path to a file or a folder; its format is then read off the first
+row. Files are read row by row (readers.py), so memory does not grow with the file. A dataset's own code
+(`script_url`) is never run.
 
 Run from Python: for number, row in read_rows(find_dataset("identity", "data")): ...
 """
@@ -20,9 +20,20 @@ from pathlib import Path
 from pipeline.readers import FILE_TYPES, read_file
 
 COLUMN_NAMES = (
-    "prompt", "query", "response", "history", "messages", "system", "tools",
-    "images", "videos", "audios", "chosen", "rejected", "kto_tag",
-)  # fmt: skip
+    "prompt",
+    "query",
+    "response",
+    "history",
+    "messages",
+    "system",
+    "tools",
+    "images",
+    "videos",
+    "audios",
+    "chosen",
+    "rejected",
+    "kto_tag",
+)
 ALPACA_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output"}
 PROMPT_NAMES, RESPONSE_NAMES = ("instruction", "prompt"), ("output", "completion", "response", "answer")
 SHAREGPT_COLUMNS = {"messages": "conversations"}
@@ -45,14 +56,29 @@ OPENAI_TAGS = {
     "system_tag": "system",
 }
 FIELDS = {
-    "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name", "file_name", "file_sha1", "subset",
-    "split", "folder", "revision", "num_samples", "ranking", "formatting", "columns", "tags",
-}  # fmt: skip
+    "hf_hub_url",
+    "ms_hub_url",
+    "om_hub_url",
+    "script_url",
+    "cloud_file_name",
+    "file_name",
+    "file_sha1",
+    "subset",
+    "split",
+    "folder",
+    "revision",
+    "num_samples",
+    "ranking",
+    "formatting",
+    "columns",
+    "tags",
+}
 
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """One dataset. `kind` says how `location` is read: a file or folder path, or the id of a hub repository."""
+    """One dataset. `kind` says how `location` is read: a file or folder path, or the id of a hub
+    repository."""
 
     name: str
     kind: str  # "file", "hf_hub", "ms_hub"
@@ -78,7 +104,8 @@ class HubAccess:
     cache_dir: str | None = None
 
 
-# ---------------------------------------------------------------------------------------------- dataset_info.json
+# ----------------------------------------------------------------------------------------------
+# dataset_info.json
 
 
 def read_dataset_info(dataset_dir: str | Path) -> dict:
@@ -146,16 +173,25 @@ def parse_entry(name: str, entry: dict, dataset_dir: str | Path, default_split: 
         if entry.get(key) is not None and not isinstance(entry[key], str):
             raise ValueError(f"{where}: {key} is {entry[key]!r}, expected text")
     return DatasetInfo(
-        name=name, kind=kind, location=location, formatting=formatting,
-        columns=_columns(entry, formatting, where), tags=_tags(entry, formatting, where),
-        subset=entry.get("subset"), split=entry.get("split") or default_split, folder=entry.get("folder"),
-        revision=entry.get("revision"), num_samples=num_samples, file_sha1=entry.get("file_sha1"),
+        name=name,
+        kind=kind,
+        location=location,
+        formatting=formatting,
+        columns=_columns(entry, formatting, where),
+        tags=_tags(entry, formatting, where),
+        subset=entry.get("subset"),
+        split=entry.get("split") or default_split,
+        folder=entry.get("folder"),
+        revision=entry.get("revision"),
+        num_samples=num_samples,
+        file_sha1=entry.get("file_sha1"),
         ranking=bool(entry.get("ranking", False)),
-    )  # fmt: skip
+    )
 
 
 def _source(entry: dict, where: str, dataset_dir: str | Path) -> tuple[str, str]:
-    """LLaMA-Factory's order: hub ids first (ModelScope's when USE_MODELSCOPE_HUB=1), then script, then file."""
+    """LLaMA-Factory's order: hub ids first (ModelScope's when USE_MODELSCOPE_HUB=1), then script, then
+    file."""
     for key in ("hf_hub_url", "ms_hub_url", "file_name", "script_url"):
         if key in entry and (not isinstance(entry[key], str) or not entry[key]):
             raise ValueError(f"{where}: {key} is {entry[key]!r}, expected text")
@@ -254,17 +290,20 @@ def _guess_format(info: DatasetInfo) -> DatasetInfo:
     if "text" in row:
         return replace(info, columns={"prompt": "text"})
     raise ValueError(
-        f"dataset: {info.location} has the columns {', '.join(map(str, row))}; expected 'instruction' or 'prompt' "
+        f"dataset: {info.location} has the columns {', '.join(map(str, row))}; expected 'instruction' or "
+        "'prompt' "
         "(alpaca), 'conversations' (sharegpt), 'messages' (OpenAI) or 'text'. "
         "Name its columns in an entry of dataset_info.json instead."
     )
 
 
-# ------------------------------------------------------------------------------------------------------------ rows
+# ------------------------------------------------------------------------------------------------------------
+# rows
 
 
 def list_files(info: DatasetInfo) -> list[Path]:
-    """The data files of a `file` dataset in reading order: itself, or a folder's files of one type by name."""
+    """The data files of a `file` dataset in reading order: itself, or a folder's files of one type by
+    name."""
     path = Path(info.location)
     if info.folder:
         inside = os.path.normpath(info.folder)
@@ -275,9 +314,10 @@ def list_files(info: DatasetInfo) -> list[Path]:
         files = [path]
     elif path.is_dir():
         files = sorted(
-            child for child in path.iterdir()
+            child
+            for child in path.iterdir()
             if child.is_file() and not child.name.startswith(".") and child.name != "dataset_info.json"
-        )  # fmt: skip
+        )
     else:
         raise FileNotFoundError(f"dataset {info.name!r}: {path} does not exist")
     endings = {file.suffix.lower() for file in files}
@@ -318,20 +358,32 @@ def open_hub(info: DatasetInfo, hub: HubAccess, streaming: bool):
                 f"dataset {info.name!r} comes from ModelScope; run `pip install modelscope` first"
             ) from error
         rows = MsDataset.load(
-            dataset_name=info.location, subset_name=info.subset, data_dir=info.folder, split=info.split,
-            cache_dir=hub.cache_dir, token=hub.ms_token, use_streaming=streaming,
-        )  # fmt: skip
+            dataset_name=info.location,
+            subset_name=info.subset,
+            data_dir=info.folder,
+            split=info.split,
+            cache_dir=hub.cache_dir,
+            token=hub.ms_token,
+            use_streaming=streaming,
+        )
         return rows.to_hf_dataset() if hasattr(rows, "to_hf_dataset") else rows
     from datasets import load_dataset  # imported here: it takes a second and only hub data needs it
 
     try:
         return load_dataset(
-            info.location, name=info.subset, data_dir=info.folder, split=info.split, revision=info.revision,
-            cache_dir=hub.cache_dir, token=hub.hf_token, streaming=streaming,
-        )  # fmt: skip
+            info.location,
+            name=info.subset,
+            data_dir=info.folder,
+            split=info.split,
+            revision=info.revision,
+            cache_dir=hub.cache_dir,
+            token=hub.hf_token,
+            streaming=streaming,
+        )
     except (OSError, RuntimeError, ValueError) as error:  # not found, offline, script refused, unknown split
         raise ValueError(
-            f"dataset {info.name!r}: the hub id {info.location!r} (split {info.split!r}) cannot be read: {error}"
+            f"dataset {info.name!r}: the hub id {info.location!r} (split {info.split!r}) cannot be read: "
+            f"{error}"
         ) from error
 
 

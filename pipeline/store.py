@@ -1,9 +1,10 @@
-"""Tokenised examples on disk: flat arrays that are memory-mapped, written in a way that survives being killed.
+"""Tokenised examples on disk: flat arrays that are memory-mapped, written in a way that survives being
+killed.
 
-A folder holds tokens.i32, trained.u8, turns.i16, roles.u8 (one entry per token), lengths.i32, rows.i64, splits.i32 and
-tags.i8 (one per example), and meta.json (sizes, checksums, counts). While it is being written its name ends in
-`.partial` and `progress.json` says how far it is: a killed run goes on there. Renaming makes it complete; a finished
-folder whose sizes or checksums are wrong is refused.
+A folder holds tokens.i32, trained.u8, turns.i16, roles.u8 (one entry per token), lengths.i32, rows.i64,
+splits.i32 and tags.i8 (one per example), and meta.json (sizes, checksums, counts). While it is being written
+its name ends in `.partial` and `progress.json` says how far it is: a killed run goes on there. Renaming makes
+it complete; a finished folder whose sizes or checksums are wrong is refused.
 
 Run from Python: store = ExampleStore([TokenFiles.open(folder)], ["my data"]); store.example(0)
 """
@@ -84,7 +85,8 @@ class Tally:
 
 @dataclass
 class Chunk:
-    """Examples of a run of rows, flat. rows[i] is the row that example i came from; splits, tags as in Example."""
+    """Examples of a run of rows, flat. rows[i] is the row that example i came from; splits, tags as in
+    Example."""
 
     tokens: np.ndarray
     trained: np.ndarray
@@ -160,7 +162,8 @@ class TokenFiles:
 
 
 class ExampleStore:
-    """Examples of several datasets in one order. `index` (n, 2) says (part, example of that part) for each."""
+    """Examples of several datasets in one order. `index` (n, 2) says (part, example of that part) for
+    each."""
 
     def __init__(self, parts: Sequence[TokenFiles], datasets: Sequence[str], index: np.ndarray | None = None):
         if index is None:
@@ -246,7 +249,8 @@ class ExampleStore:
 
 
 class StoreWriter:
-    """Appends chunks to `folder`.partial; `finish` makes it `folder`. Goes on where a killed writer stopped."""
+    """Appends chunks to `folder`.partial; `finish` makes it `folder`. Goes on where a killed writer
+    stopped."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -327,7 +331,8 @@ def load_sets(folder: Path) -> tuple[dict, dict[str, ExampleStore]]:
     meta = _read_json(folder / SETS_FILE)
     if meta is None:
         raise ValueError(
-            f"tokenized_path: {folder} exists but holds no tokenised data of Anvil ({SETS_FILE} is missing); name "
+            f"tokenized_path: {folder} exists but holds no tokenised data of Anvil ({SETS_FILE} is missing); "
+            "name "
             "another folder, and the data will be written there"
         )
     opened: dict[int, TokenFiles] = {}
@@ -345,7 +350,8 @@ def load_sets(folder: Path) -> tuple[dict, dict[str, ExampleStore]]:
 
 @contextmanager
 def locked(path: str | Path) -> Iterator[None]:
-    """Hold an exclusive lock: of several ranks or runs that want the same data, one tokenises and the others wait."""
+    """Hold an exclusive lock: of several ranks or runs that want the same data, one tokenises and the others
+    wait."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # the kernel releases it when the process ends, however it ends

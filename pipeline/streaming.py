@@ -1,4 +1,5 @@
-"""Rows that are read while training: one pass after another, several data sets mixed, evaluation rows left out."""
+"""Rows that are read while training: one pass after another, several data sets mixed, evaluation rows left
+out."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field

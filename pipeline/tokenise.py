@@ -84,9 +84,13 @@ class Tokeniser:
             else template_key(self.template, self.encode.enable_thinking)
         )
         return {
-            "version": CACHE_VERSION, "tokenizer": tokenizer_key(self.tokenizer), "template": used,
-            "options": {key: value for key, value in asdict(self.encode).items() if key != "question" or value},
-        }  # fmt: skip
+            "version": CACHE_VERSION,
+            "tokenizer": tokenizer_key(self.tokenizer),
+            "template": used,
+            "options": {
+                key: value for key, value in asdict(self.encode).items() if key != "question" or value
+            },
+        }
 
     def dataset(
         self, info: DatasetInfo, role: str, only: np.ndarray | None = None
@@ -126,7 +130,8 @@ class Tokeniser:
         warnings = [warning] if warning else []
         if self.encode.kind == "dialogue" and "kto_tag" in info.columns:
             warnings.append(
-                f"dataset {info.name!r}: columns.kto_tag is not used: stage {self.stage} trains on bad answers too"
+                f"dataset {info.name!r}: columns.kto_tag is not used: stage {self.stage} trains on bad "
+                "answers too"
             )
         report = DatasetReport(info.name, role, files.tally, self.encode.kind, warnings=tuple(warnings))
         if only is None and chosen is not None:
@@ -161,8 +166,13 @@ class Tokeniser:
             writer = StoreWriter(folder)
         todo = islice(rows(), writer.rows_done, None)
         # delay: short work shows no bar
-        bar = _Bar(desc=f"tokenising {encoder.info.name}", unit=" rows", initial=writer.rows_done, delay=2.0,
-                   disable=not self.is_main)  # fmt: skip
+        bar = _Bar(
+            desc=f"tokenising {encoder.info.name}",
+            unit=" rows",
+            initial=writer.rows_done,
+            delay=2.0,
+            disable=not self.is_main,
+        )
         try:
             with bar:
                 for chunk in encode_chunks(todo, encoder, self.workers):

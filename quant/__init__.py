@@ -5,8 +5,8 @@
     layer = quantization.quantise(weight, bias, torch.bfloat16)                  # stands in the place of nn.Linear
     layer.dequantize()                                                           # (out, in)
 
-One file per format. Adding one: a file with a Format and a QuantLinear (quant/linear.py says what they are), and a line
-in METHODS or from_options below.
+One file per format. Adding one: a file with a Format and a QuantLinear (quant/linear.py says what they are),
+and a line in METHODS or from_options below.
 """
 
 from dataclasses import dataclass
@@ -18,8 +18,16 @@ from quant.int8 import EETQFormat, Int8Format
 from quant.linear import FEW_ROWS, Format, QuantLinear, report
 from quant.nf4 import NF4Format
 
-__all__ = ["FEW_ROWS", "Format", "QuantLinear", "QuantOptions", "from_config", "from_options",
-           "in_bits", "report"]  # fmt: skip
+__all__ = [
+    "FEW_ROWS",
+    "Format",
+    "QuantLinear",
+    "QuantOptions",
+    "from_config",
+    "from_options",
+    "in_bits",
+    "report",
+]
 
 
 def _bitsandbytes(settings: dict) -> Format:
@@ -39,9 +47,17 @@ METHODS = {  # quant_method of config.json: quantization_config -> Format, Value
     "hqq": hqq.from_config,
 }
 WHOLE_NUMBERS = {  # keys of quantization_config, at any depth
-    "bits", "w_bit", "nbits", "nbits_per_codebook", "num_codebooks", "axis",
-    "group_size", "q_group_size", "in_group_size", "out_group_size",
-}  # fmt: skip
+    "bits",
+    "w_bit",
+    "nbits",
+    "nbits_per_codebook",
+    "num_codebooks",
+    "axis",
+    "group_size",
+    "q_group_size",
+    "in_group_size",
+    "out_group_size",
+}
 QUANTISERS = {  # quantization_method -> bits -> (QuantOptions, bits) -> Format
     "bitsandbytes": {
         4: lambda options, bits: NF4Format(options.quantization_type, options.double_quantization),
@@ -59,7 +75,8 @@ class QuantOptions:
     )
     quantization_method: Annotated[
         Literal["bitsandbytes", "eetq", "hqq"],
-        "how: bitsandbytes = 4 bits (nf4 or fp4) or 8 (LLM.int8); eetq = 8, weights only; hqq = 8, 6, 5, 4, 3, 2 or 1",
+        "how: bitsandbytes = 4 bits (nf4 or fp4) or 8 (LLM.int8); eetq = 8, weights only; hqq = 8, 6, 5, 4, "
+        "3, 2 or 1",
     ] = "bitsandbytes"
     quantization_type: Annotated[Literal["nf4", "fp4"], "levels of the 4-bit codes"] = "nf4"
     double_quantization: Annotated[bool, "hold the scales of 4-bit blocks in 8 bits too"] = True
@@ -68,8 +85,10 @@ class QuantOptions:
         format = from_options(self)  # refuses what cannot be, before anything is read
         if self.quantization_bit is None and self.quantization_method != "bitsandbytes":
             raise ValueError(
-                f"quantization_method: {self.quantization_method} without quantization_bit quantises nothing; give "
-                "quantization_bit, or 0 for none, or drop quantization_method (quantised checkpoints need neither)"
+                f"quantization_method: {self.quantization_method} without quantization_bit quantises "
+                "nothing; give "
+                "quantization_bit, or 0 for none, or drop quantization_method (quantised checkpoints need "
+                "neither)"
             )
         if self.quantization_type != "nf4" and not (
             isinstance(format, NF4Format) or self.quantization_bit == 0

@@ -1,9 +1,10 @@
-"""AQLM checkpoints: every group of weights is a sum of codebook vectors.  Egiazarian et al., arXiv 2401.06118.
+"""AQLM checkpoints: every group of weights is a sum of codebook vectors.  Egiazarian et al., arXiv
+2401.06118.
 
-w[output group, input group] = scale[output group] * sum over codebooks c of codebook[c, code[c]], where a vector has
-out_group_size x in_group_size (1 x 8 as a rule) numbers. In a file codes (out / og, in / ig, codebooks), int8 or int16
-that mean unsigned numbers; codebooks (codebooks, 2^bits, og, ig); scales (out / og, 1, 1, 1). Usual are 1 codebook of
-16 bits and 2 of 8, both 2 bits a weight.
+w[output group, input group] = scale[output group] * sum over codebooks c of codebook[c, code[c]], where a
+vector has out_group_size x in_group_size (1 x 8 as a rule) numbers. In a file codes (out / og, in / ig,
+codebooks), int8 or int16 that mean unsigned numbers; codebooks (codebooks, 2^bits, og, ig); scales (out / og,
+1, 1, 1). Usual are 1 codebook of 16 bits and 2 of 8, both 2 bits a weight.
 """
 
 from dataclasses import dataclass

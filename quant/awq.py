@@ -1,9 +1,10 @@
 """AWQ checkpoints of 4 bits in the GEMM layout.  Lin et al., arXiv 2306.00978.
 
 w = scale[group] * (q - zero[group]), a group being `group_size` inputs in a row (-1: all). In a file qweight
-(in, out / 8), qzeros (groups, out / 8) int32 and scales (groups, out) fp16: eight outputs a word, in the order 0 2 4 6
-1 3 5 7 from the lowest four bits on. Here codes are packed along the inputs instead (quant/grouped.py), so that a
-row of the weight is written at a time; a checkpoint gets them back in its own order.
+(in, out / 8), qzeros (groups, out / 8) int32 and scales (groups, out) fp16: eight outputs a word, in the
+order 0 2 4 6 1 3 5 7 from the lowest four bits on. Here codes are packed along the inputs instead
+(quant/grouped.py), so that a row of the weight is written at a time; a checkpoint gets them back in its own
+order.
 """
 
 import math

@@ -1,14 +1,17 @@
-"""GPTQ checkpoints of 2, 3, 4 and 8 bits: groups of inputs with a scale and a zero.  Frantar et al., arXiv 2210.17323.
+"""GPTQ checkpoints of 2, 3, 4 and 8 bits: groups of inputs with a scale and a zero.  Frantar et al., arXiv
+2210.17323.
 
-w = scale[group] * (q - zero[group]), a group being `group_size` inputs in a row (-1: all), or those that g_idx puts
-together where the inputs were sorted (act-order). In a file the codes are packed along the inputs into int32 words,
-qweight (in * bits / 32, out), the zeros along the outputs, qzeros (groups, out * bits / 32), both as one stream of bits
-from the lowest bit of the first word on: at 3 bits values cross from word to word.
+w = scale[group] * (q - zero[group]), a group being `group_size` inputs in a row (-1: all), or those that
+g_idx puts together where the inputs were sorted (act-order). In a file the codes are packed along the inputs
+into int32 words, qweight (in * bits / 32, out), the zeros along the outputs, qzeros (groups, out * bits /
+32), both as one stream of bits from the lowest bit of the first word on: at 3 bits values cross from word to
+word.
 
-checkpoint_format gptq holds every zero less one, gptq_v2 as it is. The subtraction is one of whole words, so that the
-zero 0 borrows from its neighbour; adding again to whole words undoes it. At 3 bits there are two dialects of the
-former: AutoGPTQ takes one from each zero; GPTQModel, which transformers loads with, has the constants of the words in
-another order, which is no subtraction of ones. What is written at 3 bits is therefore gptq_v2.
+checkpoint_format gptq holds every zero less one, gptq_v2 as it is. The subtraction is one of whole words, so
+that the zero 0 borrows from its neighbour; adding again to whole words undoes it. At 3 bits there are two
+dialects of the former: AutoGPTQ takes one from each zero; GPTQModel, which transformers loads with, has the
+constants of the words in another order, which is no subtraction of ones. What is written at 3 bits is
+therefore gptq_v2.
 """
 
 import math
@@ -28,7 +31,8 @@ SWAPPED = (0x24924924, 0x92492492, 0x49249249)  # what GPTQModel takes from ever
 
 @dataclass(frozen=True)
 class GPTQFormat(Format):
-    """swapped: a 3-bit checkpoint_format gptq of GPTQModel without symmetry (files with it show it themselves)."""
+    """swapped: a 3-bit checkpoint_format gptq of GPTQModel without symmetry (files with it show it
+    themselves)."""
 
     method: ClassVar[str] = "gptq"
     marker: ClassVar[str] = "qweight"
@@ -126,8 +130,9 @@ class GPTQLinear(GroupedLinear):
         bias: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> "GPTQLinear":
-        """codes (out, in) and zeros (out, groups) whole numbers from 0 to 2^bits - 1, scales (out, groups), group_of
-        (in,): the group of each input, None for groups in a row. zeros None: symmetric, the middle, 2^(bits - 1).
+        """codes (out, in) and zeros (out, groups) whole numbers from 0 to 2^bits - 1, scales (out, groups),
+        group_of (in,): the group of each input, None for groups in a row. zeros None: symmetric, the middle,
+        2^(bits - 1).
 
         Scales are kept in fp16, as GPTQ's loaders hold them. Raises ValueError where the numbers do not fit.
         """

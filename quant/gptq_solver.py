@@ -1,12 +1,15 @@
-"""GPTQ: weights onto a grid of integers so that a layer's output changes least.  Frantar et al., arXiv 2210.17323.
+"""GPTQ: weights onto a grid of integers so that a layer's output changes least.  Frantar et al., arXiv
+2210.17323.
 
-Least is sum over tokens of |(W - W') x|^2 = tr((W - W') H (W - W')^T) with H = sum of x x^T. Columns are rounded one
-after the other; what one loses is taken up by those still to come (optimal brain surgery, eq. 2-3 of the paper):
+Least is sum over tokens of |(W - W') x|^2 = tr((W - W') H (W - W')^T) with H = sum of x x^T. Columns are
+rounded one after the other; what one loses is taken up by those still to come (optimal brain surgery, eq. 2-3
+of the paper):
 
     error = (w_i - rounded w_i) / R_ii,   w_j -= error R_ij for j > i,   R the upper Cholesky factor of H^-1
 
-R holds all that the successive inverses of the remaining columns would give (sec. 3.3, step 3). Columns far ahead are
-updated once per block (step 2), which changes nothing but the speed. H gets damping times its mean diagonal.
+R holds all that the successive inverses of the remaining columns would give (sec. 3.3, step 3). Columns far
+ahead are updated once per block (step 2), which changes nothing but the speed. H gets damping times its mean
+diagonal.
 
     hessian = Hessian(in_features)
     hessian.add(x)                                               # (T, in), as often as there is text
@@ -26,8 +29,9 @@ SMALLEST_SCALE, LARGEST_SCALE = torch.finfo(torch.float16).tiny, torch.finfo(tor
 
 @dataclass(frozen=True)
 class GPTQOptions:
-    """group_size: inputs that share a scale, -1 = all. act_order: columns in the order of falling activations, groups
-    along that order. block: columns between two updates of what is far ahead; no result depends on it."""
+    """group_size: inputs that share a scale, -1 = all. act_order: columns in the order of falling
+    activations, groups along that order. block: columns between two updates of what is far ahead; no result
+    depends on it."""
 
     bits: int = 4
     group_size: int = 128
@@ -41,9 +45,10 @@ class GPTQOptions:
 class Integers:
     """weight[o, i] ~ scales[o, g] * (codes[o, i] - zeros[o, g]) with g = group_of[i].
 
-    codes (out, in) uint8; scales (out, groups) fp16; zeros (out, groups) uint8, at least 1: files hold zeros - 1;
-    group_of (in,) int32. Means over the calibration text of the squared length of the layer's output (size), of what is
-    wrong in it (error), and of what would be if each weight were rounded to the nearest point (rounded_error).
+    codes (out, in) uint8; scales (out, groups) fp16; zeros (out, groups) uint8, at least 1: files hold zeros
+    - 1; group_of (in,) int32. Means over the calibration text of the squared length of the layer's output
+    (size), of what is wrong in it (error), and of what would be if each weight were rounded to the nearest
+    point (rounded_error).
     """
 
     codes: Tensor
@@ -81,8 +86,8 @@ class Hessian:
 def solve(weight: Tensor, hessian: Hessian, options: GPTQOptions) -> Integers:
     """weight (out, in) of any float dtype -> integers, computed in the Hessian's dtype on its device.
 
-    Raises ValueError for weights that are not finite or too large for an fp16 scale, and for a Hessian that cannot be
-    factored.
+    Raises ValueError for weights that are not finite or too large for an fp16 scale, and for a Hessian that
+    cannot be factored.
     """
     matrix = hessian.matrix
     columns = weight.to(matrix).T.contiguous()  # (in, out): what is worked on lies together
@@ -109,8 +114,9 @@ def solve(weight: Tensor, hessian: Hessian, options: GPTQOptions) -> Integers:
 def inverse_root(matrix: Tensor, damping: float) -> Tensor:
     """Upper R with R^T R = (matrix + damping * mean diagonal)^-1.
 
-    No inverse is formed: with J the reversal of rows, J H J = L L^T gives H = (J L J)(J L J)^T, J L J is upper, and R
-    is its inverse. Inputs that never were anything but zero get a one, so that they are rounded and pass nothing on.
+    No inverse is formed: with J the reversal of rows, J H J = L L^T gives H = (J L J)(J L J)^T, J L J is
+    upper, and R is its inverse. Inputs that never were anything but zero get a one, so that they are rounded
+    and pass nothing on.
     """
     diagonal = matrix.diagonal()
     damped = matrix.clone()
@@ -119,7 +125,8 @@ def inverse_root(matrix: Tensor, damping: float) -> Tensor:
     lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
     if failed.item():
         raise ValueError(
-            "the Hessian of the calibration text is not positive definite; raise export_quantization_damp_percent "
+            "the Hessian of the calibration text is not positive definite; raise "
+            "export_quantization_damp_percent "
             f"(now {damping}) or give more text (export_quantization_nsamples)"
         )
     upper = lower.flip(0, 1)
@@ -166,8 +173,9 @@ def _blocks(inputs: int, group: int, block: int) -> list[tuple[int, int]]:
 def _grid(columns: Tensor, options: GPTQOptions) -> tuple[Tensor, Tensor]:
     """columns (inputs of a group, out) -> scale and zero (out,), whole and scale as fp16 stores it.
 
-    Symmetric: zero in the middle and the scale that the largest weight asks for (AutoGPTQ's). Else between smallest and
-    largest, with zero among them. A zero of 0 would be stored as -1, which readers disagree about: it is at least 1.
+    Symmetric: zero in the middle and the scale that the largest weight asks for (AutoGPTQ's). Else between
+    smallest and largest, with zero among them. A zero of 0 would be stored as -1, which readers disagree
+    about: it is at least 1.
     """
     most = 2**options.bits - 1
     low, high = columns.amin(0).clamp_max(0), columns.amax(0).clamp_min(0)

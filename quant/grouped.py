@@ -1,6 +1,8 @@
-"""What GPTQ and AWQ share: whole numbers packed along the inputs, and one scale and one zero for a group of inputs.
+"""What GPTQ and AWQ share: whole numbers packed along the inputs, and one scale and one zero for a group of
+inputs.
 
-w = scale[group] * (q - zero[group]). A checkpoint's own order of the bits is made and undone by the format's file.
+w = scale[group] * (q - zero[group]). A checkpoint's own order of the bits is made and undone by the format's
+file.
 """
 
 import torch
@@ -13,8 +15,9 @@ MIN_GROUP = 32  # with smaller ones the sums of groups are a good part of the we
 
 
 class GroupedLinear(QuantLinear):
-    """codes (out, in * bits / 32) int32, packed along the inputs; zeros (groups, out * bits / 32) int32, packed along
-    the outputs, as they are; scales (groups, out); group_of (in,) int32, or None for groups of inputs in a row.
+    """codes (out, in * bits / 32) int32, packed along the inputs; zeros (groups, out * bits / 32) int32,
+    packed along the outputs, as they are; scales (groups, out); group_of (in,) int32, or None for groups of
+    inputs in a row.
 
     format has bits and group_size (-1: all inputs).
     """

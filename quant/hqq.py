@@ -1,15 +1,16 @@
-"""HQQ: groups of weights with a scale and a zero that is fitted without data.  Badri and Shaji, "Half-Quadratic
-Quantization of Large Machine Learning Models", 2023; at 1 to 6 and 8 bits.
+"""HQQ: groups of weights with a scale and a zero that is fitted without data.  Badri and Shaji,
+"Half-Quadratic Quantization of Large Machine Learning Models", 2023; at 1 to 6 and 8 bits.
 
-w = (q - zero[group]) * scale[group]. Given the scale, zero minimises the p-norm (p = 0.7, so that outliers count less)
-of W - (q - zero) * scale, by turns with an auxiliary error E (their eq. 4 to 7):
+w = (q - zero[group]) * scale[group]. Given the scale, zero minimises the p-norm (p = 0.7, so that outliers
+count less) of W - (q - zero) * scale, by turns with an auxiliary error E (their eq. 4 to 7):
     E    = shrink(W - (q - zero) * scale),      shrink(x) = sign(x) max(0, |x| - |x|^(p - 1) / beta)
     zero = mean of q - (W - E) / scale over the group,      beta grows by 1 % a turn
 and of all turns' zeros a group keeps the one with the least squared error.
 
-The flattened weight is a matrix of groups, (numel / group, group) with axis 1 and (group, numel / group) with axis 0.
-In a file its first rows stand in the highest bits of W_q's rows, the next ones below them; 3-bit codes go ten to an
-int32, 5- and 6-bit ones one to a byte. Beside it stand scale, zero, and every setting of the layer as a tensor.
+The flattened weight is a matrix of groups, (numel / group, group) with axis 1 and (group, numel / group) with
+axis 0. In a file its first rows stand in the highest bits of W_q's rows, the next ones below them; 3-bit
+codes go ten to an int32, 5- and 6-bit ones one to a byte. Beside it stand scale, zero, and every setting of
+the layer as a tensor.
 """
 
 import math
@@ -27,10 +28,23 @@ NORM, BETA, GROWTH, TURNS = 0.7, 10.0, 1.01, 20  # p, and the schedule of beta, 
 LEAST_SCALE = 1 / 2e4  # smaller ones lose their bits in fp16
 FARTHEST_ZERO = 2048  # up to here fp16 has all whole numbers, beyond a zero is off by more than a code
 SETTINGS = (
-    "nbits", "group_size", "shape", "axis", "packing", "unpack_view_dtype", "view_as_float", "quant_scale",
-    "quant_zero", "compute_dtype", "offload_meta", "encoded_state_dict", "stores_quant_config", "channel_wise",
-    "optimize", "round_zero",
-)  # fmt: skip
+    "nbits",
+    "group_size",
+    "shape",
+    "axis",
+    "packing",
+    "unpack_view_dtype",
+    "view_as_float",
+    "quant_scale",
+    "quant_zero",
+    "compute_dtype",
+    "offload_meta",
+    "encoded_state_dict",
+    "stores_quant_config",
+    "channel_wise",
+    "optimize",
+    "round_zero",
+)
 
 
 @dataclass(frozen=True)
@@ -73,7 +87,8 @@ class HQQFormat(Format):
         return HQQLinear(self, layer, tuple(weight.shape), pack(codes, self.bits), scale, zero, bias, dtype)
 
     def _fitting_group(self, size: int) -> int:
-        """group_size, or where a small layer cannot be packed in such groups the next smaller one that goes."""
+        """group_size, or where a small layer cannot be packed in such groups the next smaller one that
+        goes."""
         count = 1 if self.bits == 3 else PACKED[self.bits]  # 3-bit rows are filled up
         wanted = self.group_size or 64
         for group in (wanted, 32, 16, 8):
@@ -138,7 +153,8 @@ class HQQFormat(Format):
 
 
 class HQQLinear(QuantLinear):
-    """codes (rows / packed, columns) uint8 or int32, scale and zero (groups, 1) or (1, groups): as in the file.
+    """codes (rows / packed, columns) uint8 or int32, scale and zero (groups, 1) or (1, groups): as in the
+    file.
 
     layer: bits, group and axis of this layer, which may differ from those of the model's format.
     """
@@ -192,7 +208,8 @@ class HQQLinear(QuantLinear):
 
 
 def fit(groups: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """groups (n, g) fp32 -> codes (n, g) uint8, scale and zero (n, 1) fp16 (the head of the file says how)."""
+    """groups (n, g) fp32 -> codes (n, g) uint8, scale and zero (n, 1) fp16 (the head of the file says
+    how)."""
     most = 2**bits - 1
     low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
     far = torch.maximum(-low, high) / FARTHEST_ZERO  # numbers that are close together, but not to 0

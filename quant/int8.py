@@ -1,4 +1,5 @@
-"""8-bit weights with one scale per output row: LLM.int8 (Dettmers et al., arXiv 2208.07339) and weight-only int8.
+"""8-bit weights with one scale per output row: LLM.int8 (Dettmers et al., arXiv 2208.07339) and weight-only
+int8.
 
 Both hold W[o, i] = codes[o, i] * absmax[o] / 127. They differ in the product of many rows and in their files:
     bitsandbytes  LLM.int8, sec. 3: activations in int8 with one scale per row too; the input columns in which any value
@@ -96,7 +97,8 @@ class EETQFormat(Format):
         outputs, inputs = layer.codes.shape
         if inputs % TILE or outputs % 2:
             raise ValueError(
-                f"a linear with {inputs} inputs and {outputs} outputs does not fit EETQ's layout (multiples of {TILE} "
+                f"a linear with {inputs} inputs and {outputs} outputs does not fit EETQ's layout (multiples "
+                f"of {TILE} "
                 "and 2); save it with quantization_method=bitsandbytes"
             )
         return {
@@ -140,7 +142,8 @@ class Int8Linear(QuantLinear):
         return llm_int8(x, self.codes, self._scale(), threshold)
 
     def waits(self, rows: int) -> bool:
-        # the host learns which columns have outliers; not for the few rows of decoding, where that costs the most
+        # the host learns which columns have outliers; not for the few rows of decoding, where that costs the
+        # most
         return getattr(self.format, "threshold", None) is not None and rows > FEW_ROWS
 
     def from_codes(
@@ -185,8 +188,8 @@ def from_config(settings: dict) -> Int8Format:
 def quantise_rows(weight: Tensor, scale_dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """weight (out, in) -> codes (out, in) int8 and absmax (out,) fp32, codes = round(weight * 127 / absmax).
 
-    scale_dtype: in which absmax / 127 will be stored; codes are those of the rounded one. ValueError for numbers that
-    are not finite.
+    scale_dtype: in which absmax / 127 will be stored; codes are those of the rounded one. ValueError for
+    numbers that are not finite.
     """
     absmax = weight.abs().amax(1).float()
     if scale_dtype is not torch.float32:
@@ -203,10 +206,11 @@ def quantise_rows(weight: Tensor, scale_dtype: torch.dtype = torch.float32) -> t
 
 
 def llm_int8(x: Tensor, codes: Tensor, scale: Tensor, threshold: float) -> Tensor:
-    """x (T, in), codes (out, in) int8, scale (out,) fp32 -> x W^T (T, out) in x's dtype.  arXiv 2208.07339, eq. 8.
+    """x (T, in), codes (out, in) int8, scale (out,) fp32 -> x W^T (T, out) in x's dtype.  arXiv 2208.07339,
+    eq. 8.
 
-    Columns of x with a value of at least `threshold` are multiplied in x's dtype, the others in int8, exactly, with one
-    scale per row of x. Which columns those are depends on all rows.
+    Columns of x with a value of at least `threshold` are multiplied in x's dtype, the others in int8,
+    exactly, with one scale per row of x. Which columns those are depends on all rows.
     """
     size = x.abs()
     outliers = size >= threshold if threshold > 0 else None
@@ -248,8 +252,9 @@ def int8_product(a: Tensor, b: Tensor) -> Tensor:
 def to_eetq_order(codes: Tensor) -> Tensor:
     """codes (out, in) int8 -> (in, out) int8 as EETQ's CUDA kernel reads them.
 
-    The order of FasterTransformer's mixed products for sm_75 and later: inputs permuted within groups of 16 (below),
-    outputs in pairs that take turns every 64 inputs, codes plus 128, the middle two of four bytes exchanged.
+    The order of FasterTransformer's mixed products for sm_75 and later: inputs permuted within groups of 16
+    (below), outputs in pairs that take turns every 64 inputs, codes plus 128, the middle two of four bytes
+    exchanged.
     """
     outputs, inputs = codes.shape
     order = torch.tensor(EETQ_INPUTS)

@@ -1,12 +1,13 @@
 """What every quantised linear layer is, whatever its format, and what a format is.
 
-A layer stands in the place of an nn.Linear: in_features, out_features, bias, forward; and dequantize(), which is all
-that adapters, merges and exports ask of it. Its numbers are buffers, so that no cast of parameters touches them, and
-`dtype` is that of the values it stands for. A product for training writes the dense weight into one buffer that all
-layers share, uses it and forgets it, forward and once more in the backward pass: it is never saved.
+A layer stands in the place of an nn.Linear: in_features, out_features, bias, forward; and dequantize(), which
+is all that adapters, merges and exports ask of it. Its numbers are buffers, so that no cast of parameters
+touches them, and `dtype` is that of the values it stands for. A product for training writes the dense weight
+into one buffer that all layers share, uses it and forgets it, forward and once more in the backward pass: it
+is never saved.
 
-A format is what the layers of one model have in common: how they are made from 16-bit weights or from a checkpoint's
-tensors, and what config.json says of them. Each file of this folder has one of each.
+A format is what the layers of one model have in common: how they are made from 16-bit weights or from a
+checkpoint's tensors, and what config.json says of them. Each file of this folder has one of each.
 """
 
 from collections.abc import Iterable, Iterator
@@ -36,16 +37,18 @@ class QuantLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)
 
     def fill(self, out: Tensor) -> None:
-        """Write the weight that the codes stand for into out (out, in), computed in fp32 and rounded to its dtype."""
+        """Write the weight that the codes stand for into out (out, in), computed in fp32 and rounded to its
+        dtype."""
         raise NotImplementedError
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds of this layer beside the bias, by the part of the name after the module's."""
+        """What a checkpoint holds of this layer beside the bias, by the part of the name after the
+        module's."""
         raise NotImplementedError
 
     def product(self, x: Tensor) -> Tensor | None:
-        """x (T, in) -> x W^T (T, out) in x's dtype without the dense weight, for any T, in training too (the backward
-        pass takes the dense weight); None: the dense way."""
+        """x (T, in) -> x W^T (T, out) in x's dtype without the dense weight, for any T, in training too (the
+        backward pass takes the dense weight); None: the dense way."""
         return None
 
     def waits(self, rows: int) -> bool:
@@ -55,12 +58,13 @@ class QuantLinear(nn.Module):
     def from_codes(
         self, x: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scale: float
     ) -> Tensor | None:
-        """few_rows of the rows that it serves; None where this format has no faster way than the dense weight."""
+        """few_rows of the rows that it serves; None where this format has no faster way than the dense
+        weight."""
         return None
 
     def bytes_for_decoding(self, dtype: torch.dtype) -> kernels.Bytes | None:
-        """The weight in one byte a number, for one row at a time on a CPU, where that is as good as dense numbers in
-        `dtype`; None: it is expanded."""
+        """The weight in one byte a number, for one row at a time on a CPU, where that is as good as dense
+        numbers in `dtype`; None: it is expanded."""
         return None
 
     def few_rows(
@@ -76,7 +80,8 @@ class QuantLinear(nn.Module):
 
     @classmethod
     def several_from_codes(cls, x: Tensor, parts: list[kernels.LoraPart]) -> list[Tensor] | None:
-        """from_codes for several layers of this format, with one input, in fewer launches; None: one by one."""
+        """from_codes for several layers of this format, with one input, in fewer launches; None: one by
+        one."""
         return None
 
     @staticmethod
@@ -89,7 +94,8 @@ class QuantLinear(nn.Module):
 
     @staticmethod
     def together(x: Tensor, layers: list[nn.Module]) -> list[Tensor]:
-        """[layer(x) for layer in layers], see model.project_together. An adapter among them sees to all of them."""
+        """[layer(x) for layer in layers], see model.project_together. An adapter among them sees to all of
+        them."""
         for layer in layers:
             if not isinstance(layer, QuantLinear) and hasattr(layer, "together"):
                 return layer.together(x, layers)
@@ -145,15 +151,16 @@ class Format:
     marker: ClassVar[str]
 
     def quantise(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> QuantLinear:
-        """A layer from the dense weight (out, in), on its device; dtype is that of the values. ValueError if it
-        cannot be."""
+        """A layer from the dense weight (out, in), on its device; dtype is that of the values. ValueError if
+        it cannot be."""
         raise ValueError(f"quantization_method: {self.method} needs a checkpoint that is quantised already")
 
     def read(
         self, tensors: dict[str, Tensor], shape: tuple[int, int], bias: Tensor | None, dtype: torch.dtype
     ) -> QuantLinear:
-        """A layer from a checkpoint's tensors (by the part of their names after the module's; they may lean on the
-        file) of a linear with weight shape (out, in). ValueError starts with the name of the tensor that is wrong."""
+        """A layer from a checkpoint's tensors (by the part of their names after the module's; they may lean
+        on the file) of a linear with weight shape (out, in). ValueError starts with the name of the tensor
+        that is wrong."""
         raise NotImplementedError
 
     def config(self) -> dict:
@@ -182,7 +189,8 @@ def report(model: nn.Module) -> str:
 def take(
     tensors: dict[str, Tensor], name: str, shape: Iterable[int], dtypes: Iterable[torch.dtype]
 ) -> Tensor:
-    """The tensor of this name, with this shape and one of these dtypes; ValueError says what was found instead."""
+    """The tensor of this name, with this shape and one of these dtypes; ValueError says what was found
+    instead."""
     if name not in tensors:
         raise ValueError(f"{name} is missing; the checkpoint is incomplete, fetch it again")
     tensor, shape, dtypes = tensors[name], tuple(shape), tuple(dtypes)
@@ -211,7 +219,7 @@ def refuse_others(tensors: Iterable[str], known: Iterable[str]) -> None:
 
 
 def row_chunks(out: Tensor) -> Iterator[slice]:
-    """Rows of out (out, in) to fill one after the other: what is computed between stays in a CPU's cache, and small
-    beside the weights on a GPU."""
+    """Rows of out (out, in) to fill one after the other: what is computed between stays in a CPU's cache, and
+    small beside the weights on a GPU."""
     size = max(1, (2**18 if out.device.type == "cpu" else 2**24) // out.shape[1])
     return (slice(start, start + size) for start in range(0, out.shape[0], size))

@@ -1,13 +1,14 @@
-"""NF4 and FP4: blocks of 64 weights as 4-bit codes of a table and one scale.  Dettmers et al., arXiv 2305.14314.
+"""NF4 and FP4: blocks of 64 weights as 4-bit codes of a table and one scale.  Dettmers et al., arXiv
+2305.14314.
 
-w = table[code] * absmax[block], blocks along the flattened weight, two codes a byte with the first weight in the high
-four bits. Double quantisation (sec. 3): the scales, less their mean, in 8 bits of a dynamic table (arXiv 2110.02861,
-sec. 2.2) with one fp32 scale per 256, 4.127 bits a weight instead of 4.5. Codes, scales and values are bit-equal to
-those of bitsandbytes' CPU build, whose checkpoint layout is read and written.
+w = table[code] * absmax[block], blocks along the flattened weight, two codes a byte with the first weight in
+the high four bits. Double quantisation (sec. 3): the scales, less their mean, in 8 bits of a dynamic table
+(arXiv 2110.02861, sec. 2.2) with one fp32 scale per 256, 4.127 bits a weight instead of 4.5. Codes, scales
+and values are bit-equal to those of bitsandbytes' CPU build, whose checkpoint layout is read and written.
 
-On a CPU both ways go by lookup, in chunks that stay in its cache: a byte of codes is a row of a table of pairs of
-values; and a scaled weight's place among 131,072 equal cells of [-1, 1] gives its code, except in and beside the 15
-cells that a decision threshold falls into, where the thresholds themselves decide.
+On a CPU both ways go by lookup, in chunks that stay in its cache: a byte of codes is a row of a table of
+pairs of values; and a scaled weight's place among 131,072 equal cells of [-1, 1] gives its code, except in
+and beside the 15 cells that a decision threshold falls into, where the thresholds themselves decide.
 """
 
 import json
@@ -27,14 +28,28 @@ BLOCK = 64  # weights to a scale
 NESTED_BLOCK = 256  # scales to a scale of scales
 TABLES = {
     "nf4": (
-        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
-        0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
     ),
     "fp4": tuple(sign * x / 12 for sign in (1, -1) for x in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)),
-}  # fmt: skip
-# For decoding on a CPU a level is a byte, round(level * factor + shift), with the factor and shift of the least error
-# over the 16 levels: 0.25 % (nf4) and 0.23 % (fp4) of their root mean square; rounding weights to bf16 makes 0.17 %.
+}
+# For decoding on a CPU a level is a byte, round(level * factor + shift), with the factor and shift of the
+# least error over the 16 levels: 0.25 % (nf4) and 0.23 % (fp4) of their root mean square; rounding weights to
+# bf16 makes 0.17 %.
 BYTE_LEVELS = {"nf4": (124.068, 0.16), "fp4": (120.0, 0.0)}
 BYTE_ZERO = 127
 STORAGE = (torch.uint8, torch.int8, torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -85,7 +100,8 @@ class NF4Format(Format):
 
 
 def from_config(settings: dict) -> NF4Format:
-    """The format of a checkpoint with this quantization_config (load_in_4bit). ValueError starts with the key."""
+    """The format of a checkpoint with this quantization_config (load_in_4bit). ValueError starts with the
+    key."""
     table = settings.get("bnb_4bit_quant_type", "fp4")  # transformers' default
     if not isinstance(table, str) or table not in TABLES:
         raise ValueError(f"bnb_4bit_quant_type {table!r} is not one of nf4, fp4")
@@ -198,7 +214,8 @@ class NF4Linear(QuantLinear):
 
 
 def quantise_4bit(weight: Tensor, table: str) -> tuple[Tensor, Tensor]:
-    """weight -> codes (ceil(numel / 2),) uint8 and absmax (blocks,) fp32: each weight's nearest entry of the table.
+    """weight -> codes (ceil(numel / 2),) uint8 and absmax (blocks,) fp32: each weight's nearest entry of the
+    table.
 
     Raises ValueError if a weight is not finite.
     """
@@ -260,8 +277,8 @@ def _thresholds(table: str, device: torch.device) -> tuple[Tensor, Tensor]:
 
 @lru_cache
 def _cell_codes(table: str) -> Tensor:
-    """The code of each cell (CELLS + 1,) uint8; UNSURE where a threshold falls into it or a neighbour of it: a
-    cell is found with a rounding that depends on the processor."""
+    """The code of each cell (CELLS + 1,) uint8; UNSURE where a threshold falls into it or a neighbour of it:
+    a cell is found with a rounding that depends on the processor."""
     thresholds, order = _thresholds(table, torch.device("cpu"))
     split = (thresholds * (CELLS / 2) + CELLS / 2).to(torch.int32)
     codes = order[torch.bucketize(torch.arange(CELLS + 1, dtype=torch.int32, device="cpu"), split)]
@@ -270,8 +287,8 @@ def _cell_codes(table: str) -> Tensor:
 
 
 def quantise_scales(absmax: Tensor) -> Scales:
-    """absmax (blocks,) fp32 -> in 8 bits. The lookup is that of bitsandbytes' CPU build: of 65,536 places in -1..1 each
-    has the entry of the dynamic table that is nearest to it."""
+    """absmax (blocks,) fp32 -> in 8 bits. The lookup is that of bitsandbytes' CPU build: of 65,536 places in
+    -1..1 each has the entry of the dynamic table that is nearest to it."""
     offset = absmax.mean()
     rest = absmax - offset
     blocks = torch.nn.functional.pad(rest, (0, -len(rest) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
@@ -292,8 +309,8 @@ def _place_codes(device: torch.device) -> Tensor:
 
 @lru_cache
 def dynamic_map() -> bytes:
-    """The 256 numbers of the signed dynamic 8-bit type: seven decades below 1, with 1, 2, 4, ... 64 numbers each in the
-    middle of equal parts of 0.1..1 and their negatives; 0 and 1."""
+    """The 256 numbers of the signed dynamic 8-bit type: seven decades below 1, with 1, 2, 4, ... 64 numbers
+    each in the middle of equal parts of 0.1..1 and their negatives; 0 and 1."""
     numbers = [0.0, 1.0]
     for decade in range(7):
         edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32, device="cpu")
@@ -318,9 +335,11 @@ def dense_scales(scales: Scales) -> Tensor:
 
 
 def dequantise_by_pairs(codes: Tensor, absmax: Tensor, table: str, out: Tensor) -> None:
-    """out (N,) = table[codes] * absmax in fp32, rounded to its dtype; codes (ceil(N / 2),), absmax (blocks,) fp32.
+    """out (N,) = table[codes] * absmax in fp32, rounded to its dtype; codes (ceil(N / 2),), absmax (blocks,)
+    fp32.
 
-    What serves where no kernel does, on a CPU above all. (kernels/nf4.dequantise_reference is the plain form of it.)
+    What serves where no kernel does, on a CPU above all. (kernels/nf4.dequantise_reference is the plain form
+    of it.)
     """
     pairs, device = _pairs(table, codes.device), codes.device
     size = min(CHUNK if device.type == "cpu" else CHUNK_GPU, 2 * len(codes)) // 2
@@ -349,7 +368,8 @@ def map_tensor(numbers: bytes, device: torch.device) -> Tensor:
 
 @lru_cache
 def _pairs(table: str, device: torch.device) -> Tensor:
-    """The two values of each byte of codes (256,), side by side in what counts as one fp64: one lookup for both."""
+    """The two values of each byte of codes (256,), side by side in what counts as one fp64: one lookup for
+    both."""
     levels = table_tensor(table, device)
     return torch.stack((levels.repeat_interleave(16), levels.repeat(16)), 1).view(torch.float64).view(-1)
 
@@ -360,8 +380,8 @@ def _pairs(table: str, device: torch.device) -> Tensor:
 def read_layer(
     format: NF4Format, tensors: dict[str, Tensor], shape: tuple[int, int], bias, dtype
 ) -> NF4Linear:
-    """A layer from the tensors of bitsandbytes' checkpoints; see Format.read. What the tensors say of the table and of
-    double quantisation holds."""
+    """A layer from the tensors of bitsandbytes' checkpoints; see Format.read. What the tensors say of the
+    table and of double quantisation holds."""
     count = math.prod(shape)
     blocks = -(-count // BLOCK)
     states = [name for name in tensors if name.startswith(STATE)]

@@ -1,8 +1,9 @@
 """Losses over pairs of answers, and the stages dpo and orpo.
 
-Letters: c and r are log-probabilities of the chosen and the rejected answer under the policy, c0 and r0 under the
-reference; the ratios are c - c0 and r - r0, and delta = (c - c0) - (r - r0). All are sums over the answer's tokens, in
-nats, (P,) fp32; for ipo, orpo and simpo means over them. b is pref_beta, e dpo_label_smoothing.
+Letters: c and r are log-probabilities of the chosen and the rejected answer under the policy, c0 and r0 under
+the reference; the ratios are c - c0 and r - r0, and delta = (c - c0) - (r - r0). All are sums over the
+answer's tokens, in nats, (P,) fp32; for ipo, orpo and simpo means over them. b is pref_beta, e
+dpo_label_smoothing.
 
     sigmoid    -(1-e) log s(b delta) - e log s(-b delta)              DPO, arXiv 2305.18290 eq. 7; e: cDPO
     robust     the same, without the bias of labels flipped with probability e: arXiv 2403.00409
@@ -15,9 +16,9 @@ nats, (P,) fp32; for ipo, orpo and simpo means over them. b is pref_beta, e dpo_
     simpo      -log s(b(c - r) - simpo_gamma)                         arXiv 2405.14734 eq. 6       no reference
     cpo        -log s(b(c - r)) - mean log-probability of the chosen  arXiv 2401.08417 eq. 5       no reference
 
-Departures: kto_pair's KL and bco's d are means over the whole accumulation group and all ranks, where trl took those of
-a micro-batch, so that batch 8 and 8 x 1 give the same gradients; the KL has no gradient, as in the KTO paper; ld_alpha
-weighs the reference's answers too, as trl does (LLaMA-Factory: the policy's only).
+Departures: kto_pair's KL and bco's d are means over the whole accumulation group and all ranks, where trl
+took those of a micro-batch, so that batch 8 and 8 x 1 give the same gradients; the KL has no gradient, as in
+the KTO paper; ld_alpha weighs the reference's answers too, as trl does (LLaMA-Factory: the policy's only).
 """
 
 import math
@@ -85,7 +86,8 @@ class PreferenceOptions:
             )
         if smoothing and loss not in SMOOTHED:
             raise ValueError(
-                f"dpo_label_smoothing: {smoothing}, but pref_loss {loss} has no smoothing; drop it, or choose one of "
+                f"dpo_label_smoothing: {smoothing}, but pref_loss {loss} has no smoothing; drop it, or "
+                "choose one of "
                 f"{', '.join(SMOOTHED)}"
             )
         if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
@@ -129,7 +131,8 @@ def hinge_loss(score: Tensor) -> Tensor:
 
 
 def ipo_loss(delta: Tensor, beta: float) -> Tensor:
-    """delta of means over the tokens, as the authors do it: of sums the loss would grow with the answers' lengths."""
+    """delta of means over the tokens, as the authors do it: of sums the loss would grow with the answers'
+    lengths."""
     return (delta - 1 / (2 * beta)).square()
 
 
@@ -142,7 +145,8 @@ def exo_loss(score: Tensor, smoothing: float) -> Tensor:
 
 
 def kto_pair_loss(chosen: Tensor, rejected: Tensor, kl: Tensor, beta: float) -> Tensor:
-    """chosen, rejected: ratios (P,); kl (2,): mean ratio of the chosen and of the rejected answers, at least 0.
+    """chosen, rejected: ratios (P,); kl (2,): mean ratio of the chosen and of the rejected answers, at least
+    0.
 
     The KL of one kind is estimated on the answers of the other. Mean of an answer's two losses.
     """
@@ -155,7 +159,8 @@ def bco_loss(chosen: Tensor, rejected: Tensor, baseline: Tensor) -> Tensor:
 
 
 def odds_ratio_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """-log sigmoid of the log odds ratio; c, r below 0 are means over the tokens, odds(c) = e^c / (1 - e^c)."""
+    """-log sigmoid of the log odds ratio; c, r below 0 are means over the tokens, odds(c) = e^c / (1 -
+    e^c)."""
     # an answer that is certain has infinite odds: held where fp32 can still tell 1 - e^c from 0
     c, r = chosen.clamp(max=-1e-7), rejected.clamp(max=-1e-7)
     # expm1: 1 - exp(c) rounds to 0 for a c near 0
@@ -164,17 +169,26 @@ def odds_ratio_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
 
 
 def divergence(ratio_sums: Tensor) -> Tensor:
-    """(3,) of PairPreference.ratio_sums -> (2,): an estimate of the Kullback-Leibler divergence on each kind."""
+    """(3,) of PairPreference.ratio_sums -> (2,): an estimate of the Kullback-Leibler divergence on each
+    kind."""
     return (ratio_sums[:2] / ratio_sums[2].clamp(min=1)).clamp(min=0)
 
 
 class PairPreference(Stage):
-    """Stage dpo. In ratios (2, P) the chosen answers come first; without a reference they are log-probabilities."""
+    """Stage dpo. In ratios (2, P) the chosen answers come first; without a reference they are
+    log-probabilities."""
 
     metric_names = (
-        "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
-        "logps/rejected", "logits/chosen", "logits/rejected", "sft_loss",
-    )  # fmt: skip
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/accuracies",
+        "rewards/margins",
+        "logps/chosen",
+        "logps/rejected",
+        "logits/chosen",
+        "logits/rejected",
+        "sft_loss",
+    )
     evaluation_names = ("loss", *metric_names)
     uses_dropout = False
 
@@ -223,7 +237,8 @@ class PairPreference(Stage):
         return self.world.sum(sums)
 
     def evaluate(self, model: Decoder, batches: Iterator[Batch], world: World) -> dict[str, float]:
-        """As in training with the whole set as one group: the same numbers whatever the size of the batches."""
+        """As in training with the whole set as one group: the same numbers whatever the size of the
+        batches."""
         if self.options.pref_loss == "kto_pair":
             batches = list(batches)
             self.kl = divergence(self.ratio_sums(model, batches))

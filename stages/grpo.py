@@ -7,8 +7,9 @@ RLOO        arXiv 2402.14740   advantage = reward - mean of the others: advantag
 GSPO        arXiv 2507.18071   one ratio per answer: importance_sampling_level=sequence
 
 Keys are spelled as in trl's GRPOConfig. Per micro-batch, per_device_train_batch_size PROMPTS are answered
-num_generations times each (trl counts answers); one update is made of gradient_accumulation_steps micro-batches and
-num_iterations updates are made of the same answers. Every mean is over the whole accumulation group and all ranks.
+num_generations times each (trl counts answers); one update is made of gradient_accumulation_steps
+micro-batches and num_iterations updates are made of the same answers. Every mean is over the whole
+accumulation group and all ranks.
 """
 
 from collections.abc import Iterable, Iterator
@@ -43,13 +44,16 @@ class GRPOOptions:
     ] = "grpo"
     scale_rewards: Annotated[
         Literal["auto", "group", "batch", "none", "true", "false"],
-        "grpo: advantages are divided by the standard deviation of their group (true), of all rewards at once, or not "
+        "grpo: advantages are divided by the standard deviation of their group (true), of all rewards at "
+        "once, or not "
         "(false); auto = group with advantage_estimator=grpo, none with rloo",
     ] = "auto"
     loss_type: Annotated[
         Literal["dapo", "bnpo", "grpo", "dr_grpo", "rloo"],
-        "grpo: mean over all tokens (dapo, bnpo), over answers of their tokens' mean (grpo), over answers of their "
-        "tokens' sum / max_new_tokens (dr_grpo), over answers with one ratio each, that of their whole text (rloo)",
+        "grpo: mean over all tokens (dapo, bnpo), over answers of their tokens' mean (grpo), over answers of "
+        "their "
+        "tokens' sum / max_new_tokens (dr_grpo), over answers with one ratio each, that of their whole text "
+        "(rloo)",
     ] = "dapo"
     importance_sampling_level: Annotated[
         Literal["token", "sequence"],
@@ -65,7 +69,8 @@ class GRPOOptions:
     )
     mask_truncated_completions: Annotated[
         bool,
-        "grpo: learn nothing from answers that were cut off at max_new_tokens (they still count in their group)",
+        "grpo: learn nothing from answers that were cut off at max_new_tokens (they still count in their "
+        "group)",
     ] = False
 
     def __post_init__(self):
@@ -87,7 +92,8 @@ class GRPOOptions:
             )
         if self.loss_type == "rloo" and self.importance_sampling_level == "sequence":
             raise ValueError(
-                "importance_sampling_level: sequence, but loss_type=rloo has one ratio per answer already, that of the "
+                "importance_sampling_level: sequence, but loss_type=rloo has one ratio per answer already, "
+                "that of the "
                 "summed log-probabilities; drop one of the two"
             )
 
@@ -125,7 +131,8 @@ def group_deviation(rewards: Tensor) -> Tensor:
 
 
 def k3_divergence(logprobs: Tensor, reference: Tensor) -> Tensor:
-    """Schulman's estimator of KL(policy || reference) on tokens of the policy: never negative. (L,), (L,) -> (L,)."""
+    """Schulman's estimator of KL(policy || reference) on tokens of the policy: never negative. (L,), (L,) ->
+    (L,)."""
     difference = reference - logprobs
     return torch.exp(difference) - difference - 1
 
@@ -138,10 +145,11 @@ def policy_loss(
     counts: Tensor,
     options: GRPOOptions,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of `options.loss_type` as a SUM, () in the dtype given, and sums over the tokens for the metrics.
+    """The loss of `options.loss_type` as a SUM, () in the dtype given, and sums over the tokens for the
+    metrics.
 
-    logprobs (L,) of the policy that learns, old (L,) of the one that wrote the answers, reference (L,) or None (no KL
-    in the loss); advantages (N,), counts (N,) tokens of each answer, 0 for one that is left out.
+    logprobs (L,) of the policy that learns, old (L,) of the one that wrote the answers, reference (L,) or
+    None (no KL in the loss); advantages (N,), counts (N,) tokens of each answer, 0 for one that is left out.
     """
     log_ratio = logprobs - old
     tokens = len(logprobs)
@@ -195,20 +203,34 @@ def loss_weight(options: GRPOOptions, answers: int, tokens: int, max_new_tokens:
 class GroupPolicy(Stage):
     """Answers to prompts, sampled from the model, scored, and learnt from.
 
-    A draw rolls out what was drawn from the data at once and serves num_iterations updates; between these a checkpoint
-    holds the answers with all that is known of them, so that a resumed run goes on with the same ones.
+    A draw rolls out what was drawn from the data at once and serves num_iterations updates; between these a
+    checkpoint holds the answers with all that is known of them, so that a resumed run goes on with the same
+    ones.
     """
 
     uses_dropout = False  # texts are written, and old log-probabilities taken, without it
     evaluation_names = ("reward", "exact_match", "completions/mean_length", "completions/clipped_ratio")
-    drawn_names = ("reward", "reward_std", "frac_reward_zero_std", "completions/mean_length",
-                   "completions/clipped_ratio")  # fmt: skip
+    drawn_names = (
+        "reward",
+        "reward_std",
+        "frac_reward_zero_std",
+        "completions/mean_length",
+        "completions/clipped_ratio",
+    )
     clip_names = ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean")
 
     def __init__(
-        self, options: GRPOOptions, generation: GenerateOptions, reward: RewardSource, *, tokenizer,
-        stop_ids: Iterable[int], reference: Reference | None, seed: int, world: World,
-    ):  # fmt: skip
+        self,
+        options: GRPOOptions,
+        generation: GenerateOptions,
+        reward: RewardSource,
+        *,
+        tokenizer,
+        stop_ids: Iterable[int],
+        reference: Reference | None,
+        seed: int,
+        world: World,
+    ):
         """reference: None = no KL divergence anywhere (beta 0)."""
         self.options, self.generation, self.reward = options, generation, reward
         self.tokenizer, self.stop_ids, self.reference = tokenizer, tuple(stop_ids), reference
@@ -242,8 +264,10 @@ class GroupPolicy(Stage):
 
     def _draw(self, model: Decoder, drawn: list[Batch]) -> list[Batch]:
         """Each micro-batch of prompts as a micro-batch of answers, on the host."""
-        asked = [[p for p in prompts_of(batch, self.tokenizer) for _ in range(self.options.num_generations)]
-                 for batch in drawn]  # fmt: skip
+        asked = [
+            [p for p in prompts_of(batch, self.tokenizer) for _ in range(self.options.num_generations)]
+            for batch in drawn
+        ]
         prompts = [prompt for each in asked for prompt in each]
         size = self.options.num_generations
         seeds = [
@@ -339,12 +363,15 @@ class GroupPolicy(Stage):
         metrics = {name: torch.stack([value, tokens]) for name, value in sums.items()}
         measured = batch.extras["measured"]
         answers = torch.full((), float(len(measured)), device=total.device)
-        metrics |= {name: torch.stack([column.sum(), answers])
-                    for name, column in zip(self.drawn_names, measured.unbind(1))}  # fmt: skip
+        metrics |= {
+            name: torch.stack([column.sum(), answers])
+            for name, column in zip(self.drawn_names, measured.unbind(1))
+        }
         return total, metrics
 
     def evaluate(self, model: Decoder, batches: Iterator[Batch], world: World) -> dict[str, float]:
-        """One answer to each prompt, the likeliest tokens: its reward, and whether it is the row's own answer.
+        """One answer to each prompt, the likeliest tokens: its reward, and whether it is the row's own
+        answer.
 
         exact_match counts rows that have an answer; it is 0 where none has.
         """

@@ -1,21 +1,21 @@
 """Stage kto: learn from single answers that were called good or bad; losses kto, apo_zero_unpaired and bco.
 
-Letters: x a question, y its answer; r = log-probability of y under the policy - under the reference, sums over its
-tokens in nats; b is pref_beta, s the sigmoid.
+Letters: x a question, y its answer; r = log-probability of y under the policy - under the reference, sums
+over its tokens in nats; b is pref_beta, s the sigmoid.
 
     kto                good: w+ (1 - s(b (r - z)))   bad: w- (1 - s(b (z - r)))     arXiv 2402.01306 eq. 7-8
     apo_zero_unpaired  good: w+ (1 - s(b r))         bad: w- s(b r)                 arXiv 2408.06266 eq. 7
     bco                good: -w+ log s(b r - d)      bad: -w- log s(d - b r)        arXiv 2404.04656 eq. 7
 
-w+ = kto_chosen_weight, w- = kto_rejected_weight. z = max(0, mean r of questions with answers to other questions), an
-estimate of the KL divergence, without gradient: each row's question with the next row's answer, as a second segment of
-the example. d = mean b r of all answers seen so far.
+w+ = kto_chosen_weight, w- = kto_rejected_weight. z = max(0, mean r of questions with answers to other
+questions), an estimate of the KL divergence, without gradient: each row's question with the next row's
+answer, as a second segment of the example. d = mean b r of all answers seen so far.
 
-Departures from trl and LLaMA-Factory: z is the mean over the whole accumulation group and all ranks (in an evaluation:
-over the whole set), theirs that of a micro-batch (trl: averaged over ranks); and the next row is that of the data set,
-theirs that of the batch, so that batch 8, 8 x 1 accumulated and 2 ranks x 1 x 4 give the same gradients, at batch size
-1 too. pref_ftx adds the loss per token of each good answer, so that (sum over answers) / (number of answers) is what
-trains; LLaMA-Factory divides by the number of good ones.
+Departures from trl and LLaMA-Factory: z is the mean over the whole accumulation group and all ranks (in an
+evaluation: over the whole set), theirs that of a micro-batch (trl: averaged over ranks); and the next row is
+that of the data set, theirs that of the batch, so that batch 8, 8 x 1 accumulated and 2 ranks x 1 x 4 give
+the same gradients, at batch size 1 too. pref_ftx adds the loss per token of each good answer, so that (sum
+over answers) / (number of answers) is what trains; LLaMA-Factory divides by the number of good ones.
 """
 
 import math
@@ -83,7 +83,8 @@ def bco_loss(rewards: Tensor, good: Tensor, baseline: Tensor) -> Tensor:
 
 
 class MismatchedStore(ExampleStore):
-    """The examples of a store, each with a second segment: its question with the next row's answer, see `mismatched`.
+    """The examples of a store, each with a second segment: its question with the next row's answer, see
+    `mismatched`.
 
     The last row takes the first one's answer.
     """
@@ -92,7 +93,8 @@ class MismatchedStore(ExampleStore):
         super().__init__(store.parts, store.datasets, store.index)
         if len(store) < 2:
             raise ValueError(
-                f"kto_loss: kto needs answers to other questions, so at least 2 rows; {', '.join(store.datasets)} has "
+                "kto_loss: kto needs answers to other questions, so at least 2 rows; "
+                f"{', '.join(store.datasets)} has "
                 f"{len(store)}"
             )
         self.cutoff_len = cutoff_len
@@ -105,7 +107,8 @@ class MismatchedStore(ExampleStore):
 
 
 def mismatched(example: Example, other: Example, cutoff_len: int) -> Example:
-    """The example with a second segment: its question with the other's answer, as much of it as fits cutoff_len."""
+    """The example with a second segment: its question with the other's answer, as much of it as fits
+    cutoff_len."""
     question = int(np.argmax(example.trained))
     start = int(np.argmax(other.trained))
     stop = min(len(other), start + cutoff_len - question)
@@ -145,9 +148,15 @@ class RatedPreference(Stage):
     """Stage kto. Of an example's two segments (loss kto) the second one is read without gradient only."""
 
     metric_names = (
-        "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected",
-        "kl", "sft_loss",
-    )  # fmt: skip
+        "rewards/chosen",
+        "rewards/rejected",
+        "logps/chosen",
+        "logps/rejected",
+        "logits/chosen",
+        "logits/rejected",
+        "kl",
+        "sft_loss",
+    )
     evaluation_names = ("loss", *metric_names, "rewards/margins")
     uses_dropout = False
 
@@ -241,7 +250,8 @@ class RatedPreference(Stage):
         return means | {"rewards/margins": means["rewards/chosen"] - means["rewards/rejected"]}
 
     def evaluate(self, model: Decoder, batches: Iterator[Batch], world: World) -> dict[str, float]:
-        """As in training with the whole set as one group: the same numbers whatever the size of the batches."""
+        """As in training with the whole set as one group: the same numbers whatever the size of the
+        batches."""
         parts, sums = [], torch.zeros(2, dtype=torch.float64, device=world.device)
         for batch in batches:
             parts.append(self.measure(model, batch))

@@ -20,7 +20,8 @@ def hidden_states(model: Decoder, batch: Batch) -> Tensor:
 
 
 def head_loss(model: Decoder, rows: Tensor, labels: Tensor) -> Tensor:
-    """Sum of -log p(label) for hidden rows (L, E) and labels (L,), () fp32; all (L, V) logits never exist at once."""
+    """Sum of -log p(label) for hidden rows (L, E) and labels (L,), () fp32; all (L, V) logits never exist at
+    once."""
     if is_one_matrix(model):
         return kernels.linear_cross_entropy(rows, model.head_weight(), labels)
     return sum(chunk.sum() for chunk in _chunked_losses(model, rows, labels))
@@ -52,7 +53,8 @@ def _chunked_losses(model: Decoder, rows: Tensor, labels: Tensor) -> list[Tensor
 def batch_logprobs(model: Decoder, batch: Batch, temperature: float = 1.0) -> Tensor:
     """(L,) fp32: log-probability of each label of the batch, in the order of label_rows.
 
-    temperature: of the sampling that these are the probabilities of; it divides the logits, which are linear in rows.
+    temperature: of the sampling that these are the probabilities of; it divides the logits, which are linear
+    in rows.
     """
     rows = hidden_states(model, batch)[batch.label_rows]  # (L, E)
     rows = rows if temperature == 1 else rows / temperature
@@ -66,7 +68,8 @@ def head_trains(model: Decoder) -> bool:
 
 @torch.no_grad()
 def mean_head_row(model: Decoder) -> Tensor:
-    """(E,) fp32: hidden @ row is the mean of a token's logits over the vocabulary, so no logit is needed for it.
+    """(E,) fp32: hidden @ row is the mean of a token's logits over the vocabulary, so no logit is needed for
+    it.
 
     An adapted or quantised head is linear too: the row is the slope of its mean output.
     """
@@ -80,7 +83,8 @@ def mean_head_row(model: Decoder) -> Tensor:
 
 
 def label_counts(batch: Batch) -> Tensor:
-    """(N,) int64: labels of each segment that has a source (not of what pads the row). No host synchronisation."""
+    """(N,) int64: labels of each segment that has a source (not of what pads the row). No host
+    synchronisation."""
     segments = len(batch.sources)
     borders = batch.cu_seqlens[: segments + 1].long()
     return torch.searchsorted(batch.label_rows, borders).diff()
@@ -99,8 +103,8 @@ def spread(values: Tensor, counts: Tensor, total: int) -> Tensor:
 def answer_sums(values: Tensor, batch: Batch, ld_alpha: float | None = None) -> Tensor:
     """values (L,) of each label -> (N,) sums over each answer, with gradient.
 
-    ld_alpha (pairs only): labels beyond the length of the shorter answer of the pair count this much. LD-DPO, arXiv
-    2409.06411; for policy and reference alike.
+    ld_alpha (pairs only): labels beyond the length of the shorter answer of the pair count this much. LD-DPO,
+    arXiv 2409.06411; for policy and reference alike.
     """
     counts = label_counts(batch)
     if ld_alpha is not None:

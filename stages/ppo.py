@@ -1,4 +1,5 @@
-"""PPO with a value head on the policy's trunk: the algorithm of trl 0.7.11 / 0.8, which LLaMA-Factory run_folder.
+"""PPO with a value head on the policy's trunk: the algorithm of trl 0.7.11 / 0.8, which LLaMA-Factory
+run_folder.
 
 A draw: roll out on the prompts, score the texts, and with kl_t = log pi(t) - log ref(t) of a text's token t:
     reward_t = -kl_coef kl_t, at the last token + score    advantages = GAE (arXiv 1506.02438), V = 0 behind the text
@@ -8,15 +9,16 @@ Updates on it (arXiv 1707.06347 eq. 7), each a mean over the tokens of its group
 with rho = pi / old pi. kl_coef is steered so that a text's sum of kl_t nears ppo_target (arXiv 1909.08593 section 2.2).
 
 One update takes gradient_accumulation_steps x per_device_train_batch_size texts (x ranks). One draw takes
-ppo_buffer_size times as many, and ppo_epochs x ppo_buffer_size updates are made of it; max_steps, save_steps and
-logging_steps count updates. Departures from trl: all statistics are of the whole draw on all ranks (trl: one
-process); a text whose mean rho is above ratio_threshold is left out (trl: the minibatch that it is in; the same with
-minibatches of 1); the parts of a draw keep their order in every epoch; pi and ref are of
-the temperature that the texts are sampled at (trl 0.7.11: of 1; its later versions as here).
+ppo_buffer_size times as many, and ppo_epochs x ppo_buffer_size updates are made of it; max_steps, save_steps
+and logging_steps count updates. Departures from trl: all statistics are of the whole draw on all ranks (trl:
+one process); a text whose mean rho is above ratio_threshold is left out (trl: the minibatch that it is in;
+the same with minibatches of 1); the parts of a draw keep their order in every epoch; pi and ref are of the
+temperature that the texts are sampled at (trl 0.7.11: of 1; its later versions as here).
 
-Replay: with ppo_save_draws=true the run keeps output_dir/draws/draw-<n>-rank-<r>.pt, all that the updates of a draw are
-made of (tokens, log-probabilities, values, KL a token, advantages, ...). ppo_replay=<file>, beside the settings of the
-run (or a checkpoint from before that draw), makes exactly these updates again, whatever texts would be rolled out now.
+Replay: with ppo_save_draws=true the run keeps output_dir/draws/draw-<n>-rank-<r>.pt, all that the updates of
+a draw are made of (tokens, log-probabilities, values, KL a token, advantages, ...). ppo_replay=<file>, beside
+the settings of the run (or a checkpoint from before that draw), makes exactly these updates again, whatever
+texts would be rolled out now.
 """
 
 import math
@@ -99,7 +101,8 @@ def token_rewards(kl: Tensor, score: float, kl_coef: float) -> Tensor:
 
 
 def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> Tensor:
-    """(n,), (n,) of one text's tokens -> (n,) advantages, not whitened. arXiv 1506.02438 eq. 16; values end with 0.
+    """(n,), (n,) of one text's tokens -> (n,) advantages, not whitened. arXiv 1506.02438 eq. 16; values end
+    with 0.
 
     A_t = delta_t + gamma lam A_(t+1),  delta_t = r_t + gamma V_(t+1) - V_t.  In float64.
     """
@@ -153,7 +156,8 @@ class KLController:
 
 @dataclass
 class RunningMoments:
-    """Mean and variance of all scores so far: trl's RunningMoments, by Chan's parallel formula, in float64."""
+    """Mean and variance of all scores so far: trl's RunningMoments, by Chan's parallel formula, in
+    float64."""
 
     mean: float = 0.0
     variance: float = 1.0  # biased
@@ -179,18 +183,40 @@ class RunningMoments:
 
 class PPO(Stage):
     metric_names = (
-        "reward", "kl", "kl_coef", "completions/mean_length", "completions/clipped_ratio", "policy_loss", "value_loss",
-        "values", "returns", "clip_ratio", "value_clip_ratio", "approx_kl", "skipped",
-    )  # fmt: skip
+        "reward",
+        "kl",
+        "kl_coef",
+        "completions/mean_length",
+        "completions/clipped_ratio",
+        "policy_loss",
+        "value_loss",
+        "values",
+        "returns",
+        "clip_ratio",
+        "value_clip_ratio",
+        "approx_kl",
+        "skipped",
+    )
     evaluation_names = ("reward", "kl", "completions/mean_length", "completions/clipped_ratio")
     has_value_head = True
     uses_dropout = False
 
     def __init__(
-        self, options: PPOOptions, generation: GenerateOptions, reward: RewardSource, *, tokenizer,
-        stop_ids: tuple[int, ...], reference: Reference, seed: int, world: World, group_size: int, output_dir: Path,
-    ):  # fmt: skip
-        """group_size: micro-batches of an update.  generation: its stop words are those of the template, too."""
+        self,
+        options: PPOOptions,
+        generation: GenerateOptions,
+        reward: RewardSource,
+        *,
+        tokenizer,
+        stop_ids: tuple[int, ...],
+        reference: Reference,
+        seed: int,
+        world: World,
+        group_size: int,
+        output_dir: Path,
+    ):
+        """group_size: micro-batches of an update.  generation: its stop words are those of the template,
+        too."""
         self.options, self.generation, self.reward, self.reference = options, generation, reward, reference
         self.tokenizer, self.stop_ids, self.seed = tokenizer, stop_ids, seed
         self.world, self.group_size, self.output_dir = world, group_size, output_dir
@@ -208,7 +234,8 @@ class PPO(Stage):
     # What the loop asks for
 
     def groups(self, model: Decoder, drawn: list[Batch], first: int) -> Iterator[list[Batch]]:
-        """Micro-batches of prompts -> the groups of rolled-out texts; a draw that was begun comes from `restore`."""
+        """Micro-batches of prompts -> the groups of rolled-out texts; a draw that was begun comes from
+        `restore`."""
         if first == 0:
             self._draw(model, drawn)
         size = self.group_size
@@ -296,7 +323,8 @@ class PPO(Stage):
         self.drawn = [Batch(**values) for values in state["drawn"]["batches"]]
 
     def evaluate(self, model: Decoder, batches: Iterator[Batch], world: World) -> dict[str, float]:
-        """On held-out prompts, with the same seeds each time: mean reward, sum of KL a text, tokens, share cut off."""
+        """On held-out prompts, with the same seeds each time: mean reward, sum of KL a text, tokens, share
+        cut off."""
         prompts = [prompts_of(batch, self.tokenizer) for batch in batches]
         completions, scores = self._texts(model, prompts, EVALUATION)
         totals = torch.zeros(5, dtype=torch.float64)
@@ -344,7 +372,8 @@ class PPO(Stage):
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
             path.unlink(missing_ok=True)
             raise run_folder.StopRun(
-                f"ppo_save_draws: {path} could not be written ({str(error).splitlines()[0]}); make room and run the "
+                f"ppo_save_draws: {path} could not be written ({str(error).splitlines()[0]}); make room and "
+                "run the "
                 "same command to continue"
             ) from error
 
@@ -378,7 +407,8 @@ class PPO(Stage):
         return [[next(remaining) for _ in each] for each in prompts], scores
 
     def _note(self, model: Decoder, batch: Batch) -> list[dict[str, Tensor]]:
-        """For each text on the CPU: (n,) fp32 log-probabilities of its tokens under policy and reference, values."""
+        """For each text on the CPU: (n,) fp32 log-probabilities of its tokens under policy and reference,
+        values."""
         hidden = hidden_states(model, batch)[batch.label_rows]
         logprobs = self._logprobs(model, batch, hidden)
         flat = {"logprobs": logprobs, "values": model.v_head(hidden)}
@@ -390,7 +420,8 @@ class PPO(Stage):
     def _extras(
         self, noted: list[list[dict[str, Tensor]]], completions: list[list[Completion]], scores: Tensor
     ) -> list[dict[str, list[Tensor]]]:
-        """Advantages and returns, by statistics of all texts of all ranks; for each micro-batch its Batch.extras."""
+        """Advantages and returns, by statistics of all texts of all ranks; for each micro-batch its
+        Batch.extras."""
         options, texts = self.options, [text for each in noted for text in each]
         normalised = self._normalised(scores).tolist()
         for text, score in zip(texts, normalised):

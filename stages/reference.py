@@ -1,10 +1,11 @@
 """The reference policy: log-probabilities that a trained policy is held to, beside the training or before it.
 
-Which policy (spec 91): ref_model with its adapters; else what the run starts from: with LoRA the model with its
-adapters switched off, which costs no memory, else a frozen copy of the weights that train. Where the texts are known
-ahead the log-probabilities are computed once, before the first update: then no copy is held and no step computes them.
-They are kept on disk by a key that is a hash of the reference's weights and of every token of the data set, so that
-whatever changes them (model, adapters, quantisation, rows, template, tokenizer, cutoff_len) also changes the key.
+Which policy (spec 91): ref_model with its adapters; else what the run starts from: with LoRA the model with
+its adapters switched off, which costs no memory, else a frozen copy of the weights that train. Where the
+texts are known ahead the log-probabilities are computed once, before the first update: then no copy is held
+and no step computes them. They are kept on disk by a key that is a hash of the reference's weights and of
+every token of the data set, so that whatever changes them (model, adapters, quantisation, rows, template,
+tokenizer, cutoff_len) also changes the key.
 """
 
 import copy
@@ -58,7 +59,8 @@ class ReferenceOptions:
 
 
 class Reference:
-    """Gives log-probabilities under the reference policy; no gradient, no dropout, the trained model's mode stays."""
+    """Gives log-probabilities under the reference policy; no gradient, no dropout, the trained model's mode
+    stays."""
 
     def __init__(self, policy: Decoder | None = None, ld_alpha: float | None = None):
         """policy: None = the trained model with its adapters off.  ld_alpha: as in heads.answer_sums."""
@@ -90,8 +92,8 @@ class Reference:
 def start_policy(model: Decoder, live: bool) -> Decoder | None:
     """The reference of a run that names none, given the model with the weights it starts from; see Reference.
 
-    live: log-probabilities are asked for after the first update, so weights that train are copied; the others, which
-    never change, are shared. Else the model itself serves, before the first update.
+    live: log-probabilities are asked for after the first update, so weights that train are copied; the
+    others, which never change, are shared. Else the model itself serves, before the first update.
     """
     if lora_layers(model) and not full_modules(model):
         return None
@@ -118,10 +120,11 @@ def precompute(
     world: World,
     afresh: bool = False,
 ) -> None:
-    """Fill `reference` of every store (name -> store), from the cache where it has the same weights and tokens.
+    """Fill `reference` of every store (name -> store), from the cache where it has the same weights and
+    tokens.
 
-    afresh: compute in any case.  All ranks have to call; they share the work, and rank 0 alone reads and writes files.
-    Raises ValueError for numbers that are not finite.
+    afresh: compute in any case.  All ranks have to call; they share the work, and rank 0 alone reads and
+    writes files. Raises ValueError for numbers that are not finite.
     """
     policy = (
         weights_key(reference.policy or model, adapters=reference.policy is not None) if world.is_main else ""
@@ -158,8 +161,13 @@ def _compute(
         store, rows_per_batch=rows_per_batch, shuffle=False, rank=world.rank, world=world.size
     )
     values = torch.zeros(len(store), segments(store), device=world.device)
-    numbers = tqdm(range(loader.batches_per_epoch), f"reference, {name}", unit=" batches", delay=2.0,
-                   disable=not world.is_main)  # fmt: skip
+    numbers = tqdm(
+        range(loader.batches_per_epoch),
+        f"reference, {name}",
+        unit=" batches",
+        delay=2.0,
+        disable=not world.is_main,
+    )
     for number in numbers:
         examples = loader.examples_of(number)
         batch = loader.batch(number).rounded(ROW_MULTIPLE[world.device.type]).to(world.device)
@@ -169,7 +177,8 @@ def _compute(
     if len(bad):
         dataset, row = store.example(int(bad[0])).source
         raise ValueError(
-            f"the reference's log-probability of row {row} of {store.datasets[dataset]!r} is not finite ({len(bad)} "
+            f"the reference's log-probability of row {row} of {store.datasets[dataset]!r} is not finite "
+            f"({len(bad)} "
             "such examples); use bf16 instead of fp16, or another ref_model"
         )
     return values
@@ -218,7 +227,8 @@ def _alone(path: Path):
 
 
 def _read(path: Path, key: dict, count: int, width: int) -> Tensor | None:
-    """(count, width) from the cache, None where it has nothing; says what is wrong with a file that cannot be used."""
+    """(count, width) from the cache, None where it has nothing; says what is wrong with a file that cannot be
+    used."""
     if not path.is_file():
         return None
     try:
@@ -229,7 +239,8 @@ def _read(path: Path, key: dict, count: int, width: int) -> Tensor | None:
         return None
     if (found or {}).get("key") != json.dumps(key, sort_keys=True) or values.shape != (count, width):
         print(
-            f"cache: {path} is of another model or other data; the reference log-probabilities are computed again"
+            f"cache: {path} is of another model or other data; the reference log-probabilities are computed "
+            "again"
         )
         return None
     return values

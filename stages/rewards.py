@@ -8,9 +8,10 @@
 An API gets POST {"model": "model", "messages": [text, ...]} (prompt and answer with their special tokens, as
 LLaMA-Factory sends them) and answers {"scores": [number, ...]}, one for each text in their order.
 
-A reward file holds one function or several. It is the user's program and runs on purpose, so use no file that you have
-not read. Every function in it that has a parameter `completions` is a reward (or those that reward_funcs names); it
-gets lists of equal length, by the names of its parameters, and returns one number for each completion:
+A reward file holds one function or several. It is the user's program and runs on purpose, so use no file that
+you have not read. Every function in it that has a parameter `completions` is a reward (or those that
+reward_funcs names); it gets lists of equal length, by the names of its parameters, and returns one number for
+each completion:
 
     def near_forty_words(completions, **others):
         return [-abs(len(text.split()) - 40) / 40 for text in completions]
@@ -18,11 +19,12 @@ gets lists of equal length, by the names of its parameters, and returns one numb
     def exact_match(completions, answers):
         return [float(text.strip() == answer) for text, answer in zip(completions, answers)]
 
-The names are `prompts` (text as the model sees it), `completions` (text without the stop token), `answers` (the row's
-own answer; None if it has none), `prompt_ids`, `completion_ids` (with the stop token), `finish_reasons` ("stop", or
-"length" when the answer was cut off), or **others for all of them. A function must depend on nothing else: texts are
-scored in batches of any size, on every rank, and again after a resume. The reward is the sum of all functions, each
-times its entry of reward_weights. trl's reward functions for plain text run here.
+The names are `prompts` (text as the model sees it), `completions` (text without the stop token), `answers`
+(the row's own answer; None if it has none), `prompt_ids`, `completion_ids` (with the stop token),
+`finish_reasons` ("stop", or "length" when the answer was cut off), or **others for all of them. A function
+must depend on nothing else: texts are scored in batches of any size, on every rank, and again after a resume.
+The reward is the sum of all functions, each times its entry of reward_weights. trl's reward functions for
+plain text run here.
 """
 
 import http.client
@@ -84,7 +86,8 @@ class RewardOptions:
         is_address = (self.reward_model or "").startswith(("http://", "https://"))
         if self.reward_model and is_address != (self.reward_model_type == "api"):
             raise ValueError(
-                f"reward_model: {self.reward_model} with reward_model_type={self.reward_model_type}: lora and full name"
+                f"reward_model: {self.reward_model} with reward_model_type={self.reward_model_type}: lora "
+                "and full name"
                 " a folder or a hub id, api an address (http://...)"
             )
         for key in ("reward_model_adapters", "reward_model_quantization_bit"):
@@ -110,7 +113,8 @@ class RewardOptions:
             )
         if self.reward_funcs and self.reward_weights and len(self.reward_funcs) != len(self.reward_weights):
             raise ValueError(
-                f"reward_weights: {len(self.reward_weights)} numbers for {len(self.reward_funcs)} functions in "
+                f"reward_weights: {len(self.reward_weights)} numbers for {len(self.reward_funcs)} functions "
+                "in "
                 "reward_funcs; give one for each"
             )
 
@@ -136,7 +140,8 @@ def samples_of(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> 
 
 
 class RewardError(StopRun):
-    """Nobody knows what these answers are worth: a function or a server has failed. What was trained is sound."""
+    """Nobody knows what these answers are worth: a function or a server has failed. What was trained is
+    sound."""
 
 
 class RewardSource:
@@ -158,7 +163,8 @@ class RewardSource:
         if len(bad):
             row, part = bad[0].tolist()
             raise RewardError(
-                f"the reward ({self.names[part]}) of an answer is {values[row, part]}, expected a finite number; the "
+                f"the reward ({self.names[part]}) of an answer is {values[row, part]}, expected a finite "
+                "number; the "
                 f"answer is {_short(samples[row].completion)!r}, to {_short(samples[row].prompt)!r}"
             )
         return values
@@ -196,7 +202,8 @@ class FunctionReward(RewardSource):
         return torch.tensor(columns).T.contiguous()
 
     def _call(self, name: str, function: Callable, given: dict[str, list]) -> list[float]:
-        """The function's numbers, one for each completion. Raises RewardError that names function and line."""
+        """The function's numbers, one for each completion. Raises RewardError that names function and
+        line."""
         where = f"reward_file: {self.path}: {name}"
         parameters = inspect.signature(function).parameters.values()
         takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
@@ -210,8 +217,11 @@ class FunctionReward(RewardSource):
                 **{key: list(given[key]) for key in wanted}
             )  # its own lists: it may change them
         except (Exception, SystemExit) as error:  # the user's program may raise anything
-            lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
-                     if frame.filename == str(self.path)]  # fmt: skip
+            lines = [
+                frame.lineno
+                for frame in traceback.extract_tb(error.__traceback__)
+                if frame.filename == str(self.path)
+            ]
             line = f" (line {lines[-1]})" if lines else ""
             raise RewardError(f"{where}{line}: {type(error).__name__}: {error}") from error
         try:
@@ -223,14 +233,16 @@ class FunctionReward(RewardSource):
             raise RewardError(f"{where} returned {found}, expected a list of numbers ({error})") from error
         if len(numbers) != len(given["completions"]):
             raise RewardError(
-                f"{where} returned {len(numbers)} numbers for {len(given['completions'])} completions; return one for "
+                f"{where} returned {len(numbers)} numbers for {len(given['completions'])} completions; "
+                "return one for "
                 "each, in their order"
             )
         return numbers
 
 
 def _reward_functions(path: Path, names: Sequence[str]) -> dict[str, Callable]:
-    """The reward functions of this file by name, in the order of `names`, or of the file. Raises ValueError."""
+    """The reward functions of this file by name, in the order of `names`, or of the file. Raises
+    ValueError."""
     module = _load_module(path)
     own = {
         name: value
@@ -261,7 +273,8 @@ def _reward_functions(path: Path, names: Sequence[str]) -> dict[str, Callable]:
             bundle = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
             if not bundle and not optional and not (named and parameter.name in ARGUMENTS):
                 raise ValueError(
-                    f"reward_file: {path}: {name} has a parameter {parameter.name!r}; a reward function can have "
+                    f"reward_file: {path}: {name} has a parameter {parameter.name!r}; a reward function can "
+                    "have "
                     f"{', '.join(ARGUMENTS)} and **others"
                 )
     return chosen
@@ -295,7 +308,8 @@ class ModelReward(RewardSource):
     """A model with a value head (stage rm): the score of prompt and answer."""
 
     def __init__(self, model: Decoder, folders: Iterable[Path]):
-        """The value head is that of the first of these folders which has one. Raises ValueError if none has."""
+        """The value head is that of the first of these folders which has one. Raises ValueError if none
+        has."""
         self.model = model
         model.v_head = _read_head(model, list(folders))
 
@@ -304,13 +318,15 @@ class ModelReward(RewardSource):
 
 
 class AdapterReward(RewardSource):
-    """An adapter and a value head of stage rm on the policy's own base, in use only while answers are scored."""
+    """An adapter and a value head of stage rm on the policy's own base, in use only while answers are
+    scored."""
 
     def __init__(self, policy: Decoder, folder: Path):
         """Raises ValueError when the folder is no adapter of this base, or has no value head."""
         if full_modules(policy):
             raise ValueError(
-                f"reward_model_type: lora scores with the base that the policy shares, but {full_modules(policy)[0]} "
+                "reward_model_type: lora scores with the base that the policy shares, but "
+                f"{full_modules(policy)[0]} "
                 "trains in full; set reward_model_type=full, or train adapters alone"
             )
         self.policy, self.head = policy, _read_head(policy, [Path(folder)])
@@ -409,7 +425,8 @@ def _read_head(model: Decoder, folders: Sequence[Path]) -> ValueHead:
     if found is None:
         names = ", ".join(map(str, folders))
         raise ValueError(
-            f"reward_model: there is no value_head.safetensors in {names}; stage rm writes one beside what it trains"
+            f"reward_model: there is no value_head.safetensors in {names}; stage rm writes one beside what "
+            "it trains"
         )
     generator = torch.Generator()  # the start is overwritten: leave the global generator alone
     head = ValueHead(model.config.hidden_size, model.embed_tokens.weight.device, generator)

@@ -1,21 +1,21 @@
 """Stage rm: a scalar head on the decoder, trained so that the better answer of a pair gets the higher number.
 
-With v_c[t], v_r[t] the head's values at the t-th token of prompt + chosen and prompt + rejected, rm_loss says what
-the loss of a pair is:
+With v_c[t], v_r[t] the head's values at the t-th token of prompt + chosen and prompt + rejected, rm_loss says
+what the loss of a pair is:
 
     span   mean of -log sigmoid(v_c[t] - v_r[t]) over t from the first token in which the two differ to the end of the
            longer (of two that are equal, the last token alone): LLaMA-Factory's
     last   -log sigmoid(v_c - v_r) at the two last tokens alone: Stiennon et al., arXiv 2009.01325 section 3.4; trl's
 
-The score of a text is the value at its last token, so `last` teaches what is asked, and `span` gives a value to every
-token, which a value function may start from. There is no padding here: beyond its end the shorter answer keeps the
-value of its last token. An answer ends with the last token that the model has to write (its stop token); what a
-template puts behind that is not looked at. The head has no dropout (trl's has 0.1): with it the loss would depend on
-how pairs are put together.
+The score of a text is the value at its last token, so `last` teaches what is asked, and `span` gives a value
+to every token, which a value function may start from. There is no padding here: beyond its end the shorter
+answer keeps the value of its last token. An answer ends with the last token that the model has to write (its
+stop token); what a template puts behind that is not looked at. The head has no dropout (trl's has 0.1): with
+it the loss would depend on how pairs are put together.
 
-With rm_question the user asks it behind the answer, and the value is read where the reply would begin: there a model
-that follows instructions has gathered what it would say about the answer. The tokens are kept with the value head, and
-score_texts puts them behind every text, whoever asks.
+With rm_question the user asks it behind the answer, and the value is read where the reply would begin: there
+a model that follows instructions has gathered what it would say about the answer. The tokens are kept with
+the value head, and score_texts puts them behind every text, whoever asks.
 
     scores = score_dialogues(model, tokenizer, template, [[Message("user", "2 + 2?"), Message("assistant", "4")]])
 """
@@ -43,8 +43,8 @@ SCORE_TOKENS = 4096  # tokens scored at once: enough to keep a device busy, and 
 def span_loss(values: Tensor, tokens: Tensor, starts: Tensor, ends: Tensor, longest: int) -> Tensor:
     """Loss of each pair, (P,) in the dtype of values.
 
-    values, tokens (T,) of the flat row; starts, ends (2P,) int64: where in it the segments begin and, exclusively, end,
-    first those of the chosen answers; longest: at least ends - starts, known on the host.
+    values, tokens (T,) of the flat row; starts, ends (2P,) int64: where in it the segments begin and,
+    exclusively, end, first those of the chosen answers; longest: at least ends - starts, known on the host.
     """
     pairs = len(starts) // 2
     starts, lengths = starts.view(2, pairs, 1), (ends - starts).view(2, pairs, 1)
@@ -61,7 +61,8 @@ def span_loss(values: Tensor, tokens: Tensor, starts: Tensor, ends: Tensor, long
 
 
 def answer_ends(batch: Batch) -> Tensor:
-    """(N,) int64: the row behind the last trained token of each segment that has a source; every one has labels."""
+    """(N,) int64: the row behind the last trained token of each segment that has a source; every one has
+    labels."""
     return (
         batch.label_rows[label_counts(batch).cumsum(0) - 1] + 2
     )  # a label belongs to the token behind its row
@@ -115,14 +116,16 @@ class RewardModel(Stage):
 
 
 def set_ending(head: ValueHead, ending: Sequence[int], tokenizer: Tokenizer) -> None:
-    """Have texts read with these tokens behind them. Raises ValueError for a head that was trained on others."""
+    """Have texts read with these tokens behind them. Raises ValueError for a head that was trained on
+    others."""
     if head.ending is not None and head.ending != tuple(ending):
         trained, asked = (
             repr(tokenizer.decode(list(tokens), skip_special=False)) if tokens else "nothing"
             for tokens in (head.ending, ending)
         )
         raise ValueError(
-            f"rm_question: the value head was trained on texts with {trained} behind the answer, and here it is {asked}"
+            f"rm_question: the value head was trained on texts with {trained} behind the answer, and here it "
+            f"is {asked}"
             "; set rm_question, template and enable_thinking as they were, or start from a folder without a "
             "value_head.safetensors"
         )
@@ -139,10 +142,11 @@ def pair_scores(model: Decoder, batch: Batch) -> tuple[list[float], list[float]]
 
 @torch.no_grad()
 def score_texts(model: Decoder, texts: Sequence[Sequence[int]], most_tokens: int = SCORE_TOKENS) -> Tensor:
-    """(n,) fp32 on the CPU: the value at the last token of each text followed by the head's ending. The model's mode
-    and what trains stay.
+    """(n,) fp32 on the CPU: the value at the last token of each text followed by the head's ending. The
+    model's mode and what trains stay.
 
-    texts: token ids up to the end of the answer, at least one each. Each is scored by itself, whatever lies beside it.
+    texts: token ids up to the end of the answer, at least one each. Each is scored by itself, whatever lies
+    beside it.
     """
     if model.v_head is None:
         raise ValueError(
@@ -173,7 +177,8 @@ def score_texts(model: Decoder, texts: Sequence[Sequence[int]], most_tokens: int
 def score_dialogues(
     model: Decoder, tokenizer: Tokenizer, template, dialogues: Sequence[Sequence[Message]]
 ) -> Tensor:
-    """(n,) fp32: the scores of the last answers of these dialogues. Raises ValueError for one without an answer."""
+    """(n,) fp32: the scores of the last answers of these dialogues. Raises ValueError for one without an
+    answer."""
     texts = []
     for number, messages in enumerate(dialogues):
         spans = template.render(list(messages), tokenizer.bos_token, tokenizer.eos_token)

@@ -1,13 +1,15 @@
-"""Rollouts: prompts out of a batch, texts that the model being trained writes to them, and these as a batch again.
+"""Rollouts: prompts out of a batch, texts that the model being trained writes to them, and these as a batch
+again.
 
     prompts = prompts_of(batch, tokenizer)
     seeds = [seed_of(run_seed, draw, prompt) for prompt in prompts]
     completions = roll_out(model, prompts, seeds, options, stop_ids=tokenizer.stop_ids, tokenizer=tokenizer)
     batch = completions_batch(prompts, completions, {"advantages": [...]})      # labels = the completions' tokens
 
-A text depends on the weights, its prompt and its seed only, and the seed is a pure function of what the text is for:
-batch 8, 8 x 1 accumulated and 2 ranks x 1 x 4 sample the same texts, and a resumed run needs no generator's state.
-(Products round by the shape of the batch, so a draw within about 1e-6 of the border between two tokens may differ.)
+A text depends on the weights, its prompt and its seed only, and the seed is a pure function of what the text
+is for: batch 8, 8 x 1 accumulated and 2 ranks x 1 x 4 sample the same texts, and a resumed run needs no
+generator's state. (Products round by the shape of the batch, so a draw within about 1e-6 of the border
+between two tokens may differ.)
 """
 
 from collections.abc import Iterable
@@ -36,7 +38,8 @@ class Prompt:
 
 
 def prompts_of(batch: Batch, tokenizer) -> list[Prompt]:
-    """The prompt of each segment: its tokens before the first trained one. What is trained is the row's own answer."""
+    """The prompt of each segment: its tokens before the first trained one. What is trained is the row's own
+    answer."""
     tokens, labels = batch.tokens.tolist(), batch.labels.tolist()
     prompts = []
     for source, copy, start, stop in zip(batch.sources, batch.copies, batch.borders, batch.borders[1:]):
@@ -48,13 +51,15 @@ def prompts_of(batch: Batch, tokenizer) -> list[Prompt]:
 
 
 def ending_with(options: GenerateOptions, template, tokenizer) -> GenerateOptions:
-    """These options, with what ends an answer of this template (None: of no template) among the stop words."""
+    """These options, with what ends an answer of this template (None: of no template) among the stop
+    words."""
     words = () if template is None else template.stop_words(tokenizer.eos_token)
     return replace(options, stop=tuple(dict.fromkeys([*options.stop, *words])))
 
 
 def seed_of(seed: int, draw: int, prompt: Prompt, number: int = 0, texts: int = 1) -> int:
-    """Seed of one text: that of the run, how often it drew prompts before, the prompt's row, which text of that row.
+    """Seed of one text: that of the run, how often it drew prompts before, the prompt's row, which text of
+    that row.
 
     number: of the `texts` that are written to this copy of the row.
     """
@@ -77,8 +82,9 @@ def roll_out(
     seeds: one for each prompt; the same prompt may come several times, with a seed each.
     Raises ValueError for a prompt that leaves the model no room for an answer.
     """
-    # Merging the adapters first would save a fifth of a step (8 texts of a 135M model in fp32 on one core), but costs
-    # as long as five steps, and the weights twice; in 16 bit the policy that writes would not be the one that trains.
+    # Merging the adapters first would save a fifth of a step (8 texts of a 135M model in fp32 on one core),
+    # but costs as long as five steps, and the weights twice; in 16 bit the policy that writes would not be
+    # the one that trains.
     was_training = model.training
     model.eval()
     completions: list[Completion] = []
@@ -97,9 +103,11 @@ def roll_out(
 def completions_batch(
     prompts: list[Prompt], completions: list[Completion], extras: dict[str, list[Tensor]] | None = None
 ) -> Batch:
-    """Each prompt with its completion as one segment; its labels are the completion's tokens, the stop token included.
+    """Each prompt with its completion as one segment; its labels are the completion's tokens, the stop token
+    included.
 
-    extras: for each completion a tensor (its tokens,), which becomes Batch.extras. No prompts: the empty batch.
+    extras: for each completion a tensor (its tokens,), which becomes Batch.extras. No prompts: the empty
+    batch.
     """
     examples = []
     for prompt, completion in zip(prompts, completions, strict=True):

@@ -1,8 +1,9 @@
-"""What a run minimises. A stage is what the loop (train.py) asks for, and nothing in the loop knows which one it is.
+"""What a run minimises. A stage is what the loop (train.py) asks for, and nothing in the loop knows which one
+it is.
 
-The contract: `weight(batch)` is the number of things the loss is a sum over (tokens, pairs), known on the host;
-`loss(model, batch)` is the fp32 SUM over them and metrics. The loop divides by the weights of all micro-batches and
-all ranks, so batch 8, 8 x 1 accumulated and 2 ranks x 1 x 4 give the same gradients.
+The contract: `weight(batch)` is the number of things the loss is a sum over (tokens, pairs), known on the
+host; `loss(model, batch)` is the fp32 SUM over them and metrics. The loop divides by the weights of all
+micro-batches and all ranks, so batch 8, 8 x 1 accumulated and 2 ranks x 1 x 4 give the same gradients.
 """
 
 import math
@@ -22,7 +23,8 @@ Metrics = dict[str, Tensor]  # name -> (2,) fp32: a sum, and the number of thing
 
 @dataclass(frozen=True)
 class Rhythm:
-    """How updates are made of data: `draw` micro-batches at once, of which the stage makes `updates` updates."""
+    """How updates are made of data: `draw` micro-batches at once, of which the stage makes `updates`
+    updates."""
 
     draw: int
     updates: int = 1
@@ -37,7 +39,8 @@ class Stage:
     uses_dropout = True  # whether lora_dropout is of any use to it
 
     def groups(self, model: Decoder, drawn: list[Batch], first: int) -> Iterator[list[Batch]]:
-        """The accumulation group of each update from number `first` on that is made of what was drawn at once."""
+        """The accumulation group of each update from number `first` on that is made of what was drawn at
+        once."""
         yield drawn
 
     def prepare(self, model: Decoder, group: list[Batch]) -> None:

@@ -2,8 +2,8 @@
 
     python tests/compile_kernels.py rms_norm 90     # prints one JSON object per compiled kernel
 
-What is compiled is what the launchers start at the sizes in tests/specimens: their block sizes, warps and stages.
-A process of its own, because TRITON_INTERPRET must be off when the kernels are declared.
+What is compiled is what the launchers start at the sizes in tests/specimens: their block sizes, warps and
+stages. A process of its own, because TRITON_INTERPRET must be off when the kernels are declared.
 """
 
 import importlib
@@ -30,7 +30,8 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 
 
 def compile_launch(recorded: launch.Launch, capability: int) -> dict:
-    """Compile one launch; what it takes of the GPU: bytes of shared memory, registers, bytes spilled, instructions."""
+    """Compile one launch; what it takes of the GPU: bytes of shared memory, registers, bytes spilled,
+    instructions."""
     attributes = {(place,): [["tt.divisibility", 16]] for place in recorded.divisible}
     source = ASTSource(recorded.kernel, recorded.signature, recorded.constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=recorded.options)

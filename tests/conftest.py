@@ -1,4 +1,5 @@
-"""The repository root on the import path; tests off the network and to one thread each; a folder for data files."""
+"""The repository root on the import path; tests off the network and to one thread each; a folder for data
+files."""
 
 import os
 import sys

@@ -1,6 +1,7 @@
 """The error rule for kernels, and where they run: on the GPU if there is one, else in Triton's interpreter.
 
-The rule: the error against fp64 is at most twice that of the plain reference in the same dtype, plus 1e-6 of the size.
+The rule: the error against fp64 is at most twice that of the plain reference in the same dtype, plus 1e-6 of
+the size.
 """
 
 import torch
@@ -17,10 +18,11 @@ def random(*shape, seed=0, scale=1.0):
 
 
 def evaluate(function, inputs, dtype, trained):
-    """[results, gradients of the trained inputs] in this dtype; integers stay. The loss weighs every output apart.
+    """[results, gradients of the trained inputs] in this dtype; integers stay. The loss weighs every output
+    apart.
 
-    inputs: what function takes, in order; trained: places of those to differentiate for. Integer tensors, None and
-    numbers pass through. function gives one tensor or several.
+    inputs: what function takes, in order; trained: places of those to differentiate for. Integer tensors,
+    None and numbers pass through. function gives one tensor or several.
     """
     cast = [x.to(dtype) if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs]
     leaves = [cast[i].detach().requires_grad_(True) for i in trained]
@@ -28,7 +30,8 @@ def evaluate(function, inputs, dtype, trained):
         cast[i] = leaf
     results = function(*cast)
     results = (results,) if torch.is_tensor(results) else tuple(results)
-    # of few bits, so that they are the same numbers in every dtype and no error of theirs is allowed to the kernels
+    # of few bits, so that they are the same numbers in every dtype and no error of theirs is allowed to the
+    # kernels
     weights = [random(*result.shape, seed=99 + i).bfloat16().to(result) for i, result in enumerate(results)]
     total = sum((result * weight).sum() for result, weight in zip(results, weights))
     gradients = torch.autograd.grad(total, leaves) if leaves else ()

@@ -31,7 +31,8 @@ def all_stages(*without: str) -> list[str]:
 
 
 def write_stage_data(tiny: TinyRuns, count: int = 12) -> None:
-    """<folder>/stages: documents, dialogues, pairs, rated answers and prompts, `count` rows and 5 to evaluate on."""
+    """<folder>/stages: documents, dialogues, pairs, rated answers and prompts, `count` rows and 5 to evaluate
+    on."""
     folder = tiny.folder / "stages"
     folder.mkdir()
     entries = {}

@@ -1,5 +1,5 @@
-"""chat.py: one message and a conversation through the command line, the cache between turns, run folders, Ctrl-C, and
-bad input in one clear line."""
+"""chat.py: one message and a conversation through the command line, the cache between turns, run folders,
+Ctrl-C, and bad input in one clear line."""
 
 import os
 import signal

@@ -1,4 +1,5 @@
-"""From files to examples: trained tokens, cutting, report, cache, splits, streams, tokenized_path, preview."""
+"""From files to examples: trained tokens, cutting, report, cache, splits, streams, tokenized_path,
+preview."""
 
 import itertools
 import json
@@ -73,7 +74,8 @@ def everything(store):
     ]
 
 
-# ---------------------------------------------------------------------------------------------------- trained tokens
+# ---------------------------------------------------------------------------------------------------- trained
+# tokens
 
 
 def test_the_answers_and_nothing_else_are_trained(home, tokenizer):
@@ -149,7 +151,8 @@ def test_every_segment_of_a_packed_batch_leads_back_to_its_row(home, tokenizer):
     assert seen == {(0, i) for i in range(25)} | {(1, i) for i in range(15)}
 
 
-# ------------------------------------------------------------------------------------------------------ pretraining
+# ------------------------------------------------------------------------------------------------------
+# pretraining
 
 
 def test_documents_end_with_eos_and_are_cut_without_loss(home, llama3):
@@ -181,7 +184,8 @@ def test_pieces_join_to_the_document(length, capacity):
     assert all(b - a > 1 for a, b in parts) or capacity == 2  # a piece of one token could train nothing
 
 
-# ---------------------------------------------------------------------------------------------------------- cutting
+# ----------------------------------------------------------------------------------------------------------
+# cutting
 
 
 @pytest.mark.parametrize(
@@ -290,7 +294,8 @@ def test_a_bad_row_names_data_set_file_line_row_and_column(home, tokenizer, work
     assert not list((home / "cache").rglob("*.partial"))
 
 
-# ------------------------------------------------------------------------------------------------------------ cache
+# ------------------------------------------------------------------------------------------------------------
+# cache
 
 
 def count_encoding(monkeypatch):
@@ -469,14 +474,16 @@ def test_template_key_follows_what_the_template_renders():
     chatml = get_template("chatml")
     assert template_key(replace(chatml, tools="qwen")) != keys[0]  # what only rows with tools show
     marked = (
-        "{% for m in messages %}{% if m.role == 'assistant' %}A{% generation %}{{ m.content }}E{% endgeneration %}"
+        "{% for m in messages %}{% if m.role == 'assistant' %}A{% generation %}{{ m.content }}E{% "
+        "endgeneration %}"
         "{% else %}U{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}A{% endif %}"
     )
     other = marked.replace("prompt %}A", "prompt %}AA")  # what only prompts for generation show
     assert template_key(get_template(None, marked)) != template_key(get_template(None, other))
 
 
-# --------------------------------------------------------------------------------------- several data sets, splits
+# --------------------------------------------------------------------------------------- several data sets,
+# splits
 
 
 def sources(store):
@@ -611,7 +618,8 @@ def test_loading_refuses_what_cannot_work(home, tokenizer):
         load_datasets(options, CHATML, tokenizer, "sft", seed=1, cache_dir=home / "file")
 
 
-# -------------------------------------------------------------------------------------------------------- streaming
+# --------------------------------------------------------------------------------------------------------
+# streaming
 
 
 def streamed(home, tokenizer, *names, count=20, start=0, **options):
@@ -675,7 +683,8 @@ def test_an_empty_set_cannot_be_interleaved_in_a_stream(home, tokenizer):
         streamed(home, tokenizer, "b", "a", mix_strategy="interleave_over")
 
 
-# --------------------------------------------------------------------------------------------------- tokenized_path
+# ---------------------------------------------------------------------------------------------------
+# tokenized_path
 
 
 def test_tokenized_path_saves_stops_and_is_loaded(home, tokenizer, monkeypatch):
@@ -721,7 +730,8 @@ def test_tokenized_path_of_other_making_is_refused(home, tokenizer, llama3):
         run()
 
 
-# ------------------------------------------------------------------------------------------------------------ store
+# ------------------------------------------------------------------------------------------------------------
+# store
 
 
 def test_an_empty_store_can_be_written_and_read(tmp_path):
@@ -743,7 +753,8 @@ def test_tokenising_is_fast_enough(tokenizer, home):
     )  # rows a second; about ten times that on an idle core
 
 
-# ---------------------------------------------------------------------------------------------------------- preview
+# ----------------------------------------------------------------------------------------------------------
+# preview
 
 
 def test_the_table_says_why_each_token_is_trained_or_not(home, tokenizer):

@@ -1,4 +1,5 @@
-"""export.py against peft's merge, tied heads that come apart, shards, dtypes, memory, and folders that stay whole."""
+"""export.py against peft's merge, tied heads that come apart, shards, dtypes, memory, and folders that stay
+whole."""
 
 import copy
 import json

@@ -1,4 +1,5 @@
-"""The picture of the parts holds: who may import whom, what is never imported, and imports that do nothing else."""
+"""The picture of the parts holds: who may import whom, what is never imported, and imports that do nothing
+else."""
 
 import ast
 import json
@@ -10,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# The import rule: a room, or a file of the root, imports only from lower rows; inside a room there is no circle.
+# The import rule: a room, or a file of the root, imports only from lower rows; inside a room there is no
+# circle.
 ROWS = {
     "options": 0,
     "kernels": 1,
@@ -48,7 +50,8 @@ def tree_of(path):
 
 
 def imports(tree):
-    """Dotted names that a file imports, wherever in the file; `from kernels import x` also gives kernels.x."""
+    """Dotted names that a file imports, wherever in the file; `from kernels import x` also gives
+    kernels.x."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -72,7 +75,8 @@ def room_of(path):
 
 
 def imported_at_work(path):
-    """Names that the file imports; what main() of data.py and templates.py imports inside itself is a program's."""
+    """Names that the file imports; what main() of data.py and templates.py imports inside itself is a
+    program's."""
     tree = tree_of(path)
     if path.name in ("data.py", "templates.py") and path.parent == ROOT:
         tree.body = [node for node in tree.body if getattr(node, "name", "") != "main"]
@@ -219,7 +223,8 @@ for name in MODULES:
 
 
 def test_importing_a_module_does_nothing_else():
-    """No output, file, process, connection, thread, seed, setting or environment variable. The script above tells."""
+    """No output, file, process, connection, thread, seed, setting or environment variable. The script above
+    tells."""
     modules = [module_of(path) for path in sorted(FILES, key=lambda path: ROWS[room_of(path)])]
     script = f"MODULES = {modules}\n{WATCH}"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)

@@ -429,7 +429,8 @@ def test_checkpointing_and_ddp_give_the_gradients_of_the_plain_run(dora, tmp_pat
             torch.manual_seed(0)
             run(parallel).square().sum().backward()
     finally:
-        # DDP first: as the last owner it would end the group's threads while holding the lock that they wait for
+        # DDP first: as the last owner it would end the group's threads while holding the lock that they wait
+        # for
         parallel = None
         gc.collect()
         torch.distributed.destroy_process_group()

@@ -1,4 +1,5 @@
-"""The decoder equals transformers on tiny models of every family, rope kind and switch; packing changes nothing."""
+"""The decoder equals transformers on tiny models of every family, rope kind and switch; packing changes
+nothing."""
 
 import dataclasses
 
@@ -151,7 +152,8 @@ def test_packed_row_equals_its_segments_with_every_gradient(pair):
 
 @pytest.mark.parametrize("pair", CASES, indirect=True)
 def test_decoding_with_a_cache_equals_the_whole_text(pair):
-    """Ragged prompts prefilled together, then token by token; dynamic rope re-bases old keys only without a cache."""
+    """Ragged prompts prefilled together, then token by token; dynamic rope re-bases old keys only without a
+    cache."""
     _, ours, _ = pair
     if ours.config.rope.kind == "dynamic":
         pytest.skip("keys in a cache keep the base they were made with, as in transformers")

@@ -1,4 +1,5 @@
-"""Adapters in peft's format both ways; loss, every gradient and ten training steps equal transformers + peft."""
+"""Adapters in peft's format both ways; loss, every gradient and ten training steps equal transformers +
+peft."""
 
 import json
 import shutil
@@ -40,7 +41,8 @@ def bases(tmp_path_factory):
     folders = {}
 
     def folder(case, scale=1.0):
-        """scale: of every matrix. test_model.py's are so large that rounding grows tenfold on the way back."""
+        """scale: of every matrix. test_model.py's are so large that rounding grows tenfold on the way
+        back."""
         if (case, scale) not in folders:
             folders[case, scale] = tmp_path_factory.mktemp(case)
             model = oracle(case)

@@ -121,8 +121,9 @@ def test_tokens_equal_those_of_the_published_jinja(pairs, kind, name):
             assert text_of(spans) == theirs.apply_chat_template(
                 dicts(messages[:end]), chat_template=source, add_generation_prompt=prompt, tokenize=False
             ), case
-            # Without its end mark in the vocabulary, or with an answer that begins with a space where the template
-            # has one too, a token would cross the border of an answer; encode_parts does not allow that.
+            # Without its end mark in the vocabulary, or with an answer that begins with a space where the
+            # template has one too, a token would cross the border of an answer; encode_parts does not allow
+            # that.
             end_is_token = ours.token_id(TEMPLATES[name].stop_words(ours.eos_token)[0]) is not None
             two_spaces = (
                 "spaces" in case and TEMPLATES[name].answer.startswith(" ") and not TEMPLATES[name].trim
@@ -158,7 +159,8 @@ def test_a_question_behind_an_answer_is_what_the_published_jinja_writes_there(pa
 def test_a_template_without_a_place_for_a_question_is_refused(pairs):
     ours, _ = pairs["chatml"]
     marked = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ "
+        "m.content }}"
         "{% endgeneration %}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
@@ -297,7 +299,8 @@ def test_tool_calls_are_read_from_json_only():
 
 
 EXPECTED = {
-    # name: (text before the answer, trained text, text after it, stop words) for system S, user U, answer A, user V
+    # name: (text before the answer, trained text, text after it, stop words) for system S, user U, answer A,
+    # user V
     "default": ("S\nHuman: U\nAssistant:", " A</s>", "\nHuman: V\nAssistant:", ("</s>",)),
     "empty": ("SU", "A", "V", ("</s>",)),
     "vanilla": ("SU", "A</s>", "V", ("</s>",)),
@@ -440,7 +443,8 @@ def test_jinja_whose_prompt_is_not_how_the_answer_begins_is_refused():
 
 def test_jinja_that_ends_only_the_last_answer_trains_only_that():
     source = (
-        "{% for m in messages %}{{ m.role + ':' + m.content + (eos_token if loop.last else '\n') }}{% endfor %}"
+        "{% for m in messages %}{{ m.role + ':' + m.content + (eos_token if loop.last else '\n') }}{% endfor "
+        "%}"
         "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
     )
     jinja = JinjaTemplate(source.replace("if loop.last", "if loop.last and m.role == 'assistant'"))
@@ -499,7 +503,8 @@ def test_jinja_is_sandboxed(attack):
 def test_jinja_has_the_helpers_of_transformers(pairs):
     _, theirs = pairs["llama2"]
     source = (
-        "{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}{{ m | tojson(indent=2) }}{% endfor %}"
+        "{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}{{ m | tojson(indent=2) }}{% "
+        "endfor %}"
         "{{ strftime_now('%Y') }}{{ tools | tojson }}{{ enable_thinking }}"
     )
     ours = JinjaTemplate(source).render_text(

@@ -1,4 +1,5 @@
-"""train.py from the command line on a tiny random model: every option does what it says, every mistake is said."""
+"""train.py from the command line on a tiny random model: every option does what it says, every mistake is
+said."""
 
 import json
 import math
@@ -118,8 +119,9 @@ def test_neftune_changes_training_and_not_evaluation(tiny, out):
 
 
 class HostReads(TorchDispatchMode):
-    """Notes what would make the host wait for a GPU: values or sizes read from tensors (.item(), bool(tensor), nonzero,
-    a mask as an index, equal, unique) and tensors made of the host's numbers (torch.tensor), which are copied."""
+    """Notes what would make the host wait for a GPU: values or sizes read from tensors (.item(),
+    bool(tensor), nonzero, a mask as an index, equal, unique) and tensors made of the host's numbers
+    (torch.tensor), which are copied."""
 
     WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "lift_fresh")
 
@@ -248,7 +250,8 @@ def test_too_little_memory_recomputes_and_changes_no_bit(tiny, out, capsys, monk
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call")
 def test_compiled_blocks_train_the_same(tiny, out):
-    """With a backend that needs no compiler: graphs are taken, then run as they are. (Of LoRA that takes a minute.)"""
+    """With a backend that needs no compiler: graphs are taken, then run as they are. (Of LoRA that takes a
+    minute.)"""
     one_block = tiny.make_model("one", seed=1, num_hidden_layers=1)
     keys = {
         "model_name_or_path": one_block,

@@ -71,7 +71,8 @@ class TinyRuns:
         return folder
 
     def words(self, name: str, **keys) -> list[str]:
-        """Command line of a short LoRA run with output_dir=<folder>/<name>; keys replace and add, None removes."""
+        """Command line of a short LoRA run with output_dir=<folder>/<name>; keys replace and add, None
+        removes."""
         chosen = {
             "model_name_or_path": self.model,
             "dataset": self.data,

@@ -26,7 +26,8 @@ SENTENCES = (
     "Hello, who are you? I am Anvil, an assistant that was made by Anvil's developers.",
     "You are a helpful assistant. You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
     "What is the capital of France?  The capital of France is Paris, and it has 2,100,000 people in 2024.",
-    "user assistant system User: Assistant: Human: ### Instruction: ### Response: USER: ASSISTANT: [INST] [/INST]",
+    "user assistant system User: Assistant: Human: ### Instruction: ### Response: USER: ASSISTANT: [INST] "
+    "[/INST]",
     "<<SYS>>\nA chat between a curious user and an artificial intelligence assistant.\n<</SYS>>\n\n",
     "def add(a, b):\n    return a + b\n\n\nprint(add(1, 2))\n",
     '<think>\nThe user greets me.\n</think>\n\n<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>',

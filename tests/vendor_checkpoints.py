@@ -1,5 +1,5 @@
-"""Tiny checkpoints in the formats of GPTQ, AWQ, AQLM and HQQ, written with numpy from the formulas of each, and the
-same weights in 32 bit beside them.
+"""Tiny checkpoints in the formats of GPTQ, AWQ, AQLM and HQQ, written with numpy from the formulas of each,
+and the same weights in 32 bit beside them.
 
     quantised, twin = write_pair(tiny, "gptq", "gptq")          # two model folders
 """
@@ -137,7 +137,8 @@ FORMATS = {  # name: (what makes a layer, its settings, quantization_config)
 
 
 def write_pair(tiny: TinyRuns, name: str) -> tuple[Path, Path]:
-    """(folder of the quantised model, folder of its twin in fp32); random codes, all else as in a random model."""
+    """(folder of the quantised model, folder of its twin in fp32); random codes, all else as in a random
+    model."""
     make, options, settings = FORMATS[name]
     twin = tiny.make_model(f"{name} twin", seed=4, **SIZES)
     folder = tiny.make_model(f"{name} quantised", seed=4, **SIZES)

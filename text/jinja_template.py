@@ -1,12 +1,12 @@
 """A checkpoint's own chat_template (jinja): dialogue -> text spans, with which text the model has to produce.
 
 The template runs in the sandbox that transformers uses. Where an answer begins and ends is found by rendering
-prefixes of the dialogue: the prompt for generation must be a prefix of the dialogue that ends with this answer, and
-that must be a prefix of the whole. {% generation %} marks are used where the template has them.
+prefixes of the dialogue: the prompt for generation must be a prefix of the dialogue that ends with this
+answer, and that must be a prefix of the whole. {% generation %} marks are used where the template has them.
 
-Sources: transformers' apply_chat_template (environment, names of its values). `Message` and `Span` also serve the
-built-in templates of templates.py.
-Run: python -c "from jinja_template import *; print(JinjaTemplate('...').render([Message('user', 'Hi')], '', ''))"
+Sources: transformers' apply_chat_template (environment, names of its values). `Message` and `Span` also serve
+the built-in templates of templates.py. Run: python -c "from jinja_template import *;
+print(JinjaTemplate('...').render([Message('user', 'Hi')], '', ''))"
 """
 
 import contextlib
@@ -28,7 +28,8 @@ PRODUCED = ("assistant", "function")  # roles whose text the model writes
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. function: the assistant's call of a tool (trained); observation: the tool's result (not trained)."""
+    """One turn. function: the assistant's call of a tool (trained); observation: the tool's result (not
+    trained)."""
 
     role: Role
     content: str
@@ -127,7 +128,8 @@ class JinjaTemplate:
         return tuple(dict.fromkeys(word for word in (end, eos) if word))
 
     def content(self, text: str) -> str:
-        """A generated text as the content of an assistant message: without the space that some templates begin with."""
+        """A generated text as the content of an assistant message: without the space that some templates
+        begin with."""
         return text.removeprefix(self._probe(_Settings("", "", True, None)).lead)
 
     def describe(self) -> str:
@@ -170,12 +172,14 @@ class JinjaTemplate:
         except (jinja2.TemplateError, TypeError, OverflowError) as error:  # a missing value; a range too long
             roles = ", ".join(message["role"] for message in dialogue) or "no message"
             raise ValueError(
-                f"the checkpoint's chat_template refuses a dialogue of {roles}: {error}. Change the dialogue, or "
+                f"the checkpoint's chat_template refuses a dialogue of {roles}: {error}. Change the "
+                "dialogue, or "
                 f"choose a built-in template, for example `template: {_closest(self.source)}`."
             ) from error
 
     def _dialogue(self, messages: list[Message], enable_thinking: bool) -> list[dict]:
-        """Messages as the template expects them: observations as tool, calls as tool_calls if it knows these."""
+        """Messages as the template expects them: observations as tool, calls as tool_calls if it knows
+        these."""
         dialogue = []
         if self.default_system is not None and not (messages and messages[0].role == "system"):
             dialogue.append({"role": "system", "content": self.default_system})
@@ -227,7 +231,8 @@ class JinjaTemplate:
         same = len(_common_prefix([prompt, upto]))
         return (
             "the checkpoint's chat_template does not show where the answer begins: the prompt for generation "
-            f"continues with {prompt[same : same + 40]!r}, the finished dialogue with {upto[same : same + 40]!r}. "
+            f"continues with {prompt[same : same + 40]!r}, the finished dialogue with "
+            f"{upto[same : same + 40]!r}. "
             f"Choose a built-in template, for example `template: {_closest(self.source)}`."
         )
 
@@ -310,10 +315,17 @@ def _marked_spans(whole: str, messages: list[Message]) -> list[Span]:
 def _closest(source: str) -> str:
     """The built-in template that looks most like a jinja text."""
     signs = (
-        ("<think>", "qwen3"), ("<|im_start|>", "chatml"), ("Cutting Knowledge", "llama31"),
-        ("<|start_header_id|>", "llama3"), ("<<SYS>>", "llama2"), ("[INST]", "mistral"),
-        ("<|assistant|>", "zephyr"), ("ASSISTANT", "vicuna"), ("### Response", "alpaca"), ("Assistant:", "deepseek"),
-    )  # fmt: skip
+        ("<think>", "qwen3"),
+        ("<|im_start|>", "chatml"),
+        ("Cutting Knowledge", "llama31"),
+        ("<|start_header_id|>", "llama3"),
+        ("<<SYS>>", "llama2"),
+        ("[INST]", "mistral"),
+        ("<|assistant|>", "zephyr"),
+        ("ASSISTANT", "vicuna"),
+        ("### Response", "alpaca"),
+        ("Assistant:", "deepseek"),
+    )
     return next((name for sign, name in signs if sign in source), "default")
 
 
@@ -344,7 +356,8 @@ def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=
 
 @functools.lru_cache(maxsize=16)
 def _compile(source: str) -> jinja2.Template:
-    """In the environment of transformers' apply_chat_template: sandboxed, for the code comes from strangers."""
+    """In the environment of transformers' apply_chat_template: sandboxed, for the code comes from
+    strangers."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
@@ -355,12 +368,14 @@ def _compile(source: str) -> jinja2.Template:
         return environment.from_string(source)
     except jinja2.TemplateError as error:
         raise ValueError(
-            f"the checkpoint's chat_template is not valid jinja ({error}); choose a built-in one by `template`"
+            f"the checkpoint's chat_template is not valid jinja ({error}); choose a built-in one by "
+            "`template`"
         ) from error
 
 
 def split_thought(content: str) -> tuple[str, str]:
-    """("t", "a") of "<think>\\nt\\n</think>\\n\\na", cut as Qwen3's jinja does; without a block ("", content)."""
+    """("t", "a") of "<think>\\nt\\n</think>\\n\\na", cut as Qwen3's jinja does; without a block ("",
+    content)."""
     if "</think>" not in content:
         return "", content
     head, answer = content.split("</think>")[0], content.split("</think>")[-1]
@@ -369,7 +384,8 @@ def split_thought(content: str) -> tuple[str, str]:
 
 
 def tool_calls(content: str) -> list[tuple[str, dict]] | None:
-    """[(name, arguments)] of a JSON call {"name": ..., "arguments": ...} or a list of them; None for other text."""
+    """[(name, arguments)] of a JSON call {"name": ..., "arguments": ...} or a list of them; None for other
+    text."""
     try:
         calls = json.loads(content)
     except json.JSONDecodeError:

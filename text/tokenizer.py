@@ -1,8 +1,8 @@
 """Text <-> token ids through the `tokenizers` library, with the special-token rules of a Hugging Face folder.
 
 A checkpoint's tokenizer.json holds the whole pipeline: normalizer, pre-tokenizer, BPE or Unigram model,
-post-processor, decoder. The other json files beside it say which tokens begin, end and pad a text. Three things
-here go beyond a plain call of the library:
+post-processor, decoder. The other json files beside it say which tokens begin, end and pad a text. Three
+things here go beyond a plain call of the library:
 
 - `encode_parts`: ids of a text cut at part borders; the ids of a prompt never depend on the answer after it;
 - `stream`: text while ids arrive, never half a character; the concatenation equals `decode` of all ids;
@@ -23,9 +23,15 @@ from pathlib import Path
 import tokenizers
 
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    "tokenizer.model", "vocab.json", "merges.txt",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+)
 SHORT_TAIL = 256  # characters; texts up to this length between a special token and a border are remembered
 REMEMBERED_TAILS = 4096  # entries; bounds the memory of that table to a few MB
 
@@ -36,12 +42,13 @@ class Tokenizer:
     def __init__(
         self, backend: tokenizers.Tokenizer, special: dict[str, str | None], folder: Path | None = None
     ):
-        """backend: the loaded tokenizer.json.  special: bos/eos/pad/unk -> a token of the vocabulary, or None."""
+        """backend: the loaded tokenizer.json.  special: bos/eos/pad/unk -> a token of the vocabulary, or
+        None."""
         backend.no_truncation()
         backend.no_padding()
         self._post_processor = backend.post_processor
-        # encode() calls the post-processor by hand: ByteLevel's moves the begin of a token behind its spaces, so
-        # that encode_parts would find a token of spaces on the wrong side of a border.
+        # encode() calls the post-processor by hand: ByteLevel's moves the begin of a token behind its spaces,
+        # so that encode_parts would find a token of spaces on the wrong side of a border.
         backend.post_processor = None
         self._backend = backend
         self._continuation = _without_prefix_space(backend)
@@ -67,7 +74,8 @@ class Tokenizer:
             [i for i, t in added.items() if t.special] + [i for i in named if i is not None]
         )
         self._added_ids = frozenset(added)
-        # Texts are cut at these tokens before anything else, so what is left of them cannot change what is right.
+        # Texts are cut at these tokens before anything else, so what is left of them cannot change what is
+        # right.
         self._anchor_ids = frozenset(i for i, t in added.items() if not t.normalized)
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         if self.eos_id is not None:
@@ -108,8 +116,8 @@ class Tokenizer:
     def encode(self, text: str, add_special: bool = False) -> list[int]:
         """Ids of `text`. Special strings in the text become their tokens.
 
-        add_special=True adds what tokenizer.json's post-processor adds (bos for Llama, nothing for Qwen). Like
-        transformers 5, it ignores add_bos_token and add_eos_token of tokenizer_config.json.
+        add_special=True adds what tokenizer.json's post-processor adds (bos for Llama, nothing for Qwen).
+        Like transformers 5, it ignores add_bos_token and add_eos_token of tokenizer_config.json.
         """
         encoding = self._backend.encode(text, add_special_tokens=False)
         if add_special and self._post_processor is not None:
@@ -145,15 +153,16 @@ class Tokenizer:
         return [(ids[a:b], starts[a:b]) for a, b in itertools.pairwise(cuts)]
 
     def _left_is_independent(self, text: str, ids: list[int], offsets: list[tuple[int, int]]) -> bool:
-        """Whether `text` alone encodes to `ids`, its share of a longer text. Only what follows the last special
-        token has to be encoded again, because texts are cut at special tokens first."""
+        """Whether `text` alone encodes to `ids`, its share of a longer text. Only what follows the last
+        special token has to be encoded again, because texts are cut at special tokens first."""
         anchor = max(len(ids) - 1, 0)
         while anchor > 0 and ids[anchor] not in self._anchor_ids:
             anchor -= 1
         return self._remembered(text[offsets[anchor][0] if anchor else 0 :]) == ids[anchor:]
 
     def _remembered(self, text: str) -> list[int]:
-        """encode(text); short texts such as "<|im_start|>assistant\\n" come up in every example and are kept."""
+        """encode(text); short texts such as "<|im_start|>assistant\\n" come up in every example and are
+        kept."""
         if len(text) > SHORT_TAIL:
             return self._backend.encode(text, add_special_tokens=False).ids
         ids = self._tail_ids.get(text)
@@ -181,8 +190,8 @@ class Tokenizer:
         return result
 
     def _encode_piece(self, text: str, begin: int) -> tuple[list[int], list[int]]:
-        """Ids and first characters of `text`, which starts at character `begin` of a longer one. Where begin > 0
-        no prefix space is put before its first word; after its first special token all is as usual."""
+        """Ids and first characters of `text`, which starts at character `begin` of a longer one. Where begin
+        > 0 no prefix space is put before its first word; after its first special token all is as usual."""
         encoding = self._backend.encode(text, add_special_tokens=False)
         ids, starts = encoding.ids, [begin + start for start, _ in encoding.offsets]
         if begin == 0 or self._continuation is None:
@@ -224,7 +233,8 @@ class Tokenizer:
         return self._backend.token_to_id(token)
 
     def pipeline(self) -> dict:
-        """The parts of tokenizer.json, with the tokens that only the other files list; without the post-processor."""
+        """The parts of tokenizer.json, with the tokens that only the other files list; without the
+        post-processor."""
         return json.loads(self._backend.to_str())
 
     def stream(self, skip_special: bool = True) -> "StreamDecoder":
@@ -292,7 +302,8 @@ def _finish(steps: list) -> list[str]:
 
 
 class _Step:
-    """A decoder step of `tokenizers` that gets one piece of text at a time. This one is Fuse: it changes nothing."""
+    """A decoder step of `tokenizers` that gets one piece of text at a time. This one is Fuse: it changes
+    nothing."""
 
     def feed(self, piece: str) -> list[str]:
         """The pieces that are final after `piece`."""
@@ -453,10 +464,16 @@ def _without_prefix_space(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer
     if changed == parts:
         return None
     empty = {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
-        "normalizer": changed[0], "pre_tokenizer": changed[1],
-        "post_processor": None, "decoder": None, "model": {"type": "BPE", "vocab": {}, "merges": []},
-    }  # fmt: skip
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": changed[0],
+        "pre_tokenizer": changed[1],
+        "post_processor": None,
+        "decoder": None,
+        "model": {"type": "BPE", "vocab": {}, "merges": []},
+    }
     shell = tokenizers.Tokenizer.from_str(json.dumps(empty))
     continuation = tokenizers.Tokenizer(backend.model)
     if changed[0] is not None:
@@ -498,9 +515,12 @@ def _load_backend(folder: Path) -> tokenizers.Tokenizer:
     found = f"found {', '.join(present)}" if present else "no tokenizer file at all is there"
     if (folder / "tokenizer.model").exists():
         raise FileNotFoundError(
-            f"{folder}: there is tokenizer.model but no tokenizer.json. The SentencePiece file has to be converted "
-            'once, in any environment with transformers and sentencepiece: python -c "from transformers import '
-            f"AutoTokenizer; AutoTokenizer.from_pretrained('{folder}').save_pretrained('{folder}')\"; or import a "
+            f"{folder}: there is tokenizer.model but no tokenizer.json. The SentencePiece file has to be "
+            "converted "
+            'once, in any environment with transformers and sentencepiece: python -c "from transformers '
+            "import "
+            f"AutoTokenizer; AutoTokenizer.from_pretrained('{folder}').save_pretrained('{folder}')\"; or "
+            "import a "
             "GGUF file of the model with import_gguf.py, which writes tokenizer.json."
         )
     raise FileNotFoundError(
@@ -537,7 +557,8 @@ def _as_ids(value) -> list[int]:
 
 
 def _add_listed_tokens(backend: tokenizers.Tokenizer, folder: Path, config: dict, special_map: dict) -> None:
-    """Tokens that only the other files list, and the special flag of tokens that they name, as transformers."""
+    """Tokens that only the other files list, and the special flag of tokens that they name, as
+    transformers."""
     listed = [(int(i), entry) for i, entry in config.get("added_tokens_decoder", {}).items()]
     if not listed:
         listed = [(i, {"content": text}) for text, i in _read_json(folder / "added_tokens.json").items()]
@@ -550,7 +571,8 @@ def _add_listed_tokens(backend: tokenizers.Tokenizer, folder: Path, config: dict
         if found != token_id:
             raise ValueError(
                 f"{folder}: {entry['content']!r} should have id {token_id} (tokenizer_config.json or "
-                f"added_tokens.json), but tokenizer.json leads to id {found}. The files are not of one tokenizer."
+                f"added_tokens.json), but tokenizer.json leads to id {found}. The files are not of one "
+                "tokenizer."
             )
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     for source in (special_map, config):

@@ -1,8 +1,8 @@
 """How tool definitions are described in the system text: system text, definitions -> system text.
 
-A definition is OpenAI's JSON: {"type": "function", "function": {"name", "description", "parameters"}}, or only
-the inner part. Sources: LLaMA-Factory's "default" format; the chat_template of Qwen2.5 and Qwen3.
-Run: python -c "from text.tools import *; print(qwen_tools('Be brief.', [{'name': 'f'}]))"
+A definition is OpenAI's JSON: {"type": "function", "function": {"name", "description", "parameters"}}, or
+only the inner part. Sources: LLaMA-Factory's "default" format; the chat_template of Qwen2.5 and Qwen3. Run:
+python -c "from text.tools import *; print(qwen_tools('Be brief.', [{'name': 'f'}]))"
 """
 
 import json
@@ -45,7 +45,8 @@ def qwen_tools(system: str, tools: list[dict]) -> str:
     lines = "".join("\n" + json.dumps(tool, ensure_ascii=False) for tool in tools)
     text = (
         "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
-        f"You are provided with function signatures within <tools></tools> XML tags:\n<tools>{lines}\n</tools>"
+        "You are provided with function signatures within <tools></tools> XML "
+        f"tags:\n<tools>{lines}\n</tools>"
         "\n\nFor each function call, return a json object with function name and arguments within "
         "<tool_call></tool_call> XML tags:\n<tool_call>\n"
         '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'

@@ -1,6 +1,8 @@
-"""What a run learns: its stage, with the reference policy and the reward that the stage needs, built from options.
+"""What a run learns: its stage, with the reference policy and the reward that the stage needs, built from
+options.
 
-A stage learns of the reference and of the reward only what its constructor takes; which one they are is chosen here.
+A stage learns of the reference and of the reward only what its constructor takes; which one they are is
+chosen here.
 """
 
 from collections.abc import Iterable
@@ -48,9 +50,12 @@ STAGES: dict[str, type[Stage]] = {
 WRITES = ("ppo", "grpo")  # stages that learn from texts that the model writes
 OF_STAGES = {  # the stages that read a section; the others leave it alone
     RewardModelOptions: ("rm",),
-    PreferenceOptions: ("dpo", "orpo", "kto"), KTOOptions: ("kto",), RewardOptions: WRITES, GRPOOptions: ("grpo",),
+    PreferenceOptions: ("dpo", "orpo", "kto"),
+    KTOOptions: ("kto",),
+    RewardOptions: WRITES,
+    GRPOOptions: ("grpo",),
     PPOOptions: ("ppo",),
-}  # fmt: skip
+}
 OF_PAIRS = (
     "pref_loss",
     "pref_bco_weight",
@@ -95,8 +100,10 @@ def folders_beside(config: configuration.Config) -> dict[str, list[Path]]:
         quant.in_bits(
             reward.reward_model_quantization_bit, config[QuantOptions], "reward_model_quantization_bit"
         )
-    return {key: [resolve_folder(key, name, "main", config[ModelOptions]) for name in names]
-            for key, names in named.items()}  # fmt: skip
+    return {
+        key: [resolve_folder(key, name, "main", config[ModelOptions]) for name in names]
+        for key, names in named.items()
+    }
 
 
 def notices(config: configuration.Config) -> list[str]:
@@ -117,10 +124,17 @@ def make_rhythm(config: configuration.Config) -> Rhythm:
 
 
 def make_stage(
-    config: configuration.Config, model: Decoder, tokenizer: Tokenizer, template, prepared: Prepared, world: World,
-    *, reward: RewardSource | None = None,
-) -> Stage:  # fmt: skip
-    """The stage that the options ask for. The model holds the weights that the run starts from, even if it resumes.
+    config: configuration.Config,
+    model: Decoder,
+    tokenizer: Tokenizer,
+    template,
+    prepared: Prepared,
+    world: World,
+    *,
+    reward: RewardSource | None = None,
+) -> Stage:
+    """The stage that the options ask for. The model holds the weights that the run starts from, even if it
+    resumes.
 
     reward: what make_reward_ahead gave.
     """
@@ -152,9 +166,12 @@ def make_stage(
         if kind is PPO or options.beta:
             held_to = make_reference(config, model, tokenizer, None, world)
         shared = {
-            "tokenizer": tokenizer, "stop_ids": tokenizer.stop_ids, "reference": held_to,
-            "seed": config[TrainOptions].seed, "world": world,
-        }  # fmt: skip
+            "tokenizer": tokenizer,
+            "stop_ids": tokenizer.stop_ids,
+            "reference": held_to,
+            "seed": config[TrainOptions].seed,
+            "world": world,
+        }
         generation = how_to_write(config[GenerateOptions], tokenizer, template, world)
         if kind is PPO:
             shared["group_size"] = config[TrainOptions].gradient_accumulation_steps
@@ -174,20 +191,25 @@ def how_to_write(options: GenerateOptions, tokenizer: Tokenizer, template, world
     ]
     if bent:
         world.print(
-            f"note: texts are sampled with {', '.join(bent)}, which the probabilities of the loss leave out; for exact "
+            f"note: texts are sampled with {', '.join(bent)}, which the probabilities of the loss leave out; "
+            "for exact "
             "policy gradients set " + " ".join(f"{key}={value:g}" for key, value in neutral.items())
         )
     return ending_with(options, template, tokenizer)
 
 
 def make_reference(
-    config: configuration.Config, model: Decoder, tokenizer: Tokenizer, prepared: Prepared | None, world: World,
+    config: configuration.Config,
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prepared: Prepared | None,
+    world: World,
     ld_alpha: float | None = None,
-) -> Reference:  # fmt: skip
+) -> Reference:
     """The policy that training is held to, given the model with the weights it starts from.
 
-    prepared: the texts that it is asked for, if they are known ahead; None: the model writes them (ppo, grpo).
-    ld_alpha: as in heads.answer_sums.
+    prepared: the texts that it is asked for, if they are known ahead; None: the model writes them (ppo,
+    grpo). ld_alpha: as in heads.answer_sums.
     """
     options, run = config[ReferenceOptions], config[TrainOptions]
     live = prepared is None or not computes_ahead(config, prepared, world)
@@ -196,7 +218,8 @@ def make_reference(
         (folder,), adapters = beside["ref_model"], beside["ref_model_adapters"]
         if is_adapter(folder):
             raise ValueError(
-                f"ref_model: {folder} is an adapter; set ref_model=BASE ref_model_adapters={folder}, or train on it "
+                f"ref_model: {folder} is an adapter; set ref_model=BASE ref_model_adapters={folder}, or "
+                "train on it "
                 "with create_new_adapter=true, and the start is the reference"
             )
         refuse_other_tokenizer("ref_model", folder, tokenizer)
@@ -225,8 +248,9 @@ def make_reference(
 
 
 def computes_ahead(config: configuration.Config, prepared: Prepared, world: World) -> bool:
-    """Whether the reference's log-probabilities are computed before training: where that is no more work than beside
-    it, so not for a stream, nor for fewer updates than a pass over the data takes, unless the options say so."""
+    """Whether the reference's log-probabilities are computed before training: where that is no more work than
+    beside it, so not for a stream, nor for fewer updates than a pass over the data takes, unless the options
+    say so."""
     ahead, run = config[ReferenceOptions].precompute_ref_log_probs, config[TrainOptions]
     if (
         ahead is not None
@@ -240,8 +264,9 @@ def computes_ahead(config: configuration.Config, prepared: Prepared, world: Worl
 
 
 def make_reward_ahead(config: configuration.Config, tokenizer: Tokenizer) -> RewardSource | None:
-    """The reward of a stage that writes texts where functions or a server give it, so that a mistake there shows
-    before any weight is read; None where there is none, or a model gives it. Raises ValueError, StopRun."""
+    """The reward of a stage that writes texts where functions or a server give it, so that a mistake there
+    shows before any weight is read; None where there is none, or a model gives it. Raises ValueError,
+    StopRun."""
     options, run = config[RewardOptions], config[TrainOptions]
     if run.stage not in WRITES or run.only_predicts or run.plan:
         return None
@@ -275,7 +300,8 @@ def make_reward(config: configuration.Config, model: Decoder, tokenizer: Tokeniz
         return ModelReward(second, [*reversed(adapters), folder])
     if not is_adapter(folder):
         raise ValueError(
-            f"reward_model: {folder} is no adapter, as reward_model_type=lora has it; set reward_model_type=full"
+            f"reward_model: {folder} is no adapter, as reward_model_type=lora has it; set "
+            "reward_model_type=full"
         )
     if (folder / "tokenizer.json").is_file():
         refuse_other_tokenizer("reward_model", folder, tokenizer)
@@ -293,8 +319,10 @@ def refuse_other_base(key: str, adapter: Path, merged: Iterable[str], remedy: st
     """ValueError unless the adapter was trained on top of just these adapters, as far as its folder tells."""
     if not (adapter / ADAPTER_CONFIG).is_file():
         raise ValueError(f"{key}: {adapter} holds no adapter ({ADAPTER_CONFIG}); name the folder of one")
-    below, here = [[Path(name).expanduser().resolve() for name in names] for names in (
-        adapters_below(read_run(adapter)), merged)]  # fmt: skip
+    below, here = [
+        [Path(name).expanduser().resolve() for name in names]
+        for names in (adapters_below(read_run(adapter)), merged)
+    ]
     if below != here and (adapter / run_folder.RUN_CONFIG).is_file():
         on, found = ("+".join(map(str, each)) or "no other adapter" for each in (below, here))
         raise ValueError(
@@ -338,5 +366,6 @@ def refuse_other_tokenizer(key: str, folder: Path, tokenizer: Tokenizer) -> None
     differing = next(token for token in mine.keys() | theirs.keys() if mine.get(token) != theirs.get(token))
     raise ValueError(
         f"{key}: {folder} has another tokenizer: token {differing!r} is {theirs.get(differing)} there and "
-        f"{mine.get(differing)} in the trained model; both see the same token ids, so take a model of the same family"
+        f"{mine.get(differing)} in the trained model; both see the same token ids, so take a model of the "
+        "same family"
     )

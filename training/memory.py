@@ -1,14 +1,16 @@
-"""How much memory a training step needs, and so how much of it has to be computed twice (gradient_checkpointing).
+"""How much memory a training step needs, and so how much of it has to be computed twice
+(gradient_checkpointing).
 
-Counted per token and block, in numbers of the compute dtype, with the letters of model.py: the residual stream twice,
-two norms, q, k, v, the heads' output, gate, up and their product:
+Counted per token and block, in numbers of the compute dtype, with the letters of model.py: the residual
+stream twice, two norms, q, k, v, the heads' output, gate, up and their product:
 
     everything  4E + 2HD + 2KD + 3F        selective  2E + 2HD + 2KD + 2F        full  E        offload  0
 
-With MHA (HD = KD = E) that is 131.6 KB per token and block of a 7B model in bf16, 93.2 KB without what is cheap to make
-again. Under fp16 the residual stream counts twice, being fp32. To it come gradients, optimizer state, one block's
-backward pass, the loss, and the dense weight that quantised layers are used through. The numbers are estimates on the
-safe side (tests compare them with what torch keeps on a CPU); a wrong one costs time or memory, never a bit.
+With MHA (HD = KD = E) that is 131.6 KB per token and block of a 7B model in bf16, 93.2 KB without what is
+cheap to make again. Under fp16 the residual stream counts twice, being fp32. To it come gradients, optimizer
+state, one block's backward pass, the loss, and the dense weight that quantised layers are used through. The
+numbers are estimates on the safe side (tests compare them with what torch keeps on a CPU); a wrong one costs
+time or memory, never a bit.
 """
 
 import os
@@ -40,7 +42,8 @@ SLACK = 1.05  # of everything that is estimated
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that training adds to those of the weights. `blocks`: how many of the last have a backward pass."""
+    """Bytes that training adds to those of the weights. `blocks`: how many of the last have a backward
+    pass."""
 
     blocks: int
     gradients: float
@@ -56,7 +59,8 @@ class Need:
         return self.gradients + self.optimizer + self.head + self.block
 
     def activations(self, full: int, selective: int, offload: bool = False) -> float:
-        """Bytes kept at the fuller of two moments: the end of the forward pass, or when the last block runs again."""
+        """Bytes kept at the fuller of two moments: the end of the forward pass, or when the last block runs
+        again."""
         inputs = min(full, 2) * self.full if offload else full * self.full
         forward = inputs + selective * self.selective + (self.blocks - full - selective) * self.everything
         again = inputs + self.everything if full else 0.0
@@ -111,7 +115,8 @@ def need(model: Decoder, tokens: int, optimizer: str = "adamw_torch", ranks: int
 
 
 def first_trained(model: Decoder) -> int:
-    """Number of the first block with a backward pass. Blocks below it have no backward pass, so they keep nothing."""
+    """Number of the first block with a backward pass. Blocks below it have no backward pass, so they keep
+    nothing."""
     if model.embed_tokens.weight.requires_grad:
         return 0
     trains = [any(p.requires_grad for p in block.parameters()) for block in model.layers]
@@ -119,7 +124,8 @@ def first_trained(model: Decoder) -> int:
 
 
 def _of_adapters(model: Decoder, tokens: int, size: int) -> float:
-    """The narrow products x A^T, inputs that dropout made different with their masks, DoRA's outputs before scaling."""
+    """The narrow products x A^T, inputs that dropout made different with their masks, DoRA's outputs before
+    scaling."""
     total = 0
     for layer in lora_layers(model).values():
         total += tokens * layer.rank * size
@@ -131,14 +137,16 @@ def _of_adapters(model: Decoder, tokens: int, size: int) -> float:
 
 
 def _shared_weight(model: Decoder, size: int) -> float:
-    """The dense weight that a quantised layer is used through; all share the largest. DoRA's norms take another."""
+    """The dense weight that a quantised layer is used through; all share the largest. DoRA's norms take
+    another."""
     layers = quantised_linears(model).values()
     largest = max((layer.in_features * layer.out_features * size for layer in layers), default=0)
     return largest * (1 + any(layer.magnitude is not None for layer in lora_layers(model).values()))
 
 
 def _cast_weights(model: Decoder, compute: torch.dtype) -> float:
-    """A weight of another dtype than the compute dtype is cast where it is used; the copy stays until the backward."""
+    """A weight of another dtype than the compute dtype is cast where it is used; the copy stays until the
+    backward."""
     total = 0
     for name, parameter in model.layers.named_parameters():
         if parameter.dtype != compute and parameter.dim() == 2 and not name.endswith(("lora_a", "lora_b")):
@@ -147,10 +155,11 @@ def _cast_weights(model: Decoder, compute: torch.dtype) -> float:
 
 
 def choose(need: Need, free: float) -> tuple[int, int]:
-    """(full, selective): how many blocks run again and how many drop what is cheap, so that it fits into `free` bytes.
+    """(full, selective): how many blocks run again and how many drop what is cheap, so that it fits into
+    `free` bytes.
 
-    Dropping what is cheap comes first: counted by operations and traffic (not measured), a byte costs a seventh of the
-    time that it costs by running a block again. All blocks run again if nothing fits.
+    Dropping what is cheap comes first: counted by operations and traffic (not measured), a byte costs a
+    seventh of the time that it costs by running a block again. All blocks run again if nothing fits.
     """
     blocks = need.blocks
     most = blocks if need.selective < need.everything else 0
@@ -190,8 +199,8 @@ def plan(policy: str, need: Need, layers: int, device: torch.device, free: float
 
 
 def free_bytes(device: torch.device) -> float:
-    """What this process may still take: on a GPU the driver's free memory and what torch has cached, on a CPU the
-    memory that Linux calls available, elsewhere all there is."""
+    """What this process may still take: on a GPU the driver's free memory and what torch has cached, on a CPU
+    the memory that Linux calls available, elsewhere all there is."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached

@@ -1,5 +1,6 @@
-"""What a person and a machine see of a run: progress bar, log lines, trainer_log.jsonl, plot, TensorBoard and friends;
-and the instruments of the loop: Window (loss and speed since the last line) and Health (is every loss finite).
+"""What a person and a machine see of a run: progress bar, log lines, trainer_log.jsonl, plot, TensorBoard and
+friends; and the instruments of the loop: Window (loss and speed since the last line) and Health (is every
+loss finite).
 
 Only rank 0 makes a Monitor that writes. File names and keys are the ones the ecosystem knows (LLaMA-Factory's
 trainer_log.jsonl, the Hugging Face trainer's log_history and all_results.json).
@@ -91,7 +92,8 @@ class Monitor:
         self.total_steps = 0
 
     def begin(self, step: int, total_steps: int, history: list[dict], seconds_before: float) -> None:
-        """Start after `step` updates, made by earlier processes in seconds_before; open the bar and the services.
+        """Start after `step` updates, made by earlier processes in seconds_before; open the bar and the
+        services.
 
         What the logs say beyond `step` is of updates that will be done again, or of another run: it goes.
         """
@@ -143,7 +145,8 @@ class Monitor:
         self._say(_line(step, self.total_steps, values) + (f"  {remaining} left" if "loss" in values else ""))
 
     def show_samples(self, step: int, rows: list[dict]) -> None:
-        """Some of the generated texts, from all over the rows: for the reader, and in generated_samples.jsonl."""
+        """Some of the generated texts, from all over the rows: for the reader, and in
+        generated_samples.jsonl."""
         if not self.active or not rows:
             return
         count = min(SAMPLES, len(rows))
@@ -197,7 +200,8 @@ def _under_known_names(values: dict[str, float]) -> dict[str, float]:
 
 
 def _excerpt(name: str, text: str | None) -> str:
-    """On one line, without characters that could steer a terminal: the end of a prompt, the beginning of an answer."""
+    """On one line, without characters that could steer a terminal: the end of a prompt, the beginning of an
+    answer."""
     if text is None:
         return "(none)"
     cut = len(text) > SAMPLE_CHARACTERS
@@ -379,7 +383,8 @@ class Window:
 
 
 class Health:
-    """Finds the first update whose loss or gradient is not finite, without waiting for the device each time."""
+    """Finds the first update whose loss or gradient is not finite, without waiting for the device each
+    time."""
 
     def __init__(self, world: World, names: list[str]):
         self.world, self.names = world, names  # names: of the data sets

@@ -1,8 +1,8 @@
 """Optimizers, parameter groups, learning-rate schedules. Knows torch only; bitsandbytes is loaded on demand.
 
 AdamW (Loshchilov & Hutter, arXiv 1711.05101), Adafactor (arXiv 1804.04235, torch's version), SGD, and
-bitsandbytes' AdamW and Lion (arXiv 2302.06675) with state in 8 bits (arXiv 2110.02861) or in paged memory. The
-schedules are those of the Hugging Face trainer under the same names, each a pure function of the step: no
+bitsandbytes' AdamW and Lion (arXiv 2302.06675) with state in 8 bits (arXiv 2110.02861) or in paged memory.
+The schedules are those of the Hugging Face trainer under the same names, each a pure function of the step: no
 scheduler state to save, or to get wrong on resume.
 
     optimizer = optim.make_optimizer(model, options)
@@ -25,17 +25,23 @@ from torch import Tensor, nn
 # kind -> the keys that lr_scheduler_kwargs may hold, with their defaults; ... marks a key that must be given.
 # None: worked out from the other numbers (see _after_warmup and _warmup_stable_decay).
 SCHEDULE_KEYS: dict[str, dict[str, Any]] = {
-    "linear":               {},
-    "cosine":               {"num_cycles": 0.5},
+    "linear": {},
+    "cosine": {"num_cycles": 0.5},
     "cosine_with_restarts": {"num_cycles": 1},
-    "cosine_with_min_lr":   {"num_cycles": 0.5, "min_lr": None, "min_lr_rate": None},
-    "polynomial":           {"power": 1.0, "lr_end": 1e-7},
-    "constant":             {},
+    "cosine_with_min_lr": {"num_cycles": 0.5, "min_lr": None, "min_lr_rate": None},
+    "polynomial": {"power": 1.0, "lr_end": 1e-7},
+    "constant": {},
     "constant_with_warmup": {},
-    "inverse_sqrt":         {"timescale": None},
-    "warmup_stable_decay":  {"num_decay_steps": ..., "num_stable_steps": None, "warmup_type": "linear",
-                             "decay_type": "cosine", "min_lr_ratio": 0.0, "num_cycles": 0.5},
-}  # fmt: skip
+    "inverse_sqrt": {"timescale": None},
+    "warmup_stable_decay": {
+        "num_decay_steps": ...,
+        "num_stable_steps": None,
+        "warmup_type": "linear",
+        "decay_type": "cosine",
+        "min_lr_ratio": 0.0,
+        "num_cycles": 0.5,
+    },
+}
 RAMPS = ("linear", "cosine", "1-sqrt")  # values of warmup_type and decay_type
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")  # where torch.optim.AdamW has a one-kernel update
 BITSANDBYTES_CLASSES = {
@@ -73,7 +79,8 @@ class OptimOptions:
             "paged_lion_8bit",
             "paged_lion_32bit",
         ],
-        "optimizer; adamw_torch takes the fused kernel where the device has one; 8bit, paged and lion ones are "
+        "optimizer; adamw_torch takes the fused kernel where the device has one; 8bit, paged and lion ones "
+        "are "
         "bitsandbytes'; lion wants a learning rate of a third to a tenth of AdamW's",
     ] = "adamw_torch"
     learning_rate: Annotated[float, "peak learning rate"] = 5e-5
@@ -299,7 +306,8 @@ def _bitsandbytes_optimizer(model, groups, options: OptimOptions, adam) -> torch
     on_cpu = any(p.device.type == "cpu" for group in groups for _, p in group["params"])
     if on_cpu and name in ON_CPU:
         raise ValueError(
-            f"optim: {name} pages state out of GPU memory, but the parameters are on the CPU; use {ON_CPU[name]}"
+            f"optim: {name} pages state out of GPU memory, but the parameters are on the CPU; use "
+            f"{ON_CPU[name]}"
         )
     if "lion" in name:
         del adam["eps"]
@@ -325,8 +333,8 @@ def _keep_embeddings_in_fp32(optimizer: torch.optim.Optimizer, model: nn.Module)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Bring back what optimizer.state_dict() gave. Paged state is paged again: bitsandbytes alone would put all of it
-    into GPU memory, and the run that fitted before would not fit any more."""
+    """Bring back what optimizer.state_dict() gave. Paged state is paged again: bitsandbytes alone would put
+    all of it into GPU memory, and the run that fitted before would not fit any more."""
     optimizer.load_state_dict(state)
     if not getattr(optimizer, "is_paged", False):
         return

@@ -1,16 +1,18 @@
-"""What a training run will take, before any weight is read: peak memory by part, and the most tokens/s there can be.
+"""What a training run will take, before any weight is read: peak memory by part, and the most tokens/s there
+can be.
 
     python train.py configs/qlora.yaml plan=true
 
-The model stands without its numbers (device "meta"), with adapters and quantised layers of the right sizes, so every
-count is made on the modules that a run would train. Memory is that of the fullest moment: loading, the loss, or the
-backward pass of one block. The bound on speed counts products alone, at a rate that is measured on the spot:
+The model stands without its numbers (device "meta"), with adapters and quantised layers of the right sizes,
+so every count is made on the modules that a run would train. Memory is that of the fullest moment: loading,
+the loss, or the backward pass of one block. The bound on speed counts products alone, at a rate that is
+measured on the spot:
 
     forward 2N, gradient of the activations 2N, of trained weights 2N; attention 2 H D S and 5 H D S per layer
 
-FLOPs per token, with N weights of the linears, S the mean segment length as attention sees it (sum len^2 / sum len);
-only trained tokens reach the head, blocks below the lowest trained one have no gradient, recomputed blocks run twice.
-Quantised weights are written and read once more in each pass, at the speed of memory.
+FLOPs per token, with N weights of the linears, S the mean segment length as attention sees it (sum len^2 /
+sum len); only trained tokens reach the head, blocks below the lowest trained one have no gradient, recomputed
+blocks run twice. Quantised weights are written and read once more in each pass, at the speed of memory.
 """
 
 import os
@@ -117,12 +119,18 @@ class Peak:
 
 
 def predict_peak(
-    model: Decoder, chosen: recompute.Plan, need: memory.Need, file_bytes: float, device: torch.device,
-    beside: dict[str, float] | None = None, *, cache: float = 0.0,
-) -> Peak:  # fmt: skip
-    """model: the skeleton, prepared as for training; chosen, need: what memory.plan and memory.need say of it;
-    file_bytes: of the largest file of weights; beside: bytes of other models that are held (reference, reward);
-    cache: cache_bytes of a stage that writes texts, which it does between its updates."""
+    model: Decoder,
+    chosen: recompute.Plan,
+    need: memory.Need,
+    file_bytes: float,
+    device: torch.device,
+    beside: dict[str, float] | None = None,
+    *,
+    cache: float = 0.0,
+) -> Peak:
+    """model: the skeleton, prepared as for training; chosen, need: what memory.plan and memory.need say of
+    it; file_bytes: of the largest file of weights; beside: bytes of other models that are held (reference,
+    reward); cache: cache_bytes of a stage that writes texts, which it does between its updates."""
     parts = {} if device.type == "cuda" else {"process": float(resident_bytes())}
     packed = [module for module in model.modules() if isinstance(module, QuantLinear)]
     frozen = [p for p in model.parameters() if not p.requires_grad]
@@ -147,8 +155,8 @@ def predict_peak(
 
 
 def cache_bytes(config: ModelConfig, texts: int, prompt: int, new: int, size: int) -> float:
-    """Keys and values of so many texts that are written together, of at most prompt + new tokens, with numbers of
-    `size` bytes; where the cache has to grow, the old and the new one."""
+    """Keys and values of so many texts that are written together, of at most prompt + new tokens, with
+    numbers of `size` bytes; where the cache has to grow, the old and the new one."""
     capacity = held = prompt + min(new, FIRST_ROOM)
     while capacity < prompt + new - 1:  # the last token is never fed
         held = capacity + capacity + capacity // 2
@@ -203,8 +211,8 @@ def bound_speed(
     tokens: int,
     device: torch.device,
 ) -> Bound:
-    """lengths (segments,) of the data in tokens; trained_share: of the tokens that reach the head; tokens: of a
-    micro-batch, which is how often quantised weights are made dense."""
+    """lengths (segments,) of the data in tokens; trained_share: of the tokens that reach the head; tokens: of
+    a micro-batch, which is how often quantised weights are made dense."""
     compute = model.compute_dtype or model.embed_tokens.weight.dtype
     work = count_flops(model, chosen, mean_context(lengths), trained_share)
     rate, bandwidth = measure_products(compute, device), measure_copies(device)
@@ -221,7 +229,8 @@ def bound_speed(
 
 
 def mean_context(lengths: np.ndarray) -> float:
-    """Tokens of its own segment that a token meets on average, whole segments counted: sum len^2 / sum len."""
+    """Tokens of its own segment that a token meets on average, whole segments counted: sum len^2 / sum
+    len."""
     lengths = lengths.astype(np.float64)
     return float((lengths**2).sum() / lengths.sum())
 

@@ -4,10 +4,9 @@
     numbers, rows = predictor.run(model, "eval")        # {"eval_rouge-1": ..., "eval_bleu-4": ...}, what was written
     numbers = write_predictions(predictor, model, output_dir, world)           # ... into generated_predictions.jsonl
 
-The texts depend on weights, rows and `seed` only: during training, afterwards and in a run of its own they are the
-same, on any number of ranks. Nothing that a training goes on with is touched: each text has a random generator of its
-own, and the model's mode is put back.
-Stage rm writes scores in place of texts.
+The texts depend on weights, rows and `seed` only: during training, afterwards and in a run of its own they
+are the same, on any number of ranks. Nothing that a training goes on with is touched: each text has a random
+generator of its own, and the model's mode is put back. Stage rm writes scores in place of texts.
 """
 
 import itertools
@@ -81,12 +80,14 @@ class TextPredictor:
         self.names = METRICS if labels else ()
         if not chinese_is_cut() and any(CHINESE.search(label) for label in labels):
             world.print(
-                "note: jieba is not installed, so ROUGE takes Chinese by the character, not by the word; for the usual "
+                "note: jieba is not installed, so ROUGE takes Chinese by the character, not by the word; for "
+                "the usual "
                 "numbers: pip install jieba"
             )
 
     def run(self, model: Decoder, kind: str) -> tuple[dict[str, float], list[dict]]:
-        """Rows: prompt, label (None where the row has no answer), predict; of several sets also the set's name."""
+        """Rows: prompt, label (None where the row has no answer), predict; of several sets also the set's
+        name."""
         self._check_lengths(model)
         started = time.monotonic()
         several, tokens = len(self.prompts) > 1, 0
@@ -130,8 +131,10 @@ class TextPredictor:
             longest = max(prompts, key=lambda prompt: len(prompt.ids))
             if len(longest.ids) >= limit:
                 raise ValueError(
-                    f"predict_with_generate: {name} row {longest.source[1]}: the prompt has {len(longest.ids)} tokens, "
-                    f"but the model takes {limit} with the answer; set cutoff_len below that to leave such rows out"
+                    f"predict_with_generate: {name} row {longest.source[1]}: the prompt has "
+                    f"{len(longest.ids)} tokens, "
+                    f"but the model takes {limit} with the answer; set cutoff_len below that to leave such "
+                    "rows out"
                 )
 
 
@@ -172,15 +175,22 @@ class ScorePredictor:
 def _of_all_ranks(
     make: Callable[[range], list], count: int, rows_per_batch: int, what: str, world: World
 ) -> list[list]:
-    """make(rows) of all batches of `count` rows, in the order of the rows: each rank makes every size-th batch."""
+    """make(rows) of all batches of `count` rows, in the order of the rows: each rank makes every size-th
+    batch."""
     starts = range(0, count, rows_per_batch)[world.rank :: world.size]
     mine = [range(start, min(start + rows_per_batch, count)) for start in starts]
     made: list[tuple[int, list]] = []
     terminal = sys.stderr.isatty()
     bar = tqdm(
-        total=sum(map(len, mine)), desc=what, unit=" rows", disable=not world.is_main, leave=False, delay=2.0,
-        mininterval=0.1 if terminal else QUIET_SECONDS, dynamic_ncols=terminal,
-    )  # fmt: skip
+        total=sum(map(len, mine)),
+        desc=what,
+        unit=" rows",
+        disable=not world.is_main,
+        leave=False,
+        delay=2.0,
+        mininterval=0.1 if terminal else QUIET_SECONDS,
+        dynamic_ncols=terminal,
+    )
     with bar:
         for rows in mine:
             made.append((rows.start, make(rows)))
@@ -193,7 +203,8 @@ def _prompts(store: ExampleStore, tokenizer: Tokenizer) -> list[Prompt]:
 
 
 def _join(measured: dict[str, dict[str, float]], kind: str) -> dict[str, float]:
-    """<kind>_<metric> is the mean over the sets that have it; of several sets there is <kind>_<set>_<metric> too."""
+    """<kind>_<metric> is the mean over the sets that have it; of several sets there is <kind>_<set>_<metric>
+    too."""
     numbers: dict[str, float] = {}
     if len(measured) > 1:
         each_set = ((f"{kind}_{name}_", each) for name, each in measured.items())
@@ -206,7 +217,8 @@ def _join(measured: dict[str, dict[str, float]], kind: str) -> dict[str, float]:
 
 
 def write_predictions(predictor: Predictor, model: Decoder, folder: Path, world: World) -> dict[str, float]:
-    """Write generated_predictions.jsonl; gives what was measured, the time and the speed. All ranks call it."""
+    """Write generated_predictions.jsonl; gives what was measured, the time and the speed. All ranks call
+    it."""
     started = time.monotonic()
     numbers, rows = predictor.run(model, "predict")
     seconds = max(time.monotonic() - started, 1e-9)

@@ -1,9 +1,11 @@
-"""A training run and its folder: options, checkpoint-<step> that is complete or absent, resuming, the result, signals.
+"""A training run and its folder: options, checkpoint-<step> that is complete or absent, resuming, the result,
+signals.
 
-A checkpoint is written under a temporary name, flushed to the disk, then renamed, so a kill -9 or a full disk at any
-moment leaves the earlier ones untouched. It holds the weights in Hugging Face or PEFT layout, trainer_state.json,
-`training_state.pt` (optimizer, scaler, counters) and one `rank_state_<rank>.pt` per rank; both are read with
-weights_only=True. A run may continue only with the settings that decided its weights so far (`fingerprint`).
+A checkpoint is written under a temporary name, flushed to the disk, then renamed, so a kill -9 or a full disk
+at any moment leaves the earlier ones untouched. It holds the weights in Hugging Face or PEFT layout,
+trainer_state.json, `training_state.pt` (optimizer, scaler, counters) and one `rank_state_<rank>.pt` per rank;
+both are read with weights_only=True. A run may continue only with the settings that decided its weights so
+far (`fingerprint`).
 """
 
 import errno
@@ -34,20 +36,31 @@ RESULTS = "train_results.json"  # written last: a run that has it is finished
 SAVE_REQUEST = "SAVE"  # `touch output_dir/SAVE` asks a running training for a checkpoint
 # what an overwriting run removes beside the checkpoints; weights stay until the new ones replace them
 LOGS = (
-    "trainer_log.jsonl", TRAINER_STATE, RESULTS, "eval_results.json", "predict_results.json", "all_results.json",
-    "training_loss.png", "generated_samples.jsonl", "generated_predictions.jsonl",
-)  # fmt: skip
+    "trainer_log.jsonl",
+    TRAINER_STATE,
+    RESULTS,
+    "eval_results.json",
+    "predict_results.json",
+    "all_results.json",
+    "training_loss.png",
+    "generated_samples.jsonl",
+    "generated_predictions.jsonl",
+)
 WEIGHTS = (
-    "adapter_config.json", "adapter_model.safetensors", "model*.safetensors", "model.safetensors.index.json",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "model*.safetensors",
+    "model.safetensors.index.json",
     "value_head.safetensors",
-)  # fmt: skip
+)
 PIECES, PIECE_BYTES = 256, 2**16  # 16 MiB of each file: some ms, where all of a large model takes minutes
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NAME = re.compile(r"checkpoint-(\d+)")
 _TEMPORARY = ".tmp-"
 _GRACE_SECONDS = 1.0  # a terminal and a launcher may both pass on one Ctrl-C; a later one means it
 
-# Keys that a resumed run may change: they decide how long, where and how talkatively it trains, not what it computes.
+# Keys that a resumed run may change: they decide how long, where and how talkatively it trains, not what it
+# computes.
 FREE = frozenset(
     """output_dir overwrite_output_dir resume_from_checkpoint do_train do_eval do_predict num_train_epochs
     max_steps predict_with_generate gradient_checkpointing device ddp_timeout logging_steps logging_first_step
@@ -64,7 +77,8 @@ COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-
 class TrainOptions:
     stage: Annotated[
         Literal["pt", "sft", "rm", "dpo", "orpo", "kto", "ppo", "grpo"],
-        "pretraining on text, supervised fine-tuning on dialogues, reward model, preferences (dpo, orpo: pairs; kto: "
+        "pretraining on text, supervised fine-tuning on dialogues, reward model, preferences (dpo, orpo: "
+        "pairs; kto: "
         "single answers), reinforcement learning (ppo, grpo)",
     ] = "sft"
     do_train: Annotated[bool | None, "train; default: yes, unless do_eval or do_predict is set"] = None
@@ -94,7 +108,8 @@ class TrainOptions:
     upcast_layernorm: Annotated[bool | None, "weights of norms in fp32; default: on a quantised base"] = None
     gradient_checkpointing: Annotated[
         bool | Literal["auto", "none", "selective", "full", "offload"],
-        "what the backward pass computes again: nothing, norms and activations, whole blocks (true), those with their "
+        "what the backward pass computes again: nothing, norms and activations, whole blocks (true), those "
+        "with their "
         "inputs in host memory; auto = as little as memory allows",
     ] = "auto"
     torch_compile: Annotated[
@@ -161,7 +176,8 @@ class TrainOptions:
             self._check_compilation()
         if self.compiles and self.recomputation == "selective":
             raise ValueError(
-                "gradient_checkpointing: selective is of no use with torch_compile, which chooses by itself what it "
+                "gradient_checkpointing: selective is of no use with torch_compile, which chooses by itself "
+                "what it "
                 "keeps; set it to none or full"
             )
         if self.max_steps <= 0 and not self.num_train_epochs > 0:
@@ -232,7 +248,8 @@ class StopRun(Exception):
 
 @dataclass
 class Progress:
-    """Counters that have to survive a kill beside weights, optimizer and random numbers. Equal on all ranks."""
+    """Counters that have to survive a kill beside weights, optimizer and random numbers. Equal on all
+    ranks."""
 
     step: int = 0  # updates done
     logged_tokens: int = 0  # trained through by all ranks up to the last log line, prompt tokens included
@@ -264,7 +281,8 @@ def trainer_state(output_dir: Path, progress: Progress, total_steps: int, epoch:
 def reserve(output_dir: Path, world: World) -> Iterator[None]:
     """Make the folder and keep other trainings out of it while the block runs. Raises ValueError.
 
-    The lock (flock on the folder itself, held by rank 0) leaves no file and ends with the process, however it ends.
+    The lock (flock on the folder itself, held by rank 0) leaves no file and ends with the process, however it
+    ends.
     """
     handle, problem = -1, ""
     if world.is_main:
@@ -301,10 +319,11 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def find_resume(output_dir: Path, resume_from_checkpoint: str | None, overwrite: bool) -> Path | None:
-    """The checkpoint to continue from, or None to start anew. Raises ValueError when the folder holds something else.
+    """The checkpoint to continue from, or None to start anew. Raises ValueError when the folder holds
+    something else.
 
-    resume_from_checkpoint: None = the newest in output_dir unless `overwrite`; "true" the same but there has to be one;
-    "false" = start anew; else a path.
+    resume_from_checkpoint: None = the newest in output_dir unless `overwrite`; "true" the same but there has
+    to be one; "false" = start anew; else a path.
     """
     choice = (resume_from_checkpoint or "").lower()
     checkpoints = list_checkpoints(output_dir)
@@ -325,7 +344,8 @@ def find_resume(output_dir: Path, resume_from_checkpoint: str | None, overwrite:
     if anew and checkpoints:
         # they would be rotated, or resumed from, as if they were this run's
         raise ValueError(
-            f"resume_from_checkpoint: false, but {output_dir} holds {checkpoints[-1].name} of an earlier run; choose "
+            f"resume_from_checkpoint: false, but {output_dir} holds {checkpoints[-1].name} of an earlier "
+            "run; choose "
             "another output_dir, or set overwrite_output_dir=true to remove the old checkpoints"
         )
     if checkpoints:
@@ -341,8 +361,8 @@ def find_resume(output_dir: Path, resume_from_checkpoint: str | None, overwrite:
 def refuse_to_destroy(
     output_dir: Path, overwrite: bool, sources: Mapping[str, Sequence[Path]], trained_on: Path | None
 ) -> None:
-    """ValueError when the run would replace or remove what it is made from. sources: key -> folders; trained_on: the
-    one of adapter_name_or_path that the result may replace."""
+    """ValueError when the run would replace or remove what it is made from. sources: key -> folders;
+    trained_on: the one of adapter_name_or_path that the result may replace."""
     home = output_dir.resolve()
     doomed = [checkpoint.resolve() for checkpoint in list_checkpoints(output_dir)] if overwrite else []
     for key, source in ((key, folder) for key, folders in sources.items() for folder in folders):
@@ -399,9 +419,11 @@ def _remove(path: Path) -> None:
 def write_checkpoint(
     output_dir: Path, step: int, world: World, write: Callable[[Path], None], state: dict
 ) -> Path:
-    """Make checkpoint-<step>: `write(folder)` on rank 0 puts weights and STATE_FILE there, every rank its own state.
+    """Make checkpoint-<step>: `write(folder)` on rank 0 puts weights and STATE_FILE there, every rank its own
+    state.
 
-    Raises StopRun (with what was free) after removing the half-written folder; earlier checkpoints are untouched.
+    Raises StopRun (with what was free) after removing the half-written folder; earlier checkpoints are
+    untouched.
     """
     final, temporary = output_dir / f"checkpoint-{step}", output_dir / f"{_TEMPORARY}checkpoint-{step}"
 
@@ -423,7 +445,8 @@ def write_checkpoint(
 
 
 def write_result(output_dir: Path, world: World, write: Callable[[Path], None]) -> None:
-    """Put the files of `write(folder)` into output_dir; weights of an earlier run there go. Raises StopRun."""
+    """Put the files of `write(folder)` into output_dir; weights of an earlier run there go. Raises
+    StopRun."""
     temporary = output_dir / f"{_TEMPORARY}result"
 
     def write_all(folder: Path) -> None:
@@ -471,7 +494,8 @@ def _write_or_stop(temporary: Path, final: Path, world: World, write: Callable[[
     free = shutil.disk_usage(final.parent).free / 1e9
     shutil.rmtree(temporary, ignore_errors=True)
     raise StopRun(
-        f"output_dir: {final} could not be written ({reason}; {free:.2f} GB are free). Nothing half-written is left "
+        f"output_dir: {final} could not be written ({reason}; {free:.2f} GB are free). Nothing half-written "
+        "is left "
         "and earlier checkpoints are complete; make room and run the same command to continue"
     ) from failure
 
@@ -511,7 +535,8 @@ def read_checkpoint(folder: Path, fingerprint: Mapping[str, str], world: World) 
     if "optimizer" not in state:
         raise ValueError(
             f"{folder}: saved with save_only_model, so there is no optimizer state to continue from; set "
-            "overwrite_output_dir=true, or give it as adapter_name_or_path or model_name_or_path of another run"
+            "overwrite_output_dir=true, or give it as adapter_name_or_path or model_name_or_path of another "
+            "run"
         )
     return state | {"rank": read_state(folder / f"rank_state_{world.rank}.pt")}
 
@@ -532,7 +557,8 @@ def read_state(path: Path) -> dict:
 
 
 def read_plain(path: Path) -> object:
-    """What torch.save wrote: tensors and plain values. Raises ValueError that says what is wrong with the file."""
+    """What torch.save wrote: tensors and plain values. Raises ValueError that says what is wrong with the
+    file."""
     try:
         with zipfile.ZipFile(
             path
@@ -566,8 +592,8 @@ def fingerprint(values: Mapping[str, object], world: World, described: Mapping[s
 
 
 def digest(paths: Iterable[Path]) -> str:
-    """A hash of names, sizes and bytes of these files: of all bytes of a small one, of a large one pieces all over it,
-    which any training changes."""
+    """A hash of names, sizes and bytes of these files: of all bytes of a small one, of a large one pieces all
+    over it, which any training changes."""
     hashed = hashlib.blake2b(digest_size=8)
     for path in sorted(paths):
         size = path.stat().st_size
@@ -580,14 +606,17 @@ def digest(paths: Iterable[Path]) -> str:
 
 
 def check_fingerprint(folder: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """ValueError that names each setting in which a resumed run differs. Keys new to this version do not count."""
+    """ValueError that names each setting in which a resumed run differs. Keys new to this version do not
+    count."""
     changed = [
         f"{key} was {before[key]}, is {now[key]}" for key in now if key in before and before[key] != now[key]
     ]
     if changed:
         raise ValueError(
-            f"{folder}: cannot be continued with other settings: {'; '.join(changed)}. Restore them, choose another "
-            "output_dir (weights to start from are given as adapter_name_or_path or model_name_or_path), or set "
+            f"{folder}: cannot be continued with other settings: {'; '.join(changed)}. Restore them, choose "
+            "another "
+            "output_dir (weights to start from are given as adapter_name_or_path or model_name_or_path), or "
+            "set "
             "overwrite_output_dir=true to start anew"
         )
 
@@ -611,7 +640,8 @@ def restore_random_state(state: dict, device: torch.device) -> None:
 
 @contextmanager
 def catch_signals() -> Iterator[list[int]]:
-    """SIGTERM and SIGINT are noted in the list, for a checkpoint after the current step; a repeated one kills."""
+    """SIGTERM and SIGINT are noted in the list, for a checkpoint after the current step; a repeated one
+    kills."""
     received: list[int] = []
     first_at = 0.0
 

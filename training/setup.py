@@ -1,6 +1,7 @@
 """What a training run is made of, built from its options: where it starts, data, loaders, model, plan.
 
-train.py calls these in order; each gives one part and knows nothing of the loop. The stage is made in stages.py.
+train.py calls these in order; each gives one part and knows nothing of the loop. The stage is made in
+stages.py.
 """
 
 import math
@@ -56,10 +57,22 @@ from training.predict import Predictor, ScorePredictor, TextPredictor
 from training.run_folder import TrainOptions
 
 SECTIONS = [
-    TrainOptions, ModelOptions, QuantOptions, DataOptions, TemplateOptions, LoraOptions, OptimOptions,
-    RewardModelOptions, PreferenceOptions, KTOOptions, ReferenceOptions, RewardOptions, GRPOOptions, PPOOptions,
+    TrainOptions,
+    ModelOptions,
+    QuantOptions,
+    DataOptions,
+    TemplateOptions,
+    LoraOptions,
+    OptimOptions,
+    RewardModelOptions,
+    PreferenceOptions,
+    KTOOptions,
+    ReferenceOptions,
+    RewardOptions,
+    GRPOOptions,
+    PPOOptions,
     GenerateOptions,
-]  # fmt: skip
+]
 HEAD_START = 0.1  # share of trl's random start of a value head; see start_value_head
 
 
@@ -75,7 +88,8 @@ def find_start(config: configuration.Config) -> tuple[Path | None, Path]:
     source = resolve_model(config[ModelOptions])
     if is_adapter(source):
         raise ValueError(
-            f"model_name_or_path: {source} is an adapter; set adapter_name_or_path={source} and model_name_or_path to "
+            f"model_name_or_path: {source} is an adapter; set adapter_name_or_path={source} and "
+            "model_name_or_path to "
             "the model that it was trained on"
         )
     if options.trains:
@@ -87,7 +101,8 @@ def find_start(config: configuration.Config) -> tuple[Path | None, Path]:
 
 
 def refuse_on_quantised(config: configuration.Config, source: Path) -> None:
-    """What option_rules say of quantization_bit, for a checkpoint that is quantised already. Raises ValueError."""
+    """What option_rules say of quantization_bit, for a checkpoint that is quantised already. Raises
+    ValueError."""
     stored = load_config(source).hf.get("quantization_config")
     if not stored:
         return
@@ -99,7 +114,8 @@ def refuse_on_quantised(config: configuration.Config, source: Path) -> None:
         )
     if kind != "lora":
         raise ValueError(
-            f"finetuning_type: {kind}, but {base}: its weights have no gradient; set finetuning_type=lora, or start "
+            f"finetuning_type: {kind}, but {base}: its weights have no gradient; set finetuning_type=lora, "
+            "or start "
             "from a 16-bit model"
         )
 
@@ -144,7 +160,8 @@ def prepare_data(
             largest = tokenizer.vocab_size - 1
         if largest >= known:
             raise ValueError(
-                f"model_name_or_path: {source}: tokenizer.json makes token ids up to {largest}, but config.json has "
+                f"model_name_or_path: {source}: tokenizer.json makes token ids up to {largest}, but "
+                "config.json has "
                 f"vocab_size {known}; the tokenizer is of another model"
             )
     if options.stage == "kto" and config[KTOOptions].needs_mismatches:
@@ -153,7 +170,8 @@ def prepare_data(
 
 
 def describe_inputs(config: configuration.Config, source: Path, prepared: Prepared) -> dict[str, str]:
-    """What the run is made from, where a name in the options does not say it: data, weights, the reward's program."""
+    """What the run is made from, where a name in the options does not say it: data, weights, the reward's
+    program."""
     output_dir, described = Path(config[TrainOptions].output_dir).resolve(), {"training data": "streamed"}
     if isinstance(prepared.train, ExampleStore):
         tokens = int(prepared.train.lengths.sum())
@@ -214,7 +232,8 @@ def check_metric(
 def evaluation_names(
     stage: str, eval_loaders: dict[str, BatchLoader], generated: tuple[str, ...] = ()
 ) -> list[str]:
-    """Names of what an evaluation measures, without the speeds.  generated: of what it measures of generated texts."""
+    """Names of what an evaluation measures, without the speeds.  generated: of what it measures of generated
+    texts."""
     sets = [f"eval_{name}_" for name in eval_loaders] if len(eval_loaders) > 1 else []
     kinds = (*STAGES[stage].evaluation_names, *generated)
     return [prefix + kind for prefix in (*sets, "eval_") for kind in kinds]
@@ -227,9 +246,14 @@ def make_predictor(
     options = config[TrainOptions]
     if options.predict_with_generate and prepared.prompts:
         return TextPredictor(
-            prepared.prompts, tokenizer, template, config[GenerateOptions], seed=options.seed,
-            rows_per_batch=options.per_device_eval_batch_size, world=world,
-        )  # fmt: skip
+            prepared.prompts,
+            tokenizer,
+            template,
+            config[GenerateOptions],
+            seed=options.seed,
+            rows_per_batch=options.per_device_eval_batch_size,
+            world=world,
+        )
     if options.do_predict and options.stage == "rm":
         return ScorePredictor(prepared.eval, rows_per_batch=options.per_device_eval_batch_size, world=world)
     return None
@@ -278,8 +302,10 @@ def build_model(config: configuration.Config, source: Path, world: World) -> Dec
         wide_norms = bool(quantised_linears(model))
     norms = {id(module.weight) for module in model.modules() if wide_norms and isinstance(module, RMSNorm)}
     if lora_options.lora_dropout and not STAGES[options.stage].uses_dropout:
-        world.print(f"note: lora_dropout {lora_options.lora_dropout:g} is not used: stage {options.stage} compares "
-                    "log-probabilities, to which dropout would add noise")  # fmt: skip
+        world.print(
+            f"note: lora_dropout {lora_options.lora_dropout:g} is not used: stage {options.stage} compares "
+            "log-probabilities, to which dropout would add noise"
+        )
         lora_options = replace(lora_options, lora_dropout=0.0)
     generator = torch.Generator().manual_seed(options.seed)
     adapters = resolve_adapters(model_options)
@@ -321,8 +347,8 @@ def start_value_head(
 ) -> ValueHead:
     """That of a reward model, where one lies beside the last adapter, or beside the model if there is none.
 
-    Else a tenth of trl's random start: hidden states are long vectors, so with the whole of it the values of a pair
-    would differ by noise of about 1, which takes a hundred updates to unlearn.
+    Else a tenth of trl's random start: hidden states are long vectors, so with the whole of it the values of
+    a pair would differ by noise of about 1, which takes a hundred updates to unlearn.
     """
     head = ValueHead(model.config.hidden_size, world.device, generator)
     for parameter in head.parameters():
@@ -338,7 +364,8 @@ def require_value_head(folder: Path) -> None:
     """ValueError where scores would be those of a random value head."""
     if not has_value_head(folder):
         raise ValueError(
-            f"do_train: false, but there is no value_head.safetensors in {folder}, so scores would be random; name a "
+            f"do_train: false, but there is no value_head.safetensors in {folder}, so scores would be "
+            "random; name a "
             "reward model as adapter_name_or_path or model_name_or_path, or train one"
         )
 
@@ -376,8 +403,8 @@ def make_plan(config: configuration.Config, source: Path, prepared: Prepared, lo
 
 
 def bytes_beside(config: configuration.Config, model: Decoder) -> dict[str, float]:
-    """Weights that a run holds beside those of the model it trains, by what they are for; see make_reference and
-    make_reward. What serves only before the first update is not counted."""
+    """Weights that a run holds beside those of the model it trains, by what they are for; see make_reference
+    and make_reward. What serves only before the first update is not counted."""
     options, found, beside = config[TrainOptions], {}, folders_beside(config)
     live = options.stage in WRITES or config[DataOptions].streaming
     needs = {"dpo": config[PreferenceOptions].needs_reference, "grpo": config[GRPOOptions].beta > 0}
@@ -404,7 +431,8 @@ def answers_of(config: configuration.Config) -> int:
 
 
 def largest_row(loader, config: configuration.Config, world: World) -> int:
-    """Tokens of the largest micro-batch, with what pads the row; of a stage that writes texts, with all of these."""
+    """Tokens of the largest micro-batch, with what pads the row; of a stage that writes texts, with all of
+    these."""
     tokens, stage = loader.most_tokens(), config[TrainOptions].stage
     if stage in WRITES:
         tokens += loader.most_examples() * config[GenerateOptions].max_new_tokens
@@ -432,7 +460,8 @@ def choose_recomputation(model: Decoder, loader, config: configuration.Config, w
 def weight_writer(
     model: Decoder, source: Path, tokenizer: Tokenizer, template, config
 ) -> Callable[[Path], None]:
-    """A function that writes what the user loads later: weights, tokenizer, chat template, resolved configuration."""
+    """A function that writes what the user loads later: weights, tokenizer, chat template, resolved
+    configuration."""
     base_name = config[ModelOptions].model_name_or_path
 
     def save(folder: Path) -> None:

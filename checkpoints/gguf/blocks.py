@@ -7,9 +7,10 @@ A row of a matrix is cut into blocks, each with its own scale d (fp16). With x t
     Q5_0   32 numbers in 22 bytes   the same with q - 16 and 0..31: what rows get that Q4_K does not fit
     Q4_K   256 numbers in 144 bytes, 8 groups of 32   x = (d s) q - dmin m, with s, m in 0..63 of each group
 
-Q4_K's scale and minimum of a group minimise sum w (scale q + minimum - x)^2 over 21 roundings q, w = rms(x) + |x|: for
-given q that is a straight line fitted by least squares. Sources: llama.cpp's ggml-quants.c (quantize_row_*_ref,
-make_qkx2_quants) and https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Used by gguf_export.py, import_gguf.py.
+Q4_K's scale and minimum of a group minimise sum w (scale q + minimum - x)^2 over 21 roundings q, w = rms(x) +
+|x|: for given q that is a straight line fitted by least squares. Sources: llama.cpp's ggml-quants.c
+(quantize_row_*_ref, make_qkx2_quants) and https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Used by
+gguf_export.py, import_gguf.py.
 """
 
 from collections.abc import Iterator
@@ -55,7 +56,8 @@ def row_bytes(numbers: int, kind: str) -> int:
 def encode_rows(weight: Tensor, kind: str) -> Iterator[Tensor]:
     """weight (R, C) of any floating dtype -> pieces of the file, each (rows, row_bytes) uint8, in order.
 
-    Raises ValueError for numbers that the kind cannot hold (NaN, infinity, or too large for an fp16 or its scale).
+    Raises ValueError for numbers that the kind cannot hold (NaN, infinity, or too large for an fp16 or its
+    scale).
     """
     rows = max(1, CHUNK_NUMBERS // max(1, weight.shape[1]))
     for start in range(0, len(weight), rows):
@@ -154,7 +156,8 @@ def _q4_k(blocks: Tensor) -> Tensor:
 
 
 def _pack_6_bits(scales: Tensor, minima: Tensor) -> Tensor:
-    """Two (N, 8) of 0..63 -> (N, 12) uint8: groups 0-3 whole, with the two high bits of groups 4-7 above them."""
+    """Two (N, 8) of 0..63 -> (N, 12) uint8: groups 0-3 whole, with the two high bits of groups 4-7 above
+    them."""
     low, high = scales[:, :4], scales[:, 4:]
     low_minimum, high_minimum = minima[:, :4], minima[:, 4:]
     first = low | (high >> 4) << 6
@@ -163,7 +166,8 @@ def _pack_6_bits(scales: Tensor, minima: Tensor) -> Tensor:
 
 
 def _fit_groups(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (N, 32) fp32 -> scale, minimum (N,), both >= 0: x is about scale q - minimum, q in 0..15 (make_qkx2_quants)."""
+    """x (N, 32) fp32 -> scale, minimum (N,), both >= 0: x is about scale q - minimum, q in 0..15
+    (make_qkx2_quants)."""
     weight = x.square().mean(1, keepdim=True).sqrt() + x.abs()
     low, high = x.amin(1).clamp_(max=0), x.amax(1)
     sum_w, weighted = weight.sum(1), weight * x

@@ -258,9 +258,12 @@ def _llama3_scaling(tensor, metadata, architecture, head_dim):
         expected = 1 / ((1 - s.clip(0, 1)) / factor + s.clip(0, 1))
         if np.allclose(expected, divisors, rtol=1e-4):
             return {
-                "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": high,
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": high,
                 "original_max_position_embeddings": original,
-            }  # fmt: skip
+            }
     raise ValueError("rope_freqs.weight does not follow Llama 3's rule, so no config.json can express it")
 
 
@@ -295,9 +298,17 @@ def check_tensors(tensors, names, config):
             raise ValueError(f"the file {word} {config['architectures'][0]} tensors: {listed}")
     hidden, mlp, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     query, key_value = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
-    outputs = {"attn_q": query, "attn_k": key_value, "attn_v": key_value, "ffn_gate": mlp, "ffn_up": mlp,
-               "attn_q_norm": head, "attn_k_norm": head, "token_embd": config["vocab_size"],
-               "output": config["vocab_size"]}  # fmt: skip
+    outputs = {
+        "attn_q": query,
+        "attn_k": key_value,
+        "attn_v": key_value,
+        "ffn_gate": mlp,
+        "ffn_up": mlp,
+        "attn_q_norm": head,
+        "attn_k_norm": head,
+        "token_embd": config["vocab_size"],
+        "output": config["vocab_size"],
+    }
     inputs = {"attn_output": query, "ffn_down": mlp}
     for name in names:
         stem, kind = name.split(".")[-2:]

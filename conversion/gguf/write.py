@@ -1,15 +1,18 @@
 """Write a model as one GGUF file, tensor by tensor: what llama.cpp and its relatives run.
 
-The sizes of all tensors are known beforehand, so header and metadata come first and every tensor goes to its place as
-it arrives: memory holds one tensor and one chunk of it, whatever the order of the stream. Weights are encoded once,
-from what the stream gives (export.py: base + adapters, or a dequantised base, in fp32); vectors stay fp32.
+The sizes of all tensors are known beforehand, so header and metadata come first and every tensor goes to its
+place as it arrives: memory holds one tensor and one chunk of it, whatever the order of the stream. Weights
+are encoded once, from what the stream gives (export.py: base + adapters, or a dequantised base, in fp32);
+vectors stay fp32.
 
-Which type a matrix gets: the one asked for; the head, and the embedding it is tied to, Q8_0 beside 4-bit weights, since
-its error goes straight into the logits (llama.cpp takes Q6_K or Q8_0); rows that do not fit into whole blocks the next
-one of Q4_K -> Q5_0 -> F16, as llama.cpp. `Layout.count_kinds` says how many of each.
+Which type a matrix gets: the one asked for; the head, and the embedding it is tied to, Q8_0 beside 4-bit
+weights, since its error goes straight into the logits (llama.cpp takes Q6_K or Q8_0); rows that do not fit
+into whole blocks the next one of Q4_K -> Q5_0 -> F16, as llama.cpp. `Layout.count_kinds` says how many of
+each.
 
 Sources: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; names, metadata and the order of q/k rows:
-llama.cpp's convert_hf_to_gguf.py. Numbers: gguf_format.py, tokenizer: gguf_vocabulary.py; the way back: import_gguf.py.
+llama.cpp's convert_hf_to_gguf.py. Numbers: gguf_format.py, tokenizer: gguf_vocabulary.py; the way back:
+import_gguf.py.
 """
 
 import itertools
@@ -31,7 +34,8 @@ from model import inverse_frequencies
 from templates import ChatTemplate
 from text.tokenizer import Tokenizer
 
-# key export_gguf_type -> general.file_type, which programs show to people (Q4_K alone is what llama.cpp calls Q4_K_S)
+# key export_gguf_type -> general.file_type, which programs show to people (Q4_K alone is what llama.cpp calls
+# Q4_K_S)
 FILE_TYPES = {
     "F32": gguf.LlamaFileType.ALL_F32,
     "F16": gguf.LlamaFileType.MOSTLY_F16,
@@ -99,7 +103,8 @@ def lay_out(
     template: ChatTemplate | None,
     name: str,
 ) -> Layout:
-    """shapes: of every tensor by its Hugging Face name, the head only if it is untied.  kind: a key of FILE_TYPES.
+    """shapes: of every tensor by its Hugging Face name, the head only if it is untied.  kind: a key of
+    FILE_TYPES.
 
     template: what the model was tuned with; None = the tokenizer's own.  name: what programs show.
     Raises ValueError for what GGUF cannot express.
@@ -175,7 +180,8 @@ def model_metadata(config: ModelConfig) -> tuple[dict, list[str]]:
     if window and window < config.max_positions:
         keys["attention.sliding_window"] = window
         notices.append(
-            f"the sliding window of {window} tokens is written; llama.cpp ignores it, so longer texts differ there"
+            f"the sliding window of {window} tokens is written; llama.cpp ignores it, so longer texts differ "
+            "there"
         )
     if arch == "qwen3" and config.qkv_bias:
         notices.append(
@@ -188,7 +194,8 @@ def _rope_metadata(rope: Rope) -> tuple[dict, list[str]]:
     keys: dict = {"rope.freq_base": float(rope.theta)}
     if rope.kind == "dynamic":
         return keys, [
-            f"rope type dynamic changes texts beyond {rope.original_positions} tokens; GGUF has no such type, so the "
+            f"rope type dynamic changes texts beyond {rope.original_positions} tokens; GGUF has no such "
+            "type, so the "
             "file is exact up to that length"
         ]
     if rope.kind in ("linear", "yarn"):
@@ -212,7 +219,8 @@ def _rope_metadata(rope: Rope) -> tuple[dict, list[str]]:
 
 
 def rope_divisors(config: ModelConfig) -> Tensor:
-    """(D/2,) fp32: what Llama 3's rule divides every frequency by; GGUF keeps the numbers and not the rule."""
+    """(D/2,) fp32: what Llama 3's rule divides every frequency by; GGUF keeps the numbers and not the
+    rule."""
     plain = inverse_frequencies(Rope(theta=config.rope.theta), config.head_dim)
     return plain / inverse_frequencies(config.rope, config.head_dim)
 

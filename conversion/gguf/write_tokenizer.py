@@ -1,12 +1,14 @@
 """A Hugging Face tokenizer as the tokenizer keys of a GGUF file: the other direction of gguf_tokenizer.py.
 
-Byte-level BPE becomes tokenizer.ggml.model = gpt2. GGUF names the rule that cuts text into words but does not hold it:
-the rule is found by cutting PROBE with the tokenizer's own and with every known one, and comparing the pieces.
-SentencePiece-like BPE (spaces written as U+2581) becomes llama, where neighbours are joined in order of scores: minus
-the rank of the first merge that makes a token gives the same order wherever the merges came from such scores.
+Byte-level BPE becomes tokenizer.ggml.model = gpt2. GGUF names the rule that cuts text into words but does not
+hold it: the rule is found by cutting PROBE with the tokenizer's own and with every known one, and comparing
+the pieces. SentencePiece-like BPE (spaces written as U+2581) becomes llama, where neighbours are joined in
+order of scores: minus the rank of the first merge that makes a token gives the same order wherever the merges
+came from such scores.
 
-What was found is read back with gguf_tokenizer.py and compared on PROBE, so that a difference is said and not silent.
-Sources: llama.cpp's convert_hf_to_gguf.py (token types, padding tokens, names of the rules); gguf_tokenizer.py.
+What was found is read back with gguf_tokenizer.py and compared on PROBE, so that a difference is said and not
+silent. Sources: llama.cpp's convert_hf_to_gguf.py (token types, padding tokens, names of the rules);
+gguf_tokenizer.py.
 """
 
 import itertools
@@ -33,11 +35,15 @@ SPACE = "\u2581"
 # every class of characters that some rule treats in a way of its own, in runs of one to several
 PROBE = (
     "Hello world, it's 2024 and I'LL pay $1,234.56! don't DON'T we'Re \n\n\n newlines \r\n end  \t\ttabs   "
-    "table   1   22    333 \n   4   5    6 0123456789 x9y 3.14e-10 CamelCaseWords ALLCAPS snake_case a/b//c /\n//\r\n "
+    "table   1   22    333 \n   4   5    6 0123456789 x9y 3.14e-10 CamelCaseWords ALLCAPS snake_case a/b//c "
+    "/\n//\r\n "
     "def f(x):\n    return {'a': x**2, \"b\": [1, 22]}  # comment!!!\n\tif x >= 10: pass;;; <tag/>\n ...?!\n"
-    "Les \u00e9l\u00e8ves na\u00efve cafe\u0301 stra\u00dfe \u01c5ungla \u4f60\u597d\uff0c\u4e16\u754c\uff01\u4eca"
-    "\u5929\u3002 \u3053\u3093\u306b\u3061\u306f\u30ab\u30bf \uc548\ub155\ud558\uc138\uc694 \u041f\u0440\u0438\u0432"
-    "\u0435\u0442, \u043c\u0438\u0440! \u0645\u0631\u062d\u0628\u0627 \u05e9\u05dc\u05d5\u05dd \u0928\u092e\u0938"
+    "Les \u00e9l\u00e8ves na\u00efve cafe\u0301 stra\u00dfe \u01c5ungla "
+    "\u4f60\u597d\uff0c\u4e16\u754c\uff01\u4eca"
+    "\u5929\u3002 \u3053\u3093\u306b\u3061\u306f\u30ab\u30bf \uc548\ub155\ud558\uc138\uc694 "
+    "\u041f\u0440\u0438\u0432"
+    "\u0435\u0442, \u043c\u0438\u0440! \u0645\u0631\u062d\u0628\u0627 \u05e9\u05dc\u05d5\u05dd "
+    "\u0928\u092e\u0938"
     "\u094d\u0924\u0947 \U0001f600\U0001f468\u200d\U0001f469 \u2764\ufe0f \u2160\u00bd\u0663\u06f4x\u00b2 "
     "\u2018quoted\u2019 \u2014 \u00a0 a\u0301b +=<>^~| `x` 'tis 'S's"
 )
@@ -191,7 +197,8 @@ def _differences(tokenizer: Tokenizer, metadata: dict) -> list[str]:
             at = next(i for i, (one, other) in enumerate(pairs) if one != other)
             pieces = [[tokenizer.token(i) for i in ids[at : at + 3]] for ids in (mine, theirs)]
             return [
-                f"GGUF cannot describe all of {tokenizer.folder}/tokenizer.json: some text is cut differently, for "
+                f"GGUF cannot describe all of {tokenizer.folder}/tokenizer.json: some text is cut "
+                "differently, for "
                 f"example {pieces[0]} here and {pieces[1]} there"
             ]
     return []

@@ -54,7 +54,8 @@ def test_what_it_does_not_know_ends_it():
 
 
 def test_the_bound_counts_weights_cache_and_products():
-    """At one sequence memory binds: 13.2 GB of a 7B per token (performance notes, decode bound), and the cache."""
+    """At one sequence memory binds: 13.2 GB of a 7B per token (performance notes, decode bound), and the
+    cache."""
     seven = torch.device("meta")
     model = decode.Decoder(
         decode.config_from_hf(decode.COMMON | decode.LLAMA_2_7B), dtype=torch.bfloat16, device=seven

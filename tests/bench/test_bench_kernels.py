@@ -1,4 +1,5 @@
-"""bench/kernels.py from its command line, on a CPU at tiny sizes: the paths that a GPU run takes, without a GPU."""
+"""bench/kernels.py from its command line, on a CPU at tiny sizes: the paths that a GPU run takes, without a
+GPU."""
 
 import json
 import os
@@ -52,7 +53,8 @@ def test_every_file_with_kernels_is_measured():
 def test_a_wrong_kernel_fails_the_run_and_the_other_cases_still_run(tmp_path):
     """In a process where rotation has lost its sign."""
     script = (
-        "import sys; sys.path.insert(0, '.'); import dataclasses, torch; from bench import kernel_cases, kernels as b\n"
+        "import sys; sys.path.insert(0, '.'); import dataclasses, torch; from bench import kernel_cases, "
+        "kernels as b\n"
         "sizes = kernel_cases.sizes_for(torch.device('cpu')); good = kernel_cases.rope(sizes)\n"
         "wrong = kernel_cases.System(lambda q, k, cos, sin: (q * 1.1, k))\n"
         "cases = [dataclasses.replace(good, systems={'anvil': wrong}), kernel_cases.gated_mlp(sizes)]\n"

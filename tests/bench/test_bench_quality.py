@@ -1,4 +1,5 @@
-"""The benchmarks of quantised quality and of the planner run at tiny sizes and report what they say they do."""
+"""The benchmarks of quantised quality and of the planner run at tiny sizes and report what they say they
+do."""
 
 import json
 

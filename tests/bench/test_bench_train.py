@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_all_systems_train_alike_in_every_row(tmp_path):
-    """Equal lengths, full tuning with accumulation, padding and packing: the rivals get the same losses as Anvil."""
+    """Equal lengths, full tuning with accumulation, padding and packing: the rivals get the same losses as
+    Anvil."""
     command = [
         sys.executable,
         str(ROOT / "bench" / "train.py"),
@@ -84,7 +85,8 @@ def test_a_rival_that_cannot_run_is_listed_and_its_next_recipe_taken():
 
 
 def test_operations_of_a_step_are_those_of_the_formula():
-    """Llama-2-7B at 2,048 tokens: 28.6 GF per token for LoRA, 41.5 in full (performance goals, section 5.1)."""
+    """Llama-2-7B at 2,048 tokens: 28.6 GF per token for LoRA, 41.5 in full (performance goals, section
+    5.1)."""
     from bench.train_systems import Document, Setting, flops_per_step
 
     document = Document(np.zeros(2048, np.int32), np.ones(2048, bool))

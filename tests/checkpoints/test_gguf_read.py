@@ -1,4 +1,5 @@
-"""import_gguf.py and gguf_tokenizer.py against transformers, sentencepiece and the `gguf` package's own writer."""
+"""import_gguf.py and gguf_tokenizer.py against transformers, sentencepiece and the `gguf` package's own
+writer."""
 
 import json
 import subprocess
@@ -38,7 +39,8 @@ TEXTS = [
 BLOCK = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
 
 
-# ---- writing GGUF files -----------------------------------------------------------------------------------------
+# ---- writing GGUF files
+# -----------------------------------------------------------------------------------------
 
 
 def byte_level_vocabulary(pre_tokenizer, size=420, normalizer=None):
@@ -125,7 +127,8 @@ def gguf_name(name):
 
 
 def write_gguf(path, model, architecture, vocabulary, *, kind=Kind.F32, extra=None, change=None):
-    """Write a transformers model as llama.cpp's converter would. change: {gguf name: array or None (left out)}."""
+    """Write a transformers model as llama.cpp's converter would. change: {gguf name: array or None (left
+    out)}."""
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in (metadata_of(config, architecture) | (extra or {})).items():
@@ -190,7 +193,8 @@ def config_of(folder):
     return json.loads((folder / "config.json").read_text())
 
 
-# ---- weights and config -----------------------------------------------------------------------------------------
+# ---- weights and config
+# -----------------------------------------------------------------------------------------
 
 FAMILIES = {
     "llama": ("llama", tiny),
@@ -390,7 +394,8 @@ def test_shards_and_their_index(tmp_path, vocabulary):
     torch.testing.assert_close(logits(load(folder)), logits(model), rtol=1e-6, atol=1e-6)
 
 
-# ---- tokenizers -------------------------------------------------------------------------------------------------
+# ---- tokenizers
+# -------------------------------------------------------------------------------------------------
 
 
 def read(keys, folder, pre=None):
@@ -413,7 +418,8 @@ def split(regex):
 
 
 def published(pre):
-    """The splitting rule of a family as transformers and tokenizers have it, not as gguf_tokenizer.py has it."""
+    """The splitting rule of a family as transformers and tokenizers have it, not as gguf_tokenizer.py has
+    it."""
     if pre == "gpt-2":
         return gpt2_split()
     if pre == "smollm":
@@ -476,7 +482,8 @@ def test_no_splitting_rule_loses_text(pre, vocabulary, tmp_path):
 
 
 def train_sentencepiece(folder, prefix):
-    """A byte-fallback BPE model by the sentencepiece library itself. prefix: a space in front of every text."""
+    """A byte-fallback BPE model by the sentencepiece library itself. prefix: a space in front of every
+    text."""
     # the other texts hold characters that the model has never seen: they become bytes
     (folder / "text.txt").write_text(
         "\n".join([TEXTS[0], TEXTS[2], TEXTS[3], TEXTS[6]] * 4), encoding="utf-8"
@@ -575,7 +582,8 @@ def test_several_chat_templates(vocabulary, tmp_path):
     assert imported.chat_template == {"default": BLOCK, "tool_use": "tools"}
 
 
-# ---- what is refused --------------------------------------------------------------------------------------------
+# ---- what is refused
+# --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -710,7 +718,8 @@ def test_numbers_too_large_for_float16(tmp_path, vocabulary):
     read.convert(path, tmp_path / "out", dtype="bfloat16")
 
 
-# ---- the command ------------------------------------------------------------------------------------------------
+# ---- the command
+# ------------------------------------------------------------------------------------------------
 
 
 def test_the_command(whole_file, tmp_path):

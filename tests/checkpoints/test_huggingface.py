@@ -1,4 +1,5 @@
-"""Loading is strict and streams, saving replaces whole models only, and hubs are asked with the user's settings."""
+"""Loading is strict and streams, saving replaces whole models only, and hubs are asked with the user's
+settings."""
 
 import json
 import os
@@ -317,7 +318,8 @@ for dtype in (torch.float32, torch.bfloat16):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's count of anonymous pages")
 def test_loading_needs_about_one_tensor_beside_the_model(source, tmp_path):
-    """The mapped file does not count: its pages are the system's cache. 18 of the tensors have 8 MB in fp32."""
+    """The mapped file does not count: its pages are the system's cache. 18 of the tensors have 8 MB in
+    fp32."""
     sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 6, "vocab_size": 131}
     config = transformers.LlamaConfig(**sizes, num_attention_heads=8, num_key_value_heads=1, head_dim=32)
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
@@ -410,7 +412,8 @@ LAYOUTS = {"single": 5.0, "few": 1.2e-4, "many": 4e-5}  # GB per file
 def test_saving_over_a_model_leaves_the_old_or_the_new_one_wherever_it_stops(
     source, tmp_path, old, new, monkeypatch
 ):
-    """Stopped at each rename in turn; shards that replace shards of the same names may also end in a clear error."""
+    """Stopped at each rename in turn; shards that replace shards of the same names may also end in a clear
+    error."""
     one, other = load_model(source), load_model(source)
     with torch.no_grad():
         for parameter in other.parameters():

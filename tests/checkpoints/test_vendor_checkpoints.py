@@ -1,5 +1,5 @@
-"""GPTQ, AWQ, AQLM and HQQ checkpoints, written by formulas: loaded, trained on, talked to and exported through the
-command line like the same weights in 32 bit; damaged ones refused by the tensor's name."""
+"""GPTQ, AWQ, AQLM and HQQ checkpoints, written by formulas: loaded, trained on, talked to and exported
+through the command line like the same weights in 32 bit; damaged ones refused by the tensor's name."""
 
 import json
 import shutil

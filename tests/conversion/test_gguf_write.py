@@ -1,4 +1,5 @@
-"""GGUF export against the gguf package's numbers, transformers' GGUF reader, import_gguf.py and llama.cpp itself."""
+"""GGUF export against the gguf package's numbers, transformers' GGUF reader, import_gguf.py and llama.cpp
+itself."""
 
 import ctypes
 import json
@@ -83,7 +84,8 @@ def llama(tmp_path_factory):
 
 
 def hard_rows() -> torch.Tensor:
-    """(13, 512): normal numbers of several sizes, zeros, one sign, ties of the largest, outliers, tiny numbers."""
+    """(13, 512): normal numbers of several sizes, zeros, one sign, ties of the largest, outliers, tiny
+    numbers."""
     rows = (
         torch.randn(13, 512, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 2, 13)[:, None]
     )

@@ -1,4 +1,5 @@
-"""calibrate.py and export_quantization_*: which text is taken, what each linear is solved for, what is written."""
+"""calibrate.py and export_quantization_*: which text is taken, what each linear is solved for, what is
+written."""
 
 import copy
 import json
@@ -297,7 +298,8 @@ def test_what_is_written_is_what_transformers_asks_of_a_gptq_checkpoint(tiny, bi
 
 
 def test_values_by_the_formula_in_numpy(tiny):
-    """w = s (q - (z + 1)), 4 bits: eight codes a word along the inputs, eight zeros a word along the outputs."""
+    """w = s (q - (z + 1)), 4 bits: eight codes a word along the inputs, eight zeros a word along the
+    outputs."""
     status, target = run(tiny, "formula", export_quantization_sym=False, export_quantization_desc_act=True)
     assert status == 0
     tensors = {name: tensor.numpy() for name, tensor in load_file(target / "model.safetensors").items()}

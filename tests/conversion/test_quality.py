@@ -1,4 +1,5 @@
-"""quality.py against transformers' losses, KL by the definition in fp64, and bytes that are counted by hand."""
+"""quality.py against transformers' losses, KL by the definition in fp64, and bytes that are counted by
+hand."""
 
 import copy
 import json

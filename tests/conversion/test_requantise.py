@@ -1,5 +1,5 @@
-"""Merging into quantised bases: the kept part is the best of its rank, and what is written and printed is what
-transformers, peft and bitsandbytes compute from it."""
+"""Merging into quantised bases: the kept part is the best of its rank, and what is written and printed is
+what transformers, peft and bitsandbytes compute from it."""
 
 import json
 import re
@@ -224,7 +224,8 @@ FORMATS = {
 
 @pytest.fixture(scope="module")
 def wider(tiny):
-    """EETQ takes sides of whole 64 only, and bitsandbytes' CPU build dequantises rows of 32 or 48 numbers wrongly."""
+    """EETQ takes sides of whole 64 only, and bitsandbytes' CPU build dequantises rows of 32 or 48 numbers
+    wrongly."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
     return tiny.make_model("wider", seed=3, **sizes)
 
@@ -328,7 +329,8 @@ def test_what_is_written_trains_on_and_chats(tiny, tmp_path, capsys):
 
 
 def test_loftq_start_from_16_bit(tiny, tmp_path, capsys):
-    """Without an adapter: codes and a start for training that together are nearer to the weights than codes alone."""
+    """Without an adapter: codes and a start for training that together are nearer to the weights than codes
+    alone."""
     keys = {"model_name_or_path": tiny.model, "quantization_bit": 4, "export_merge": "loftq"}
     text = {"export_sample_text": tiny.folder / "text.txt", "report": "true"}
     assert export.main(words(tmp_path / "out", **keys, **text, export_merge_rank=6)) == 0

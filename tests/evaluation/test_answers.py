@@ -1,4 +1,5 @@
-"""Where the final answer of a mathematical text stands, when two answers are the same, and the shipped rewards."""
+"""Where the final answer of a mathematical text stands, when two answers are the same, and the shipped
+rewards."""
 
 import sys
 from pathlib import Path

@@ -19,7 +19,8 @@ PARAGRAPHS = (
     "It costs 3.14% of $1,000 - or so...\n\nRight?\n\nYes",
     "It costs 3.14% of $2,000.\n\nIs that right?\nYes!",
 )
-# text, label -> ROUGE-1, ROUGE-2, ROUGE-L, BLEU-4, as rouge_chinese 1.0.3, jieba 0.42.1 and nltk 3.10.4 gave them
+# text, label -> ROUGE-1, ROUGE-2, ROUGE-L, BLEU-4, as rouge_chinese 1.0.3, jieba 0.42.1 and nltk 3.10.4 gave
+# them
 RECORDED = [
     ("The cat sat on the mat.", "A cat sat on a mat, twice.", 62.5, 28.5714, 62.5, 55.5916),
     (*PARAGRAPHS, 62.5, 42.4242, 62.8571, 61.3165),
@@ -86,7 +87,8 @@ def test_rouge_counts_distinct_ngrams_and_the_longest_common_subsequence():
 
 
 def test_bleu_halves_each_further_order_without_a_match_and_punishes_short_texts():
-    # characters of "abx": 2 of 3 match, 1 pair of 2, no triple of 1 -> 1/2, no quadruple of 0 (counted as 1) -> 1/4
+    # characters of "abx": 2 of 3 match, 1 pair of 2, no triple of 1 -> 1/2, no quadruple of 0 (counted as 1)
+    # -> 1/4
     expected = math.exp(1 - 5 / 3) * (2 / 3 * 1 / 2 * 1 / 2 * 1 / 4) ** 0.25
     assert bleu4("abx", "abcde") == pytest.approx(expected)
     assert bleu4("abcdefgh", "abcdef") == pytest.approx(

@@ -1,4 +1,5 @@
-"""The straight line for one token (CPU): it is taken after the layout for decoding, and equals the modules."""
+"""The straight line for one token (CPU): it is taken after the layout for decoding, and equals the
+modules."""
 
 import copy
 
@@ -85,7 +86,8 @@ def test_a_tied_head_is_turned_in_place_of_being_held_twice():
 
 
 class GPTQ:
-    """Rounded to the nearest, over all inputs of a row or by groups of 64, with zeros that differ or are the same."""
+    """Rounded to the nearest, over all inputs of a row or by groups of 64, with zeros that differ or are the
+    same."""
 
     def __init__(self, bits, sym):
         self.bits, self.sym = bits, sym
@@ -126,7 +128,8 @@ BLOCKS_OF_64 = {
 
 
 def quantised(kind, chosen, dtype, adapters=False, **sizes):
-    """The model with its blocks' linears quantised, and the same with what they stand for as plain linears."""
+    """The model with its blocks' linears quantised, and the same with what they stand for as plain
+    linears."""
     model = Decoder(ModelConfig(**(SIZES | KINDS[kind] | sizes)), dtype=dtype).eval()
     initialize_weights(model, torch.Generator().manual_seed(3))
     dense = copy.deepcopy(model).double()

@@ -1,5 +1,6 @@
-"""Steps of fixed shapes give the ordinary path's tokens: greedy and drawn, batches that shrink, caches that grow,
-windows, a rope that follows the length, penalties, given caches. On a GPU the same tests replay a graph."""
+"""Steps of fixed shapes give the ordinary path's tokens: greedy and drawn, batches that shrink, caches that
+grow, windows, a rope that follows the length, penalties, given caches. On a GPU the same tests replay a
+graph."""
 
 import contextlib
 import dataclasses

@@ -1,5 +1,5 @@
-"""Decoding: samplers against transformers' processors, greedy text against transformers' generate, ragged batches,
-stop words, streaming, seeds, the layout for decoding, and bad requests."""
+"""Decoding: samplers against transformers' processors, greedy text against transformers' generate, ragged
+batches, stop words, streaming, seeds, the layout for decoding, and bad requests."""
 
 import dataclasses
 import math

@@ -1,4 +1,5 @@
-"""Decoding on a GPU: replayed steps give the tokens of the ordinary path, and starting one never waits for the GPU."""
+"""Decoding on a GPU: replayed steps give the tokens of the ordinary path, and starting one never waits for
+the GPU."""
 
 import dataclasses
 
@@ -80,7 +81,8 @@ def test_starting_a_step_never_waits_for_the_gpu(options):
 
 
 def test_a_batch_in_bfloat16_decodes_as_each_sequence_alone_begins():
-    """bf16 rounds differently for other batch sizes, so texts may part later; the first tokens are the same."""
+    """bf16 rounds differently for other batch sizes, so texts may part later; the first tokens are the
+    same."""
     model, prompts = make_model(torch.bfloat16), prompts_of(30, 7, 64)
     together = generate(model, prompts, GREEDY, stop_ids=(), cache=new_cache(model, 3, 140))
     alone = [generate(model, [prompt], GREEDY, stop_ids=())[0] for prompt in prompts]

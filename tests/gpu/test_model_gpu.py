@@ -1,4 +1,5 @@
-"""The whole decoder on a GPU: with the kernels as exact in bf16 as with the references, loss and every gradient."""
+"""The whole decoder on a GPU: with the kernels as exact in bf16 as with the references, loss and every
+gradient."""
 
 import os
 import subprocess

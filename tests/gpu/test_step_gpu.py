@@ -1,4 +1,5 @@
-"""The step on a GPU: the host never waits for it between two log lines, and every policy gives the same bits."""
+"""The step on a GPU: the host never waits for it between two log lines, and every policy gives the same
+bits."""
 
 import pytest
 import torch

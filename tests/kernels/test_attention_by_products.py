@@ -1,4 +1,5 @@
-"""Attention out of products (CPU): equal to the formula, values and every gradient, across its block borders."""
+"""Attention out of products (CPU): equal to the formula, values and every gradient, across its block
+borders."""
 
 import pytest
 import torch

@@ -1,4 +1,5 @@
-"""One row through weights in bytes: the bag gives the formula's product, for any threads, groups and sizes."""
+"""One row through weights in bytes: the bag gives the formula's product, for any threads, groups and
+sizes."""
 
 import pytest
 import torch

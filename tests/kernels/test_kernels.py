@@ -205,7 +205,8 @@ def test_cross_entropy_of_no_rows_is_zero_with_gradients(with_bias):
 
 
 def test_cross_entropy_scales_with_what_follows_even_beyond_fp16(rows_per_chunk):
-    """fp16 loss scaling multiplies by 2^16: the scaled gradient of the head must not pass through fp16 infinity."""
+    """fp16 loss scaling multiplies by 2^16: the scaled gradient of the head must not pass through fp16
+    infinity."""
     hidden, weight = random(9, 33, scale=0.1).half(), random(131, 33, seed=1, scale=0.1)
     labels = torch.arange(9)
     gradients = []
@@ -228,7 +229,8 @@ def test_cross_entropy_survives_large_logits():
 
 
 def naive_attention(q, k, v, window, scale):
-    """One segment, every score written out; q may be the last rows only. (n, H, D), (m, K, D) -> (n, H, D)."""
+    """One segment, every score written out; q may be the last rows only. (n, H, D), (m, K, D) -> (n, H,
+    D)."""
     repeat = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
     scores = torch.einsum("nhd,mhd->hnm", q, k) * scale
@@ -410,7 +412,8 @@ def test_gated_mlp_leaves_its_inputs_alone():
 def test_the_environment_forces_the_references():
     """What autograd recorded says which implementation ran: the references have no functions of their own."""
     script = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import torch, kernels; print(kernels.choices('cpu'));"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import torch, kernels; "
+        "print(kernels.choices('cpu'));"
         "x = torch.ones(3, 4, requires_grad=True); heads = x[:, None]; angle = torch.ones(3, 2);"
         "print(kernels.rope(heads, heads, angle, angle)[0].grad_fn.name(),"
         " kernels.gated_mlp(x, x, 'silu').grad_fn.name(),"

@@ -1,4 +1,5 @@
-"""Every Triton kernel compiles for A100, RTX 40 and H100 at the block sizes its launcher chooses; no GPU is needed.
+"""Every Triton kernel compiles for A100, RTX 40 and H100 at the block sizes its launcher chooses; no GPU is
+needed.
 
 Shared memory fits, registers are not spilled, and kernels that multiply matrices use the matrix instructions.
 """

@@ -1,4 +1,5 @@
-"""Linears with adapters and one input together: equal to one after the other, x saved once, W dequantised again."""
+"""Linears with adapters and one input together: equal to one after the other, x saved once, W dequantised
+again."""
 
 import copy
 import importlib
@@ -90,7 +91,8 @@ def test_fp32_adapters_beside_a_bf16_base_get_fp32_gradients(branch_first):
 
 
 def saved_bytes(function):
-    """(storages that function saves for its backward pass, {pointer: bytes}; how often each was saved, result)."""
+    """(storages that function saves for its backward pass, {pointer: bytes}; how often each was saved,
+    result)."""
     seen, counts = {}, {}
 
     def pack(tensor):

@@ -23,7 +23,8 @@ SHAPE = {
 
 
 class Ledger:
-    """Stands in for a GPU's copy engine: what is sent away lies outside torch, and every move is written down."""
+    """Stands in for a GPU's copy engine: what is sent away lies outside torch, and every move is written
+    down."""
 
     def __init__(self):
         self.moves = []
@@ -77,7 +78,8 @@ def row(lengths=(3, 40, 14), seed=0):
 
 
 def gradients(model: Decoder, plan: Plan, rows) -> list[torch.Tensor]:
-    """Hidden states and every gradient after one backward pass per row, accumulated; then the next random number."""
+    """Hidden states and every gradient after one backward pass per row, accumulated; then the next random
+    number."""
     model.recompute = plan
     model.zero_grad()
     torch.manual_seed(7)
@@ -130,8 +132,8 @@ def test_each_policy_keeps_less_than_the_one_before(method):
     kept = {name: kept_bytes(model, make(), tokens) for name, make in {"none": Plan, **PLANS}.items()}
     assert kept["none"] > kept["selective"] > kept["mixed"] > kept["full"] > kept["offload"]
     value = 4 * tokens  # bytes of one number per token
-    # two norms and the activation's product of every block; but a frozen embedding's norm is dropped in exchange for
-    # the embedding, which nobody else keeps. And the input of every block.
+    # two norms and the activation's product of every block; but a frozen embedding's norm is dropped in
+    # exchange for the embedding, which nobody else keeps. And the input of every block.
     exchanged = 48 if method == "lora" else 0
     assert kept["none"] - kept["selective"] >= value * (LAYERS * (2 * 48 + 72) - exchanged)
     assert kept["full"] - kept["offload"] == LAYERS * value * 48

@@ -1,4 +1,5 @@
-"""Losses of hidden rows: chunks in torch and in Triton against the plain reference; memory, bad labels, the formula."""
+"""Losses of hidden rows: chunks in torch and in Triton against the plain reference; memory, bad labels, the
+formula."""
 
 import importlib
 

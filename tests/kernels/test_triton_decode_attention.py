@@ -1,5 +1,6 @@
-"""Decoding's kernels against their references, and those against the cached attention that knows lengths on the host:
-ragged new tokens, shared key/value heads, windows, soft cap, ALiBi, every number of splits, slots never filled."""
+"""Decoding's kernels against their references, and those against the cached attention that knows lengths on
+the host: ragged new tokens, shared key/value heads, windows, soft cap, ALiBi, every number of splits, slots
+never filled."""
 
 import importlib
 import math
@@ -17,7 +18,8 @@ operation = importlib.import_module("kernels.decode_attention")  # the package h
 
 
 def problem(new, filled, heads, kv_heads, size, capacity, seed=0):
-    """q, keys, values, borders, lengths. Slots beyond the filled ones hold large numbers: they must not matter."""
+    """q, keys, values, borders, lengths. Slots beyond the filled ones hold large numbers: they must not
+    matter."""
     lengths = torch.tensor([n + f for n, f in zip(new, filled)], dtype=torch.int32, device=DEVICE)
     borders = torch.tensor([0, *new], device=DEVICE).cumsum(0).int()
     q = random(sum(new), heads, size, seed=seed)

@@ -1,4 +1,5 @@
-"""The flash attention kernels against their formula, forward and every gradient; how one of several is chosen."""
+"""The flash attention kernels against their formula, forward and every gradient; how one of several is
+chosen."""
 
 import importlib
 import itertools
@@ -155,8 +156,9 @@ def test_large_scores_do_not_overflow():
 
 
 def test_a_block_without_a_key_that_a_row_sees_adds_nothing_at_any_scale():
-    """A window begins within or behind the first block of keys. At such a scale a finite mask would be infinite; at a
-    usual one it would be off by its rounding, which a GPU's FMA sees and the interpreter does not."""
+    """A window begins within or behind the first block of keys. At such a scale a finite mask would be
+    infinite; at a usual one it would be off by its rounding, which a GPU's FMA sees and the interpreter does
+    not."""
     q, k, v = operands(80, 1, 1, 16)
     arguments = (q * 1e-5, k * 1e-5, v, borders_of((80,)), 80, 19, 3e9)
     torch.testing.assert_close(

@@ -1,4 +1,5 @@
-"""The gated activation kernel equals its reference: every activation, odd sizes, strided halves, both gradients."""
+"""The gated activation kernel equals its reference: every activation, odd sizes, strided halves, both
+gradients."""
 
 import importlib
 

@@ -1,4 +1,5 @@
-"""The kernels of 4-bit weights equal their references: written out to the bit, products of 1 to 16 rows by the rule."""
+"""The kernels of 4-bit weights equal their references: written out to the bit, products of 1 to 16 rows by
+the rule."""
 
 import pytest
 import torch
@@ -23,7 +24,8 @@ pytest.importorskip("triton")
 
 
 def codes_of(count, double, seed=0):
-    """A weight of `count` random codes, with scales of many sizes. The table has no order that could hide a mistake."""
+    """A weight of `count` random codes, with scales of many sizes. The table has no order that could hide a
+    mistake."""
     generator = torch.Generator().manual_seed(seed)
     blocks = -(-count // 64)
     codes = torch.randint(256, (-(-count // 2),), dtype=torch.uint8, generator=generator).to(DEVICE)
@@ -96,7 +98,8 @@ def with_tables_of(first, part):
 
 
 def cast(part, dtype):
-    """bias as a layer holds it, in the dtype of the values; adapters and scales stay fp32; all of it fp64 as oracle."""
+    """bias as a layer holds it, in the dtype of the values; adapters and scales stay fp32; all of it fp64 as
+    oracle."""
     if dtype is not torch.float64:
         return part._replace(bias=None if part.bias is None else part.bias.to(dtype))
     wide = [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in part]
@@ -155,7 +158,8 @@ CONFIG = {
 
 
 def quantised_decoder(format, rank):
-    """A decoder with its blocks' linears in 4 bits, and adapters on them if there is a rank, but for k_proj."""
+    """A decoder with its blocks' linears in 4 bits, and adapters on them if there is a rank, but for
+    k_proj."""
     model = Decoder(config_from_hf(CONFIG)).to(DEVICE).eval()
     initialize_weights(model, torch.Generator().manual_seed(0))
     for name, module in list(model.layers.named_modules(prefix="layers")):
@@ -181,7 +185,8 @@ def logits_of(model, rows):
 @pytest.mark.parametrize("rank", [0, 3])
 @pytest.mark.parametrize("rows", [1, 5])
 def test_a_quantised_model_decodes_from_its_codes(monkeypatch, table, double, rank, rows):
-    """q/k/v and gate/up in one launch each (with k_proj bare: q, k, v in one each); the dense weight is never made."""
+    """q/k/v and gate/up in one launch each (with k_proj bare: q, k, v in one each); the dense weight is never
+    made."""
     model, launches = quantised_decoder(NF4Format(table, double), rank), []
     monkeypatch.setattr(kernels, "_MODE", "reference")
     monkeypatch.setattr(kernels, "_REFERENCE", True)

@@ -1,4 +1,5 @@
-"""The rotary kernel equals its reference: odd sizes, both conventions, partial rotary, strided q, k and gradients."""
+"""The rotary kernel equals its reference: odd sizes, both conventions, partial rotary, strided q, k and
+gradients."""
 
 import pytest
 import torch
@@ -39,7 +40,8 @@ def test_rope_kernel(dtype, interleaved, tokens, heads, kv_heads, half, rest):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_q_and_k_may_be_columns_of_one_product(dtype):
-    """And the gradients may be views as well: here the kernel's results are transposed on their way to the loss."""
+    """And the gradients may be views as well: here the kernel's results are transposed on their way to the
+    loss."""
 
     def through(function):
         def run(fused, cos, sin):

@@ -1,4 +1,5 @@
-"""config.py and its tables: ways to give an option, types, other systems' names, mistakes, rules, help, round trip."""
+"""config.py and its tables: ways to give an option, types, other systems' names, mistakes, rules, help, round
+trip."""
 
 import dataclasses
 import json

@@ -28,7 +28,8 @@ METHODS = {
 
 @pytest.mark.parametrize("method", METHODS)
 def test_two_ranks_train_the_weights_of_one_process(tiny, method):
-    """19 rows in groups of 8: in the last group of an epoch the second rank has one row and one empty batch."""
+    """19 rows in groups of 8: in the last group of an epoch the second rank has one row and one empty
+    batch."""
     keys = METHODS[method] | {"val_size": 0 if method == "streaming" else 4, "do_eval": method != "streaming"}
     keys |= {"do_train": True, "logging_steps": 2}
     one = keys | {"per_device_train_batch_size": 8}
@@ -78,7 +79,8 @@ def test_torchrun_trains_and_a_signal_to_it_leaves_a_checkpoint(tiny):
 
 
 def sum_gradients(folder, rank: int) -> None:
-    """In each of two processes: gradients of a net with several buckets, dtypes, and a branch that rank 1 skips."""
+    """In each of two processes: gradients of a net with several buckets, dtypes, and a branch that rank 1
+    skips."""
     parallel.world.BUCKET_BYTES = 400  # read at construction, so one net has several buckets
     world = parallel.world.start("cpu", 60)
     net = make_net()

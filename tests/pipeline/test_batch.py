@@ -1,4 +1,5 @@
-"""Packing, order, sharding, resuming, mixing: nothing is lost, no border is crossed, batch i depends on (seed, i)."""
+"""Packing, order, sharding, resuming, mixing: nothing is lost, no border is crossed, batch i depends on
+(seed, i)."""
 
 import itertools
 import time
@@ -50,7 +51,8 @@ def epoch(loader, start=0):
     return [numbers(batch) for batch in itertools.islice(loader.batches(start), loader.batches_per_epoch)]
 
 
-# --------------------------------------------------------------------------------------------------------- collate
+# ---------------------------------------------------------------------------------------------------------
+# collate
 
 
 def test_collate_by_hand():
@@ -93,7 +95,8 @@ def test_labels_are_the_trained_tokens_and_never_cross_a_border(masks):
     assert (batch.labels[torch.tensor(batch.borders[1:]) - 1] == IGNORED).all()
 
 
-# --------------------------------------------------------------------------------------------------------- packing
+# ---------------------------------------------------------------------------------------------------------
+# packing
 
 
 def first_fit_slowly(lengths, capacity):
@@ -142,7 +145,8 @@ def test_packing_is_tight_and_fast():
     assert lengths.sum() / (len(rows) * 2048) > 0.97
 
 
-# --------------------------------------------------------------------------------------------------------- loaders
+# ---------------------------------------------------------------------------------------------------------
+# loaders
 
 LENGTHS = np.random.default_rng(1).integers(1, 33, 53)
 WAYS = [
@@ -260,7 +264,8 @@ def test_collating_is_fast():
     assert len(loader.batch(0).tokens) == 64 * 200
 
 
-# ------------------------------------------------------------------------------------------------------- streaming
+# -------------------------------------------------------------------------------------------------------
+# streaming
 
 
 def stream(count=41, **options):
@@ -310,7 +315,8 @@ def test_a_stream_without_examples_is_an_error_and_not_an_endless_loop():
         next(loader.batches())
 
 
-# ---------------------------------------------------------------------------------------------------------- mixing
+# ----------------------------------------------------------------------------------------------------------
+# mixing
 
 
 @pytest.mark.parametrize("under", [True, False])

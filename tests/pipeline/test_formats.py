@@ -1,4 +1,5 @@
-"""Reading: dataset_info.json, every file type, every row format, and an error with a place for every bad input."""
+"""Reading: dataset_info.json, every file type, every row format, and an error with a place for every bad
+input."""
 
 import hashlib
 import json
@@ -42,7 +43,8 @@ def rows_of(path):
     return [row for _, row in read_file(path)]
 
 
-# ------------------------------------------------------------------------------------------------------- file types
+# ------------------------------------------------------------------------------------------------------- file
+# types
 
 
 def test_every_file_type_gives_the_same_rows(tmp_path):
@@ -143,7 +145,8 @@ def test_a_file_that_is_not_utf8_is_refused(tmp_path):
             rows_of(tmp_path / name)
 
 
-# ---------------------------------------------------------------------------------------------- dataset_info.json
+# ----------------------------------------------------------------------------------------------
+# dataset_info.json
 
 
 def test_all_fields_of_an_entry(tmp_path):
@@ -373,7 +376,8 @@ def test_modelscope_needs_its_package(tmp_path, monkeypatch):
         open_hub(parse_entry("x", {"ms_hub_url": "a/b"}, tmp_path), HubAccess(), False)
 
 
-# ---------------------------------------------------------------------------------------------------- conversations
+# ----------------------------------------------------------------------------------------------------
+# conversations
 
 
 def alpaca(**columns):

@@ -1,4 +1,5 @@
-"""Rows of preference and prompt stages in every format: turns and answers, what is dropped, mistakes by field."""
+"""Rows of preference and prompt stages in every format: turns and answers, what is dropped, mistakes by
+field."""
 
 import json
 

@@ -1,4 +1,5 @@
-"""Rows of preference and prompt stages -> examples: tokens against transformers and trl, cutting, what is dropped."""
+"""Rows of preference and prompt stages -> examples: tokens against transformers and trl, cutting, what is
+dropped."""
 
 import json
 from dataclasses import replace
@@ -39,7 +40,8 @@ def load(home, tokenizer, *names, stage="dpo", template=CHATML, is_main=False, *
     return load_datasets(settings, template, tokenizer, stage, seed=1, is_main=is_main)
 
 
-# ----------------------------------------------------------------------------------------------------------- tokens
+# -----------------------------------------------------------------------------------------------------------
+# tokens
 
 
 def texts_of(example, tokenizer):
@@ -112,7 +114,8 @@ ORACLES = [("qwen", "qwen25", "chatml"), ("qwen3", "qwen3", "chatml"), ("llama3"
 @pytest.mark.parametrize(("name", "jinja", "kind"), ORACLES)
 @pytest.mark.parametrize("own", [True, False], ids=["built in", "jinja"])
 def test_the_tokens_of_a_pair_are_those_of_trl(home, tmp_path_factory, name, jinja, kind, own):
-    """Earlier thoughts, a system text, several turns; trl 1.16's data preparation with transformers' tokenizer."""
+    """Earlier thoughts, a system text, several turns; trl 1.16's data preparation with transformers'
+    tokenizer."""
     transformers = pytest.importorskip("transformers")
     from trl.data_utils import apply_chat_template
 
@@ -177,13 +180,15 @@ def test_pairs_with_tools_calls_and_the_thinking_switch(home, tmp_path_factory, 
             ids, trained = example.tokens[span], example.trained[span]
             whole = theirs.apply_chat_template([*prompt, answer], **options)
             assert mine.decode(ids.tolist(), skip_special=False) == theirs.decode(whole)
-            # without thinking the border lies between "\n\n" and "<": training keeps the token that generation is given
+            # without thinking the border lies between "\n\n" and "<": training keeps the token that
+            # generation is given
             assert ids.tolist() == whole or not thinking
             assert ids[: int(np.argmax(trained))].tolist() == asked
             assert mine.decode(ids[trained].tolist(), skip_special=False).endswith("<|im_end|>")
 
 
-# ---------------------------------------------------------------------------------------------------------- cutting
+# ----------------------------------------------------------------------------------------------------------
+# cutting
 
 
 def cut(prompt, answers, cutoff_len, strategy, prefix=0, reserved=1):
@@ -300,7 +305,8 @@ def test_a_bad_row_names_file_row_and_field(home, tokenizer):
         load(home, tokenizer, "pairs")
 
 
-# ---------------------------------------------------------------------------------------------------------- batches
+# ----------------------------------------------------------------------------------------------------------
+# batches
 
 
 def many_pairs(count):
@@ -365,7 +371,8 @@ def test_pairs_are_split_off_chosen_and_saved(home, tokenizer):
         load(home, tokenizer, "pairs", stage="ppo", val_size=5, tokenized_path=saved)
 
 
-# ---------------------------------------------------------------------------------------- evaluation sets as prompts
+# ---------------------------------------------------------------------------------------- evaluation sets as
+# prompts
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -433,7 +440,8 @@ def test_saved_data_holds_its_prompts_or_says_so(home, tokenizer):
         load_datasets(given, None, tokenizer, "pt", seed=1, prompts=True)
 
 
-# ----------------------------------------------------------------------------------------------- what a person sees
+# ----------------------------------------------------------------------------------------------- what a
+# person sees
 
 
 def test_the_first_example_shows_both_answers(home, tokenizer):
@@ -485,7 +493,8 @@ def test_the_additions_are_right():
         )
 
 
-# ----------------------------------------------------------------------------------------------- through train.py
+# ----------------------------------------------------------------------------------------------- through
+# train.py
 
 
 @pytest.fixture(scope="module")

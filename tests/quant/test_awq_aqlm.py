@@ -1,4 +1,5 @@
-"""AWQ and AQLM layers: values against their formulas in numpy, from tensors packed value by value in Python."""
+"""AWQ and AQLM layers: values against their formulas in numpy, from tensors packed value by value in
+Python."""
 
 import numpy as np
 import pytest

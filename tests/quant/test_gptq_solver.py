@@ -1,4 +1,5 @@
-"""quant/gptq_solver.py against optimal brain surgery one column at a time in float64, and against plain rounding."""
+"""quant/gptq_solver.py against optimal brain surgery one column at a time in float64, and against plain
+rounding."""
 
 import dataclasses
 
@@ -43,8 +44,8 @@ def grid_of(group: torch.Tensor, options: GPTQOptions):
 
 
 def slow_oracle(weight: torch.Tensor, x: torch.Tensor, options: GPTQOptions):
-    """Row by row, column by column, with the inverse Hessian of what remains by Gaussian elimination (the paper's
-    eq. 2 and 3): no Cholesky factor, no blocks."""
+    """Row by row, column by column, with the inverse Hessian of what remains by Gaussian elimination (the
+    paper's eq. 2 and 3): no Cholesky factor, no blocks."""
     hessian = x.T @ x / x.shape[0]
     order = list(range(weight.shape[1]))
     if options.act_order:

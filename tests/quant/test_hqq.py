@@ -1,4 +1,5 @@
-"""HQQ: packing and values against numpy and the vendor's code, the fit against plain rounding, layers in files."""
+"""HQQ: packing and values against numpy and the vendor's code, the fit against plain rounding, layers in
+files."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,5 @@
-"""int8: codes, products and checkpoints are those of bitsandbytes; EETQ's order is that of its CUDA kernel."""
+"""int8: codes, products and checkpoints are those of bitsandbytes; EETQ's order is that of its CUDA
+kernel."""
 
 import json
 import shutil
@@ -191,7 +192,8 @@ def test_checkpoints_of_bitsandbytes_go_both_ways(tmp_path):
 
 
 def test_eetq_order_is_that_of_its_preprocessing():
-    """Step by step after cutlass_preprocessors.cc of EETQ: permute rows, transpose, interleave columns, add 128."""
+    """Step by step after cutlass_preprocessors.cc of EETQ: permute rows, transpose, interleave columns, add
+    128."""
     inputs, outputs = 192, 64
     codes = torch.randint(
         -127, 128, (outputs, inputs), dtype=torch.int8, generator=torch.Generator().manual_seed(0)

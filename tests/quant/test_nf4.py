@@ -1,4 +1,5 @@
-"""NF4 and FP4 are bitsandbytes' own to the bit: codes, scales, values, and the checkpoints both read and write."""
+"""NF4 and FP4 are bitsandbytes' own to the bit: codes, scales, values, and the checkpoints both read and
+write."""
 
 import json
 import shutil
@@ -275,7 +276,8 @@ print(peak - before, packed + sum(p.numel() * p.element_size() for p in model.pa
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's count of anonymous pages")
 def test_quantising_while_loading_needs_less_than_one_tensor_beside_the_model(tmp_path):
-    """The mapped file does not count: its pages are the system's cache. 9 of the tensors have 16 MB in fp32."""
+    """The mapped file does not count: its pages are the system's cache. 9 of the tensors have 16 MB in
+    fp32."""
     oracle("llama-biases").save_pretrained(tmp_path / "small")
     sizes = {"hidden_size": 2048, "intermediate_size": 2048, "num_hidden_layers": 3, "vocab_size": 131}
     config = transformers.LlamaConfig(**sizes, num_attention_heads=8, num_key_value_heads=1, head_dim=32)
@@ -393,7 +395,8 @@ def test_older_settings_without_a_method(whole):
 
 
 def test_commands_do_the_same_from_a_checkpoint_as_from_quantising(tmp_path, capsys):
-    """bitsandbytes' own checkpoint, and the dense model quantised while it is read: train.py, chat.py, export.py."""
+    """bitsandbytes' own checkpoint, and the dense model quantised while it is read: train.py, chat.py,
+    export.py."""
     with tiny_runs(tmp_path) as tiny:
         config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")
         packed = Path(shutil.copytree(tiny.model, tmp_path / "packed"))

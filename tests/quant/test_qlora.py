@@ -1,4 +1,5 @@
-"""QLoRA through the command line: dtypes, resume, policies, chat, refusals; adapters beside a base; fp16 that holds."""
+"""QLoRA through the command line: dtypes, resume, policies, chat, refusals; adapters beside a base; fp16 that
+holds."""
 
 import json
 
@@ -201,7 +202,8 @@ def test_memory_counts_the_weight_that_all_quantised_layers_share(tiny):
 
 @pytest.fixture(scope="module")
 def massive(tiny):
-    """A model whose first block writes numbers beyond fp16's 65,504 into a few channels, as trained ones come near."""
+    """A model whose first block writes numbers beyond fp16's 65,504 into a few channels, as trained ones come
+    near."""
     folder = tiny.make_model("massive", seed=1)
     model = load_model(folder)
     with torch.no_grad():

@@ -1,4 +1,5 @@
-"""LoRA and DoRA on a 4-bit base equal transformers + peft + bitsandbytes on a CPU: gradients, ten steps, files."""
+"""LoRA and DoRA on a 4-bit base equal transformers + peft + bitsandbytes on a CPU: gradients, ten steps,
+files."""
 
 import peft
 import pytest

@@ -1,4 +1,5 @@
-"""Every format of a base through the command line: train, break off and resume, chat, merge, chat with the merged."""
+"""Every format of a base through the command line: train, break off and resume, chat, merge, chat with the
+merged."""
 
 import pytest
 from tiny_runs import assert_same_weights, tiny_runs

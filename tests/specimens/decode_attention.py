@@ -5,7 +5,8 @@ from kernels.decode_attention import decode_attention_triton, store_triton
 MATRIX: set[str] = set()
 SMALL_MATRIX = {"_decode_kernel"}  # one token of one sequence is 16 rows; wgmma begins at 64
 
-# name: (sequences, new tokens each, query heads, key/value heads, head size, capacity, window, soft cap, ALiBi)
+# name: (sequences, new tokens each, query heads, key/value heads, head size, capacity, window, soft cap,
+# ALiBi)
 SHAPES = {
     "llama-2-7b, one sequence": (1, 1, 32, 32, 128, 1024, None, None, False),
     "llama-3-8b, one sequence": (1, 1, 32, 8, 128, 8192, None, None, False),

@@ -1,5 +1,5 @@
-"""Stages dpo and orpo: every loss is trl's or its paper's in value and gradient, means over a group do not depend on
-how it is cut, the metrics are those of full logits, and train.py trains with each of them."""
+"""Stages dpo and orpo: every loss is trl's or its paper's in value and gradient, means over a group do not
+depend on how it is cut, the metrics are those of full logits, and train.py trains with each of them."""
 
 import json
 import math
@@ -311,7 +311,8 @@ def test_an_empty_batch_gives_a_zero_loss_that_goes_backward(base):  # noqa: F81
 
 
 def test_kto_pair_holds_answers_against_the_mean_over_all_ranks(base):  # noqa: F811
-    """The other rank has as many pairs, all with a ratio of 5 for the chosen and -90 for the rejected answers."""
+    """The other rank has as many pairs, all with a ratio of 5 for the chosen and -90 for the rejected
+    answers."""
 
     class Two(World):
         def sum(self, tensor):
@@ -374,7 +375,8 @@ def test_a_trained_head_gives_its_present_mean_logit(base):  # noqa: F811
 
 
 def test_ld_alpha_counts_what_is_longer_than_the_other_answer_less():
-    """Answers of 5 and 2 labels, then of 1 and 9: the last 3 of the first, and the last 8 of the second's rejected."""
+    """Answers of 5 and 2 labels, then of 1 and 9: the last 3 of the first, and the last 8 of the second's
+    rejected."""
     batch = collate(EXAMPLES[:2])
     ones = torch.ones(len(batch.label_rows))
     assert answer_sums(ones, batch, 0.25).tolist() == [2 + 3 / 4, 1, 2, 1 + 8 / 4]

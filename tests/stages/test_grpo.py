@@ -84,7 +84,8 @@ class OneProcess:
 
 
 def trl_loss(numbers: dict[str, torch.Tensor], options: GRPOOptions) -> tuple[torch.Tensor, dict]:
-    """trl's _compute_loss on the same log-probabilities, and its metrics. trl takes what is left out by mask."""
+    """trl's _compute_loss on the same log-probabilities, and its metrics. trl takes what is left out by
+    mask."""
     mask = torch.arange(max(COUNTS)) < torch.tensor(COUNTS)[:, None]
     logprobs = padded(numbers["logprobs"])
     trainer = SimpleNamespace(
@@ -149,7 +150,8 @@ def test_losses_gradients_and_clip_ratios_are_trls(keys):
 
 
 def test_rloo_loss_is_trls_but_for_answers_that_are_left_out():
-    """trl's keeps the advantage of a masked answer in the loss (no gradient comes of it); ours is without it."""
+    """trl's keeps the advantage of a masked answer in the loss (no gradient comes of it); ours is without
+    it."""
     numbers, options = flat_numbers(), GRPOOptions(loss_type="rloo")
     theirs, _ = trl_loss(numbers, options)
     theirs = theirs + numbers["advantages"][COUNTS.index(0)] / len(COUNTS)
@@ -413,7 +415,8 @@ def test_batch_deviation_goes_over_ranks():
 
 
 def test_truncated_answers_teach_nothing(tiny):
-    """With one token to write all answers are cut off (the tiny model's stop token is unlikely): no update at all."""
+    """With one token to write all answers are cut off (the tiny model's stop token is unlikely): no update at
+    all."""
     keys = tiny.keys | {"max_new_tokens": 1, "mask_truncated_completions": True, "max_steps": 1}
     assert tiny.train("cut", **keys) == 0
     assert tiny.log("cut")[0]["completions/clipped_ratio"] == 1.0

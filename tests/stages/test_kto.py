@@ -1,4 +1,5 @@
-"""Stage kto: its losses equal trl's and the papers'; questions meet the answers of the next rows of the data."""
+"""Stage kto: its losses equal trl's and the papers'; questions meet the answers of the next rows of the
+data."""
 
 import json
 from collections import defaultdict

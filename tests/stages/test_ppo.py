@@ -1,5 +1,5 @@
-"""PPO's advantages, returns, losses and controller are those of trl 0.7.11 (written out here in float64) and of hand
-numbers; a draw is exact to resume, to replay and to evaluate beside."""
+"""PPO's advantages, returns, losses and controller are those of trl 0.7.11 (written out here in float64) and
+of hand numbers; a draw is exact to resume, to replay and to evaluate beside."""
 
 import math
 
@@ -37,7 +37,8 @@ def doubles(*values) -> Tensor:
 def test_rewards_advantages_and_returns_of_three_tokens_by_hand():
     rewards = ppo.token_rewards(doubles(0.5, -1.0, 2.0), score=3.0, kl_coef=0.1)
     assert rewards.tolist() == pytest.approx([-0.05, 0.1, 2.8])
-    # delta: 2.8 - 0.4 = 2.4; 0.1 + 0.5 * 0.4 - 0.2 = 0.1; -0.05 + 0.5 * 0.2 - 1.0 = -0.95; gamma lambda = 0.25
+    # delta: 2.8 - 0.4 = 2.4; 0.1 + 0.5 * 0.4 - 0.2 = 0.1; -0.05 + 0.5 * 0.2 - 1.0 = -0.95; gamma lambda =
+    # 0.25
     advantages = ppo.gae(rewards, doubles(1.0, 0.2, 0.4), gamma=0.5, lam=0.5)
     assert advantages.tolist() == pytest.approx([-0.95 + 0.25 * 0.7, 0.1 + 0.25 * 2.4, 2.4])
     # gamma = lambda = 1: what is still to come, less the value
@@ -109,7 +110,8 @@ def trl_advantages(scores, kl, values, mask, kl_coef, whiten_rewards, gamma, lam
     longest = rewards.shape[1]
     for t in reversed(range(longest)):
         after = values[:, t + 1] if t < longest - 1 else 0.0
-        # trl whitens rewards beyond a text's end, too, and carries that back; what is no token has no reward here
+        # trl whitens rewards beyond a text's end, too, and carries that back; what is no token has no reward
+        # here
         delta = (rewards[:, t] + gamma * after - values[:, t]) * mask[:, t]
         last = delta + gamma * lam * last
         reversed_advantages.append(last)
@@ -454,7 +456,8 @@ def test_warming_up_the_value_head_trains_nothing_else(tiny):
 
 def test_ppo_raises_the_reward(tiny):
     (tiny.folder / "token.py").write_text(
-        "def low(completions, completion_ids):\n    return [sum(i < 360 for i in ids) for ids in completion_ids]\n"
+        "def low(completions, completion_ids):\n    return [sum(i < 360 for i in ids) for ids in "
+        "completion_ids]\n"
     )
     keys = keys_of(tiny, reward_file=tiny.folder / "token.py", max_steps=80, per_device_train_batch_size=19,
                    ppo_buffer_size=1, ppo_epochs=4, learning_rate=1e-2, lr_scheduler_type="constant", logging_steps=8,

@@ -1,4 +1,5 @@
-"""The reference policy: which one it is, that it never moves, and log-probabilities computed once and kept."""
+"""The reference policy: which one it is, that it never moves, and log-probabilities computed once and
+kept."""
 
 import json
 import shutil

@@ -1,5 +1,5 @@
-"""Stage rm: the loss is LLaMA-Factory's on padded rows, scores do not depend on neighbours, the head goes into files
-and comes back, and train.py makes a reward model of pairs."""
+"""Stage rm: the loss is LLaMA-Factory's on padded rows, scores do not depend on neighbours, the head goes
+into files and comes back, and train.py makes a reward model of pairs."""
 
 import json
 import re
@@ -33,7 +33,8 @@ from stages.stage import Stage
 from templates import Message, TemplateOptions, get_template, question_tokens
 from text.tokenizer import Tokenizer
 
-# prompt tokens, chosen, rejected: different lengths, a late difference, one a beginning of the other, equal ones
+# prompt tokens, chosen, rejected: different lengths, a late difference, one a beginning of the other, equal
+# ones
 PAIRS = [
     ([5, 6, 7], [8, 9, 10, 11, 2], [8, 9, 12, 2]),
     ([5], [3, 2], [4, 4, 4, 4, 4, 4, 2]),
@@ -56,7 +57,8 @@ def example(prompt, chosen, rejected, behind=0, row=0):
 
 
 def padded_loss(values, texts):
-    """LLaMA-Factory's loop over padded rows: values and texts are lists of a chosen and a rejected row per pair."""
+    """LLaMA-Factory's loop over padded rows: values and texts are lists of a chosen and a rejected row per
+    pair."""
     losses = []
     for (chosen, rejected), (chosen_ids, rejected_ids) in zip(values, texts):
         longest = max(len(chosen), len(rejected))
@@ -91,7 +93,8 @@ def test_the_loss_is_that_of_padded_rows_in_value_and_gradient(which, spare):
 
 
 def test_the_loss_of_a_pair_by_hand():
-    """Equal up to token 1; then differences 1, 2 and, where the chosen one has ended and stays at 3, 3 - 7 = -4."""
+    """Equal up to token 1; then differences 1, 2 and, where the chosen one has ended and stays at 3, 3 - 7 =
+    -4."""
     values = torch.tensor([9.0, 5.0, 3.0, 8.0, 4.0, 1.0, 7.0])
     tokens = torch.tensor([1, 2, 3, 1, 4, 5, 6])
     found = span_loss(values, tokens, torch.tensor([0, 3]), torch.tensor([3, 7]), 4)
@@ -155,7 +158,8 @@ def test_one_batch_single_pairs_and_empty_batches_give_the_same_gradients(model,
 
 
 def test_the_loss_at_the_last_tokens_is_that_of_transformers_classifier_as_trl_trains_it(tiny, model):
-    """trl's RewardTrainer: -log sigmoid(chosen - rejected), meaned over pairs, of a classifier with one label."""
+    """trl's RewardTrainer: -log sigmoid(chosen - rejected), meaned over pairs, of a classifier with one
+    label."""
     texts = [prompt + pair[side] for side in (0, 1) for prompt, *pair in PAIRS]
     longest = max(map(len, texts))
     ids = torch.tensor([text + [0] * (longest - len(text)) for text in texts])
@@ -322,7 +326,8 @@ QUESTION = "Is the answer above good?"
 
 
 def test_with_a_question_the_value_is_read_where_the_reply_would_begin(tiny, capsys):
-    """The tokens are those of transformers' chat template; predict, chat and PPO's reward give the same scores."""
+    """The tokens are those of transformers' chat template; predict, chat and PPO's reward give the same
+    scores."""
     oracle = AutoTokenizer.from_pretrained(tiny.model)
     oracle.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -1,5 +1,5 @@
-"""Rollouts: prompts without their answers, texts that depend on weights, prompt and seed alone, labels that are the
-texts' own tokens."""
+"""Rollouts: prompts without their answers, texts that depend on weights, prompt and seed alone, labels that
+are the texts' own tokens."""
 
 import itertools
 from dataclasses import replace

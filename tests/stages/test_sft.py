@@ -1,4 +1,5 @@
-"""The token loss is a sum over labelled tokens that neither packing, nor empty rows, nor an adapted head changes."""
+"""The token loss is a sum over labelled tokens that neither packing, nor empty rows, nor an adapted head
+changes."""
 
 import numpy as np
 import pytest
@@ -165,7 +166,8 @@ def test_an_adapted_head_drops_out_the_same_in_both_passes(base, monkeypatch):
 
 
 def test_a_small_update_of_a_bf16_head_is_seen(base, monkeypatch):
-    """Added to the weight and rounded, most of it would vanish: bf16 keeps 8 bits. In a sum over E it does not."""
+    """Added to the weight and rounded, most of it would vanish: bf16 keeps 8 bits. In a sum over E it does
+    not."""
     model = load_model(base, dtype=torch.bfloat16)
     prepare_trainable(
         model, LoraOptions(lora_rank=1, lora_target=("lm_head",)), torch.Generator().manual_seed(1)

@@ -1,4 +1,5 @@
-"""Stages one after another: which adapters are merged, which trains on, what the reference is, which head is found."""
+"""Stages one after another: which adapters are merged, which trains on, what the reference is, which head is
+found."""
 
 import json
 

@@ -1,9 +1,11 @@
-"""How examples are laid out changes no gradient, in any stage: packed or separate, one by one or on two ranks.
+"""How examples are laid out changes no gradient, in any stage: packed or separate, one by one or on two
+ranks.
 
-The same for the losses of a stage that look beyond one example: means over the group, or over all that was seen.
+The same for the losses of a stage that look beyond one example: means over the group, or over all that was
+seen.
 
-Plain SGD without clipping, so that weights after an update are the gradient. Seven examples: the second rank gets an
-empty batch at the end.
+Plain SGD without clipping, so that weights after an update are the gradient. Seven examples: the second rank
+gets an empty batch at the end.
 """
 
 import json
@@ -82,7 +84,8 @@ def keys_of(tiny, name: str) -> dict:
 
 
 def assert_same_training(tiny, one: str, other: str) -> None:
-    """Sizes of the difference against that of the change of the weights since the start, and equal numbers."""
+    """Sizes of the difference against that of the change of the weights since the start, and equal
+    numbers."""
     start, mine, others = tiny.weights("model"), tiny.weights(one), tiny.weights(other)
     changes = {name: (mine[name] - start[name]).norm() for name in start}
     whole = torch.stack(list(changes.values())).norm()

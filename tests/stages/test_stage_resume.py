@@ -11,8 +11,8 @@ from tests.training.test_resume import assert_equal_runs, halves
 from training import run_folder
 from training.make_stage import WRITES
 
-# 12 examples in micro-batches of 2: 3 updates of 2 micro-batches an epoch; ppo draws 4 of them at once and makes 4
-# updates of those, grpo draws 2 and makes 2
+# 12 examples in micro-batches of 2: 3 updates of 2 micro-batches an epoch; ppo draws 4 of them at once and
+# makes 4 updates of those, grpo draws 2 and makes 2
 SHORT = {
     "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 2,
@@ -99,7 +99,8 @@ def test_a_digest_sees_every_byte_of_a_small_file_and_pieces_of_a_large_one(tmp_
     assert digest(400, 300) != digest(400) and digest(0) != digest(1)
 
 
-# what each stage keeps is resumed above; a kill tells whether it is on the disk whole, for which two kinds will do
+# what each stage keeps is resumed above; a kill tells whether it is on the disk whole, for which two kinds
+# will do
 @pytest.mark.parametrize("stage", ["dpo", "ppo"])
 def test_kill_9_changes_nothing(tiny, stage):
     keys = keys_of(tiny, stage, save_strategy="steps", save_steps=1, save_total_limit=2)

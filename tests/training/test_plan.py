@@ -1,4 +1,5 @@
-"""plan=true: counts by the published formulas, sizes of what a run would hold, and the command line without weights."""
+"""plan=true: counts by the published formulas, sizes of what a run would hold, and the command line without
+weights."""
 
 import dataclasses
 import json

@@ -1,4 +1,5 @@
-"""Predicting: the texts are the model's own, the same wherever they are written, and cost a training nothing."""
+"""Predicting: the texts are the model's own, the same wherever they are written, and cost a training
+nothing."""
 
 import json
 
