@@ -6,7 +6,7 @@ DoRA    y = m (W + s B A) x / ||W + s B A||   Liu et al., arXiv 2402.09353, eq. 
 
 W (out, in) is any frozen base layer: something with in_features, out_features, bias (or None), forward
 and, unless it is an nn.Linear, dequantize() -> (out, in). Quantised layers (quant/linear.py) may also have
-few_rows(), the product of decoding straight from the codes with A and B beside them. A (R, in)
+small_batch(), the product of decoding straight from the codes with A and B beside them. A (R, in)
 starts uniform (kaiming, a = sqrt(5)), B (out, R) at zero and m at ||W||, so training starts at the base
 model. Adapters are fp32 unless asked otherwise and are cast to x's dtype where they are used; norms and
 merged weights are computed in fp32.
@@ -114,7 +114,7 @@ class LoraLinear(nn.Module):
         self.merged = False
         self.off = False
         self._weight_before_merge: Tensor | None = None
-        self._settled_ratio: Tensor | None = None  # (out,) fp32, see settle
+        self._settled_ratio: Tensor | None = None  # (out,) fp32, see freeze_adapter
         device = next(itertools.chain(base.parameters(), base.buffers())).device
         lora_a = torch.empty(rank, self.in_features)
         nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5), generator=generator)
@@ -134,7 +134,7 @@ class LoraLinear(nn.Module):
             return self._dora(x)
         if self._one_kernel_serves(x):
             return self._kernel(x, self.base.bias)
-        result = self._few_rows(x)
+        result = self._small_batch(x)
         if result is not None:
             return result
         result = self.base(x)
@@ -153,7 +153,7 @@ class LoraLinear(nn.Module):
         # peft's base + (m/n - 1) W x + (m/n) s B A x, collected: one product serves both terms
         if self._one_kernel_serves(x):
             directed = self._kernel(x, None)
-        elif (product := self._few_rows(x)) is not None:
+        elif (product := self._small_batch(x)) is not None:
             directed = self._without_bias(product)
         else:
             directed = self._without_bias(self.base(x)) + self._delta(x)
@@ -162,11 +162,11 @@ class LoraLinear(nn.Module):
             result = result + self.base.bias
         return result.to(x.dtype)
 
-    def _few_rows(self, x: Tensor) -> Tensor | None:
+    def _small_batch(self, x: Tensor) -> Tensor | None:
         """W x + bias + s B A x straight from the codes of a quantised base, where that serves."""
-        if not hasattr(self.base, "few_rows") or (self.training and self.dropout_probability > 0):
+        if not hasattr(self.base, "small_batch") or (self.training and self.dropout_probability > 0):
             return None
-        return self.base.few_rows(x, self.lora_a, self.lora_b, self.scale)
+        return self.base.small_batch(x, self.lora_a, self.lora_b, self.scale)
 
     def _delta(self, x: Tensor) -> Tensor:
         """s B A x in x's dtype."""
@@ -191,12 +191,12 @@ class LoraLinear(nn.Module):
         return kernels.LoraPart(weight, bias, self.lora_a, self.lora_b, self.scale)
 
     @staticmethod
-    def together(x: Tensor, layers: list[nn.Module]) -> list[Tensor]:
+    def fused(x: Tensor, layers: list[nn.Module]) -> list[Tensor]:
         """[layer(x) for layer in layers], in one function for those that allow it: x is saved and read once.
 
         These are adapters that one kernel serves and, beside them, frozen linears without an adapter.
         """
-        results = LoraLinear._few_rows_together(x, layers)
+        results = LoraLinear._small_batch_together(x, layers)
         if results is not None:
             return results
         parts: dict[int, kernels.LoraPart] = {}
@@ -215,13 +215,13 @@ class LoraLinear(nn.Module):
         return [results[place] if place in results else layer(x) for place, layer in enumerate(layers)]
 
     @staticmethod
-    def _few_rows_together(x: Tensor, layers: list[nn.Module]) -> list[Tensor] | None:
+    def _small_batch_together(x: Tensor, layers: list[nn.Module]) -> list[Tensor] | None:
         """The products straight from the codes of quantised bases, in fewer launches, where that serves."""
         parts = []
         for layer in layers:
             adapter = layer if isinstance(layer, LoraLinear) and not (layer.merged or layer.off) else None
             base = layer.base if isinstance(layer, LoraLinear) else layer
-            if not hasattr(base, "few_rows_of"):
+            if not hasattr(base, "small_batch_of"):
                 return None
             if adapter is None:
                 parts.append(kernels.LoraPart(base, base.bias, None, None, 0.0))
@@ -229,9 +229,9 @@ class LoraLinear(nn.Module):
                 return None
             else:
                 parts.append(kernels.LoraPart(base, base.bias, adapter.lora_a, adapter.lora_b, adapter.scale))
-        return parts[0].weight.few_rows_of(x, parts)
+        return parts[0].weight.small_batch_of(x, parts)
 
-    def beside(self) -> tuple[nn.Module, Tensor | None, Tensor | None]:
+    def lora_factors(self) -> tuple[nn.Module, Tensor | None, Tensor | None]:
         """The base and, beside it, lora_a (R, in) and lora_b (out, R) with the scale in it, for one token at
         a time on a CPU (model.lay_out_for_decoding). An adapter that is not just added gives itself as the
         base."""
@@ -311,7 +311,7 @@ class LoraLinear(nn.Module):
         self.merged = False
 
     @torch.no_grad()
-    def settle(self, dtype: torch.dtype) -> None:
+    def freeze_adapter(self, dtype: torch.dtype) -> None:
         """For an adapter that will not change any more: A and B in the dtype they are used in, DoRA's norms
         once."""
         if self.magnitude is not None:

@@ -79,7 +79,7 @@ class KVCache:
             self._hold(self.storage.new_zeros((layers, two, sequences, *rest)))
         self._look()
 
-    def plan(self, row: "Row") -> None:
+    def plan(self, row: "ForwardContext") -> None:
         """Tell the row where its new tokens go. `filled`: on a GPU, the lengths once they are stored."""
         borders = row.cu_seqlens.tolist()
         if len(borders) - 1 != len(self.lengths):
@@ -93,7 +93,9 @@ class KVCache:
         if self.on_device:
             row.filled = torch.tensor(lengths, dtype=torch.int32, device=self.storage.device)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, row: "Row", window, scale: float) -> Tensor:
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, row: "ForwardContext", window, scale: float
+    ) -> Tensor:
         """Store k, v (T, K, D) of one layer, then attention of q (T, H, D) against everything stored."""
         keys, values = self.layers[layer]
         if row.filled is not None:
@@ -111,7 +113,7 @@ class KVCache:
             )
         return kernels.cached_attention(q, keys, values, row.borders, row.lengths, window, scale)
 
-    def advance(self, row: "Row") -> None:
+    def advance(self, row: "ForwardContext") -> None:
         """All layers have stored the row's tokens."""
         self.lengths = row.lengths
 
@@ -193,26 +195,26 @@ class Joined:
 
 def project_together(x: Tensor, layers: list[nn.Module]) -> list[Tensor]:
     """[layer(x) for layer in layers]. A kind of layer that gains from one input for several (an adapter: it
-    saves and reads x once) says so by a static method `together(x, layers)`, which then does it; its results
+    saves and reads x once) says so by a static method `fused(x, layers)`, which then does it; its results
     are the same."""
     for layer in layers:
-        together = getattr(type(layer), "together", None)
-        if together is not None:
-            return together(x, layers)
+        fused = getattr(type(layer), "fused", None)
+        if fused is not None:
+            return fused(x, layers)
     return [layer(x) for layer in layers]
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int, **kind):
+    def __init__(self, config: ModelConfig, layer: int, **factory):
         super().__init__()
         hidden, size = config.hidden_size, config.head_dim
-        self.q_proj = Linear(hidden, config.num_heads * size, bias=config.qkv_bias, **kind)
-        self.k_proj = Linear(hidden, config.num_kv_heads * size, bias=config.qkv_bias, **kind)
-        self.v_proj = Linear(hidden, config.num_kv_heads * size, bias=config.qkv_bias, **kind)
-        self.o_proj = Linear(config.num_heads * size, hidden, bias=config.out_bias, **kind)
+        self.q_proj = Linear(hidden, config.num_heads * size, bias=config.qkv_bias, **factory)
+        self.k_proj = Linear(hidden, config.num_kv_heads * size, bias=config.qkv_bias, **factory)
+        self.v_proj = Linear(hidden, config.num_kv_heads * size, bias=config.qkv_bias, **factory)
+        self.o_proj = Linear(config.num_heads * size, hidden, bias=config.out_bias, **factory)
         if config.qk_norm:
-            self.q_norm = RMSNorm(size, config.norm_eps, **kind)
-            self.k_norm = RMSNorm(size, config.norm_eps, **kind)
+            self.q_norm = RMSNorm(size, config.norm_eps, **factory)
+            self.k_norm = RMSNorm(size, config.norm_eps, **factory)
         self.head_dim = size
         self.qk_norm = config.qk_norm
         self.scale = 1.0 / math.sqrt(size)
@@ -220,7 +222,9 @@ class Attention(nn.Module):
         self.layer = layer
         self.joined: Joined | None = None
 
-    def project(self, x: Tensor, cos: Tensor, sin: Tensor, row: "Row") -> tuple[Tensor, Tensor, Tensor]:
+    def project(
+        self, x: Tensor, cos: Tensor, sin: Tensor, row: "ForwardContext"
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """x (T, E) -> q (T, H, D), k and v (T, K, D), q and k normalised and rotated."""
         if self.joined is not None and self.joined.serve(self, _QKV):
             heads = self.joined(x).view(x.shape[0], -1, self.head_dim)  # (T, H + 2K, D)
@@ -239,7 +243,7 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         return *kernels.rope(q, k, cos, sin), v
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, row: "Row") -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, row: "ForwardContext") -> Tensor:
         q, k, v = self.project(x, cos, sin, row)
         if row.cache is None:
             out = kernels.attention(
@@ -251,12 +255,12 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config: ModelConfig, **kind):
+    def __init__(self, config: ModelConfig, **factory):
         super().__init__()
         hidden, size, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = Linear(hidden, size, bias=bias, **kind)
-        self.up_proj = Linear(hidden, size, bias=bias, **kind)
-        self.down_proj = Linear(size, hidden, bias=bias, **kind)
+        self.gate_proj = Linear(hidden, size, bias=bias, **factory)
+        self.up_proj = Linear(hidden, size, bias=bias, **factory)
+        self.down_proj = Linear(size, hidden, bias=bias, **factory)
         self.activation = config.activation
         self.joined: Joined | None = None
 
@@ -291,15 +295,15 @@ def _row_scale(gate: Tensor, up: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int, **kind):
+    def __init__(self, config: ModelConfig, layer: int, **factory):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps, **kind)
-        self.self_attn = Attention(config, layer, **kind)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps, **kind)
-        self.mlp = MLP(config, **kind)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps, **factory)
+        self.self_attn = Attention(config, layer, **factory)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps, **factory)
+        self.mlp = MLP(config, **factory)
 
     def forward(
-        self, x: Tensor, delta: Tensor | None, cos: Tensor, sin: Tensor, row: "Row"
+        self, x: Tensor, delta: Tensor | None, cos: Tensor, sin: Tensor, row: "ForwardContext"
     ) -> tuple[Tensor, Tensor]:
         """Residual stream x and what is still to be added to it -> the same two, each (T, E).
 
@@ -310,7 +314,7 @@ class Block(nn.Module):
         return x, self.mlp(normed)
 
 
-class Row:
+class ForwardContext:
     """What every layer needs to know of the row: borders, the cache if there is one, the dtype of the
     products."""
 
@@ -335,13 +339,13 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig, dtype=torch.float32, device=None):
         super().__init__()
-        kind = {"dtype": dtype, "device": device}
+        factory = {"dtype": dtype, "device": device}
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, **kind)
-        self.layers = nn.ModuleList(Block(config, i, **kind) for i in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps, **kind)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, **factory)
+        self.layers = nn.ModuleList(Block(config, i, **factory) for i in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, **factory)
         if not config.tied_head:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, **kind)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, **factory)
         self.v_head: nn.Module | None = (
             None  # a number for each token (value_head.py), in the stages that have one
         )
@@ -361,7 +365,7 @@ class Decoder(nn.Module):
             x = x.to(self.compute_dtype)
         if self.training and self.embedding_noise:
             x = x + _neftune_noise(x, cu_seqlens, self.embedding_noise)
-        row = Row(cu_seqlens, max_seqlen, cache, self.flash_attn, x.dtype)
+        row = ForwardContext(cu_seqlens, max_seqlen, cache, self.flash_attn, x.dtype)
         cos, sin = self.rotation(positions, row, x.dtype)
         if x.dtype is torch.float16:
             x = x.float()  # see FP16_ROW_LIMIT
@@ -393,7 +397,7 @@ class Decoder(nn.Module):
             else self.lm_head(hidden)
         )
 
-    def rotation(self, positions: Tensor, row: Row, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def rotation(self, positions: Tensor, row: "ForwardContext", dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin (T, D/2) of every token's angles; angles in fp32, since bf16 cannot count past 256."""
         rope, size, device = self.config.rope, self.config.head_dim, positions.device
         if rope.kind == "dynamic":
@@ -405,7 +409,7 @@ class Decoder(nn.Module):
             dtype
         )
 
-    def _dynamic_frequencies(self, row: Row, tokens: int, device) -> Tensor:
+    def _dynamic_frequencies(self, row: "ForwardContext", tokens: int, device) -> Tensor:
         """Each segment by its own length, so that a packed row equals its segments alone."""
         if row.cache is not None:
             lengths = torch.as_tensor(row.lengths, device=device)
@@ -529,7 +533,7 @@ def _served(linear: nn.Module) -> bool:
     adapter."""
     if type(linear) is Linear:
         return True
-    return _is_quantised(linear.beside()[0] if hasattr(linear, "beside") else linear)
+    return _is_quantised(linear.lora_factors()[0] if hasattr(linear, "lora_factors") else linear)
 
 
 def _is_quantised(layer: nn.Module) -> bool:
@@ -555,7 +559,10 @@ def _product(linears: list[nn.Module], joined, dtype: torch.dtype) -> Product | 
     plain."""
     if _all_plain(*linears):
         return _dense_product(joined.weight.detach().T, joined.bias)
-    beside = [linear.beside() if hasattr(linear, "beside") else (linear, None, None) for linear in linears]
+    beside = [
+        linear.lora_factors() if hasattr(linear, "lora_factors") else (linear, None, None)
+        for linear in linears
+    ]
     bases = [base for base, _, _ in beside]
     parts = [base.bytes_for_decoding(dtype) if _is_quantised(base) else None for base in bases]
     in_bytes = None not in parts and len({(part.zero, part.scales.shape[0]) for part in parts}) == 1

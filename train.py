@@ -29,9 +29,11 @@ import torch
 import kernels
 import parallel.world
 from checkpoints.huggingface import ModelOptions, restore_trained
+from checkpoints.source import RUN_CONFIG
 from data import DataOptions, TokenizedDataSaved
 from model import Decoder
 from options import config as configuration
+from options.errors import DISK_FULL, StopRun, UserError
 from parallel.world import World
 from pipeline.batch import ROW_MULTIPLE, Batch, BatchLoader, StreamingLoader
 from pipeline.prefetch import ahead
@@ -39,9 +41,10 @@ from stages.rewards import RewardError
 from stages.stage import Rhythm, Stage
 from text.tokenizer import Tokenizer
 from training import host_memory, make_stage, monitor, optim, predict, run_folder, setup
-from training.monitor import Health, Monitor, Window, peak_memory_gb, write_json
+from training.monitor import Health, MetricWindow, Monitor, peak_memory_gb, write_json
 from training.optim import OptimOptions
-from training.run_folder import Progress, StopRun, TrainOptions
+from training.options import TrainOptions
+from training.run_folder import Progress
 from training.setup import SECTIONS, steps_per_epoch
 
 
@@ -61,7 +64,7 @@ class Run:
     scaler: torch.amp.GradScaler
     gradient_sum: parallel.world.GradientSum
     monitor: Monitor
-    window: Window
+    window: MetricWindow
     health: Health
     predictor: predict.Predictor | None
     total_steps: int
@@ -84,7 +87,7 @@ class Run:
 def main(argv: list[str]) -> int:
     try:
         config = configuration.load(argv, SECTIONS, program="train.py", description=__doc__.splitlines()[0])
-    except configuration.ConfigError as error:
+    except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     options, name = config[TrainOptions], "train.py"
@@ -93,7 +96,7 @@ def main(argv: list[str]) -> int:
         if world.device.type == "cpu":
             host_memory.keep_freed()
         name += f" [rank {world.rank}]" if world.rank else ""
-        with nullcontext() if options.plan else run_folder.reserve(Path(options.output_dir), world):
+        with nullcontext() if options.plan else run_folder.lock_folder(Path(options.output_dir), world):
             return run(config, world)
     except TokenizedDataSaved as done:
         world.print(done)
@@ -106,7 +109,7 @@ def main(argv: list[str]) -> int:
     except (StopRun, ValueError, OSError) as error:
         if os.environ.get("ANVIL_TRACEBACK"):
             raise
-        full = isinstance(error, OSError) and error.errno in run_folder.DISK_FULL
+        full = isinstance(error, OSError) and error.errno in DISK_FULL
         text = (
             f"output_dir: {options.output_dir}: {error}; make room and run the same command again"
             if full
@@ -164,7 +167,7 @@ def run(config: configuration.Config, world: World) -> int:
         scaler=torch.amp.GradScaler(world.device.type, enabled=options.fp16),
         gradient_sum=parallel.world.GradientSum(model, world),
         monitor=Monitor(output_dir, options.services, options.run_name or str(output_dir), world.is_main),
-        window=Window(world, stage.metric_names),
+        window=MetricWindow(world, stage.metric_names),
         health=Health(world, prepared.train.datasets if prepared.train is not None else []),
         predictor=predictor,
         total_steps=total_steps,
@@ -206,8 +209,8 @@ def begin_folder(config: configuration.Config, resume: Path | None, world: World
     options, output_dir = config[TrainOptions], Path(config[TrainOptions].output_dir)
     for notice in run_folder.prepare_folder(output_dir, resume, options.overwrite_output_dir):
         world.print(f"note: {notice}")
-    config.save(output_dir / f".tmp-{run_folder.RUN_CONFIG}")
-    os.replace(output_dir / f".tmp-{run_folder.RUN_CONFIG}", output_dir / run_folder.RUN_CONFIG)
+    config.save(output_dir / f".tmp-{RUN_CONFIG}")
+    os.replace(output_dir / f".tmp-{RUN_CONFIG}", output_dir / RUN_CONFIG)
 
 
 # The loop
@@ -235,14 +238,14 @@ def train(this: Run, history: list[dict]) -> int:
             # under fp16 an infinite gradient only means that the scaler skipped this update and halves its
             # scale
             this.health.watch(progress.step, [loss] if options.fp16 else [loss, norm], group)
-            stop, on_demand = world.most(max(received, default=0), wants_checkpoint(this))
+            stop, on_demand = world.max_over_ranks(max(received, default=0), wants_checkpoint(this))
             due = what_is_due(this)
             if due.log or due.evaluate or due.save or on_demand or stop:
                 check_health(this)
             if due.log:
                 log_training(this, norm)
             if due.evaluate:
-                judge(this)
+                evaluate_and_track(this)
             early = this.out_of_patience()
             if due.save or on_demand or stop or (early and options.save_strategy != "no"):
                 path = save_checkpoint(this)
@@ -469,7 +472,7 @@ def log_training(this: Run, norm: torch.Tensor) -> None:
     this.monitor.log(progress.step, this.epoch(progress.step), values)
 
 
-def judge(this: Run) -> None:
+def evaluate_and_track(this: Run) -> None:
     """Evaluate, log it, remember the best."""
     options, progress = this.options, this.progress
     results = evaluate(this)

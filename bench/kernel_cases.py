@@ -595,8 +595,8 @@ def four_bits(sizes: Sizes) -> Iterator[Case]:
             (sizes.mlp, sizes.hidden),
             (sizes.hidden, sizes.hidden),
         ):
-            yield few_rows_4bit(sizes, rows, inputs, outputs)
-    yield few_rows_4bit(sizes, 1, sizes.hidden, sizes.mlp, sizes.rank)
+            yield small_batch_4bit(sizes, rows, inputs, outputs)
+    yield small_batch_4bit(sizes, 1, sizes.hidden, sizes.mlp, sizes.rank)
 
 
 def _quantised(sizes: Sizes, seed: int, outputs: int, inputs: int, double: bool) -> NF4Linear:
@@ -657,7 +657,7 @@ def dequantise_4bit(sizes: Sizes, double: bool) -> Case:
     )
 
 
-def few_rows_4bit(sizes: Sizes, rows: int, inputs: int, outputs: int, rank: int = 0) -> Case:
+def small_batch_4bit(sizes: Sizes, rows: int, inputs: int, outputs: int, rank: int = 0) -> Case:
     """Decoding's product; a layer with double quantisation."""
 
     def draw(seed: int, small: bool) -> list:
@@ -672,7 +672,7 @@ def few_rows_4bit(sizes: Sizes, rows: int, inputs: int, outputs: int, rank: int 
 
     @torch.no_grad()
     def ours(x, layer, lora_a, lora_b):
-        result = layer.few_rows(x, lora_a, lora_b, 0.5)
+        result = layer.small_batch(x, lora_a, lora_b, 0.5)
         return lora_linear_reference(x, layer, None, lora_a, lora_b, 0.5) if result is None else result
 
     @torch.no_grad()
@@ -691,7 +691,7 @@ def few_rows_4bit(sizes: Sizes, rows: int, inputs: int, outputs: int, rank: int 
 
     weights = inputs * outputs
     return Case(
-        "few_rows_4bit",
+        "small_batch_4bit",
         ("nf4",),
         f"{rows} x {inputs} -> {outputs}" + (f", rank {rank}" if rank else ""),
         draw,

@@ -25,7 +25,7 @@ from model import Decoder, initialize_weights
 from pipeline.batch import Example, collate
 from stages.stage import Rhythm, TokenLoss
 from training import memory, monitor, optim
-from training.run_folder import TrainOptions
+from training.options import TrainOptions
 
 LEARNING_RATE = 2e-4
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -120,7 +120,7 @@ class Anvil:
             scaler=torch.amp.GradScaler(setting.device.type, enabled=False),
             gradient_sum=parallel.world.GradientSum(model, world),
             monitor=None,
-            window=monitor.Window(world),
+            window=monitor.MetricWindow(world),
             health=None,
             total_steps=steps,
             save_weights=None,

@@ -475,6 +475,6 @@ def apply_adapters(model: Decoder, folders: Iterable[str | Path]) -> None:
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(dtypes[name])
     for name, layer in beside.items():
-        layer.settle(layer.base.dtype)
+        layer.freeze_adapter(layer.base.dtype)
         replace_module(model, name, layer.eval())
     model.requires_grad_(False)

@@ -8,6 +8,8 @@ unpickled.
 import json
 import os
 import shutil
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -231,3 +233,21 @@ def _name_shards(staging: Path, names: list[list[str]], total_bytes: int) -> Non
         (staging / f"{i}").rename(staging / final)
         weight_map |= dict.fromkeys(shard, final)
     write_json(staging / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
+
+
+def read_plain(path: Path) -> object:
+    """What torch.save wrote: tensors and plain values. Raises ValueError that says what is wrong with the
+    file."""
+    try:
+        with zipfile.ZipFile(
+            path
+        ) as archive:  # torch's format; torch.load itself does not look at the checksums
+            broken = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, zlib.error) as error:
+        raise ValueError(str(error)) from error
+    if broken:
+        raise ValueError(broken)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # RuntimeError, errors of pickle: the file may be anybody's
+        raise ValueError("not written by torch.save, or more than tensors and plain values") from error

@@ -27,8 +27,8 @@ from model import Decoder
 from quant import Format, QuantOptions
 from templates import TemplateOptions, get_template
 from text.tokenizer import Tokenizer
-from training.run_folder import RUN_CONFIG
 
+RUN_CONFIG = "run_config.yaml"  # the resolved configuration of a run, beside its result
 EXPORT_RECORD = (
     "export_info.json"  # marks a folder as an export, which the next export to the same place may replace
 )

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from architectures.config import ModelConfig, to_hf_name
 from checkpoints.safetensors_files import weight_files, write_shards
 from kernels.linear import matmul_transposed
-from model import Attention, Block, Decoder, Row
+from model import Attention, Block, Decoder, ForwardContext
 from pipeline.formats import Dropped, check_stage, to_conversation, to_document
 from pipeline.sources import DatasetInfo, HubAccess, find_dataset, list_files, open_hub, read_rows
 from quant.gptq import GPTQFormat, GPTQLinear
@@ -473,11 +473,11 @@ class _Text:
             last = min(first + step, windows)
             yield slice(first * length, last * length), last - first
 
-    def _place(self, count: int, x: Tensor) -> tuple[Tensor, Tensor, Row]:
+    def _place(self, count: int, x: Tensor) -> tuple[Tensor, Tensor, ForwardContext]:
         """cos, sin and row for windows one behind the other."""
         length = self.windows.shape[1]
         borders = torch.arange(0, (count + 1) * length, length, dtype=torch.int32, device=x.device)
-        row = Row(borders, length, None, self.skeleton.flash_attn, x.dtype)
+        row = ForwardContext(borders, length, None, self.skeleton.flash_attn, x.dtype)
         cos, sin = self.skeleton.rotation(torch.arange(length, device=x.device).repeat(count), row, x.dtype)
         return cos, sin, row
 

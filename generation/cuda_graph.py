@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from model import Decoder, KVCache, Row
+from model import Decoder, ForwardContext, KVCache
 
 # steps on their way at once: the host's hiccups are shorter; so many are in vain after the last text's end
 AHEAD = 4
@@ -40,15 +40,17 @@ class DeviceCache:
         self.lengths.copy_(torch.tensor(lengths, dtype=torch.int32))
         self.growth.fill_(1)
 
-    def plan(self, row: Row) -> None:
+    def plan(self, row: ForwardContext) -> None:
         row.lengths = row.filled = self.lengths + 1
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, row: Row, window, scale: float) -> Tensor:
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, row: ForwardContext, window, scale: float
+    ) -> Tensor:
         keys, values = self.layers[layer]
         kernels.store_in_cache(k, v, keys, values, row.cu_seqlens, row.filled, 1)
         return kernels.decode_attention(q, keys, values, row.cu_seqlens, row.filled, 1, window, scale)
 
-    def advance(self, row: Row) -> None:
+    def advance(self, row: ForwardContext) -> None:
         self.lengths += self.growth
 
     @torch.inference_mode()

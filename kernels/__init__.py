@@ -10,7 +10,7 @@ import os
 
 import torch
 
-from kernels import attention_rivals as _rivals
+from kernels import attention_backends as _backends
 from kernels import cross_entropy as _cross_entropy
 from kernels import decode_attention as _decode_attention
 from kernels import flash_attention as _flash
@@ -45,7 +45,7 @@ __all__ = [
     "cross_entropy",
     "decode_attention",
     "dequantise_4bit",
-    "few_rows_4bit",
+    "small_batch_4bit",
     "gated_mlp",
     "layer_norm",
     "linear",
@@ -108,7 +108,7 @@ def rms_norm(
 
 
 ATTENTION = ("auto", "triton", "sdpa", "disabled", "fa2", "fa3")  # values of `flash_attn`
-_chooser = _rivals.Chooser(_rivals.time_on_gpu)
+_chooser = _backends.Chooser(_backends.time_on_gpu)
 
 
 def require_attention(flash_attn: str, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
@@ -119,8 +119,8 @@ def require_attention(flash_attn: str, device: torch.device | str, dtype: torch.
     missing = _missing(device)
     if flash_attn == "triton" and missing is not None:
         raise ValueError(f"flash_attn=triton: {missing}; or set flash_attn=auto")
-    _rivals.require_package(flash_attn)
-    if flash_attn in _rivals.PACKAGES:
+    _backends.require_package(flash_attn)
+    if flash_attn in _backends.PACKAGES:
         if device.type != "cuda":
             raise ValueError(
                 f"flash_attn={flash_attn}: it runs on a GPU, not on {device.type}; set flash_attn=auto"
@@ -153,21 +153,21 @@ def attention(
     if flash_attn == "disabled" or _REFERENCE:
         return attention_reference(*arguments)
     if flash_attn == "sdpa":
-        return _rivals.attention_torch(*arguments)
-    if flash_attn in _rivals.PACKAGES:
-        return _rivals.attention_package(flash_attn, *arguments)
+        return _backends.attention_torch(*arguments)
+    if flash_attn in _backends.PACKAGES:
+        return _backends.attention_package(flash_attn, *arguments)
     if flash_attn == "triton":
         problem = launch.unavailable(q.device) or _flash.unsupported(q, k, v)
         if problem is not None:
             raise ValueError(f"flash_attn=triton: {problem}; or set flash_attn=auto")
         return _flash.flash_attention_triton(*arguments)
     if not _triton_serves("attention", q.device, _flash.unsupported(q, k, v)):
-        return _rivals.attention_torch(*arguments)
+        return _backends.attention_torch(*arguments)
     if _MODE == "triton" or launch.recorded_or_traced(q.device):
         return _flash.flash_attention_triton(*arguments)
-    candidates = {"triton": _flash.flash_attention_triton, **_rivals.rivals(*arguments)}
+    candidates = {"triton": _flash.flash_attention_triton, **_backends.backends(*arguments)}
     trained = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    shapes = _rivals.shape_class(q, k, cu_seqlens, max_seqlen, window, causal, trained)
+    shapes = _backends.shape_class(q, k, cu_seqlens, max_seqlen, window, causal, trained)
     return _chooser.choose((*shapes, softcap is None, alibi_slopes is None), candidates, arguments)(
         *arguments
     )
@@ -330,12 +330,12 @@ def dequantise_4bit(weight: Codes, out: torch.Tensor) -> bool:
     return True
 
 
-def few_rows_4bit(x: torch.Tensor, parts: list[CodesPart]) -> list[torch.Tensor] | None:
+def small_batch_4bit(x: torch.Tensor, parts: list[CodesPart]) -> list[torch.Tensor] | None:
     """x (1 to 16 rows, in) through linears in 4 bits with their adapters, straight from the codes, no
     gradient; None where no kernel does that, and then the dense weight is the way. See kernels/nf4.py."""
     if not _triton_serves("products with weights in 4 bits", x.device, _nf4.unsupported(x)):
         return None
-    return _nf4.few_rows_triton(x, parts)
+    return _nf4.small_batch_triton(x, parts)
 
 
 def choices(device: torch.device | str, flash_attn: str = "auto") -> str:

@@ -74,7 +74,7 @@ def scales_reference(weight: Codes) -> Tensor:
     return weight.nested_table[weight.absmax.int()] * nested + weight.mean
 
 
-def few_rows_reference(x: Tensor, part: CodesPart) -> Tensor:
+def small_batch_reference(x: Tensor, part: CodesPart) -> Tensor:
     """x (T, in) -> x W^T + bias + scale (x A^T) B^T (T, out) in x's dtype."""
     dense = torch.empty(part.out_features, x.shape[1], dtype=x.dtype, device=x.device)
     dequantise_reference(part.weight, dense)
@@ -171,10 +171,10 @@ def _dequantise_kernel(
 # The product of a few rows (K6)
 
 
-def few_rows_triton(x: Tensor, parts: list[CodesPart]) -> list[Tensor]:
-    """few_rows_reference for several linears; no gradient. Results may be columns of one tensor."""
+def small_batch_triton(x: Tensor, parts: list[CodesPart]) -> list[Tensor]:
+    """small_batch_reference for several linears; no gradient. Results may be columns of one tensor."""
     if len(parts) > MOST_PARTS or len({_kind(part) for part in parts}) > 1:
-        return [result for part in parts for result in few_rows_triton(x, [part])]
+        return [result for part in parts for result in small_batch_triton(x, [part])]
     x = x if x.stride(1) == 1 else x.contiguous()
     sizes = [part.out_features for part in parts]
     result = torch.empty(x.shape[0], sum(sizes), dtype=x.dtype, device=x.device)

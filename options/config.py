@@ -37,16 +37,13 @@ from options.aliases import (
     is_off,
     lookup,
 )
+from options.errors import UserError
 from options.rules import RULES
 from options.values import BOOLEANS, NULLS, Plain, choices_of, convert, members_of, node_value, truth_word
 
 # never written by Config.save and never shown: run folders and logs get shared
 SECRETS = ("hf_hub_token", "ms_hub_token", "hub_token")
 _FILES = (".yaml", ".yml", ".json")
-
-
-class ConfigError(ValueError):
-    """Something a user wrote cannot be used; the text names key or file, what was found and the way out."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,7 @@ def load(
     other_sections: options of other scripts; their keys are checked and then left out, so that for example
     chat.py reads a training file.  foreign_keys: keys of a file that no section here has are left out, for
     scripts
-    that must not import the sections of others; the command line is still checked.  Raises ConfigError with
+    that must not import the sections of others; the command line is still checked.  Raises UserError with
     every mistake found, one a line.
     """
     keys = _declared(sections)
@@ -158,7 +155,7 @@ def _read_words(argv: list[str], is_flag: Callable[[str], bool | None]) -> tuple
             text = text if equals else _next_value(key, rest, False if key == "config" else is_flag(key))
         elif not (is_key and equals):
             if word.startswith("-") or not word.lower().endswith(_FILES):
-                raise ConfigError(
+                raise UserError(
                     f"{word!r} on the command line is neither a configuration file ({', '.join(_FILES)}) nor "
                     "key=value, --key value or --flag. --help lists the keys."
                 )
@@ -174,7 +171,7 @@ def _next_value(key: str, rest: list[str], flag: bool | None) -> str:
     """The value of `--key`, from the words behind it. flag: True boolean key, False not, None unknown."""
     following = rest[0] if rest and not rest[0].startswith("--") else None
     if flag is False and following is None:
-        raise ConfigError(f"--{key} needs a value behind it; write {key}=VALUE if the value starts with '--'")
+        raise UserError(f"--{key} needs a value behind it; write {key}=VALUE if the value starts with '--'")
     if flag is True and (following or "").lower() not in (*BOOLEANS, *NULLS):
         return "true"
     if flag is None and (following is None or "=" in following):
@@ -188,20 +185,20 @@ def _next_value(key: str, rest: list[str], flag: bool | None) -> str:
 def _read_file(name: str) -> list[_Setting]:
     path = Path(name)
     if path.suffix.lower() not in _FILES:
-        raise ConfigError(f"configuration file {name}: expected a name that ends in {', '.join(_FILES)}")
+        raise UserError(f"configuration file {name}: expected a name that ends in {', '.join(_FILES)}")
     if not path.is_file():
-        raise ConfigError(f"configuration file {name}: there is no such file (looked in {Path.cwd()})")
+        raise UserError(f"configuration file {name}: there is no such file (looked in {Path.cwd()})")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError(
+        raise UserError(
             f"configuration file {name}: not UTF-8 text ({error.reason} at byte {error.start})"
         ) from error
     settings = _read_json(name, text) if path.suffix.lower() == ".json" else _read_yaml(name, text)
     seen: dict[str, _Setting] = {}
     for setting in settings:
         if setting.key in seen:
-            raise ConfigError(
+            raise UserError(
                 f"{name}: {setting.key} is there twice, {seen[setting.key]} and {setting}. Keep one."
             )
         seen[setting.key] = setting
@@ -216,21 +213,21 @@ def _read_yaml(name: str, text: str) -> list[_Setting]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" line {mark.line + 1}" if mark else ""
-        raise ConfigError(
+        raise UserError(
             f"{name}{place}: not valid YAML ({getattr(error, 'problem', None) or error})"
         ) from error
     if not isinstance(root, yaml.MappingNode):
         found = "nothing" if root is None else f"a {root.id}"
-        raise ConfigError(f"{name}: expected lines of the form 'key: value', found {found}")
+        raise UserError(f"{name}: expected lines of the form 'key: value', found {found}")
     settings = []
     for key, value in root.value:
         line = key.start_mark.line + 1
         if not isinstance(key, yaml.ScalarNode):
-            raise ConfigError(f"{name} line {line}: expected a key such as lora_rank, found a {key.id}")
+            raise UserError(f"{name} line {line}: expected a key such as lora_rank, found a {key.id}")
         try:
             settings.append(_Setting(key.value.replace("-", "_"), node_value(value), name, line))
         except ValueError as error:
-            raise ConfigError(f"{name} line {line}: {key.value}: {error}") from error
+            raise UserError(f"{name} line {line}: {key.value}: {error}") from error
     return settings
 
 
@@ -240,9 +237,9 @@ def _read_json(name: str, text: str) -> list[_Setting]:
             text, object_pairs_hook=_Pairs, parse_int=Plain, parse_float=Plain, parse_constant=Plain
         )
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{name} line {error.lineno}: not valid JSON ({error.msg})") from error
+        raise UserError(f"{name} line {error.lineno}: not valid JSON ({error.msg})") from error
     if not isinstance(pairs, _Pairs):
-        raise ConfigError(
+        raise UserError(
             f'{name}: expected an object of the form {{"key": value}}, found {text.strip()[:40]!r}'
         )
     return [_Setting(key.replace("-", "_"), _json_value(value), name) for key, value in pairs]
@@ -430,7 +427,7 @@ class _Reader:
 
 def _raise(problems: list[str]) -> None:
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise UserError("\n".join(problems))
 
 
 def _located(error: str, keys: Mapping[str, _Key], chosen: Mapping) -> str:

@@ -41,7 +41,7 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def most(self, *numbers: int) -> list[int]:
+    def max_over_ranks(self, *numbers: int) -> list[int]:
         """The largest of each number over all ranks. Goes over the host's own group, so it never waits for a
         GPU."""
         if self.size == 1:
@@ -52,7 +52,7 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
-        return bool(self.most(int(flag))[0])
+        return bool(self.max_over_ranks(int(flag))[0])
 
     def gather(self, value: object) -> list:
         """What each rank gave, in the order of the ranks; it has to be JSON. Goes over the host's own

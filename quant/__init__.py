@@ -15,11 +15,11 @@ from typing import Annotated, Literal
 from quant import aqlm, awq, gptq, hqq, int8, nf4
 from quant.hqq import HQQFormat
 from quant.int8 import EETQFormat, Int8Format
-from quant.linear import FEW_ROWS, Format, QuantLinear, report
+from quant.linear import SMALL_BATCH, Format, QuantLinear, report
 from quant.nf4 import NF4Format
 
 __all__ = [
-    "FEW_ROWS",
+    "SMALL_BATCH",
     "Format",
     "QuantLinear",
     "QuantOptions",

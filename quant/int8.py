@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from quant.linear import FEW_ROWS, Format, QuantLinear, refuse_others, row_chunks, take, take_finite
+from quant.linear import SMALL_BATCH, Format, QuantLinear, refuse_others, row_chunks, take, take_finite
 
 LEVELS = 127  # the largest code; -128 is not used, so that codes are symmetric
 ROW_MAJOR = 0  # weight_format of bitsandbytes; 1 to 3 are orders of its old CUDA kernels
@@ -144,7 +144,7 @@ class Int8Linear(QuantLinear):
     def waits(self, rows: int) -> bool:
         # the host learns which columns have outliers; not for the few rows of decoding, where that costs the
         # most
-        return getattr(self.format, "threshold", None) is not None and rows > FEW_ROWS
+        return getattr(self.format, "threshold", None) is not None and rows > SMALL_BATCH
 
     def from_codes(
         self, x: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scale: float

@@ -21,7 +21,7 @@ import kernels
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)  # what scales of a checkpoint may be
 NOT_FINITE = "holds NaN or infinity; the file is damaged, fetch it again"
-FEW_ROWS = 16  # up to here a product reads the codes themselves, where a kernel for that exists
+SMALL_BATCH = 16  # up to here a product reads the codes themselves, where a kernel for that exists
 
 
 class QuantLinear(nn.Module):
@@ -58,7 +58,7 @@ class QuantLinear(nn.Module):
     def from_codes(
         self, x: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scale: float
     ) -> Tensor | None:
-        """few_rows of the rows that it serves; None where this format has no faster way than the dense
+        """small_batch of the rows that it serves; None where this format has no faster way than the dense
         weight."""
         return None
 
@@ -67,14 +67,14 @@ class QuantLinear(nn.Module):
         numbers in `dtype`; None: it is expanded."""
         return None
 
-    def few_rows(
+    def small_batch(
         self, x: Tensor, lora_a: Tensor | None = None, lora_b: Tensor | None = None, scale: float = 0.0
     ) -> Tensor | None:
-        """x (T, in) with T <= FEW_ROWS -> x W^T + bias + scale (x A^T) B^T (T, out), straight from the codes.
+        """x (T, in) with T <= SMALL_BATCH -> x W^T + bias + scale (x A^T) B^T (T, out), straight from the codes.
 
         None where a gradient may be asked for, for more rows, and where the dense weight is the faster way.
         """
-        if torch.is_grad_enabled() or x.dim() != 2 or x.shape[0] > FEW_ROWS:
+        if torch.is_grad_enabled() or x.dim() != 2 or x.shape[0] > SMALL_BATCH:
             return None
         return self.from_codes(x, lora_a, lora_b, scale)
 
@@ -85,24 +85,24 @@ class QuantLinear(nn.Module):
         return None
 
     @staticmethod
-    def few_rows_of(x: Tensor, parts: list[kernels.LoraPart]) -> list[Tensor] | None:
-        """few_rows for several layers with one input; None where that is no faster than one by one."""
+    def small_batch_of(x: Tensor, parts: list[kernels.LoraPart]) -> list[Tensor] | None:
+        """small_batch for several layers with one input; None where that is no faster than one by one."""
         kinds = {type(part.weight) for part in parts}
-        if torch.is_grad_enabled() or x.dim() != 2 or x.shape[0] > FEW_ROWS or len(kinds) > 1:
+        if torch.is_grad_enabled() or x.dim() != 2 or x.shape[0] > SMALL_BATCH or len(kinds) > 1:
             return None
         return kinds.pop().several_from_codes(x, parts)
 
     @staticmethod
-    def together(x: Tensor, layers: list[nn.Module]) -> list[Tensor]:
+    def fused(x: Tensor, layers: list[nn.Module]) -> list[Tensor]:
         """[layer(x) for layer in layers], see model.project_together. An adapter among them sees to all of
         them."""
         for layer in layers:
-            if not isinstance(layer, QuantLinear) and hasattr(layer, "together"):
-                return layer.together(x, layers)
+            if not isinstance(layer, QuantLinear) and hasattr(layer, "fused"):
+                return layer.fused(x, layers)
         results = None
         if all(isinstance(layer, QuantLinear) for layer in layers):
             parts = [kernels.LoraPart(layer, layer.bias, None, None, 0.0) for layer in layers]
-            results = QuantLinear.few_rows_of(x, parts)
+            results = QuantLinear.small_batch_of(x, parts)
         return [layer(x) for layer in layers] if results is None else results
 
     def dequantize(self, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
@@ -117,7 +117,7 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out) in x's dtype; gradient for x alone."""
         rows = x.reshape(-1, self.in_features)
-        result = self.few_rows(rows)
+        result = self.small_batch(rows)
         if result is None:
             result = kernels.lora_linear(rows, self, self.bias, None, None, 0.0)
         return result.view(*x.shape[:-1], self.out_features)

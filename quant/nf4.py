@@ -164,7 +164,7 @@ class NF4Linear(QuantLinear):
             kernels.CodesPart(part.weight.for_kernels(), *part[1:], part.weight.out_features)
             for part in parts
         ]
-        return kernels.few_rows_4bit(x, given)
+        return kernels.small_batch_4bit(x, given)
 
     def fill(self, out: Tensor) -> None:
         if kernels.dequantise_4bit(self.for_kernels(), out):

@@ -30,9 +30,11 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from checkpoints.safetensors_files import read_plain
 from generation.generate import Completion
 from generation.sampling import GenerateOptions
 from model import Decoder
+from options.errors import StopRun
 from parallel.world import World
 from pipeline.batch import ROW_MULTIPLE, Batch
 from stages.logprobs import batch_logprobs, hidden_states, label_counts, label_logprobs, segment_sums, spread
@@ -40,7 +42,6 @@ from stages.reference import Reference
 from stages.rewards import RewardSource, samples_of
 from stages.rollouts import Prompt, completions_batch, prompts_of, roll_out, seed_of
 from stages.stage import Metrics, Stage, clipped_losses
-from training import run_folder
 
 EVALUATION = 0  # number of the draw whose seeds evaluations use; training counts from 1
 
@@ -371,7 +372,7 @@ class PPO(Stage):
             torch.save(self.state(), path)
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
             path.unlink(missing_ok=True)
-            raise run_folder.StopRun(
+            raise StopRun(
                 f"ppo_save_draws: {path} could not be written ({str(error).splitlines()[0]}); make room and "
                 "run the "
                 "same command to continue"
@@ -381,7 +382,7 @@ class PPO(Stage):
         """The draw in this file, in place of one of our own."""
         remedy = "name a file of output_dir/draws, which ppo_save_draws=true writes"
         try:
-            state = run_folder.read_plain(path)
+            state = read_plain(path)
         except ValueError as error:
             raise ValueError(f"ppo_replay: {path}: {error}; {remedy}") from error
         if not isinstance(state, dict) or "drawn" not in state:

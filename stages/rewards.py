@@ -52,10 +52,10 @@ from checkpoints.value_head import ValueHead, has_value_head, load_value_head
 from generation.generate import Completion
 from lora import full_modules, is_quantised, lora_layers, replace_module
 from model import Decoder
+from options.errors import StopRun
 from stages.rm import score_texts
 from stages.rollouts import Prompt
 from text.tokenizer import Tokenizer
-from training.run_folder import StopRun
 
 ARGUMENTS = ("prompts", "completions", "answers", "prompt_ids", "completion_ids", "finish_reasons")
 API_TRIES = 3  # a server that is being restarted must not end a run of hours
@@ -339,7 +339,7 @@ class AdapterReward(RewardSource):
                 if parts.keys() & ADAPTER_PARTS:
                     layer = adapted_linear(policy, module, file, torch.float32, 0.0)
                     base = layer.base
-                    layer.settle(base.dtype if is_quantised(base) else base.weight.dtype)
+                    layer.freeze_adapter(base.dtype if is_quantised(base) else base.weight.dtype)
                     self.layers[module] = layer.requires_grad_(False).eval()
 
     @torch.no_grad()

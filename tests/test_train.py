@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from checkpoints.huggingface import load_model
+from checkpoints.source import RUN_CONFIG
 from options import config as configuration
 from pipeline import prefetch
 from text.tokenizer import Tokenizer
@@ -355,12 +356,12 @@ def test_evaluation_equals_the_loss_of_the_saved_model(tiny, out):
     assert results["eval_loss"] == logged[10] and results["eval_perplexity"] == pytest.approx(
         math.exp(logged[10])
     )
-    before = (out / run_folder.RUN_CONFIG).read_text()
+    before = (out / RUN_CONFIG).read_text()
     for batch in (1, 2, 5):  # do_eval alone, from the checkpoint's adapter
         adapter = {"adapter_name_or_path": out / "checkpoint-5", "per_device_eval_batch_size": batch}
         assert tiny.train(out, dataset=None, do_eval=True, eval_dataset=few, **adapter) == 0
         assert tiny.results(out)["eval_loss"] == pytest.approx(logged[5], abs=1e-5)
-    assert (out / run_folder.RUN_CONFIG).read_text() == before and tiny.checkpoints(out) == [5, 10]
+    assert (out / RUN_CONFIG).read_text() == before and tiny.checkpoints(out) == [5, 10]
 
 
 def test_several_evaluation_sets_are_measured_apart(tiny, out):
@@ -536,12 +537,10 @@ def test_the_saved_configuration_reloads_to_the_same_values_and_run(tiny, out, t
     first = configuration.load(
         tiny.words(out, lora_dropout=0.1), train.SECTIONS, program="train.py", description=""
     )
-    again = configuration.load(
-        [str(out / run_folder.RUN_CONFIG)], train.SECTIONS, program="train.py", description=""
-    )
+    again = configuration.load([str(out / RUN_CONFIG)], train.SECTIONS, program="train.py", description="")
     assert first.values == again.values
-    assert yaml.safe_load((out / run_folder.RUN_CONFIG).read_text())["lora_dropout"] == 0.1
-    assert train.main([str(out / run_folder.RUN_CONFIG), f"output_dir={tmp_path / 'again'}"]) == 0
+    assert yaml.safe_load((out / RUN_CONFIG).read_text())["lora_dropout"] == 0.1
+    assert train.main([str(out / RUN_CONFIG), f"output_dir={tmp_path / 'again'}"]) == 0
     assert_same_weights(tiny.weights(out), tiny.weights(tmp_path / "again"))
 
 

@@ -13,7 +13,7 @@ import quant
 from checkpoints.hub import resolve_folder
 from checkpoints.huggingface import ModelOptions, chosen_quantization, load_model
 from checkpoints.peft import ADAPTER_CONFIG, apply_adapters
-from checkpoints.source import adapters_below, is_adapter, read_run
+from checkpoints.source import RUN_CONFIG, adapters_below, is_adapter, read_run
 from data import DataOptions, Prepared, default_cache_dir
 from generation.sampling import GenerateOptions
 from lora import LoraOptions
@@ -34,8 +34,7 @@ from stages.rollouts import ending_with
 from stages.stage import Rhythm, Stage, TokenLoss
 from templates import TemplateOptions, question_tokens
 from text.tokenizer import Tokenizer
-from training import run_folder
-from training.run_folder import TrainOptions
+from training.options import TrainOptions
 
 STAGES: dict[str, type[Stage]] = {
     "pt": TokenLoss,
@@ -323,7 +322,7 @@ def refuse_other_base(key: str, adapter: Path, merged: Iterable[str], remedy: st
         [Path(name).expanduser().resolve() for name in names]
         for names in (adapters_below(read_run(adapter)), merged)
     ]
-    if below != here and (adapter / run_folder.RUN_CONFIG).is_file():
+    if below != here and (adapter / RUN_CONFIG).is_file():
         on, found = ("+".join(map(str, each)) or "no other adapter" for each in (below, here))
         raise ValueError(
             f"{key}: {adapter} was trained on the base with {on}, here it would lie on {found}; {remedy}"

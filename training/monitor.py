@@ -1,5 +1,5 @@
 """What a person and a machine see of a run: progress bar, log lines, trainer_log.jsonl, plot, TensorBoard and
-friends; and the instruments of the loop: Window (loss and speed since the last line) and Health (is every
+friends; and the instruments of the loop: MetricWindow (loss and speed since the last line) and Health (is every
 loss finite).
 
 Only rank 0 makes a Monitor that writes. File names and keys are the ones the ecosystem knows (LLaMA-Factory's
@@ -325,7 +325,7 @@ class Totals:
     metrics: dict[str, float]  # means
 
 
-class Window:
+class MetricWindow:
     """What this rank did since the last log line. Adding to it never waits for the device."""
 
     def __init__(self, world: World, metric_names: tuple[str, ...] = ()):

@@ -26,7 +26,7 @@ from checkpoints.huggingface import (
     save_trained,
 )
 from checkpoints.peft import read_adapter_config
-from checkpoints.source import check_adapters, is_adapter
+from checkpoints.source import RUN_CONFIG, check_adapters, is_adapter
 from checkpoints.value_head import ValueHead, has_value_head, load_value_head
 from data import DataOptions, Prepared, load_datasets
 from generation.sampling import GenerateOptions
@@ -53,8 +53,8 @@ from text.tokenizer import Tokenizer
 from training import memory, plan, run_folder
 from training.make_stage import STAGES, WRITES, folders_beside, make_rhythm
 from training.optim import OptimOptions
+from training.options import TrainOptions
 from training.predict import Predictor, ScorePredictor, TextPredictor
-from training.run_folder import TrainOptions
 
 SECTIONS = [
     TrainOptions,
@@ -469,6 +469,6 @@ def weight_writer(
         tokenizer.save(folder)
         if config[TemplateOptions].template is not None and template is not None:
             (folder / "chat_template.jinja").write_text(template.to_jinja(), encoding="utf-8")
-        config.save(folder / run_folder.RUN_CONFIG)
+        config.save(folder / RUN_CONFIG)
 
     return save

@@ -19,7 +19,7 @@ import chat
 import export
 from checkpoints.huggingface import load_config, load_model, save_model
 from conversion.gptq_calibration import STAGES, CalibrationOptions, read_windows
-from model import Row
+from model import ForwardContext
 from pipeline.sources import HubAccess
 from quant.gptq import GPTQLinear
 from quant.gptq_solver import GPTQOptions, Hessian, solve
@@ -169,7 +169,7 @@ def attention_received(model, layer: int, x: torch.Tensor, windows: torch.Tensor
     count, length = windows.shape
     attention = model.layers[layer].self_attn
     positions, borders = torch.arange(length), torch.tensor([0, length], dtype=torch.int32)
-    row = Row(borders, length, None, "auto", torch.float32)
+    row = ForwardContext(borders, length, None, "auto", torch.float32)
     cos, sin = model.rotation(positions, row, torch.float32)
     received = []
     with torch.no_grad():

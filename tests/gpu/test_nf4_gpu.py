@@ -14,7 +14,7 @@ from architectures.config import config_from_hf
 from bench import four_bits
 from generation.generate import Decoding
 from generation.sampling import GenerateOptions
-from kernels.nf4 import CodesPart, dequantise_reference, few_rows_reference
+from kernels.nf4 import CodesPart, dequantise_reference, small_batch_reference
 from quant.nf4 import NF4Format
 
 SHAPES = [(4096, 11008), (11008, 4096), (1024, 3584), (28672, 8192)]
@@ -67,7 +67,7 @@ def test_products_of_a_few_rows_at_real_sizes(shape, rows, dtype):
 
     def kernel(x):
         with torch.no_grad():
-            return layer.few_rows(x, *low, 0.5)
+            return layer.small_batch(x, *low, 0.5)
 
     def reference(x):
         wide = (
@@ -75,7 +75,7 @@ def test_products_of_a_few_rows_at_real_sizes(shape, rows, dtype):
             if x.dtype is torch.float64
             else part
         )
-        return few_rows_reference(x, wide)
+        return small_batch_reference(x, wide)
 
     assert_as_exact_as(kernel, reference, [random(rows, shape[1])], dtype, ())
 
@@ -115,10 +115,10 @@ def test_nothing_waits_for_the_gpu():
     with torch.no_grad():
         attention = model.layers[0].self_attn
         layers = [attention.q_proj, attention.k_proj, attention.v_proj]
-        expected = type(layers[0]).together(x, layers)  # compiles
+        expected = type(layers[0]).fused(x, layers)  # compiles
         torch.cuda.set_sync_debug_mode("error")
         try:
-            found = type(layers[0]).together(x, layers)
+            found = type(layers[0]).fused(x, layers)
             dense = layers[0].base.dequantize()
         finally:
             torch.cuda.set_sync_debug_mode("default")
@@ -129,9 +129,9 @@ def test_the_memory_of_a_product_is_that_of_its_result():
     """The dense weight is not made."""
     layer, x = layer_of(11008, 4096, True), random(4, 4096).bfloat16()
     with torch.no_grad():
-        layer.few_rows(x)
+        layer.small_batch(x)
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        layer.few_rows(x)
+        layer.small_batch(x)
         assert torch.cuda.max_memory_allocated() - before < 2**22 < 2 * 11008 * 4096
     assert "Triton" in kernels.choices("cuda")

@@ -117,7 +117,7 @@ def test_x_is_saved_once_for_q_k_and_v_and_nothing_else_of_its_size(dtype):
     x = random(123, IN).to(dtype).requires_grad_(True)
     fixed = {p.untyped_storage().data_ptr() for layer in layers for p in layer.parameters()}
     own = x.untyped_storage().data_ptr()
-    seen, counts, _ = saved_bytes(lambda: LoraLinear.together(x, layers))
+    seen, counts, _ = saved_bytes(lambda: LoraLinear.fused(x, layers))
     assert counts[own] == 1
     rest = sum(size for pointer, size in seen.items() if pointer not in fixed and pointer != own)
     assert rest <= 123 * 3 * 4 * x.element_size()  # x A^T of three adapters of rank 4
@@ -184,7 +184,7 @@ def test_together_equals_one_after_the_other(kind, rows, monkeypatch):
         return [*results, *torch.autograd.grad(total, [x, *trained], allow_unused=True)]
 
     expected = outcome(lambda x: [layer(x) for layer in net])
-    found = outcome(lambda x: LoraLinear.together(x, list(net)))
+    found = outcome(lambda x: LoraLinear.fused(x, list(net)))
     if "reference" not in kernels.choices(DEVICE):
         assert groups == [2 if kind in ALONE else 3]
     for one, other in zip(found, expected, strict=True):
@@ -200,7 +200,7 @@ def test_a_quantised_weight_is_made_again_in_the_backward_pass_and_not_kept():
     net = frozen("quantised")
     base = net[1].base
     x = random(31, 17).requires_grad_(True)
-    seen, _, results = saved_bytes(lambda: LoraLinear.together(x, list(net)))
+    seen, _, results = saved_bytes(lambda: LoraLinear.fused(x, list(net)))
     assert base.calls == 1
     assert 4 * 12 * 17 not in {seen[pointer] for pointer in seen if pointer not in pointers(net)}
     sum(result.sum() for result in results).backward()
@@ -261,11 +261,9 @@ def test_the_decoder_takes_them_together_and_nothing_else_changes(options, monke
     lora.add_lora(net, LoraOptions(lora_rank=3, **options), torch.Generator().manual_seed(1))
     randomize(net)
     separate, sizes = copy.deepcopy(net), []
-    together = LoraLinear.together
+    together = LoraLinear.fused
     monkeypatch.setattr(
-        LoraLinear,
-        "together",
-        staticmethod(lambda x, layers: sizes.append(len(layers)) or together(x, layers)),
+        LoraLinear, "fused", staticmethod(lambda x, layers: sizes.append(len(layers)) or together(x, layers))
     )
     run(net).square().sum().backward()
     assert sizes == [3, 2] * 3  # q k v and gate up of three layers

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kernel_checks import DEVICE, DTYPES, assert_as_exact_as, random
 
 import kernels
-from kernels import attention_rivals as rivals
+from kernels import attention_backends as backends
 from kernels.attention import attention_reference, attention_sdpa
 
 pytest.importorskip("triton")
@@ -238,7 +238,7 @@ def test_flash_attn_takes_what_it_names(monkeypatch):
 def test_a_package_is_called_or_named_when_it_is_missing(name, monkeypatch):
     if "reference" in kernels.choices("cpu"):
         pytest.skip("KERNELS=reference takes the formula for everything")
-    module = rivals.PACKAGES[name][0]
+    module = backends.PACKAGES[name][0]
     arguments = (*operands(9, 2, 1, 16), borders_of((9,)), 9, 4, 0.3)
     if importlib.util.find_spec(module) is None:
         with pytest.raises(ValueError, match=f"{name} needs the package {module}.*pip install"):
@@ -268,7 +268,7 @@ def test_auto_measures_once_per_class_of_shapes_and_says_so(capsys):
         return milliseconds[function()]
 
     candidates = {name: lambda name=name: name for name in milliseconds}
-    chooser = rivals.Chooser(timer)
+    chooser = backends.Chooser(timer)
     arguments = (*operands(9, 2, 1, 16), borders_of((9,)), 9)
     assert chooser.choose(("a",), candidates, arguments)() == "fast"
     assert chooser.choose(("a",), candidates, arguments)() == "fast" and len(timed) == 3
@@ -284,7 +284,7 @@ def test_what_torch_can_serve():
     def names(lengths, dtype=torch.bfloat16, size=64, window=None, softcap=None, longest=None):
         q, k, v = (x.to(dtype) for x in operands(sum(lengths), 2, 1, size))
         longest = longest or max(lengths)
-        found = rivals.rivals(q, k, v, borders_of(lengths), longest, window, 0.3, True, softcap, None)
+        found = backends.backends(q, k, v, borders_of(lengths), longest, window, 0.3, True, softcap, None)
         return sorted(found)
 
     assert names((8, 8)) == ["batched sdpa", "cudnn", "torch flash"]
@@ -298,13 +298,13 @@ def test_batched_sdpa_is_attention_of_equal_segments():
     arguments = (*operands(24, 4, 2, 16), borders_of((8, 8, 8)), 8, None, 0.3)
     for causal in (True, False):
         expected = attention_reference(*arguments, causal)
-        torch.testing.assert_close(rivals.batched(*arguments, causal), expected)
+        torch.testing.assert_close(backends.batched(*arguments, causal), expected)
 
 
 def test_shape_classes():
     def of(lengths, **options):
         q, k, _ = operands(sum(lengths), 2, 1, 16)
-        return rivals.shape_class(
+        return backends.shape_class(
             q, k, borders_of(lengths), max(lengths), None, True, options.get("trained", True)
         )
 

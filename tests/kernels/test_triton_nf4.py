@@ -14,8 +14,8 @@ from kernels.nf4 import (
     CodesPart,
     dequantise_reference,
     dequantise_triton,
-    few_rows_reference,
-    few_rows_triton,
+    small_batch_reference,
+    small_batch_triton,
 )
 from model import Decoder, initialize_weights
 from quant.nf4 import NF4Format
@@ -81,12 +81,12 @@ def test_products_of_a_few_rows(inputs, sizes, double, rank, bias, rows, dtype):
     parts = [with_tables_of(parts[0], part) for part in parts]
 
     def kernel(x):
-        found = few_rows_triton(x, [cast(part, x.dtype) for part in parts])
+        found = small_batch_triton(x, [cast(part, x.dtype) for part in parts])
         assert [result.shape for result in found] == [(rows, size) for size in sizes]
         return found
 
     def reference(x):
-        return [few_rows_reference(x, cast(part, x.dtype)) for part in parts]
+        return [small_batch_reference(x, cast(part, x.dtype)) for part in parts]
 
     assert_as_exact_as(kernel, reference, [random(rows, inputs, seed=3)], dtype, ())
 
@@ -118,24 +118,24 @@ def test_parts_that_differ_are_launched_apart_and_equal_themselves(differs):
         "four of them": first,
     }[differs]
     parts, x = [first, first, other, first], random(3, 128)
-    together = few_rows_triton(x, parts)
+    together = small_batch_triton(x, parts)
     for found, part in zip(together, parts, strict=True):
-        assert torch.equal(found, few_rows_triton(x, [part])[0])
+        assert torch.equal(found, small_batch_triton(x, [part])[0])
 
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_rows_that_do_not_lie_together(rows):
     part, wide = part_of(20, 128, False, 2, False), random(2 * rows, 300)
     for x in (wide[::2, 5:133], wide.T[:rows, :128] if rows == 1 else wide[:rows, ::2][:, :128]):
-        expected = few_rows_triton(x.contiguous(), [part])[0]
-        assert torch.equal(few_rows_triton(x, [part])[0], expected)
+        expected = small_batch_triton(x.contiguous(), [part])[0]
+        assert torch.equal(small_batch_triton(x, [part])[0], expected)
 
 
 def test_inputs_are_divided_when_outputs_are_few(monkeypatch):
     """The other tests would also pass with a single split if the launcher chose that."""
     sizes = []
     monkeypatch.setattr(nf4, "run", lambda kernel, grid, *rest, **more: sizes.append((kernel.__name__, grid)))
-    few_rows_triton(random(2, 1088), [part_of(9, 1088, True, 0, False)])
+    small_batch_triton(random(2, 1088), [part_of(9, 1088, True, 0, False)])
     assert sizes[0][0] == "_some_rows_kernel" and sizes[0][1][1] > 1 and sizes[1][0] == "_add_kernel"
 
 

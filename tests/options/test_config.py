@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import export
 from options import aliases, config, rules
-from options.config import Config, ConfigError
+from options.config import Config, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -143,7 +143,7 @@ def write(tmp_path):
 
 
 def error_of(*words: str, **kwargs) -> str:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         load(*words, **kwargs)
     return str(caught.value)
 
@@ -912,7 +912,7 @@ def test_whatever_is_written_the_only_error_is_config_error(tmp_path, words, tex
     for argv in ([word for word in words if word not in ("-h", "--help")], [str(tmp_path / "odd.yaml")]):
         try:
             load(*argv)
-        except ConfigError as error:
+        except UserError as error:
             assert str(error)
 
 

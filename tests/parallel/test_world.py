@@ -132,7 +132,7 @@ def test_gradient_sum_equals_plain_autograd_over_all_ranks(tmp_path):
 def test_one_process_needs_no_group():
     world = parallel.world.start("cpu")
     assert (world.rank, world.size, world.is_main) == (0, 1, True)
-    assert world.most(3, 0) == [3, 0] and world.any(True) and not world.any(False)
+    assert world.max_over_ranks(3, 0) == [3, 0] and world.any(True) and not world.any(False)
     assert world.sum(torch.ones(2)).tolist() == [1, 1]
     with parallel.world.GradientSum(make_net(), world)(True):
         pass

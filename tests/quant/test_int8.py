@@ -127,13 +127,13 @@ def test_few_rows_are_read_with_the_activations_as_they_are(rows, chosen):
     x = activations(rows, 192, torch.bfloat16)
     lora_a, lora_b = matrix(3, 192, seed=4), matrix(48, 3, seed=5)
     with torch.no_grad():
-        found = layer.few_rows(x, lora_a, lora_b, 0.5)
+        found = layer.small_batch(x, lora_a, lora_b, 0.5)
     exact = x.double() @ (layer.dequantize(torch.float64) + lora_b.double() @ lora_a.double() * 0.5).T
     assert relative_error(found, exact + layer.bias.double()) <= 3 * EPSILON[torch.bfloat16]
-    assert layer.few_rows(x) is None  # where a gradient may be asked for
+    assert layer.small_batch(x) is None  # where a gradient may be asked for
     odd = chosen.quantise(matrix(31, 123), None, torch.bfloat16)
     with torch.no_grad():  # torch's product would read past the end
-        assert odd.few_rows(activations(rows, 123, torch.bfloat16)) is None and odd(x[:, :123]).shape == (
+        assert odd.small_batch(activations(rows, 123, torch.bfloat16)) is None and odd(x[:, :123]).shape == (
             rows,
             31,
         )

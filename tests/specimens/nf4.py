@@ -1,6 +1,6 @@
 import torch
 
-from kernels.nf4 import Codes, CodesPart, dequantise_triton, few_rows_triton
+from kernels.nf4 import Codes, CodesPart, dequantise_triton, small_batch_triton
 
 MATRIX: set[str] = set()
 SMALL_MATRIX = {"_some_rows_kernel"}  # up to 16 rows of x: too few for wgmma's side of 64 where it counts
@@ -37,7 +37,7 @@ def specimens(dtype):
     for name, (inputs, sizes, rank, double, bias) in SHAPES.items():
 
         def call(rows, i=inputs, sizes=sizes, r=rank, d=double, b=bias):
-            few_rows_triton(
+            small_batch_triton(
                 torch.empty(rows, i, dtype=dtype, device="meta"), [part(o, i, r, d, b) for o in sizes]
             )
 

@@ -15,7 +15,7 @@ from trl import DPOTrainer
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 
-from options.config import ConfigError
+from options.config import UserError
 from options.config import load as load_config
 from parallel.world import World
 from pipeline.batch import IGNORED, Example, collate
@@ -24,7 +24,7 @@ from stages.dpo import PairPreference, PreferenceOptions, bco_loss, kto_pair_los
 from stages.logprobs import answer_sums, hidden_states, label_counts
 from stages.reference import Reference
 from tests.stages.test_sft import KINDS, base, prepared  # noqa: F401
-from training.run_folder import TrainOptions
+from training.options import TrainOptions
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 # tokens of the prompt, of the chosen and of the rejected answer
@@ -430,7 +430,7 @@ def test_the_sum_of_a_batch_is_preference_and_own_loss(base, loss, weight):  # n
 ])  # fmt: skip
 def test_a_pair_of_options_that_means_nothing_is_refused(words, key):
     words = ["output_dir=out", *(words if any("stage" in word for word in words) else ["stage=dpo", *words])]
-    with pytest.raises(ConfigError, match=key):
+    with pytest.raises(UserError, match=key):
         load_config(words, [TrainOptions, PreferenceOptions], program="x", description="x")
 
 

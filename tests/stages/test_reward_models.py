@@ -18,12 +18,12 @@ from checkpoints.value_head import VALUE_HEAD, ValueHead, load_value_head
 from generation.generate import generate
 from generation.sampling import GenerateOptions
 from lora import LoraOptions, merge_lora, prepare_trainable
+from options.errors import StopRun
 from quant import QuantOptions
 from quant import from_options as quantisation
 from stages.rewards import AdapterReward, ApiReward, ModelReward, Sample
 from stages.rm import score_texts
 from text.tokenizer import Tokenizer
-from training.run_folder import StopRun
 
 TEXTS = [([5, 6, 7], [8, 9, 2]), ([1], [2]), ([30, 31, 32, 33, 34], [35, 36, 37, 38, 39, 40, 41])]
 SAMPLES = [Sample("", "", None, prompt, answer, "stop") for prompt, answer in TEXTS]

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from options.errors import StopRun
 from stages.rewards import FunctionReward, RewardOptions, RewardSource, Sample
-from training.run_folder import StopRun
 
 SAMPLES = [
     Sample("2 + 2 =", " 4", "4", [5, 6], [9, 2], "stop"),

@@ -11,7 +11,7 @@ import torch
 from parallel.world import World
 from pipeline.batch import collate
 from training import monitor
-from training.monitor import Health, Monitor, Window, check_services, plot_history, smooth
+from training.monitor import Health, MetricWindow, Monitor, check_services, plot_history, smooth
 
 ONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -235,7 +235,7 @@ def group(*sources):
 
 
 def test_a_window_saved_and_restored_goes_on():
-    whole, before, after = Window(ONE), Window(ONE), Window(ONE)
+    whole, before, after = MetricWindow(ONE), MetricWindow(ONE), MetricWindow(ONE)
     losses = torch.rand(6, generator=torch.Generator().manual_seed(0))
     for number, loss in enumerate(losses):
         whole.add(loss, group((0, 1), (0, 2)))

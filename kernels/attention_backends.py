@@ -77,7 +77,7 @@ def torch_flash(q, k, v, cu_seqlens, max_seqlen, window, scale, causal=True, sof
     )[0]
 
 
-def rivals(
+def backends(
     q, k, v, cu_seqlens, max_seqlen, window, scale, causal, softcap, alibi_slopes
 ) -> dict[str, Callable]:
     """What of torch can serve this row on a GPU, by name."""
@@ -104,7 +104,7 @@ def attention_torch(
         return attention_reference(*arguments)
     if q.device.type != "cuda":
         return attention_sdpa(*arguments)
-    served = rivals(*arguments)
+    served = backends(*arguments)
     for name in ("batched sdpa", "torch flash"):
         if name in served:
             return served[name](*arguments)

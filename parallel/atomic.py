@@ -1,0 +1,80 @@
+"""Files and folders that are complete or absent, whatever happens while they are written.
+
+    with atomic_file(path) as temporary:            # write there; it takes its place when the block ends well
+        temporary.write_text(text)
+    with atomic_folder(path) as temporary:          # the same for a folder of files
+        save_model(model, temporary)
+
+What is written lies under a temporary name beside its place, is flushed to the disk and renamed, so a kill -9, a full
+disk or another process never leaves or reads half of it. After an error the temporary is removed.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+TEMPORARY = ".tmp-"  # what such names begin with
+
+
+def temporary_name(path: Path) -> Path:
+    """Beside `path`, for this process alone: two that write the same file do not meet."""
+    return path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """The name to write to; renamed to `path` at the end."""
+    path = Path(path)
+    temporary = temporary_name(path)
+    try:
+        yield temporary
+        flush(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """An empty folder to write into; takes the place of `path`, and of what lies there, at the end."""
+    path = Path(path)
+    temporary = temporary_name(path)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        flush_tree(temporary)
+        remove_folder(path)
+        temporary.rename(path)
+        flush(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Renamed first, so that a kill half-way never leaves one that looks complete."""
+    if not path.exists():
+        return
+    doomed = path if path.name.startswith(TEMPORARY) else temporary_name(path).with_suffix(".old")
+    if doomed != path:
+        shutil.rmtree(doomed, ignore_errors=True)
+        path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def flush_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            flush(path)
+    flush(folder)
+
+
+def flush(path: Path) -> None:
+    """Wait until the file or folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
