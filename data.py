@@ -207,15 +207,13 @@ def load_datasets(
     hub: HubAccess | None = None,
     prompts: bool = False,
     kind: str | None = None,
-    question: str = "",
 ) -> Prepared:
     """Read, tokenise (or load from the cache), mix and split what `options` names.
 
     template: may be None for stage pt.  cache_dir: where tokenised data is kept; None = default_cache_dir().
     is_main: show progress, write tokenized_path.  All ranks may call this at once. kind: of the examples;
     None = the stage's, see formats.KINDS. prompts: prepare the evaluation sets for generation too: the same
-    rows as prompts, each with its answer as label. question: what stands behind each answer of a pair as the
-    user's next turn (rm). Raises ValueError for anything wrong with the data or options, TokenizedDataSaved
+    rows as prompts, each with its answer as label. Raises ValueError for anything wrong with the data or options, TokenizedDataSaved
     after writing tokenized_path.
     """
     refuse_unguarded_worker()
@@ -228,7 +226,6 @@ def load_datasets(
     encode = EncodeOptions(
         kind=kind or KINDS[stage],
         enable_thinking=enable_thinking,
-        question=question,
         **{key: getattr(options, key) for key in shared},
     )
     seed = seed if options.data_seed is None else options.data_seed
@@ -455,7 +452,6 @@ class PreviewOptions:
         Literal["pt", "sft", "rm", "dpo", "orpo", "kto", "ppo", "grpo"], "what the data is for"
     ] = "sft"
     per_device_train_batch_size: Annotated[int, "examples, or packed rows, of a batch"] = 8
-    rm_question: Annotated[str, "rm: what the user asks behind each answer"] = ""
     seed: Annotated[int, "seed of the run"] = 42
     model_revision: Annotated[str, "branch, tag or commit on the hub"] = "main"
     cache_dir: Annotated[str | None, "folder for downloads and tokenised data"] = None
@@ -485,7 +481,6 @@ def preview(
         cache_dir=run.cache_dir,
         enable_thinking=template_options.enable_thinking,
         hub=HubAccess(run.hf_hub_token, None, run.cache_dir),
-        question=run.rm_question if run.stage == "rm" else "",
     )
     yield str(prepared.report)
     loader = prepared.train_loader(options, rows_per_batch=run.per_device_train_batch_size, seed=run.seed)

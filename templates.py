@@ -486,40 +486,6 @@ def encode_dialogue(tokenizer, spans: list[Span]) -> EncodedDialogue:
     return EncodedDialogue(ids, answer, turn, role)
 
 
-def question_tokens(tokenizer, template, question: str, enable_thinking: bool = True) -> list[int]:
-    """What stands between the last token of an answer and the first of a reply to `question`, the user's next
-    turn.
-
-    [] for an empty question. Raises ValueError for a template that has no such place, or whose answers go on
-    in it.
-    """
-    if not question:
-        return []
-    word, how = "0answer0", {"enable_thinking": enable_thinking}
-    talk = [Message("user", "?"), Message("assistant", word)]
-    spans = template.render(talk, tokenizer.bos_token, tokenizer.eos_token, **how)
-    end = "".join(span.text for span in spans if span.answer).rpartition(word)[
-        2
-    ]  # what the model writes to stop
-    talk.append(Message("user", question))
-    spans = template.render(talk, tokenizer.bos_token, tokenizer.eos_token, generation_prompt=True, **how)
-    # not by their flags: some templates train no answer but the last
-    before, _, behind = "".join(span.text for span in spans).partition(word)
-    spans = [
-        Span(before + word + end, True, 1, "assistant"),
-        Span(behind.removeprefix(end), False, 2, "user"),
-    ]
-    encoded = encode_dialogue(tokenizer, spans)
-    tokens = [token for token, answer in zip(encoded.ids, encoded.answer) if not answer]
-    if not behind.startswith(end) or not tokens or tokens[0] in tokenizer.stop_ids:
-        raise ValueError(
-            "rm_question: this template has no place for a question between the end of an answer and the "
-            "user's next "
-            "turn; drop rm_question, or choose another template"
-        )
-    return tokens
-
-
 def compare(tokenizer, left, right, messages: list[Message], **options) -> str | None:
     """The first token at which two templates differ for a dialogue, in words; None when they give the same
     tokens.

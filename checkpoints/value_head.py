@@ -1,18 +1,16 @@
 """One number for each token: the scalar head of a reward model, and of PPO's value function.
 
 In a file of its own beside the adapter or the model: value_head.safetensors with v_head.summary.weight (1, E)
-and v_head.summary.bias (1,), as trl and LLaMA-Factory name them, in any floating-point dtype. What a reward
-model reads behind each text before it gives the text's score (reward_model.py) is in the file's metadata:
-`ending`, token ids.
+and v_head.summary.bias (1,), as trl and LLaMA-Factory name them, in any floating-point dtype.
 """
 
-import json
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from checkpoints.safetensors_files import PICKLE, file_notes, file_tensors, write_tensors
+from options.errors import UserError
 
 VALUE_HEAD = "value_head.safetensors"
 PICKLED = "value_head.bin"
@@ -21,10 +19,6 @@ PREFIX = "v_head."
 
 class ValueHead(nn.Module):
     """hidden (T, E) -> (T,) fp32. Its weights are fp32 whatever the model computes in."""
-
-    ending: tuple[int, ...] | None = (
-        None  # tokens behind a text whose score is asked for; None: nobody has said yet
-    )
 
     def __init__(
         self, hidden_size: int, device: torch.device | str = "cpu", generator: torch.Generator | None = None
@@ -44,8 +38,7 @@ class ValueHead(nn.Module):
 
 def save_value_head(head: ValueHead, folder: Path) -> None:
     tensors = {PREFIX + name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
-    notes = {"ending": json.dumps(head.ending)} if head.ending else None
-    write_tensors(Path(folder) / VALUE_HEAD, tensors, notes)
+    write_tensors(Path(folder) / VALUE_HEAD, tensors)
 
 
 def has_value_head(folder: Path) -> bool:
@@ -62,10 +55,16 @@ def has_value_head(folder: Path) -> bool:
 
 @torch.no_grad()
 def load_value_head(head: ValueHead, folder: Path) -> None:
-    """Weights and ending. Raises ValueError naming file and tensor."""
+    """Raises UserError naming file and tensor."""
     path = Path(folder) / VALUE_HEAD
     if not has_value_head(folder):
         raise ValueError(f"{path}: file not found; {folder} is no reward model")
+    if "ending" in file_notes(path):
+        raise UserError(
+            f"{path}: this value head was trained with rm_question, which is no more: it reads values behind a "
+            "question that is asked about each answer, so scores at the answers' ends would mean nothing; train "
+            "it again"
+        )
     found = dict(file_tensors(path))
     for name, parameter in head.named_parameters():
         tensor = found.pop(PREFIX + name, None)
@@ -77,15 +76,3 @@ def load_value_head(head: ValueHead, folder: Path) -> None:
         parameter.copy_(tensor)
     if found:
         raise ValueError(f"{path}: tensor {next(iter(found))} belongs to no value head")
-    head.ending = _ending(path)
-
-
-def _ending(path: Path) -> tuple[int, ...]:
-    text = file_notes(path).get("ending", "[]")
-    try:
-        ending = json.loads(text)
-    except (ValueError, RecursionError):
-        ending = None
-    if not isinstance(ending, list) or not all(type(token) is int and token >= 0 for token in ending):
-        raise ValueError(f"{path}: ending is {text[:80]!r} in its metadata, expected a list of token ids")
-    return tuple(ending)

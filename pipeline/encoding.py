@@ -3,8 +3,7 @@
 dialogue (stage sft): the template renders the conversation into spans, the tokenizer encodes them part by
 part, the answers' tokens are trained. document (pt): text + eos, cut into pieces of cutoff_len. pair (rm,
 dpo, orpo): prompt + chosen, prompt + rejected, two segments of one example; only these last answers are
-trained; a question (rm) stands behind each of them as the user's next turn, its last token marked as trained
-too. rated (kto): prompt + answer and a tag. prompt (ppo, grpo): what chat.py would give the model, and the
+trained. rated (kto): prompt + answer and a tag. prompt (ppo, grpo): what chat.py would give the model, and the
 row's answer as label behind it. Over-long conversations (`truncation_strategy`):
   ratio  LLaMA-Factory 0.6: turn by turn, a pair of s source and t target tokens in a remaining budget b keeps the first
          max(b * t // (s + t), reserved_label_len) target tokens and of the source what then fits; later turns go.
@@ -40,7 +39,7 @@ from pipeline.formats import (
 )
 from pipeline.sources import DatasetInfo
 from pipeline.store import Chunk, Tally
-from templates import Message, encode_dialogue, question_tokens
+from templates import Message, encode_dialogue
 
 CHUNK_ROWS = 256  # rows handed to a worker at once: a fraction of a second of work
 PARALLEL_CHUNKS = 16  # less work than this is done here: starting processes would take longer
@@ -59,7 +58,6 @@ class EncodeOptions:
     train_on_prompt: bool = False
     mask_history: bool = False
     enable_thinking: bool = True
-    question: str = ""  # behind each answer of a pair
 
 
 class ChunkEncoder:
@@ -74,14 +72,6 @@ class ChunkEncoder:
             options,
         )
         self.bos, self.eos = tokenizer.bos_token, tokenizer.eos_token
-        self.ending = question_tokens(tokenizer, template, options.question, options.enable_thinking)
-        self.of_answers = replace(options, cutoff_len=options.cutoff_len - len(self.ending))
-        if self.ending and self.of_answers.cutoff_len < 2:
-            raise ValueError(
-                f"rm_question: it takes {len(self.ending)} tokens with what the template writes around it, "
-                "and "
-                f"cutoff_len {options.cutoff_len} leaves no room for a text; raise cutoff_len"
-            )
 
     def __call__(self, rows: list[Row]) -> Chunk:
         tally, examples = Tally(), []
@@ -232,8 +222,7 @@ class ChunkEncoder:
                 raise Dropped("no trained token")
             last = np.flatnonzero(produced)[-1]
             arrays = (tokens, produced & (turns == turns[last]), turns, roles)
-            # with a question what the template puts behind an answer is in the ending
-            segments.append(tuple(array[: last + 1] for array in arrays) if self.ending else arrays)
+            segments.append(arrays)
         starts = {int(np.argmax(segment[1])) for segment in segments}
         start = min(starts)
         if len(starts) > 1 or any(
@@ -245,7 +234,7 @@ class ChunkEncoder:
         length = max(len(segment[0]) for segment in segments)
         cut, kept = 0, []
         for segment in segments:
-            keep = keep_answer(len(segment[0]), start, prefix, length, self.of_answers)
+            keep = keep_answer(len(segment[0]), start, prefix, length, self.options)
             cut += len(keep) - int(keep.sum())
             kept.append([array[keep] for array in segment])
             kept[-1][1][:1] = False  # nothing stands before the first token that could predict it
@@ -253,20 +242,9 @@ class ChunkEncoder:
                 raise Dropped("no trained token")
         if len(kept) > 1 and np.array_equal(kept[0][0], kept[1][0]):
             raise Dropped("identical answers after cutting")
-        kept = [self._asked(segment) for segment in kept]
         arrays = [np.concatenate(parts) for parts in zip(*kept)]
         split = len(kept[0][0]) if len(kept) > 1 else 0
         return Example(*arrays, (self.part, number), split=split, tag=tag), cut
-
-    def _asked(self, segment: list[np.ndarray]) -> list[np.ndarray]:
-        """tokens, trained, turns, roles of prompt + answer, with those of the question behind the answer."""
-        if not self.ending:
-            return segment
-        count, turn = len(self.ending), segment[2][-1] + 1
-        ending = (self.ending, np.arange(count) == count - 1, [turn] * count, [ROLE_NUMBER["user"]] * count)
-        return [
-            np.concatenate([array, np.asarray(more, array.dtype)]) for array, more in zip(segment, ending)
-        ]
 
     def _dialogue(self, number: int, conversation: Conversation) -> tuple[list[Example], int]:
         tokens, answer, turns, roles = self._render(conversation)

@@ -195,11 +195,7 @@ def reason(place: int, role: str, answer: bool, trained: bool, kind: str = "dial
             return "document"
         if answer:
             return "answer"
-        return (
-            "end of the question: the score is read here"
-            if kind == "pair"
-            else "prompt, trained by train_on_prompt"
-        )
+        return "prompt, trained by train_on_prompt"
     if place == 0:
         return "first token: nothing before it predicts it"
     if answer:

@@ -87,9 +87,7 @@ class Tokeniser:
             "version": CACHE_VERSION,
             "tokenizer": tokenizer_key(self.tokenizer),
             "template": used,
-            "options": {
-                key: value for key, value in asdict(self.encode).items() if key != "question" or value
-            },
+            "options": asdict(self.encode),
         }
 
     def dataset(

@@ -13,10 +13,6 @@ answer keeps the value of its last token. An answer ends with the last token tha
 stop token); what a template puts behind that is not looked at. The head has no dropout (trl's has 0.1): with
 it the loss would depend on how pairs are put together.
 
-With rm_question the user asks it behind the answer, and the value is read where the reply would begin: there
-a model that follows instructions has gathered what it would say about the answer. The tokens are kept with
-the value head, and score_texts puts them behind every text, whoever asks.
-
     scores = score_dialogues(model, tokenizer, template, [[Message("user", "2 + 2?"), Message("assistant", "4")]])
 """
 
@@ -29,7 +25,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from checkpoints.value_head import ValueHead
 from model import Decoder
 from pipeline.batch import ROW_MULTIPLE, Batch, Example, collate
 from stages.logprobs import hidden_states, label_counts
@@ -74,13 +69,6 @@ class RewardModelOptions:
         Literal["span", "last"],
         "rm: compare values from where two answers differ, or at their last tokens alone",
     ] = "span"
-    rm_question: Annotated[
-        str, "rm: what the user asks behind each answer; its value is read where the reply would begin"
-    ] = ""
-
-    def __post_init__(self):
-        if self.rm_question and not self.rm_question.strip():
-            raise ValueError("rm_question: it holds nothing but spaces; write a question, or drop the key")
 
 
 class RewardModel(Stage):
@@ -115,23 +103,6 @@ class RewardModel(Stage):
         return losses.sum(), {name: torch.stack([value.sum(), count]) for name, value in metrics.items()}
 
 
-def set_ending(head: ValueHead, ending: Sequence[int], tokenizer: Tokenizer) -> None:
-    """Have texts read with these tokens behind them. Raises ValueError for a head that was trained on
-    others."""
-    if head.ending is not None and head.ending != tuple(ending):
-        trained, asked = (
-            repr(tokenizer.decode(list(tokens), skip_special=False)) if tokens else "nothing"
-            for tokens in (head.ending, ending)
-        )
-        raise ValueError(
-            f"rm_question: the value head was trained on texts with {trained} behind the answer, and here it "
-            f"is {asked}"
-            "; set rm_question, template and enable_thinking as they were, or start from a folder without a "
-            "value_head.safetensors"
-        )
-    head.ending = tuple(ending)
-
-
 @torch.no_grad()
 def pair_scores(model: Decoder, batch: Batch) -> tuple[list[float], list[float]]:
     """Scores of the chosen and of the rejected answers of a batch. The model's mode stays."""
@@ -142,8 +113,7 @@ def pair_scores(model: Decoder, batch: Batch) -> tuple[list[float], list[float]]
 
 @torch.no_grad()
 def score_texts(model: Decoder, texts: Sequence[Sequence[int]], most_tokens: int = SCORE_TOKENS) -> Tensor:
-    """(n,) fp32 on the CPU: the value at the last token of each text followed by the head's ending. The
-    model's mode and what trains stay.
+    """(n,) fp32 on the CPU: the value at the last token of each text. The model's mode and what trains stay.
 
     texts: token ids up to the end of the answer, at least one each. Each is scored by itself, whatever lies
     beside it.
@@ -152,13 +122,6 @@ def score_texts(model: Decoder, texts: Sequence[Sequence[int]], most_tokens: int
         raise ValueError(
             "the model has no value head, so it gives no scores; load one (value_head.load_value_head)"
         )
-    ending = model.v_head.ending or ()
-    if max(ending, default=0) >= model.config.vocab_size:
-        raise ValueError(
-            f"value_head.safetensors: ending in its metadata has token {max(ending)}, but the model has "
-            f"{model.config.vocab_size}; the value head is of another model"
-        )
-    texts = [[*text, *ending] for text in texts]
     was_training, device = model.training, model.embed_tokens.weight.device
     model.eval()
     scores = torch.empty(len(texts))

@@ -21,7 +21,6 @@ from templates import (
     encode_dialogue,
     first_difference,
     get_template,
-    question_tokens,
 )
 from text.jinja_template import split_thought, tool_calls
 from text.tokenizer import Tokenizer
@@ -130,43 +129,6 @@ def test_tokens_equal_those_of_the_published_jinja(pairs, kind, name):
             )
             if end_is_token and not two_spaces:
                 assert first_difference(ours, encode_dialogue(ours, spans).ids, expected) is None, case
-
-
-@pytest.mark.parametrize("thinking", [True, False])
-@pytest.mark.parametrize("name", SAME_AS)
-def test_a_question_behind_an_answer_is_what_the_published_jinja_writes_there(pairs, name, thinking):
-    ours, theirs = pairs["llama2"]
-    source = fixture(SAME_AS[name])
-    talk, answer = [USER, ANSWER, Message("user", "Was it good?")], ANSWER.content
-    whole = theirs.apply_chat_template(
-        dicts(talk),
-        chat_template=source,
-        add_generation_prompt=True,
-        tokenize=False,
-        enable_thinking=thinking,
-    )
-    end = "".join(answers_of(render(TEMPLATES[name], talk[:2], ours, enable_thinking=thinking))).rpartition(
-        answer
-    )[2]
-    expected = whole.partition(answer)[2].removeprefix(end)
-    for template in (TEMPLATES[name], get_template(None, source)):
-        tokens = question_tokens(ours, template, "Was it good?", thinking)
-        found = ours.decode(tokens, skip_special=False)  # sentencepiece adds spaces to special tokens
-        assert "".join(found.split()) == "".join(expected.split())
-        assert question_tokens(ours, template, "", thinking) == []
-
-
-def test_a_template_without_a_place_for_a_question_is_refused(pairs):
-    ours, _ = pairs["chatml"]
-    marked = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ "
-        "m.content }}"
-        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    assert question_tokens(ours, get_template(None, fixture("chatml")), "Well?")
-    with pytest.raises(ValueError, match="rm_question: this template has no place for a question"):
-        question_tokens(ours, get_template(None, marked), "Well?")
 
 
 @pytest.mark.parametrize("name", SAME_AS)

@@ -29,10 +29,9 @@ from stages.kto import KTOOptions, RatedPreference
 from stages.ppo import PPO, PPOOptions
 from stages.reference import Reference, ReferenceOptions
 from stages.rewards import AdapterReward, ApiReward, FunctionReward, ModelReward, RewardOptions, RewardSource
-from stages.rm import RewardModel, RewardModelOptions, set_ending
+from stages.rm import RewardModel, RewardModelOptions
 from stages.rollouts import ending_with
 from stages.stage import Rhythm, Stage, TokenLoss
-from templates import TemplateOptions, question_tokens
 from text.tokenizer import Tokenizer
 from training.options import TrainOptions
 
@@ -137,9 +136,6 @@ def make_stage(
 
     reward: what make_reward_ahead gave.
     """
-    if config[TrainOptions].stage == "rm":
-        question, thinking = config[RewardModelOptions].rm_question, config[TemplateOptions].enable_thinking
-        set_ending(model.v_head, question_tokens(tokenizer, template, question, thinking), tokenizer)
     if config[TrainOptions].only_predicts:
         return Stage()  # no loss is asked for, so no reference, no reward
     kind = STAGES[config[TrainOptions].stage]

@@ -144,7 +144,6 @@ def prepare_data(
         hub=HubAccess(model_options.hf_hub_token, model_options.ms_hub_token, model_options.cache_dir),
         prompts=texts,
         kind=kind,
-        question=config[RewardModelOptions].rm_question if options.stage == "rm" else "",
     )
     world.print(prepared.report)
     first = prepared.first_example()
@@ -325,8 +324,6 @@ def build_model(config: configuration.Config, source: Path, world: World) -> Dec
         if options.stage == "rm" and not options.trains:
             require_value_head((adapters or [source])[-1])
         model.v_head = start_value_head(model, source, adapters, generator, world)
-        if options.stage != "rm":
-            model.v_head.ending = ()  # a value function reads every token
     model.compute_dtype = compute
     model.flash_attn = model_options.flash_attn
     model.embedding_noise = options.neftune_noise_alpha or 0.0

@@ -2,35 +2,28 @@
 into files and comes back, and train.py makes a reward model of pairs."""
 
 import json
-import re
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from stage_runs import stage_keys, write_stage_data
 from tiny_runs import WORDS, assert_same_weights, tiny_runs
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
 import chat
-import data
 import export
 from checkpoints.hub import ModelOptions
 from checkpoints.huggingface import load_model
 from checkpoints.peft import load_adapter
-from checkpoints.safetensors_files import file_notes
 from checkpoints.source import find_source, load_head, load_source
 from checkpoints.value_head import ValueHead, load_value_head, save_value_head
-from data import DataOptions, load_datasets
 from lora import LoraOptions, prepare_trainable
+from options.errors import UserError
 from pipeline.batch import Example, collate
-from pipeline.encoding import EncodeOptions
-from pipeline.tokenise import Tokeniser
-from stages.rewards import AdapterReward, Sample
 from stages.rm import RewardModel, RewardModelOptions, pair_scores, score_dialogues, score_texts, span_loss
 from stages.stage import Stage
-from templates import Message, TemplateOptions, get_template, question_tokens
+from templates import Message, TemplateOptions, get_template
 from text.tokenizer import Tokenizer
 
 # prompt tokens, chosen, rejected: different lengths, a late difference, one a beginning of the other, equal
@@ -322,193 +315,12 @@ def test_chat_scores_an_answer_and_an_exported_reward_model_is_one_too(tiny, cap
     assert "give prompt too" in capsys.readouterr().err
 
 
-QUESTION = "Is the answer above good?"
-
-
-def test_with_a_question_the_value_is_read_where_the_reply_would_begin(tiny, capsys):
-    """The tokens are those of transformers' chat template; predict, chat and PPO's reward give the same
-    scores."""
-    oracle = AutoTokenizer.from_pretrained(tiny.model)
-    oracle.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    keys = KEYS | {
-        "dataset_dir": tiny.folder,
-        "rm_question": QUESTION,
-        "rm_loss": "last",
-        "num_train_epochs": 8,
-    }
-    assert tiny.train("asked", **keys, do_train=True, do_predict=True) == 0
-    scores = [
-        json.loads(line)
-        for line in (tiny.folder / "asked/generated_predictions.jsonl").read_text().splitlines()
-    ]
-    assert np.mean([row["chosen"] > row["rejected"] for row in scores]) > 0.9
-    source = find_source(
-        ModelOptions(model_name_or_path=str(tiny.folder / "asked")), TemplateOptions(), given=()
-    )
-    model, tokenizer, template = load_source(source, dtype=None, device="cpu")
-    load_head(model, source)
-    pair = json.loads((tiny.folder / "pairs.json").read_text())[scores[3]["row"]]
-    for kind in ("chosen", "rejected"):
-        talk = [{"role": "user", "content": pair["instruction"]}, {"role": "assistant", "content": pair[kind]},
-                {"role": "user", "content": QUESTION}]  # fmt: skip
-        ids = torch.tensor(oracle.apply_chat_template(talk, add_generation_prompt=True, return_dict=False))
-        with torch.no_grad():
-            hidden = model(
-                ids, torch.arange(len(ids)), torch.tensor([0, len(ids)], dtype=torch.int32), len(ids)
-            )
-            expected = model.v_head(hidden)[-1].item()
-        dialogue = [Message("user", pair["instruction"]), Message("assistant", pair[kind])]
-        assert score_dialogues(model, tokenizer, template, [dialogue]).item() == pytest.approx(
-            expected, abs=1e-5
-        )
-        assert scores[3][kind] == pytest.approx(
-            expected, abs=1e-3
-        )  # the run's adapter beside the weights, here merged
-        words = [
-            f"model_name_or_path={tiny.folder / 'asked'}",
-            f"prompt={pair['instruction']}",
-            f"score={pair[kind]}",
-        ]
-        capsys.readouterr()
-        assert chat.main(words) == 0
-        assert float(capsys.readouterr().out) == pytest.approx(expected, abs=1e-3)
-        prompt = tokenizer.encode(
-            f"<|im_start|>user\n{pair['instruction']}<|im_end|>\n<|im_start|>assistant\n"
-        )
-        answer = tokenizer.encode(f"{pair[kind]}<|im_end|>")
-        reward = AdapterReward(load_model(tiny.model).requires_grad_(False), tiny.folder / "asked")
-        sample = Sample("", "", None, prompt, answer, "stop")
-        assert reward.scores([sample]).item() == pytest.approx(expected, abs=1e-3)
-
-
-def test_a_question_that_the_value_head_was_not_trained_on_is_refused_and_one_that_leaves_no_room_too(
-    tiny, capsys
-):
-    keys = KEYS | {"dataset_dir": tiny.folder, "num_train_epochs": 1, "evaluation_strategy": "no"}
-    assert tiny.train("asked-once", **keys, rm_question=QUESTION) == 0
-    again = keys | {"adapter_name_or_path": tiny.folder / "asked-once", "do_train": False, "do_eval": True}
-    for other, found in (({}, "here it is nothing"), ({"rm_question": "Well?"}, "user.nWell[?]")):
-        capsys.readouterr()
-        assert tiny.train("scored", **again, **other) == 2
-        error = capsys.readouterr().err
-        assert "rm_question: the value head was trained on texts with" in error and QUESTION in error
-        assert re.search(found, error)
-    assert tiny.train("scored", **again, rm_question=QUESTION) == 0
-    assert tiny.train("asked-on", **(keys | {"adapter_name_or_path": tiny.folder / "asked-once"})) == 2
-    capsys.readouterr()
-    assert tiny.train("short", **keys, rm_question=QUESTION, cutoff_len=12) == 2
-    assert "rm_question: it takes" in capsys.readouterr().err
-    assert tiny.train("blank", **keys, rm_question="  ") == 2
-    assert "rm_question: it holds nothing but spaces" in capsys.readouterr().err
-    predict = again | {"do_eval": False, "do_predict": True, "rm_question": "Well?"}
-    assert tiny.train("scored", **predict, overwrite_output_dir=True) == 2
-    file = tiny.folder / "asked-once" / "value_head.safetensors"
-    save_file(load_file(file), file)  # as another program writes it: trained on nothing behind the answer
-    assert tiny.train("scored", **again, rm_question=QUESTION, overwrite_output_dir=True) == 2
-
-
-@pytest.mark.parametrize("ending", ["x", "[-1]", "[true]", "[1.0]", "7", "[" * 100_000])
-def test_an_ending_that_is_no_list_of_tokens_is_refused(tmp_path, ending):
+def test_a_value_head_that_was_trained_with_a_question_is_refused(tmp_path):
+    """Earlier versions kept the tokens of a question behind each answer in the file's metadata."""
     tensors = {"v_head.summary.weight": torch.ones(1, 7), "v_head.summary.bias": torch.ones(1)}
-    save_file(tensors, tmp_path / "value_head.safetensors", {"ending": ending})
-    with pytest.raises(ValueError, match="value_head.safetensors: ending is .* expected a list of token ids"):
+    save_file(tensors, tmp_path / "value_head.safetensors", {"ending": "[5, 6]"})
+    with pytest.raises(UserError, match="value_head.safetensors: this value head was trained with rm_question"):
         load_value_head(ValueHead(7), tmp_path)
-
-
-def test_an_ending_of_another_model_is_refused(model):
-    model.v_head.ending = (5, 99_999)
-    with pytest.raises(ValueError, match="ending in its metadata has token 99999, but the model has"):
-        score_texts(model, [[1, 2, 3]])
-    model.v_head.ending = None
-
-
-@pytest.mark.parametrize("strategy", ["ratio", "left", "right", "drop"])
-def test_a_question_stays_whole_whatever_is_cut(tiny, tmp_path, strategy):
-    tokenizer, template = Tokenizer.from_folder(tiny.model), get_template("chatml", None)
-    shared = {"dataset": ("pairs",), "dataset_dir": str(tiny.folder), "truncation_strategy": strategy}
-
-    def segments(cutoff_len, question, stage="rm"):
-        store = load_datasets(
-            DataOptions(cutoff_len=cutoff_len, **shared), template, tokenizer, stage, seed=0, cache_dir=tmp_path,
-            question=question,
-        ).train  # fmt: skip
-        examples = [store.example(i) for i in range(len(store))]
-        return [(np.split(e.tokens, [e.split]), np.split(e.trained, [e.split]), e.source) for e in examples]
-
-    ending = question_tokens(tokenizer, template, QUESTION)
-    bare = {source: parts for parts, _, source in segments(512, "")}
-    longest = max(len(part) for parts in bare.values() for part in parts)
-    room = longest - 1  # without the line break that the template writes behind an answer
-    for cutoff_len in (room + len(ending), room + len(ending) - 9):
-        asked = segments(cutoff_len, QUESTION)
-        fits = [len(bare[source][0]) <= room and len(bare[source][1]) <= room for _, _, source in asked]
-        if cutoff_len == room + len(ending):
-            assert len(asked) == len(bare)  # nothing has to give way
-        else:
-            assert (
-                asked
-                and (len(asked) < len(bare)) == (strategy == "drop")
-                and not all(fits)
-                or strategy == "drop"
-            )
-        for parts, trained, source in asked:
-            for part, mask, whole in zip(parts, trained, bare[source]):
-                assert len(part) <= cutoff_len and part[-len(ending) :].tolist() == ending
-                assert mask[-1] and not mask[-len(ending) : -1].any() and mask[-len(ending) - 1]
-                if cutoff_len == room + len(ending):
-                    assert part[: -len(ending)].tolist() == whole[:-1].tolist()
-
-
-def test_preview_shows_where_the_score_is_read(tiny, capsys):
-    words = [f"model_name_or_path={tiny.model}", "stage=rm", "dataset=pairs", f"dataset_dir={tiny.folder}",
-             "template=chatml", f"rm_question={QUESTION}", "per_device_train_batch_size=1"]  # fmt: skip
-    assert data.main(["preview", *words]) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if "the score is read here" in line]
-    assert len(lines) == 2 and all(
-        "turn 2" in line and " user " in line for line in lines
-    )  # after turns 0 and 1
-
-
-def test_data_saved_before_there_were_questions_is_read_and_not_for_a_question(tiny, tmp_path):
-    shared = (
-        Tokenizer.from_folder(tiny.model),
-        0,
-        tmp_path,
-        True,
-        None,
-        str(tiny.folder),
-        "train",
-        None,
-        False,
-        1,
-    )
-    template = get_template("chatml", None)
-    keys = [
-        Tokeniser("rm", EncodeOptions("pair", 64, question=q), template, *shared).keys()
-        for q in ("", QUESTION)
-    ]
-    assert "question" not in keys[0]["options"] and keys[1]["options"]["question"] == QUESTION
-
-
-def test_the_question_goes_with_an_export_and_not_into_a_policy(tiny, capsys):
-    """PPO's value head, which starts from the reward model's, reads every token."""
-    write_stage_data(tiny)
-    keys = KEYS | {"dataset_dir": tiny.folder, "num_train_epochs": 1, "evaluation_strategy": "no"}
-    assert tiny.train("asked-first", **keys, rm_question=QUESTION) == 0
-    folder, target = tiny.folder / "asked-first", tiny.folder / "asked-exported"
-    assert export.main([f"model_name_or_path={folder}", f"export_dir={target}"]) == 0
-    found = []
-    for words in ([f"model_name_or_path={folder}"], [f"model_name_or_path={target}", "template=chatml"]):
-        capsys.readouterr()
-        assert chat.main([*words, "prompt=sparks", "score=the anvil good"]) == 0
-        found.append(float(capsys.readouterr().out))
-    assert found[0] == pytest.approx(found[1], abs=1e-3)
-    assert "ending" in file_notes(target / "value_head.safetensors")
-    assert tiny.train("policy", **stage_keys(tiny, "ppo", adapter_name_or_path=folder, max_steps=1)) == 0
-    assert "ending" not in file_notes(tiny.folder / "policy" / "value_head.safetensors")
 
 
 @pytest.mark.parametrize("finetuning_type", ["lora", "full"])

@@ -35,7 +35,7 @@ RUNS = {
     stage: (stage, {}) for stage in all_stages()
 }  # name -> stage, and the keys that choose another loss of it
 RUNS |= {
-    "rm last": ("rm", {"rm_loss": "last", "rm_question": "good?"}),
+    "rm last": ("rm", {"rm_loss": "last"}),
     "kto_pair": ("dpo", {"pref_loss": "kto_pair"}),
     "bco_pair": ("dpo", {"pref_loss": "bco_pair"}),
     "ipo with bco": ("dpo", {"pref_loss": "ipo", "pref_bco_weight": 0.5, "ld_alpha": 0.3, "pref_ftx": 0.2}),
