@@ -25,10 +25,12 @@ import quant
 from checkpoints.hub import ModelOptions
 from checkpoints.huggingface import DTYPES, chosen_quantization
 from checkpoints.source import find_source, load_head, load_source
+from generation.cache import KVCache
 from generation.generate import TextStream, split_stop_words
+from generation.layout import lay_out_for_decoding
 from generation.sampling import GenerateOptions
 from lora import quantised_linears
-from model import Decoder, KVCache, lay_out_for_decoding
+from model import Decoder
 from options import config as configuration
 from quant import QuantOptions
 from stages.rm import score_dialogues

@@ -40,7 +40,8 @@ from bench.measure import (  # noqa: E402
     take_ceilings,
 )
 from generation.generate import GenerateOptions, generate, new_cache  # noqa: E402
-from model import Decoder, initialize_weights, lay_out_for_decoding  # noqa: E402
+from generation.layout import lay_out_for_decoding  # noqa: E402
+from model import Decoder, initialize_weights  # noqa: E402
 from quant import QuantLinear  # noqa: E402
 
 DEFAULTS = {

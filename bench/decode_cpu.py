@@ -74,7 +74,7 @@ def quantisation(name: str):
 def anvil(options: dict):
     from checkpoints.huggingface import load_model
     from generation.generate import GenerateOptions, generate
-    from model import lay_out_for_decoding
+    from generation.layout import lay_out_for_decoding
 
     dtype = getattr(torch, options["dtype"])
     model = load_model(options["model"], dtype=dtype, quantization=quantisation(options["quantised"]))

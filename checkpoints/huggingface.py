@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 import quant
 from architectures.config import ModelConfig, config_from_hf, from_hf_name, scale_rope, to_hf_name
+from architectures.layers import RMSNorm
 from checkpoints.hub import ModelOptions, resolve_adapters, resolve_model
 from checkpoints.peft import (
     ADAPTER_CONFIG,
@@ -48,7 +49,7 @@ from checkpoints.safetensors_files import (
 from checkpoints.value_head import PREFIX as VALUE_HEAD_PREFIX
 from checkpoints.value_head import load_value_head, save_value_head
 from lora import lora_layers, replace_module
-from model import Decoder, RMSNorm, initialize_weights
+from model import Decoder, initialize_weights
 from quant import Format, QuantLinear
 
 __all__ = [

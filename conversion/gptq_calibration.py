@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from architectures.config import ModelConfig, to_hf_name
+from architectures.layers import ForwardContext
 from checkpoints.safetensors_files import weight_files, write_shards
 from kernels.linear import matmul_transposed
-from model import Attention, Block, Decoder, ForwardContext
+from model import Attention, Block, Decoder
 from pipeline.formats import Dropped, check_stage, to_conversation, to_document
 from pipeline.sources import DatasetInfo, HubAccess, find_dataset, list_files, open_hub, read_rows
 from quant.gptq import GPTQFormat, GPTQLinear

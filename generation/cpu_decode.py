@@ -17,8 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from architectures.layers import ForwardContext
+from generation.cache import KVCache
 from kernels.byte_linear import ByteTable
 from kernels.gated_mlp import ACTIVATIONS
+from model import Decoder
 
 
 class Adapter(NamedTuple):
@@ -90,7 +93,7 @@ class Layer(NamedTuple):
 
 
 class OneRow:
-    """The blocks of a decoder that was laid out for decoding (model.lay_out_for_decoding).
+    """The blocks of a decoder that was laid out for decoding (layout.py).
 
     dtype: of the model's activations.  places: (module, name, layer that stood there): an adapter put around
     one since
@@ -182,3 +185,21 @@ class OneRow:
             q = q.view(1, self.keys, -1, self.size)
             out = F.scaled_dot_product_attention(q, keys, values, scale=self.scale)
         return out.reshape(-1)
+
+
+def forward(
+    model: Decoder, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int, cache: KVCache
+):
+    """model(tokens, positions, cu_seqlens, max_seqlen, cache) -> (T, E); one token of one text the short way
+    where the model was laid out for it (layout.py)."""
+    if model.one_row is None or tokens.shape[0] != 1:
+        return model(tokens, positions, cu_seqlens, max_seqlen, cache)
+    x = model.embed_tokens(tokens)  # (1, E)
+    x = x if model.compute_dtype is None else x.to(model.compute_dtype)
+    if not model.one_row.serves(x):
+        return model(tokens, positions, cu_seqlens, max_seqlen, cache)
+    row = ForwardContext(cu_seqlens, max_seqlen, cache, model.flash_attn, x.dtype)
+    cache.plan(row)
+    x = model.one_row(x, *model.rotation(positions, row, x.dtype), cache.storage, cache.lengths[0])
+    cache.advance(row)
+    return model.norm(x)

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 import kernels
-from model import Decoder, ForwardContext, KVCache
+from architectures.layers import ForwardContext
+from generation.cache import KVCache
+from model import Decoder
 
 # steps on their way at once: the host's hiccups are shorter; so many are in vain after the last text's end
 AHEAD = 4

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from architectures.config import ModelConfig
+from generation import cpu_decode
+from generation.cache import KVCache
 from generation.cuda_graph import AHEAD, TokenSteps
 from generation.sampling import Draws, GenerateOptions, ban_repeated_ngrams, choose
-from model import Decoder, KVCache
+from model import Decoder
 
 FIRST_ROOM = 256  # tokens a new cache holds beyond the prompt; it grows from there
 GRAPH_PAYS = 16  # tokens: capturing a step takes about as long as some steps
@@ -204,7 +206,8 @@ class Decoding:
             tokens += text[filled:]
             positions += range(filled, len(text))
             borders.append(len(tokens))
-        hidden = self.model(
+        hidden = cpu_decode.forward(
+            self.model,
             torch.tensor(tokens, device=self.device),
             torch.tensor(positions, dtype=torch.int32, device=self.device),
             torch.tensor(borders, dtype=torch.int32, device=self.device),

@@ -9,7 +9,8 @@ import transformers
 
 from architectures.config import config_from_hf, scale_rope
 from checkpoints.huggingface import load_model, save_model
-from model import Decoder, KVCache
+from generation.cache import KVCache
+from model import Decoder
 
 SIZES = {
     "vocab_size": 131,

@@ -14,6 +14,7 @@ import torch
 
 import kernels
 import quant
+from architectures.layers import RMSNorm
 from checkpoints.huggingface import (
     ModelOptions,
     chosen_quantization,
@@ -31,7 +32,7 @@ from checkpoints.value_head import ValueHead, has_value_head, load_value_head
 from data import DataOptions, Prepared, load_datasets
 from generation.sampling import GenerateOptions
 from lora import LoraOptions, parameter_status, quantised_linears, trainable_report
-from model import Decoder, RMSNorm
+from model import Decoder
 from options import config as configuration
 from parallel.world import World
 from pipeline.batch import ROW_MULTIPLE, BatchLoader

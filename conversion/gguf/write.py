@@ -28,9 +28,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from architectures.config import ModelConfig, Rope
+from architectures.rope import inverse_frequencies
 from checkpoints.gguf.blocks import BLOCK_NAMES, BLOCKS, encode_rows, row_bytes
 from conversion.gguf.write_tokenizer import vocabulary_metadata
-from model import inverse_frequencies
 from templates import ChatTemplate
 from text.tokenizer import Tokenizer
 

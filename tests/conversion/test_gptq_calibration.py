@@ -17,9 +17,9 @@ from tiny_runs import WORDS, tiny_runs
 
 import chat
 import export
+from architectures.layers import ForwardContext
 from checkpoints.huggingface import load_config, load_model, save_model
 from conversion.gptq_calibration import STAGES, CalibrationOptions, read_windows
-from model import ForwardContext
 from pipeline.sources import HubAccess
 from quant.gptq import GPTQLinear
 from quant.gptq_solver import GPTQOptions, Hessian, solve

@@ -9,8 +9,11 @@ from kernel_checks import relative_error
 from torch import nn
 
 from architectures.config import ModelConfig, Rope
+from generation import cpu_decode
+from generation.cache import KVCache
+from generation.layout import lay_out_for_decoding
 from lora import LoraLinear, lora_off
-from model import Decoder, KVCache, initialize_weights, lay_out_for_decoding
+from model import Decoder, initialize_weights
 from quant.gptq import GPTQFormat, GPTQLinear
 from quant.int8 import EETQFormat, Int8Format
 from quant.nf4 import NF4Format
@@ -43,9 +46,8 @@ def token_by_token(model, tokens):
     cache, rows = KVCache(model.config, 1, len(tokens), model.embed_tokens.weight.dtype), []
     with torch.inference_mode():
         for place, token in enumerate(tokens):
-            rows.append(
-                model(token[None], torch.tensor([place]), torch.tensor([0, 1], dtype=torch.int32), 1, cache)
-            )
+            borders = torch.tensor([0, 1], dtype=torch.int32)
+            rows.append(cpu_decode.forward(model, token[None], torch.tensor([place]), borders, 1, cache))
     assert cache.lengths == [len(tokens)]
     return torch.cat(rows), cache.storage
 

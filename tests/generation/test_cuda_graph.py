@@ -19,8 +19,9 @@ from checkpoints.huggingface import load_model
 from generation import cuda_graph
 from generation import generate as generation
 from generation.generate import Decoding, generate, new_cache
+from generation.layout import lay_out_for_decoding
 from generation.sampling import GenerateOptions, choose
-from model import Decoder, lay_out_for_decoding
+from model import Decoder
 from quant.hqq import HQQFormat
 from quant.int8 import EETQFormat, Int8Format
 from quant.nf4 import NF4Format

@@ -22,6 +22,7 @@ from generation.generate import (
     new_cache,
     split_stop_words,
 )
+from generation.layout import lay_out_for_decoding
 from generation.sampling import (
     GenerateOptions,
     ban_repeated_ngrams,
@@ -34,7 +35,6 @@ from generation.sampling import (
 )
 from kernels.linear import matvec_by_rows
 from lora import LoraOptions, add_lora
-from model import lay_out_for_decoding
 from text.tokenizer import Tokenizer
 
 SIZES = {

@@ -11,8 +11,9 @@ if not torch.cuda.is_available():
 
 from architectures.config import config_from_hf
 from generation.generate import Decoding, generate, new_cache
+from generation.layout import lay_out_for_decoding
 from generation.sampling import GenerateOptions
-from model import Decoder, initialize_weights, lay_out_for_decoding
+from model import Decoder, initialize_weights
 
 SHAPE = {
     "model_type": "llama", "vocab_size": 1001, "hidden_size": 128, "intermediate_size": 176, "num_hidden_layers": 3,

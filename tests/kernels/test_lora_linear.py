@@ -13,6 +13,7 @@ from torch import nn
 import kernels
 import lora
 import model as decoder_file
+from architectures import layers as layers_file
 from kernels.lora_linear import Part, lora_linears_reference
 from lora import LoraLinear, LoraOptions
 
@@ -267,7 +268,8 @@ def test_the_decoder_takes_them_together_and_nothing_else_changes(options, monke
     )
     run(net).square().sum().backward()
     assert sizes == [3, 2] * 3  # q k v and gate up of three layers
-    monkeypatch.setattr(decoder_file, "project_together", lambda x, layers: [layer(x) for layer in layers])
+    for file in (decoder_file, layers_file):
+        monkeypatch.setattr(file, "project_together", lambda x, layers: [layer(x) for layer in layers])
     run(separate).square().sum().backward()
     for one, other in zip(net.parameters(), separate.parameters()):
         if one.requires_grad:

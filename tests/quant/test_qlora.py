@@ -10,12 +10,12 @@ from test_peft_parity import shake
 from tiny_runs import assert_same_weights, tiny_runs
 
 import chat
+from architectures.layers import RMSNorm
 from checkpoints.hub import ModelOptions
 from checkpoints.huggingface import load_model, save_model
 from checkpoints.peft import apply_adapters, load_adapter, merge_adapters, save_adapter
 from checkpoints.source import find_source
 from lora import LoraOptions, lora_layers, prepare_trainable, quantised_linears
-from model import RMSNorm
 from options import config as configuration
 from parallel.world import World
 from quant import QuantLinear, QuantOptions, from_options

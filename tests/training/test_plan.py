@@ -13,11 +13,12 @@ import lora
 import quant
 from architectures.config import config_from_hf
 from checkpoints.huggingface import load_config, load_model
+from generation.cache import KVCache
 from generation.generate import generate
 from generation.sampling import GenerateOptions
 from kernels.recompute import Plan
 from lora import LoraOptions
-from model import Decoder, KVCache
+from model import Decoder
 from quant import QuantLinear, QuantOptions
 from tests.training.test_memory import LLAMA_7B
 from training import memory, plan

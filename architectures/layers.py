@@ -1,0 +1,105 @@
+"""The parts that every layer is made of: Linear, RMSNorm, MLP, and what a layer knows of the row (ForwardContext)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import kernels
+from architectures.config import ModelConfig
+from kernels import recompute
+
+
+class Linear(nn.Linear):
+    """nn.Linear that casts its weight to the input's dtype where it is used: fp32 masters under bf16
+    compute."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.linear(x, self.weight, self.bias)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float, dtype=None, device=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size, dtype=dtype, device=device))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return recompute.cheap(kernels.rms_norm, x, self.weight, self.eps)
+
+    def of_sum(self, x: Tensor, delta: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """x, delta (T, E) -> the norm of x + delta in `dtype`, and x + delta: one kernel on a GPU. delta
+        None: nothing to add."""
+        normed, total = kernels.add_rms_norm(x, delta, self.weight, self.eps, dtype=dtype)
+        return recompute.remember(normed, kernels.rms_norm, total, self.weight, self.eps, 0.0, dtype), total
+
+
+def project_together(x: Tensor, layers: list[nn.Module]) -> list[Tensor]:
+    """[layer(x) for layer in layers]. A kind of layer that gains from one input for several (an adapter: it
+    saves and reads x once) says so by a static method `fused(x, layers)`, which then does it; its results
+    are the same."""
+    for layer in layers:
+        fused = getattr(type(layer), "fused", None)
+        if fused is not None:
+            return fused(x, layers)
+    return [layer(x) for layer in layers]
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig, **factory):
+        super().__init__()
+        hidden, size, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = Linear(hidden, size, bias=bias, **factory)
+        self.up_proj = Linear(hidden, size, bias=bias, **factory)
+        self.down_proj = Linear(size, hidden, bias=bias, **factory)
+        self.activation = config.activation
+        self.joined = None  # generation/layout.py may join gate and up for decoding
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.joined is not None and self.joined.serve(self):
+            gate, up = self.joined(x).chunk(2, dim=-1)
+        else:
+            gate, up = project_together(x, [self.gate_proj, self.up_proj])
+        if x.dtype is torch.float16:
+            scale = _row_scale(gate, up)
+            gated = recompute.cheap(kernels.gated_mlp, gate, up * scale.to(up.dtype), self.activation)
+            return self.down_proj(gated).float() / scale
+        return self.down_proj(recompute.cheap(kernels.gated_mlp, gate, up, self.activation))
+
+
+# fp16 ends at 65,504, and trained models go there at a few tokens: first in act(gate) * up and what down_proj
+# makes of it, then in the residual stream that adds this up. So under fp16 the stream is fp32
+# (Decoder.forward; the norms give fp16 to the products), and the row of such a token goes through down_proj
+# smaller by a power of two, which costs no digit. Rows below the limit are as they were.
+FP16_ROW_LIMIT = 64.0  # of |act(gate) * up|: sums of 11,008 such values times weights of 0.05 still fit
+
+
+@torch.no_grad()
+def _row_scale(gate: Tensor, up: Tensor) -> Tensor:
+    """(T, 1) fp32, powers of two up to 1: by which each row of act(gate) * up, (T, F), stays within the
+    limit."""
+    bound = (
+        gate.abs().amax(-1, keepdim=True).float() * up.abs().amax(-1, keepdim=True).float()
+    )  # |act(x)| <= |x|
+    exponent = torch.floor(torch.log2(FP16_ROW_LIMIT / bound.clamp_min(FP16_ROW_LIMIT)))
+    return torch.exp2(exponent.clamp_min(-24))  # the smallest that fp16 has
+
+
+@dataclass
+class ForwardContext:
+    """What every layer needs to know of the row of tokens that is on its way.
+
+    What a cache plans for it (generation/cache.py) stands in the second half.
+    """
+
+    cu_seqlens: Tensor  # (N+1,) int32, borders of the segments
+    max_seqlen: int  # tokens
+    cache: Any  # keys and values of what came before (generation/), or None
+    flash_attn: str  # which attention, one of kernels.ATTENTION
+    dtype: torch.dtype  # of the products
+    tables: tuple[Tensor, Tensor] | None = None  # of the rotation, when decoding on a CPU
+    borders: list[int] | None = None  # cu_seqlens on the host
+    lengths: Any = None  # per sequence, tokens once the row is stored: on the host, or (N,) on the device
+    is_whole: bool = False  # whether the cache was empty, so that the row holds all there is
+    filled: Tensor | None = None  # lengths on a GPU, (N,) int32
