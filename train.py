@@ -40,11 +40,12 @@ from pipeline.prefetch import ahead
 from stages.rewards import RewardError
 from stages.stage import Rhythm, Stage
 from text.tokenizer import Tokenizer
-from training import host_memory, make_stage, monitor, optim, predict, run_folder, setup
+from training import host_memory, make_stage, monitor, predict, run_folder, setup
 from training.monitor import Health, MetricWindow, Monitor, peak_memory_gb, write_json
-from training.optim import OptimOptions
-from training.options import TrainOptions
+from training.optimizers import clip_gradients, load_optimizer, make_optimizer, set_learning_rate
+from training.options import OptimOptions, TrainOptions
 from training.run_folder import Progress
+from training.schedules import schedule
 from training.setup import SECTIONS, steps_per_epoch
 
 
@@ -163,7 +164,7 @@ def run(config: configuration.Config, world: World) -> int:
         rhythm=rhythm,
         loader=loader,
         eval_loaders=eval_loaders,
-        optimizer=optim.make_optimizer(model, config[OptimOptions]) if options.trains else None,
+        optimizer=make_optimizer(model, config[OptimOptions]) if options.trains else None,
         scaler=torch.amp.GradScaler(world.device.type, enabled=options.fp16),
         gradient_sum=parallel.world.GradientSum(model, world),
         monitor=Monitor(output_dir, options.services, options.run_name or str(output_dir), world.is_main),
@@ -346,10 +347,8 @@ def update(this: Run, group: list[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
         this.window.add_metrics(metrics)
         loss += value.detach()
     this.scaler.unscale_(this.optimizer)
-    norm = optim.clip_gradients(trained_parameters(this.optimizer), this.optim_options.max_grad_norm)
-    optim.set_learning_rate(
-        this.optimizer, optim.schedule(this.progress.step, this.optim_options, this.total_steps)
-    )
+    norm = clip_gradients(trained_parameters(this.optimizer), this.optim_options.max_grad_norm)
+    set_learning_rate(this.optimizer, schedule(this.progress.step, this.optim_options, this.total_steps))
     this.scaler.step(this.optimizer)
     this.scaler.update()
     this.optimizer.zero_grad(set_to_none=True)
@@ -452,8 +451,7 @@ def log_training(this: Run, norm: torch.Tensor) -> None:
     """Average loss since the last line, learning rate, gradient norm, speed of all ranks, peak memory."""
     progress, since = this.progress, this.window.totals()
     rate = (
-        optim.schedule(progress.step - 1, this.optim_options, this.total_steps)
-        * this.optim_options.learning_rate
+        schedule(progress.step - 1, this.optim_options, this.total_steps) * this.optim_options.learning_rate
     )
     values = {
         "loss": since.loss / since.steps,
@@ -558,7 +556,7 @@ def save_checkpoint(this: Run) -> Path:
 def restore(this: Run, folder: Path, state: dict) -> None:
     """Everything back as it was when the checkpoint was written."""
     restore_trained(this.model, folder)
-    optim.load_optimizer(this.optimizer, state["optimizer"])
+    load_optimizer(this.optimizer, state["optimizer"])
     this.scaler.load_state_dict(state["scaler"])
     this.progress = Progress(**state["progress"])
     this.window.restore(state["rank"]["window"])

@@ -155,13 +155,14 @@ def our_model(folder: str, adapter: str, dtype: torch.dtype):
 
 
 def our_update(model) -> Callable[[], None]:
-    from training import optim
+    from training.optimizers import clip_gradients, make_optimizer
+    from training.options import OptimOptions
 
-    optimizer = optim.make_optimizer(model, optim.OptimOptions(learning_rate=LEARNING_RATE))
+    optimizer = make_optimizer(model, OptimOptions(learning_rate=LEARNING_RATE))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def update() -> None:
-        optim.clip_gradients(parameters, 1.0)
+        clip_gradients(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -24,8 +24,9 @@ from checkpoints.peft import adapter_state
 from model import Decoder, initialize_weights
 from pipeline.batch import Example, collate
 from stages.stage import Rhythm, TokenLoss
-from training import memory, monitor, optim
-from training.options import TrainOptions
+from training import memory, monitor
+from training.optimizers import make_optimizer
+from training.options import OptimOptions, TrainOptions
 
 LEARNING_RATE = 2e-4
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -104,7 +105,7 @@ class Anvil:
         model.compute_dtype = setting.dtype
         model.train()
         self.tokens = 0  # of the largest micro-batch seen
-        optim_options = optim.OptimOptions(learning_rate=LEARNING_RATE, lr_scheduler_type="constant")
+        optim_options = OptimOptions(learning_rate=LEARNING_RATE, lr_scheduler_type="constant")
         world = parallel.world.World(0, 1, 0, setting.device)
         self.run = train.Run(
             options=TrainOptions(output_dir="unused"),
@@ -116,7 +117,7 @@ class Anvil:
             predictor=None,
             loader=None,
             eval_loaders={},
-            optimizer=optim.make_optimizer(model, optim_options),
+            optimizer=make_optimizer(model, optim_options),
             scaler=torch.amp.GradScaler(setting.device.type, enabled=False),
             gradient_sum=parallel.world.GradientSum(model, world),
             monitor=None,

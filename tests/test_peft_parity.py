@@ -28,7 +28,9 @@ from checkpoints.peft import (
 from lora import LoraOptions, lora_layers, prepare_trainable
 from pipeline.batch import Example, collate
 from stages.stage import TokenLoss
-from training.optim import OptimOptions, clip_gradients, make_optimizer, schedule, set_learning_rate
+from training.optimizers import clip_gradients, make_optimizer, set_learning_rate
+from training.options import OptimOptions
+from training.schedules import schedule
 
 SMOLLM2 = Path(__file__).resolve().parent.parent / "models" / "SmolLM2-135M-Instruct"
 EVERY_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

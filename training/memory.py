@@ -22,19 +22,8 @@ import torch
 from kernels.recompute import CudaTransfers, Offload, Plan
 from lora import lora_layers, quantised_linears
 from model import Decoder
+from training.optimizers import state_per_byte
 
-# bytes of optimizer state per byte of parameter; 8-bit state is counted beside fp32 parameters
-STATE_PER_BYTE = {
-    "sgd": 0.0,
-    "adafactor": 0.1,
-    "adamw_8bit": 0.55,
-    "adamw_bnb_8bit": 0.55,
-    "paged_adamw_8bit": 0.55,
-    "lion_8bit": 0.28,
-    "lion_32bit": 1.0,
-    "paged_lion_8bit": 0.28,
-    "paged_lion_32bit": 1.0,
-}
 LOGIT_BYTES = 2 * 256 * 2**20  # two buffers of the chunked loss at its largest
 RESERVE_BYTES = 2**29  # workspaces of cuBLAS and NCCL, and what the allocator rounds up
 SLACK = 1.05  # of everything that is estimated
@@ -82,7 +71,7 @@ def need(model: Decoder, tokens: int, optimizer: str = "adamw_torch", ranks: int
     size = compute.itemsize
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = sum(parameter.numel() * parameter.element_size() for parameter in trained)
-    optimizer_state = gradients * STATE_PER_BYTE.get(optimizer, 2.0)  # Adam's two moments
+    optimizer_state = gradients * state_per_byte(optimizer)
 
     hidden, middle = config.hidden_size, config.intermediate_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim

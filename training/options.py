@@ -1,11 +1,35 @@
-"""The options of a run: what is trained for how long, in which precision, and what is logged, saved, evaluated."""
+"""The options of a run: what is trained for how long, in which precision, with which optimizer and learning
+rate, and what is logged, saved, evaluated."""
 
+import json
+import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # of inductor
+# kind -> the keys that lr_scheduler_kwargs may hold, with their defaults; ... marks a key that must be given.
+# None: worked out from the other numbers (see _after_warmup and _warmup_stable_decay).
+SCHEDULE_KEYS: dict[str, dict[str, Any]] = {
+    "linear": {},
+    "cosine": {"num_cycles": 0.5},
+    "cosine_with_restarts": {"num_cycles": 1},
+    "cosine_with_min_lr": {"num_cycles": 0.5, "min_lr": None, "min_lr_rate": None},
+    "polynomial": {"power": 1.0, "lr_end": 1e-7},
+    "constant": {},
+    "constant_with_warmup": {},
+    "inverse_sqrt": {"timescale": None},
+    "warmup_stable_decay": {
+        "num_decay_steps": ...,
+        "num_stable_steps": None,
+        "warmup_type": "linear",
+        "decay_type": "cosine",
+        "min_lr_ratio": 0.0,
+        "num_cycles": 0.5,
+    },
+}
+RAMPS = ("linear", "cosine", "1-sqrt")  # values of warmup_type and decay_type
 
 
 @dataclass(frozen=True)
@@ -175,3 +199,105 @@ class TrainOptions:
         if greater is None:
             greater = not self.metric.endswith(("loss", "perplexity"))
         return best is None or (value > best if greater else value < best)
+
+
+@dataclass(frozen=True)
+class OptimOptions:
+    optim: Annotated[
+        Literal[
+            "adamw_torch",
+            "adamw_torch_fused",
+            "sgd",
+            "adafactor",
+            "adamw_8bit",
+            "adamw_bnb_8bit",
+            "paged_adamw_32bit",
+            "paged_adamw_8bit",
+            "lion_8bit",
+            "lion_32bit",
+            "paged_lion_8bit",
+            "paged_lion_32bit",
+        ],
+        "optimizer; adamw_torch takes the fused kernel where the device has one; 8bit, paged and lion ones "
+        "are "
+        "bitsandbytes'; lion wants a learning rate of a third to a tenth of AdamW's",
+    ] = "adamw_torch"
+    learning_rate: Annotated[float, "peak learning rate"] = 5e-5
+    weight_decay: Annotated[float, "decay of matrices; norms, biases and other vectors never decay"] = 0.0
+    adam_beta1: Annotated[float, "AdamW: decay of the first moment; lion: its part in an update"] = 0.9
+    adam_beta2: Annotated[float, "AdamW: decay of the second moment; lion: of its one moment"] = 0.999
+    adam_epsilon: Annotated[float, "AdamW: added to the square root of the second moment"] = 1e-8
+    max_grad_norm: Annotated[float, "gradients are scaled down to this total norm; 0 = no clipping"] = 1.0
+    lr_scheduler_type: Annotated[
+        Literal[
+            "linear",
+            "cosine",
+            "cosine_with_restarts",
+            "cosine_with_min_lr",
+            "polynomial",
+            "constant",
+            "constant_with_warmup",
+            "inverse_sqrt",
+            "warmup_stable_decay",
+        ],
+        "shape of the learning rate over the run; constant has no warm-up",
+    ] = "linear"
+    lr_scheduler_kwargs: Annotated[str | None, 'numbers of the schedule as JSON: {"num_cycles": 2}'] = None
+    warmup_steps: Annotated[float, "updates of warm-up (below 1: share of the run); beats warmup_ratio"] = 0.0
+    warmup_ratio: Annotated[float, "warm-up as a share of all updates, rounded up"] = 0.0
+
+    def __post_init__(self):
+        for key in ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps"):
+            value = getattr(self, key)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{key}: {value} is not a finite number of at least 0")
+        for key in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ValueError(f"{key}: {getattr(self, key)} is not in [0, 1)")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise ValueError(
+                f"warmup_ratio: {self.warmup_ratio} is not in [0, 1]; warmup_steps counts updates"
+            )
+        if self.warmup_steps > 1 and self.warmup_steps != int(self.warmup_steps):
+            raise ValueError(
+                f"warmup_steps: {self.warmup_steps} is not a whole number and not a share below 1"
+            )
+        schedule_numbers(self)
+
+
+def schedule_numbers(options: OptimOptions) -> dict[str, Any]:
+    """lr_scheduler_kwargs over the schedule's defaults. Raises ValueError for what it does not know."""
+    kind, text = options.lr_scheduler_type, options.lr_scheduler_kwargs
+    try:
+        given = json.loads(text) if text else {}
+    except json.JSONDecodeError as error:
+        example = '{"num_cycles": 2}'
+        raise ValueError(
+            f"lr_scheduler_kwargs: {text!r} is not JSON ({error.msg}); write {example}"
+        ) from error
+    if not isinstance(given, dict):
+        raise ValueError(f'lr_scheduler_kwargs: {text!r} is not a JSON object; write {{"num_cycles": 2}}')
+    known = SCHEDULE_KEYS[kind]
+    for key, value in given.items():
+        if key not in known:
+            names = ", ".join(known) or "none"
+            raise ValueError(f"lr_scheduler_kwargs: {kind} has no {key!r}; it knows {names}")
+        if key.endswith("_type"):
+            if value not in RAMPS:
+                raise ValueError(f"lr_scheduler_kwargs: {key}={value!r}; known are {', '.join(RAMPS)}")
+        elif isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+            raise ValueError(f"lr_scheduler_kwargs: {key}={value!r} is not a number of at least 0")
+    numbers = {**known, **given}
+    missing = [key for key, value in numbers.items() if value is ...]
+    if missing:
+        raise ValueError(f'lr_scheduler_kwargs: {kind} needs {missing[0]}; write {{"{missing[0]}": 100}}')
+    if kind == "cosine_with_min_lr" and (numbers["min_lr"] is None) == (numbers["min_lr_rate"] is None):
+        raise ValueError("lr_scheduler_kwargs: cosine_with_min_lr needs min_lr or min_lr_rate, and not both")
+    if kind == "polynomial" and not numbers["lr_end"] < options.learning_rate:
+        end = numbers["lr_end"]
+        raise ValueError(
+            f"lr_scheduler_kwargs: lr_end={end} must be below learning_rate={options.learning_rate}"
+        )
+    if kind == "inverse_sqrt" and numbers["timescale"] == 0:
+        raise ValueError("lr_scheduler_kwargs: timescale=0 must be above 0")
+    return numbers

@@ -53,8 +53,7 @@ from templates import TemplateOptions, get_template
 from text.tokenizer import Tokenizer
 from training import memory, plan, run_folder
 from training.make_stage import STAGES, WRITES, folders_beside, make_rhythm
-from training.optim import OptimOptions
-from training.options import TrainOptions
+from training.options import OptimOptions, TrainOptions
 from training.predict import Predictor, ScorePredictor, TextPredictor
 
 SECTIONS = [

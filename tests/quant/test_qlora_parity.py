@@ -13,7 +13,7 @@ from checkpoints.peft import apply_adapters, load_adapter, save_adapter
 from lora import LoraOptions, lora_layers, prepare_trainable
 from pipeline.batch import collate
 from quant import QuantOptions, from_options
-from training.optim import OptimOptions
+from training.options import OptimOptions
 
 FORMATS = {
     "nf4": QuantOptions(quantization_bit=4, double_quantization=False),

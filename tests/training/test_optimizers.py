@@ -7,12 +7,19 @@ import pytest
 import torch
 from torch import nn
 
-from training import optim
-from training.optim import OptimOptions
+from training import schedules
+from training.optimizers import (
+    clip_gradients,
+    load_optimizer,
+    make_optimizer,
+    parameter_groups,
+    set_learning_rate,
+)
+from training.options import RAMPS, OptimOptions
 
 
 def schedule_of(options: OptimOptions, total_steps: int, steps: int) -> list[float]:
-    return [optim.schedule(step, options, total_steps) for step in range(steps)]
+    return [schedules.schedule(step, options, total_steps) for step in range(steps)]
 
 
 def transformers_schedule(kind, rate, warmup, total_steps, steps, kwargs) -> list[float]:
@@ -60,8 +67,8 @@ def test_schedule_equals_transformers(kind, text, kwargs, total_steps, warmup):
 
 
 @pytest.mark.filterwarnings("ignore:Both num_training_steps")
-@pytest.mark.parametrize("warmup_type", optim.RAMPS)
-@pytest.mark.parametrize("decay_type", optim.RAMPS)
+@pytest.mark.parametrize("warmup_type", RAMPS)
+@pytest.mark.parametrize("decay_type", RAMPS)
 @pytest.mark.parametrize("stable", [None, 20])
 def test_warmup_stable_decay_equals_transformers(warmup_type, decay_type, stable):
     import json
@@ -83,18 +90,18 @@ def test_warmup_stable_decay_equals_transformers(warmup_type, decay_type, stable
 
 def test_polynomial_survives_a_run_that_is_all_warmup():
     options = OptimOptions(lr_scheduler_type="polynomial", warmup_steps=5)
-    assert optim.schedule(4, options, 5) == 0.8
-    assert optim.schedule(6, options, 5) == pytest.approx(1e-7 / 5e-5)
+    assert schedules.schedule(4, options, 5) == 0.8
+    assert schedules.schedule(6, options, 5) == pytest.approx(1e-7 / 5e-5)
 
 
 def test_warmup_ratio_rounds_up_and_steps_beat_it():
-    assert optim.warmup_length(OptimOptions(warmup_ratio=0.1), 101) == 11
-    assert optim.warmup_length(OptimOptions(warmup_ratio=0.1, warmup_steps=3), 101) == 3
+    assert schedules.warmup_length(OptimOptions(warmup_ratio=0.1), 101) == 11
+    assert schedules.warmup_length(OptimOptions(warmup_ratio=0.1, warmup_steps=3), 101) == 3
     assert (
-        optim.warmup_length(OptimOptions(warmup_steps=0.05), 101) == 6
+        schedules.warmup_length(OptimOptions(warmup_steps=0.05), 101) == 6
     )  # transformers 5 spells the ratio so
-    assert optim.warmup_length(OptimOptions(), 101) == 0
-    assert optim.warmup_length(OptimOptions(warmup_ratio=1.0), 7) == 7
+    assert schedules.warmup_length(OptimOptions(), 101) == 0
+    assert schedules.warmup_length(OptimOptions(warmup_ratio=1.0), 7) == 7
 
 
 @pytest.mark.parametrize(
@@ -142,7 +149,7 @@ def test_decay_phase_longer_than_the_run_is_refused():
         lr_scheduler_type="warmup_stable_decay", lr_scheduler_kwargs=kwargs, warmup_steps=11
     )
     with pytest.raises(ValueError, match="num_decay_steps=90 and 11 warm-up steps do not fit into 100"):
-        optim.schedule(0, options, 100)
+        schedules.schedule(0, options, 100)
 
 
 def test_groups_equal_those_of_the_hugging_face_trainer():
@@ -155,7 +162,7 @@ def test_groups_equal_those_of_the_hugging_face_trainer():
         num_key_value_heads=1, head_dim=8, attention_bias=True, tie_word_embeddings=True,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
-    decayed, spared = optim.parameter_groups(model, 0.1)
+    decayed, spared = parameter_groups(model, 0.1)
     expected = set(Trainer.get_decay_parameter_names(None, model))
     names = {name for name, _ in model.named_parameters()}
     assert {name for name, _ in decayed["params"]} == expected & names
@@ -167,12 +174,12 @@ def test_frozen_parameters_are_left_out_and_vectors_do_not_decay():
     model = nn.ModuleDict({"a": nn.Linear(3, 5), "b": nn.Linear(5, 2, bias=False)})
     model["b"].requires_grad_(False)
     model["a"].register_parameter("magnitude", nn.Parameter(torch.ones(5)))
-    groups = optim.parameter_groups(model, 0.3)
+    groups = parameter_groups(model, 0.3)
     assert [name for name, _ in groups[0]["params"]] == ["a.weight"]
     assert [name for name, _ in groups[1]["params"]] == ["a.bias", "a.magnitude"]
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="no trainable parameter"):
-        optim.parameter_groups(model, 0.0)
+        parameter_groups(model, 0.0)
 
 
 class Small(nn.Module):
@@ -198,7 +205,7 @@ def train(model: nn.Module, optimizer, steps: int, first: int = 0) -> None:
     for step in range(first, first + steps):
         generator = torch.Generator().manual_seed(step)
         ids = torch.randint(97, (31,), generator=generator)
-        optim.set_learning_rate(optimizer, 1.0 / (1 + step))
+        set_learning_rate(optimizer, 1.0 / (1 + step))
         optimizer.zero_grad()
         (model(ids).float() ** 2).mean().backward()
         optimizer.step()
@@ -246,7 +253,7 @@ def test_ten_steps_equal_the_paper(kind):
         optim=kind, learning_rate=0.02, weight_decay=0.1, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-5
     )
     model, expected = small_model(), small_model()
-    train(model, optim.make_optimizer(model, options), 10)
+    train(model, make_optimizer(model, options), 10)
     by_hand(expected, options, 10)
     assert difference(model, small_model()) > 0.01
     assert difference(model, expected) < 2e-6
@@ -256,10 +263,10 @@ def test_adamw_follows_the_plain_torch_one_and_repeats_to_the_bit():
     options = OptimOptions(learning_rate=0.01, weight_decay=0.1)
     models = [small_model() for _ in range(3)]
     for model in models[:2]:
-        optimizer = optim.make_optimizer(model, options)
+        optimizer = make_optimizer(model, options)
         assert optimizer.defaults["fused"]
         train(model, optimizer, 10)
-    plain = torch.optim.AdamW(optim.parameter_groups(models[2], 0.1), lr=0.01, fused=False, foreach=False)
+    plain = torch.optim.AdamW(parameter_groups(models[2], 0.1), lr=0.01, fused=False, foreach=False)
     for group in plain.param_groups:
         group["initial_lr"] = 0.01
     train(models[2], plain, 10)
@@ -269,7 +276,7 @@ def test_adamw_follows_the_plain_torch_one_and_repeats_to_the_bit():
 
 def test_adafactor_is_the_torch_one():
     model, expected = small_model(), small_model()
-    train(model, optim.make_optimizer(model, OptimOptions(optim="adafactor", learning_rate=0.02)), 10)
+    train(model, make_optimizer(model, OptimOptions(optim="adafactor", learning_rate=0.02)), 10)
     oracle = torch.optim.Adafactor(expected.parameters(), lr=0.02)
     oracle.param_groups[0]["initial_lr"] = 0.02
     train(expected, oracle, 10)
@@ -280,9 +287,9 @@ def test_adafactor_is_the_torch_one():
 def test_eight_bit_adamw_stays_near_adamw_and_keeps_embeddings_exact(kind):
     rate = 0.01
     model, expected = small_model(), small_model()
-    optimizer = optim.make_optimizer(model, OptimOptions(optim=kind, learning_rate=rate, weight_decay=0.1))
+    optimizer = make_optimizer(model, OptimOptions(optim=kind, learning_rate=rate, weight_decay=0.1))
     train(model, optimizer, 10)
-    train(expected, optim.make_optimizer(expected, OptimOptions(learning_rate=rate, weight_decay=0.1)), 10)
+    train(expected, make_optimizer(expected, OptimOptions(learning_rate=rate, weight_decay=0.1)), 10)
     state = optimizer.state
     assert state[model.wide.weight]["state1"].dtype is torch.uint8  # 4823 elements
     assert state[model.embed_tokens.weight]["state1"].dtype is torch.float32  # 5141, but an embedding
@@ -291,9 +298,9 @@ def test_eight_bit_adamw_stays_near_adamw_and_keeps_embeddings_exact(kind):
 
 
 def test_eight_bit_embedding_override_does_not_leak_into_a_second_optimizer():
-    optim.make_optimizer(small_model(), OptimOptions(optim="adamw_8bit"))
+    make_optimizer(small_model(), OptimOptions(optim="adamw_8bit"))
     plain = nn.Sequential(nn.Linear(97, 91, bias=False))
-    optimizer = optim.make_optimizer(plain, OptimOptions(optim="adamw_8bit"))
+    optimizer = make_optimizer(plain, OptimOptions(optim="adamw_8bit"))
     plain(torch.ones(3, 97)).sum().backward()
     optimizer.step()
     assert optimizer.state[plain[0].weight]["state1"].dtype is torch.uint8
@@ -303,7 +310,7 @@ def test_eight_bit_embedding_override_does_not_leak_into_a_second_optimizer():
 def test_lion_is_that_of_the_paper(kind):
     options = OptimOptions(optim=kind, learning_rate=0.003, adam_beta1=0.8, adam_beta2=0.95, weight_decay=0.1)
     model, expected = small_model(), small_model()
-    optimizer = optim.make_optimizer(model, options)
+    optimizer = make_optimizer(model, options)
     train(model, optimizer, 10)
     by_hand(expected, options, 10)
     wide, embeddings = (optimizer.state[layer.weight] for layer in (model.wide, model.embed_tokens))
@@ -325,7 +332,7 @@ def test_paged_state_is_paged_again_when_it_is_read_back():
             return self.made[-1]
 
     def fresh(model):
-        optimizer = Recording(optim.parameter_groups(model, 0.0), lr=0.01)
+        optimizer = Recording(parameter_groups(model, 0.0), lr=0.01)
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         optimizer.made = []
@@ -339,7 +346,7 @@ def test_paged_state_is_paged_again_when_it_is_read_back():
     torch.save(half.state_dict(), saved)
     saved.seek(0)
     again = fresh(models[1])
-    optim.load_optimizer(again, torch.load(saved))
+    load_optimizer(again, torch.load(saved))
     states = [again.state[p][key] for p in models[1].parameters() for key in ("state1", "state2")]
     assert {id(state) for state in states} == {id(buffer) for buffer in again.made}
     train(models[1], again, 3, first=3)
@@ -357,7 +364,7 @@ def test_paged_state_is_paged_again_when_it_is_read_back():
 )
 def test_paged_optimizers_are_refused_on_a_cpu(kind, other):
     with pytest.raises(ValueError, match=f"optim: {kind} .* are on the CPU; use {other}"):
-        optim.make_optimizer(small_model(), OptimOptions(optim=kind))
+        make_optimizer(small_model(), OptimOptions(optim=kind))
 
 
 def test_a_missing_bitsandbytes_says_how_to_get_it(monkeypatch):
@@ -365,14 +372,14 @@ def test_a_missing_bitsandbytes_says_how_to_get_it(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ValueError, match="optim: adamw_8bit needs bitsandbytes .*; pip install bitsandbytes"):
-        optim.make_optimizer(small_model(), OptimOptions(optim="adamw_8bit"))
+        make_optimizer(small_model(), OptimOptions(optim="adamw_8bit"))
 
 
 def test_an_unknown_optimizer_lists_the_known_ones():
     with pytest.raises(
         ValueError, match="optim: 'lion' is unknown; known are adamw_torch, .*paged_adamw_8bit"
     ):
-        optim.make_optimizer(small_model(), OptimOptions(optim="lion"))
+        make_optimizer(small_model(), OptimOptions(optim="lion"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="paged optimizers need a GPU")
@@ -385,7 +392,7 @@ def test_paged_optimizers_follow_adamw_on_a_gpu(kind):
     optimizers = []
     for layer, name in zip(layers, (kind, "adamw_torch")):
         layer.weight.data.copy_(start)
-        optimizers.append(optim.make_optimizer(layer, OptimOptions(optim=name, learning_rate=0.01)))
+        append(make_optimizer(layer, OptimOptions(optim=name, learning_rate=0.01)))
     for gradient in gradients:
         for layer, optimizer in zip(layers, optimizers):
             layer.weight.grad = gradient.clone()
@@ -400,7 +407,7 @@ def test_paged_optimizers_follow_adamw_on_a_gpu(kind):
 def test_state_survives_a_file_to_the_bit(kind, dtype):
     options = OptimOptions(optim=kind, learning_rate=0.01, weight_decay=0.1)
     straight = small_model(dtype)
-    optimizer = optim.make_optimizer(straight, options)
+    optimizer = make_optimizer(straight, options)
     train(straight, optimizer, 4)
     file = io.BytesIO()
     torch.save({"model": straight.state_dict(), "optimizer": optimizer.state_dict()}, file)
@@ -410,7 +417,7 @@ def test_state_survives_a_file_to_the_bit(kind, dtype):
     saved = torch.load(file, weights_only=True)
     resumed = small_model(dtype)
     resumed.load_state_dict(saved["model"])
-    optimizer = optim.make_optimizer(resumed, options)
+    optimizer = make_optimizer(resumed, options)
     optimizer.load_state_dict(saved["optimizer"])
     train(resumed, optimizer, 3, first=4)
     assert difference(straight, resumed) == 0.0
@@ -419,9 +426,9 @@ def test_state_survives_a_file_to_the_bit(kind, dtype):
 
 def test_groups_keep_their_own_peak_rate():
     model = small_model()
-    optimizer = optim.make_optimizer(model, OptimOptions(learning_rate=0.01))
+    optimizer = make_optimizer(model, OptimOptions(learning_rate=0.01))
     optimizer.param_groups[1]["initial_lr"] = 0.16
-    optim.set_learning_rate(optimizer, 0.5)
+    set_learning_rate(optimizer, 0.5)
     assert [group["lr"] for group in optimizer.param_groups] == [0.005, 0.08]
 
 
@@ -431,7 +438,7 @@ def test_clipping_scales_to_the_norm_and_reports_the_old_one(factor):
     (model(torch.arange(17)) * factor).sum().backward()
     before = [p.grad.clone() for p in model.parameters()]
     norm = torch.cat([g.flatten() for g in before]).double().norm()
-    reported = optim.clip_gradients(model.parameters(), 0.7)
+    reported = clip_gradients(model.parameters(), 0.7)
     assert isinstance(reported, torch.Tensor) and reported.item() == pytest.approx(norm.item(), rel=1e-6)
     scale = min(1.0, 0.7 / norm.item())
     for p, old in zip(model.parameters(), before):
@@ -443,6 +450,6 @@ def test_clipping_off_only_measures():
     model(torch.arange(17)).sum().backward()
     model.narrow.bias.grad = None  # a parameter without a gradient takes no part
     before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    norm = optim.clip_gradients(model.parameters(), 0.0)
+    norm = clip_gradients(model.parameters(), 0.0)
     assert norm.item() == pytest.approx(torch.cat([g.flatten() for g in before]).norm().item(), rel=1e-6)
     assert all(torch.equal(p.grad, old) for p, old in zip(model.parameters(), before))

@@ -1,0 +1,96 @@
+"""Optimizers: the file of each value of `optim`, parameter groups, and what the loop does to an optimizer.
+
+A file gives `SERVES`, value of `optim` -> bytes of state per byte of trained parameter (8-bit state beside
+fp32 parameters), and `make(model, groups, options) -> torch.optim.Optimizer`; groups as of parameter_groups.
+
+    adamw_torch     adamw_torch, adamw_torch_fused: AdamW (Loshchilov & Hutter, arXiv 1711.05101)
+    adafactor       arXiv 1804.04235, torch's version
+    sgd
+    bitsandbytes    AdamW and Lion with state in 8 bits or in paged memory: *_8bit, *_32bit
+
+To add one: copy sgd.py, name it in FILES and in OptimOptions.optim (training/options.py).
+
+    optimizer = make_optimizer(model, options)
+    set_learning_rate(optimizer, schedules.schedule(step, options, total_steps))        # before each update
+    norm = clip_gradients(parameters, options.max_grad_norm)
+"""
+
+from collections.abc import Iterable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from options.errors import UserError
+from training.optimizers import adafactor, adamw_torch, bitsandbytes, sgd
+from training.options import OptimOptions
+
+FILES = (adamw_torch, adafactor, sgd, bitsandbytes)
+
+
+def file_of(name: str) -> ModuleType:
+    """The file that serves a value of `optim`."""
+    served = {each: file for file in FILES for each in file.SERVES}
+    if name not in served:
+        raise UserError(f"optim: {name!r} is unknown; known are {', '.join(served)}")
+    return served[name]
+
+
+def state_per_byte(name: str) -> float:
+    """Bytes of state per byte of trained parameter, of a value of `optim`."""
+    return file_of(name).SERVES[name]
+
+
+def make_optimizer(model: nn.Module, options: OptimOptions) -> torch.optim.Optimizer:
+    """The optimizer over model's trainable parameters. Raises UserError where the device cannot run it."""
+    groups = parameter_groups(model, options.weight_decay)
+    optimizer = file_of(options.optim).make(model, groups, options)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return optimizer
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters as one group that decays and one that does not; an empty group is left out.
+
+    Matrices decay (weights, embeddings, LoRA's A and B). Norms, biases and every other vector do not; that is
+    the Hugging Face trainer's rule, extended to vectors that are neither norm nor bias (DoRA's magnitudes).
+    A tied parameter comes once. Groups hold (name, parameter) pairs, so a saved state carries the names.
+    """
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not named:
+        raise ValueError("the model has no trainable parameter; call lora.prepare_trainable first")
+    decayed = [(name, p) for name, p in named if _decays(name, p)]
+    spared = [(name, p) for name, p in named if not _decays(name, p)]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _decays(name: str, parameter: Tensor) -> bool:
+    return parameter.ndim >= 2 and "bias" not in name.rpartition(".")[2]
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Bring back what optimizer.state_dict() gave."""
+    optimizer.load_state_dict(state)
+    if getattr(optimizer, "is_paged", False):
+        bitsandbytes.page_again(optimizer)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, multiplier: float) -> None:
+    """Every group's rate = its own peak rate * multiplier (groups may differ in their peak)."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * multiplier
+
+
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale gradients in place to a total 2-norm of at most max_norm (0: unchanged); returns the norm before.
+
+    Stays on the device: no host synchronisation. A norm that is not finite makes the gradients so; the loop
+    finds it.
+    """
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    if max_norm > 0:
+        return nn.utils.clip_grad_norm_(parameters, max_norm)
+    return nn.utils.get_total_norm([parameter.grad for parameter in parameters])

@@ -1,0 +1,72 @@
+"""bitsandbytes' AdamW and Lion (arXiv 2302.06675), with state in 8 bits (arXiv 2110.02861) or in paged
+memory.
+
+The package is loaded on demand: who uses another optimizer does not need it.
+"""
+
+import torch
+from torch import nn
+
+from options.errors import UserError
+from training.options import OptimOptions
+
+CLASSES = {
+    "adamw_8bit": "AdamW8bit",
+    "adamw_bnb_8bit": "AdamW8bit",
+    "paged_adamw_8bit": "PagedAdamW8bit",
+    "paged_adamw_32bit": "PagedAdamW32bit",
+    "lion_8bit": "Lion8bit",
+    "lion_32bit": "Lion32bit",
+    "paged_lion_8bit": "PagedLion8bit",
+    "paged_lion_32bit": "PagedLion32bit",
+}
+STATE = {"AdamW8bit": 0.55, "AdamW32bit": 2.0, "Lion8bit": 0.28, "Lion32bit": 1.0}  # codes and their scales
+SERVES = {name: STATE[kind.removeprefix("Paged")] for name, kind in CLASSES.items()}
+ON_CPU = {
+    "paged_adamw_32bit": "adamw_torch"
+}  # what to take there in place of paged state; else the name without paged_
+
+
+def make(model: nn.Module, groups: list[dict], options: OptimOptions) -> torch.optim.Optimizer:
+    name = options.optim
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise UserError(f"optim: {name} needs bitsandbytes ({error}); pip install bitsandbytes") from error
+    on_cpu = any(parameter.device.type == "cpu" for group in groups for _, parameter in group["params"])
+    if on_cpu and name.startswith("paged_"):
+        instead = ON_CPU.get(name, name.removeprefix("paged_"))
+        raise UserError(
+            f"optim: {name} pages state out of GPU memory, but the parameters are on the CPU; use {instead}"
+        )
+    settings = {"betas": (options.adam_beta1, options.adam_beta2)}
+    if "adamw" in name:
+        settings["eps"] = options.adam_epsilon
+    optimizer = getattr(bitsandbytes.optim, CLASSES[name])(groups, lr=options.learning_rate, **settings)
+    if name.endswith("8bit"):
+        _keep_embeddings_in_fp32(optimizer, model)
+    return optimizer
+
+
+def _keep_embeddings_in_fp32(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Embedding rows see gradients of very uneven size, unstable in 8 bits (arXiv 2110.02861, 2.3).
+
+    bitsandbytes' own override is one table per process keyed by position, which a second optimizer would
+    inherit; state that exists before the first step is used as it is, so the fp32 state is made here.
+    """
+    moments = ("state1",) if "Lion" in type(optimizer).__name__ else ("state1", "state2")
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module.weight.requires_grad:
+            buffers = {key: optimizer.get_state_buffer(module.weight, torch.float32) for key in moments}
+            optimizer.state[module.weight] = {"step": 0, **buffers}
+
+
+def page_again(optimizer: torch.optim.Optimizer) -> None:
+    """After load_state_dict, which puts paged state into GPU memory: what fitted would not fit any more."""
+    for parameter, values in optimizer.state.items():
+        for key in {"state1", "state2"} & values.keys():
+            buffer = optimizer.get_state_buffer(parameter, values[key].dtype)
+            if parameter.is_cuda:
+                torch.cuda.synchronize(parameter.device)  # the zeros of the new buffer are written by then
+            buffer.copy_(values[key])
+            values[key] = buffer
