@@ -106,7 +106,7 @@ def open_conversation(config: configuration.Config) -> "Conversation":
         _say(f"note: {notice}")
     model, tokenizer, template = load_source(source, dtype, device, quantization)
     kernels.require_attention(config[ModelOptions].flash_attn, device, model.embed_tokens.weight.dtype)
-    model.flash_attn = config[ModelOptions].flash_attn
+    model.runtime.flash_attn = config[ModelOptions].flash_attn
     if quantised_linears(model):
         _say(quant.report(model))
     if options.score is not None:

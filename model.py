@@ -14,7 +14,9 @@ never exist unless somebody asks. Weight names are Hugging Face's for Llama with
 """
 
 import math
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +25,7 @@ import kernels
 from architectures.config import ModelConfig
 from architectures.layers import MLP, ForwardContext, Linear, RMSNorm, project_together
 from architectures.rope import dynamic_inverse_frequencies, inverse_frequencies
-from kernels import recompute
+from kernels.recompute import Plan
 
 
 class Attention(nn.Module):
@@ -96,13 +98,19 @@ class Block(nn.Module):
         return x, self.mlp(normed)
 
 
-class Decoder(nn.Module):
-    """Token ids -> hidden states after the final norm.
+@dataclass
+class Runtime:
+    """What may be set from outside: how a decoder computes, not what it is."""
 
-    compute_dtype: dtype of the activations; None = that of the embedding. recompute: what the blocks keep for
-    the backward pass (recompute.py). flash_attn: which attention, one of kernels.ATTENTION. embedding_noise:
-    NEFTune's alpha (arXiv 2310.05914), active in train mode only.
-    """
+    compute_dtype: torch.dtype | None = None  # of the activations; None = that of the embedding
+    recompute: Plan = field(default_factory=Plan)  # what the blocks keep for the backward pass
+    flash_attn: str = "auto"  # which attention, one of kernels.ATTENTION
+    embedding_noise: float = 0.0  # NEFTune's alpha (arXiv 2310.05914), in train mode only
+    one_row: Any = None  # of generation/ alone: its short way for one token on a CPU
+
+
+class Decoder(nn.Module):
+    """Token ids -> hidden states after the final norm."""
 
     def __init__(self, config: ModelConfig, dtype=torch.float32, device=None):
         super().__init__()
@@ -116,23 +124,23 @@ class Decoder(nn.Module):
         self.v_head: nn.Module | None = (
             None  # a number for each token (value_head.py), in the stages that have one
         )
-        self.compute_dtype: torch.dtype | None = None
-        self.recompute = recompute.Plan()
-        self.flash_attn = "auto"
-        self.embedding_noise = 0.0
-        self.one_row = None  # the short way for one token on a CPU, which generation/layout.py makes
+        self.runtime = Runtime()
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """dtype of the activations."""
+        return self.runtime.compute_dtype or self.embed_tokens.weight.dtype
 
     def forward(self, tokens, positions, cu_seqlens, max_seqlen: int, cache=None) -> Tensor:
         """tokens (T,) int64, positions (T,), cu_seqlens (N+1,) int32, max_seqlen host int -> hidden (T, E).
 
         With a cache (generation/cache.py), segment i holds the new tokens of sequence i and the cache grows by them.
         """
-        x = self.embed_tokens(tokens)  # (T, E)
-        if self.compute_dtype is not None:
-            x = x.to(self.compute_dtype)
-        if self.training and self.embedding_noise:
-            x = x + _neftune_noise(x, cu_seqlens, self.embedding_noise)
-        row = ForwardContext(cu_seqlens, max_seqlen, cache, self.flash_attn, x.dtype)
+        runtime = self.runtime
+        x = self.embed_tokens(tokens).to(self.compute_dtype)  # (T, E)
+        if self.training and runtime.embedding_noise:
+            x = x + _neftune_noise(x, cu_seqlens, runtime.embedding_noise)
+        row = ForwardContext(cu_seqlens, max_seqlen, cache, runtime.flash_attn, x.dtype)
         if cache is not None:
             cache.plan(row)
         cos, sin = self.rotation(positions, row, x.dtype)
@@ -142,9 +150,9 @@ class Decoder(nn.Module):
             row.tables = kernels.rotation_tables(cos, sin)
         delta = None  # what the last block adds to x: the next norm does it
         for number, block in enumerate(self.layers):
-            if delta is not None and self.recompute.runs_again(number):
+            if delta is not None and runtime.recompute.runs_again(number):
                 x, delta = x + delta, None  # such a block keeps its input: one tensor, not two
-            x, delta = self.recompute.run(number, partial(block, cos=cos, sin=sin, row=row), x, delta)
+            x, delta = runtime.recompute.run(number, partial(block, cos=cos, sin=sin, row=row), x, delta)
         if cache is not None:
             cache.advance(row)
         return self.norm.of_sum(x, delta, row.dtype)[0]

@@ -63,7 +63,7 @@ def anvil(folder: str, adapter: str, dtype: torch.dtype, checkpointing: str):
     model, stage = rivals.our_model(folder, adapter, dtype), TokenLoss()
     update = rivals.our_update(model)
     if checkpointing != "none":
-        model.recompute = recompute.Plan(**{checkpointing: model.config.num_layers})
+        model.runtime.recompute = recompute.Plan(**{checkpointing: model.config.num_layers})
 
     def example(tokens, trained) -> Example:
         return Example(

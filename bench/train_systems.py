@@ -102,7 +102,7 @@ class Anvil:
         kind = "lora" if setting.rank else "full"
         options = lora.LoraOptions(kind, lora_rank=max(1, setting.rank))
         lora.prepare_trainable(model, options, torch.Generator().manual_seed(0))
-        model.compute_dtype = setting.dtype
+        model.runtime.compute_dtype = setting.dtype
         model.train()
         self.tokens = 0  # of the largest micro-batch seen
         optim_options = OptimOptions(learning_rate=LEARNING_RATE, lr_scheduler_type="constant")
@@ -140,7 +140,9 @@ class Anvil:
         model, device = self.run.model, self.run.world.device
         need = memory.need(model, self.tokens, self.run.optim_options.optim)
         free = memory.free_bytes(device)
-        model.recompute, self.note = memory.plan(self.policy, need, model.config.num_layers, device, free)
+        model.runtime.recompute, self.note = memory.plan(
+            self.policy, need, model.config.num_layers, device, free
+        )
 
     def step(self, group) -> torch.Tensor:
         loss, _ = train.update(self.run, group)

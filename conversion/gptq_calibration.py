@@ -478,7 +478,7 @@ class _Text:
         """cos, sin and row for windows one behind the other."""
         length = self.windows.shape[1]
         borders = torch.arange(0, (count + 1) * length, length, dtype=torch.int32, device=x.device)
-        row = ForwardContext(borders, length, None, self.skeleton.flash_attn, x.dtype)
+        row = ForwardContext(borders, length, None, self.skeleton.runtime.flash_attn, x.dtype)
         cos, sin = self.skeleton.rotation(torch.arange(length, device=x.device).repeat(count), row, x.dtype)
         return cos, sin, row
 

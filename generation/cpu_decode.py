@@ -192,14 +192,14 @@ def forward(
 ):
     """model(tokens, positions, cu_seqlens, max_seqlen, cache) -> (T, E); one token of one text the short way
     where the model was laid out for it (layout.py)."""
-    if model.one_row is None or tokens.shape[0] != 1:
+    one_row = model.runtime.one_row
+    if one_row is None or tokens.shape[0] != 1:
         return model(tokens, positions, cu_seqlens, max_seqlen, cache)
-    x = model.embed_tokens(tokens)  # (1, E)
-    x = x if model.compute_dtype is None else x.to(model.compute_dtype)
-    if not model.one_row.serves(x):
+    x = model.embed_tokens(tokens).to(model.compute_dtype)  # (1, E)
+    if not one_row.serves(x):
         return model(tokens, positions, cu_seqlens, max_seqlen, cache)
-    row = ForwardContext(cu_seqlens, max_seqlen, cache, model.flash_attn, x.dtype)
+    row = ForwardContext(cu_seqlens, max_seqlen, cache, model.runtime.flash_attn, x.dtype)
     cache.plan(row)
-    x = model.one_row(x, *model.rotation(positions, row, x.dtype), cache.storage, cache.lengths[0])
+    x = one_row(x, *model.rotation(positions, row, x.dtype), cache.storage, cache.lengths[0])
     cache.advance(row)
     return model.norm(x)

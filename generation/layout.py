@@ -75,12 +75,12 @@ def lay_out_for_decoding(model: Decoder) -> None:
     linears = [layer for _, _, layer in places]
     if model.config.qk_norm or not all(_served(linear) for linear in linears):
         return
-    dtype = model.compute_dtype or model.embed_tokens.weight.dtype
+    dtype = model.compute_dtype
     if dtype is torch.float16:
         return  # its stream is fp32, see FP16_ROW_LIMIT; no processor here is faster with fp16
     adapters = [linear for linear in linears if hasattr(linear, "base")]
     straight = [_straight(block, dtype) for block in model.layers]
-    model.one_row = OneRow(straight, places, adapters, model.config, dtype)
+    model.runtime.one_row = OneRow(straight, places, adapters, model.config, dtype)
 
 
 def _linears(block: Block) -> list[tuple[nn.Module, str, nn.Module]]:

@@ -9,7 +9,7 @@ offload    full, with that input in pinned host memory until the backward pass c
 Nothing here changes a bit of the loss or the gradients: what is made again is made by the same operations
 from the same values, with the random numbers of the first time.
 
-    model.recompute = recompute.Plan(full=8, selective=24)      # of 32 blocks
+    model.runtime.recompute = recompute.Plan(full=8, selective=24)      # of 32 blocks
 """
 
 from collections.abc import Callable

@@ -76,7 +76,7 @@ def mean_head_row(model: Decoder) -> Tensor:
     if is_one_matrix(model):
         return model.head_weight().mean(0, dtype=torch.float32)
     weight = model.embed_tokens.weight
-    dtype = model.compute_dtype or weight.dtype
+    dtype = model.compute_dtype
     nothing = torch.zeros(1, model.config.hidden_size, dtype=dtype, device=weight.device, requires_grad=True)
     with torch.enable_grad():
         return torch.autograd.grad(model.logits(nothing).float().mean(), nothing)[0][0].float()

@@ -196,7 +196,7 @@ def _from_main(values: Tensor | None, store: ExampleStore, world: World) -> Tens
 def weights_key(model: Decoder, adapters: bool) -> str:
     """A hash of everything that decides what a model computes; adapters: whether they take part."""
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(repr((model.config, model.compute_dtype)).encode())
+    digest.update(repr((model.config, model.runtime.compute_dtype)).encode())
     for name, tensor in sorted(itertools.chain(model.named_parameters(), model.named_buffers())):
         if name.startswith("v_head.") or (not adapters and name.rpartition(".")[2] in ADAPTER_PARTS):
             continue

@@ -419,7 +419,7 @@ def test_checkpointing_and_ddp_give_the_gradients_of_the_plain_run(dora, tmp_pat
     run(model).square().sum().backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
     model.zero_grad()
-    model.recompute = Plan(full=model.config.num_layers)
+    model.runtime.recompute = Plan(full=model.config.num_layers)
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:

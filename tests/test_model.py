@@ -215,7 +215,7 @@ def test_neftune_noise_is_bounded_by_segment_length_and_off_in_eval():
     )
     model = Decoder(config)
     model.norm = NoNorm()
-    model.embedding_noise = 5.0
+    model.runtime.embedding_noise = 5.0
     row = row_of([4, 36])
     clean = model.eval()(*row)
     noise = (model.train()(*row) - clean).abs()

@@ -53,7 +53,7 @@ for name, config in configs.items():
             noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)).to(device)
             parameter.mul_(1.0 + 0.2 * noise)
     for policy, plan in {"none": Plan(), "mixed": Plan(full=1, selective=1)}.items():
-        model.recompute = plan
+        model.runtime.recompute = plan
         model.zero_grad()
         hidden = model(*row, 9)
         logits = model.logits(hidden)

@@ -348,7 +348,7 @@ def second_model(
         apply_adapters(second, adapters)
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from error
-    second.compute_dtype, second.flash_attn = dtype, model.flash_attn
+    second.runtime.compute_dtype, second.runtime.flash_attn = dtype, model.runtime.flash_attn
     return second.eval().requires_grad_(False)
 
 

@@ -67,7 +67,7 @@ class Need:
 def need(model: Decoder, tokens: int, optimizer: str = "adamw_torch", ranks: int = 1) -> Need:
     """What a micro-batch of `tokens` takes at most. optimizer: its name among the options."""
     config = model.config
-    compute = model.compute_dtype or model.embed_tokens.weight.dtype
+    compute = model.compute_dtype
     size = compute.itemsize
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = sum(parameter.numel() * parameter.element_size() for parameter in trained)

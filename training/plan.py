@@ -146,7 +146,7 @@ def predict_peak(
     below = model.config.num_layers - need.blocks  # blocks without a backward pass keep nothing
     counts = max(0, chosen.full - below), min(chosen.selective, need.blocks)
     parts["activations"] = need.activations(*counts, offload=chosen.offload is not None)
-    compute = model.compute_dtype or model.embed_tokens.weight.dtype
+    compute = model.compute_dtype
     largest = max((module.in_features * module.out_features for module in packed), default=0)
     parts["buffers"] = float(largest * compute.itemsize)
     block = need.block - parts["buffers"]  # there it is counted too
@@ -213,7 +213,7 @@ def bound_speed(
 ) -> Bound:
     """lengths (segments,) of the data in tokens; trained_share: of the tokens that reach the head; tokens: of
     a micro-batch, which is how often quantised weights are made dense."""
-    compute = model.compute_dtype or model.embed_tokens.weight.dtype
+    compute = model.compute_dtype
     work = count_flops(model, chosen, mean_context(lengths), trained_share)
     rate, bandwidth = measure_products(compute, device), measure_copies(device)
     seconds = {kind: flops / rate for kind, flops in work.items()}

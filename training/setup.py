@@ -324,9 +324,9 @@ def build_model(config: configuration.Config, source: Path, world: World) -> Dec
         if options.stage == "rm" and not options.trains:
             require_value_head((adapters or [source])[-1])
         model.v_head = start_value_head(model, source, adapters, generator, world)
-    model.compute_dtype = compute
-    model.flash_attn = model_options.flash_attn
-    model.embedding_noise = options.neftune_noise_alpha or 0.0
+    model.runtime.compute_dtype = compute
+    model.runtime.flash_attn = model_options.flash_attn
+    model.runtime.embedding_noise = options.neftune_noise_alpha or 0.0
     return model
 
 
@@ -450,7 +450,7 @@ def choose_recomputation(model: Decoder, loader, config: configuration.Config, w
             )
     free = memory.free_bytes(world.device)
     layers = model.config.num_layers
-    model.recompute, line = memory.plan(options.recomputation, need, layers, world.device, free)
+    model.runtime.recompute, line = memory.plan(options.recomputation, need, layers, world.device, free)
     return line
 
 

@@ -71,9 +71,9 @@ def test_is_not_taken_with_gradients_or_for_several_rows():
     lay_out_for_decoding(model)
     rows = torch.zeros(2, 60)
     with torch.no_grad():
-        assert model.one_row.serves(rows[:1]) and not model.one_row.serves(rows)
-        assert not model.one_row.serves(rows[:1].double())
-    assert not model.one_row.serves(rows[:1])
+        assert model.runtime.one_row.serves(rows[:1]) and not model.runtime.one_row.serves(rows)
+        assert not model.runtime.one_row.serves(rows[:1].double())
+    assert not model.runtime.one_row.serves(rows[:1])
 
 
 def test_a_tied_head_is_turned_in_place_of_being_held_twice():
@@ -160,7 +160,7 @@ def test_quantised_layers_take_the_straight_line_too(sizes, chosen, dtype, adapt
     exact, by_modules = token_by_token(dense, tokens), token_by_token(plain, tokens)
     lay_out_for_decoding(model)
     in_bytes = "int8" in chosen or (dtype is torch.bfloat16 and bool(sizes))
-    assert model.one_row.wide == in_bytes  # the others have their weights expanded
+    assert model.runtime.one_row.wide == in_bytes  # the others have their weights expanded
     for block in model.layers:
         monkeypatch.setattr(block, "forward", None)
     # the sums of bytes hold x * zero on the way, numbers some times larger than x * weight
@@ -178,7 +178,7 @@ def test_whole_numbers_in_groups_are_read_as_bytes(chosen, dtype):
     plain = copy.deepcopy(dense).to(dtype)
     exact, by_modules = token_by_token(dense, tokens), token_by_token(plain, tokens)
     lay_out_for_decoding(model)
-    assert model.one_row.wide == (chosen != "8 zeros")
+    assert model.runtime.one_row.wide == (chosen != "8 zeros")
     for found, rounded, truth in zip(token_by_token(model, tokens), by_modules, exact):
         assert relative_error(found, truth) <= 2 * relative_error(rounded, truth) + 1e-5
 
@@ -189,16 +189,16 @@ def test_an_adapter_that_changed_or_is_off_is_left_to_the_modules():
     lay_out_for_decoding(model)
     row = torch.zeros(1, 60)
     with torch.no_grad():
-        assert model.one_row.serves(row)
+        assert model.runtime.one_row.serves(row)
         with lora_off(model):
-            assert not model.one_row.serves(row)
-        assert model.one_row.serves(row)
+            assert not model.runtime.one_row.serves(row)
+        assert model.runtime.one_row.serves(row)
         model.layers[1].mlp.up_proj.lora_b.mul_(2)
-        assert not model.one_row.serves(row)
+        assert not model.runtime.one_row.serves(row)
 
 
 def test_an_adapter_that_is_not_just_added_is_left_to_the_modules():
     model, _ = quantised("plain", Int8Format(), torch.float32)
     model.layers[0].mlp.up_proj = LoraLinear(model.layers[0].mlp.up_proj, 3, 6.0, dora=True)
     lay_out_for_decoding(model)
-    assert model.one_row is None
+    assert model.runtime.one_row is None

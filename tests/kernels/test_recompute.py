@@ -66,7 +66,7 @@ def make_model(method: str = "lora", dtype=torch.float32, **shape) -> Decoder:
         lora.prepare_trainable(model, options, torch.Generator().manual_seed(1))
         for layer in lora.lora_layers(model).values():
             torch.nn.init.normal_(layer.lora_b, std=0.1, generator=torch.Generator().manual_seed(2))
-    model.compute_dtype = dtype
+    model.runtime.compute_dtype = dtype
     return model.train()
 
 
@@ -80,7 +80,7 @@ def row(lengths=(3, 40, 14), seed=0):
 def gradients(model: Decoder, plan: Plan, rows) -> list[torch.Tensor]:
     """Hidden states and every gradient after one backward pass per row, accumulated; then the next random
     number."""
-    model.recompute = plan
+    model.runtime.recompute = plan
     model.zero_grad()
     torch.manual_seed(7)
     results = []
@@ -96,7 +96,7 @@ def gradients(model: Decoder, plan: Plan, rows) -> list[torch.Tensor]:
 @pytest.mark.parametrize("method", ["lora", "dropout", "dora", "full"])
 def test_every_policy_gives_the_bits_of_none(plan, method):
     model = make_model(method)
-    model.embedding_noise = 5.0
+    model.runtime.embedding_noise = 5.0
     rows = [row(), row((31,), seed=1)]
     for one, other in zip(gradients(model, Plan(), rows), gradients(model, PLANS[plan](), rows), strict=True):
         assert torch.equal(one, other)
@@ -116,7 +116,7 @@ def test_other_activations_and_dtypes(plan, shape, dtype):
 
 def kept_bytes(model: Decoder, plan: Plan, tokens: int = 2048) -> int:
     """Of torch's memory that a forward pass leaves allocated while its graph lives."""
-    model.recompute = plan
+    model.runtime.recompute = plan
     one = row((tokens,))
     model(*one)  # what is made once is made now
     gc.collect()
@@ -197,7 +197,7 @@ def test_a_changed_input_is_an_error_and_no_wrong_gradient():
 
 def test_nothing_is_dropped_where_nothing_is_learned():
     model = make_model()
-    model.recompute = replace(offloading(), selective=0)
+    model.runtime.recompute = replace(offloading(), selective=0)
     with torch.no_grad():
         model(*row())
-    assert not model.recompute.offload.transfers.moves
+    assert not model.runtime.recompute.offload.transfers.moves

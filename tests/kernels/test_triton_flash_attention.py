@@ -332,6 +332,6 @@ def test_the_option_reaches_the_attention_of_every_layer(monkeypatch):
     tokens = torch.arange(5)
     borders = torch.tensor([0, 5], dtype=torch.int32)
     expected = model(tokens, tokens, borders, 5)
-    model.flash_attn = "triton" if DEVICE == "cpu" else "disabled"
+    model.runtime.flash_attn = "triton" if DEVICE == "cpu" else "disabled"
     torch.testing.assert_close(model(tokens, tokens, borders, 5), expected, rtol=1e-4, atol=1e-5)
-    assert seen == ["auto"] * 2 + [model.flash_attn] * 2
+    assert seen == ["auto"] * 2 + [model.runtime.flash_attn] * 2

@@ -160,7 +160,7 @@ def test_the_key_changes_with_weights_and_tokens_and_nothing_else(tiny):
     assert weights_key(model, True) != weights_key(other, True)
     start.layers[1].mlp.down_proj.weight.data[3, 2] += 1e-6
     assert weights_key(model, False) != weights_key(start, False)
-    model.compute_dtype = torch.bfloat16
+    model.runtime.compute_dtype = torch.bfloat16
     assert weights_key(model, False) != weights_key(other, False)
     store = store_of(tiny)
     assert store_key(store) == store_key(store_of(tiny))

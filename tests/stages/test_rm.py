@@ -319,7 +319,9 @@ def test_a_value_head_that_was_trained_with_a_question_is_refused(tmp_path):
     """Earlier versions kept the tokens of a question behind each answer in the file's metadata."""
     tensors = {"v_head.summary.weight": torch.ones(1, 7), "v_head.summary.bias": torch.ones(1)}
     save_file(tensors, tmp_path / "value_head.safetensors", {"ending": "[5, 6]"})
-    with pytest.raises(UserError, match="value_head.safetensors: this value head was trained with rm_question"):
+    with pytest.raises(
+        UserError, match="value_head.safetensors: this value head was trained with rm_question"
+    ):
         load_value_head(ValueHead(7), tmp_path)
 
 

@@ -27,7 +27,7 @@ def large(method: str) -> Decoder:
     lora.prepare_trainable(model, LoraOptions(finetuning_type=method, lora_rank=16, num_layer_trainable=2))
     if method != "lora":
         model.float()
-    model.compute_dtype = torch.bfloat16
+    model.runtime.compute_dtype = torch.bfloat16
     return model
 
 
