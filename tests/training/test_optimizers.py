@@ -392,7 +392,7 @@ def test_paged_optimizers_follow_adamw_on_a_gpu(kind):
     optimizers = []
     for layer, name in zip(layers, (kind, "adamw_torch")):
         layer.weight.data.copy_(start)
-        append(make_optimizer(layer, OptimOptions(optim=name, learning_rate=0.01)))
+        optimizers.append(make_optimizer(layer, OptimOptions(optim=name, learning_rate=0.01)))
     for gradient in gradients:
         for layer, optimizer in zip(layers, optimizers):
             layer.weight.grad = gradient.clone()
