@@ -92,8 +92,8 @@ class ExportOptions:
         if self.export_legacy_format:
             raise ValueError(
                 "export_legacy_format: true would write pytorch_model.bin, a pickle, which can run any code "
-                "when it is "
-                "read; only safetensors are written, which every current runtime reads. Set it to false"
+                "when it is read; only safetensors are written, which every current runtime reads. Set it to "
+                "false"
             )
 
 
@@ -224,7 +224,7 @@ def export(source: Source, options: ExportOptions, request: Request) -> None:
 def export_gguf(source: Source, options: ExportOptions, request: Request) -> None:
     """Write the merged model as options.export_dir/model-TYPE.gguf, beside the files of earlier exports.
 
-    Weights are encoded from the fp32 merge (request.dtype: rounded to that before).  Raises as `export`.
+    Weights are encoded from the fp32 merge (request.dtype: rounded to that before). Raises as `export`.
     """
     target, kind = Path(options.export_dir), options.export_gguf_type
     check_target(target, source)
@@ -318,9 +318,8 @@ def tell_trained_in_codes(source: Source, config: ModelConfig, request: Request)
         if bits in (4, 8):
             print(
                 f"note: {folder} was trained on the base in {bits} bits and is merged into its 16-bit "
-                "weights here; "
-                f"quantization_bit={bits} merges it into what it was trained on (export_merge=dequantise: in "
-                "16 bit)"
+                f"weights here; quantization_bit={bits} merges it into what it was trained on "
+                "(export_merge=dequantise: in 16 bit)"
             )
 
 
@@ -419,8 +418,8 @@ def check_target(target: Path, source: Source) -> None:
         raise ValueError(f"export_dir: {target} is a file; name a folder")
     if target.is_dir() and any(target.iterdir()) and not (target / EXPORT_RECORD).is_file():
         raise ValueError(
-            f"export_dir: {target} is not empty and no earlier export (it has no {EXPORT_RECORD}); "
-            "choose another folder"
+            f"export_dir: {target} is not empty and no earlier export (it has no {EXPORT_RECORD}); choose "
+            "another folder"
         )
 
 
@@ -458,7 +457,7 @@ def _put_in_place(temporary: Path, target: Path) -> None:
 def push(folder: Path, repository: str, token: str | None, api=None) -> str:
     """Upload the folder; a repository that does not exist yet is made, private. Gives its address.
 
-    api: a huggingface_hub.HfApi or what behaves like one.  Raises ValueError with the hub's reason.
+    api: a huggingface_hub.HfApi or what behaves like one. Raises ValueError with the hub's reason.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -473,8 +472,7 @@ def push(folder: Path, repository: str, token: str | None, api=None) -> str:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"export_hub_model_id: {repository} could not be uploaded ({type(error).__name__}: {reason}); "
-            "the model is "
-            f"complete in {folder}. Is hf_hub_token a token that may write there?"
+            f"the model is complete in {folder}. Is hf_hub_token a token that may write there?"
         ) from error
     return str(url)
 

@@ -28,7 +28,8 @@ import torch
 
 import kernels
 import parallel.world
-from checkpoints.huggingface import ModelOptions, restore_trained
+from checkpoints.hub import ModelOptions
+from checkpoints.huggingface import restore_trained
 from checkpoints.source import RUN_CONFIG
 from data import DataOptions, TokenizedDataSaved
 from model import Decoder

@@ -143,7 +143,8 @@ def encoder(folder: str) -> Callable[[str, str], Any]:
 def our_model(folder: str, adapter: str, dtype: torch.dtype):
     """With the adapter of that folder, or all weights trainable if it is empty."""
     import lora
-    from checkpoints.huggingface import load_adapter, load_model
+    from checkpoints.huggingface import load_model
+    from checkpoints.peft import load_adapter
     from training import host_memory
 
     host_memory.keep_freed()  # as train.py does

@@ -1,7 +1,8 @@
-"""From what the user writes in model_name_or_path to a local folder, by a hub download where there is none.
+"""From what the user writes in model_name_or_path to a local folder: a folder, a hub id, or a .gguf file.
 
 Hugging Face's hub through huggingface_hub; ModelScope's with USE_MODELSCOPE_HUB=1 in the environment. Only
-files that are read here are fetched: no pickles, no second copy of the weights in another layout.
+files that are read here are fetched: no pickles, no second copy of the weights in another layout. A GGUF file
+is converted once into the cache (gguf/read.py).
 """
 
 import os
@@ -9,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from options.errors import UserError, located
+
 WANTED_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
-UNWANTED_FILES = [
-    "*/*",
-    "consolidated*",
-]  # other layouts: original/, onnx/, Mistral's own second copy of its weights
+UNWANTED_FILES = ["*/*", "consolidated*"]  # other layouts: original/, onnx/, Mistral's own second copy
 
 
 @dataclass(frozen=True)
@@ -39,63 +39,61 @@ class ModelOptions:
 
 
 def resolve_model(options: ModelOptions) -> Path:
-    """The local folder of `model_name_or_path`, downloaded from a hub first if it is an id. Raises
-    ValueError."""
+    """The local folder of `model_name_or_path`."""
     name = options.model_name_or_path
     if not name:
-        raise ValueError(
+        raise UserError(
             "model_name_or_path: missing; give a model folder or a hub id such as Qwen/Qwen2.5-0.5B"
         )
     return resolve_folder("model_name_or_path", name, options.model_revision, options)
 
 
 def resolve_adapters(options: ModelOptions) -> list[Path]:
-    """The local folders of `adapter_name_or_path`; hub ids at their main revision. Raises ValueError."""
+    """The local folders of `adapter_name_or_path`; hub ids at their main revision."""
     return [
         resolve_folder("adapter_name_or_path", name, "main", options) for name in options.adapter_name_or_path
     ]
 
 
-def resolve_folder(key: str, name: str, revision: str, options: ModelOptions) -> Path:
-    """The local folder of the model or adapter that `key` names, downloaded if it is an id. Raises
-    ValueError."""
+def resolve_folder(
+    key: str, name: str, revision: str, options: ModelOptions, wanted: list[str] = WANTED_FILES
+) -> Path:
+    """The local folder of the model or adapter that `key` names: downloaded if it is an id, converted if a
+    GGUF file."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
+    if folder.is_file() and folder.suffix == ".gguf" and "adapter" not in key:
+        from checkpoints.gguf.read import cached_folder  # takes 0.2 s to import, and few runs need it
+
+        with located(key):
+            return cached_folder(folder, options.cache_dir)
     if folder.exists():
-        wanted = "adapter_config.json" if "adapter" in key else "config.json"
-        raise ValueError(f"{key}: {name} is a file; give the folder that holds {wanted}")
-    if name.startswith((".", "/", "~")) or name.count("/") != 1 or name.endswith("/"):
-        raise ValueError(f"{key}: no folder {name}, and it is not a hub id (owner/name) either")
+        holds = "adapter_config.json" if "adapter" in key else "config.json"
+        raise UserError(f"{key}: {name} is a file; give the folder that holds {holds}")
+    if name.startswith((".", "/", "~")) or name.count("/") != 1 or name.endswith(("/", ".gguf")):
+        raise UserError(f"{key}: no folder {name}, and it is not a hub id (owner/name) either")
     if os.environ.get("USE_MODELSCOPE_HUB", "0").lower() in ("1", "true"):
         return _download_modelscope(key, name, revision, options)
-    return _download_hugging_face(key, name, revision, options)
+    return _download_hugging_face(key, name, revision, options, wanted)
 
 
-def _download_hugging_face(key: str, name: str, revision: str, options: ModelOptions) -> Path:
+def _download_hugging_face(
+    key: str, name: str, revision: str, options: ModelOptions, wanted: list[str]
+) -> Path:
     import huggingface_hub
 
+    places = {"revision": revision, "cache_dir": options.cache_dir, "token": options.hf_hub_token}
+    files = {"allow_patterns": wanted, "ignore_patterns": UNWANTED_FILES}
     try:
-        folder = huggingface_hub.snapshot_download(
-            name,
-            revision=revision,
-            cache_dir=options.cache_dir,
-            token=options.hf_hub_token,
-            allow_patterns=WANTED_FILES,
-            ignore_patterns=UNWANTED_FILES,
-        )
+        return Path(huggingface_hub.snapshot_download(name, **places, **files))
     except (
         OSError,
         huggingface_hub.errors.HFValidationError,
     ) as error:  # every error of the hub or the network
         gated = isinstance(error, huggingface_hub.errors.GatedRepoError)
         remedy = "it is gated: give hf_hub_token" if gated else "check the spelling and the network"
-        raise ValueError(
-            f"{key}: no folder {name} here, and it could not be fetched from the Hugging Face hub at "
-            "revision "
-            f"{revision} ({type(error).__name__}: {_first_line(error)}); {remedy}"
-        ) from error
-    return Path(folder)
+        raise _not_fetched(key, name, "the Hugging Face hub", revision, error, f"; {remedy}") from error
 
 
 def _download_modelscope(key: str, name: str, revision: str, options: ModelOptions) -> Path:
@@ -103,7 +101,7 @@ def _download_modelscope(key: str, name: str, revision: str, options: ModelOptio
         from modelscope import snapshot_download
         from modelscope.hub.api import HubApi
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             f"{key}: USE_MODELSCOPE_HUB is set and {name} is no local folder: pip install modelscope"
         ) from error
     if options.ms_hub_token:
@@ -112,12 +110,14 @@ def _download_modelscope(key: str, name: str, revision: str, options: ModelOptio
     try:
         return Path(snapshot_download(name, revision=revision, cache_dir=options.cache_dir))
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{key}: no folder {name} here, and it could not be fetched from ModelScope at revision "
-            f"{revision} "
-            f"({type(error).__name__}: {_first_line(error)})"
-        ) from error
+        raise _not_fetched(key, name, "ModelScope", revision, error) from error
 
 
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), "no message")
+def _not_fetched(
+    key: str, name: str, hub: str, revision: str, error: Exception, remedy: str = ""
+) -> UserError:
+    reason = next((line for line in str(error).splitlines() if line.strip()), "no message")
+    return UserError(
+        f"{key}: no folder {name} here, and it could not be fetched from {hub} at revision {revision} "
+        f"({type(error).__name__}: {reason}){remedy}"
+    )

@@ -21,28 +21,12 @@ from tqdm import tqdm
 import quant
 from architectures.config import ModelConfig, config_from_hf, from_hf_name, scale_rope, to_hf_name
 from architectures.layers import RMSNorm
-from checkpoints.hub import ModelOptions, resolve_adapters, resolve_model
-from checkpoints.peft import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    adapter_parameters,
-    adapter_scale_alpha,
-    adapter_state,
-    load_adapter,
-    merge_adapters,
-    prepare_adapters,
-    read_adapter,
-    read_adapter_config,
-    read_adapter_tensors,
-    save_adapter,
-    split_adapter_name,
-)
+from checkpoints.peft import adapter_parameters, read_adapter_tensors, save_adapter
 from checkpoints.safetensors_files import (
     read_json,
     staged,
     stream_tensors,
     tensor_names,
-    weight_files,
     write_json,
     write_shards,
 )
@@ -51,42 +35,6 @@ from checkpoints.value_head import load_value_head, save_value_head
 from lora import lora_layers, replace_module
 from model import Decoder, initialize_weights
 from quant import Format, QuantLinear
-
-__all__ = [
-    "ADAPTER_CONFIG",
-    "ADAPTER_WEIGHTS",
-    "DTYPES",
-    "ModelOptions",
-    "adapter_scale_alpha",
-    "adapter_state",
-    "checkpoint_dtype",
-    "chosen_quantization",
-    "copy_side_files",
-    "load_adapter",
-    "load_config",
-    "load_model",
-    "merge_adapters",
-    "model_tensors",
-    "prepare_adapters",
-    "random_model",
-    "read_adapter",
-    "read_adapter_config",
-    "read_adapter_tensors",
-    "read_json",
-    "resolve_adapters",
-    "resolve_model",
-    "restore_trained",
-    "save_adapter",
-    "save_model",
-    "save_trained",
-    "set_parameter",
-    "split_adapter_name",
-    "stream_tensors",
-    "stream_weights",
-    "weight_files",
-    "write_model_json",
-    "write_shards",
-]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -243,8 +191,7 @@ def stream_weights(
         if not tensor.is_floating_point():
             raise ValueError(
                 f"{file}: tensor {hf_name} is {tensor.dtype}, not floating point; config.json says nothing "
-                "of a "
-                "quantised model (quantization_config), or not of this tensor"
+                "of a quantised model (quantization_config), or not of this tensor"
             )
         yield name, tensor
     missing |= {f"{name}.{part}": () for name, parts in packed.waiting.items() for part in parts}

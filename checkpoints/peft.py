@@ -282,9 +282,8 @@ def read_adapter_config(folder: Path) -> dict:
     if isinstance(start, str) and start.lower().startswith(BASE_CHANGING_INITS):
         raise ValueError(
             f"{path}: init_lora_weights={start!r}: such an adapter belongs on a changed base model; save it "
-            "as plain "
-            "LoRA with peft (save_pretrained with path_initial_model_for_weight_conversion), or merge it "
-            "there"
+            "as plain LoRA with peft (save_pretrained with path_initial_model_for_weight_conversion), or "
+            "merge it there"
         )
     return config
 
@@ -298,8 +297,7 @@ def read_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
     if (folder / "adapter_model.bin").is_file():
         raise ValueError(
             f"{folder}: only adapter_model.bin found, {PICKLE}; load it once with peft in an environment you "
-            "trust and "
-            "save it again (peft writes safetensors)"
+            "trust and save it again (peft writes safetensors)"
         )
     raise ValueError(f"{path}: file not found; is {folder} a complete adapter folder?")
 
@@ -428,8 +426,7 @@ def prepare_adapters(
     if len(folders) > len(trained) and quantised_linears(model):
         raise ValueError(
             f"adapter_name_or_path: {folders[0]} would have to be merged into quantised weights before "
-            "another one is "
-            "trained; merge it with export.py and train on the result, or train it on alone"
+            "another one is trained; merge it with export.py and train on the result, or train it on alone"
         )
     merge_adapters(model, folders[: len(folders) - len(trained)])
     if trained:

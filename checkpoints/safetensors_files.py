@@ -91,9 +91,8 @@ def weight_files(folder: Path) -> list[Path]:
     if pickles:
         raise ValueError(
             f"{folder}: only {pickles[0]} found. A .bin file is {PICKLE}. Take the model's safetensors "
-            "revision, or "
-            "convert it once in an environment you trust: "
-            "transformers' AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+            "revision, or convert it once in an environment you trust: transformers' "
+            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
         )
     if (folder / "adapter_config.json").is_file():
         raise ValueError(f"{folder}: holds an adapter, not a model; give it as adapter_name_or_path")

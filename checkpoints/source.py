@@ -52,7 +52,7 @@ def find_source(
     given: Container[str],
     quantization: QuantOptions | None = None,
 ) -> Source:
-    """Everything to load.  given: keys that the user set (they beat the run's).  Raises ValueError naming the
+    """Everything to load. given: keys that the user set (they beat the run's). Raises ValueError naming the
     key.
 
     quantization: how the base is to be quantised; an adapter's run says it where the user does not. None: not
@@ -157,8 +157,7 @@ def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig, source: Source) -
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
             f"{source.tokenizer}: the tokenizer has {tokenizer.vocab_size} tokens, but the model in "
-            f"{source.base} has "
-            f"{config.vocab_size}; tokenizer and model do not belong together"
+            f"{source.base} has {config.vocab_size}; tokenizer and model do not belong together"
         )
 
 
@@ -227,8 +226,7 @@ def check_adapters(options: ModelOptions) -> None:
         if not (folder / ADAPTER_CONFIG).is_file():
             raise ValueError(
                 f"adapter_name_or_path: {folder} holds no adapter ({ADAPTER_CONFIG}); a whole model is given "
-                "as "
-                "model_name_or_path"
+                "as model_name_or_path"
             )
         run = read_run(folder)
         if not _same_place(run.get("model_name_or_path"), base):
@@ -240,8 +238,7 @@ def check_adapters(options: ModelOptions) -> None:
             names = ",".join(map(str, [*known, *missing, folder]))
             raise ValueError(
                 f"adapter_name_or_path: {folder} was trained on top of {', '.join(map(str, missing))}, "
-                "without which "
-                f"it means nothing; give adapter_name_or_path={names}"
+                f"without which it means nothing; give adapter_name_or_path={names}"
             )
 
 

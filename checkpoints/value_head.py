@@ -47,8 +47,7 @@ def has_value_head(folder: Path) -> bool:
     if not (folder / VALUE_HEAD).is_file() and (folder / PICKLED).is_file():
         raise ValueError(
             f"{folder / PICKLED}: {PICKLE}; in an environment you trust, load it once with torch.load and "
-            "write it "
-            f"with safetensors.torch.save_file as {VALUE_HEAD}"
+            f"write it with safetensors.torch.save_file as {VALUE_HEAD}"
         )
     return (folder / VALUE_HEAD).is_file()
 

@@ -132,8 +132,8 @@ def read_windows(options: CalibrationOptions, tokenizer: Tokenizer, hub: HubAcce
     if not long:
         raise ValueError(
             f"export_quantization_dataset: no document of {name} is longer than "
-            f"export_quantization_maxlen={length} "
-            f"tokens (the longest looked at has {longest}); lower it, or take longer documents"
+            f"export_quantization_maxlen={length} tokens (the longest looked at has {longest}); lower it, or "
+            "take longer documents"
         )
     windows = []
     for number in range(count):
@@ -244,8 +244,7 @@ class Calibration:
             if any(size % PACKED_IN for size in sizes):
                 raise ValueError(
                     f"export_quantization_bit: {name} has {sizes[0]} inputs and {sizes[1]} outputs; GPTQ "
-                    "packs "
-                    f"multiples of {PACKED_IN}, so this model cannot be exported in it"
+                    f"packs multiples of {PACKED_IN}, so this model cannot be exported in it"
                 )
 
     def told(self) -> str:

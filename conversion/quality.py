@@ -252,8 +252,7 @@ class Report:
         before, after = math.exp(self.difference.parent_loss), math.exp(self.difference.child_loss)
         yield (
             f"total: {total_bits(self.linears):.3f} bits a weight in linears, {self.model_bits:.3f} in all "
-            "the model, "
-            f"error {total_error(self.linears):.5f}"
+            f"the model, error {total_error(self.linears):.5f}"
         )
         yield (
             f"on {self.tokens:,} tokens: KL {self.difference.kl:.5f}, perplexity {before:.4f} -> {after:.4f} "

@@ -39,8 +39,7 @@ class MergeOptions:
     export_merge: Annotated[
         Literal["dequantise", "requantise", "loftq"] | None,
         "adapters on a quantised base: into 16 bit; or quantised again, what that loses kept as an adapter "
-        "of small "
-        "rank; or both fitted in turns. Default dequantise, with quantization_bit requantise",
+        "of small rank; or both fitted in turns. Default dequantise, with quantization_bit requantise",
     ] = None
     export_merge_rank: Annotated[
         int | None,
@@ -220,8 +219,7 @@ class Requantiser:
         if type(self.format).quantise is Format.quantise:
             raise ValueError(
                 f"export_merge: {self.format.method} can only be read, not made from weights as they are; "
-                "give "
-                "quantization_bit (and quantization_method) for the result, or export_merge=dequantise"
+                "give quantization_bit (and quantization_method) for the result, or export_merge=dequantise"
             )
         dtype = self.dtype or piece.dtype
         try:

@@ -174,7 +174,7 @@ RULES: tuple[tuple[Callable[..., bool], str], ...] = (
     ),
     (
         lambda export_gguf_type, export_sample_text: export_gguf_type != "none" and bool(export_sample_text),
-        "losses are measured on Hugging Face folders; import_gguf.py makes one from the file. Drop one of "
+        "losses are measured on Hugging Face folders; model_name_or_path=model.gguf makes one of the file. Drop one of "
         "the "
         "two",
     ),

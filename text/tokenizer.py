@@ -520,8 +520,8 @@ def _load_backend(folder: Path) -> tokenizers.Tokenizer:
             'once, in any environment with transformers and sentencepiece: python -c "from transformers '
             "import "
             f"AutoTokenizer; AutoTokenizer.from_pretrained('{folder}').save_pretrained('{folder}')\"; or "
-            "import a "
-            "GGUF file of the model with import_gguf.py, which writes tokenizer.json."
+            "take a "
+            "GGUF file of the model (model_name_or_path=model.gguf), which brings its own."
         )
     raise FileNotFoundError(
         f"{folder}: tokenizer.json is missing ({found}). Copy it from the model's page, or write it with "

@@ -10,8 +10,8 @@ from dataclasses import fields
 from pathlib import Path
 
 import quant
-from checkpoints.hub import resolve_folder
-from checkpoints.huggingface import ModelOptions, chosen_quantization, load_model
+from checkpoints.hub import ModelOptions, resolve_folder
+from checkpoints.huggingface import chosen_quantization, load_model
 from checkpoints.peft import ADAPTER_CONFIG, apply_adapters
 from checkpoints.source import RUN_CONFIG, adapters_below, is_adapter, read_run
 from data import DataOptions, Prepared, default_cache_dir

@@ -15,18 +15,9 @@ import torch
 import kernels
 import quant
 from architectures.layers import RMSNorm
-from checkpoints.huggingface import (
-    ModelOptions,
-    chosen_quantization,
-    load_config,
-    load_model,
-    prepare_adapters,
-    random_model,
-    resolve_adapters,
-    resolve_model,
-    save_trained,
-)
-from checkpoints.peft import read_adapter_config
+from checkpoints.hub import ModelOptions, resolve_adapters, resolve_model
+from checkpoints.huggingface import chosen_quantization, load_config, load_model, random_model, save_trained
+from checkpoints.peft import prepare_adapters, read_adapter_config
 from checkpoints.source import RUN_CONFIG, check_adapters, is_adapter
 from checkpoints.value_head import ValueHead, has_value_head, load_value_head
 from data import DataOptions, Prepared, load_datasets

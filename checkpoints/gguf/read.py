@@ -1,33 +1,35 @@
-"""Turn a GGUF file into a Hugging Face folder that every other script here can load.
+"""A GGUF file as a Hugging Face folder that every program here loads: model_name_or_path=model.gguf.
 
-    python import_gguf.py model.gguf models/my-model [dtype=float32|bfloat16|float16] [shard_gigabytes=5]
+    folder = cached_folder(Path("model.gguf"), cache_dir=None)   # converted by the first who asks for it
+    folder = convert("model.gguf", "models/my-model")            # complete or absent
 
 Reads the architectures llama (Mistral is stored as llama), qwen2 and qwen3, with every weight type that the
 `gguf` package can turn back into numbers (F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0, K- and I-quants), and the
-tokenizer through gguf_tokenizer.py. The folder is complete or absent: it is written as `<folder>.partial` and
-renamed at the end. Memory: a few rows of one tensor at a time, never the model.
-
-A quantised weight becomes the number it stands for: float32 is exact, but what quantising lost stays lost.
+tokenizer (read_tokenizer.py). A quantised weight becomes the float32 number it stands for: exact, but what
+quantising lost stays lost. Only one shard of the weights is held.
 
 Sources: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; the order of q/k rows and the rope_freqs
-tensor: llama.cpp's convert_hf_to_gguf.py; https://github.com/huggingface/safetensors#format.
+tensor: llama.cpp's convert_hf_to_gguf.py.
 """
 
-import argparse
-import json
+import fcntl
+import hashlib
 import math
-import re
-import shutil
+import os
 import sys
 from collections import Counter
 from pathlib import Path
 
 import gguf
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from checkpoints.gguf.blocks import BLOCK_NAMES, QK_NORMS
 from checkpoints.gguf.read_tokenizer import read_tokenizer, write_tokenizer
+from checkpoints.safetensors_files import write_json, write_shards
+from options.errors import UserError, located
+from parallel.atomic import atomic_folder
 
 # GGUF architecture -> (model_type, class) of config.json
 ARCHITECTURES = {
@@ -35,96 +37,94 @@ ARCHITECTURES = {
     "qwen2": ("qwen2", "Qwen2ForCausalLM"),
     "qwen3": ("qwen3", "Qwen3ForCausalLM"),
 }
-# dtype -> its name in safetensors, bytes of a number
-DTYPES = {"float32": ("F32", 4), "bfloat16": ("BF16", 2), "float16": ("F16", 2)}
 CHUNK_NUMBERS = 1 << 20  # turned back at a time; 4 MiB of float32 stays in the processor's cache
+HEAD_BYTES = 1 << 20  # of a file that tell it from another of the same size and time
 
 
-def main(argv):
-    """Run the command line. Returns the exit code; what the user can mend is printed without a traceback."""
-    parser = argparse.ArgumentParser(prog="import_gguf.py", description=__doc__.splitlines()[0])
-    parser.add_argument("gguf_file", type=Path, help="the .gguf file")
-    parser.add_argument("folder", type=Path, help="the folder to write; must be absent or empty")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the weights (float32)")
-    parser.add_argument("--shard_gigabytes", type=float, default=5.0, help="largest file, 10^9 bytes (5)")
-    parser.add_argument("--pre", help="pre-tokenizer to take instead of the one that the file names")
-    keys = r"(dtype|shard_gigabytes|pre)="
-    options = parser.parse_args([f"--{word}" if re.match(keys, word) else word for word in argv])
+def cached_folder(gguf_file: Path, cache_dir: str | None) -> Path:
+    """The folder of this file in the cache ($XDG_CACHE_HOME/anvil, else ~/.cache/anvil): converted once,
+    while others who ask for it wait. Another size, time or beginning of the file, or other code here, is
+    another folder."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anvil"
+    cache = Path(cache_dir).expanduser() if cache_dir else home
+    status = gguf_file.stat()
+    key = hashlib.sha256(f"{status.st_size} {status.st_mtime_ns}".encode())
+    with open(gguf_file, "rb") as file:
+        key.update(file.read(HEAD_BYTES))
+    for code in sorted(Path(__file__).parent.glob("*.py")):
+        key.update(code.read_bytes())
+    folder = cache / f"{gguf_file.stem}-{key.hexdigest()[:16]}"
+    if folder.is_dir():
+        return folder
     try:
-        convert(options.gguf_file, options.folder, options.dtype, options.shard_gigabytes, options.pre)
-    except (ValueError, OSError) as error:
-        print(f"import_gguf.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        cache.mkdir(parents=True, exist_ok=True)
+        lock = open(cache / f"{folder.name}.lock", "w")  # noqa: SIM115  (the system's error is about this call)
+    except OSError as error:
+        raise UserError(
+            f"cache_dir: {cache} cannot be written ({error.strerror}); name another folder"
+        ) from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return folder if folder.is_dir() else convert(gguf_file, folder)
 
 
-def convert(gguf_file, folder, dtype="float32", shard_gigabytes=5.0, pre=None):
-    """Write `folder` from `gguf_file`; returns its Path.
+def convert(gguf_file, folder, shard_gigabytes=1.0, pre=None):
+    """Write `folder` from `gguf_file`; returns its Path. pre: the pre-tokenizer, where the file names none.
 
-    Raises ValueError when the file is no GGUF, is cut short, or holds what this script cannot express;
+    Raises UserError when the file is no GGUF, is cut short, or holds what cannot be expressed here;
     FileNotFoundError when it is absent; FileExistsError when `folder` is there and not empty.
     """
     gguf_file, folder = Path(gguf_file), Path(folder)
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: '{dtype}' is not one of {', '.join(DTYPES)}")
-    if not shard_gigabytes > 0:
-        raise ValueError(f"shard_gigabytes: {shard_gigabytes} is not above 0")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not an empty folder; name another one or remove it")
-    reader, metadata = open_gguf(gguf_file)
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    config = read_config(metadata, tensors) | {"torch_dtype": dtype}
-    names = tensor_names(config)
-    check_tensors(tensors, names, config)
-    tokenizer = read_tokenizer(metadata, pre)
-    if len(tokenizer.tokens) > config["vocab_size"]:
-        rows = config["vocab_size"]
-        raise ValueError(f"token_embd.weight has {rows} rows for {len(tokenizer.tokens)} tokens")
-    kinds = Counter(tensor.tensor_type.name for tensor in reader.tensors).most_common()
-    print(
-        f"{gguf_file.name}: {config['architectures'][0]}, {len(tokenizer.tokens)} tokens, "
-        f"{len(tensors)} tensors ({', '.join(f'{count} {kind}' for kind, count in kinds)})"
-    )
-    partial = folder.with_name(folder.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)  # left by an import that was killed
-    partial.mkdir(parents=True)
-    try:
-        write_tokenizer(tokenizer, config["max_position_embeddings"], partial)
+    with located(str(gguf_file)):
+        reader, metadata = open_gguf(gguf_file)
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
+        config = read_config(metadata, tensors) | {"torch_dtype": "float32"}
+        names = tensor_names(config)
+        check_tensors(tensors, names, config)
+        tokenizer = read_tokenizer(metadata, pre)
+        if len(tokenizer.tokens) > config["vocab_size"]:
+            rows = config["vocab_size"]
+            raise UserError(f"token_embd.weight has {rows} rows for {len(tokenizer.tokens)} tokens")
+        kinds = Counter(tensor.tensor_type.name for tensor in reader.tensors).most_common()
+        print(
+            f"converting {gguf_file} to {folder}: {config['architectures'][0]}, {len(tokenizer.tokens)} tokens, "
+            f"{len(tensors)} tensors ({', '.join(f'{count} {kind}' for kind, count in kinds)})",
+            file=sys.stderr,
+        )
         ids = {f"{name}_token_id": tokenizer.ids[name] for name in ("bos", "eos", "pad")}
         ids = {key: value for key, value in ids.items() if value is not None}
-        _write_json(partial / "config.json", config | ids)
-        if len(tokenizer.end_ids) > 1:
-            ids["eos_token_id"] = tokenizer.end_ids  # generation may end at any of them
-        _write_json(partial / "generation_config.json", ids)
-        write_weights([(names[name], tensors[name]) for name in names], config, partial, shard_gigabytes)
-        partial.rename(folder)  # replaces an empty folder
-    finally:
-        if partial.exists():
-            shutil.rmtree(partial)
-    print(f"wrote {folder}")
+        with atomic_folder(folder) as temporary:
+            write_tokenizer(tokenizer, config["max_position_embeddings"], temporary)
+            write_json(temporary / "config.json", config | ids)
+            if len(tokenizer.end_ids) > 1:
+                ids["eos_token_id"] = tokenizer.end_ids  # generation may end at any of them
+            write_json(temporary / "generation_config.json", ids)
+            progress = tqdm(names.items(), "weights", unit="tensor", leave=False)
+            weights = ((name, read_tensor(tensors[own], config)) for own, name in progress)
+            write_shards(temporary, weights, shard_gigabytes)
     return folder
 
 
 def open_gguf(path):
-    """-> (gguf.GGUFReader, {metadata key: Python value}). Raises ValueError for a file that is not whole."""
+    """-> (gguf.GGUFReader, {metadata key: Python value}). Raises UserError for a file that is not whole."""
     with open(path, "rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":
-        raise ValueError(f"{path} is not a GGUF file: it starts with {magic!r}, not with b'GGUF'")
+        raise UserError(f"not a GGUF file: it starts with {magic!r}, not with b'GGUF'")
     try:
         reader = gguf.GGUFReader(path)
         metadata = {key: _plain(field.contents()) for key, field in reader.fields.items()}
     except (ValueError, IndexError, KeyError) as error:  # the reader's slicing past the end of the file
         size = path.stat().st_size
-        raise ValueError(
-            f"{path} cannot be read as GGUF ({error}); it has {size} bytes: cut short? Fetch it again."
+        raise UserError(
+            f"cannot be read as GGUF ({error}); it has {size} bytes: cut short? Fetch it again"
         ) from error
     if reader.byte_order != "I":
-        raise ValueError(f"{path} was written for a machine of the other byte order; use the usual file")
-    if metadata.get("split.count", 1) > 1:
-        parts = metadata["split.count"]
-        raise ValueError(f"{path} is one of {parts} parts; join them first: llama-gguf-split --merge")
+        raise UserError("written for a machine of the other byte order; use the usual file")
+    if (parts := metadata.get("split.count", 1)) > 1:
+        raise UserError(f"one of {parts} parts; join them first: llama-gguf-split --merge")
     return reader, metadata
 
 
@@ -134,10 +134,10 @@ def _plain(value):
 
 
 def read_config(metadata, tensors):
-    """-> the dict of config.json, without token ids and dtype. Raises ValueError naming the key at fault."""
+    """-> the dict of config.json, without token ids and dtype. Raises UserError naming the key at fault."""
     architecture = _need(metadata, "general.architecture")
     if architecture not in ARCHITECTURES:
-        raise ValueError(
+        raise UserError(
             f"general.architecture: '{architecture}' cannot be read; {', '.join(ARCHITECTURES)} can"
         )
     model_type, class_name = ARCHITECTURES[architecture]
@@ -151,14 +151,14 @@ def read_config(metadata, tensors):
     for key in ("expert_count", "attention.sliding_window_pattern"):
         if get(key):
             found = f"{architecture}.{key} is {get(key)}"
-            raise ValueError(f"{found}; only dense models whose layers are alike can be read")
+            raise UserError(f"{found}; only dense models whose layers are alike can be read")
     if "token_embd.weight" not in tensors:
-        raise ValueError("the file has no tensor token_embd.weight: a vocabulary-only or an adapter file?")
+        raise UserError("the file has no tensor token_embd.weight: a vocabulary-only or an adapter file?")
     heads, hidden = need("attention.head_count"), need("embedding_length")
     head_dim = get("attention.key_length", hidden // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if get(key, head_dim) != head_dim:
-            raise ValueError(f"{architecture}.{key} is {get(key)}, expected the head size {head_dim}")
+            raise UserError(f"{architecture}.{key} is {get(key)}, expected the head size {head_dim}")
     config = {
         "architectures": [class_name],
         "model_type": model_type,
@@ -182,7 +182,7 @@ def read_config(metadata, tensors):
         "use_cache": True,
     }
     if any(isinstance(value, list) for key, value in config.items() if key != "architectures"):
-        raise ValueError(f"{architecture}: layers of different sizes cannot be written as a {class_name}")
+        raise UserError(f"{architecture}: layers of different sizes cannot be written as a {class_name}")
     return _sliding_window(config, get("attention.sliding_window"), architecture)
 
 
@@ -190,7 +190,7 @@ def _sliding_window(config, window, architecture):
     """Add the sliding window, and drop the switches that the family does not have."""
     if architecture == "llama" and window:  # a llama with a window is what transformers calls Mistral
         if config["attention_bias"] or config["mlp_bias"]:
-            raise ValueError("llama.attention.sliding_window is set and there are biases; no family has both")
+            raise UserError("llama.attention.sliding_window is set and there are biases; no family has both")
         config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": window}
     elif window:
         config |= {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 0}
@@ -207,7 +207,7 @@ def read_rope_scaling(metadata, architecture, tensors, head_dim):
     kind = metadata.get(prefix + "type", "none")
     if "rope_freqs.weight" in tensors:
         if kind not in ("none", "llama3"):
-            raise ValueError(f"{prefix}type is '{kind}' and there is a rope_freqs tensor; expected only one")
+            raise UserError(f"{prefix}type is '{kind}' and there is a rope_freqs tensor; expected only one")
         return _llama3_scaling(tensors["rope_freqs.weight"], metadata, architecture, head_dim)
     legacy = f"{architecture}.rope.scale_linear"
     if legacy in metadata:
@@ -217,7 +217,7 @@ def read_rope_scaling(metadata, architecture, tensors, head_dim):
     if kind == "linear":
         return {"rope_type": "linear", "factor": _need(metadata, prefix + "factor")}
     if kind != "yarn":
-        raise ValueError(f"{prefix}type: '{kind}' is not one of none, linear, yarn")
+        raise UserError(f"{prefix}type: '{kind}' is not one of none, linear, yarn")
     scaling = {"rope_type": "yarn", "factor": _need(metadata, prefix + "factor")}
     scaling["original_max_position_embeddings"] = _need(metadata, prefix + "original_context_length")
     known = ("type", "factor", "original_context_length", "finetuned")
@@ -226,7 +226,7 @@ def read_rope_scaling(metadata, architecture, tensors, head_dim):
         if name in ("beta_fast", "beta_slow"):
             scaling[name] = metadata[key]
         elif metadata[key] != 1.0:  # the neutral value of attn_factor and ext_factor
-            raise ValueError(f"{key}: {metadata[key]} has no counterpart in a config.json; expected 1.0")
+            raise UserError(f"{key}: {metadata[key]} has no counterpart in a config.json; expected 1.0")
     return scaling
 
 
@@ -240,7 +240,7 @@ def _llama3_scaling(tensor, metadata, architecture, head_dim):
     """
     divisors = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float64)
     if divisors.shape != (head_dim // 2,):
-        raise ValueError(f"rope_freqs.weight has shape {divisors.shape}, expected ({head_dim // 2},)")
+        raise UserError(f"rope_freqs.weight has shape {divisors.shape}, expected ({head_dim // 2},)")
     factor = float(str(np.float32(divisors.max())))
     if factor == 1.0 and divisors.min() == 1.0:
         return None
@@ -264,7 +264,7 @@ def _llama3_scaling(tensor, metadata, architecture, head_dim):
                 "high_freq_factor": high,
                 "original_max_position_embeddings": original,
             }
-    raise ValueError("rope_freqs.weight does not follow Llama 3's rule, so no config.json can express it")
+    raise UserError("rope_freqs.weight does not follow Llama 3's rule, so no config.json can express it")
 
 
 def tensor_names(config):
@@ -288,14 +288,14 @@ def tensor_names(config):
 
 
 def check_tensors(tensors, names, config):
-    """Every expected tensor is there in its shape, and no other. Raises ValueError with what is wrong."""
+    """Every expected tensor is there in its shape, and no other. Raises UserError with what is wrong."""
     missing = [name for name in names if name not in tensors]
     # rope_freqs.weight has become rope_scaling
     extra = [name for name in tensors if name not in names and name != "rope_freqs.weight"]
     for word, some in (("lacks", missing), ("holds unexpected", extra)):
         if some:
             listed = ", ".join(some[:5]) + (f" and {len(some) - 5} more" if len(some) > 5 else "")
-            raise ValueError(f"the file {word} {config['architectures'][0]} tensors: {listed}")
+            raise UserError(f"the file {word} {config['architectures'][0]} tensors: {listed}")
     hidden, mlp, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     query, key_value = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
     outputs = {
@@ -316,56 +316,12 @@ def check_tensors(tensors, names, config):
         expected = (rows,) if kind == "bias" or stem.endswith("norm") else (rows, inputs.get(stem, hidden))
         found = _shape(tensors[name])
         if found != expected:
-            raise ValueError(f"{name} has shape {found}, expected {expected} from the file's metadata")
+            raise UserError(f"{name} has shape {found}, expected {expected} from the file's metadata")
 
 
-def write_weights(named_tensors, config, folder, shard_gigabytes):
-    """Write [(name, ReaderTensor)] as model.safetensors, or as numbered shards and their index."""
-    number_bytes = DTYPES[config["torch_dtype"]][1]
-    shards, shard_bytes = [[]], 0
-    for name, tensor in named_tensors:
-        tensor_bytes = int(tensor.n_elements) * number_bytes
-        if shards[-1] and shard_bytes + tensor_bytes > shard_gigabytes * 1e9:
-            shards.append([])
-            shard_bytes = 0
-        shard_bytes += tensor_bytes
-        shards[-1].append((name, tensor))
-    total_bytes = sum(int(tensor.n_elements) for _, tensor in named_tensors) * number_bytes
-    places = {}
-    with tqdm(total=total_bytes, unit="B", unit_scale=True, desc="weights") as progress:
-        for index, shard in enumerate(shards):
-            number = f"-{index + 1:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
-            file_name = f"model{number}.safetensors"
-            places |= {name: file_name for name, _ in shard}
-            with open(folder / file_name, "wb") as file:
-                file.write(_safetensors_header(shard, config["torch_dtype"]))
-                for _, tensor in shard:
-                    for piece in _pieces(tensor, config):
-                        progress.update(file.write(piece))
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(places.items()))}
-        _write_json(folder / "model.safetensors.index.json", index)
-
-
-def _safetensors_header(shard, dtype):
-    """Sizes are known beforehand, so the header comes first and the tensors follow one by one.
-
-    Format: 8 bytes header length, little-endian; JSON, padded with spaces to a multiple of 8; the tensors.
-    """
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
-    code, number_bytes = DTYPES[dtype]
-    for name, tensor in shard:
-        end = offset + int(tensor.n_elements) * number_bytes
-        header[name] = {"dtype": code, "shape": list(_shape(tensor)), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _pieces(tensor, config):
-    """Yield the bytes of one tensor in the wanted dtype, a few rows at a time, in Hugging Face's order."""
-    data = tensor.data
+def read_tensor(tensor, config):
+    """One tensor as float32 in Hugging Face's shape and order of rows, turned back a few rows at a time."""
+    data, shape = tensor.data, _shape(tensor)
     permuted = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     heads = permuted.get(tensor.name.split(".")[-2])
     if heads and config["model_type"] in ("llama", "mistral"):
@@ -373,29 +329,18 @@ def _pieces(tensor, config):
         # the halves of a head apart: (head, half, pair). No quantised block spans rows: rows move as bytes.
         data = data.reshape(heads, -1, 2, *data.shape[1:]).swapaxes(1, 2).reshape(data.shape)
     rows = data if data.ndim > 1 else data[None]
-    step = max(1, CHUNK_NUMBERS // int(tensor.shape[0]))
+    numbers = np.empty((len(rows), shape[-1]), dtype=np.float32)
+    step = max(1, CHUNK_NUMBERS // shape[-1])
     for start in range(0, len(rows), step):
         try:
             values = gguf.dequantize(rows[start : start + step], tensor.tensor_type)
         except NotImplementedError as error:
             kind = tensor.tensor_type.name
-            raise ValueError(f"{tensor.name}: weights of type {kind} cannot be read") from error
-        values = np.ascontiguousarray(values, dtype=np.float32)
+            raise UserError(f"{tensor.name}: weights of type {kind} cannot be read") from error
         if not np.isfinite(values).all():
-            raise ValueError(f"{tensor.name} holds NaN or infinity: the file is damaged")
-        yield _cast(values, config["torch_dtype"], tensor.name)
-
-
-def _cast(values, dtype, name):
-    """float32 array -> bytes of `dtype`, rounded to nearest even."""
-    if dtype == "float32":
-        return values.tobytes()
-    if dtype == "bfloat16":
-        return gguf.quantize(values, gguf.GGMLQuantizationType.BF16).tobytes()
-    largest = float(np.abs(values).max())
-    if largest > float(np.finfo(np.float16).max):
-        raise ValueError(f"dtype: float16 cannot hold the {largest:g} in {name}; use bfloat16 or float32")
-    return values.astype(np.float16).tobytes()
+            raise UserError(f"{tensor.name} holds NaN or infinity: the file is damaged")
+        numbers[start : start + step] = values
+    return torch.from_numpy(numbers.reshape(shape))
 
 
 def _shape(tensor):
@@ -404,13 +349,5 @@ def _shape(tensor):
 
 def _need(metadata, key):
     if key not in metadata:
-        raise ValueError(f"the file's metadata lacks {key}")
+        raise UserError(f"the file's metadata lacks {key}")
     return metadata[key]
-
-
-def _write_json(path, value):
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

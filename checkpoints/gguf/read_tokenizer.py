@@ -5,7 +5,7 @@ into words, but not the rule. Two kinds are read: byte-level BPE (tokenizer.ggml
 SentencePiece BPE (llama).
 
 Sources: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; for the splitting rules, the
-tokenizer.json of each model family. Used by import_gguf.py.
+tokenizer.json of each model family. Used by read.py, and by conversion/gguf.
 """
 
 import json
@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from options.errors import UserError
 
 # Token types of tokenizer.ggml.token_type, from the GGUF specification.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
@@ -109,8 +111,8 @@ class GgufTokenizer:
 def read_tokenizer(metadata, pre=None):
     """-> GgufTokenizer, from the metadata of a GGUF file ({key: value}).
 
-    pre: the pre-tokenizer to take instead of the one the file names.
-    Raises ValueError for a kind of vocabulary or a pre-tokenizer that is not known here.
+    pre: the pre-tokenizer to take instead of the one the file names. Raises UserError for a kind of
+    vocabulary or a pre-tokenizer that is not known here.
     """
     kind = _need(metadata, "tokenizer.ggml.model")
     tokens = _need(metadata, "tokenizer.ggml.tokens")
@@ -123,7 +125,7 @@ def read_tokenizer(metadata, pre=None):
         tokenizer, add_bos = _sentencepiece_bpe(metadata, vocabulary, types), True
         defaults = {"bos": 1, "eos": 2, "unknown": 0}  # SentencePiece's own, meant by files that do not say
     else:
-        raise ValueError(
+        raise UserError(
             f"tokenizer.ggml.model: '{kind}' cannot be read; gpt2 (byte-level BPE) and llama (SentencePiece "
             f"BPE) can{'; t5 is a unigram vocabulary' if kind == 't5' else ''}"
         )
@@ -148,24 +150,24 @@ def read_tokenizer(metadata, pre=None):
 def _vocabulary(tokens, types):
     """-> {token: id}, without those that only pad the embedding table: the original tokenizer lacks them."""
     if len(types) != len(tokens):
-        raise ValueError(f"tokenizer.ggml.token_type: {len(types)} entries for {len(tokens)} tokens")
+        raise UserError(f"tokenizer.ggml.token_type: {len(types)} entries for {len(tokens)} tokens")
     token, count = Counter(tokens).most_common(1)[0]
     if count > 1:
-        raise ValueError(f"tokenizer.ggml.tokens holds {token!r} {count} times, expected once")
+        raise UserError(f"tokenizer.ggml.tokens holds {token!r} {count} times, expected once")
     return {t: i for i, t in enumerate(tokens) if not (types[i] == UNUSED and t == f"[PAD{i}]")}
 
 
 def _token_id(metadata, key, tokens, default=None):
     i = metadata.get(f"tokenizer.ggml.{key}_token_id", default)
     if i is not None and not 0 <= i < len(tokens):
-        raise ValueError(f"tokenizer.ggml.{key}_token_id: {i}, but there are {len(tokens)} tokens")
+        raise UserError(f"tokenizer.ggml.{key}_token_id: {i}, but there are {len(tokens)} tokens")
     return i
 
 
 def _flag(metadata, name, default, ids):
     key = f"tokenizer.ggml.add_{name}_token"
     if metadata.get(key) and ids[name] is None:
-        raise ValueError(f"{key} is set, but the file has no {name}_token_id")
+        raise UserError(f"{key} is set, but the file has no {name}_token_id")
     return bool(metadata.get(key, default)) and ids[name] is not None
 
 
@@ -173,10 +175,10 @@ def _byte_level_bpe(metadata, vocabulary, pre):
     """-> (Tokenizer, is bos added by default). The tokens are spelled in GPT-2's byte alphabet already."""
     pre = pre or metadata.get("tokenizer.ggml.pre")
     if pre not in PRE_TOKENIZERS:
-        raise ValueError(
+        raise UserError(
             f"tokenizer.ggml.pre: {'the file has none' if pre is None else f'{pre!r} is not known'}; known "
             f"are {', '.join(sorted(PRE_TOKENIZERS))}. The wrong one splits text wrongly; if you know which "
-            "of them the model was trained with, give it as pre=NAME"
+            "of them the model was trained with: checkpoints.gguf.read.convert(file, folder, pre=NAME)"
         )
     rule = PRE_TOKENIZERS[pre]
     merges = [tuple(merge.split(" ")) for merge in _need(metadata, "tokenizer.ggml.merges")]
@@ -237,7 +239,7 @@ def merges_from_scores(vocabulary, scores, types):
 def _bpe(vocabulary, merges, **options):
     for merge in merges:
         if len(merge) != 2 or not all(part in vocabulary for part in (*merge, "".join(merge))):
-            raise ValueError(f"tokenizer.ggml.merges: {' '.join(merge)!r} makes no token of two tokens")
+            raise UserError(f"tokenizer.ggml.merges: {' '.join(merge)!r} makes no token of two tokens")
     return models.BPE(vocabulary, merges, **options)
 
 
@@ -302,5 +304,5 @@ def write_tokenizer(found, max_length, folder):
 
 def _need(metadata, key):
     if key not in metadata:
-        raise ValueError(f"the file's metadata lacks {key}")
+        raise UserError(f"the file's metadata lacks {key}")
     return metadata[key]

@@ -103,11 +103,11 @@ def lay_out(
     template: ChatTemplate | None,
     name: str,
 ) -> Layout:
-    """shapes: of every tensor by its Hugging Face name, the head only if it is untied.  kind: a key of
+    """shapes: of every tensor by its Hugging Face name, the head only if it is untied. kind: a key of
     FILE_TYPES.
 
-    template: what the model was tuned with; None = the tokenizer's own.  name: what programs show.
-    Raises ValueError for what GGUF cannot express.
+    template: what the model was tuned with; None = the tokenizer's own. name: what programs show. Raises
+    ValueError for what GGUF cannot express.
     """
     metadata, notices = model_metadata(config)
     metadata |= {
@@ -185,7 +185,7 @@ def model_metadata(config: ModelConfig) -> tuple[dict, list[str]]:
         )
     if arch == "qwen3" and config.qkv_bias:
         notices.append(
-            "llama.cpp does not load qwen3 files with biases, which this model has; import_gguf.py does"
+            "llama.cpp does not load qwen3 files with biases, which this model has; this project does"
         )
     return {f"{arch}.{key}": value for key, value in keys.items()}, notices
 
@@ -195,8 +195,7 @@ def _rope_metadata(rope: Rope) -> tuple[dict, list[str]]:
     if rope.kind == "dynamic":
         return keys, [
             f"rope type dynamic changes texts beyond {rope.original_positions} tokens; GGUF has no such "
-            "type, so the "
-            "file is exact up to that length"
+            "type, so the file is exact up to that length"
         ]
     if rope.kind in ("linear", "yarn"):
         keys |= {"rope.scaling.type": rope.kind, "rope.scaling.factor": rope.factor}

@@ -1,4 +1,4 @@
-"""A Hugging Face tokenizer as the tokenizer keys of a GGUF file: the other direction of gguf_tokenizer.py.
+"""A Hugging Face tokenizer as the tokenizer keys of a GGUF file: the other direction of checkpoints/gguf/read_tokenizer.py.
 
 Byte-level BPE becomes tokenizer.ggml.model = gpt2. GGUF names the rule that cuts text into words but does not
 hold it: the rule is found by cutting PROBE with the tokenizer's own and with every known one, and comparing
@@ -54,8 +54,8 @@ def vocabulary_metadata(
 ) -> tuple[dict, list[str]]:
     """-> ({GGUF key: value}, what the user should know).
 
-    rows: of the embedding table; what it has beyond the tokens is filled up, as llama.cpp wants it.
-    end_ids: further tokens that end an answer.  Raises ValueError for what GGUF cannot express.
+    rows: of the embedding table; what it has beyond the tokens is filled up, as llama.cpp wants it. end_ids:
+    further tokens that end an answer. Raises ValueError for what GGUF cannot express.
     """
     pipeline = tokenizer.pipeline()
     if pipeline["model"]["type"] != "BPE":
@@ -66,7 +66,7 @@ def vocabulary_metadata(
         keys |= {"model": "gpt2", "pre": _rule_name(tokenizer, pipeline), "merges": merges}
     else:
         keys |= {"model": "llama", "add_space_prefix": _has_space_prefix(tokenizer, pipeline)}
-        # llama.cpp goes by the scores; our import_gguf.py takes the merges as they were
+        # llama.cpp goes by the scores; our own reader takes the merges as they were
         keys |= {"scores": _scores(keys["tokens"], merges), "merges": merges}
     keys |= _special_ids(tokenizer, end_ids)
     metadata = {f"tokenizer.ggml.{key}": value for key, value in keys.items()}

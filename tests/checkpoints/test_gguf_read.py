@@ -1,5 +1,4 @@
-"""import_gguf.py and gguf_tokenizer.py against transformers, sentencepiece and the `gguf` package's own
-writer."""
+"""GGUF files read against transformers, sentencepiece and the `gguf` package's own writer; the cache."""
 
 import json
 import subprocess
@@ -13,10 +12,15 @@ import sentencepiece
 import torch
 import transformers
 from gguf import GGMLQuantizationType as Kind
+from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-from checkpoints.gguf import read, read_tokenizer
+import export
+from checkpoints.gguf import read as gguf_read
+from checkpoints.gguf import read_tokenizer
+from checkpoints.hub import ModelOptions, resolve_folder, resolve_model
+from parallel.atomic import temporary_name
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [
@@ -114,7 +118,7 @@ def swap_halves(weight, heads):
     return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
-GGUF_NAMES = {hf: name for name, hf in read.BLOCK_NAMES.items()}
+GGUF_NAMES = {hf: name for name, hf in gguf_read.BLOCK_NAMES.items()}
 
 
 def gguf_name(name):
@@ -218,7 +222,7 @@ def test_logits_equal_those_of_the_model_that_was_written(case, tmp_path, vocabu
     architecture, make = FAMILIES[case]
     model = make()
     path = write_gguf(tmp_path / "m.gguf", model, architecture, vocabulary)
-    folder = read.convert(path, tmp_path / "out")
+    folder = gguf_read.convert(path, tmp_path / "out")
     imported = load(folder)
     assert type(imported) is type(model)
     torch.testing.assert_close(logits(imported), logits(model), rtol=1e-6, atol=1e-6)
@@ -229,7 +233,7 @@ def test_a_llama_with_a_sliding_window_becomes_a_mistral(tmp_path, vocabulary):
     model = tiny("Mistral", sliding_window=7)
     extra = {"llama.attention.sliding_window": 7}
     path = write_gguf(tmp_path / "m.gguf", model, "llama", vocabulary, extra=extra)
-    imported = load(read.convert(path, tmp_path / "out"))
+    imported = load(gguf_read.convert(path, tmp_path / "out"))
     assert isinstance(imported, transformers.MistralForCausalLM) and imported.config.sliding_window == 7
     torch.testing.assert_close(logits(imported), logits(model), rtol=1e-6, atol=1e-6)
 
@@ -238,7 +242,7 @@ def test_a_qwen2_with_a_sliding_window_keeps_it(tmp_path, vocabulary):
     model = tiny("Qwen2", use_sliding_window=True, sliding_window=7, max_window_layers=0)
     extra = {"qwen2.attention.sliding_window": 7}
     path = write_gguf(tmp_path / "m.gguf", model, "qwen2", vocabulary, extra=extra)
-    imported = load(read.convert(path, tmp_path / "out"))
+    imported = load(gguf_read.convert(path, tmp_path / "out"))
     torch.testing.assert_close(logits(imported), logits(model), rtol=1e-6, atol=1e-6)
 
 
@@ -291,7 +295,7 @@ def test_rope_scaling(case, tmp_path, vocabulary):
         names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         change["rope_freqs.weight"] = llama3_divisors(*(scaling[name] for name in names), 50000.0, 64)
     path = write_gguf(tmp_path / "m.gguf", model, "llama", vocabulary, extra=extra, change=change)
-    folder = read.convert(path, tmp_path / "out")
+    folder = gguf_read.convert(path, tmp_path / "out")
     torch.testing.assert_close(logits(load(folder), 200), logits(model, 200), rtol=1e-4, atol=1e-4)
     if "unusual" not in case:  # there only the ratios are determined
         assert config_of(folder)["rope_scaling"] == scaling
@@ -300,7 +304,7 @@ def test_rope_scaling(case, tmp_path, vocabulary):
 def test_rope_divisors_of_one_are_no_scaling(tmp_path, vocabulary):
     change = {"rope_freqs.weight": np.ones(8, dtype=np.float32)}
     path = write_gguf(tmp_path / "m.gguf", tiny(), "llama", vocabulary, change=change)
-    assert config_of(read.convert(path, tmp_path / "out"))["rope_scaling"] is None
+    assert config_of(gguf_read.convert(path, tmp_path / "out"))["rope_scaling"] is None
 
 
 QUANTISED = [Kind.F16, Kind.BF16, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0]
@@ -310,7 +314,7 @@ QUANTISED = [Kind.F16, Kind.BF16, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Ki
 def test_every_weight_type_gives_the_numbers_it_stands_for(kind, tmp_path, vocabulary):
     model = tiny()
     path = write_gguf(tmp_path / "m.gguf", model, "llama", vocabulary, kind=kind)
-    imported = load(read.convert(path, tmp_path / "out")).state_dict()
+    imported = load(gguf_read.convert(path, tmp_path / "out")).state_dict()
     for name, tensor in model.state_dict().items():
         expected = tensor.numpy()
         if expected.ndim > 1:  # rows are quantised one by one, so the order of rows does not matter
@@ -352,7 +356,7 @@ def test_k_quants_of_random_blocks(kind, tmp_path, vocabulary):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    folder = read.convert(tmp_path / "k.gguf", tmp_path / "out")
+    folder = gguf_read.convert(tmp_path / "k.gguf", tmp_path / "out")
     weights = load(folder).state_dict()
     ours = {part: weights[f"model.layers.0.self_attn.{part[-1]}_proj.weight"].numpy() for part in blocks}
     assert np.array_equal(ours["attn_v"], gguf.dequantize(blocks["attn_v"], kind))
@@ -368,24 +372,24 @@ def test_k_quants_of_random_blocks(kind, tmp_path, vocabulary):
 def test_dtype_is_rounded_as_torch_rounds(dtype, tmp_path, vocabulary):
     model = tiny()
     path = write_gguf(tmp_path / "m.gguf", model, "llama", vocabulary)
-    folder = read.convert(path, tmp_path / "out", dtype=dtype)
-    imported = load(folder, dtype="auto").state_dict()
+    assert exported(path, tmp_path / "out", infer_dtype=dtype) == 0
+    imported = load(tmp_path / "out", dtype="auto").state_dict()
     for name, tensor in model.state_dict().items():
         assert torch.equal(imported[name], tensor.to(getattr(torch, dtype))), name
 
 
 def test_many_rows_are_read_in_pieces(tmp_path, vocabulary, monkeypatch):
-    monkeypatch.setattr(read, "CHUNK_NUMBERS", 5 * 64)
+    monkeypatch.setattr(gguf_read, "CHUNK_NUMBERS", 5 * 64)
     model = tiny()
     path = write_gguf(tmp_path / "m.gguf", model, "llama", vocabulary)
-    imported = load(read.convert(path, tmp_path / "out"))
+    imported = load(gguf_read.convert(path, tmp_path / "out"))
     torch.testing.assert_close(logits(imported), logits(model), rtol=1e-6, atol=1e-6)
 
 
 def test_shards_and_their_index(tmp_path, vocabulary):
     model = tiny()
     path = write_gguf(tmp_path / "m.gguf", model, "llama", vocabulary)
-    folder = read.convert(path, tmp_path / "out", shard_gigabytes=1e-4)
+    folder = gguf_read.convert(path, tmp_path / "out", shard_gigabytes=1e-4)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     files = sorted(file.name for file in folder.glob("*.safetensors"))
     assert len(files) > 2 and set(index["weight_map"].values()) == set(files)
@@ -568,7 +572,7 @@ def test_rows_that_pad_the_table_are_no_tokens(vocabulary, tmp_path):
 def test_chat_template_and_end_of_turn(vocabulary, tmp_path):
     keys = vocabulary | {"chat_template": BLOCK, "eot_token_id": 5, "padding_token_id": 7}
     path = write_gguf(tmp_path / "m.gguf", tiny(), "llama", keys)
-    folder = read.convert(path, tmp_path / "out")
+    folder = gguf_read.convert(path, tmp_path / "out")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "[user]hi"
     assert tokenizer.pad_token_id == 7
@@ -593,8 +597,8 @@ def whole_file(tmp_path_factory, vocabulary):
 
 def refuse(path, folder, match, error=ValueError, **options):
     with pytest.raises(error, match=match):
-        read.convert(path, folder, **options)
-    assert not folder.with_name(folder.name + ".partial").exists()
+        gguf_read.convert(path, folder, **options)
+    assert not list(folder.parent.glob(".tmp-*"))
 
 
 def test_another_file_is_refused(tmp_path):
@@ -621,12 +625,12 @@ def test_a_folder_with_files_is_not_touched(whole_file, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_an_empty_folder_and_a_left_over_partial_one_are_fine(whole_file, tmp_path):
+def test_an_empty_folder_and_what_a_killed_one_left_are_fine(whole_file, tmp_path):
     folder = tmp_path / "out"
     folder.mkdir()
-    (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "config.json").write_text("half")
-    read.convert(whole_file, folder)
+    temporary_name(folder).mkdir()
+    (temporary_name(folder) / "config.json").write_text("half")
+    gguf_read.convert(whole_file, folder)
     assert sorted(file.name for file in folder.iterdir()) == [
         "config.json", "generation_config.json", "model.safetensors", "special_tokens_map.json", "tokenizer.json",
         "tokenizer_config.json",
@@ -702,7 +706,7 @@ def test_wrong_vocabularies_are_named(match, vocabulary, tmp_path):
 def test_the_pre_tokenizer_can_be_given(vocabulary, tmp_path):
     keys = {key: value for key, value in vocabulary.items() if key != "pre"}
     path = write_gguf(tmp_path / "m.gguf", tiny(), "llama", keys)
-    assert read.main([str(path), str(tmp_path / "out"), "pre=smollm"]) == 0
+    assert gguf_read.convert(path, tmp_path / "out", pre="smollm") == tmp_path / "out"
 
 
 def test_more_tokens_than_rows(tmp_path, vocabulary):
@@ -710,31 +714,105 @@ def test_more_tokens_than_rows(tmp_path, vocabulary):
     refuse(path, tmp_path / "out", "token_embd.weight has 300 rows for 302 tokens")
 
 
-def test_numbers_too_large_for_float16(tmp_path, vocabulary):
-    path = write_gguf(
-        tmp_path / "m.gguf", tiny(), "llama", vocabulary, change={"output_norm.weight": NORM * 70000}
-    )
-    refuse(path, tmp_path / "out", "float16 cannot hold the 70000 in output_norm.weight", dtype="float16")
-    read.convert(path, tmp_path / "out", dtype="bfloat16")
+def test_numbers_too_large_for_float16(tmp_path, vocabulary, capsys):
+    change = {"output_norm.weight": NORM * 70000}
+    path = write_gguf(tmp_path / "m.gguf", tiny(), "llama", vocabulary, change=change)
+    assert exported(path, tmp_path / "out", infer_dtype="float16") == 2
+    assert "norm.weight holds numbers too large for float16" in capsys.readouterr().err
+    assert exported(path, tmp_path / "out", infer_dtype="bfloat16") == 0
 
 
-# ---- the command
-# ------------------------------------------------------------------------------------------------
+# ---- model_name_or_path=x.gguf
+# -----------------------------------------------------------------------------------
+
+
+def exported(path, target, **keys):
+    """export.py's exit status; the cache lies beside the target."""
+    words = {"model_name_or_path": path, "export_dir": target, "cache_dir": target.parent / "cache"} | keys
+    return export.main([f"{key}={value}" for key, value in words.items()])
 
 
 def test_the_command(whole_file, tmp_path):
-    command = [sys.executable, "-m", "checkpoints.gguf.read", str(whole_file)]
-    done = subprocess.run(
-        [*command, str(tmp_path / "a"), "dtype=bfloat16"], capture_output=True, text=True, cwd=ROOT
-    )
-    assert done.returncode == 0 and "LlamaForCausalLM" in done.stdout, done.stderr
+    command = [
+        sys.executable,
+        "export.py",
+        f"model_name_or_path={whole_file}",
+        f"cache_dir={tmp_path / 'cache'}",
+    ]
+
+    def run(*words):
+        return subprocess.run([*command, *words], capture_output=True, text=True, cwd=ROOT)
+
+    done = run(f"export_dir={tmp_path / 'a'}", "infer_dtype=bfloat16")
+    assert done.returncode == 0 and "LlamaForCausalLM" in done.stderr, done.stderr
     assert config_of(tmp_path / "a")["torch_dtype"] == "bfloat16"
-    done = subprocess.run([*command, str(tmp_path / "a")], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 2 and "not an empty folder" in done.stderr and "Traceback" not in done.stderr
-    done = subprocess.run(
-        [*command, str(tmp_path / "b"), "dtype=int3"], capture_output=True, text=True, cwd=ROOT
-    )
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "mine.txt").write_text("keep")
+    done = run(f"export_dir={tmp_path / 'mine'}")
+    assert done.returncode == 2 and "is not empty" in done.stderr and "Traceback" not in done.stderr
+    done = run(f"export_dir={tmp_path / 'b'}", "infer_dtype=int3")
     assert done.returncode == 2 and "bfloat16" in done.stderr and not (tmp_path / "b").exists()
+
+
+def test_what_is_exported_is_what_the_file_says(whole_file, tmp_path):
+    """Weights bit for bit and the tokenizer byte for byte, in float32 where no dtype is asked for."""
+    folder = gguf_read.convert(whole_file, tmp_path / "converted")
+    assert exported(whole_file, tmp_path / "out") == 0
+    expected, found = (
+        load_file(folder / "model.safetensors"),
+        load_file(tmp_path / "out" / "model.safetensors"),
+    )
+    assert expected.keys() == found.keys()
+    assert all(
+        found[name].dtype == torch.float32 and torch.equal(found[name], expected[name]) for name in found
+    )
+    for path in folder.glob("*token*"):
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+    assert config_of(tmp_path / "out") == config_of(folder) | {"dtype": "float32"}
+    generation = (folder / "generation_config.json").read_bytes()
+    assert (tmp_path / "out" / "generation_config.json").read_bytes() == generation
+
+
+def test_a_file_is_converted_once_until_it_changes(vocabulary, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    path = write_gguf(tmp_path / "m.gguf", tiny(), "llama", vocabulary)
+    first = resolve_model(ModelOptions(model_name_or_path=str(path)))
+    assert first.parent == tmp_path / "home" / "anvil" and (first / "model.safetensors").is_file()
+    told = capsys.readouterr().err
+    assert f"converting {path} to {first}" in told
+    for key in ("ref_model", "reward_model"):
+        assert resolve_folder(key, str(path), "main", ModelOptions()) == first
+    assert "converting" not in capsys.readouterr().err
+    elsewhere = resolve_model(ModelOptions(model_name_or_path=str(path), cache_dir=str(tmp_path / "mine")))
+    assert elsewhere.parent == tmp_path / "mine" and elsewhere.name == first.name
+    write_gguf(path, tiny(intermediate_size=112), "llama", vocabulary)
+    second = resolve_model(ModelOptions(model_name_or_path=str(path)))
+    assert second != first and config_of(second)["intermediate_size"] == 112
+
+
+def test_of_several_that_start_together_one_converts(whole_file, tmp_path):
+    code = "import sys, pathlib; from checkpoints.gguf.read import cached_folder as f; "
+    code += f"print(f(pathlib.Path({str(whole_file)!r}), {str(tmp_path)!r}))"
+    runs = [
+        subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=-1, stderr=-1, text=True)
+        for _ in range(3)
+    ]
+    results = [(*run.communicate(), run.returncode) for run in runs]
+    assert [status for *_, status in results] == [0, 0, 0]
+    assert len({out for out, *_ in results}) == 1
+    assert sum("converting" in err for _, err, _ in results) == 1
+
+
+def test_a_damaged_file_is_one_clear_line(whole_file, tmp_path, capsys):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(whole_file.read_bytes()[:5000])
+    assert exported(path, tmp_path / "out") == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"export.py: model_name_or_path: {path}: ") and "cut short" in message
+    assert len(message.splitlines()) == 1 and not (tmp_path / "out").exists()
+    assert not [each for each in (tmp_path / "cache").iterdir() if each.is_dir()]
+    assert exported(tmp_path / "absent.gguf", tmp_path / "out") == 2
+    assert "no folder" in capsys.readouterr().err
 
 
 REAL = ROOT / "models" / "SmolLM2-135M-Instruct"

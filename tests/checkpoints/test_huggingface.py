@@ -19,18 +19,10 @@ from test_model import oracle
 from tiny_tokenizers import make_tokenizer
 
 from checkpoints import safetensors_files
-from checkpoints.huggingface import (
-    ModelOptions,
-    load_model,
-    random_model,
-    resolve_adapters,
-    resolve_model,
-    restore_trained,
-    save_model,
-    save_trained,
-    stream_tensors,
-)
+from checkpoints.hub import ModelOptions, resolve_adapters, resolve_model
+from checkpoints.huggingface import load_model, random_model, restore_trained, save_model, save_trained
 from checkpoints.peft import adapter_parameters
+from checkpoints.safetensors_files import stream_tensors
 from lora import LoraOptions, prepare_trainable
 
 ROOT = Path(__file__).resolve().parents[2]

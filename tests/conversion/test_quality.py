@@ -14,7 +14,8 @@ from tiny_runs import make_rows, tiny_runs
 from tiny_tokenizers import make_tokenizer
 
 import export
-from checkpoints.huggingface import load_adapter, load_model
+from checkpoints.huggingface import load_model
+from checkpoints.peft import load_adapter
 from conversion import quality
 from quant.nf4 import NF4Format
 from text.tokenizer import Tokenizer

@@ -17,7 +17,8 @@ from vendor_checkpoints import write_pair
 import chat
 import export
 import quant
-from checkpoints.huggingface import load_adapter, load_model
+from checkpoints.huggingface import load_model
+from checkpoints.peft import load_adapter
 from conversion import requantise
 from conversion.quality import mean_loss, windows
 from conversion.requantise import best_low_rank, fit_in_turns, fit_once

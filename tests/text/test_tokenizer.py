@@ -268,7 +268,7 @@ def test_missing_files_say_what_to_do(tmp_path):
     with pytest.raises(FileNotFoundError, match="tokenizer.json is missing.*no tokenizer file"):
         Tokenizer.from_folder(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"x")
-    with pytest.raises(FileNotFoundError, match="save_pretrained.*import_gguf.py"):
+    with pytest.raises(FileNotFoundError, match="save_pretrained.*model_name_or_path=model.gguf"):
         Tokenizer.from_folder(tmp_path)
 
 
