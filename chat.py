@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 
@@ -32,6 +32,7 @@ from generation.sampling import GenerateOptions
 from lora import quantised_linears
 from model import Decoder
 from options import config as configuration
+from options.option import COMMON, RESUMABLE, option
 from quant import QuantOptions
 from stages.rm import score_dialogues
 from templates import Message, TemplateOptions, encode_dialogue
@@ -44,10 +45,12 @@ THINK, THOUGHT = "<think>", "</think>"
 
 @dataclass(frozen=True)
 class ChatOptions:
-    prompt: Annotated[str | None, "answer this one message and end; default: a conversation"] = None
-    score: Annotated[str | None, "print a reward model's score of this answer to `prompt` and end"] = None
-    seed: Annotated[int | None, "seed of the draws; default: another one each time"] = None
-    device: Annotated[Literal["auto", "cpu", "cuda"], "auto = a GPU if there is one"] = "auto"
+    prompt: str | None = option(None, "answer this one message and end; default: a conversation", COMMON)
+    score: str | None = option(
+        None, "print a reward model's score of this answer to `prompt` and end", COMMON
+    )
+    seed: int | None = option(None, "seed of the draws; default: another one each time")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto = a GPU if there is one", RESUMABLE)
 
     def __post_init__(self):
         if self.score is not None and self.prompt is None:

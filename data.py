@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 
 from options import config
+from options.option import COMMON, REQUIRED, RESUMABLE, SECRET, option
 from pipeline.batch import Batch, BatchLoader, Example, StreamingLoader, collate
 from pipeline.encoding import EncodeOptions, numbered_rows, refuse_unguarded_worker
 from pipeline.formats import KINDS
@@ -47,35 +48,60 @@ PROMPTS = "prompts of "  # before the name of a set in tokenized_path
 
 @dataclass(frozen=True)
 class DataOptions:
-    dataset: Annotated[tuple[str, ...], "names in dataset_info.json, or paths of files and folders"] = ()
-    eval_dataset: Annotated[tuple[str, ...], "evaluation sets; each is evaluated on its own"] = ()
-    dataset_dir: Annotated[str, "folder of dataset_info.json; ONLINE = names are hub ids"] = "data"
-    split: Annotated[str, "split of hub data sets whose entry names none"] = "train"
-    cutoff_len: Annotated[int, "longest example (of a pair: each answer with its prompt) in tokens"] = 2048
-    reserved_label_len: Annotated[int, "answer tokens kept at least, where a turn is cut by ratio"] = 1
-    truncation_strategy: Annotated[
-        Literal["ratio", "drop", "left", "right"],
-        "longer examples: cut by turns, leave out, keep end / start",
-    ] = "ratio"
-    train_on_prompt: Annotated[bool, "train on the prompt too"] = False
-    mask_history: Annotated[bool, "train on the last answer only"] = False
-    packing: Annotated[bool | None, "fill rows to cutoff_len tokens; none = only in stage pt"] = None
-    group_by_length: Annotated[bool, "batches of examples of similar length"] = False
-    max_samples: Annotated[int | None, "use the first so many rows of each data set"] = None
-    val_size: Annotated[float, "evaluation rows taken from `dataset`: share below 1, count from 1"] = 0.0
-    mix_strategy: Annotated[
-        Literal["concat", "interleave_under", "interleave_over"],
+    dataset: tuple[str, ...] = option(
+        (), "names in dataset_info.json, or paths of files and folders", COMMON, also="dataset_name data_path"
+    )
+    eval_dataset: tuple[str, ...] = option(
+        (), "evaluation sets; each is evaluated on its own", COMMON, RESUMABLE, also="val_dataset"
+    )
+    dataset_dir: str = option(
+        "data", "folder of dataset_info.json; ONLINE = names are hub ids", RESUMABLE, also="data_dir"
+    )
+    split: str = option("train", "split of hub data sets whose entry names none")
+    cutoff_len: int = option(
+        2048,
+        "longest example (of a pair: each answer with its prompt) in tokens",
+        COMMON,
+        also="max_length model_max_length max_seq_length max_seq_len",
+    )
+    reserved_label_len: int = option(1, "answer tokens kept at least, where a turn is cut by ratio")
+    truncation_strategy: Literal["ratio", "drop", "left", "right"] = option(
+        "ratio", "longer examples: cut by turns, leave out, keep end / start"
+    )
+    train_on_prompt: bool = option(False, "train on the prompt too", also="train_on_source")
+    mask_history: bool = option(False, "train on the last answer only")
+    packing: bool | None = option(None, "fill rows to cutoff_len tokens; none = only in stage pt", COMMON)
+    group_by_length: bool = option(False, "batches of examples of similar length")
+    max_samples: int | None = option(
+        None, "use the first so many rows of each data set", COMMON, also="max_train_samples"
+    )
+    val_size: float = option(
+        0.0,
+        "evaluation rows taken from `dataset`: share below 1, count from 1",
+        COMMON,
+        also="dataset_test_ratio split_dataset_ratio eval_dataset_size",
+    )
+    mix_strategy: Literal["concat", "interleave_under", "interleave_over"] = option(
+        "concat",
         "several data sets: one after another, or in turn until the first (under) or each (over) is used up",
-    ] = "concat"
-    interleave_probs: Annotated[tuple[float, ...], "how often each data set has its turn; sums to 1"] = ()
-    streaming: Annotated[bool, "read and tokenise while training, store nothing; needs max_steps"] = False
-    buffer_size: Annotated[int, "rows of the shuffle buffer when streaming"] = 16384
-    overwrite_cache: Annotated[bool, "tokenise again even if the cache has it"] = False
-    preprocessing_num_workers: Annotated[int | None, "processes that tokenise; none = this one"] = None
-    tokenized_path: Annotated[
-        str | None, "folder of tokenised data: loaded if it exists, else saved, then stop"
-    ] = None
-    data_seed: Annotated[int | None, "seed of data order and splits; none = seed"] = None
+        also="mixing_strategy",
+    )
+    interleave_probs: tuple[float, ...] = option((), "how often each data set has its turn; sums to 1")
+    streaming: bool = option(False, "read and tokenise while training, store nothing; needs max_steps")
+    buffer_size: int = option(16384, "rows of the shuffle buffer when streaming")
+    overwrite_cache: bool = option(False, "tokenise again even if the cache has it", RESUMABLE)
+    preprocessing_num_workers: int | None = option(
+        None,
+        "processes that tokenise; none = this one",
+        RESUMABLE,
+        also="dataset_num_proc preprocess_num_proc",
+    )
+    tokenized_path: str | None = option(
+        None, "folder of tokenised data: loaded if it exists, else saved, then stop", RESUMABLE
+    )
+    data_seed: int | None = option(
+        None, "seed of data order and splits; none = seed", also="dataset_split_seed dataset_seed"
+    )
 
     def __post_init__(self):
         for key in (
@@ -446,16 +472,23 @@ def _load_saved(
 
 @dataclass(frozen=True)
 class PreviewOptions:
-    model_name_or_path: Annotated[str, "folder or hub id of the checkpoint; only its tokenizer is read"]
-    index: Annotated[int, "which batch"] = 0
-    stage: Annotated[
-        Literal["pt", "sft", "rm", "dpo", "orpo", "kto", "ppo", "grpo"], "what the data is for"
-    ] = "sft"
-    per_device_train_batch_size: Annotated[int, "examples, or packed rows, of a batch"] = 8
-    seed: Annotated[int, "seed of the run"] = 42
-    model_revision: Annotated[str, "branch, tag or commit on the hub"] = "main"
-    cache_dir: Annotated[str | None, "folder for downloads and tokenised data"] = None
-    hf_hub_token: Annotated[str | None, "Hugging Face token"] = None
+    model_name_or_path: str = option(
+        REQUIRED,
+        "folder or hub id of the checkpoint; only its tokenizer is read",
+        COMMON,
+        also="model_id_or_path model model_path base_model",
+    )
+    index: int = option(0, "which batch", COMMON)
+    stage: Literal["pt", "sft", "rm", "dpo", "orpo", "kto", "ppo", "grpo"] = option(
+        "sft", "what the data is for", COMMON
+    )
+    per_device_train_batch_size: int = option(
+        8, "examples, or packed rows, of a batch", COMMON, also="batch_size per_gpu_train_batch_size"
+    )
+    seed: int = option(42, "seed of the run")
+    model_revision: str = option("main", "branch, tag or commit on the hub", also="revision")
+    cache_dir: str | None = option(None, "folder for downloads and tokenised data", RESUMABLE)
+    hf_hub_token: str | None = option(None, "Hugging Face token", RESUMABLE, SECRET, also="hub_token")
 
     def __post_init__(self):
         if self.index < 0:

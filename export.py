@@ -20,7 +20,7 @@ import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -57,6 +57,7 @@ from generation.generate import context_limit
 from lora import replace_module
 from model import Decoder
 from options import config as configuration
+from options.option import COMMON, option
 from pipeline.sources import HubAccess
 from quant import Format, QuantOptions
 from templates import ChatTemplate, TemplateOptions, get_template
@@ -68,19 +69,18 @@ REMAINDER = "adapter"  # folder inside the export: what its codes cannot hold, a
 
 @dataclass(frozen=True)
 class ExportOptions:
-    export_dir: Annotated[str | None, "folder for the merged model"] = None
-    export_size: Annotated[float, "largest shard in GB (LLaMA-Factory's newer default)"] = 5.0
-    export_device: Annotated[
-        Literal["cpu", "auto"], "where weights are merged; auto = a GPU if there is one"
-    ] = "cpu"
-    export_legacy_format: Annotated[bool, "only false: weights are written as safetensors"] = False
-    export_gguf_type: Annotated[
-        Literal["none", "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_K"],
-        "write one GGUF file with weights of this type",
-    ] = "none"
-    export_hub_model_id: Annotated[
-        str | None, "also upload to this Hugging Face repository (made private)"
-    ] = None
+    export_dir: str | None = option(None, "folder for the merged model", COMMON)
+    export_size: float = option(5.0, "largest shard in GB (LLaMA-Factory's newer default)")
+    export_device: Literal["cpu", "auto"] = option(
+        "cpu", "where weights are merged; auto = a GPU if there is one"
+    )
+    export_legacy_format: bool = option(False, "only false: weights are written as safetensors")
+    export_gguf_type: Literal["none", "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_K"] = option(
+        "none", "write one GGUF file with weights of this type", COMMON
+    )
+    export_hub_model_id: str | None = option(
+        None, "also upload to this Hugging Face repository (made private)"
+    )
 
     def __post_init__(self):
         if not self.export_dir:

@@ -23,13 +23,14 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
+from options.option import COMMON, option
 
 HEAD_NAMES = ("lm_head", "output_layer", "output")  # what output heads are called; "all" leaves them out
 EVERY_LINEAR = ("all", "all-linear")  # LLaMA-Factory's word and peft's
@@ -37,31 +38,42 @@ EVERY_LINEAR = ("all", "all-linear")  # LLaMA-Factory's word and peft's
 
 @dataclass(frozen=True)
 class LoraOptions:
-    finetuning_type: Annotated[Literal["lora", "full", "freeze"], "what is trained"] = "lora"
-    lora_rank: Annotated[int, "rank R of the update"] = 8
-    lora_alpha: Annotated[float | None, "numerator of the scale; default 2 * lora_rank"] = None
-    lora_dropout: Annotated[float, "dropout on the input of the low-rank branch"] = 0.0
-    lora_target: Annotated[
-        tuple[str, ...], "linears that get an adapter, by the end of their name; all = each but the head"
-    ] = ("all",)
-    additional_target: Annotated[
-        tuple[str, ...], "modules trained in full and saved with the adapter, such as embed_tokens"
-    ] = ()
-    create_new_adapter: Annotated[
-        bool, "merge the given adapters and train a new one (default: train the last one on)"
-    ] = False
-    use_rslora: Annotated[bool, "scale by alpha / sqrt(R) instead of alpha / R"] = False
-    use_dora: Annotated[bool, "train the row magnitudes apart from the directions"] = False
-    num_layer_trainable: Annotated[int, "freeze: how many layers train; n the last n, -n the first n"] = 2
-    name_module_trainable: Annotated[
-        tuple[str, ...], "freeze: modules that train inside those layers; all = the whole layer"
-    ] = ("all",)
-    freeze_extra_modules: Annotated[
-        tuple[str, ...], "freeze: further modules that train, outside the layers: embed_tokens, norm, lm_head"
-    ] = ()
-    print_param_status: Annotated[
-        bool, "list every tensor with its shape, dtype, device and whether it trains"
-    ] = False
+    finetuning_type: Literal["lora", "full", "freeze"] = option(
+        "lora", "what is trained", COMMON, also="sft_type train_type tuner_type"
+    )
+    lora_rank: int = option(8, "rank R of the update", COMMON, also="lora_r")
+    lora_alpha: float | None = option(None, "numerator of the scale; default 2 * lora_rank", COMMON)
+    lora_dropout: float = option(0.0, "dropout on the input of the low-rank branch", also="lora_dropout_p")
+    lora_target: tuple[str, ...] = option(
+        ("all",),
+        "linears that get an adapter, by the end of their name; all = each but the head",
+        COMMON,
+        also="lora_target_modules target_modules",
+    )
+    additional_target: tuple[str, ...] = option(
+        (),
+        "modules trained in full and saved with the adapter, such as embed_tokens",
+        also="modules_to_save lora_modules_to_save",
+    )
+    create_new_adapter: bool = option(
+        False, "merge the given adapters and train a new one (default: train the last one on)"
+    )
+    use_rslora: bool = option(False, "scale by alpha / sqrt(R) instead of alpha / R", also="use_rs_lora")
+    use_dora: bool = option(False, "train the row magnitudes apart from the directions")
+    num_layer_trainable: int = option(
+        2, "freeze: how many layers train; n the last n, -n the first n", also="freeze_trainable_layers"
+    )
+    name_module_trainable: tuple[str, ...] = option(
+        ("all",),
+        "freeze: modules that train inside those layers; all = the whole layer",
+        also="freeze_trainable_modules",
+    )
+    freeze_extra_modules: tuple[str, ...] = option(
+        (), "freeze: further modules that train, outside the layers: embed_tokens, norm, lm_head"
+    )
+    print_param_status: bool = option(
+        False, "list every tensor with its shape, dtype, device and whether it trains"
+    )
 
     def __post_init__(self):
         if self.lora_rank < 1:

@@ -18,17 +18,26 @@ import json
 import re
 from bisect import bisect_left
 from dataclasses import dataclass, replace
-from typing import Annotated
 
+from options.option import COMMON, option
 from text.jinja_template import PRODUCED, JinjaTemplate, Message, Span, split_thought, tool_calls
 from text.tools import TOOL_TEXTS, qwen_tools
 
 
 @dataclass(frozen=True)
 class TemplateOptions:
-    template: Annotated[str | None, "chat template by name; none: the checkpoint's own"] = None
-    default_system: Annotated[str | None, "system text of dialogues without one; '' = no system turn"] = None
-    enable_thinking: Annotated[bool, "thinking models: whether the model is asked to think"] = True
+    template: str | None = option(
+        None,
+        "chat template by name; none: the checkpoint's own",
+        COMMON,
+        also="template_type prompt_template",
+    )
+    default_system: str | None = option(
+        None,
+        "system text of dialogues without one; '' = no system turn",
+        also="system system_message system_prompt",
+    )
+    enable_thinking: bool = option(True, "thinking models: whether the model is asked to think")
 
 
 @dataclass(frozen=True)

@@ -144,9 +144,7 @@ def run(config: configuration.Config, world: World) -> int:
     if options.plan:
         world.print(setup.make_plan(config, source, prepared, loader, world))
         return 0
-    fingerprint = run_folder.fingerprint(
-        config.values, world, setup.describe_inputs(config, source, prepared)
-    )
+    fingerprint = run_folder.fingerprint(config, world, setup.describe_inputs(config, source, prepared))
     state = None if resume is None else run_folder.read_checkpoint(resume, fingerprint, world)
     torch.manual_seed(
         options.seed + world.rank

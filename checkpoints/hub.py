@@ -8,7 +8,9 @@ is converted once into the cache (gguf/read.py).
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
+
+from options.option import COMMON, RESUMABLE, SECRET, option
 
 from options.errors import UserError, located
 
@@ -18,24 +20,38 @@ UNWANTED_FILES = ["*/*", "consolidated*"]  # other layouts: original/, onnx/, Mi
 
 @dataclass(frozen=True)
 class ModelOptions:
-    model_name_or_path: Annotated[str | None, "model folder, or a hub id such as Qwen/Qwen2.5-7B"] = None
-    adapter_name_or_path: Annotated[tuple[str, ...], "adapter folders; all but the last are merged"] = ()
-    model_revision: Annotated[str, "branch, tag or commit of a hub model"] = "main"
-    cache_dir: Annotated[str | None, "where hub downloads are kept"] = None
-    hf_hub_token: Annotated[str | None, "token for gated Hugging Face models"] = None
-    ms_hub_token: Annotated[str | None, "token for ModelScope (with USE_MODELSCOPE_HUB=1)"] = None
-    rope_scaling: Annotated[
-        Literal["none", "linear", "dynamic", "yarn", "llama3"] | None,
-        "stretch the rotary embedding to longer texts",
-    ] = None
-    flash_attn: Annotated[
-        Literal["auto", "triton", "sdpa", "disabled", "fa2", "fa3"],
+    model_name_or_path: str | None = option(
+        None,
+        "model folder, or a hub id such as Qwen/Qwen2.5-7B",
+        COMMON,
+        also="model_id_or_path model model_path base_model",
+    )
+    adapter_name_or_path: tuple[str, ...] = option(
+        (),
+        "adapter folders; all but the last are merged",
+        COMMON,
+        also="ckpt_dir checkpoint_dir lora_model_name_or_path lora_weights adapters",
+    )
+    model_revision: str = option("main", "branch, tag or commit of a hub model", also="revision")
+    cache_dir: str | None = option(None, "where hub downloads are kept", RESUMABLE)
+    hf_hub_token: str | None = option(
+        None, "token for gated Hugging Face models", RESUMABLE, SECRET, also="hub_token"
+    )
+    ms_hub_token: str | None = option(
+        None, "token for ModelScope (with USE_MODELSCOPE_HUB=1)", RESUMABLE, SECRET
+    )
+    rope_scaling: Literal["none", "linear", "dynamic", "yarn", "llama3"] | None = option(
+        None, "stretch the rotary embedding to longer texts"
+    )
+    flash_attn: Literal["auto", "triton", "sdpa", "disabled", "fa2", "fa3"] = option(
+        "auto",
         "attention kernel; auto = on a GPU what measures fastest; fa2 and fa3 need their packages",
-    ] = "auto"
-    infer_dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        "dtype for chat and export; auto = the checkpoint's",
-    ] = "auto"
+        RESUMABLE,
+        also="attn_impl attn_implementation",
+    )
+    infer_dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "dtype for chat and export; auto = the checkpoint's", COMMON, RESUMABLE
+    )
 
 
 def resolve_model(options: ModelOptions) -> Path:

@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from safetensors import safe_open
@@ -30,6 +30,7 @@ from architectures.layers import ForwardContext
 from checkpoints.safetensors_files import weight_files, write_shards
 from kernels.linear import matmul_transposed
 from model import Attention, Block, Decoder
+from options.option import COMMON, RESUMABLE, option
 from pipeline.formats import Dropped, check_stage, to_conversation, to_document
 from pipeline.sources import DatasetInfo, HubAccess, find_dataset, list_files, open_hub, read_rows
 from quant.gptq import GPTQFormat, GPTQLinear
@@ -44,23 +45,23 @@ PACKED_IN = 32  # GPTQ's file holds codes and zeros in 32-bit words, along input
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    export_quantization_bit: Annotated[
-        Literal[8, 4, 3, 2] | None, "quantise the exported model by GPTQ to this many bits"
-    ] = None
-    export_quantization_dataset: Annotated[
-        str | None, "text to calibrate it on: a name in dataset_info.json, or a file"
-    ] = None
-    export_quantization_nsamples: Annotated[int, "windows of calibration text"] = 128
-    export_quantization_maxlen: Annotated[int, "tokens of each, from documents that are longer"] = 1024
-    export_quantization_group_size: Annotated[int, "inputs that share a scale; -1 = all of a row"] = 128
-    export_quantization_damp_percent: Annotated[
-        float, "share of the mean diagonal that is added to the Hessian's"
-    ] = 0.1
-    export_quantization_desc_act: Annotated[
-        bool, "act-order: columns by falling activations (better, slower to decode)"
-    ] = False
-    export_quantization_sym: Annotated[bool, "grids around zero; false = with zero points"] = True
-    dataset_dir: Annotated[str, "folder of dataset_info.json"] = "data"
+    export_quantization_bit: Literal[8, 4, 3, 2] | None = option(
+        None, "quantise the exported model by GPTQ to this many bits", COMMON
+    )
+    export_quantization_dataset: str | None = option(
+        None, "text to calibrate it on: a name in dataset_info.json, or a file", COMMON
+    )
+    export_quantization_nsamples: int = option(128, "windows of calibration text")
+    export_quantization_maxlen: int = option(1024, "tokens of each, from documents that are longer")
+    export_quantization_group_size: int = option(128, "inputs that share a scale; -1 = all of a row")
+    export_quantization_damp_percent: float = option(
+        0.1, "share of the mean diagonal that is added to the Hessian's"
+    )
+    export_quantization_desc_act: bool = option(
+        False, "act-order: columns by falling activations (better, slower to decode)"
+    )
+    export_quantization_sym: bool = option(True, "grids around zero; false = with zero points")
+    dataset_dir: str = option("data", "folder of dataset_info.json", RESUMABLE, also="data_dir")
 
     def __post_init__(self):
         if self.export_quantization_bit is None:

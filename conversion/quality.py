@@ -15,7 +15,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from architectures.config import ModelConfig
 from checkpoints.huggingface import checkpoint_dtype
 from lora import LoraLinear
 from model import Decoder
+from options.option import option
 from quant import QuantLinear
 from text.tokenizer import Tokenizer
 
@@ -34,17 +34,17 @@ CHARACTERS_PER_TOKEN = 32  # no text has more on average; so much of a long file
 
 @dataclass(frozen=True)
 class QualityOptions:
-    report: Annotated[
-        bool,
+    report: bool = option(
+        False,
         "compare the written model with its 16-bit parent: bits a weight, error, KL and perplexity on a text",
-    ] = False
-    report_parent: Annotated[
-        str | None, "folder of the parent; default: the base with its adapters in 16 bit"
-    ] = None
-    export_sample_text: Annotated[
-        str | None, "text file (UTF-8) on which losses and the report are measured"
-    ] = None
-    export_sample_tokens: Annotated[int, "how many tokens of it are used, from its start"] = 4096
+    )
+    report_parent: str | None = option(
+        None, "folder of the parent; default: the base with its adapters in 16 bit"
+    )
+    export_sample_text: str | None = option(
+        None, "text file (UTF-8) on which losses and the report are measured"
+    )
+    export_sample_tokens: int = option(4096, "how many tokens of it are used, from its start")
 
     def __post_init__(self):
         if self.report and not self.export_sample_text:

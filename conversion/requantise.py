@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from architectures.config import ModelConfig, to_hf_name
 from checkpoints.peft import save_adapter
 from lora import LoraLinear, replace_module
 from model import Decoder
+from options.option import COMMON, option
 from quant import Format, QuantLinear
 
 RANK = 16  # of the kept part, where the user names none: LoftQ's and LLaMA-Factory's scripts' default
@@ -36,16 +37,17 @@ OVERSAMPLING, ROUNDS = 16, 6  # of that iteration: further columns, and products
 
 @dataclass(frozen=True)
 class MergeOptions:
-    export_merge: Annotated[
-        Literal["dequantise", "requantise", "loftq"] | None,
-        "adapters on a quantised base: into 16 bit; or quantised again, what that loses kept as an adapter "
-        "of small rank; or both fitted in turns. Default dequantise, with quantization_bit requantise",
-    ] = None
-    export_merge_rank: Annotated[
-        int | None,
-        "rank of the adapter that keeps what quantising loses; 0 = none. Default 16, without adapters 0",
-    ] = None
-    loftq_iter: Annotated[int, "export_merge=loftq: how often the two are fitted in turns"] = 4
+    export_merge: Literal["dequantise", "requantise", "loftq"] | None = option(
+        None,
+        "adapters on a quantised base: into 16 bit; or quantised again, what that loses kept as an "
+        "adapter of small rank; or both fitted in turns. Default dequantise, with quantization_bit "
+        "requantise",
+        COMMON,
+    )
+    export_merge_rank: int | None = option(
+        None, "rank of the adapter that keeps what quantising loses; 0 = none. Default 16, without adapters 0"
+    )
+    loftq_iter: int = option(4, "export_merge=loftq: how often the two are fitted in turns")
 
     def __post_init__(self):
         if self.export_merge_rank is not None and self.export_merge_rank < 0:

@@ -7,27 +7,26 @@ Sources: the definitions of transformers' logits processors, in their order; nuc
 
 import math
 from dataclasses import dataclass
-from typing import Annotated
 
 import torch
 from torch import Tensor
+
+from options.option import COMMON, option
 
 CANDIDATES = 4  # times top_k: how many of the best logits are looked at before all of them are
 
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    do_sample: Annotated[bool, "draw tokens at random; false = always the most likely one"] = True
-    temperature: Annotated[float, "logits are divided by it; lower = more predictable"] = 0.95
-    top_p: Annotated[float, "smallest set of tokens that holds this probability; 1 = off"] = 0.7
-    top_k: Annotated[int, "only the k most likely tokens; 0 = off"] = 50
-    min_p: Annotated[float, "only tokens at least this share as likely as the likeliest; 0 = off"] = 0.0
-    repetition_penalty: Annotated[
-        float, "above 1: tokens that stand in the text get less likely; 1 = off"
-    ] = 1.0
-    no_repeat_ngram_size: Annotated[int, "no run of this many tokens comes twice; 0 = off"] = 0
-    max_new_tokens: Annotated[int, "longest answer in tokens"] = 1024
-    stop: Annotated[tuple[str, ...], "texts that end the answer; they are not shown"] = ()
+    do_sample: bool = option(True, "draw tokens at random; false = always the most likely one")
+    temperature: float = option(0.95, "logits are divided by it; lower = more predictable", COMMON)
+    top_p: float = option(0.7, "smallest set of tokens that holds this probability; 1 = off", COMMON)
+    top_k: int = option(50, "only the k most likely tokens; 0 = off", COMMON)
+    min_p: float = option(0.0, "only tokens at least this share as likely as the likeliest; 0 = off")
+    repetition_penalty: float = option(1.0, "above 1: tokens that stand in the text get less likely; 1 = off")
+    no_repeat_ngram_size: int = option(0, "no run of this many tokens comes twice; 0 = off")
+    max_new_tokens: int = option(1024, "longest answer in tokens", COMMON, also="max_completion_length")
+    stop: tuple[str, ...] = option((), "texts that end the answer; they are not shown")
 
     def __post_init__(self):
         if self.do_sample and not (0 < self.temperature < math.inf):

@@ -10,68 +10,13 @@ from fnmatch import fnmatchcase
 
 from options.values import BOOLEANS, NULLS, Plain, convert_scalar, truth_word
 
-# our key -> what qlora, Efficient-Tuning-LLMs, swift, peft and other LLaMA-Factory versions call it
-RENAMED = {
-    "model_name_or_path": "model_id_or_path model model_path base_model",
-    "adapter_name_or_path": "ckpt_dir checkpoint_dir lora_model_name_or_path lora_weights adapters",
-    "model_revision": "revision",
-    "hf_hub_token": "hub_token",
-    "flash_attn": "attn_impl attn_implementation",
-    "template": "template_type prompt_template",
-    "default_system": "system system_message system_prompt",
-    "dataset": "dataset_name data_path",
-    "eval_dataset": "val_dataset",
-    "dataset_dir": "data_dir",
-    "cutoff_len": "max_length model_max_length max_seq_length max_seq_len",
-    "train_on_prompt": "train_on_source",
-    "max_samples": "max_train_samples",
-    "val_size": "dataset_test_ratio split_dataset_ratio eval_dataset_size",
-    "data_seed": "dataset_split_seed dataset_seed",
-    "mix_strategy": "mixing_strategy",
-    "preprocessing_num_workers": "dataset_num_proc preprocess_num_proc",
-    "finetuning_type": "sft_type train_type tuner_type",
-    "lora_rank": "lora_r",
-    "lora_dropout": "lora_dropout_p",
-    "lora_target": "lora_target_modules target_modules",
-    "additional_target": "modules_to_save lora_modules_to_save",
-    "num_layer_trainable": "freeze_trainable_layers",
-    "freeze_trainable_layers": "num_layer_trainable",
-    "name_module_trainable": "freeze_trainable_modules",
-    "freeze_trainable_modules": "name_module_trainable",
-    "use_rslora": "use_rs_lora",
-    "per_device_train_batch_size": "batch_size per_gpu_train_batch_size",
-    "per_device_eval_batch_size": "eval_batch_size per_gpu_eval_batch_size",
-    "eval_strategy": "evaluation_strategy",
-    "evaluation_strategy": "eval_strategy",
-    "save_only_model": "only_save_model",
-    "lr_scheduler_type": "lr_scheduler",
-    "neftune_noise_alpha": "neftune_alpha",
-    "hub_strategy": "push_hub_strategy",
-    "use_liger_kernel": "enable_liger_kernel",
-    "enable_liger_kernel": "use_liger_kernel",
-    "quantization_bit": "quant_bits",
-    "quantization_method": "quant_method",
-    "quantization_type": "quant_type bnb_4bit_quant_type",
-    "double_quantization": "double_quant bnb_4bit_use_double_quant",
-    "deepspeed": "deepspeed_config_path",
-    "pref_beta": "dpo_beta orpo_beta kto_beta",
-    "kto_chosen_weight": "desirable_weight",
-    "kto_rejected_weight": "undesirable_weight",
-    "pref_loss": "dpo_loss",
-    "pref_ftx": "dpo_ftx kto_ftx rpo_alpha cpo_alpha",
-    "dpo_label_smoothing": "label_smoothing",
-    "max_new_tokens": "max_completion_length",
-    "badam_switch_interval": "badam_switch_block_every",
-    "moe_aux_loss_coef": "router_aux_loss_coef",
-}
-
 # our key -> {value elsewhere: our value}; a value that our key's own choices list is never rewritten
 RENAMED_VALUES = {
     "stage": {"reward": "rm"},
     "truncation_strategy": {"delete": "drop", "truncation_left": "left", "truncation_right": "right"},
     "lora_target": {"ALL": "all", "all-linear": "all"},
     "pref_loss": {"dpo": "sigmoid", "exo": "exo_pair", "bco": "bco_pair"},
-    "eval_strategy": {"false": "no", "none": "no"},
+    "evaluation_strategy": {"false": "no", "none": "no"},
     "save_strategy": {"false": "no", "none": "no"},
     "quantization_method": {"bnb": "bitsandbytes"},
     "infer_dtype": {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"},
@@ -81,7 +26,6 @@ RENAMED_VALUES = {
         "flash_attention_2": "fa2",
         "flash_attention_3": "fa3",
     },
-    "hub_strategy": {"push_best": "end", "push_last": "every_save"},
     "optim": {"adamw_hf": "adamw_torch"},
 }
 
@@ -129,13 +73,13 @@ NOT_YET = {
         galore_proj_type=std galore_layerwise use_apollo apollo_target=all apollo_rank=16
         apollo_update_interval=200 apollo_scale=32 apollo_proj=random apollo_proj_type=std
         apollo_scale_type=channel apollo_* use_badam badam_mode=layer badam_switch_mode=ascending
-        badam_switch_interval=50 badam_update_ratio=0.05 badam_mask_mode=adjacent badam_* use_adam_mini
-        use_muon""",
+        badam_switch_interval=50 badam_switch_block_every=50 badam_update_ratio=0.05 badam_mask_mode=adjacent
+        badam_* use_adam_mini use_muon""",
     "LoRA+, PiSSA, LoftQ and OFT": """
         loraplus_lr_embedding=1e-6 loraplus_* pissa_init pissa_iter=16,-1 pissa_convert loftq_*
         oft_block_size=32 oft_target=all oft_* module_dropout init_lora_weights=true lora_bias""",
     "LLaMA Pro, mixture-of-depths and shifted attention": "use_llama_pro mixture_of_depths shift_attn",
-    "mixture-of-experts training": "moe_aux_loss_coef",
+    "mixture-of-experts training": "moe_aux_loss_coef router_aux_loss_coef",
     "growing the vocabulary": """
         resize_vocab add_tokens add_special_tokens new_special_tokens_config
         init_special_tokens=noise_init split_special_tokens""",
@@ -160,7 +104,8 @@ NOT_YET = {
     "a limit for evaluation rows (use val_size)": "max_eval_samples val_dataset_sample=-1",
     "other monitors": "use_swanlab swanlab_project=llamafactory swanlab_mode=cloud swanlab_* trackio_*",
     "pushing to a hub from a training run": """
-        push_to_hub hub_model_id hub_strategy=every_save,end hub_private_repo=true hub_revision""",
+        push_to_hub hub_model_id hub_strategy=every_save,end push_hub_strategy hub_revision
+        hub_private_repo=true""",
     "these switches of the Hugging Face trainer": """
         label_smoothing_factor auto_find_batch_size optim_args optim_target_modules full_determinism
         eval_delay eval_on_start ignore_data_skip disable_shuffling torchdynamo use_cpu no_cuda

@@ -21,28 +21,18 @@ import sys
 import textwrap
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from types import MappingProxyType, NoneType
 
 import yaml
 
-from options.aliases import (
-    CONVERTED,
-    HARMLESS,
-    NOT_YET,
-    NOT_YET_VALUES,
-    RENAMED,
-    RENAMED_VALUES,
-    is_off,
-    lookup,
-)
+from options.aliases import CONVERTED, HARMLESS, NOT_YET, NOT_YET_VALUES, RENAMED_VALUES, is_off, lookup
 from options.errors import UserError
+from options.option import Option, declared
 from options.rules import RULES
 from options.values import BOOLEANS, NULLS, Plain, choices_of, convert, members_of, node_value, truth_word
 
-# never written by Config.save and never shown: run folders and logs get shared
-SECRETS = ("hf_hub_token", "ms_hub_token", "hub_token")
 _FILES = (".yaml", ".yml", ".json")
 
 
@@ -58,19 +48,21 @@ class Config:
     def __getitem__(self, section: type):
         return self.sections[section]
 
+    @property
+    def options(self) -> dict[str, Option]:
+        return declared(self.sections)
+
     def save(self, path: str | Path) -> None:
         """Write a YAML file that `load` reads back to equal values. Hub tokens are left out, as a comment."""
         lines = []
         for section, instance in self.sections.items():
             lines.append(f"### {_title(section)}\n")
-            for item in fields(section):
-                value = getattr(instance, item.name)
-                if item.name in SECRETS and value is not None:
-                    lines.append(f"# {item.name}: given, not written here\n")
-                elif value is not None or item.default is not None:
-                    lines.append(
-                        yaml.dump({item.name: value}, Dumper=_Dumper, allow_unicode=True, width=10**9)
-                    )
+            for name, option in declared([section]).items():
+                value = getattr(instance, name)
+                if option.secret and value is not None:
+                    lines.append(f"# {name}: given, not written here\n")
+                elif value is not None or option.default is not None:
+                    lines.append(yaml.dump({name: value}, Dumper=_Dumper, allow_unicode=True, width=10**9))
             lines.append("\n")
         Path(path).write_text("".join(lines), encoding="utf-8")
 
@@ -92,8 +84,8 @@ def load(
     that must not import the sections of others; the command line is still checked.  Raises UserError with
     every mistake found, one a line.
     """
-    keys = _declared(sections)
-    reader = _Reader(keys, {k: v for k, v in _declared(other_sections).items() if k not in keys})
+    keys = declared(sections)
+    reader = _Reader(keys, {k: v for k, v in declared(other_sections).items() if k not in keys})
     reader.foreign_keys = foreign_keys
     if "--help" in argv or "-h" in argv:
         print(_help_text(keys, program, description), end="")
@@ -260,37 +252,12 @@ def _json_value(value):
 # Settings -> typed values of known keys
 
 
-@dataclass(frozen=True)
-class _Key:
-    name: str
-    kind: object  # int, float, bool, str, Literal[...], tuple[...] or a union of these and None
-    default: object
-    help: str
-    section: type
-
-
-def _declared(sections: Iterable[type]) -> dict[str, _Key]:
-    keys: dict[str, _Key] = {}
-    for section in sections:
-        hints = typing.get_type_hints(section, include_extras=True)
-        for item in fields(section):
-            kind, text = hints[item.name], ""
-            if typing.get_origin(kind) is typing.Annotated:
-                kind, text = typing.get_args(kind)[:2]
-            if item.name in keys:
-                raise ValueError(
-                    f"{item.name} is declared by {keys[item.name].section.__name__} and {section.__name__}"
-                )
-            keys[item.name] = _Key(item.name, kind, item.default, text, section)
-    return keys
-
-
 @dataclass
 class _Reader:
     """Finds the key that each setting means; collects mistakes and what is worth a notice."""
 
-    keys: dict[str, _Key]
-    others: dict[str, _Key]
+    keys: dict[str, Option]
+    others: dict[str, Option]
     foreign_keys: bool = False
     problems: list[str] = field(default_factory=list)
     renamed: dict[str, str] = field(default_factory=dict)
@@ -328,7 +295,7 @@ class _Reader:
         names = (setting.key, *self.targets_of(setting.key))
         return self.foreign_keys and setting.origin != "command line" and not any(map(self.known, names))
 
-    def known(self, name: str) -> _Key | None:
+    def known(self, name: str) -> Option | None:
         return self.keys.get(name) or self.others.get(name)
 
     def meaning(self, name: str, raw: object, given: Mapping) -> dict[str, object]:
@@ -347,14 +314,14 @@ class _Reader:
             return self.own_meaning(self.known(target), raw)
         return self.without_effect(name, raw)
 
-    def own_meaning(self, key: _Key, raw: object) -> dict[str, object]:
+    def own_meaning(self, key: Option, raw: object) -> dict[str, object]:
         theirs = RENAMED_VALUES.get(key.name, {})
         if isinstance(raw, str) and raw in theirs and raw not in choices_of(key.kind):
             self.renamed[f"{key.name}={raw}"] = theirs[raw]
             raw = Plain(theirs[raw])
         return {key.name: raw}
 
-    def typed(self, key: _Key, raw: object) -> object:
+    def typed(self, key: Option, raw: object) -> object:
         choices = choices_of(key.kind)
         not_built = NOT_YET_VALUES.get(key.name, "").split()
         if isinstance(raw, str) and raw in not_built and choices and raw not in choices:
@@ -371,7 +338,7 @@ class _Reader:
         return result
 
     def targets_of(self, name: str) -> list[str]:
-        return [ours for ours, theirs in RENAMED.items() if name in theirs.split()]
+        return [key.name for key in (*self.keys.values(), *self.others.values()) if name in key.also]
 
     def without_effect(self, name: str, raw: object) -> dict[str, object]:
         for candidate in (*self.targets_of(name), name):
@@ -388,10 +355,10 @@ class _Reader:
     def unknown(self, name: str) -> str:
         if ours := self.targets_of(name):
             return f"unknown key; its name here would be {' or '.join(ours)}, which this script does not have"
-        names = {
-            other: ours for ours, theirs in RENAMED.items() for other in theirs.split() if self.known(ours)
+        known = self.others | self.keys
+        names = {other: key.name for key in known.values() for other in key.also} | {
+            key: key for key in known
         }
-        names |= {key: key for key in (*self.others, *self.keys)}
         near = dict.fromkeys(
             names[other] for other in difflib.get_close_matches(name, names, n=3, cutoff=0.7)
         )
@@ -430,7 +397,7 @@ def _raise(problems: list[str]) -> None:
         raise UserError("\n".join(problems))
 
 
-def _located(error: str, keys: Mapping[str, _Key], chosen: Mapping) -> str:
+def _located(error: str, keys: Mapping[str, Option], chosen: Mapping) -> str:
     """The error of a section, with the place where each key that it names was given."""
     named = [word for word in dict.fromkeys(re.findall(r"\w+", error)) if word in keys]
     places = [f"{word}: {chosen[word][1].where if word in chosen else 'default'}" for word in named]
@@ -440,8 +407,8 @@ def _located(error: str, keys: Mapping[str, _Key], chosen: Mapping) -> str:
 def _broken_rules(values: Mapping[str, object], chosen: Mapping) -> list[str]:
     problems = []
     for predicate, message in RULES:
-        names = [_own_name(name, values) for name in inspect.signature(predicate).parameters]
-        if None in names or not predicate(*(values[name] for name in names)):
+        names = list(inspect.signature(predicate).parameters)
+        if not values.keys() >= set(names) or not predicate(*(values[name] for name in names)):
             continue
         places = (chosen[name][1].where if name in chosen else "default" for name in names)
         found = (f"{_show(name, values[name])} ({place})" for name, place in zip(names, places))
@@ -449,14 +416,9 @@ def _broken_rules(values: Mapping[str, object], chosen: Mapping) -> list[str]:
     return problems
 
 
-def _own_name(name: str, values: Mapping[str, object]) -> str | None:
-    """The name under which a section declares this key: eval_strategy may be evaluation_strategy there."""
-    return next((own for own in (name, *RENAMED.get(name, "").split()) if own in values), None)
-
-
 def _show(key: str, value: object) -> str:
     """key=value as one would type it; what is secret stays so."""
-    if value is not None and (key in SECRETS or key.endswith("_token")):
+    if value is not None and key.endswith("_token"):
         return f"{key}=***"
     if value is None or isinstance(value, bool):
         return f"{key}={json.dumps(value)}"
@@ -489,7 +451,7 @@ def _title(section: type) -> str:
     return section.__doc__.strip().splitlines()[0].rstrip(".") if documented else spaced
 
 
-def _help_text(keys: Mapping[str, _Key], program: str, description: str) -> str:
+def _help_text(keys: Mapping[str, Option], program: str, description: str) -> str:
     width = max(50, min(shutil.get_terminal_size((100, 24)).columns, 130))
     bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
     usage = f"usage: python {program} [FILE.yaml] [key=value ...] [--key value ...]"
@@ -520,7 +482,7 @@ def _help_text(keys: Mapping[str, _Key], program: str, description: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _help_row(key: _Key) -> tuple[str, str, str, str]:
+def _help_row(key: Option) -> tuple[str, str, str, str]:
     names = {int: "int", float: "float", bool: "bool", str: "text", tuple: "list", typing.Literal: "choice"}
     kinds = [names[typing.get_origin(kind) or kind] for kind in members_of(key.kind) if kind is not NoneType]
     default = "required" if key.default is MISSING else _show("", key.default)[1:]

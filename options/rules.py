@@ -209,27 +209,29 @@ RULES: tuple[tuple[Callable[..., bool], str], ...] = (
         "the predictions are texts; set predict_with_generate=true",
     ),
     (
-        lambda eval_strategy, val_size, eval_dataset, tokenized_path: (
-            not _off(eval_strategy) and not (val_size or eval_dataset or tokenized_path)
+        lambda evaluation_strategy, val_size, eval_dataset, tokenized_path: (
+            not _off(evaluation_strategy) and not (val_size or eval_dataset or tokenized_path)
         ),
         "there is nothing to evaluate on; set val_size or eval_dataset, or eval_strategy=no",
     ),
     (
-        lambda load_best_model_at_end, eval_strategy: load_best_model_at_end and _off(eval_strategy),
+        lambda load_best_model_at_end, evaluation_strategy: (
+            load_best_model_at_end and _off(evaluation_strategy)
+        ),
         "the best model is known by evaluation only; set eval_strategy=steps or epoch",
     ),
     (
-        lambda load_best_model_at_end, eval_strategy, save_strategy: (
+        lambda load_best_model_at_end, evaluation_strategy, save_strategy: (
             load_best_model_at_end
-            and not _off(eval_strategy)
-            and save_strategy not in (eval_strategy, "best")
+            and not _off(evaluation_strategy)
+            and save_strategy not in (evaluation_strategy, "best")
         ),
         "the best model must have been saved; make save_strategy equal to eval_strategy",
     ),
     (
-        lambda load_best_model_at_end, eval_strategy, save_strategy, save_steps, eval_steps, logging_steps: (
+        lambda load_best_model_at_end, evaluation_strategy, save_strategy, save_steps, eval_steps, logging_steps: (
             load_best_model_at_end
-            and eval_strategy == save_strategy == "steps"
+            and evaluation_strategy == save_strategy == "steps"
             and save_steps % (eval_steps or logging_steps or 1) != 0
         ),
         "each saved model must have been evaluated; make save_steps a multiple of eval_steps",
@@ -263,7 +265,9 @@ RULES: tuple[tuple[Callable[..., bool], str], ...] = (
         "finetuning_type=lora",
     ),
     (
-        lambda early_stopping_steps, eval_strategy: bool(early_stopping_steps) and _off(eval_strategy),
+        lambda early_stopping_steps, evaluation_strategy: (
+            bool(early_stopping_steps) and _off(evaluation_strategy)
+        ),
         "stopping early needs evaluation; set eval_strategy=steps or epoch",
     ),
     (

@@ -10,8 +10,9 @@ and a line in METHODS or from_options below.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
+from options.option import COMMON, option
 from quant import aqlm, awq, gptq, hqq, int8, nf4
 from quant.hqq import HQQFormat
 from quant.int8 import EETQFormat, Int8Format
@@ -70,16 +71,21 @@ QUANTISERS = {  # quantization_method -> bits -> (QuantOptions, bits) -> Format
 
 @dataclass(frozen=True)
 class QuantOptions:
-    quantization_bit: Annotated[int | None, "quantise the base model to this many bits while it is read"] = (
-        None
+    quantization_bit: int | None = option(
+        None, "quantise the base model to this many bits while it is read", COMMON, also="quant_bits"
     )
-    quantization_method: Annotated[
-        Literal["bitsandbytes", "eetq", "hqq"],
-        "how: bitsandbytes = 4 bits (nf4 or fp4) or 8 (LLM.int8); eetq = 8, weights only; hqq = 8, 6, 5, 4, "
-        "3, 2 or 1",
-    ] = "bitsandbytes"
-    quantization_type: Annotated[Literal["nf4", "fp4"], "levels of the 4-bit codes"] = "nf4"
-    double_quantization: Annotated[bool, "hold the scales of 4-bit blocks in 8 bits too"] = True
+    quantization_method: Literal["bitsandbytes", "eetq", "hqq"] = option(
+        "bitsandbytes",
+        "how: bitsandbytes = 4 bits (nf4 or fp4) or 8 (LLM.int8); eetq = 8, weights only; hqq = 8, 6, 5, "
+        "4, 3, 2 or 1",
+        also="quant_method",
+    )
+    quantization_type: Literal["nf4", "fp4"] = option(
+        "nf4", "levels of the 4-bit codes", also="quant_type bnb_4bit_quant_type"
+    )
+    double_quantization: bool = option(
+        True, "hold the scales of 4-bit blocks in 8 bits too", also="double_quant bnb_4bit_use_double_quant"
+    )
 
     def __post_init__(self):
         format = from_options(self)  # refuses what cannot be, before anything is read

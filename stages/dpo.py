@@ -24,13 +24,14 @@ the KTO paper; ld_alpha weighs the reference's answers too, as trl does (LLaMA-F
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from model import Decoder
+from options.option import COMMON, option
 from parallel.world import World
 from pipeline.batch import Batch
 from stages.logprobs import (
@@ -53,24 +54,40 @@ EXO_SMOOTHING = 1e-3  # with e = 0 the loss is infinite; trl's value
 
 @dataclass(frozen=True)
 class PreferenceOptions:
-    pref_loss: Annotated[
-        Literal[
-            "sigmoid", "robust", "hinge", "ipo", "exo_pair", "kto_pair", "bco_pair", "orpo", "simpo", "cpo"
-        ],
+    STAGES = "dpo orpo kto"
+
+    pref_loss: Literal[
+        "sigmoid", "robust", "hinge", "ipo", "exo_pair", "kto_pair", "bco_pair", "orpo", "simpo", "cpo"
+    ] = option(
+        "sigmoid",
         "dpo: loss of a pair; orpo, simpo and cpo have no reference (stage orpo always takes orpo)",
-    ] = "sigmoid"
-    pref_beta: Annotated[float, "how strongly a difference counts; simpo wants about 2"] = 0.1
-    pref_ftx: Annotated[
-        float | None, "weight of the chosen answer's loss per token; none = 1 for cpo, else 0"
-    ] = None
-    pref_bco_weight: Annotated[float, "weight of bco_pair's loss mixed into the loss of the pair"] = 0.0
-    dpo_label_smoothing: Annotated[float, "probability that chosen and rejected are exchanged; below 0.5"] = (
-        0.0
+        also="dpo_loss",
+        stages="dpo orpo",
     )
-    simpo_gamma: Annotated[float, "margin that simpo asks of the rewards"] = 0.5
-    ld_alpha: Annotated[
-        float | None, "LD-DPO: weight of tokens beyond the pair's shorter answer; none = 1"
-    ] = None
+    pref_beta: float = option(
+        0.1,
+        "how strongly a difference counts; simpo wants about 2",
+        COMMON,
+        also="dpo_beta orpo_beta kto_beta",
+    )
+    pref_ftx: float | None = option(
+        None,
+        "weight of the chosen answer's loss per token; none = 1 for cpo, else 0",
+        also="dpo_ftx kto_ftx rpo_alpha cpo_alpha",
+    )
+    pref_bco_weight: float = option(
+        0.0, "weight of bco_pair's loss mixed into the loss of the pair", stages="dpo orpo"
+    )
+    dpo_label_smoothing: float = option(
+        0.0,
+        "probability that chosen and rejected are exchanged; below 0.5",
+        also="label_smoothing",
+        stages="dpo orpo",
+    )
+    simpo_gamma: float = option(0.5, "margin that simpo asks of the rewards", stages="dpo orpo")
+    ld_alpha: float | None = option(
+        None, "LD-DPO: weight of tokens beyond the pair's shorter answer; none = 1", stages="dpo orpo"
+    )
 
     def __post_init__(self):
         loss, smoothing = self.pref_loss, self.dpo_label_smoothing

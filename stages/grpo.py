@@ -14,7 +14,7 @@ accumulation group and all ranks.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from evaluation.answers import same_answer
 from generation.generate import Completion
 from generation.sampling import GenerateOptions
 from model import Decoder
+from options.option import option
 from parallel.world import World
 from pipeline.batch import IGNORED, ROW_MULTIPLE, Batch
 from stages.logprobs import batch_logprobs, label_counts, segment_sums, spread
@@ -36,42 +37,38 @@ SCALE_EPS = 1e-4  # trl's: keeps a group of equal rewards at advantage 0
 
 @dataclass(frozen=True)
 class GRPOOptions:
-    num_generations: Annotated[int, "grpo: answers to each prompt, which are compared with one another"] = 8
-    num_iterations: Annotated[int, "grpo: updates made of the same answers"] = 1
-    advantage_estimator: Annotated[
-        Literal["grpo", "rloo"],
-        "grpo: an answer is compared with the mean of its group, or (rloo) of the others in it",
-    ] = "grpo"
-    scale_rewards: Annotated[
-        Literal["auto", "group", "batch", "none", "true", "false"],
-        "grpo: advantages are divided by the standard deviation of their group (true), of all rewards at "
-        "once, or not "
-        "(false); auto = group with advantage_estimator=grpo, none with rloo",
-    ] = "auto"
-    loss_type: Annotated[
-        Literal["dapo", "bnpo", "grpo", "dr_grpo", "rloo"],
-        "grpo: mean over all tokens (dapo, bnpo), over answers of their tokens' mean (grpo), over answers of "
-        "their "
-        "tokens' sum / max_new_tokens (dr_grpo), over answers with one ratio each, that of their whole text "
-        "(rloo)",
-    ] = "dapo"
-    importance_sampling_level: Annotated[
-        Literal["token", "sequence"],
-        "grpo: a ratio for each token, or one for each answer, of mean log-probabilities",
-    ] = "token"
-    epsilon: Annotated[float, "grpo: ratios below 1 - epsilon get no gradient from a bad answer"] = 0.2
-    epsilon_high: Annotated[
-        float | None, "grpo: those above 1 + this none from a good one; default: epsilon"
-    ] = None
-    beta: Annotated[float, "grpo: weight of the KL divergence from the reference; 0 = no reference"] = 0.0
-    kl_in_reward: Annotated[bool, "grpo: take the KL divergence off the rewards, not add it to the loss"] = (
-        False
+    STAGES = "grpo"
+
+    num_generations: int = option(8, "grpo: answers to each prompt, which are compared with one another")
+    num_iterations: int = option(1, "grpo: updates made of the same answers")
+    advantage_estimator: Literal["grpo", "rloo"] = option(
+        "grpo", "grpo: an answer is compared with the mean of its group, or (rloo) of the others in it"
     )
-    mask_truncated_completions: Annotated[
-        bool,
+    scale_rewards: Literal["auto", "group", "batch", "none", "true", "false"] = option(
+        "auto",
+        "grpo: advantages are divided by the standard deviation of their group (true), of all rewards at "
+        "once, or not (false); auto = group with advantage_estimator=grpo, none with rloo",
+    )
+    loss_type: Literal["dapo", "bnpo", "grpo", "dr_grpo", "rloo"] = option(
+        "dapo",
+        "grpo: mean over all tokens (dapo, bnpo), over answers of their tokens' mean (grpo), over "
+        "answers of their tokens' sum / max_new_tokens (dr_grpo), over answers with one ratio each, that "
+        "of their whole text (rloo)",
+    )
+    importance_sampling_level: Literal["token", "sequence"] = option(
+        "token", "grpo: a ratio for each token, or one for each answer, of mean log-probabilities"
+    )
+    epsilon: float = option(0.2, "grpo: ratios below 1 - epsilon get no gradient from a bad answer")
+    epsilon_high: float | None = option(
+        None, "grpo: those above 1 + this none from a good one; default: epsilon"
+    )
+    beta: float = option(0.0, "grpo: weight of the KL divergence from the reference; 0 = no reference")
+    kl_in_reward: bool = option(False, "grpo: take the KL divergence off the rewards, not add it to the loss")
+    mask_truncated_completions: bool = option(
+        False,
         "grpo: learn nothing from answers that were cut off at max_new_tokens (they still count in their "
         "group)",
-    ] = False
+    )
 
     def __post_init__(self):
         if self.num_generations < 2:

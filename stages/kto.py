@@ -22,7 +22,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from torch import Tensor
 
 from data import Prepared
 from model import Decoder
+from options.option import option
 from parallel.world import World
 from pipeline.batch import ROW_MULTIPLE, Batch, Example
 from pipeline.store import ExampleStore
@@ -49,11 +50,11 @@ from stages.stage import Metrics, Stage
 
 @dataclass(frozen=True)
 class KTOOptions:
-    kto_loss: Annotated[Literal["kto", "apo_zero_unpaired", "bco"], "kto: loss of a good or bad answer"] = (
-        "kto"
-    )
-    kto_chosen_weight: Annotated[float, "weight of answers called good"] = 1.0
-    kto_rejected_weight: Annotated[float, "weight of answers called bad"] = 1.0
+    STAGES = "kto"
+
+    kto_loss: Literal["kto", "apo_zero_unpaired", "bco"] = option("kto", "kto: loss of a good or bad answer")
+    kto_chosen_weight: float = option(1.0, "weight of answers called good", also="desirable_weight")
+    kto_rejected_weight: float = option(1.0, "weight of answers called bad", also="undesirable_weight")
 
     def __post_init__(self):
         for key in ("kto_chosen_weight", "kto_rejected_weight"):

@@ -25,7 +25,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -35,6 +34,7 @@ from generation.generate import Completion
 from generation.sampling import GenerateOptions
 from model import Decoder
 from options.errors import StopRun
+from options.option import RESUMABLE, option
 from parallel.world import World
 from pipeline.batch import ROW_MULTIPLE, Batch
 from stages.logprobs import batch_logprobs, hidden_states, label_counts, label_logprobs, segment_sums, spread
@@ -48,33 +48,31 @@ EVALUATION = 0  # number of the draw whose seeds evaluations use; training count
 
 @dataclass(frozen=True)
 class PPOOptions:
-    ppo_buffer_size: Annotated[int, "ppo: texts rolled out at once, in groups of one update"] = 1
-    ppo_epochs: Annotated[int, "ppo: how often each text is trained on"] = 4
-    ppo_target: Annotated[
-        float, "ppo: sum of a text's KL in nats that the adaptive coefficient steers to"
-    ] = 6.0
-    ppo_score_norm: Annotated[bool, "ppo: rewards minus their running mean, by their running deviation"] = (
-        False
+    STAGES = "ppo"
+
+    ppo_buffer_size: int = option(1, "ppo: texts rolled out at once, in groups of one update")
+    ppo_epochs: int = option(4, "ppo: how often each text is trained on")
+    ppo_target: float = option(6.0, "ppo: sum of a text's KL in nats that the adaptive coefficient steers to")
+    ppo_score_norm: bool = option(False, "ppo: rewards minus their running mean, by their running deviation")
+    ppo_whiten_rewards: bool = option(
+        False, "ppo: rewards a token (with the KL in them) divided by their deviation"
     )
-    ppo_whiten_rewards: Annotated[
-        bool, "ppo: rewards a token (with the KL in them) divided by their deviation"
-    ] = False
-    init_kl_coef: Annotated[float, "ppo: what a nat of KL costs, at the start"] = 0.2
-    adap_kl_ctrl: Annotated[bool, "ppo: steer the KL coefficient to ppo_target; false = it stays"] = True
-    horizon: Annotated[float, "ppo: texts over which the KL coefficient adapts"] = 10000.0
-    gamma: Annotated[float, "ppo: discount a token"] = 1.0
-    lam: Annotated[float, "ppo: lambda of the generalised advantage estimate"] = 0.95
-    cliprange: Annotated[float, "ppo: how far a token's probability ratio may count away from 1"] = 0.2
-    cliprange_value: Annotated[float, "ppo: how far a value may count away from that at the rollout"] = 0.2
-    vf_coef: Annotated[float, "ppo: weight of the value loss"] = 0.1
-    ratio_threshold: Annotated[float, "ppo: a text whose mean probability ratio is above it is left out"] = (
-        10.0
+    init_kl_coef: float = option(0.2, "ppo: what a nat of KL costs, at the start")
+    adap_kl_ctrl: bool = option(True, "ppo: steer the KL coefficient to ppo_target; false = it stays")
+    horizon: float = option(10000.0, "ppo: texts over which the KL coefficient adapts")
+    gamma: float = option(1.0, "ppo: discount a token")
+    lam: float = option(0.95, "ppo: lambda of the generalised advantage estimate")
+    cliprange: float = option(0.2, "ppo: how far a token's probability ratio may count away from 1")
+    cliprange_value: float = option(0.2, "ppo: how far a value may count away from that at the rollout")
+    vf_coef: float = option(0.1, "ppo: weight of the value loss")
+    ratio_threshold: float = option(10.0, "ppo: a text whose mean probability ratio is above it is left out")
+    ppo_value_warmup: int = option(0, "ppo: draws at the start that train the value head alone")
+    ppo_save_draws: bool = option(
+        False, "ppo: keep every draw in output_dir/draws, for ppo_replay", RESUMABLE
     )
-    ppo_value_warmup: Annotated[int, "ppo: draws at the start that train the value head alone"] = 0
-    ppo_save_draws: Annotated[bool, "ppo: keep every draw in output_dir/draws, for ppo_replay"] = False
-    ppo_replay: Annotated[
-        str | None, "ppo: file of output_dir/draws that takes the place of the first draw"
-    ] = None
+    ppo_replay: str | None = option(
+        None, "ppo: file of output_dir/draws that takes the place of the first draw", RESUMABLE
+    )
 
     def __post_init__(self):
         for key in ("ppo_buffer_size", "ppo_epochs"):

@@ -17,7 +17,6 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import torch
@@ -28,6 +27,7 @@ from tqdm import tqdm
 from checkpoints.safetensors_files import write_tensors
 from lora import full_modules, lora_layers, lora_off
 from model import Decoder
+from options.option import option
 from parallel.world import World
 from pipeline.batch import ROW_MULTIPLE, Batch, BatchLoader
 from pipeline.store import ExampleStore, locked
@@ -40,15 +40,15 @@ ADAPTER_PARTS = ("lora_a", "lora_b", "magnitude")  # of an adapted linear, which
 
 @dataclass(frozen=True)
 class ReferenceOptions:
-    ref_model: Annotated[
-        str | None, "model that the policy is held to; default: what the run starts from"
-    ] = None
-    ref_model_adapters: Annotated[tuple[str, ...], "adapters on ref_model, in this order"] = ()
-    ref_model_quantization_bit: Annotated[int | None, "quantise ref_model to this many bits"] = None
-    precompute_ref_log_probs: Annotated[
-        bool | None,
+    ref_model: str | None = option(
+        None, "model that the policy is held to; default: what the run starts from"
+    )
+    ref_model_adapters: tuple[str, ...] = option((), "adapters on ref_model, in this order")
+    ref_model_quantization_bit: int | None = option(None, "quantise ref_model to this many bits")
+    precompute_ref_log_probs: bool | None = option(
+        None,
         "reference log-probabilities once before training, kept in the cache; default: if that saves work",
-    ] = None
+    )
 
     def __post_init__(self):
         for key in ("ref_model_adapters", "ref_model_quantization_bit"):

@@ -42,7 +42,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -53,6 +53,7 @@ from generation.generate import Completion
 from lora import full_modules, is_quantised, lora_layers, replace_module
 from model import Decoder
 from options.errors import StopRun
+from options.option import COMMON, RESUMABLE, option
 from stages.rm import score_texts
 from stages.rollouts import Prompt
 from text.tokenizer import Tokenizer
@@ -64,21 +65,27 @@ API_PAUSE = 2.0  # seconds before the second try; twice that before the third
 
 @dataclass(frozen=True)
 class RewardOptions:
-    reward_model: Annotated[
-        str | None, "reward model: adapter of stage rm, model folder, hub id or address"
-    ] = None
-    reward_model_type: Annotated[
-        Literal["lora", "full", "api"],
+    STAGES = "ppo grpo"
+
+    reward_model: str | None = option(
+        None, "reward model: adapter of stage rm, model folder, hub id or address"
+    )
+    reward_model_type: Literal["lora", "full", "api"] = option(
+        "lora",
         "what reward_model is: an adapter on the same base, a model of its own, or the address of a server",
-    ] = "lora"
-    reward_model_adapters: Annotated[tuple[str, ...], "adapters of a reward model of type full"] = ()
-    reward_model_quantization_bit: Annotated[int | None, "quantise a reward model of type full"] = None
-    reward_api_timeout: Annotated[float, "seconds that an answer of the reward server may take"] = 60.0
-    reward_file: Annotated[str | None, "Python file with reward functions; runs as your own program"] = None
-    reward_funcs: Annotated[
-        tuple[str, ...], "which functions of reward_file; default: all with `completions`"
-    ] = ()
-    reward_weights: Annotated[tuple[float, ...], "weight of each reward function; default: 1 each"] = ()
+    )
+    reward_model_adapters: tuple[str, ...] = option((), "adapters of a reward model of type full")
+    reward_model_quantization_bit: int | None = option(None, "quantise a reward model of type full")
+    reward_api_timeout: float = option(
+        60.0, "seconds that an answer of the reward server may take", RESUMABLE
+    )
+    reward_file: str | None = option(
+        None, "Python file with reward functions; runs as your own program", COMMON
+    )
+    reward_funcs: tuple[str, ...] = option(
+        (), "which functions of reward_file; default: all with `completions`"
+    )
+    reward_weights: tuple[float, ...] = option((), "weight of each reward function; default: 1 each")
 
     def __post_init__(self):
         if self.reward_model and self.reward_file:

@@ -18,7 +18,7 @@ it the loss would depend on how pairs are put together.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import Decoder
+from options.option import option
 from pipeline.batch import ROW_MULTIPLE, Batch, Example, collate
 from stages.logprobs import hidden_states, label_counts
 from stages.stage import Metrics, Stage
@@ -65,10 +66,11 @@ def answer_ends(batch: Batch) -> Tensor:
 
 @dataclass(frozen=True)
 class RewardModelOptions:
-    rm_loss: Annotated[
-        Literal["span", "last"],
-        "rm: compare values from where two answers differ, or at their last tokens alone",
-    ] = "span"
+    STAGES = "rm"
+
+    rm_loss: Literal["span", "last"] = option(
+        "span", "rm: compare values from where two answers differ, or at their last tokens alone"
+    )
 
 
 class RewardModel(Stage):

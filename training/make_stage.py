@@ -6,7 +6,6 @@ chosen here.
 """
 
 from collections.abc import Iterable
-from dataclasses import fields
 from pathlib import Path
 
 import quant
@@ -46,32 +45,16 @@ STAGES: dict[str, type[Stage]] = {
     "grpo": GroupPolicy,
 }
 WRITES = ("ppo", "grpo")  # stages that learn from texts that the model writes
-OF_STAGES = {  # the stages that read a section; the others leave it alone
-    RewardModelOptions: ("rm",),
-    PreferenceOptions: ("dpo", "orpo", "kto"),
-    KTOOptions: ("kto",),
-    RewardOptions: WRITES,
-    GRPOOptions: ("grpo",),
-    PPOOptions: ("ppo",),
-}
-OF_PAIRS = (
-    "pref_loss",
-    "pref_bco_weight",
-    "dpo_label_smoothing",
-    "simpo_gamma",
-    "ld_alpha",
-)  # kto reads none of them
 
 
 def unused_keys(config: configuration.Config) -> list[str]:
     """What was given, differs from its default, and does nothing in this stage."""
     stage, unused = config[TrainOptions].stage, []
-    for section, stages in OF_STAGES.items():
-        for option in fields(section):
-            idle = stage not in stages or (stage == "kto" and option.name in OF_PAIRS)
-            idle |= option.name == "simpo_gamma" and config[PreferenceOptions].pref_loss != "simpo"
-            if idle and config.values[option.name] != option.default:
-                unused.append(option.name)
+    for name, option in config.options.items():
+        idle = option.does_nothing(stage)
+        idle |= name == "simpo_gamma" and config[PreferenceOptions].pref_loss != "simpo"
+        if idle and config.values[name] != option.default:
+            unused.append(name)
     return unused
 
 

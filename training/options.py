@@ -4,9 +4,11 @@ rate, and what is logged, saved, evaluated."""
 import json
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
+
+from options.option import COMMON, RESUMABLE, option
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # of inductor
 # kind -> the keys that lr_scheduler_kwargs may hold, with their defaults; ... marks a key that must be given.
@@ -34,83 +36,112 @@ RAMPS = ("linear", "cosine", "1-sqrt")  # values of warmup_type and decay_type
 
 @dataclass(frozen=True)
 class TrainOptions:
-    stage: Annotated[
-        Literal["pt", "sft", "rm", "dpo", "orpo", "kto", "ppo", "grpo"],
+    stage: Literal["pt", "sft", "rm", "dpo", "orpo", "kto", "ppo", "grpo"] = option(
+        "sft",
         "pretraining on text, supervised fine-tuning on dialogues, reward model, preferences (dpo, orpo: "
-        "pairs; kto: "
-        "single answers), reinforcement learning (ppo, grpo)",
-    ] = "sft"
-    do_train: Annotated[bool | None, "train; default: yes, unless do_eval or do_predict is set"] = None
-    do_eval: Annotated[bool, "evaluate once more at the end"] = False
-    do_predict: Annotated[
-        bool,
+        "pairs; kto: single answers), reinforcement learning (ppo, grpo)",
+        COMMON,
+    )
+    do_train: bool | None = option(
+        None, "train; default: yes, unless do_eval or do_predict is set", RESUMABLE
+    )
+    do_eval: bool = option(False, "evaluate once more at the end", RESUMABLE)
+    do_predict: bool = option(
+        False,
         "at the end write generated_predictions.jsonl for the evaluation sets: texts, or in stage rm scores",
-    ] = False
-    predict_with_generate: Annotated[
-        bool, "evaluating and predicting write texts and measure ROUGE, BLEU-4 and exact match"
-    ] = False
-    output_dir: Annotated[str | None, "folder of the run: checkpoints, logs, the result"] = None
-    overwrite_output_dir: Annotated[
-        bool, "start anew even if output_dir holds checkpoints to resume from"
-    ] = False
-    resume_from_checkpoint: Annotated[
-        str | None, "a checkpoint folder, true (the newest) or false (start anew)"
-    ] = None
-    per_device_train_batch_size: Annotated[int, "examples (or packed rows) per device and micro-batch"] = 8
-    per_device_eval_batch_size: Annotated[int, "the same for evaluation"] = 8
-    gradient_accumulation_steps: Annotated[int, "micro-batches per update"] = 1
-    num_train_epochs: Annotated[float, "passes over the data"] = 3.0
-    max_steps: Annotated[int, "updates; above 0 it beats num_train_epochs"] = -1
-    bf16: Annotated[bool, "bf16 compute, fp32 trainable weights"] = False
-    fp16: Annotated[bool, "fp16 compute with loss scaling, fp32 trainable weights"] = False
-    pure_bf16: Annotated[bool, "everything in bf16, trainable weights too"] = False
-    upcast_layernorm: Annotated[bool | None, "weights of norms in fp32; default: on a quantised base"] = None
-    gradient_checkpointing: Annotated[
-        bool | Literal["auto", "none", "selective", "full", "offload"],
-        "what the backward pass computes again: nothing, norms and activations, whole blocks (true), those "
-        "with their "
-        "inputs in host memory; auto = as little as memory allows",
-    ] = "auto"
-    torch_compile: Annotated[
-        bool, "compile each block with torch.compile; the kernels fuse most of it already"
-    ] = False
-    torch_compile_backend: Annotated[
-        str | None, "backend of torch.compile, inductor by default; turns it on"
-    ] = None
-    torch_compile_mode: Annotated[
-        str | None, "mode of inductor: default, max-autotune, ...; turns it on too"
-    ] = None
-    neftune_noise_alpha: Annotated[float | None, "noise on the embeddings while training; 5 is typical"] = (
-        None
+        RESUMABLE,
     )
-    plan: Annotated[
-        bool, "print the predicted peak memory and the bound on tokens/s, read no weights, and end"
-    ] = False
-    train_from_scratch: Annotated[
-        bool, "random weights; the model folder gives config.json and tokenizer"
-    ] = False
-    seed: Annotated[int, "seed of adapters, dropout and, without data_seed, of the data order"] = 42
-    device: Annotated[Literal["auto", "cpu", "cuda"], "where to train; auto = a GPU if there is one"] = "auto"
-    ddp_timeout: Annotated[int, "seconds that ranks wait for one another"] = 1800
-    logging_steps: Annotated[int, "updates between log lines"] = 500
-    logging_first_step: Annotated[bool, "log the first update too"] = False
-    report_to: Annotated[tuple[str, ...], "none, tensorboard, wandb, mlflow"] = ("none",)
-    run_name: Annotated[str | None, "name of the run in report_to services; default: output_dir"] = None
-    plot_loss: Annotated[bool, "write training_loss.png"] = False
-    save_strategy: Annotated[Literal["steps", "epoch", "no"], "when to save; with steps at the end too"] = (
-        "steps"
+    predict_with_generate: bool = option(
+        False, "evaluating and predicting write texts and measure ROUGE, BLEU-4 and exact match", RESUMABLE
     )
-    save_steps: Annotated[int, "updates between checkpoints"] = 500
-    save_total_limit: Annotated[int | None, "keep at most this many checkpoints (and the best one)"] = None
-    save_only_model: Annotated[bool, "checkpoints without optimizer state; they cannot be resumed"] = False
-    evaluation_strategy: Annotated[Literal["no", "steps", "epoch"], "when to evaluate during training"] = "no"
-    eval_steps: Annotated[int | None, "updates between evaluations; default: logging_steps"] = None
-    load_best_model_at_end: Annotated[bool, "finish with the checkpoint that evaluated best"] = False
-    metric_for_best_model: Annotated[
-        str | None, "what decides which is best, such as eval_<set>_loss; default: eval_loss, or eval_reward"
-    ] = None
-    greater_is_better: Annotated[bool | None, "default: no for losses and perplexities, else yes"] = None
-    early_stopping_steps: Annotated[int | None, "stop after this many evaluations without a gain"] = None
+    output_dir: str | None = option(
+        None, "folder of the run: checkpoints, logs, the result", COMMON, RESUMABLE
+    )
+    overwrite_output_dir: bool = option(
+        False, "start anew even if output_dir holds checkpoints to resume from", COMMON, RESUMABLE
+    )
+    resume_from_checkpoint: str | None = option(
+        None, "a checkpoint folder, true (the newest) or false (start anew)", RESUMABLE
+    )
+    per_device_train_batch_size: int = option(
+        8,
+        "examples (or packed rows) per device and micro-batch",
+        COMMON,
+        also="batch_size per_gpu_train_batch_size",
+    )
+    per_device_eval_batch_size: int = option(
+        8, "the same for evaluation", COMMON, RESUMABLE, also="eval_batch_size per_gpu_eval_batch_size"
+    )
+    gradient_accumulation_steps: int = option(1, "micro-batches per update", COMMON)
+    num_train_epochs: float = option(3.0, "passes over the data", COMMON, RESUMABLE)
+    max_steps: int = option(-1, "updates; above 0 it beats num_train_epochs", COMMON, RESUMABLE)
+    bf16: bool = option(False, "bf16 compute, fp32 trainable weights", COMMON)
+    fp16: bool = option(False, "fp16 compute with loss scaling, fp32 trainable weights")
+    pure_bf16: bool = option(False, "everything in bf16, trainable weights too")
+    upcast_layernorm: bool | None = option(None, "weights of norms in fp32; default: on a quantised base")
+    gradient_checkpointing: bool | Literal["auto", "none", "selective", "full", "offload"] = option(
+        "auto",
+        "what the backward pass computes again: nothing, norms and activations, whole blocks (true), "
+        "those with their inputs in host memory; auto = as little as memory allows",
+        RESUMABLE,
+    )
+    torch_compile: bool = option(
+        False, "compile each block with torch.compile; the kernels fuse most of it already"
+    )
+    torch_compile_backend: str | None = option(
+        None, "backend of torch.compile, inductor by default; turns it on"
+    )
+    torch_compile_mode: str | None = option(
+        None, "mode of inductor: default, max-autotune, ...; turns it on too"
+    )
+    neftune_noise_alpha: float | None = option(
+        None, "noise on the embeddings while training; 5 is typical", also="neftune_alpha"
+    )
+    plan: bool = option(
+        False, "print the predicted peak memory and the bound on tokens/s, read no weights, and end"
+    )
+    train_from_scratch: bool = option(
+        False, "random weights; the model folder gives config.json and tokenizer"
+    )
+    seed: int = option(42, "seed of adapters, dropout and, without data_seed, of the data order")
+    device: Literal["auto", "cpu", "cuda"] = option(
+        "auto", "where to train; auto = a GPU if there is one", RESUMABLE
+    )
+    ddp_timeout: int = option(1800, "seconds that ranks wait for one another", RESUMABLE)
+    logging_steps: int = option(500, "updates between log lines", COMMON, RESUMABLE)
+    logging_first_step: bool = option(False, "log the first update too", RESUMABLE)
+    report_to: tuple[str, ...] = option(("none",), "none, tensorboard, wandb, mlflow", RESUMABLE)
+    run_name: str | None = option(
+        None, "name of the run in report_to services; default: output_dir", RESUMABLE
+    )
+    plot_loss: bool = option(False, "write training_loss.png", COMMON, RESUMABLE)
+    save_strategy: Literal["steps", "epoch", "no"] = option(
+        "steps", "when to save; with steps at the end too", COMMON, RESUMABLE
+    )
+    save_steps: int = option(500, "updates between checkpoints", COMMON, RESUMABLE)
+    save_total_limit: int | None = option(
+        None, "keep at most this many checkpoints (and the best one)", COMMON, RESUMABLE
+    )
+    save_only_model: bool = option(
+        False,
+        "checkpoints without optimizer state; they cannot be resumed",
+        RESUMABLE,
+        also="only_save_model",
+    )
+    evaluation_strategy: Literal["no", "steps", "epoch"] = option(
+        "no", "when to evaluate during training", COMMON, RESUMABLE, also="eval_strategy"
+    )
+    eval_steps: int | None = option(
+        None, "updates between evaluations; default: logging_steps", COMMON, RESUMABLE
+    )
+    load_best_model_at_end: bool = option(False, "finish with the checkpoint that evaluated best", RESUMABLE)
+    metric_for_best_model: str | None = option(
+        None, "what decides which is best, such as eval_<set>_loss; default: eval_loss, or eval_reward"
+    )
+    greater_is_better: bool | None = option(None, "default: no for losses and perplexities, else yes")
+    early_stopping_steps: int | None = option(
+        None, "stop after this many evaluations without a gain", RESUMABLE
+    )
 
     def __post_init__(self):
         if not self.output_dir:
@@ -203,48 +234,54 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class OptimOptions:
-    optim: Annotated[
-        Literal[
-            "adamw_torch",
-            "adamw_torch_fused",
-            "sgd",
-            "adafactor",
-            "adamw_8bit",
-            "adamw_bnb_8bit",
-            "paged_adamw_32bit",
-            "paged_adamw_8bit",
-            "lion_8bit",
-            "lion_32bit",
-            "paged_lion_8bit",
-            "paged_lion_32bit",
-        ],
-        "optimizer; adamw_torch takes the fused kernel where the device has one; 8bit, paged and lion ones "
-        "are "
-        "bitsandbytes'; lion wants a learning rate of a third to a tenth of AdamW's",
-    ] = "adamw_torch"
-    learning_rate: Annotated[float, "peak learning rate"] = 5e-5
-    weight_decay: Annotated[float, "decay of matrices; norms, biases and other vectors never decay"] = 0.0
-    adam_beta1: Annotated[float, "AdamW: decay of the first moment; lion: its part in an update"] = 0.9
-    adam_beta2: Annotated[float, "AdamW: decay of the second moment; lion: of its one moment"] = 0.999
-    adam_epsilon: Annotated[float, "AdamW: added to the square root of the second moment"] = 1e-8
-    max_grad_norm: Annotated[float, "gradients are scaled down to this total norm; 0 = no clipping"] = 1.0
-    lr_scheduler_type: Annotated[
-        Literal[
-            "linear",
-            "cosine",
-            "cosine_with_restarts",
-            "cosine_with_min_lr",
-            "polynomial",
-            "constant",
-            "constant_with_warmup",
-            "inverse_sqrt",
-            "warmup_stable_decay",
-        ],
+    optim: Literal[
+        "adamw_torch",
+        "adamw_torch_fused",
+        "sgd",
+        "adafactor",
+        "adamw_8bit",
+        "adamw_bnb_8bit",
+        "paged_adamw_32bit",
+        "paged_adamw_8bit",
+        "lion_8bit",
+        "lion_32bit",
+        "paged_lion_8bit",
+        "paged_lion_32bit",
+    ] = option(
+        "adamw_torch",
+        "optimizer; adamw_torch takes the fused kernel where the device has one; 8bit, paged and lion "
+        "ones are bitsandbytes'; lion wants a learning rate of a third to a tenth of AdamW's",
+        COMMON,
+    )
+    learning_rate: float = option(5e-5, "peak learning rate", COMMON)
+    weight_decay: float = option(0.0, "decay of matrices; norms, biases and other vectors never decay")
+    adam_beta1: float = option(0.9, "AdamW: decay of the first moment; lion: its part in an update")
+    adam_beta2: float = option(0.999, "AdamW: decay of the second moment; lion: of its one moment")
+    adam_epsilon: float = option(1e-8, "AdamW: added to the square root of the second moment")
+    max_grad_norm: float = option(
+        1.0, "gradients are scaled down to this total norm; 0 = no clipping", COMMON
+    )
+    lr_scheduler_type: Literal[
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "cosine_with_min_lr",
+        "polynomial",
+        "constant",
+        "constant_with_warmup",
+        "inverse_sqrt",
+        "warmup_stable_decay",
+    ] = option(
+        "linear",
         "shape of the learning rate over the run; constant has no warm-up",
-    ] = "linear"
-    lr_scheduler_kwargs: Annotated[str | None, 'numbers of the schedule as JSON: {"num_cycles": 2}'] = None
-    warmup_steps: Annotated[float, "updates of warm-up (below 1: share of the run); beats warmup_ratio"] = 0.0
-    warmup_ratio: Annotated[float, "warm-up as a share of all updates, rounded up"] = 0.0
+        COMMON,
+        also="lr_scheduler",
+    )
+    lr_scheduler_kwargs: str | None = option(None, 'numbers of the schedule as JSON: {"num_cycles": 2}')
+    warmup_steps: float = option(
+        0.0, "updates of warm-up (below 1: share of the run); beats warmup_ratio", COMMON
+    )
+    warmup_ratio: float = option(0.0, "warm-up as a share of all updates, rounded up", COMMON)
 
     def __post_init__(self):
         for key in ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps"):

@@ -26,6 +26,7 @@ import torch
 from safetensors import SafetensorError
 
 from checkpoints.safetensors_files import read_plain
+from options.config import Config
 from options.errors import StopRun
 from parallel.world import World
 
@@ -55,17 +56,6 @@ PIECES, PIECE_BYTES = 256, 2**16  # 16 MiB of each file: some ms, where all of a
 _NAME = re.compile(r"checkpoint-(\d+)")
 _TEMPORARY = ".tmp-"
 _GRACE_SECONDS = 1.0  # a terminal and a launcher may both pass on one Ctrl-C; a later one means it
-
-# Keys that a resumed run may change: they decide how long, where and how talkatively it trains, not what it
-# computes.
-FREE = frozenset(
-    """output_dir overwrite_output_dir resume_from_checkpoint do_train do_eval do_predict num_train_epochs
-    max_steps predict_with_generate gradient_checkpointing device ddp_timeout logging_steps logging_first_step
-    report_to run_name plot_loss save_strategy save_steps save_total_limit save_only_model evaluation_strategy
-    eval_steps eval_dataset per_device_eval_batch_size load_best_model_at_end early_stopping_steps
-    overwrite_cache preprocessing_num_workers dataset_dir tokenized_path cache_dir hf_hub_token ms_hub_token
-    infer_dtype flash_attn ppo_save_draws ppo_replay reward_api_timeout""".split()  # noqa: SIM905
-)
 
 
 @dataclass
@@ -389,9 +379,10 @@ def read_history(folder: Path) -> list[dict]:
         ) from error
 
 
-def fingerprint(values: Mapping[str, object], world: World, described: Mapping[str, str]) -> dict[str, str]:
+def fingerprint(config: Config, world: World, described: Mapping[str, str]) -> dict[str, str]:
     """Every setting that decides the weights, as text; `described`: what the options name, but do not say."""
-    kept = {key: str(value) for key, value in values.items() if key not in FREE}
+    deciding = [key.name for key in config.options.values() if not (key.resumable or key.secret)]
+    kept = {name: str(config.values[name]) for name in deciding}
     return kept | {"number of processes": str(world.size)} | described
 
 

@@ -1,0 +1,62 @@
+"""What one option is; everything that is to be said of it stands at its field in the section's dataclass.
+
+    @dataclass(frozen=True)
+    class LoraOptions:
+        lora_rank: int = option(8, "rank R of the update", COMMON, also="lora_r")
+        lora_dropout: float = option(0.0, "dropout on the input of the low-rank branch")
+
+A section whose options are all for certain stages says so once: STAGES = "ppo grpo".
+"""
+
+import typing
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, field, fields
+
+REQUIRED = MISSING  # as default: it has to be given
+COMMON = "common"  # `--help` shows it; the others have to be asked for
+RESUMABLE = (
+    "resumable"  # a resumed run may change it: it says how long, where or how talkatively a run trains
+)
+SECRET = "secret"  # never written and never shown, because run folders and logs get shared
+
+
+def option(default: object, help: str, *facts: str, also: str = "", stages: str = ""):
+    """A field of a section. facts: COMMON, RESUMABLE, SECRET; also: what other systems call it, in words;
+    stages: those that read it, in words (in another one it is noticed that it does nothing)."""
+    stages = {"stages": tuple(stages.split())} if stages else {}
+    facts = {"help": help, "also": tuple(also.split())} | dict.fromkeys(facts, True) | stages
+    return field(default=default, metadata=facts)
+
+
+@dataclass(frozen=True)
+class Option:
+    name: str
+    kind: object  # int, float, bool, str, Literal[...], tuple[...] or a union of these and None
+    default: object
+    section: type
+    help: str = ""
+    also: tuple[str, ...] = ()
+    stages: tuple[str, ...] = ()  # () = all
+    common: bool = False
+    resumable: bool = False
+    secret: bool = False
+
+    def does_nothing(self, stage: str) -> bool:
+        return bool(self.stages) and stage not in self.stages
+
+
+def declared(sections: Iterable[type]) -> dict[str, Option]:
+    """The options of these sections by name, in order. ValueError when two sections declare one name."""
+    options: dict[str, Option] = {}
+    for section in sections:
+        kinds = typing.get_type_hints(section, include_extras=True)
+        shared = {"stages": tuple(getattr(section, "STAGES", "").split())}
+        for item in fields(section):
+            if item.name in options:
+                names = f"{options[item.name].section.__name__} and {section.__name__}"
+                raise ValueError(f"{item.name} is declared by {names}")
+            kind, facts = kinds[item.name], shared | item.metadata
+            if typing.get_origin(kind) is typing.Annotated:
+                kind, facts["help"] = typing.get_args(kind)
+            options[item.name] = Option(item.name, kind, item.default, section, **facts)
+    return options
