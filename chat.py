@@ -35,7 +35,8 @@ from options import config as configuration
 from options.option import COMMON, RESUMABLE, option
 from quant import QuantOptions
 from stages.rm import score_dialogues
-from templates import Message, TemplateOptions, encode_dialogue
+from templates import TemplateOptions
+from text.render import Message, encode_dialogue
 from text.tokenizer import Tokenizer
 from training import setup
 

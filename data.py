@@ -19,29 +19,17 @@ from typing import Literal
 
 import numpy as np
 
-from options import config
-from options.option import COMMON, REQUIRED, RESUMABLE, SECRET, option
-from pipeline.batch import Batch, BatchLoader, Example, StreamingLoader, collate
-from pipeline.encoding import EncodeOptions, numbered_rows, refuse_unguarded_worker
+from options.errors import UserError
+from options.option import COMMON, RESUMABLE, option
+from pipeline.batch import BatchLoader, Example, StreamingLoader
+from pipeline.encoding import EncodeOptions, refuse_unguarded_worker
 from pipeline.formats import KINDS
 from pipeline.mixing import hold_out, interleave
-from pipeline.report import DataReport, DatasetReport, describe_example, in_colour, token_table
-from pipeline.sources import HubAccess, find_dataset, open_hub, read_rows
+from pipeline.report import DataReport, DatasetReport
+from pipeline.sources import HubAccess, open_hub
 from pipeline.store import ExampleStore, Tally, load_sets, save_sets
 from pipeline.streaming import RowStream
 from pipeline.tokenise import Tokeniser
-from templates import TemplateOptions, get_template
-from text.tokenizer import Tokenizer
-
-__all__ = [
-    "Batch",
-    "BatchLoader",
-    "Example",
-    "ExampleStore",
-    "StreamingLoader",
-    "collate",
-    "describe_example",
-]
 
 PROMPTS = "prompts of "  # before the name of a set in tokenized_path
 
@@ -113,42 +101,42 @@ class DataOptions:
         ):
             value = getattr(self, key)
             if value is not None and value < 1:
-                raise ValueError(f"{key} is {value}, expected at least 1")
+                raise UserError(f"{key} is {value}, expected at least 1")
         if self.cutoff_len < 2:
-            raise ValueError(
+            raise UserError(
                 f"cutoff_len is {self.cutoff_len}; one token trains nothing, so at least 2 are needed"
             )
         if self.reserved_label_len >= self.cutoff_len:
-            raise ValueError(
+            raise UserError(
                 f"reserved_label_len is {self.reserved_label_len}, expected less than cutoff_len "
                 f"({self.cutoff_len})"
             )
         if self.val_size < 0 or (self.val_size > 1 and self.val_size != int(self.val_size)):
-            raise ValueError(
+            raise UserError(
                 f"val_size is {self.val_size}, expected a share below 1 or a whole number of rows"
             )
         if self.mix_strategy == "concat" and self.interleave_probs:
-            raise ValueError(
+            raise UserError(
                 "interleave_probs needs mix_strategy interleave_under or interleave_over; it is concat"
             )
         if self.interleave_probs:
             if len(self.interleave_probs) != len(self.dataset):
-                raise ValueError(
+                raise UserError(
                     f"interleave_probs has {len(self.interleave_probs)} numbers for {len(self.dataset)} data "
                     "sets"
                 )
             if min(self.interleave_probs) <= 0 or abs(sum(self.interleave_probs) - 1) > 1e-6:
-                raise ValueError(
+                raise UserError(
                     f"interleave_probs is {self.interleave_probs}, expected shares above 0 that sum to 1"
                 )
         if self.streaming and self.tokenized_path is not None:
-            raise ValueError("tokenized_path cannot be combined with streaming, which stores nothing")
+            raise UserError("tokenized_path cannot be combined with streaming, which stores nothing")
         if self.mask_history and self.train_on_prompt:
-            raise ValueError(
+            raise UserError(
                 "mask_history trains the last answer only, train_on_prompt everything; set one of them"
             )
         if self.packing and self.group_by_length:
-            raise ValueError("group_by_length: packing already fills rows; set one of the two to false")
+            raise UserError("group_by_length: packing already fills rows; set one of the two to false")
 
 
 class TokenizedDataSaved(Exception):
@@ -183,7 +171,7 @@ class Prepared:
             "world": world,
         }
         if self.train is None:
-            raise ValueError("dataset: no training set is named")
+            raise UserError("dataset: no training set is named")
         if isinstance(self.train, RowStream):
             return StreamingLoader(
                 self.train.rows,
@@ -200,7 +188,7 @@ class Prepared:
             made = (self.train.encoders[k].encode(row, Tally()) for k, row in self.train.rows(0))
             first = next((example for examples in made for example in examples), None)
             if first is None:
-                raise ValueError("dataset: the streamed data holds no row that can be trained on")
+                raise UserError("dataset: the streamed data holds no row that can be trained on")
             return first
         return (self.train if self.train is not None else next(iter(self.eval.values()))).example(0)
 
@@ -239,13 +227,13 @@ def load_datasets(
     template: may be None for stage pt.  cache_dir: where tokenised data is kept; None = default_cache_dir().
     is_main: show progress, write tokenized_path.  All ranks may call this at once. kind: of the examples;
     None = the stage's, see formats.KINDS. prompts: prepare the evaluation sets for generation too: the same
-    rows as prompts, each with its answer as label. Raises ValueError for anything wrong with the data or options, TokenizedDataSaved
-    after writing tokenized_path.
+    rows as prompts, each with its answer as label. Raises UserError for anything wrong with the data or options,
+    TokenizedDataSaved after writing tokenized_path.
     """
     refuse_unguarded_worker()
     packing = stage == "pt" if options.packing is None else options.packing
     if packing and options.group_by_length:
-        raise ValueError(
+        raise UserError(
             f"group_by_length: stage {stage} packs rows (packing={packing}); set one of the two to false"
         )
     shared = ("cutoff_len", "truncation_strategy", "reserved_label_len", "train_on_prompt", "mask_history")
@@ -273,13 +261,13 @@ def load_datasets(
     )
     saved = Path(options.tokenized_path) if options.tokenized_path is not None else None
     if prompts and template is None:
-        raise ValueError(f"template: generating from prompts needs one, also in stage {stage}")
+        raise UserError(f"template: generating from prompts needs one, also in stage {stage}")
     if saved is not None and saved.exists():
         train, evaluation, report = _load_saved(saved, work)
         asked = _take_prompts(evaluation, prompts, saved)
         return Prepared(train, evaluation, report, packing, work.encode.kind, asked)
     if not options.dataset and not options.eval_dataset:
-        raise ValueError("dataset: none is named; give a name of dataset_info.json or the path of a file")
+        raise UserError("dataset: none is named; give a name of dataset_info.json or the path of a file")
     train, evaluation, report = (_prepare_stream if options.streaming else _prepare_stored)(options, work)
     asked = _prompt_sets(work, train, evaluation, report) if prompts else {}
     _require_examples(train, evaluation, asked, report)
@@ -336,18 +324,18 @@ def _require_examples(
     """Raises ValueError for a training set without examples, and for an evaluation set that is of no use."""
     empty = [name for name, store in (prompts or evaluation).items() if len(store) == 0]
     if isinstance(train, ExampleStore) and len(train) == 0:
-        raise ValueError(f"dataset: no row can be trained on\n{report}")
+        raise UserError(f"dataset: no row can be trained on\n{report}")
     if empty:
-        raise ValueError(f"eval_dataset: no row of {empty[0]!r} can be evaluated on\n{report}")
+        raise UserError(f"eval_dataset: no row of {empty[0]!r} can be evaluated on\n{report}")
 
 
 def _prepare_stream(
     options: DataOptions, work: Tokeniser
 ) -> tuple[RowStream | None, dict[str, ExampleStore], DataReport]:
     if options.max_samples is not None:
-        raise ValueError("max_samples cannot be used with streaming; set max_steps")
+        raise UserError("max_samples cannot be used with streaming; set max_steps")
     if 0 < options.val_size < 1:
-        raise ValueError(
+        raise UserError(
             "val_size must be a number of rows with streaming: a share of an unknown count is unknown"
         )
     stored = replace(options, dataset=(), interleave_probs=(), val_size=0.0)
@@ -415,7 +403,7 @@ def _take_prompts(evaluation: dict[str, ExampleStore], wanted: bool, folder: Pat
     names = [name for name in evaluation if name.startswith(PROMPTS)]
     sets = {name.removeprefix(PROMPTS): evaluation.pop(name) for name in names}
     if wanted and evaluation and not sets:
-        raise ValueError(
+        raise UserError(
             f"tokenized_path: the data in {folder} holds no prompts to generate from; make it anew with the "
             "options "
             "that ask for generation (predict_with_generate)"
@@ -429,7 +417,7 @@ def _mix(orders: list[np.ndarray], options: DataOptions, seed: int) -> np.ndarra
         return np.concatenate(orders)
     for name, order in zip(options.dataset, orders):
         if len(order) == 0:
-            raise ValueError(f"dataset {name!r} gives no example, so it cannot be interleaved")
+            raise UserError(f"dataset {name!r} gives no example, so it cannot be interleaved")
     under = options.mix_strategy == "interleave_under"
     mixed = interleave([len(order) for order in orders], options.interleave_probs, under, seed)
     return np.stack([orders[k][i] for k, i in mixed])
@@ -458,7 +446,7 @@ def _load_saved(
             if isinstance(then, dict) and isinstance(now, dict):
                 differing = [key for key in {**then, **now} if then.get(key) != now.get(key)]
                 then, now = ({key: each.get(key) for key in differing} for each in (then, now))
-            raise ValueError(
+            raise UserError(
                 f"tokenized_path: the data in {folder} was made with another {name} ({then}, now {now}). "
                 "Give the options it was made with, or another tokenized_path."
             )
@@ -466,123 +454,41 @@ def _load_saved(
     return sets.pop("train", None), sets, DataReport(reports)
 
 
-# -----------------------------------------------------------------------------------------------------------
-# preview
-
-
-@dataclass(frozen=True)
-class PreviewOptions:
-    model_name_or_path: str = option(
-        REQUIRED,
-        "folder or hub id of the checkpoint; only its tokenizer is read",
-        COMMON,
-        also="model_id_or_path model model_path base_model",
-    )
-    index: int = option(0, "which batch", COMMON)
-    stage: Literal["pt", "sft", "rm", "dpo", "orpo", "kto", "ppo", "grpo"] = option(
-        "sft", "what the data is for", COMMON
-    )
-    per_device_train_batch_size: int = option(
-        8, "examples, or packed rows, of a batch", COMMON, also="batch_size per_gpu_train_batch_size"
-    )
-    seed: int = option(42, "seed of the run")
-    model_revision: str = option("main", "branch, tag or commit on the hub", also="revision")
-    cache_dir: str | None = option(None, "folder for downloads and tokenised data", RESUMABLE)
-    hf_hub_token: str | None = option(None, "Hugging Face token", RESUMABLE, SECRET, also="hub_token")
-
-    def __post_init__(self):
-        if self.index < 0:
-            raise ValueError(f"index is {self.index}, expected at least 0")
-
-
-def preview(
-    options: DataOptions, template_options: TemplateOptions, run: PreviewOptions, colour: bool
-) -> Iterator[str]:
-    """Lines that show batch `index` of training, as rank 0 of 1 gets it."""
-    tokenizer = Tokenizer.from_folder(_tokenizer_folder(run))
-    template = None
-    if run.stage != "pt":
-        template = get_template(
-            template_options.template, tokenizer.chat_template, template_options.default_system
-        )
-    prepared = load_datasets(
-        options,
-        template,
-        tokenizer,
-        run.stage,
-        seed=run.seed,
-        cache_dir=run.cache_dir,
-        enable_thinking=template_options.enable_thinking,
-        hub=HubAccess(run.hf_hub_token, None, run.cache_dir),
-    )
-    yield str(prepared.report)
-    loader = prepared.train_loader(options, rows_per_batch=run.per_device_train_batch_size, seed=run.seed)
-    batch = next(loader.batches(run.index))
-    epoch = ""
-    if loader.batches_per_epoch is not None:
-        epoch = f" (of {loader.batches_per_epoch} in an epoch)"
-    yield f"\nbatch {run.index}{epoch}:"
-    names = prepared.train.datasets
-    yield from token_table(
-        batch, tokenizer, names, _places(options, names, batch.sources), colour, prepared.kind
-    )
-
-
-def _places(
-    options: DataOptions, names: list[str], sources: list[tuple[int, int]]
-) -> dict[tuple[int, int], str]:
-    """file:line of each row, found by reading the files again."""
-    places = {}
-    for k in {source[0] for source in sources}:
-        info = find_dataset(names[k], options.dataset_dir, options.split)
-        wanted = {row for part, row in sources if part == k}
-        if info.kind == "file":
-            rows = islice(numbered_rows(read_rows(info)), max(wanted) + 1)
-            places |= {(k, number): place for number, place, _ in rows if number in wanted}
-    return places
-
-
-def _tokenizer_folder(run: PreviewOptions) -> Path:
-    if Path(run.model_name_or_path).is_dir():
-        return Path(run.model_name_or_path)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(
-                run.model_name_or_path,
-                revision=run.model_revision,
-                cache_dir=run.cache_dir,
-                token=run.hf_hub_token,
-                allow_patterns=["tokenizer*", "special_tokens_map.json", "*.jinja", "*config.json"],
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise ValueError(
-            f"model_name_or_path: {run.model_name_or_path!r} is no folder and cannot be downloaded: {error}"
-        ) from error
-
-
 def main(argv: list[str]) -> int:
-    usage = "usage: python data.py preview CONFIG [--index N] [key=value ...]"
+    from options import config
+    from options.errors import exit_status
+    from pipeline.preview import PreviewOptions, in_colour, places_of_rows, token_table, tokenizer_folder
+    from templates import TemplateOptions, get_template
+    from text.tokenizer import Tokenizer
+
     if argv[:1] != ["preview"]:
-        print(usage, file=sys.stderr)
+        print("usage: python data.py preview CONFIG [--index N] [key=value ...]", file=sys.stderr)
         return 0 if argv[:1] in (["--help"], ["-h"]) else 2
-    try:
-        chosen = config.load(
-            argv[1:],
-            [PreviewOptions, DataOptions, TemplateOptions],
-            program="data.py preview",
-            description="Show a training batch token by token.",
-            foreign_keys=True,
-        )
-        colour = in_colour()
-        for line in preview(chosen[DataOptions], chosen[TemplateOptions], chosen[PreviewOptions], colour):
+
+    def preview() -> int:
+        """Show batch `index` of training, as rank 0 of 1 gets it."""
+        sections = [PreviewOptions, DataOptions, TemplateOptions]
+        about = {"program": "data.py preview", "description": "Show a training batch token by token."}
+        chosen = config.load(argv[1:], sections, foreign_keys=True, **about)
+        run, options, named = (chosen[section] for section in sections)
+        tokenizer, template = Tokenizer.from_folder(tokenizer_folder(run)), None
+        if run.stage != "pt":
+            template = get_template(named.template, tokenizer.chat_template, named.default_system)
+        hub = HubAccess(run.hf_hub_token, None, run.cache_dir)
+        how = {"cache_dir": run.cache_dir, "enable_thinking": named.enable_thinking, "hub": hub}
+        prepared = load_datasets(options, template, tokenizer, run.stage, seed=run.seed, **how)
+        print(prepared.report)
+        loader = prepared.train_loader(options, rows_per_batch=run.per_device_train_batch_size, seed=run.seed)
+        batch, count = next(loader.batches(run.index)), loader.batches_per_epoch
+        print(f"\nbatch {run.index}{f' (of {count} in an epoch)' if count is not None else ''}:")
+        names = prepared.train.datasets
+        places = places_of_rows(names, batch.sources, options.dataset_dir, options.split)
+        for line in token_table(batch, tokenizer, names, places, in_colour(), prepared.kind):
             print(line)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 0
+
+    try:
+        return exit_status("data.py preview", preview)
     except TokenizedDataSaved as done:
         print(done)
     except BrokenPipeError:  # `| head` has seen enough; without this the interpreter complains at exit

@@ -60,7 +60,8 @@ from options import config as configuration
 from options.option import COMMON, option
 from pipeline.sources import HubAccess
 from quant import Format, QuantOptions
-from templates import ChatTemplate, TemplateOptions, get_template
+from templates import TemplateOptions, get_template
+from text.render import ChatTemplate
 from text.tokenizer import Tokenizer
 from training import setup
 

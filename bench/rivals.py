@@ -125,7 +125,8 @@ def peak_gb() -> float:
 
 def encoder(folder: str) -> Callable[[str, str], Any]:
     """A function (question, answer) -> the dialogue as ids and flags (templates.Encoded)."""
-    from templates import Message, encode_dialogue, get_template
+    from templates import get_template
+    from text.render import Message, encode_dialogue
     from text.tokenizer import Tokenizer
 
     tokenizer, template = Tokenizer.from_folder(folder), get_template("chatml", None)

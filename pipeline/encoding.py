@@ -26,6 +26,7 @@ from itertools import chain, islice
 
 import numpy as np
 
+from options.errors import UserError
 from pipeline.batch import ANSWER, ROLES, Example
 from pipeline.formats import (
     Conversation,
@@ -39,7 +40,7 @@ from pipeline.formats import (
 )
 from pipeline.sources import DatasetInfo
 from pipeline.store import Chunk, Tally
-from templates import Message, encode_dialogue
+from text.render import Message, encode_dialogue
 
 CHUNK_ROWS = 256  # rows handed to a worker at once: a fraction of a second of work
 PARALLEL_CHUNKS = 16  # less work than this is done here: starting processes would take longer
@@ -91,8 +92,8 @@ class ChunkEncoder:
         except Dropped as reason:
             tally.drop(str(reason), place)
             return []
-        except ValueError as error:
-            raise ValueError(f"dataset {self.info.name!r}: {place} (row {number}): {error}") from error
+        except UserError as error:
+            raise UserError(f"dataset {self.info.name!r}: {place} (row {number}): {error}") from error
         tally.used += 1
         tally.cut += cut > 0
         tally.tokens_cut += cut
@@ -221,8 +222,7 @@ class ChunkEncoder:
             if not produced.any():
                 raise Dropped("no trained token")
             last = np.flatnonzero(produced)[-1]
-            arrays = (tokens, produced & (turns == turns[last]), turns, roles)
-            segments.append(arrays)
+            segments.append((tokens, produced & (turns == turns[last]), turns, roles))
         starts = {int(np.argmax(segment[1])) for segment in segments}
         start = min(starts)
         if len(starts) > 1 or any(
@@ -462,7 +462,7 @@ def template_key(template, enable_thinking: bool = True) -> str:
         try:
             spans = template.render(probe, "<bos>", "<eos>", enable_thinking=enable_thinking, **way)
             seen.append([[span.text, span.answer, span.turn, span.role] for span in spans])
-        except ValueError as error:  # a template without tools or system: that is what it does
+        except UserError as error:  # a template without tools or system: that is what it does
             seen.append(str(error))
     return hashlib.blake2b(json.dumps(seen).encode(), digest_size=16).hexdigest()
 

@@ -18,6 +18,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from options.errors import UserError
 from pipeline.sources import DatasetInfo
 
 LATER = {"images": "pictures", "videos": "videos", "audios": "sound"}
@@ -62,23 +63,23 @@ def check_stage(info: DatasetInfo, stage: str, kind: str | None = None) -> None:
         kinds = (
             ("pairs of answers", "single answers") if ranked else ("single answers", "pairs (ranking: true)")
         )
-        raise ValueError(f"dataset {info.name!r}: it holds {kinds[0]}, but stage {stage} needs {kinds[1]}")
+        raise UserError(f"dataset {info.name!r}: it holds {kinds[0]}, but stage {stage} needs {kinds[1]}")
     if kind == "rated" and "kto_tag" not in info.columns:
-        raise ValueError(
+        raise UserError(
             f"dataset {info.name!r}: stage {stage} needs to know which answers are good; name the column of "
             "true and "
             'false in its entry: columns: {"kto_tag": "<column>"}'
         )
     if ("chosen" in info.columns) != ("rejected" in info.columns):
         given, other = ("chosen", "rejected") if "chosen" in info.columns else ("rejected", "chosen")
-        raise ValueError(f"dataset {info.name!r}: columns.{given} is given without columns.{other}")
+        raise UserError(f"dataset {info.name!r}: columns.{given} is given without columns.{other}")
     for column, what in LATER.items():
         if column in info.columns:
-            raise ValueError(
+            raise UserError(
                 f"dataset {info.name!r}: columns.{column}: {what} cannot be used by stage {stage}"
             )
     if kind == "document" and info.formatting != "alpaca":
-        raise ValueError(
+        raise UserError(
             f"dataset {info.name!r}: stage pt reads one text column, but formatting is {info.formatting!r}; "
             'give it columns: {"prompt": "<the text column>"} and no formatting'
         )
@@ -185,13 +186,13 @@ def _split_answer(row: dict, info: DatasetInfo, required: bool = True) -> tuple[
         return conversation, None
     column = _response_column(info)
     if column not in row:
-        raise ValueError(f"column {column!r} is missing; the row has {_names(row)}")
+        raise UserError(f"column {column!r} is missing; the row has {_names(row)}")
     return conversation, _answer(row[column], f"column {column!r}", info)
 
 
 def _response_column(info: DatasetInfo) -> str:
     if "response" not in info.columns:
-        raise ValueError(
+        raise UserError(
             "columns.response is not given, so there is no answer to train on (stage pt reads plain text)"
         )
     return info.columns["response"]
@@ -203,14 +204,14 @@ def _ranked_answers(row: dict, info: DatasetInfo) -> dict:
         columns = [info.columns[name] for name in ("chosen", "rejected")]
         for column in columns:
             if column not in row:
-                raise ValueError(f"column {column!r} is missing; the row has {_names(row)}")
+                raise UserError(f"column {column!r} is missing; the row has {_names(row)}")
         return {f"column {column!r}": row[column] for column in columns}
     column = _response_column(info)
     if column not in row:
-        raise ValueError(f"column {column!r} is missing; the row has {_names(row)}")
+        raise UserError(f"column {column!r} is missing; the row has {_names(row)}")
     answers = row[column]
     if not isinstance(answers, list | tuple) or len(answers) != 2:
-        raise ValueError(
+        raise UserError(
             f"column {column!r}: expected [chosen, rejected] (ranking: true), found {_show(answers)}"
         )
     return {f"column {column!r}[{i}]": answers[i] for i in range(2)}
@@ -223,18 +224,18 @@ def _answer(value, where: str, info: DatasetInfo) -> Turn | None:
     if isinstance(value, dict):
         role, text = _message(value, where, _roles(info.tags), info.tags)
         if role not in PRODUCED:
-            raise ValueError(f"{where}: expected an answer, found a message of role {role}")
+            raise UserError(f"{where}: expected an answer, found a message of role {role}")
     elif isinstance(value, str) or value is None:
         role, text = "assistant", value or ""
     else:
-        raise ValueError(f"{where}: expected text or a message, found {_show(value)}")
+        raise UserError(f"{where}: expected text or a message, found {_show(value)}")
     return (role, text) if text.strip() else None
 
 
 def _tag(row: dict, column: str) -> int:
     """1 for a good answer, 0 for a bad one. A table of text has no booleans, so their names count too."""
     if column not in row:
-        raise ValueError(f"column {column!r} (kto_tag) is missing; the row has {_names(row)}")
+        raise UserError(f"column {column!r} (kto_tag) is missing; the row has {_names(row)}")
     value = row[column]
     if value is None:
         raise Dropped("no kto_tag")
@@ -243,7 +244,7 @@ def _tag(row: dict, column: str) -> int:
         return named[value.strip().lower()]
     if isinstance(value, bool | int) and value in (0, 1):
         return int(value)
-    raise ValueError(f"column {column!r} (kto_tag): expected true or false, found {_show(value)}")
+    raise UserError(f"column {column!r} (kto_tag): expected true or false, found {_show(value)}")
 
 
 def _question(row: dict, info: DatasetInfo) -> Conversation:
@@ -255,7 +256,7 @@ def _alpaca(row: dict, info: DatasetInfo) -> Conversation:
     turns: list[Turn] = []
     history = _optional(row, info.columns.get("history"), lambda value: value, [])
     if not isinstance(history, list):
-        raise ValueError(
+        raise UserError(
             f"column {info.columns['history']!r}: expected a list of [user, answer] pairs, found "
             f"{_show(history)}"
         )
@@ -265,7 +266,7 @@ def _alpaca(row: dict, info: DatasetInfo) -> Conversation:
             or len(pair) != 2
             or not all(isinstance(text, str) for text in pair)
         ):
-            raise ValueError(
+            raise UserError(
                 f"column {info.columns['history']!r}[{i}]: expected [user, answer], found {_show(pair)}"
             )
         turns += [("user", pair[0]), ("assistant", pair[1])]
@@ -281,9 +282,9 @@ def _sharegpt(row: dict, info: DatasetInfo) -> Conversation:
     column, tags = info.columns["messages"], info.tags
     messages = row.get(column)
     if column not in row:
-        raise ValueError(f"column {column!r} (messages) is missing; the row has {_names(row)}")
+        raise UserError(f"column {column!r} (messages) is missing; the row has {_names(row)}")
     if not isinstance(messages, list):
-        raise ValueError(f"column {column!r}: expected a list of messages, found {_show(messages)}")
+        raise UserError(f"column {column!r}: expected a list of messages, found {_show(messages)}")
     roles = _roles(tags)
     system = ""
     turns: list[Turn] = []
@@ -314,18 +315,18 @@ def _roles(tags: dict[str, str]) -> dict[str, str]:
 
 def _message(message, where: str, roles: dict[str, str], tags: dict[str, str]) -> tuple[str, str]:
     if not isinstance(message, dict):
-        raise ValueError(f"{where}: expected an object, found {_show(message)}")
+        raise UserError(f"{where}: expected an object, found {_show(message)}")
     if tags["role_tag"] not in message:
-        raise ValueError(f"{where}: no {tags['role_tag']!r} (role_tag); the message has {_names(message)}")
+        raise UserError(f"{where}: no {tags['role_tag']!r} (role_tag); the message has {_names(message)}")
     role = roles.get(message[tags["role_tag"]]) if isinstance(message[tags["role_tag"]], str) else None
     if role is None:
-        raise ValueError(
+        raise UserError(
             f"{where}: role {message[tags['role_tag']]!r} is none of {', '.join(map(repr, roles))} (tags)"
         )
     if role == "assistant" and message.get("tool_calls"):
         return "function", _tool_calls(message["tool_calls"], where)
     if tags["content_tag"] not in message:
-        raise ValueError(
+        raise UserError(
             f"{where}: no {tags['content_tag']!r} (content_tag); the message has {_names(message)}"
         )
     text = message[tags["content_tag"]]
@@ -335,10 +336,10 @@ def _message(message, where: str, roles: dict[str, str], tags: dict[str, str]) -
             for part in text
         ]
         if not all(isinstance(part, str) for part in parts):
-            raise ValueError(f"{where}: a part of the content is not text: {_show(text)}")
+            raise UserError(f"{where}: a part of the content is not text: {_show(text)}")
         text = "".join(parts)
     if not isinstance(text, str):
-        raise ValueError(f"{where}.{tags['content_tag']}: expected text, found {_show(text)}")
+        raise UserError(f"{where}.{tags['content_tag']}: expected text, found {_show(text)}")
     return (role, _check_calls(text, where)) if role == "function" else (role, text)
 
 
@@ -356,14 +357,14 @@ def _finish(turns: list[Turn], row: dict, info: DatasetInfo, system: str) -> Con
 
 def _text(row: dict, column: str, empty_ok: bool = False) -> str:
     if column not in row:
-        raise ValueError(f"column {column!r} is missing; the row has {_names(row)}")
+        raise UserError(f"column {column!r} is missing; the row has {_names(row)}")
     value = row[column]
     if value is None:
         if empty_ok:
             return ""
         raise Dropped("empty text")
     if not isinstance(value, str):
-        raise ValueError(f"column {column!r}: expected text, found {_show(value)}")
+        raise UserError(f"column {column!r}: expected text, found {_show(value)}")
     return value
 
 
@@ -374,7 +375,7 @@ def _optional(row: dict, column: str | None, check: Callable, default):
     try:
         return check(row[column])
     except TypeError as error:
-        raise ValueError(f"column {column!r}: expected text, found {_show(row[column])}") from error
+        raise UserError(f"column {column!r}: expected text, found {_show(row[column])}") from error
 
 
 def _is_text(value) -> str:
@@ -405,17 +406,17 @@ def _tools(row: dict, column: str | None) -> tuple[dict, ...]:
         try:
             value = json.loads(value)
         except json.JSONDecodeError as error:
-            raise ValueError(
+            raise UserError(
                 f"column {column!r} (tools): not JSON ({error.msg}): {_show(row[column])}"
             ) from error
     if not isinstance(value, list):
-        raise ValueError(f"column {column!r} (tools): expected a list of objects, found {_show(value)}")
+        raise UserError(f"column {column!r} (tools): expected a list of objects, found {_show(value)}")
     for i, tool in enumerate(value):
         about = (
             tool.get("function", tool) if isinstance(tool, dict) else None
         )  # OpenAI wraps it in "function"
         if not isinstance(about, dict) or not isinstance(about.get("name"), str):
-            raise ValueError(
+            raise UserError(
                 f"column {column!r} (tools)[{i}]: expected an object with a 'name', found {_show(tool)}"
             )
     return tuple(value)
@@ -426,10 +427,10 @@ def _check_calls(text: str, where: str) -> str:
     try:
         calls = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: a function call is not JSON ({error.msg}): {_show(text)}") from error
+        raise UserError(f"{where}: a function call is not JSON ({error.msg}): {_show(text)}") from error
     for call in calls if isinstance(calls, list) else [calls]:
         if not isinstance(call, dict) or "name" not in call or "arguments" not in call:
-            raise ValueError(f"{where}: expected an object with 'name' and 'arguments', found {_show(call)}")
+            raise UserError(f"{where}: expected an object with 'name' and 'arguments', found {_show(call)}")
     return text
 
 
@@ -438,7 +439,7 @@ def _tool_calls(calls, where: str) -> str:
     if not isinstance(calls, list) or not all(
         isinstance(call, dict) and "function" in call for call in calls
     ):
-        raise ValueError(
+        raise UserError(
             f"{where}.tool_calls: expected a list of objects with 'function', found {_show(calls)}"
         )
     texts = [call["function"] for call in calls]

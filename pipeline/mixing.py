@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from options.errors import UserError
+
 
 def choose_rows(total: int, count: int, seed: int) -> np.ndarray:
     """`count` row numbers: a random choice, or, where there are too few, all of them and random repeats."""
@@ -64,9 +66,7 @@ def hold_out(sources: np.ndarray, size: float, seed: int) -> np.ndarray:
     rows, row_of = np.unique(sources, axis=0, return_inverse=True)
     count = int(size) if size >= 1 else int(np.ceil(size * len(rows)))
     if count >= len(rows):
-        raise ValueError(
-            f"val_size is {size:g}, but there are only {len(rows)} rows to train and evaluate on"
-        )
+        raise UserError(f"val_size is {size:g}, but there are only {len(rows)} rows to train and evaluate on")
     held = np.zeros(len(rows), bool)
     held[np.random.default_rng([seed, 2]).permutation(len(rows))[:count]] = True
     return held[row_of.reshape(-1)]

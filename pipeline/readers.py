@@ -14,6 +14,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from options.errors import UserError
+
 FILE_TYPES = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".txt")
 READ_CHARACTERS = (
     1 << 20
@@ -25,7 +27,7 @@ def read_file(path: Path) -> Iterator[tuple[str, dict]]:
     try:
         yield from _READERS[path.suffix.lower()](path)
     except UnicodeDecodeError as error:
-        raise ValueError(
+        raise UserError(
             f"{path}: not UTF-8 text ({error.reason}: {error.object[error.start]:#04x})"
         ) from error
 
@@ -48,7 +50,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
         try:
             row = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(
+            raise UserError(
                 f"{path}:{line}: not JSON ({error.msg}, column {error.colno}). One object per line."
             ) from error
         yield f"{path}:{line}", _object(row, f"{path}:{line}")
@@ -56,7 +58,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
 
 def _object(row, place: str) -> dict:
     if not isinstance(row, dict):
-        raise ValueError(
+        raise UserError(
             f"{place}: expected an object with named columns, found {type(row).__name__} {str(row)[:60]!r}"
         )
     return row
@@ -70,13 +72,13 @@ def _read_json(path: Path) -> Iterator[tuple[str, dict]]:
             pass
     head = head.lstrip()
     if not head:
-        raise ValueError(f"{path}: the file is empty; expected a JSON array of objects")
+        raise UserError(f"{path}: the file is empty; expected a JSON array of objects")
     if head[0] == "{":
         # `{...}` alone over several lines would be one object: not rows
         yield from _read_jsonl(path)
         return
     if head[0] != "[":
-        raise ValueError(f"{path}:1: expected '[' (an array of objects), found {head[:20]!r}")
+        raise UserError(f"{path}:1: expected '[' (an array of objects), found {head[:20]!r}")
     for number, (line, row) in enumerate(_iterate_array(path)):
         yield f"{path}:{line}", _object(row, f"{path}:{line} (row {number})")
 
@@ -119,7 +121,7 @@ def _iterate_array(path: Path) -> Iterator[tuple[int, object]]:
                     if more():
                         continue
                     at = line + text.count("\n", start, error.pos)
-                    raise ValueError(f"{path}:{at}: not JSON ({error.msg}, column {error.colno})") from error
+                    raise UserError(f"{path}:{at}: not JSON ({error.msg}, column {error.colno})") from error
                 # a number at the very end of the block may go on in the next one
                 if end < len(text) or not more():
                     break
@@ -133,10 +135,10 @@ def _iterate_array(path: Path) -> Iterator[tuple[int, object]]:
             elif found == "]":
                 start += 1
                 if rest := skip(" \t\r\n"):
-                    raise ValueError(f"{path}:{line}: expected the end of the file after ']', found {rest!r}")
+                    raise UserError(f"{path}:{line}: expected the end of the file after ']', found {rest!r}")
                 return
             else:
-                raise ValueError(
+                raise UserError(
                     f"{path}:{line}: expected ',' or ']' after a row, found "
                     f"{found or 'the end of the file'!r}"
                 )
@@ -151,15 +153,13 @@ def _read_csv(path: Path) -> Iterator[tuple[str, dict]]:
             for row in reader:
                 place = f"{path}:{reader.line_num}"
                 if None in row:
-                    raise ValueError(
-                        f"{place}: {len(row[None])} more fields than the header's {len(row) - 1}"
-                    )
+                    raise UserError(f"{place}: {len(row[None])} more fields than the header's {len(row) - 1}")
                 missing = [name for name, value in row.items() if value is None]
                 if missing:
-                    raise ValueError(f"{place}: the line ends before the column {missing[0]!r}")
+                    raise UserError(f"{place}: the line ends before the column {missing[0]!r}")
                 yield place, row
         except csv.Error as error:
-            raise ValueError(f"{path}:{reader.line_num}: not CSV ({error})") from error
+            raise UserError(f"{path}:{reader.line_num}: not CSV ({error})") from error
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, dict]]:
@@ -169,7 +169,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, dict]]:
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path}: not a parquet file ({error})") from error
+        raise UserError(f"{path}: not a parquet file ({error})") from error
     yield from _arrow_rows(path, file.iter_batches(batch_size=1024))
 
 
@@ -186,7 +186,7 @@ def _read_arrow(path: Path) -> Iterator[tuple[str, dict]]:
                 source.seek(0)
                 batches = iter(pyarrow.ipc.open_stream(source))
         except pyarrow.ArrowInvalid as error:
-            raise ValueError(f"{path}: not an arrow file ({error})") from error
+            raise UserError(f"{path}: not an arrow file ({error})") from error
         yield from _arrow_rows(path, batches)
 
 

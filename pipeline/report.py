@@ -1,20 +1,12 @@
-"""What a person sees of the data: the report of what was used and lost, one example as text, a batch token by
-token.
+"""What a person sees of the data: the report of what was used and lost, and one example as text."""
 
-Every token of a batch leads back to its data set, row and turn, with the reason why it is trained or not.
-"""
-
-import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.batch import ANSWER, IGNORED, ROLES, Batch, Example
+from pipeline.batch import Example
 from pipeline.store import Tally
-
-BOLD, GREEN, DIM, PLAIN = "\033[1m", "\033[32m", "\033[2m", "\033[0m"
 
 
 @dataclass
@@ -141,72 +133,3 @@ def _runs(flags: np.ndarray) -> Iterator[tuple[bool, int, int]]:
     borders = [0, *(np.flatnonzero(np.diff(flags)) + 1).tolist(), len(flags)]
     for start, end in zip(borders, borders[1:]):
         yield bool(flags[start]), start, end
-
-
-def token_table(
-    batch: Batch,
-    tokenizer,
-    datasets: list[str],
-    places: dict[tuple[int, int], str],
-    colour: bool,
-    kind: str = "dialogue",
-) -> Iterator[str]:
-    """Lines that show a batch token by token: place in the segment, id, text, turn, role, trained or not, and
-    why."""
-    labels, tokens, roles = batch.labels.tolist(), batch.tokens.tolist(), batch.roles.tolist()
-    tags = [0] * len(batch.sources) if batch.tags is None else batch.tags.tolist()
-    used = "of labels" if kind == "prompt" else "trained"
-    total = len(batch.label_rows)
-    pairs = f" ({batch.pairs} pairs)" if kind == "pair" else ""
-    yield f"{len(tokens)} tokens in {len(batch.sources)} segments{pairs}, {total} {used}"
-    for segment, source in enumerate(batch.sources):
-        start, end = batch.borders[segment], batch.borders[segment + 1]
-        # labels are shifted: a token is a target where the label of the place before it is set
-        trained = [False] + [label != IGNORED for label in labels[start : end - 1]]
-        place = f" ({places[source]})" if source in places else ""
-        name = segment_name(kind, int(batch.pairs > 0 and segment >= batch.pairs), tags[segment])
-        title = (
-            f"segment {segment}{name and ', ' + name}: data set {datasets[source[0]]}, row {source[1]}{place}"
-        )
-        title += f", {end - start} tokens, {sum(trained)} {used}"
-        yield ""
-        yield f"{BOLD}{title}{PLAIN}" if colour else title
-        for t, token in enumerate(tokens[start:end]):
-            role, answer = ROLES[roles[start + t] % ANSWER], roles[start + t] >= ANSWER
-            turn = int(batch.turns[start + t])
-            fields = (
-                f"{t:6d} {token:7d}",
-                f"{tokenizer.piece(token)!r:<24}",
-                f"turn {turn}" if turn >= 0 else "      ",
-                f"{role:<11}",
-                ("label" if kind == "prompt" else "train") if trained[t] else "  -  ",
-                reason(t, role, answer, trained[t], kind),
-            )
-            line = "  ".join(fields)
-            yield f"{GREEN if trained[t] else DIM}{line}{PLAIN}" if colour else line
-
-
-def reason(place: int, role: str, answer: bool, trained: bool, kind: str = "dialogue") -> str:
-    """Why a token is trained or not."""
-    if trained and kind == "prompt":
-        return "the row's answer: rewards compare with it, the model never reads it"
-    if trained:
-        if role == "text":
-            return "document"
-        if answer:
-            return "answer"
-        return "prompt, trained by train_on_prompt"
-    if place == 0:
-        return "first token: nothing before it predicts it"
-    if answer:
-        return (
-            "earlier answer, masked by mask_history"
-            if kind == "dialogue"
-            else "earlier answer: part of the prompt"
-        )
-    return "template text, or an answer shown as context" if role in ("assistant", "function") else "prompt"
-
-
-def in_colour() -> bool:
-    """Colour for a terminal only, and not when the user asks for none (no-color.org)."""
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")

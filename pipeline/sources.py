@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from options.errors import UserError
 from pipeline.readers import FILE_TYPES, read_file
 
 COLUMN_NAMES = (
@@ -116,9 +117,9 @@ def read_dataset_info(dataset_dir: str | Path) -> dict:
     try:
         entries = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not JSON ({error.msg})") from error
+        raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg})") from error
     if not isinstance(entries, dict):
-        raise ValueError(f"{path}: expected an object of name -> dataset, found {type(entries).__name__}")
+        raise UserError(f"{path}: expected an object of name -> dataset, found {type(entries).__name__}")
     return entries
 
 
@@ -138,13 +139,11 @@ def find_dataset(name: str, dataset_dir: str | Path, default_split: str = "train
             return _guess_format(DatasetInfo(name, "file", str(path), split=default_split))
     listing = Path(dataset_dir) / "dataset_info.json"
     if not listing.is_file():
-        raise ValueError(
-            f"dataset: {name!r} is no file or folder, and {listing} does not exist (dataset_dir)"
-        )
+        raise UserError(f"dataset: {name!r} is no file or folder, and {listing} does not exist (dataset_dir)")
     near = difflib.get_close_matches(name, entries, n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(repr(match) for match in near)}?" if near else "."
     known = ", ".join(list(entries)[:12]) + (", ..." if len(entries) > 12 else "")
-    raise ValueError(
+    raise UserError(
         f"dataset: {name!r} is not in {listing} and is no path of a file or folder{hint} Known: {known}"
     )
 
@@ -153,25 +152,25 @@ def parse_entry(name: str, entry: dict, dataset_dir: str | Path, default_split: 
     """One entry of dataset_info.json -> DatasetInfo, every field checked."""
     where = f"{Path(dataset_dir) / 'dataset_info.json'}: dataset {name!r}"
     if not isinstance(entry, dict):
-        raise ValueError(f"{where}: expected an object, found {type(entry).__name__}")
+        raise UserError(f"{where}: expected an object, found {type(entry).__name__}")
     for key in entry:
         if key not in FIELDS:
             near = difflib.get_close_matches(key, FIELDS, n=1)
-            raise ValueError(
+            raise UserError(
                 f"{where}: unknown field {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
             )
     kind, location = _source(entry, where, dataset_dir)
     formatting = entry.get("formatting", "alpaca")
     if formatting not in ("alpaca", "sharegpt", "openai"):
-        raise ValueError(f"{where}: formatting is {formatting!r}, expected 'alpaca', 'sharegpt' or 'openai'")
+        raise UserError(f"{where}: formatting is {formatting!r}, expected 'alpaca', 'sharegpt' or 'openai'")
     num_samples = entry.get("num_samples")
     if num_samples is not None and (type(num_samples) is not int or num_samples < 1):
-        raise ValueError(f"{where}: num_samples is {num_samples!r}, expected a whole number of at least 1")
+        raise UserError(f"{where}: num_samples is {num_samples!r}, expected a whole number of at least 1")
     if entry.get("ranking", False) not in (True, False):
-        raise ValueError(f"{where}: ranking is {entry['ranking']!r}, expected true or false")
+        raise UserError(f"{where}: ranking is {entry['ranking']!r}, expected true or false")
     for key in ("subset", "split", "folder", "revision", "file_sha1"):
         if entry.get(key) is not None and not isinstance(entry[key], str):
-            raise ValueError(f"{where}: {key} is {entry[key]!r}, expected text")
+            raise UserError(f"{where}: {key} is {entry[key]!r}, expected text")
     return DatasetInfo(
         name=name,
         kind=kind,
@@ -194,24 +193,24 @@ def _source(entry: dict, where: str, dataset_dir: str | Path) -> tuple[str, str]
     file."""
     for key in ("hf_hub_url", "ms_hub_url", "file_name", "script_url"):
         if key in entry and (not isinstance(entry[key], str) or not entry[key]):
-            raise ValueError(f"{where}: {key} is {entry[key]!r}, expected text")
+            raise UserError(f"{where}: {key} is {entry[key]!r}, expected text")
     kinds = [kind for kind in ("hf_hub", "ms_hub") if f"{kind}_url" in entry]
     if kinds:
         kind = _hub_kind() if _hub_kind() in kinds else kinds[0]
         return kind, entry[f"{kind}_url"]
     if "script_url" in entry:
-        raise ValueError(
+        raise UserError(
             f"{where}: script_url is not supported: it would run Python code that came with the data. "
             "Convert the dataset to json, jsonl, csv or parquet once and give file_name."
         )
     if "file_name" not in entry:
-        raise ValueError(
+        raise UserError(
             f"{where}: none of hf_hub_url, ms_hub_url and file_name is given (it has {sorted(entry)})"
         )
     relative = os.path.normpath(entry["file_name"])
     # a registry that came with somebody's data must not be able to point at other files of this machine
     if os.path.isabs(relative) or relative.split(os.sep)[0] == "..":
-        raise ValueError(
+        raise UserError(
             f"{where}: file_name {entry['file_name']!r} leaves the folder {str(dataset_dir)!r}. "
             "Move or link the file there, or give its path itself as `dataset`."
         )
@@ -246,21 +245,21 @@ def _tags(entry: dict, formatting: str, where: str) -> dict[str, str]:
 
 def _check_mapping(given, known: tuple[str, ...], where: str) -> None:
     if not isinstance(given, dict):
-        raise ValueError(f"{where} is {given!r}, expected an object")
+        raise UserError(f"{where} is {given!r}, expected an object")
     for key, value in given.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-            raise ValueError(f"{where}: unknown key {key!r}; {hint}")
+            raise UserError(f"{where}: unknown key {key!r}; {hint}")
         if value is not None and not isinstance(value, str):
-            raise ValueError(f"{where}.{key} is {value!r}, expected text")
+            raise UserError(f"{where}.{key} is {value!r}, expected text")
 
 
 def _guess_format(info: DatasetInfo) -> DatasetInfo:
     """Format of a dataset given by path, from the columns of its first row."""
     first = next(iter(read_rows(info)), None)
     if first is None:
-        raise ValueError(f"dataset: {info.location} holds no rows")
+        raise UserError(f"dataset: {info.location} holds no rows")
     row = first[1]
     ranked = "chosen" in row and "rejected" in row
     columns = {key: key for key in ("system", "tools", "history", "kto_tag") if key in row}
@@ -289,7 +288,7 @@ def _guess_format(info: DatasetInfo) -> DatasetInfo:
         return replace(info, columns=columns, ranking=paired)
     if "text" in row:
         return replace(info, columns={"prompt": "text"})
-    raise ValueError(
+    raise UserError(
         f"dataset: {info.location} has the columns {', '.join(map(str, row))}; expected 'instruction' or "
         "'prompt' "
         "(alpaca), 'conversations' (sharegpt), 'messages' (OpenAI) or 'text'. "
@@ -308,7 +307,7 @@ def list_files(info: DatasetInfo) -> list[Path]:
     if info.folder:
         inside = os.path.normpath(info.folder)
         if os.path.isabs(inside) or inside.split(os.sep)[0] == "..":
-            raise ValueError(f"dataset {info.name!r}: folder {info.folder!r} leaves {path}")
+            raise UserError(f"dataset {info.name!r}: folder {info.folder!r} leaves {path}")
         path = path / inside
     if path.is_file():
         files = [path]
@@ -319,17 +318,15 @@ def list_files(info: DatasetInfo) -> list[Path]:
             if child.is_file() and not child.name.startswith(".") and child.name != "dataset_info.json"
         )
     else:
-        raise FileNotFoundError(f"dataset {info.name!r}: {path} does not exist")
+        raise UserError(f"dataset {info.name!r}: {path} does not exist")
     endings = {file.suffix.lower() for file in files}
     if not files:
-        raise ValueError(f"dataset {info.name!r}: the folder {path} is empty")
+        raise UserError(f"dataset {info.name!r}: the folder {path} is empty")
     if not endings <= set(FILE_TYPES):
         wrong = next(file for file in files if file.suffix.lower() not in FILE_TYPES)
-        raise ValueError(
-            f"dataset {info.name!r}: {wrong} is of no known type; known: {', '.join(FILE_TYPES)}"
-        )
+        raise UserError(f"dataset {info.name!r}: {wrong} is of no known type; known: {', '.join(FILE_TYPES)}")
     if len(endings - {".json", ".jsonl"}) + bool(endings & {".json", ".jsonl"}) > 1:
-        raise ValueError(
+        raise UserError(
             f"dataset {info.name!r}: the folder {path} mixes {', '.join(sorted(endings))}; keep one type"
         )
     return files
@@ -354,7 +351,7 @@ def open_hub(info: DatasetInfo, hub: HubAccess, streaming: bool):
         try:
             from modelscope import MsDataset
         except ImportError as error:
-            raise ValueError(
+            raise UserError(
                 f"dataset {info.name!r} comes from ModelScope; run `pip install modelscope` first"
             ) from error
         rows = MsDataset.load(
@@ -381,7 +378,7 @@ def open_hub(info: DatasetInfo, hub: HubAccess, streaming: bool):
             streaming=streaming,
         )
     except (OSError, RuntimeError, ValueError) as error:  # not found, offline, script refused, unknown split
-        raise ValueError(
+        raise UserError(
             f"dataset {info.name!r}: the hub id {info.location!r} (split {info.split!r}) cannot be read: "
             f"{error}"
         ) from error

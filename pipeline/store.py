@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from options.errors import UserError
 from pipeline.batch import Example
 
 ARRAYS = {
@@ -147,15 +148,15 @@ class TokenFiles:
         folder = Path(folder)
         meta = _read_json(folder / "meta.json")
         if meta is None or "sizes" not in meta:
-            raise ValueError(f"{folder}: meta.json is missing or not readable")
+            raise UserError(f"{folder}: meta.json is missing or not readable")
         arrays = {}
         for name, (file, dtype) in ARRAYS.items():
             path = folder / file
             found = path.stat().st_size if path.is_file() else -1
             if found != meta["sizes"][name]:
-                raise ValueError(f"{path}: {found} bytes, expected {meta['sizes'][name]}")
+                raise UserError(f"{path}: {found} bytes, expected {meta['sizes'][name]}")
             if check and _checksum(path) != meta["checksums"][name]:
-                raise ValueError(f"{path}: its bytes changed since it was written (checksum)")
+                raise UserError(f"{path}: its bytes changed since it was written (checksum)")
             # an empty file cannot be mapped; asarray drops the memmap subclass, whose slicing is slow
             arrays[name] = np.asarray(np.memmap(path, dtype, "r")) if found else np.empty(0, dtype)
         return cls(arrays, Tally(**meta["tally"]))
@@ -266,7 +267,7 @@ class StoreWriter:
             handle.truncate(self.sizes[name])  # what was written after the last progress.json does not count
             handle.seek(0, os.SEEK_END)
             if handle.tell() < self.sizes[name]:
-                raise ValueError(
+                raise UserError(
                     f"{self.partial / file} is shorter than progress.json says; delete {self.partial}"
                 )
             self.files[name] = handle
@@ -330,7 +331,7 @@ def load_sets(folder: Path) -> tuple[dict, dict[str, ExampleStore]]:
     """What save_sets wrote. Raises ValueError for a folder of something else or damaged files."""
     meta = _read_json(folder / SETS_FILE)
     if meta is None:
-        raise ValueError(
+        raise UserError(
             f"tokenized_path: {folder} exists but holds no tokenised data of Anvil ({SETS_FILE} is missing); "
             "name "
             "another folder, and the data will be written there"

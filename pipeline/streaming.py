@@ -4,6 +4,7 @@ out."""
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from options.errors import UserError
 from pipeline.batch import Example
 from pipeline.encoding import ChunkEncoder, Row, numbered_rows
 from pipeline.mixing import mixing_ends, turns
@@ -54,7 +55,7 @@ class RowStream:
         used_up = [False] * len(parts)
         for k in turns(len(parts), self.interleave_probs, [self.seed, epoch]):
             if upcoming[k] is None:
-                raise ValueError(f"dataset {self.datasets[k]!r} holds no rows, so it cannot be interleaved")
+                raise UserError(f"dataset {self.datasets[k]!r} holds no rows, so it cannot be interleaved")
             yield k, upcoming[k]
             upcoming[k] = next(passes[k], None)
             if upcoming[k] is None:

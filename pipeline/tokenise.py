@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from options.errors import UserError
 from pipeline.encoding import (
     ChunkEncoder,
     EncodeOptions,
@@ -142,14 +143,14 @@ class Tokeniser:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(
+            raise UserError(
                 f"cache_dir: {folder.parent} cannot be made ({error.strerror}); name another"
             ) from error
         with locked(folder.with_suffix(".lock")):
             if folder.exists() and not (self.overwrite_cache and self.is_main):
                 try:
                     return TokenFiles.open(folder)
-                except ValueError as error:
+                except UserError as error:
                     print(f"cache: {error}; tokenising again")
             if self.overwrite_cache and self.is_main:
                 shutil.rmtree(folder.with_name(folder.name + ".partial"), ignore_errors=True)
@@ -159,7 +160,7 @@ class Tokeniser:
     def _write(self, folder: Path, rows, encoder: ChunkEncoder) -> None:
         try:
             writer = StoreWriter(folder)
-        except ValueError:  # what a killed run left does not fit together
+        except UserError:  # what a killed run left does not fit together
             shutil.rmtree(folder.with_name(folder.name + ".partial"))
             writer = StoreWriter(folder)
         todo = islice(rows(), writer.rows_done, None)
@@ -176,7 +177,7 @@ class Tokeniser:
                 for chunk in encode_chunks(todo, encoder, self.workers):
                     writer.append(chunk)
                     bar.update(chunk.tally.read)
-        except ValueError:  # a bad row: once the file is mended its key is another one
+        except UserError:  # a bad row: once the file is mended its key is another one
             writer.close()
             shutil.rmtree(writer.partial)
             raise

@@ -30,7 +30,7 @@ from options.option import option
 from pipeline.batch import ROW_MULTIPLE, Batch, Example, collate
 from stages.logprobs import hidden_states, label_counts
 from stages.stage import Metrics, Stage
-from templates import Message, encode_dialogue
+from text.render import Message, encode_dialogue
 from text.tokenizer import Tokenizer
 
 SCORE_TOKENS = 4096  # tokens scored at once: enough to keep a device busy, and few beside what training holds

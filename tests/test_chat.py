@@ -18,7 +18,8 @@ from checkpoints.huggingface import load_model
 from checkpoints.peft import save_adapter
 from generation.generate import GenerateOptions, generate
 from lora import LoraOptions, add_lora
-from templates import Message, encode_dialogue, get_template
+from templates import get_template
+from text.render import Message, encode_dialogue
 from text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -20,13 +20,15 @@ from hypothesis import strategies as st
 from tiny_tokenizers import make_tokenizer
 
 import data
-from data import DataOptions, TokenizedDataSaved, describe_example, load_datasets
+from data import DataOptions, TokenizedDataSaved, load_datasets
 from pipeline import encoding, store
 from pipeline.batch import ANSWER, ROLES
 from pipeline.encoding import EncodeOptions, keep_tokens, pieces, ratio_keep, ratio_lengths, template_key
-from pipeline.report import token_table
+from pipeline.preview import token_table
+from pipeline.report import describe_example
 from pipeline.store import ExampleStore, StoreWriter, TokenFiles
-from templates import Message, encode_dialogue, get_template
+from templates import get_template
+from text.render import Message, encode_dialogue
 from text.tokenizer import Tokenizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -450,7 +452,7 @@ def test_a_script_without_guard_is_told_so(tmp_path, folder):
     (tmp_path / "a.jsonl").write_text(rows)
     (tmp_path / "script.py").write_text(
         f"import sys, threading; sys.path.insert(0, {str(REPOSITORY)!r})\n"
-        "import encoding, data, tokenizer, templates\n"
+        "import data, templates\nfrom pipeline import encoding\nfrom text import tokenizer\n"
         "encoding.PARALLEL_CHUNKS = 1\n"
         "threading.Thread(target=threading.Event().wait, daemon=True).start()\n"  # so that it spawns
         f"options = data.DataOptions(dataset=({str(tmp_path / 'a.jsonl')!r},), preprocessing_num_workers=2)\n"

@@ -11,18 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import KINDS, make_tokenizer
 
-from templates import (
-    TEMPLATES,
-    JinjaTemplate,
-    Message,
-    Span,
-    TemplateOptions,
-    compare,
-    encode_dialogue,
-    first_difference,
-    get_template,
-)
-from text.jinja_template import split_thought, tool_calls
+from templates import TEMPLATES, TemplateOptions, compare, first_difference, get_template
+from text.jinja_template import JinjaTemplate
+from text.render import Message, Span, encode_dialogue, split_thought, tool_calls
 from text.tokenizer import Tokenizer
 
 FIXTURES = Path(__file__).parent / "fixtures" / "templates"

@@ -9,44 +9,18 @@ the built-in templates of templates.py. Run: python -c "from jinja_template impo
 print(JinjaTemplate('...').render([Message('user', 'Hi')], '', ''))"
 """
 
-import contextlib
 import functools
 import json
 import re
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal
 
 import jinja2
 import jinja2.ext
 import jinja2.sandbox
 
-Role = Literal["system", "user", "assistant", "observation", "function"]
-ROLES = ("system", "user", "assistant", "observation", "function")
-PRODUCED = ("assistant", "function")  # roles whose text the model writes
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn. function: the assistant's call of a tool (trained); observation: the tool's result (not
-    trained)."""
-
-    role: Role
-    content: str
-
-    def __post_init__(self):
-        if self.role not in ROLES:
-            raise ValueError(f"message role: found {self.role!r}, expected one of {', '.join(ROLES)}")
-
-
-@dataclass(frozen=True)
-class Span:
-    """A piece of the rendered text. turn: index of the message; -1 = what stands before the first one."""
-
-    text: str
-    answer: bool
-    turn: int
-    role: str
+from options.errors import UserError
+from text.render import PRODUCED, Message, Span, split_thought, tool_calls
 
 
 @dataclass(frozen=True)
@@ -112,7 +86,7 @@ class JinjaTemplate:
             found = self._answer(dialogue, position, settings, whole, probe)
             if found is None or found[0] < cursor:
                 if last:
-                    raise ValueError(self._explain(dialogue, position, settings))
+                    raise UserError(self._explain(dialogue, position, settings))
                 continue
             spans.append(Span(whole[cursor : found[0]], False, turn, message.role))
             spans.append(Span(whole[found[0] : found[1]], True, turn, message.role))
@@ -171,7 +145,7 @@ class JinjaTemplate:
             )
         except (jinja2.TemplateError, TypeError, OverflowError) as error:  # a missing value; a range too long
             roles = ", ".join(message["role"] for message in dialogue) or "no message"
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint's chat_template refuses a dialogue of {roles}: {error}. Change the "
                 "dialogue, or "
                 f"choose a built-in template, for example `template: {_closest(self.source)}`."
@@ -205,9 +179,7 @@ class JinjaTemplate:
         """Where the text of these first messages ends in the whole text; 0 when it is no prefix of it."""
         try:
             text = self._text(dialogue, settings, False)
-        except (
-            ValueError
-        ):  # many templates refuse a dialogue that is not complete, such as a system message alone
+        except UserError:  # many refuse a dialogue that is not complete, such as a system message alone
             return 0
         return len(text) if whole.startswith(text) else 0
 
@@ -301,7 +273,7 @@ def _marked_spans(whole: str, messages: list[Message]) -> list[Span]:
     produced = [turn for turn, message in enumerate(messages) if message.role in PRODUCED]
     pieces = re.split(f"{ANSWER_BEGINS}(.*?){ANSWER_ENDS}", whole, flags=re.DOTALL)
     if len(pieces) // 2 != len(produced):
-        raise ValueError(
+        raise UserError(
             f"the checkpoint's chat_template marks {len(pieces) // 2} answers by {{% generation %}}, but the "
             f"dialogue has {len(produced)}; choose a built-in template with the option `template`"
         )
@@ -367,37 +339,7 @@ def _compile(source: str) -> jinja2.Template:
     try:
         return environment.from_string(source)
     except jinja2.TemplateError as error:
-        raise ValueError(
+        raise UserError(
             f"the checkpoint's chat_template is not valid jinja ({error}); choose a built-in one by "
             "`template`"
         ) from error
-
-
-def split_thought(content: str) -> tuple[str, str]:
-    """("t", "a") of "<think>\\nt\\n</think>\\n\\na", cut as Qwen3's jinja does; without a block ("",
-    content)."""
-    if "</think>" not in content:
-        return "", content
-    head, answer = content.split("</think>")[0], content.split("</think>")[-1]
-    thought = head.rstrip("\n").split("<think>")[-1].lstrip("\n")
-    return thought.strip("\n"), answer.lstrip("\n")
-
-
-def tool_calls(content: str) -> list[tuple[str, dict]] | None:
-    """[(name, arguments)] of a JSON call {"name": ..., "arguments": ...} or a list of them; None for other
-    text."""
-    try:
-        calls = json.loads(content)
-    except json.JSONDecodeError:
-        return None
-    calls = calls if isinstance(calls, list) else [calls]
-    result = []
-    for call in calls:
-        if not isinstance(call, dict) or "name" not in call or "arguments" not in call:
-            return None
-        arguments = call["arguments"]
-        if isinstance(arguments, str):
-            with contextlib.suppress(json.JSONDecodeError):  # a plain string is a legal argument
-                arguments = json.loads(arguments)
-        result.append((call["name"], arguments))
-    return result or None

@@ -13,14 +13,15 @@ Run: python -c "from tokenizer import Tokenizer; print(Tokenizer.from_folder('FO
 """
 
 import bisect
-import codecs
 import itertools
 import json
-import re
 import shutil
 from pathlib import Path
 
 import tokenizers
+
+from options.errors import UserError
+from text.stream import BYTE_OF_CHARACTER, ByteLevel, StreamDecoder, decoder_steps, feed, finish
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -212,11 +213,11 @@ class Tokenizer:
             return f"<no token {token_id}>"
         if token_id in self._added_ids:
             return token
-        steps = _decoder_steps(self._backend, keep_spaces=True)
-        text = "".join(_feed(steps, [token]) + _finish(steps))
+        steps = decoder_steps(self._backend, keep_spaces=True)
+        text = "".join(feed(steps, [token]) + finish(steps))
         if "\ufffd" not in text:
             return text
-        if not isinstance(steps[-1], _ByteLevel):
+        if not isinstance(steps[-1], ByteLevel):
             return token  # SentencePiece spells a byte as <0xE6> itself
         return "".join(f"<0x{BYTE_OF_CHARACTER[character]:02X}>" for character in token)
 
@@ -237,14 +238,14 @@ class Tokenizer:
         post-processor."""
         return json.loads(self._backend.to_str())
 
-    def stream(self, skip_special: bool = True) -> "StreamDecoder":
+    def stream(self, skip_special: bool = True) -> StreamDecoder:
         """A decoder that is given one id at a time."""
-        return StreamDecoder(self, _decoder_steps(self._backend), skip_special)
+        return StreamDecoder(self._backend, skip_special)
 
     def save(self, folder: str | Path, chat_template: str | None = None) -> None:
         """Copy the tokenizer's files into `folder`; chat_template replaces the one that came with them."""
         if self.folder is None:
-            raise ValueError("this tokenizer was not loaded from a folder, so there are no files to copy")
+            raise UserError("this tokenizer was not loaded from a folder, so there are no files to copy")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name in TOKENIZER_FILES:
@@ -260,197 +261,6 @@ class Tokenizer:
 
     def _id(self, token: str | None) -> int | None:
         return None if token is None else self._backend.token_to_id(token)
-
-
-class StreamDecoder:
-    """Text of ids that arrive one by one. push() returns the text that is final; flush() the rest.
-
-    The concatenation equals Tokenizer.decode of all ids. Each push costs the same however long the text is.
-    A run of SentencePiece byte tokens is held until it ends, because decode turns the whole run into
-    replacement characters when any of its bytes is wrong.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, steps: list, skip_special: bool):
-        self._backend = tokenizer._backend
-        self._skipped = frozenset(
-            i for i, t in self._backend.get_added_tokens_decoder().items() if skip_special and t.special
-        )
-        self._steps = steps
-
-    def push(self, token_id: int) -> str:
-        token_id = int(token_id)
-        token = None if token_id in self._skipped else self._backend.id_to_token(token_id)
-        if token is None:
-            return ""
-        return "".join(_feed(self._steps, [token]))
-
-    def flush(self) -> str:
-        return "".join(_finish(self._steps))
-
-
-def _feed(steps: list, pieces: list[str]) -> list[str]:
-    for step in steps:
-        pieces = [text for piece in pieces for text in step.feed(piece)]
-    return pieces
-
-
-def _finish(steps: list) -> list[str]:
-    pieces: list[str] = []
-    for step in steps:
-        pieces = [text for piece in pieces for text in step.feed(piece)] + step.end()
-    return pieces
-
-
-class _Step:
-    """A decoder step of `tokenizers` that gets one piece of text at a time. This one is Fuse: it changes
-    nothing."""
-
-    def feed(self, piece: str) -> list[str]:
-        """The pieces that are final after `piece`."""
-        return [piece]
-
-    def end(self) -> list[str]:
-        """What was held back."""
-        return []
-
-
-class _Replace(_Step):
-    def __init__(self, old: str, new: str):
-        self.old, self.new = old, new
-
-    def feed(self, piece: str) -> list[str]:
-        return [piece.replace(self.old, self.new)]
-
-
-class _ByteFallback(_Step):
-    """<0xE6><0x97><0xA5> -> one character; a run that is not UTF-8 -> one replacement character per byte."""
-
-    def __init__(self):
-        self.held = bytearray()
-
-    def feed(self, piece: str) -> list[str]:
-        match = re.fullmatch("<0x([0-9A-Fa-f]{2})>", piece)
-        if match is None:
-            return [*self.end(), piece]
-        self.held.append(int(match.group(1), 16))
-        return []
-
-    def end(self) -> list[str]:
-        if not self.held:
-            return []
-        run, self.held = bytes(self.held), bytearray()
-        try:
-            return [run.decode("utf-8")]
-        except UnicodeDecodeError:
-            return ["\ufffd"] * len(run)
-
-
-class _Strip(_Step):
-    """Remove up to `start` leading and `stop` trailing copies of a character from the fused text."""
-
-    def __init__(self, content: str, start: int, stop: int):
-        self.content, self.start, self.stop = content, start, stop
-        self.held = ""
-
-    def feed(self, piece: str) -> list[str]:
-        while self.start and piece:
-            if piece[0] != self.content:
-                self.start = 0
-            else:
-                piece, self.start = piece[1:], self.start - 1
-        piece = self.held + piece
-        trailing = min(self.stop, len(piece) - len(piece.rstrip(self.content)))
-        self.held = piece[len(piece) - trailing :]
-        return [piece[: len(piece) - trailing]]
-
-
-class _StripEach(_Strip):
-    """The same for every piece by itself: a Strip that stands before Fuse."""
-
-    def feed(self, piece: str) -> list[str]:
-        return _Strip(self.content, self.start, self.stop).feed(piece)
-
-
-class _Metaspace(_Step):
-    """U+2581 -> space; in the first piece it is dropped where encoding had put it there."""
-
-    def __init__(self, replacement: str, drop_first: bool):
-        self.replacement, self.drop_next = replacement, drop_first
-
-    def feed(self, piece: str) -> list[str]:
-        text = piece.replace(self.replacement, "" if self.drop_next else " ")
-        self.drop_next = False
-        return [text]
-
-
-class _ByteLevel(_Step):
-    """GPT-2's printable stand-ins for bytes -> UTF-8; a token with any other character stands for itself."""
-
-    def __init__(self):
-        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def feed(self, piece: str) -> list[str]:
-        known = all(character in BYTE_OF_CHARACTER for character in piece)
-        raw = bytes(BYTE_OF_CHARACTER[character] for character in piece) if known else piece.encode("utf-8")
-        return [self.decoder.decode(raw)]
-
-    def end(self) -> list[str]:
-        return [self.decoder.decode(b"", final=True)]
-
-
-class _Spaces(_Step):
-    """No decoder: tokens joined by a space."""
-
-    def __init__(self):
-        self.gap = ""
-
-    def feed(self, piece: str) -> list[str]:
-        text, self.gap = self.gap + piece, " "
-        return [text]
-
-
-def _byte_of_character() -> dict[str, int]:
-    """GPT-2's bytes_to_unicode: printable Latin-1 bytes stand for themselves, the others from U+0100 up."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    table = {chr(byte): byte for byte in printable}
-    others = [byte for byte in range(256) if byte not in printable]
-    return table | {chr(256 + index): byte for index, byte in enumerate(others)}
-
-
-BYTE_OF_CHARACTER = _byte_of_character()
-
-
-def _decoder_steps(backend: tokenizers.Tokenizer, keep_spaces: bool = False) -> list:
-    """The backend's decoder as a list of fresh steps; keep_spaces leaves out what drops a leading space."""
-    if backend.decoder is None:
-        return [_Spaces()]
-    state = json.loads(backend.decoder.__getstate__())
-    steps: list = []
-    fused = False
-    for entry in state["decoders"] if state["type"] == "Sequence" else [state]:
-        kind = entry["type"]
-        if kind == "Replace" and "String" in entry["pattern"]:
-            steps.append(_Replace(entry["pattern"]["String"], entry["content"]))
-        elif kind == "ByteFallback":
-            steps.append(_ByteFallback())
-        elif kind == "Fuse":
-            steps.append(_Step())
-            fused = True
-        elif kind == "Strip":
-            if not keep_spaces:
-                strip = _Strip if fused else _StripEach
-                steps.append(strip(entry["content"], entry["start"], entry["stop"]))
-        elif kind == "Metaspace":
-            drop_first = entry.get("prepend_scheme", "always") != "never" and not keep_spaces
-            steps.append(_Metaspace(entry["replacement"], drop_first))
-        elif kind == "ByteLevel":
-            steps.append(_ByteLevel())
-        else:
-            raise ValueError(
-                f"tokenizer.json: decoder {kind!r} cannot be streamed; known are ByteLevel, Metaspace, and "
-                "sequences of Replace, ByteFallback, Fuse, Strip. Use Tokenizer.decode on the finished ids."
-            )
-    return steps
 
 
 def _without_prefix_space(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer | None:
@@ -500,21 +310,21 @@ def _drop_prefix(entry: dict | None) -> dict | None:
 def _load_backend(folder: Path) -> tokenizers.Tokenizer:
     path = folder / "tokenizer.json"
     if not folder.is_dir():
-        raise FileNotFoundError(
+        raise UserError(
             f"{folder}: there is no such folder; expected a checkpoint folder with tokenizer.json"
         )
     if path.exists():
         try:
             return tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception for every kind of damage
-            raise ValueError(
+            raise UserError(
                 f"{path}: the tokenizers library {tokenizers.__version__} cannot read it ({error}). "
                 "Download the file again, or update the library if the file is newer."
             ) from error
     present = sorted(p.name for p in folder.iterdir() if "token" in p.name or p.name in TOKENIZER_FILES)
     found = f"found {', '.join(present)}" if present else "no tokenizer file at all is there"
     if (folder / "tokenizer.model").exists():
-        raise FileNotFoundError(
+        raise UserError(
             f"{folder}: there is tokenizer.model but no tokenizer.json. The SentencePiece file has to be "
             "converted "
             'once, in any environment with transformers and sentencepiece: python -c "from transformers '
@@ -523,7 +333,7 @@ def _load_backend(folder: Path) -> tokenizers.Tokenizer:
             "take a "
             "GGUF file of the model (model_name_or_path=model.gguf), which brings its own."
         )
-    raise FileNotFoundError(
+    raise UserError(
         f"{folder}: tokenizer.json is missing ({found}). Copy it from the model's page, or write it with "
         "transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...) in another environment."
     )
@@ -535,11 +345,9 @@ def _read_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}:{error.lineno}: not JSON ({error.msg}). Download the file again."
-        ) from error
+        raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg}). Download the file again.") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: found a {type(value).__name__}, expected a JSON object")
+        raise UserError(f"{path}: found a {type(value).__name__}, expected a JSON object")
     return value
 
 
@@ -569,7 +377,7 @@ def _add_listed_tokens(backend: tokenizers.Tokenizer, folder: Path, config: dict
         backend.add_tokens([_added_token(entry)])
         found = backend.token_to_id(entry["content"])
         if found != token_id:
-            raise ValueError(
+            raise UserError(
                 f"{folder}: {entry['content']!r} should have id {token_id} (tokenizer_config.json or "
                 f"added_tokens.json), but tokenizer.json leads to id {found}. The files are not of one "
                 "tokenizer."

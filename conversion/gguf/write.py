@@ -31,7 +31,7 @@ from architectures.config import ModelConfig, Rope
 from architectures.rope import inverse_frequencies
 from checkpoints.gguf.blocks import BLOCK_NAMES, BLOCKS, encode_rows, row_bytes
 from conversion.gguf.write_tokenizer import vocabulary_metadata
-from templates import ChatTemplate
+from text.render import ChatTemplate
 from text.tokenizer import Tokenizer
 
 # key export_gguf_type -> general.file_type, which programs show to people (Q4_K alone is what llama.cpp calls

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from options.errors import UserError
 from pipeline import readers
 from pipeline.formats import Dropped, check_stage, to_conversation, to_document, to_pair, to_rated
 from pipeline.readers import read_file
@@ -322,7 +323,7 @@ def test_folder_field_stays_inside(tmp_path):
     assert len(list_files(DatasetInfo("x", "file", str(tmp_path / "d"), folder="sub"))) == 1
     with pytest.raises(ValueError, match="leaves"):
         list_files(DatasetInfo("x", "file", str(tmp_path / "d"), folder="../.."))
-    with pytest.raises(FileNotFoundError, match="does not exist"):
+    with pytest.raises(UserError, match="does not exist"):
         list_files(DatasetInfo("x", "file", str(tmp_path / "gone.json")))
 
 

@@ -14,12 +14,14 @@ from tiny_runs import assert_same_weights, tiny_runs
 from tiny_tokenizers import make_tokenizer
 
 import data
-from data import DataOptions, TokenizedDataSaved, describe_example, load_datasets
+from data import DataOptions, TokenizedDataSaved, load_datasets
 from pipeline.batch import ANSWER, ROLES, collate
 from pipeline.encoding import EncodeOptions, keep_answer
 from pipeline.formats import Dropped
-from templates import Message, encode_dialogue, get_template
+from pipeline.report import describe_example
+from templates import get_template
 from tests.pipeline.test_pair_formats import CALL, RANKED, say
+from text.render import Message, encode_dialogue
 from text.tokenizer import Tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -23,7 +23,8 @@ from options.errors import UserError
 from pipeline.batch import Example, collate
 from stages.rm import RewardModel, RewardModelOptions, pair_scores, score_dialogues, score_texts, span_loss
 from stages.stage import Stage
-from templates import Message, TemplateOptions, get_template
+from templates import TemplateOptions, get_template
+from text.render import Message
 from text.tokenizer import Tokenizer
 
 # prompt tokens, chosen, rejected: different lengths, a late difference, one a beginning of the other, equal

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import KINDS, make_tokenizer
 
+from options.errors import UserError
 from text.tokenizer import Tokenizer
 
 FRAGMENTS = (
@@ -263,12 +264,12 @@ def test_truncation_and_padding_stored_in_the_file_are_switched_off(folder):
 
 
 def test_missing_files_say_what_to_do(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such folder"):
+    with pytest.raises(UserError, match="no such folder"):
         Tokenizer.from_folder(tmp_path / "nothing")
-    with pytest.raises(FileNotFoundError, match="tokenizer.json is missing.*no tokenizer file"):
+    with pytest.raises(UserError, match="tokenizer.json is missing.*no tokenizer file"):
         Tokenizer.from_folder(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"x")
-    with pytest.raises(FileNotFoundError, match="save_pretrained.*model_name_or_path=model.gguf"):
+    with pytest.raises(UserError, match="save_pretrained.*model_name_or_path=model.gguf"):
         Tokenizer.from_folder(tmp_path)
 
 

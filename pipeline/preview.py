@@ -1,0 +1,152 @@
+"""A training batch token by token: what `python data.py preview CONFIG [--index N] [key=value ...]` shows.
+
+Every token leads back to its data set, row and turn, with the reason why it is trained or not.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+from options.errors import UserError
+from options.option import COMMON, REQUIRED, RESUMABLE, SECRET, option
+from pipeline.batch import ANSWER, IGNORED, ROLES, Batch
+from pipeline.encoding import numbered_rows
+from pipeline.report import segment_name
+from pipeline.sources import find_dataset, read_rows
+
+BOLD, GREEN, DIM, PLAIN = "\033[1m", "\033[32m", "\033[2m", "\033[0m"
+
+
+@dataclass(frozen=True)
+class PreviewOptions:
+    model_name_or_path: str = option(
+        REQUIRED,
+        "folder or hub id of the checkpoint; only its tokenizer is read",
+        COMMON,
+        also="model_id_or_path model model_path base_model",
+    )
+    index: int = option(0, "which batch", COMMON)
+    stage: Literal["pt", "sft", "rm", "dpo", "orpo", "kto", "ppo", "grpo"] = option(
+        "sft", "what the data is for", COMMON
+    )
+    per_device_train_batch_size: int = option(
+        8, "examples, or packed rows, of a batch", COMMON, also="batch_size per_gpu_train_batch_size"
+    )
+    seed: int = option(42, "seed of the run")
+    model_revision: str = option("main", "branch, tag or commit on the hub", also="revision")
+    cache_dir: str | None = option(None, "folder for downloads and tokenised data", RESUMABLE)
+    hf_hub_token: str | None = option(None, "Hugging Face token", RESUMABLE, SECRET, also="hub_token")
+
+    def __post_init__(self):
+        if self.index < 0:
+            raise UserError(f"index is {self.index}, expected at least 0")
+
+
+def token_table(
+    batch: Batch,
+    tokenizer,
+    datasets: list[str],
+    places: dict[tuple[int, int], str],
+    colour: bool,
+    kind: str = "dialogue",
+) -> Iterator[str]:
+    """Lines that show a batch token by token: place in the segment, id, text, turn, role, trained or not, and
+    why."""
+    labels, tokens, roles = batch.labels.tolist(), batch.tokens.tolist(), batch.roles.tolist()
+    tags = [0] * len(batch.sources) if batch.tags is None else batch.tags.tolist()
+    used = "of labels" if kind == "prompt" else "trained"
+    total = len(batch.label_rows)
+    pairs = f" ({batch.pairs} pairs)" if kind == "pair" else ""
+    yield f"{len(tokens)} tokens in {len(batch.sources)} segments{pairs}, {total} {used}"
+    for segment, source in enumerate(batch.sources):
+        start, end = batch.borders[segment], batch.borders[segment + 1]
+        # labels are shifted: a token is a target where the label of the place before it is set
+        trained = [False] + [label != IGNORED for label in labels[start : end - 1]]
+        place = f" ({places[source]})" if source in places else ""
+        name = segment_name(kind, int(batch.pairs > 0 and segment >= batch.pairs), tags[segment])
+        title = (
+            f"segment {segment}{name and ', ' + name}: data set {datasets[source[0]]}, row {source[1]}{place}"
+        )
+        title += f", {end - start} tokens, {sum(trained)} {used}"
+        yield ""
+        yield f"{BOLD}{title}{PLAIN}" if colour else title
+        for t, token in enumerate(tokens[start:end]):
+            role, answer = ROLES[roles[start + t] % ANSWER], roles[start + t] >= ANSWER
+            turn = int(batch.turns[start + t])
+            fields = (
+                f"{t:6d} {token:7d}",
+                f"{tokenizer.piece(token)!r:<24}",
+                f"turn {turn}" if turn >= 0 else "      ",
+                f"{role:<11}",
+                ("label" if kind == "prompt" else "train") if trained[t] else "  -  ",
+                reason(t, role, answer, trained[t], kind),
+            )
+            line = "  ".join(fields)
+            yield f"{GREEN if trained[t] else DIM}{line}{PLAIN}" if colour else line
+
+
+def reason(place: int, role: str, answer: bool, trained: bool, kind: str = "dialogue") -> str:
+    """Why a token is trained or not."""
+    if trained and kind == "prompt":
+        return "the row's answer: rewards compare with it, the model never reads it"
+    if trained:
+        if role == "text":
+            return "document"
+        if answer:
+            return "answer"
+        return "prompt, trained by train_on_prompt"
+    if place == 0:
+        return "first token: nothing before it predicts it"
+    if answer:
+        return (
+            "earlier answer, masked by mask_history"
+            if kind == "dialogue"
+            else "earlier answer: part of the prompt"
+        )
+    return "template text, or an answer shown as context" if role in ("assistant", "function") else "prompt"
+
+
+def in_colour() -> bool:
+    """Colour for a terminal only, and not when the user asks for none (no-color.org)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+def places_of_rows(
+    names: list[str], sources: list[tuple[int, int]], dataset_dir: str, split: str
+) -> dict[tuple[int, int], str]:
+    """file:line of each row (data set, number), found by reading the files again."""
+    places = {}
+    for k in {part for part, _ in sources}:
+        info = find_dataset(names[k], dataset_dir, split)
+        wanted = {row for part, row in sources if part == k}
+        if info.kind == "file":
+            rows = islice(numbered_rows(read_rows(info)), max(wanted) + 1)
+            places |= {(k, number): place for number, place, _ in rows if number in wanted}
+    return places
+
+
+def tokenizer_folder(run: PreviewOptions) -> Path:
+    """The folder of the checkpoint, or of its tokenizer's files alone, fetched from the hub."""
+    if Path(run.model_name_or_path).is_dir():
+        return Path(run.model_name_or_path)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                run.model_name_or_path,
+                revision=run.model_revision,
+                cache_dir=run.cache_dir,
+                token=run.hf_hub_token,
+                allow_patterns=["tokenizer*", "special_tokens_map.json", "*.jinja", "*config.json"],
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise UserError(
+            f"model_name_or_path: {run.model_name_or_path!r} is no folder and cannot be downloaded: {error}"
+        ) from error

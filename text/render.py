@@ -1,0 +1,366 @@
+"""A dialogue -> text spans that say which text the model has to produce -> tokens; a template as data.
+
+A `ChatTemplate` is a slot of text per role, with {{content}}, {{bos}} and {{eos}} to fill in; templates.py is
+their catalogue. jinja_template.JinjaTemplate, a checkpoint's own chat_template, renders the same spans. Both
+keep one promise: the text before a trained answer is exactly the text that generation is given.
+
+Run: python -c "from text.render import *; print(ChatTemplate('a').render([Message('user', 'Hi')], '', ''))"
+"""
+
+import json
+import re
+from bisect import bisect_left
+from collections import namedtuple
+from dataclasses import dataclass
+
+from options.errors import UserError
+from text.tools import TOOL_TEXTS, qwen_tools
+
+ROLES = ("system", "user", "assistant", "observation", "function")
+PRODUCED = ("assistant", "function")  # roles whose text the model writes
+SLOT = re.compile(r"\{\{(content|bos|eos|name|arguments)\}\}")
+NO_THOUGHT = "<think>\n\n</think>\n\n"
+
+
+class Message(namedtuple("Message", ("role", "content"))):
+    """One turn. function: the assistant's call of a tool (trained); observation: the tool's result (not
+    trained)."""
+
+    __slots__ = ()
+
+    def __new__(cls, role: str, content: str):
+        if role not in ROLES:
+            raise ValueError(f"message role: found {role!r}, expected one of {', '.join(ROLES)}")
+        return super().__new__(cls, role, content)
+
+
+@dataclass(frozen=True)
+class Span:
+    """A piece of the rendered text. turn: index of the message; -1 = what stands before the first one."""
+
+    text: str
+    answer: bool  # the model has to produce it
+    turn: int
+    role: str
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """In a slot {{content}} is the message, {{bos}} and {{eos}} are the tokenizer's tokens."""
+
+    name: str
+    prefix: str = ""
+    system: str = "{{content}}"
+    user: str = "{{content}}"
+    header: str = ""  # before an answer: what generation is given last
+    answer: str = "{{content}}{{eos}}"  # trained
+    turn_end: str = ""  # after an answer, not trained
+    observation: str | None = None  # None: as user
+    # what becomes of a function turn that is a JSON call; any other text stands as it is
+    function: str = "Action: {{name}}\nAction Input: {{arguments}}"
+    tools: str = "generic"  # how tool definitions are written, a key of TOOL_TEXTS
+    default_system: str | None = None
+    system_in_first_user: bool = False
+    trim: bool = False  # strip white space around every content
+    thinking: bool = False  # <think> blocks as Qwen3
+    stop: tuple[str, ...] = ()
+
+    def render(
+        self,
+        messages: list[Message],
+        bos: str | None,
+        eos: str | None,
+        *,
+        generation_prompt: bool = False,
+        enable_thinking: bool = True,
+        tools: list[dict] | None = None,
+    ) -> list[Span]:
+        """Spans of the dialogue; with generation_prompt, the text up to where the next answer begins.
+
+        tools: definitions as JSON-like dicts; their description is appended to the system text.
+        """
+        self._check(messages, eos)
+        tokens = {"bos": bos or "", "eos": eos or ""}
+        spans = [Span(_fill(self.prefix, tokens), False, -1, "prefix")]
+        system, system_turn, first = self.default_system, -1, 0
+        if messages and messages[0].role == "system":
+            system, system_turn, first = messages[0].content, 0, 1
+        if tools:
+            system = TOOL_TEXTS[self.tools](system or "", tools)
+        before_user = ""
+        if system is not None:
+            trim = self.trim and not self.system_in_first_user  # there the user turn is trimmed with it
+            text = _fill(self.system, tokens, content=system.strip() if trim else system)
+            if self.system_in_first_user:
+                if len(messages) == first or messages[first].role != "user":
+                    raise UserError(
+                        f"template {self.name!r} writes the system text into the first user turn, so a "
+                        "system message needs a user message after it"
+                    )
+                before_user = text
+            else:
+                spans.append(Span(text, False, system_turn, "system"))
+        last_query = max((i for i, message in enumerate(messages) if message.role == "user"), default=-1)
+        for turn, (role, content) in enumerate(messages[first:], start=first):
+            if role in PRODUCED:
+                spans += self._answer(messages, turn, last_query, tokens, enable_thinking)
+                continue
+            content, before_user = before_user + content, ""
+            slot = self.user if role == "user" or self.observation is None else self.observation
+            text = _fill(slot, tokens, content=content.strip() if self.trim else content)
+            spans.append(Span(text, False, turn, role))
+        if generation_prompt:
+            text = _fill(self.header, tokens) + (NO_THOUGHT if self.thinking and not enable_thinking else "")
+            spans.append(Span(text, False, len(messages), "assistant"))
+        return [span for span in spans if span.text]
+
+    def _answer(
+        self, messages, turn: int, last_query: int, tokens: dict, enable_thinking: bool
+    ) -> list[Span]:
+        role, content = messages[turn]
+        header, trained, last = _fill(self.header, tokens), True, turn == len(messages) - 1
+        if role == "function":
+            content = _function_text(content, self.function)
+        if self.trim:
+            content = content.strip()
+        if self.thinking:
+            thought, content = split_thought(content)
+            thinks = turn > last_query
+            if thinks and not enable_thinking and last:
+                header += NO_THOUGHT
+            elif thinks and enable_thinking and (thought or last):
+                content = f"<think>\n{thought}\n</think>\n\n{content}"
+            else:
+                # An earlier answer is shown without its thought, and that is not what the model is to write.
+                trained = False
+        return [
+            Span(header, False, turn, role),
+            Span(_fill(self.answer, tokens, content=content), trained, turn, role),
+            Span(_fill(self.turn_end, tokens), False, turn, role),
+        ]
+
+    def _check(self, messages: list[Message], eos: str | None) -> None:
+        for turn, message in enumerate(messages):
+            if message.role == "system" and turn > 0:
+                raise UserError(
+                    f"message {turn} is a system message; a system message can only be the first one"
+                )
+        if eos is None and "{{eos}}" in self.answer:
+            raise UserError(
+                f"template {self.name!r} ends an answer with the tokenizer's eos token, but the tokenizer "
+                "has none; name eos_token in tokenizer_config.json, or choose a template with its own end "
+                "token like chatml"
+            )
+
+    def stop_words(self, eos: str | None) -> tuple[str, ...]:
+        """Texts that end an answer in generation."""
+        return tuple(dict.fromkeys([*self.stop, *([eos] if eos else [])]))
+
+    def content(self, text: str) -> str:
+        """A generated text as the content of an assistant message: without the space that some templates
+        begin with."""
+        return text.removeprefix(self.answer.partition("{{content}}")[0])
+
+    def describe(self) -> str:
+        text = f"template {self.name} (built in)"
+        if self.default_system:
+            text += f", default system text {self.default_system!r}"
+        if self.thinking:
+            text += ", trains what follows the last user turn (earlier answers are shown without thoughts)"
+        return text
+
+    def to_jinja(self) -> str:
+        """The same template as a chat_template for transformers and servers."""
+        return _as_jinja(self)
+
+
+def _fill(slot: str, tokens: dict[str, str], **values: str) -> str:
+    values = {**tokens, **values}
+    return SLOT.sub(lambda match: values[match.group(1)], slot)
+
+
+def _function_text(content: str, slot: str) -> str:
+    """A JSON call in the template's own form; any other text stands as it is."""
+    calls = tool_calls(content)
+    if calls is None:
+        return content
+    filled = [
+        _fill(slot, {}, name=name, arguments=json.dumps(arguments, ensure_ascii=False), content=content)
+        for name, arguments in calls
+    ]
+    return "\n".join(filled)
+
+
+def split_thought(content: str) -> tuple[str, str]:
+    """("t", "a") of "<think>\\nt\\n</think>\\n\\na", as Qwen3's jinja cuts it; no block: ("", content)."""
+    if "</think>" not in content:
+        return "", content
+    head, answer = content.split("</think>")[0], content.split("</think>")[-1]
+    thought = head.rstrip("\n").split("<think>")[-1].lstrip("\n")
+    return thought.strip("\n"), answer.lstrip("\n")
+
+
+def tool_calls(content: str) -> list[tuple[str, dict]] | None:
+    """[(name, arguments)] of a JSON call {"name": ..., "arguments": ...} or a list of them; else None."""
+    calls = parsed(content)
+    calls = calls if isinstance(calls, list) else [calls]
+    if not calls or not all(
+        isinstance(call, dict) and {"name", "arguments"} <= call.keys() for call in calls
+    ):
+        return None
+    return [(call["name"], parsed(call["arguments"])) for call in calls]
+
+
+def parsed(value):
+    """The value that a text spells as JSON; anything else as it is, for a tool may take plain text."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError:
+        return value
+
+
+# ------------------------------------------------------------------------------------------------ tokens
+
+
+@dataclass(frozen=True)
+class EncodedDialogue:
+    """A dialogue as tokens. All four lists have one entry per token."""
+
+    ids: list[int]
+    answer: list[bool]  # the model has to produce this token
+    turn: list[int]  # index of the message, -1 = before the first
+    role: list[str]
+
+
+def encode_dialogue(tokenizer, spans: list[Span]) -> EncodedDialogue:
+    """Tokens of rendered spans. Neighbouring spans with the same `answer` are joined first, so that the
+    tokens are those of the whole text; a token belongs to the span in which it begins."""
+    parts, flags, starts = [], [], []
+    position = 0
+    for span in spans:
+        if flags and flags[-1] == span.answer:
+            parts[-1] += span.text
+        else:
+            parts.append(span.text)
+            flags.append(span.answer)
+        starts.append(position)
+        position += len(span.text)
+    ids, answer, turn, role = [], [], [], []
+    owner = 0
+    for flag, (part_ids, part_starts) in zip(flags, tokenizer.encode_parts_with_starts(parts)):
+        ids += part_ids
+        answer += [flag] * len(part_ids)
+        begin = 0
+        while begin < len(part_ids):
+            last = owner + 1 == len(spans)
+            end = len(part_ids) if last else bisect_left(part_starts, starts[owner + 1], begin)
+            turn += [spans[owner].turn] * (end - begin)
+            role += [spans[owner].role] * (end - begin)
+            begin = end
+            owner += begin < len(part_ids)
+    return EncodedDialogue(ids, answer, turn, role)
+
+
+# ------------------------------------------------------------------------------------------------ as jinja
+
+# Every tag strips the white space before it, so line breaks mean nothing. @name@ is filled in by _as_jinja.
+JINJA = """
+{%- if messages and messages[0]['role'] == 'system' %}
+{%- set system_message = messages[0]['content']@trim_system@ %}
+{%- set dialogue = messages[1:] %}
+{%- else %}{%- set system_message = @default@ %}{%- set dialogue = messages %}{%- endif %}
+@tools@
+@prefix@
+{%- set state = namespace(before='', query=-1) %}
+{%- if system_message is not none %}
+@system@
+{%- endif %}
+{%- for message in dialogue %}{%- if message['role'] == 'user' %}
+{%- set state.query = loop.index0 %}{%- endif %}{%- endfor %}
+{%- for message in dialogue %}
+{%- if message['role'] == 'assistant' %}
+{%- set content = (message['content'] or '')@trim@ %}
+{%- if message['tool_calls'] %}
+{%- set calls = namespace(text='') %}
+{%- for entry in message['tool_calls'] %}
+{%- set call = entry['function'] if entry['function'] else entry %}
+{%- set calls.text = calls.text + ('' if loop.first else '\\n') + @call@ %}
+{%- endfor %}
+{%- set content = (content + '\\n' if content else '') + calls.text %}
+{%- endif %}
+@thought@
+{{- @answer@ }}
+{%- else %}
+{%- set content = (state.before + message['content'])@trim@ %}{%- set state.before = '' %}
+{%- if message['role'] == 'user' %}
+{{- @user@ }}
+{%- elif message['role'] in ['tool', 'observation', 'ipython'] %}
+{{- @observation@ }}
+{%- else %}{{- raise_exception('no place for a message of ' + message['role']) }}{%- endif %}
+{%- endif %}{%- endfor %}
+{%- if add_generation_prompt %}
+{{- @header@ }}
+@no_thought@
+{%- endif %}"""
+JINJA_NO_TOOLS = (
+    "{%- if tools %}{{- raise_exception('this template has no form for tool definitions') }}{%- endif %}"
+)
+JINJA_QWEN_TOOLS = """\
+{%- if tools %}
+{%- set system_message = (system_message + '\\n\\n' if system_message else '') + @before_tools@ %}
+{%- set defined = namespace(text='') %}
+{%- for tool in tools %}{%- set defined.text = defined.text + '\\n' + (tool | tojson) %}{%- endfor %}
+{%- set system_message = system_message + defined.text + @after_tools@ %}
+{%- endif %}"""
+JINJA_THOUGHT = """\
+{%- set thought = '' %}{%- if '</think>' in content %}
+{%- set thought = content.split('</think>')[0].split('<think>')[-1].strip('\\n') %}
+{%- set content = content.split('</think>')[-1].lstrip('\\n') %}{%- endif %}
+{%- if loop.index0 > state.query and (loop.last or thought) %}
+{%- set content = '<think>\\n' + thought + '\\n</think>\\n\\n' + content %}{%- endif %}"""
+JINJA_NO_THOUGHT = """\
+{%- if enable_thinking is defined and not enable_thinking %}
+{{- @empty_thought@ }}{%- endif %}"""
+
+
+def _as_jinja(template: ChatTemplate) -> str:
+    system = _expression(template.system, "system_message")
+    trim = " | trim" if template.trim else ""
+    before_tools, after_tools = qwen_tools("", ["here"]).split('\n"here"')
+    answer = [slot for slot in (template.header, template.answer, template.turn_end) if slot]
+    values = {
+        "default": "none" if template.default_system is None else _literal(template.default_system),
+        "prefix": f"{{{{- {_expression(template.prefix)} }}}}" if template.prefix else "",
+        "system": f"{{%- set state.before = {system} %}}"
+        if template.system_in_first_user
+        else f"{{{{- {system} }}}}",
+        "user": _expression(template.user),
+        "observation": _expression(template.observation or template.user),
+        "header": _expression(template.header),
+        "answer": " + ".join(map(_expression, answer)),
+        "call": _expression(template.function, name="call['name']", arguments="(call['arguments'] | tojson)"),
+        "trim": trim,
+        "trim_system": "" if template.system_in_first_user else trim,
+        "before_tools": _literal(before_tools),
+        "after_tools": _literal(after_tools),
+        "empty_thought": _literal(NO_THOUGHT),
+    }
+    text = JINJA.replace("@tools@", JINJA_QWEN_TOOLS if template.tools == "qwen" else JINJA_NO_TOOLS)
+    text = text.replace("@thought@", JINJA_THOUGHT if template.thinking else "")
+    text = text.replace("@no_thought@", JINJA_NO_THOUGHT if template.thinking else "")
+    text = re.sub("@([a-z_]+)@", lambda match: values[match.group(1)], text)
+    return "\n".join(line for line in text.split("\n") if line)
+
+
+def _expression(slot: str, content: str = "content", **names: str) -> str:
+    """A slot as a jinja expression: literals and variables joined by +."""
+    names = {"content": content, "bos": "(bos_token or '')", "eos": "(eos_token or '')", **names}
+    pieces = SLOT.split(slot)
+    terms = [names[piece] if i % 2 else _literal(piece) for i, piece in enumerate(pieces) if i % 2 or piece]
+    return " + ".join(terms) or "''"
+
+
+def _literal(text: str) -> str:
+    """A jinja string literal."""
+    text = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+    return f"'{text}'"
