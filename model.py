@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 import kernels
+from architectures import rope
 from architectures.config import ModelConfig
 from architectures.layers import MLP, ForwardContext, Linear, RMSNorm, project_together
-from architectures.rope import dynamic_inverse_frequencies, inverse_frequencies
 from kernels.recompute import Plan
 
 
@@ -134,7 +134,7 @@ class Decoder(nn.Module):
     def forward(self, tokens, positions, cu_seqlens, max_seqlen: int, cache=None) -> Tensor:
         """tokens (T,) int64, positions (T,), cu_seqlens (N+1,) int32, max_seqlen host int -> hidden (T, E).
 
-        With a cache (generation/cache.py), segment i holds the new tokens of sequence i and the cache grows by them.
+        With a cache (generation/), segment i holds the new tokens of sequence i, and the cache grows by them.
         """
         runtime = self.runtime
         x = self.embed_tokens(tokens).to(self.compute_dtype)  # (T, E)
@@ -170,27 +170,14 @@ class Decoder(nn.Module):
             else self.lm_head(hidden)
         )
 
-    def rotation(self, positions: Tensor, row: ForwardContext, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin (T, D/2) of every token's angles; angles in fp32, since bf16 cannot count past 256."""
-        rope, size, device = self.config.rope, self.config.head_dim, positions.device
-        if rope.kind == "dynamic":
-            frequency = self._dynamic_frequencies(row, positions.shape[0], device)  # (T, D/2)
-        else:
-            frequency = inverse_frequencies(rope, size, device)
-        angle = positions[:, None].float() * frequency
-        return (angle.cos() * rope.attention_factor).to(dtype), (angle.sin() * rope.attention_factor).to(
-            dtype
+    def rotation(
+        self, positions: Tensor, context: ForwardContext, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """cos and sin (T, D/2) of the angles by which q and k turn."""
+        lengths = None if context.cache is None else context.lengths
+        return rope.rotation(
+            self.config.rope, self.config.head_dim, positions, context.cu_seqlens, lengths, dtype
         )
-
-    def _dynamic_frequencies(self, row: ForwardContext, tokens: int, device) -> Tensor:
-        """Each segment by its own length, so that a packed row equals its segments alone."""
-        if row.cache is not None:
-            lengths = torch.as_tensor(row.lengths, device=device)
-        else:
-            lengths = row.cu_seqlens[1:] - row.cu_seqlens[:-1]
-        frequency = dynamic_inverse_frequencies(self.config.rope, self.config.head_dim, lengths)  # (N, D/2)
-        new = row.cu_seqlens[1:] - row.cu_seqlens[:-1]
-        return frequency.repeat_interleave(new.long(), dim=0, output_size=tokens)
 
 
 def _neftune_noise(x: Tensor, cu_seqlens: Tensor, alpha: float) -> Tensor:

@@ -1,33 +1,16 @@
-"""From a Hugging Face config.json to the switches of one decoder, and weight names both ways. Knows no torch.
+"""ModelConfig, the switches of one decoder; what every family reads from config.json alike; weight names.
 
-A family is one entry of FAMILIES: where each switch stands in its config.json, or its constant. The decoder
-(model.py) reads switches only; a family's name never decides anything there. To add a family: add an entry,
-and a switch if the family needs one that does not exist yet.
+The decoder (model.py) reads switches only; no family decides anything there by its name. A family is a file
+of this folder, which says where its config.json differs from what is read here.
 """
 
-import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-ROPE_KINDS = ("none", "linear", "dynamic", "yarn", "llama3")
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary embedding: angle = position * inverse_frequency, changed by `kind` as model.py says."""
-
-    theta: float = 10000.0
-    kind: str = "none"  # one of ROPE_KINDS
-    factor: float = 1.0
-    original_positions: int = 0  # tokens the model was trained on; the reference length of every scaling
-    low_freq_factor: float = 1.0  # llama3
-    high_freq_factor: float = 4.0  # llama3
-    beta_fast: float = 32.0  # yarn, rotations
-    beta_slow: float = 1.0  # yarn, rotations
-    attention_factor: float = 1.0  # yarn: multiplies cos and sin
-    truncate: bool = True  # yarn: round the borders of the ramp to whole dimensions
+from architectures.rope import ROPE_KINDS, Rope, rope_from_hf
+from options.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -49,6 +32,10 @@ class ModelConfig:
     out_bias: bool = False  # bias of o_proj
     mlp_bias: bool = False
     qk_norm: bool = False  # RMSNorm over each head of q and k before the rotation
+    norm_offset: float = 0.0  # RMSNorm multiplies by offset + weight
+    embedding_scale: float = 1.0  # multiplies the embeddings, rounded to the activations' dtype
+    attention_kinds: tuple[str, ...] = ()  # keys of model.ATTENTION per layer; () = "attention" in every one
+    feed_forward_kinds: tuple[str, ...] = ()  # keys of model.FEED_FORWARD per layer; () = "mlp" in every one
     sliding_windows: tuple[int | None, ...] = ()  # tokens per layer, None = all; length num_layers
     tied_head: bool = False
     initializer_range: float = 0.02  # standard deviation of fresh weights
@@ -56,114 +43,57 @@ class ModelConfig:
         default_factory=dict, compare=False, repr=False
     )  # the config.json it came from
 
+    def kinds(self, layer: int) -> tuple[str, str]:
+        """What attention and what feed-forward this layer has."""
+        attention = self.attention_kinds[layer] if self.attention_kinds else "attention"
+        return attention, self.feed_forward_kinds[layer] if self.feed_forward_kinds else "mlp"
+
 
 @dataclass(frozen=True)
 class Family:
-    """How one architecture's config.json maps to switches: a key's name, a constant, or a function of the
-    file."""
+    """How the config.json of one class of models becomes switches.
+
+    switches   config.json, with defaults -> the fields of ModelConfig that `read` would not give
+    defaults   what the family's files may leave out, beside COMMON
+    """
 
     model_type: str
-    qkv_bias: str | bool = False
-    out_bias: str | bool = False
-    mlp_bias: str | bool = False
-    qk_norm: bool = False
-    windows: Callable[[Mapping[str, Any], int], tuple[int | None, ...]] = lambda hf, layers: (None,) * layers
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # what the family's files may leave out
+    switches: Callable[[Mapping[str, Any]], dict[str, Any]]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _window_everywhere(hf: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
-    return (hf.get("sliding_window"),) * layers
-
-
-def _window_above(hf: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
-    """Qwen: `layer_types` decides if the file has it, else layers from `max_window_layers` on slide."""
-    window = hf.get("sliding_window") if hf.get("use_sliding_window") else None
-    kinds = hf.get("layer_types")
-    if kinds is None:
-        first = hf.get("max_window_layers", 28)
-        kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-
-
-_COMMON = {
+COMMON = {
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
     "max_position_embeddings": 2048,
     "initializer_range": 0.02,
 }
-
-_LLAMA = Family(
-    "llama", qkv_bias="attention_bias", out_bias="attention_bias", mlp_bias="mlp_bias", defaults=_COMMON
-)
-
-FAMILIES: dict[str, Family] = {
-    "LlamaForCausalLM": _LLAMA,
-    "LLaMAForCausalLM": _LLAMA,  # first conversions of LLaMA 1
-    "YiForCausalLM": _LLAMA,  # first release of Yi
-    "MistralForCausalLM": Family(
-        "mistral",
-        windows=_window_everywhere,
-        defaults=_COMMON
-        | {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
-    ),
-    "Qwen2ForCausalLM": Family(
-        "qwen2",
-        qkv_bias=True,
-        windows=_window_above,
-        defaults=_COMMON | {"max_position_embeddings": 32768, "sliding_window": 4096},
-    ),
-    "Qwen3ForCausalLM": Family(
-        "qwen3",
-        qkv_bias="attention_bias",
-        out_bias="attention_bias",
-        qk_norm=True,
-        windows=_window_above,
-        defaults=_COMMON | {"head_dim": 128, "max_position_embeddings": 32768, "sliding_window": 4096},
-    ),
-}
-
-_ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "relu": "relu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-}
-_ACTIVATIONS |= {"gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh"}
-_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu"}
+ACTIVATIONS |= {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh"}
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
-def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
-    """Switches of the model that this config.json describes. Raises ValueError naming the key that does not
-    fit."""
-    family = _find_family(hf)
-    hf = {**family.defaults, **hf}
-    missing = [key for key in _SIZES if not isinstance(hf.get(key), int)]
+def read(hf: Mapping[str, Any], family: Family) -> ModelConfig:
+    """Switches of the model that this config.json describes. UserError names the key that does not fit."""
+    hf = {**COMMON, **family.defaults, **hf}
+    missing = [key for key in SIZES if not isinstance(hf.get(key), int)]
     if missing:
-        raise ValueError(
-            f"config.json: {', '.join(missing)} missing or not a whole number; is the file complete?"
-        )
+        listed = ", ".join(missing)
+        raise UserError(f"config.json: {listed} missing or not a whole number; is the file complete?")
     layers, heads = hf["num_hidden_layers"], hf["num_attention_heads"]
     kv_heads = hf.get("num_key_value_heads") or heads
     if heads % kv_heads:
-        raise ValueError(
-            f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
+        found = f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
+        raise UserError(f"config.json: {found}")
+    if hf["hidden_act"] not in ACTIVATIONS:
+        raise UserError(
+            f"config.json: hidden_act {hf['hidden_act']!r} is not one of {', '.join(ACTIVATIONS)}"
         )
-    if hf["hidden_act"] not in _ACTIVATIONS:
-        raise ValueError(
-            f"config.json: hidden_act {hf['hidden_act']!r} is not one of {', '.join(_ACTIVATIONS)}"
-        )
-    head_dim = hf.get("head_dim") or hf["hidden_size"] // heads
-
-    def switch(where: str | bool) -> bool:
-        return bool(hf.get(where, False)) if isinstance(where, str) else where
-
-    windows = family.windows(hf, layers)
-    if len(windows) != layers:
-        raise ValueError(
-            f"config.json: layer_types has {len(windows)} entries for num_hidden_layers {layers}"
-        )
+    switches = {"sliding_windows": (None,) * layers} | family.switches(hf)
+    windows = len(switches["sliding_windows"])
+    if windows != layers:
+        raise UserError(f"config.json: layer_types has {windows} entries for num_hidden_layers {layers}")
     return ModelConfig(
         vocab_size=hf["vocab_size"],
         hidden_size=hf["hidden_size"],
@@ -171,19 +101,15 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=kv_heads,
-        head_dim=head_dim,
+        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
         norm_eps=hf["rms_norm_eps"],
         max_positions=hf["max_position_embeddings"],
-        rope=_rope_from_hf(hf),
-        activation=_ACTIVATIONS[hf["hidden_act"]],
-        qkv_bias=switch(family.qkv_bias),
-        out_bias=switch(family.out_bias),
-        mlp_bias=switch(family.mlp_bias),
-        qk_norm=family.qk_norm,
-        sliding_windows=windows,
+        rope=rope_from_hf(hf),
+        activation=ACTIVATIONS[hf["hidden_act"]],
         tied_head=bool(hf["tie_word_embeddings"]),
         initializer_range=hf["initializer_range"],
         hf=hf,
+        **switches,
     )
 
 
@@ -195,7 +121,7 @@ def scale_rope(config: ModelConfig, kind: str, cutoff_len: int | None) -> ModelC
     back to `hf`.
     """
     if kind not in ROPE_KINDS:
-        raise ValueError(f"rope_scaling: {kind!r} is not one of {', '.join(ROPE_KINDS)}")
+        raise UserError(f"rope_scaling: {kind!r} is not one of {', '.join(ROPE_KINDS)}")
     original = config.rope.original_positions or config.max_positions
     factor = 2.0 if cutoff_len is None else float(math.ceil(cutoff_len / original))
     if kind == "none" or factor <= 1.0:
@@ -209,65 +135,7 @@ def scale_rope(config: ModelConfig, kind: str, cutoff_len: int | None) -> ModelC
     maximum = original if kind == "dynamic" else int(original * factor)
     hf = {key: value for key, value in config.hf.items() if key != "rope_scaling"}
     hf |= {"rope_parameters": entry, "rope_theta": config.rope.theta, "max_position_embeddings": maximum}
-    return replace(config, rope=_rope_from_hf(hf), max_positions=maximum, hf=hf)
-
-
-def _find_family(hf: Mapping[str, Any]) -> Family:
-    names = hf.get("architectures") or []
-    for name in names:
-        if name in FAMILIES:
-            return FAMILIES[name]
-    if not names:
-        for family in FAMILIES.values():
-            if family.model_type == hf.get("model_type"):
-                return family
-    found = ", ".join(names) or f"model_type {hf.get('model_type')!r}"
-    near = difflib.get_close_matches(names[0] if names else "", FAMILIES, n=1)
-    hint = f" (nearest: {near[0]})" if near else ""
-    raise ValueError(f"config.json: architecture {found} is not known{hint}; known are {', '.join(FAMILIES)}")
-
-
-def _rope_from_hf(hf: Mapping[str, Any]) -> Rope:
-    """Read `rope_parameters` (newer files) or `rope_theta` with `rope_scaling` (older ones)."""
-    entry = dict(hf.get("rope_scaling") or {})
-    entry |= hf.get("rope_parameters") or {}
-    theta = float(entry.get("rope_theta") or hf.get("rope_theta") or 10000.0)
-    kind = entry.get("rope_type") or entry.get("type") or "default"
-    kind = "none" if kind == "default" else kind
-    if kind not in ROPE_KINDS:
-        raise ValueError(f"config.json: rope type {kind!r} is not one of {', '.join(ROPE_KINDS)}")
-    if entry.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise ValueError("config.json: partial_rotary_factor other than 1 is not in this version")
-    maximum = hf["max_position_embeddings"]
-    original = entry.get("original_max_position_embeddings") or maximum
-    if kind == "dynamic":
-        original = maximum  # as transformers: the dynamic kind grows from the model's own maximum
-    factor = float(entry.get("factor") or (maximum / original))
-    attention = entry.get("attention_factor")
-    if kind == "yarn" and attention is None:
-        attention = _yarn_attention(factor, entry.get("mscale"), entry.get("mscale_all_dim"))
-    return Rope(
-        theta=theta,
-        kind=kind,
-        factor=factor,
-        original_positions=original,
-        low_freq_factor=float(entry.get("low_freq_factor", 1.0)),
-        high_freq_factor=float(entry.get("high_freq_factor", 4.0)),
-        beta_fast=float(entry.get("beta_fast") or 32),
-        beta_slow=float(entry.get("beta_slow") or 1),
-        attention_factor=float(attention or 1.0),
-        truncate=bool(entry.get("truncate", True)),
-    )
-
-
-def _yarn_attention(factor: float, mscale: float | None, mscale_all_dim: float | None) -> float:
-    """Peng et al., arXiv 2309.00071, eq. 22: 0.1 ln(factor) + 1; a ratio of two where a file gives both
-    weights."""
-
-    def scale(weight: float) -> float:
-        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-    return scale(mscale) / scale(mscale_all_dim) if mscale and mscale_all_dim else scale(1.0)
+    return replace(config, rope=rope_from_hf(hf), max_positions=maximum, hf=hf)
 
 
 # Weight names. Inside, a name is Hugging Face's Llama name without the leading "model."; the head keeps its

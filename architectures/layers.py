@@ -1,4 +1,4 @@
-"""The parts that every layer is made of: Linear, RMSNorm, MLP, and what a layer knows of the row (ForwardContext)."""
+"""What every layer is made of: Linear, RMSNorm, MLP; and what a layer knows of the row (ForwardContext)."""
 
 from dataclasses import dataclass
 from typing import Any

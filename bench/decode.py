@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 
-from architectures.config import config_from_hf  # noqa: E402
+from architectures import config_from_hf  # noqa: E402
 from bench.four_bits import dense_twin, plain_tensors, random_decoder, take_linears  # noqa: E402
 from bench.measure import (  # noqa: E402
     Session,

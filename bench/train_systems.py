@@ -18,7 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import lora
 import parallel.world
 import train
-from architectures.config import config_from_hf, to_hf_name
+from architectures import config_from_hf
+from architectures.config import to_hf_name
 from bench import four_bits
 from checkpoints.peft import adapter_state
 from model import Decoder, initialize_weights

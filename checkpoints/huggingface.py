@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import quant
-from architectures.config import ModelConfig, config_from_hf, from_hf_name, scale_rope, to_hf_name
+from architectures import config_from_hf
+from architectures.config import ModelConfig, from_hf_name, scale_rope, to_hf_name
 from architectures.layers import RMSNorm
 from checkpoints.peft import adapter_parameters, read_adapter_tensors, save_adapter
 from checkpoints.safetensors_files import (

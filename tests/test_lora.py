@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import lora
-from architectures.config import config_from_hf
+from architectures import config_from_hf
 from kernels.recompute import Plan
 from lora import LoraLinear, LoraOptions
 from model import Decoder, initialize_weights

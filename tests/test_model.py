@@ -7,7 +7,8 @@ import pytest
 import torch
 import transformers
 
-from architectures.config import config_from_hf, scale_rope
+from architectures import config_from_hf
+from architectures.config import scale_rope
 from checkpoints.huggingface import load_model, save_model
 from generation.cache import KVCache
 from model import Decoder

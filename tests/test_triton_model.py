@@ -34,7 +34,7 @@ CONFIGS = {
 SCRIPT = """
 import json, sys, torch
 import kernels
-from architectures.config import config_from_hf
+from architectures import config_from_hf
 from model import Decoder, initialize_weights
 from kernels.recompute import Plan
 

@@ -27,8 +27,8 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from architectures.config import ModelConfig, Rope
-from architectures.rope import inverse_frequencies
+from architectures.config import ModelConfig
+from architectures.rope import Rope, inverse_frequencies
 from checkpoints.gguf.blocks import BLOCK_NAMES, BLOCKS, encode_rows, row_bytes
 from conversion.gguf.write_tokenizer import vocabulary_metadata
 from text.render import ChatTemplate

@@ -8,7 +8,8 @@ import torch
 from kernel_checks import relative_error
 from torch import nn
 
-from architectures.config import ModelConfig, Rope
+from architectures.config import ModelConfig
+from architectures.rope import Rope
 from generation import cpu_decode
 from generation.cache import KVCache
 from generation.layout import lay_out_for_decoding

@@ -14,7 +14,7 @@ from kernel_checks import DEVICE
 import kernels
 import lora
 import quant
-from architectures.config import config_from_hf
+from architectures import config_from_hf
 from checkpoints.huggingface import load_model
 from generation import cuda_graph
 from generation import generate as generation

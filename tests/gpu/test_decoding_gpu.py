@@ -9,7 +9,7 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-from architectures.config import config_from_hf
+from architectures import config_from_hf
 from generation.generate import Decoding, generate, new_cache
 from generation.layout import lay_out_for_decoding
 from generation.sampling import GenerateOptions

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPT = """
 import sys, torch
 sys.path.insert(0, ".")
-from architectures.config import config_from_hf
+from architectures import config_from_hf
 from model import Decoder, initialize_weights
 import kernels, lora
 

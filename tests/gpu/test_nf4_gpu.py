@@ -10,7 +10,7 @@ from kernel_checks import assert_as_exact_as, random
 
 import kernels
 import lora
-from architectures.config import config_from_hf
+from architectures import config_from_hf
 from bench import four_bits
 from generation.generate import Decoding
 from generation.sampling import GenerateOptions

@@ -8,7 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import lora
-from architectures.config import config_from_hf
+from architectures import config_from_hf
 from kernels import recompute
 from kernels.recompute import Offload, Plan
 from lora import LoraOptions

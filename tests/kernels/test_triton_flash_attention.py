@@ -313,7 +313,7 @@ def test_shape_classes():
 
 
 def test_the_option_reaches_the_attention_of_every_layer(monkeypatch):
-    from architectures.config import config_from_hf
+    from architectures import config_from_hf
     from model import Decoder
 
     hf = {

@@ -7,7 +7,7 @@ from kernel_checks import DEVICE, DTYPES, assert_as_exact_as, random
 
 import kernels
 import lora
-from architectures.config import config_from_hf
+from architectures import config_from_hf
 from kernels import nf4
 from kernels.nf4 import (
     Codes,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import lora
-from architectures.config import config_from_hf
+from architectures import config_from_hf
 from kernels.recompute import Plan
 from lora import LoraOptions
 from model import Decoder

@@ -11,7 +11,7 @@ from tiny_runs import tiny_runs
 
 import lora
 import quant
-from architectures.config import config_from_hf
+from architectures import config_from_hf
 from checkpoints.huggingface import load_config, load_model
 from generation.cache import KVCache
 from generation.generate import generate
