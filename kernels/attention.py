@@ -21,16 +21,7 @@ from kernels import attention_by_products
 
 
 def attention_reference(
-    q,
-    k,
-    v,
-    cu_seqlens,
-    max_seqlen: int,
-    window: int | None,
-    scale: float,
-    causal=True,
-    softcap=None,
-    alibi_slopes=None,
+    q, k, v, cu_seqlens, max_seqlen, window, scale, causal=True, softcap=None, alibi_slopes=None
 ) -> torch.Tensor:
     """Every score written out, (H, T, T) of them: memory grows with the square of the row.
 
@@ -57,16 +48,7 @@ def attention_reference(
 
 
 def attention_sdpa(
-    q,
-    k,
-    v,
-    cu_seqlens,
-    max_seqlen: int,
-    window: int | None,
-    scale: float,
-    causal=True,
-    softcap=None,
-    alibi_slopes=None,
+    q, k, v, cu_seqlens, max_seqlen, window, scale, causal=True, softcap=None, alibi_slopes=None
 ) -> torch.Tensor:
     """attention_reference through torch's scaled_dot_product_attention, which knows no soft cap
     (ValueError)."""

@@ -60,20 +60,10 @@ def cudnn(*arguments):
 def torch_flash(q, k, v, cu_seqlens, max_seqlen, window, scale, causal=True, softcap=None, alibi_slopes=None):
     """torch's FlashAttention 2 on rows with borders; fp16 and bf16, no cap and no slopes."""
     left, right = (None, None) if window is None else (window - 1, 0)
+    lengths = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
+    windows = {"window_size_left": left, "window_size_right": right}
     return torch.ops.aten._flash_attention_forward(
-        q,
-        k,
-        v,
-        cu_seqlens,
-        cu_seqlens,
-        max_seqlen,
-        max_seqlen,
-        0.0,
-        causal,
-        False,
-        scale=scale,
-        window_size_left=left,
-        window_size_right=right,
+        q, k, v, *lengths, 0.0, causal, False, scale=scale, **windows
     )[0]
 
 

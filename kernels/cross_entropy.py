@@ -251,59 +251,23 @@ class _TritonChunks:
             programs, constants = _row_constants(classes)
             at_label = torch.empty_like(losses)
             grid = (min(rows, programs * processors(logits.device)),)
-            run(
-                _row_kernel,
-                grid,
-                logits,
-                labels,
-                factors,
-                losses,
-                at_label,
-                rows,
-                classes,
-                logits.stride(0),
-                float(terms.logit_scale),
-                float(terms.z_loss),
-                GRADIENT=gradient,
-                **constants,
-            )
+            sizes = rows, classes, logits.stride(0)
+            numbers = float(terms.logit_scale), float(terms.z_loss)
+            tensors = logits, labels, factors, losses, at_label
+            run(_row_kernel, grid, *tensors, *sizes, *numbers, GRADIENT=gradient, **constants)
             if gradient:
-                sizes = rows, classes, logits.stride(0)
-                run(
-                    _label_kernel,
-                    (ceil_divide(rows, 128),),
-                    logits,
-                    labels,
-                    at_label,
-                    *sizes,
-                    BLOCK=128,
-                    num_warps=4,
-                )
+                grid = (ceil_divide(rows, 128),)
+                run(_label_kernel, grid, logits, labels, at_label, *sizes, BLOCK=128, num_warps=4)
         elif rows:
             softcap = None if terms.softcap is None else float(terms.softcap)
             constants = _long_row_constants(bias is not None)
             multiprocessors = processors(logits.device)
             twice = 2 * multiprocessors * width * logits.element_size() <= CACHE_BYTES
             grid = (min(rows, multiprocessors * (2 if twice else 1)),)
-            run(
-                _long_row_kernel,
-                grid,
-                logits,
-                labels,
-                bias,
-                factors,
-                losses,
-                rows,
-                classes,
-                width,
-                logits.stride(0),
-                softcap,
-                float(terms.logit_scale),
-                terms.label_smoothing or None,
-                float(terms.z_loss),
-                GRADIENT=gradient,
-                **constants,
-            )
+            sizes = rows, classes, width, logits.stride(0)
+            numbers = softcap, float(terms.logit_scale), terms.label_smoothing or None, float(terms.z_loss)
+            tensors = logits, labels, bias, factors, losses
+            run(_long_row_kernel, grid, *tensors, *sizes, *numbers, GRADIENT=gradient, **constants)
         if not gradient:
             return losses, None
         torch.autograd.graph.increment_version(logits)
@@ -518,20 +482,9 @@ def _slope(grad, z, softcap):
 
 @jit
 def _row_kernel(
-    logits,
-    labels,
-    factors,
-    losses,
-    at_label,
-    rows,
-    size,
-    stride,
-    logit_scale,
-    z_weight,
-    GRADIENT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    logits, labels, factors, losses, at_label, rows, size, stride, logit_scale, z_weight,
+    GRADIENT: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """The usual loss of rows that a program holds in registers: 32 values a thread of 1024, and no room for
     more.
 
@@ -571,23 +524,10 @@ def _label_kernel(logits, labels, at_label, rows, size, stride, BLOCK: tl.conste
 
 @jit
 def _long_row_kernel(
-    logits,
-    labels,
-    bias,
-    factors,
-    losses,
-    rows,
-    size,
-    width,
-    stride,
-    softcap,
-    logit_scale,
-    smoothing,
+    logits, labels, bias, factors, losses, rows, size, width, stride, softcap, logit_scale, smoothing,
     z_weight,
-    GRADIENT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    GRADIENT: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """Any row, BLOCK values at a time: once for the sum (online, arXiv 1805.02867), once for the gradient.
 
     size: classes; width: columns that may be read and written, a multiple of 16 where the memory is this

@@ -138,51 +138,16 @@ def decode_attention_triton(
     if splits > 1:
         part = torch.empty((tokens, heads, splits, head_dim), dtype=torch.float32, device=q.device)
         lse = torch.empty((tokens, heads, splits), dtype=torch.float32, device=q.device)
-    run(
-        _decode_kernel,
-        (splits, kv_heads * row_blocks, sequences),
-        q,
-        keys,
-        values,
-        cu_seqlens,
-        lengths,
-        slopes,
-        part,
-        lse,
-        q.stride(0),
-        q.stride(1),
-        keys.stride(0),
-        keys.stride(1),
-        keys.stride(2),
-        part.stride(0),
-        part.stride(1),
-        scale * LOG2_E,
-        softcap or 0.0,
-        kv_heads,
-        splits,
-        GROUP=group,
-        HEAD=head_dim,
-        WINDOW=window,
-        SOFTCAP=softcap is not None,
-        MERGED=splits == 1,
-        PRECISION="ieee" if q.dtype is torch.float32 else "tf32",
-        **blocks,
-        num_warps=4,
-        num_stages=3,
-    )
+    tensors = q, keys, values, cu_seqlens, lengths, slopes, part, lse
+    strides = *q.stride()[:2], *keys.stride()[:3], *part.stride()[:2]
+    constants = {"GROUP": group, "HEAD": head_dim, "WINDOW": window, "SOFTCAP": softcap is not None}
+    constants |= {"MERGED": splits == 1, "PRECISION": "ieee" if q.dtype is torch.float32 else "tf32"}
+    numbers = scale * LOG2_E, softcap or 0.0, kv_heads, splits
+    grid = (splits, kv_heads * row_blocks, sequences)
+    run(_decode_kernel, grid, *tensors, *strides, *numbers, **constants, **blocks, num_warps=4, num_stages=3)
     if splits > 1:
-        run(
-            _merge_kernel,
-            (tokens, heads),
-            part,
-            lse,
-            out,
-            splits,
-            HEAD=head_dim,
-            WIDTH=blocks["WIDTH"],
-            SPLITS=next_power_of_2(splits),
-            num_warps=4,
-        )
+        constants = {"HEAD": head_dim, "WIDTH": blocks["WIDTH"], "SPLITS": next_power_of_2(splits)}
+        run(_merge_kernel, (tokens, heads), part, lse, out, splits, **constants, num_warps=4)
     return out
 
 
@@ -190,59 +155,19 @@ def store_triton(k, v, keys, values, cu_seqlens, lengths, max_new: int) -> None:
     """store_reference as one kernel."""
     _, kv_heads, head_dim = k.shape
     k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (k, v))
-    run(
-        _store_kernel,
-        (max_new, keys.shape[0]),
-        k,
-        v,
-        keys,
-        values,
-        cu_seqlens,
-        lengths,
-        k.stride(0),
-        k.stride(1),
-        v.stride(0),
-        v.stride(1),
-        *keys.stride()[:3],
-        kv_heads,
-        head_dim,
-        HEADS=next_power_of_2(kv_heads),
-        WIDTH=next_power_of_2(head_dim),
-        num_warps=4,
-    )
+    strides = *k.stride()[:2], *v.stride()[:2], *keys.stride()[:3]
+    constants = {"HEADS": next_power_of_2(kv_heads), "WIDTH": next_power_of_2(head_dim), "num_warps": 4}
+    tensors = k, v, keys, values, cu_seqlens, lengths
+    run(_store_kernel, (max_new, keys.shape[0]), *tensors, *strides, kv_heads, head_dim, **constants)
 
 
 @jit
 def _decode_kernel(
-    q,
-    keys,
-    values,
-    borders,
-    lengths,
-    slopes,
-    part,
-    lse,
-    q_token,
-    q_head,
-    kv_sequence,
-    kv_head,
-    kv_slot,
-    part_token,
-    part_head,
-    scale,
-    softcap,
-    kv_heads,
-    splits,
-    GROUP: tl.constexpr,
-    HEAD: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    MERGED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    q, keys, values, borders, lengths, slopes, part, lse, q_token, q_head, kv_sequence, kv_head,
+    kv_slot, part_token, part_head, scale, softcap, kv_heads, splits,
+    GROUP: tl.constexpr, HEAD: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, MERGED:
+    tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     split = tl.program_id(0)
     own_head = tl.program_id(1) % kv_heads
     row = tl.program_id(1) // kv_heads * ROWS + tl.arange(

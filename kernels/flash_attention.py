@@ -44,16 +44,7 @@ def unsupported(q, k, v) -> str | None:
 
 
 def flash_attention_triton(
-    q,
-    k,
-    v,
-    cu_seqlens,
-    max_seqlen: int,
-    window: int | None,
-    scale: float,
-    causal=True,
-    softcap=None,
-    alibi_slopes=None,
+    q, k, v, cu_seqlens, max_seqlen, window, scale, causal=True, softcap=None, alibi_slopes=None
 ) -> torch.Tensor:
     """attention.attention_reference; gradients of q, k and v. scale > 0; q, k, v not contiguous are
     copied."""
@@ -192,19 +183,10 @@ class _FlashAttention(torch.autograd.Function):
         q, k, v, out, lse, cu_seqlens, slopes = ctx.saved_tensors
         shared, grad = ctx.shared, grad.contiguous()
         delta = torch.empty_like(lse)
-        run(
-            _delta_kernel,
-            (ceil_divide(shared.tokens, DELTA_ROWS), shared.heads),
-            out,
-            grad,
-            delta,
-            shared.tokens,
-            HEADS=shared.heads,
-            ROWS=DELTA_ROWS,
-            D=shared.head_dim,
-            BLOCK_D=shared.switches["BLOCK_D"],
-            num_warps=4,
-        )
+        constants = {"HEADS": shared.heads, "ROWS": DELTA_ROWS, "D": shared.head_dim}
+        constants["BLOCK_D"] = shared.switches["BLOCK_D"]
+        grid = (ceil_divide(shared.tokens, DELTA_ROWS), shared.heads)
+        run(_delta_kernel, grid, out, grad, delta, shared.tokens, **constants, num_warps=4)
         dq = dk = dv = None
         inputs = (q, k, v, grad, lse, delta)
         if any(ctx.needs_input_grad[1:3]):
@@ -316,30 +298,11 @@ def _key_range(
 
 @jit(do_not_specialize=["tokens", "segments", "together", "window"])
 def _forward_kernel(
-    q,
-    k,
-    v,
-    out,
-    lse,
-    cu_seqlens,
-    slopes,
-    tokens,
-    segments,
-    together,
-    window,
-    scale,
-    cap,
-    GROUP: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    CAP: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    q, k, v, out, lse, cu_seqlens, slopes, tokens, segments, together, window, scale, cap,
+    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL:
+    tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M:
+    tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     STRIDE_K: tl.constexpr = KV_HEADS * D
     STRIDE_Q: tl.constexpr = GROUP * STRIDE_K
     head, begin, length, first = _place(cu_seqlens, segments, together, BLOCK_M, CAUSAL)
@@ -441,34 +404,12 @@ def _probabilities(
 
 @jit(do_not_specialize=["tokens", "segments", "together", "window"])
 def _keys_kernel(
-    q,
-    k,
-    v,
-    grad,
-    lse,
-    delta,
-    dk,
-    dv,
-    cu_seqlens,
-    slopes,
-    factor,
-    tokens,
-    segments,
-    together,
-    window,
-    scale,
-    cap,
-    GROUP: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    CAP: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    q, k, v, grad, lse, delta, dk, dv, cu_seqlens, slopes, factor, tokens, segments, together, window,
+    scale, cap,
+    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL:
+    tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M:
+    tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """dk and dv of one block of keys and one key/value head; the first blocks of a segment have the most
     queries."""
     STRIDE_K: tl.constexpr = KV_HEADS * D
@@ -541,33 +482,12 @@ def _keys_kernel(
 
 @jit(do_not_specialize=["tokens", "segments", "together", "window"])
 def _queries_kernel(
-    q,
-    k,
-    v,
-    grad,
-    lse,
-    delta,
-    dq,
-    cu_seqlens,
-    slopes,
-    factor,
-    tokens,
-    segments,
-    together,
-    window,
-    scale,
-    cap,
-    GROUP: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    CAP: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    q, k, v, grad, lse, delta, dq, cu_seqlens, slopes, factor, tokens, segments, together, window,
+    scale, cap,
+    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL:
+    tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M:
+    tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """dq of one block of queries and one query head."""
     STRIDE_K: tl.constexpr = KV_HEADS * D
     STRIDE_Q: tl.constexpr = GROUP * STRIDE_K

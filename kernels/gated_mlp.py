@@ -88,18 +88,8 @@ def _start(kernel, inputs: tuple, results: tuple, activation: str) -> None:
         inputs = [x if x.stride(1) == 1 else x.contiguous() for x in inputs]
         rows, strides = inputs[0].shape[0], [x.stride(0) for x in inputs]
     blocks = ceil_divide(size, BLOCK)  # in a row
-    run(
-        kernel,
-        (rows * blocks,),
-        *inputs,
-        *results,
-        *strides,
-        blocks,
-        size,
-        ACT=activation,
-        BLOCK=BLOCK,
-        num_warps=4,
-    )
+    grid, sizes = (rows * blocks,), (blocks, size)
+    run(kernel, grid, *inputs, *results, *strides, *sizes, ACT=activation, BLOCK=BLOCK, num_warps=4)
 
 
 @jit

@@ -58,23 +58,8 @@ def forward(
     # wider
     wide_weight = weight is not None and weight.dtype.itemsize > y.dtype.itemsize
     flags = {"CENTERED": centered, "ROUNDED": not centered and offset == 0.0 and not wide_weight}
-    arguments = (
-        rows,
-        delta,
-        weight,
-        bias,
-        total,
-        y,
-        mean,
-        rstd,
-        count,
-        inner,
-        outer_stride,
-        inner_stride,
-        size,
-        eps,
-        float(offset),
-    )
+    tensors = rows, delta, weight, bias, total, y, mean, rstd
+    arguments = (*tensors, count, inner, outer_stride, inner_stride, size, eps, float(offset))
     tile_rows, block, warps = _tile(size)
     if block > MAX_BLOCK:
         run(_wide_forward_kernel, (count,), *arguments, **flags, BLOCK=WIDE_BLOCK, num_warps=16)
@@ -102,23 +87,8 @@ def backward(grad, total_grad, x, weight, mean, rstd, offset: float, want_weight
     parts = allocate((sums, programs, size), dtype=torch.float32, device=x.device)
     dweight = parts[0] if want_weight else None
     dbias = parts[-1] if want_bias else None
-    arguments = (
-        rows,
-        grad,
-        total_grad,
-        weight,
-        mean,
-        rstd,
-        dx,
-        dweight,
-        dbias,
-        count,
-        inner,
-        outer_stride,
-        inner_stride,
-        size,
-        float(offset),
-    )
+    tensors = rows, grad, total_grad, weight, mean, rstd, dx, dweight, dbias
+    arguments = (*tensors, count, inner, outer_stride, inner_stride, size, float(offset))
     if wide:
         run(_wide_backward_kernel, (programs,), *arguments, BLOCK=WIDE_BLOCK, num_warps=16)
     else:
@@ -191,26 +161,10 @@ def _scale_and_shift(normal, factor, shift, offset, ROUNDED: tl.constexpr, dtype
 
 @jit
 def _forward_kernel(
-    x,
-    delta,
-    weight,
-    bias,
-    total,
-    y,
-    mean,
-    rstd,
-    rows,
-    inner,
-    outer_stride,
-    inner_stride,
-    size,
-    eps,
+    x, delta, weight, bias, total, y, mean, rstd, rows, inner, outer_stride, inner_stride, size, eps,
     offset,
-    CENTERED: tl.constexpr,
-    ROUNDED: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    CENTERED: tl.constexpr, ROUNDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     inside = (row < rows) & (column < size)
@@ -236,25 +190,10 @@ def _forward_kernel(
 
 @jit
 def _wide_forward_kernel(
-    x,
-    delta,
-    weight,
-    bias,
-    total,
-    y,
-    mean,
-    rstd,
-    rows,
-    inner,
-    outer_stride,
-    inner_stride,
-    size,
-    eps,
+    x, delta, weight, bias, total, y, mean, rstd, rows, inner, outer_stride, inner_stride, size, eps,
     offset,
-    CENTERED: tl.constexpr,
-    ROUNDED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    CENTERED: tl.constexpr, ROUNDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One row per program, piece by piece."""
     row = tl.program_id(0)
     begin = (row // inner).to(tl.int64) * outer_stride + row % inner * inner_stride
@@ -294,25 +233,10 @@ def _wide_forward_kernel(
 
 @jit
 def _backward_kernel(
-    x,
-    grad,
-    total_grad,
-    weight,
-    mean,
-    rstd,
-    dx,
-    dweight,
-    dbias,
-    rows,
-    inner,
-    outer_stride,
-    inner_stride,
-    size,
-    offset,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    x, grad, total_grad, weight, mean, rstd, dx, dweight, dbias, rows, inner, outer_stride,
+    inner_stride, size, offset,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """Tiles of ROWS rows; dweight, dbias (programs, size) fp32 take the sums over this program's tiles."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     column = tl.arange(0, BLOCK)[None, :]
@@ -357,23 +281,10 @@ def _backward_kernel(
 
 @jit
 def _wide_backward_kernel(
-    x,
-    grad,
-    total_grad,
-    weight,
-    mean,
-    rstd,
-    dx,
-    dweight,
-    dbias,
-    rows,
-    inner,
-    outer_stride,
-    inner_stride,
-    size,
-    offset,
+    x, grad, total_grad, weight, mean, rstd, dx, dweight, dbias, rows, inner, outer_stride,
+    inner_stride, size, offset,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """One row at a time, piece by piece; dweight and dbias begin as zeros."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     for step in range(tl.cdiv(rows - program, programs)):

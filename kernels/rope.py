@@ -111,34 +111,20 @@ def _start(q, k, cos, sin, interleaved: bool, backward: bool) -> tuple[torch.Ten
     q_block, k_block = (min(heads & -heads, lines) for heads in (q_heads, k_heads))
     q_programs = ceil_divide(tokens, lines // q_block) * (q_heads // q_block)
     k_programs = ceil_divide(tokens, lines // k_block) * (k_heads // k_block)
+    strides = *q.stride()[:2], *k.stride()[:2], cos.stride(0), sin.stride(0)
+    sizes = q_programs, tokens, q_heads, k_heads, size, half
+    switches = {"INTERLEAVED": interleaved, "BACKWARD": backward}
+    blocks = {"LINES": lines, "Q_HEADS": q_block, "K_HEADS": k_block, "HALF": half_block}
+    blocks["REST"] = next_power_of_2(rest) if rest else 0
+    tensors = q, k, turned_q, turned_k, cos, sin
     run(
         _rope_kernel,
         (q_programs + k_programs,),
-        q,
-        k,
-        turned_q,
-        turned_k,
-        cos,
-        sin,
-        q_programs,
-        tokens,
-        q_heads,
-        k_heads,
-        size,
-        half,
-        q.stride(0),
-        q.stride(1),
-        k.stride(0),
-        k.stride(1),
-        cos.stride(0),
-        sin.stride(0),
-        INTERLEAVED=interleaved,
-        BACKWARD=backward,
-        LINES=lines,
-        Q_HEADS=q_block,
-        K_HEADS=k_block,
-        HALF=half_block,
-        REST=next_power_of_2(rest) if rest else 0,
+        *tensors,
+        *sizes,
+        *strides,
+        **switches,
+        **blocks,
         num_warps=4,
     )
     return turned_q, turned_k
@@ -146,32 +132,11 @@ def _start(q, k, cos, sin, interleaved: bool, backward: bool) -> tuple[torch.Ten
 
 @jit
 def _rope_kernel(
-    q,
-    k,
-    turned_q,
-    turned_k,
-    cos,
-    sin,
-    q_programs,
-    tokens,
-    q_heads,
-    k_heads,
-    size,
-    half,
-    q_token,
-    q_head,
-    k_token,
-    k_head,
-    cos_token,
-    sin_token,
-    INTERLEAVED: tl.constexpr,
-    BACKWARD: tl.constexpr,
-    LINES: tl.constexpr,
-    Q_HEADS: tl.constexpr,
-    K_HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-    REST: tl.constexpr,
-):
+    q, k, turned_q, turned_k, cos, sin, q_programs, tokens, q_heads, k_heads, size, half, q_token,
+    q_head, k_token, k_head, cos_token, sin_token,
+    INTERLEAVED: tl.constexpr, BACKWARD: tl.constexpr, LINES: tl.constexpr, Q_HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
     """The first programs serve q, the others k. q_token, ...: strides, in values."""
     program = tl.program_id(0)
     if program < q_programs:
