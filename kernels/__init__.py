@@ -76,8 +76,7 @@ _REFERENCE = _MODE == "reference"
 
 
 def _triton_serves(operation: str, device: torch.device, problem: str | None = None) -> bool:
-    """Whether the operation's Triton kernel is taken. problem: what its `unsupported` says about these
-    tensors."""
+    """Whether the operation's Triton kernel is taken. problem: what its `unsupported` says."""
     if _REFERENCE or (_MODE == "auto" and device.type != "cuda"):
         return False
     missing = _missing(device)
@@ -100,8 +99,7 @@ def _missing(device: torch.device) -> str | None:
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0, dtype=None
 ) -> torch.Tensor:
-    """weight * x / rms(x) over the last dimension, in dtype or x's; with offset 1, (1 + weight). See
-    kernels/rms_norm.py."""
+    """weight * x / rms(x) in dtype or x's; with offset 1, (1 + weight). See kernels/rms_norm.py."""
     if _triton_serves("rms_norm", x.device, _norms.unsupported(x)):
         return _rms_norm.rms_norm_triton(x, weight, eps, offset, dtype)
     return _rms_norm.rms_norm_reference(x, weight, eps, offset, dtype)
@@ -174,8 +172,7 @@ def attention(
 
 
 def decode_attention(q, keys, values, cu_seqlens, lengths, max_new, window, scale, softcap=None, slopes=None):
-    """New tokens against a cache whose lengths only the device knows -> (T, H, D). See
-    kernels/decode_attention.py."""
+    """New tokens against a cache whose lengths the device knows. See kernels/decode_attention.py."""
     serves = _triton_serves("decode_attention", q.device, _decode_attention.unsupported(q, keys, max_new))
     chosen = (
         _decode_attention.decode_attention_triton if serves else _decode_attention.decode_attention_reference
@@ -198,8 +195,7 @@ def add_rms_norm(
     offset: float = 0.0,
     dtype=None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """rms_norm of x + delta, and that sum: the step of a residual stream; delta None is 0. See
-    kernels/rms_norm.py."""
+    """rms_norm of x + delta, and that sum; delta None is 0. See kernels/rms_norm.py."""
     if _triton_serves("rms_norm", x.device, _norms.unsupported(x, delta)):
         return _rms_norm.add_rms_norm_triton(x, delta, weight, eps, offset, dtype)
     return _rms_norm.add_rms_norm_reference(x, delta, weight, eps, offset, dtype)
@@ -215,8 +211,7 @@ def layer_norm(
 
 
 def rope(q, k, cos, sin, interleaved: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """q (T, H, D) and k (T, K, D) rotated by their angles, given as cos and sin (T, R/2). See
-    kernels/rope.py."""
+    """q (T, H, D), k (T, K, D) rotated by angles, given as cos and sin (T, R/2). See kernels/rope.py."""
     if _triton_serves("rope", q.device, _rope.unsupported(q, k)):
         return _rope.rope_triton(q, k, cos, sin, interleaved)
     return (_rope.rope_reference if _REFERENCE else _rope.rope)(q, k, cos, sin, interleaved)
@@ -266,8 +261,7 @@ def linear_logprobs(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> torch.Tensor:
-    """(L,) log-probabilities of the labels, with gradient, without (L, V) logits. See
-    kernels/cross_entropy.py."""
+    """(L,) log-probabilities of labels, without (L, V) logits. See kernels/cross_entropy.py."""
     chosen = _of_cross_entropy("linear_logprobs", hidden)
     return chosen(hidden, weight, labels, bias, softcap=softcap, logit_scale=logit_scale)
 

@@ -50,8 +50,7 @@ def attention_reference(
 def attention_sdpa(
     q, k, v, cu_seqlens, max_seqlen, window, scale, causal=True, softcap=None, alibi_slopes=None
 ) -> torch.Tensor:
-    """attention_reference through torch's scaled_dot_product_attention, which knows no soft cap
-    (ValueError)."""
+    """attention_reference through torch's own attention, which knows no soft cap (ValueError)."""
     check(window, causal)
     if softcap is not None:
         raise ValueError(
@@ -154,8 +153,7 @@ def cached_attention_reference(
 
 
 def _runs_of_equal_length(borders: list[int]):
-    """Yield (start, count, length) for runs of neighbouring segments of one length: one kernel call serves a
-    run."""
+    """Yield (start, count, length) for runs of neighbouring segments of one length, which one call serves."""
     i, last = 0, len(borders) - 1
     while i < last:
         length, j = borders[i + 1] - borders[i], i + 1
@@ -189,8 +187,7 @@ def _alibi_bias(length: int, window, causal: bool, slopes, dtype) -> torch.Tenso
 
 
 def _one_mask(q, k, v, cu_seqlens, window, scale, causal=True, alibi_slopes=None):
-    """The same on any device without a host synchronisation; (T, T) mask, so for short rows and tests
-    only."""
+    """The same on any device without a host synchronisation; (T, T) mask, so for short rows only."""
     place = torch.arange(q.shape[0], device=q.device)
     segment = torch.searchsorted(cu_seqlens[1:].contiguous(), place, right=True)
     mask = (segment[:, None] == segment[None, :]) & _seen(place[:, None], place[None, :], window, causal)

@@ -86,8 +86,7 @@ def backends(
 def attention_torch(
     q, k, v, cu_seqlens, max_seqlen, window, scale, causal=True, softcap=None, alibi_slopes=None
 ):
-    """The best of torch without measuring: flash_attn: sdpa. A soft cap is known to the plain formula
-    only."""
+    """The best of torch without measuring (flash_attn: sdpa). Only the plain formula knows a soft cap."""
     arguments = (q, k, v, cu_seqlens, max_seqlen, window, scale, causal, softcap, alibi_slopes)
     if softcap is not None:
         say_once("kernels: attention takes the torch reference: scaled_dot_product_attention has no soft cap")
@@ -114,8 +113,7 @@ def require_package(flash_attn: str) -> None:
 def attention_package(
     name: str, q, k, v, cu_seqlens, max_seqlen, window, scale, causal, softcap, alibi_slopes
 ):
-    """flash_attn: fa2 or fa3, by their own packages. Raises ValueError for a missing one or a switch it has
-    not."""
+    """flash_attn: fa2 or fa3. ValueError for a missing package or a switch that it has not."""
     require_package(name)
     module, _ = PACKAGES[name]
     options = {"window_size": (-1, -1) if window is None else (window - 1, 0)}

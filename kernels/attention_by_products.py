@@ -74,8 +74,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _weights(queries: Tensor, keys: Tensor, block: int, scale: float) -> Tensor:
-    """softmax of the scores (pairs, rows, seen); the last `block` keys are those of the rows' own
-    positions."""
+    """softmax of the scores (pairs, rows, seen); the last `block` keys are at the rows' own positions."""
     scores = _product(queries, keys, scale)
     scores[..., -block:] += _causal(block, scores.shape[1] // block, scores.dtype)
     return torch.softmax(scores, -1, out=scores)

@@ -120,8 +120,7 @@ def linear_cross_entropy_triton(hidden, weight, labels, bias=None, **terms) -> T
 
 
 def linear_logprobs(hidden, weight, labels, bias=None, **terms) -> Tensor:
-    """log p(label) of each row -> (L,) fp32, with gradient. Operands and terms (softcap, logit_scale) as
-    above."""
+    """log p(label) of each row -> (L,) fp32, with gradient. Operands and terms as above."""
     return _LinearLogprobs.apply(hidden, weight, labels, bias, Terms(**terms).check(), _TorchChunks)
 
 
@@ -392,8 +391,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _chunks_of_logits(hidden: Tensor, weight: Tensor, chunks):
-    """Yield (slice of rows, their logits); the logits' memory is the same for all where the kind of chunk has
-    one."""
+    """Yield (slice of rows, their logits), in one memory for all where the kind of chunk has one."""
     count, vocabulary = hidden.shape[0], weight.shape[0]
     step = chunks.rows(count, vocabulary, hidden.dtype)
     workspace = chunks.workspace(min(step, count), vocabulary, hidden)

@@ -110,8 +110,7 @@ def sizes(group: int, max_new: int, head_dim: int, dtype: torch.dtype) -> dict[s
 
 
 def choose_splits(programs: int, capacity: int, block: int, device: torch.device) -> int:
-    """Programs that share one head's keys: enough to give every multiprocessor two, none with less than a
-    block."""
+    """Programs that share one head's keys: two for every multiprocessor, none with less than a block."""
     wanted = ceil_divide(2 * processors(device), programs)
     return max(1, min(wanted, ceil_divide(capacity, block), MAX_SPLITS))
 

@@ -46,8 +46,7 @@ def unsupported(q, k, v) -> str | None:
 def flash_attention_triton(
     q, k, v, cu_seqlens, max_seqlen, window, scale, causal=True, softcap=None, alibi_slopes=None
 ) -> torch.Tensor:
-    """attention.attention_reference; gradients of q, k and v. scale > 0; q, k, v not contiguous are
-    copied."""
+    """attention.attention_reference, with gradients. scale > 0; q, k, v not contiguous are copied."""
     check(window, causal)
     if scale <= 0:
         raise ValueError(f"attention scale {scale}: the kernels need a positive one")
@@ -115,14 +114,12 @@ def _heads_together(q, k, max_seqlen: int) -> int:
 
 
 def _largest_divisor(number: int, most: int) -> int:
-    """The largest divisor of number that is at most `most`; 1 if most is 0. _place takes heads in equal
-    chunks."""
+    """The largest divisor of number up to `most`, at least 1: _place takes heads in equal chunks."""
     return max(n for n in range(1, max(1, min(number, most)) + 1) if number % n == 0)
 
 
 class _Shared:
-    """What the kernels of one call share: sizes, switches and the numbers that change the scores. Holds no
-    tensor."""
+    """What the kernels of one call share: sizes, switches, numbers that change the scores. No tensor."""
 
     def __init__(self, q, k, cu_seqlens, max_seqlen, window, scale, causal, softcap, alibi):
         self.tokens, self.heads, self.head_dim = q.shape
@@ -164,8 +161,7 @@ class _Shared:
 class _FlashAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, cu_seqlens, max_seqlen, window, scale, causal, softcap, alibi_slopes):
-        # contiguous, so that steps between rows are constants: with addresses in registers the kernels would
-        # spill
+        # contiguous, so that steps between rows are constants: addresses in registers would spill
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         shared = _Shared(
             q, k, cu_seqlens, max_seqlen, window, scale, causal, softcap, alibi_slopes is not None
@@ -283,8 +279,7 @@ def _key_range(
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    """For queries first .. first + BLOCK_M - 1: keys start .. left and right .. stop need masks, left ..
-    right none."""
+    """Of queries first .. first + BLOCK_M - 1: keys start .. left and right .. stop need masks."""
     start, left, stop, right = first * 0, first * 0, length, length // BLOCK_N * BLOCK_N
     if CAUSAL:
         stop = tl.minimum(first + BLOCK_M, length)
@@ -386,8 +381,7 @@ def _probabilities(
     ALIBI: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Products q k^T -> (p, ds / d product without `scale`). query, key, lse lie along s; free: no mask
-    touches s."""
+    """q k^T -> (p, ds / d product without `scale`). query, key, lse along s; free: no mask touches s."""
     slack = 1.0
     if CAP:
         bent = tanh(s * scale, PRECISION == "ieee")
@@ -410,8 +404,7 @@ def _keys_kernel(
     tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M:
     tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one block of keys and one key/value head; the first blocks of a segment have the most
-    queries."""
+    """dk, dv of one block of keys and one key/value head; a segment's first blocks have most queries."""
     STRIDE_K: tl.constexpr = KV_HEADS * D
     STRIDE_Q: tl.constexpr = GROUP * STRIDE_K
     kv_head, begin, length, first = _place(cu_seqlens, segments, together, BLOCK_N, False)

@@ -56,8 +56,7 @@ def unsupported(gate: torch.Tensor, up: torch.Tensor) -> str | None:
 
 
 def gated_mlp_triton(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
-    """gated_mlp_reference as one kernel, and one backward; keeps gate and up, which may be halves of one
-    tensor."""
+    """gated_mlp_reference as one kernel, and one backward; gate and up may be halves of one tensor."""
     return _GatedMLP.apply(gate, up, activation)
 
 

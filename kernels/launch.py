@@ -83,8 +83,7 @@ def recording(capability: int) -> Iterator[list[Launch]]:
 
 
 def run(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
-    """Start a kernel. arguments: in its order, a tensor first; options: constants by name, num_warps,
-    num_stages."""
+    """Start a kernel. arguments in its order, a tensor first; options: constants, num_warps, num_stages."""
     if _recording is not None:
         _recording.launches.append(_describe(kernel, arguments, options))
     elif all(grid):  # without rows there is nothing to start, and CUDA refuses an empty grid
@@ -136,8 +135,7 @@ def capability(device: torch.device) -> int:
 
 
 def processors(device: torch.device) -> int:
-    """Multiprocessors of the GPU; 4 in the interpreter, so that persistent grids are short but not
-    trivial."""
+    """Multiprocessors of the GPU; 4 in the interpreter: persistent grids short but not trivial."""
     if _recording is not None:
         return RECORDED_PROCESSORS[_recording.capability]
     return 4 if device.type != "cuda" else _gpu(device.index or 0)[1]
@@ -166,8 +164,7 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def recorded_or_traced(device: torch.device) -> bool:
-    """Whether nothing may be timed now: launches are recorded, torch.compile traces, or a CUDA graph is
-    captured."""
+    """Whether nothing may be timed: launches are recorded, torch.compile traces, a graph is captured."""
     if _recording is not None or torch.compiler.is_compiling():
         return True
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -10,15 +10,13 @@ from kernels import norms
 
 
 def layer_norm_reference(x: torch.Tensor, weight, bias, eps: float) -> torch.Tensor:
-    """x (..., E) any float dtype, weight and bias (E,) or None -> (..., E) in x's dtype; torch computes in
-    fp32."""
+    """x (..., E) any float dtype, weight and bias (E,) or None -> like x; torch computes in fp32."""
     weight, bias = (None if part is None else part.to(x.dtype) for part in (weight, bias))
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
 def layer_norm_triton(x: torch.Tensor, weight, bias, eps: float) -> torch.Tensor:
-    """layer_norm_reference as one kernel. Backward: one, and a small one for weight and bias; keeps x and
-    (rows, 2)."""
+    """layer_norm_reference as one kernel. Backward: one, and a small one for weight and bias."""
     return _LayerNorm.apply(x, weight, bias, eps)
 
 

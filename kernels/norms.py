@@ -70,8 +70,7 @@ def forward(
 
 
 def backward(grad, total_grad, x, weight, mean, rstd, offset: float, want_weight: bool, want_bias: bool):
-    """Gradients of y and total (or None), what forward gave -> dx like x, dweight and dbias (E,) fp32, or
-    None."""
+    """Gradients of y and total (or None) -> dx like x, dweight and dbias (E,) fp32, or None."""
     rows, inner, outer_stride, inner_stride = _row_strides(x)
     count, size = rstd.shape[0], x.shape[-1]
     grad = grad.contiguous()
@@ -127,8 +126,7 @@ def _tile(size: int) -> tuple[int, int, int]:
 
 
 def _programs(tiles: int, warps: int, device: torch.device) -> int:
-    """Of a kernel whose programs go on until no tile is left: 16 warps on every processor, and all with equal
-    work."""
+    """Of a kernel that goes on until no tile is left: 16 warps on every processor, of equal work."""
     rounds = ceil_divide(tiles, processors(device) * max(1, 16 // warps))
     return ceil_divide(tiles, max(1, rounds))
 

@@ -40,8 +40,7 @@ class Plan:
         return torch.is_grad_enabled() and number < self.full
 
     def run(self, number: int, block: Callable, *state):
-        """block(*state), which is block `number`. What is no tensor of its own comes to the block by
-        closure."""
+        """block(*state), block `number`. What is no tensor of its own comes to it by closure."""
         if not torch.is_grad_enabled():
             return block(*state)
         if self.runs_again(number):
@@ -63,8 +62,7 @@ class Plan:
 
 
 def cheap(function: Callable, *inputs):
-    """function(*inputs) -> a tensor that is cheap to make again. The inputs must be kept for the backward
-    anyway."""
+    """function(*inputs), cheap to make again. The inputs must be kept for the backward anyway."""
     return remember(function(*inputs), function, *inputs)
 
 

@@ -15,8 +15,7 @@ from kernels import norms
 def rms_norm_reference(
     x, weight, eps: float, offset: float = 0.0, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """x (..., E) any float dtype, weight (E,) -> (..., E) in dtype or x's; the mean is taken in fp32 (fp64
-    stays)."""
+    """x (..., E), weight (E,) -> (..., E) in dtype or x's; the mean is taken in fp32 (fp64 stays)."""
     wide, dtype = x if x.dtype is torch.float64 else x.float(), dtype or x.dtype
     normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     if offset:
@@ -29,8 +28,7 @@ def rms_norm_reference(
 def add_rms_norm_reference(
     x, delta, weight, eps: float, offset: float = 0.0, dtype: torch.dtype | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x, delta (..., E) -> rms_norm_reference(x + delta), x + delta in x's dtype. delta None: nothing to
-    add."""
+    """x, delta (..., E) or None -> rms_norm_reference(x + delta), x + delta in x's dtype."""
     total = x if delta is None else x + delta
     return rms_norm_reference(total, weight, eps, offset, dtype), total
 
@@ -38,8 +36,7 @@ def add_rms_norm_reference(
 def rms_norm_triton(
     x, weight, eps: float, offset: float = 0.0, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """rms_norm_reference as one kernel. Backward: one, and a small one if the weight trains; keeps x and 1 /
-    rms."""
+    """rms_norm_reference as one kernel. Backward: one, and a small one if the weight trains."""
     return _RMSNorm.apply(x, None, weight, eps, offset, dtype)[0]
 
 

@@ -18,8 +18,7 @@ PAIRS = 2048  # of one program: 16 per thread, so two 16-byte loads of each half
 
 
 def rope_reference(q, k, cos, sin, interleaved: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """q (T, H, D), k (T, K, D); cos, sin (T, R/2), R <= D, one angle per pair -> q and k, rotated, in their
-    dtype."""
+    """q (T, H, D), k (T, K, D); cos, sin (T, R/2), R <= D -> q and k, rotated, in their dtype."""
     return _turn(q, cos, sin, interleaved), _turn(k, cos, sin, interleaved)
 
 
@@ -62,14 +61,12 @@ def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bo
 
 
 def rotation_tables(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos, sin (T, D/2) -> (cos, cos) and (-sin, sin), each (T, 1, D): made once for all layers when
-    decoding."""
+    """cos, sin (T, D/2) -> (cos, cos) and (-sin, sin), each (T, 1, D): made once when decoding."""
     return torch.cat((cos, cos), dim=-1)[:, None], torch.cat((-sin, sin), dim=-1)[:, None]
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x (T, heads, D) * (cos, cos) + (x2, x1) * (-sin, sin): the halves of x swapped; cos, sin by
-    rotation_tables."""
+    """x (T, heads, D) * (cos, cos) + (x2, x1) * (-sin, sin); cos, sin by rotation_tables."""
     return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
@@ -81,8 +78,7 @@ def unsupported(q: torch.Tensor, k: torch.Tensor) -> str | None:
 
 
 def rope_triton(q, k, cos, sin, interleaved: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """rope_reference as one kernel for q and k, and one backward. q, k: any strides between tokens and
-    heads."""
+    """rope_reference as one kernel, and one backward. q, k: any strides between tokens and heads."""
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
         return _RopeTriton.apply(q, k, cos, sin, interleaved)
     return _start(q, k, cos, sin, interleaved, backward=False)
@@ -207,8 +203,7 @@ def _turn_lines(
     HALF: tl.constexpr,
     REST: tl.constexpr,
 ):
-    """LINES rows of (token, head): HEADS heads of some tokens; the next block takes the same tokens' other
-    heads."""
+    """LINES rows of (token, head): HEADS heads of some tokens; the next block takes their other heads."""
     line = tl.arange(0, LINES)[:, None]
     head_blocks = heads // HEADS
     token = (block // head_blocks * (LINES // HEADS) + line // HEADS).to(tl.int64)
