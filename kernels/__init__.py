@@ -11,6 +11,7 @@ import os
 import torch
 
 from kernels import attention_backends as _backends
+from kernels import attention_by_products as _by_products
 from kernels import cross_entropy as _cross_entropy
 from kernels import decode_attention as _decode_attention
 from kernels import flash_attention as _flash
@@ -23,12 +24,12 @@ from kernels import nf4 as _nf4
 from kernels import norms as _norms
 from kernels import rms_norm as _rms_norm
 from kernels import rope as _rope
-from kernels.attention import attention_reference
-from kernels.attention import cached_attention_reference as cached_attention
+from kernels.attention import attention_reference, attention_sdpa, cached_attention_reference
 from kernels.byte_linear import Bytes, ByteTable
 from kernels.decode_attention import MAX_NEW
 from kernels.lora_linear import Part as LoraPart
 from kernels.nf4 import Codes, CodesPart
+from kernels.recompute import BOOK, remember
 
 __all__ = [
     "ATTENTION",
@@ -75,15 +76,25 @@ _MODE = _mode()  # read once: the choice must not change in the middle of a run
 _REFERENCE = _MODE == "reference"
 
 
-def _triton_serves(operation: str, device: torch.device, problem: str | None = None) -> bool:
-    """Whether the operation's Triton kernel is taken. problem: what its `unsupported` says."""
+def _triton_serves(operation: str, device: torch.device, unsupported=None, *tensors) -> bool:
+    """Whether the operation's Triton kernel is taken. unsupported(*tensors): why it cannot, or None."""
     if _REFERENCE or (_MODE == "auto" and device.type != "cuda"):
         return False
-    missing = _missing(device)
-    if missing is not None or problem is not None:
-        launch.say_once(f"kernels: {operation} takes the torch reference: {missing or problem}")
-        return False
-    return True
+    problem = _missing(device) or (unsupported and unsupported(*tensors))
+    if problem is not None:
+        launch.say_once(f"kernels: {operation} takes the torch reference: {problem}")
+    return problem is None
+
+
+def _remembers() -> bool:
+    """Whether a block that drops what is cheap to make again is running. A compiled one has no recipes."""
+    return not torch.compiler.is_compiling() and BOOK.get() is not None
+
+
+def _cheap(function, *inputs) -> torch.Tensor:
+    """function(*inputs), which kernels/recompute.py may make again instead of keeping it for the backward."""
+    value = function(*inputs)
+    return remember(value, function, *inputs) if _remembers() else value
 
 
 def _missing(device: torch.device) -> str | None:
@@ -96,13 +107,24 @@ def _missing(device: torch.device) -> str | None:
     return missing
 
 
-def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0, dtype=None
-) -> torch.Tensor:
+def rms_norm(x, weight, eps: float, offset: float = 0.0, dtype: torch.dtype | None = None) -> torch.Tensor:
     """weight * x / rms(x) in dtype or x's; with offset 1, (1 + weight). See kernels/rms_norm.py."""
-    if _triton_serves("rms_norm", x.device, _norms.unsupported(x)):
-        return _rms_norm.rms_norm_triton(x, weight, eps, offset, dtype)
-    return _rms_norm.rms_norm_reference(x, weight, eps, offset, dtype)
+    serves = _triton_serves("rms_norm", x.device, _norms.unsupported, x)
+    chosen = _rms_norm.rms_norm_triton if serves else _rms_norm.rms_norm_reference
+    return _cheap(chosen, x, weight, eps, offset, dtype)
+
+
+def add_rms_norm(
+    x, delta: torch.Tensor | None, weight, eps: float, offset: float = 0.0, dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """rms_norm of x + delta, and that sum; delta None is 0. See kernels/rms_norm.py."""
+    serves = _triton_serves("rms_norm", x.device, _norms.unsupported, x, delta)
+    chosen = _rms_norm.add_rms_norm_triton if serves else _rms_norm.add_rms_norm_reference
+    normed, total = chosen(x, delta, weight, eps, offset, dtype)
+    if _remembers():  # the norm of the sum, which is kept anyway
+        alone = _rms_norm.rms_norm_triton if serves else _rms_norm.rms_norm_reference
+        remember(normed, alone, total, weight, eps, offset, dtype)
+    return normed, total
 
 
 ATTENTION = ("auto", "triton", "sdpa", "disabled", "fa2", "fa3")  # values of `flash_attn`
@@ -150,8 +172,6 @@ def attention(
     arguments = (q, k, v, cu_seqlens, max_seqlen, window, scale, causal, softcap, alibi_slopes)
     if flash_attn == "disabled" or _REFERENCE:
         return attention_reference(*arguments)
-    if flash_attn == "sdpa":
-        return _backends.attention_torch(*arguments)
     if flash_attn in _backends.PACKAGES:
         return _backends.attention_package(flash_attn, *arguments)
     if flash_attn == "triton":
@@ -159,21 +179,35 @@ def attention(
         if problem is not None:
             raise ValueError(f"flash_attn=triton: {problem}; or set flash_attn=auto")
         return _flash.flash_attention_triton(*arguments)
-    if not _triton_serves("attention", q.device, _flash.unsupported(q, k, v)):
+    if flash_attn == "sdpa" or not _triton_serves("attention", q.device, _flash.unsupported, q, k, v):
+        if q.device.type == "cpu" and softcap is None:
+            return attention_sdpa(*arguments, whole=_whole_segments)
         return _backends.attention_torch(*arguments)
     if _MODE == "triton" or launch.recorded_or_traced(q.device):
         return _flash.flash_attention_triton(*arguments)
     candidates = {"triton": _flash.flash_attention_triton, **_backends.backends(*arguments)}
     trained = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     shapes = _backends.shape_class(q, k, cu_seqlens, max_seqlen, window, causal, trained)
-    return _chooser.choose((*shapes, softcap is None, alibi_slopes is None), candidates, arguments)(
-        *arguments
-    )
+    key = (*shapes, softcap is None, alibi_slopes is None)
+    return _chooser.choose(key, candidates, arguments)(*arguments)
+
+
+def _whole_segments(q, k, v, segments: int, scale: float) -> torch.Tensor | None:
+    """Causal segments of one length on a CPU by oneDNN's products, where that is the faster way."""
+    if not _by_products.pays(q.dtype, q.shape[0] // segments):
+        return None
+    return _by_products.attention_by_products(q, k, v, segments, scale)
+
+
+def cached_attention(q, keys, values, borders, lengths, window: int | None, scale: float) -> torch.Tensor:
+    """New tokens against a cache whose lengths the host knows -> (T, H, D). See kernels/attention.py."""
+    whole = _whole_segments if q.device.type == "cpu" else None
+    return cached_attention_reference(q, keys, values, borders, lengths, window, scale, whole)
 
 
 def decode_attention(q, keys, values, cu_seqlens, lengths, max_new, window, scale, softcap=None, slopes=None):
     """New tokens against a cache whose lengths the device knows. See kernels/decode_attention.py."""
-    serves = _triton_serves("decode_attention", q.device, _decode_attention.unsupported(q, keys, max_new))
+    serves = _triton_serves("decode_attention", q.device, _decode_attention.unsupported, q, keys, max_new)
     chosen = (
         _decode_attention.decode_attention_triton if serves else _decode_attention.decode_attention_reference
     )
@@ -187,32 +221,18 @@ def store_in_cache(k, v, keys, values, cu_seqlens, lengths, max_new) -> None:
     store(k, v, keys, values, cu_seqlens, lengths, max_new)
 
 
-def add_rms_norm(
-    x: torch.Tensor,
-    delta: torch.Tensor | None,
-    weight: torch.Tensor,
-    eps: float,
-    offset: float = 0.0,
-    dtype=None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """rms_norm of x + delta, and that sum; delta None is 0. See kernels/rms_norm.py."""
-    if _triton_serves("rms_norm", x.device, _norms.unsupported(x, delta)):
-        return _rms_norm.add_rms_norm_triton(x, delta, weight, eps, offset, dtype)
-    return _rms_norm.add_rms_norm_reference(x, delta, weight, eps, offset, dtype)
-
-
 def layer_norm(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
 ) -> torch.Tensor:
     """weight * (x - mean) / deviation + bias over the last dimension. See kernels/layer_norm.py."""
-    if _triton_serves("layer_norm", x.device, _norms.unsupported(x)):
+    if _triton_serves("layer_norm", x.device, _norms.unsupported, x):
         return _layer_norm.layer_norm_triton(x, weight, bias, eps)
     return _layer_norm.layer_norm_reference(x, weight, bias, eps)
 
 
 def rope(q, k, cos, sin, interleaved: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """q (T, H, D), k (T, K, D) rotated by angles, given as cos and sin (T, R/2). See kernels/rope.py."""
-    if _triton_serves("rope", q.device, _rope.unsupported(q, k)):
+    if _triton_serves("rope", q.device, _rope.unsupported, q, k):
         return _rope.rope_triton(q, k, cos, sin, interleaved)
     return (_rope.rope_reference if _REFERENCE else _rope.rope)(q, k, cos, sin, interleaved)
 
@@ -224,10 +244,10 @@ rotate, rotation_tables = _rope.rotate, _rope.rotation_tables  # the same in two
 
 def gated_mlp(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
     """act(gate) * up, each (T, F); activation: silu, gelu, gelu_tanh or relu. See kernels/gated_mlp.py."""
-    if _triton_serves("gated_mlp", gate.device, _gated_mlp.unsupported(gate, up)):
-        return _gated_mlp.gated_mlp_triton(gate, up, activation)
     chosen = _gated_mlp.gated_mlp_reference if _REFERENCE else _gated_mlp.gated_mlp
-    return chosen(gate, up, activation)
+    if _triton_serves("gated_mlp", gate.device, _gated_mlp.unsupported, gate, up):
+        chosen = _gated_mlp.gated_mlp_triton
+    return _cheap(chosen, gate, up, activation)
 
 
 def linear_cross_entropy(
@@ -289,7 +309,7 @@ def cross_entropy(
 def _of_cross_entropy(operation: str, x: torch.Tensor):
     """That operation of kernels/cross_entropy.py, in torch, Triton or as reference."""
     suffix = "_reference" if _REFERENCE else ""
-    if _triton_serves("cross_entropy", x.device, _cross_entropy.unsupported(x)):
+    if _triton_serves("cross_entropy", x.device, _cross_entropy.unsupported, x):
         suffix = "_triton"
     return getattr(_cross_entropy, operation + suffix)
 
@@ -318,7 +338,7 @@ def lora_linears(x: torch.Tensor, parts: list[LoraPart]) -> list[torch.Tensor]:
 def dequantise_4bit(weight: Codes, out: torch.Tensor) -> bool:
     """Write a weight in 4 bits into out (out, in), where a kernel does that; False leaves it to the caller.
     See kernels/nf4.py."""
-    if not _triton_serves("weights in 4 bits", out.device, _nf4.unsupported_fill(out)):
+    if not _triton_serves("weights in 4 bits", out.device, _nf4.unsupported_fill, out):
         return False
     _nf4.dequantise_triton(weight, out)
     return True
@@ -327,7 +347,7 @@ def dequantise_4bit(weight: Codes, out: torch.Tensor) -> bool:
 def small_batch_4bit(x: torch.Tensor, parts: list[CodesPart]) -> list[torch.Tensor] | None:
     """x (1 to 16 rows, in) through linears in 4 bits with their adapters, straight from the codes, no
     gradient; None where no kernel does that, and then the dense weight is the way. See kernels/nf4.py."""
-    if not _triton_serves("products with weights in 4 bits", x.device, _nf4.unsupported(x)):
+    if not _triton_serves("products with weights in 4 bits", x.device, _nf4.unsupported, x):
         return None
     return _nf4.small_batch_triton(x, parts)
 

@@ -10,14 +10,11 @@ key/value head h // (H / K). Of the scores s = q k^T * scale, in this order:
 `attention_reference` is the formula and the oracle of the tests. `attention_sdpa` is what runs on a CPU:
 segment by segment into torch's flash kernel (nothing (T, T) exists), or through two products where those are
 faster; elsewhere its one block-diagonal mask keeps the host out of it. The Triton kernels are in
-flash_attention.py, torch's own flash kernels for the GPU in attention_backends.py. `cached_attention_reference`
-serves rows whose keys stand in a cache.
+flash_attention.py, torch's own for the GPU in attention_backends.py. `cached_attention_reference` serves rows whose keys stand in a cache.
 """
 
 import torch
 import torch.nn.functional as F
-
-from kernels import attention_by_products
 
 
 def attention_reference(
@@ -48,9 +45,12 @@ def attention_reference(
 
 
 def attention_sdpa(
-    q, k, v, cu_seqlens, max_seqlen, window, scale, causal=True, softcap=None, alibi_slopes=None
+    q, k, v, cu_seqlens, max_seqlen, window, scale, causal=True, softcap=None, alibi_slopes=None, whole=None
 ) -> torch.Tensor:
-    """attention_reference through torch's own attention, which knows no soft cap (ValueError)."""
+    """attention_reference through torch's own attention, which knows no soft cap (ValueError).
+
+    whole(q, k, v, segments, scale): what may do causal segments of one length instead; None: it does not.
+    """
     check(window, causal)
     if softcap is not None:
         raise ValueError(
@@ -62,28 +62,20 @@ def attention_sdpa(
     for start, count, length in _runs_of_equal_length(cu_seqlens.tolist()):
         stop = start + count * length
         plain = causal and alibi_slopes is None and (window is None or window >= length)
-        if plain and attention_by_products.pays(q.dtype, length):
-            whole = (x[start:stop] for x in (q, k, v))
-            pieces.append(attention_by_products.attention_by_products(*whole, count, scale))
-            continue
-
-        def heads_first(x):
-            return x[start:stop].view(count, length, x.shape[1], x.shape[2]).transpose(1, 2)  # noqa: B023
-
+        if plain and whole is not None:
+            out = whole(q[start:stop], k[start:stop], v[start:stop], count, scale)
+            if out is not None:
+                pieces.append(out)
+                continue
         mask = None
         if window is not None and window < length:
             mask = _window_mask(length, length, window, q.device)
         if alibi_slopes is not None:
             mask = _alibi_bias(length, window, causal, alibi_slopes, q.dtype)
-        out = F.scaled_dot_product_attention(
-            heads_first(q),
-            heads_first(k),
-            heads_first(v),
-            attn_mask=mask,
-            is_causal=causal and mask is None,
-            scale=scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )  # (count, H, length, D)
+        heads_first = [x[start:stop].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v)]
+        causal_alone = causal and mask is None
+        options = {"is_causal": causal_alone, "scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
+        out = F.scaled_dot_product_attention(*heads_first, mask, **options)  # (count, H, length, D)
         pieces.append(out.transpose(1, 2).reshape(count * length, *q.shape[1:]))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces) if pieces else torch.zeros_like(q)
 
@@ -95,9 +87,9 @@ def check(window: int | None, causal: bool) -> None:
 
 
 def cached_attention_reference(
-    q, keys, values, borders, lengths, window: int | None, scale: float
+    q, keys, values, borders, lengths, window: int | None, scale: float, whole=None
 ) -> torch.Tensor:
-    """Attention of new tokens against a cache that already holds their own keys.
+    """Attention of new tokens against a cache that already holds their own keys; whole as in attention_sdpa.
 
     q (T, H, D): the new tokens of sequences 0..N-1 one after the other; borders: N+1 host ints into T. keys,
     values (N, K, capacity, D); lengths: N host ints, filled slots per sequence, new tokens included -> (T, H,
@@ -117,38 +109,26 @@ def cached_attention_reference(
         allowed = positions < ends
         if window is not None:
             allowed &= positions >= ends - window
-        out = F.scaled_dot_product_attention(
-            q[:, :, None],
-            keys[:, :, :longest],
-            values[:, :, :longest],
-            attn_mask=allowed[:, None, None, :],
-            scale=scale,
-            enable_gqa=gqa,
-        )  # (N, H, 1, D)
+        operands = q[:, :, None], keys[:, :, :longest], values[:, :, :longest], allowed[:, None, None, :]
+        out = F.scaled_dot_product_attention(*operands, scale=scale, enable_gqa=gqa)  # (N, H, 1, D)
         return out[:, :, 0]
     pieces = []
     for i, length in enumerate(lengths):
         rows = q[borders[i] : borders[i + 1]]  # (new, H, D)
         new = rows.shape[0]
-        whole = new == length and (window is None or window >= length)  # a first prompt
-        if whole and q.device.type == "cpu" and attention_by_products.pays(q.dtype, length):
-            k, v = (x[i, :, :length].transpose(0, 1) for x in (keys, values))
-            pieces.append(attention_by_products.attention_by_products(rows, k, v, 1, scale))
-            continue
+        if whole is not None and new == length and (window is None or window >= length):  # a first prompt
+            out = whole(rows, *(x[i, :, :length].transpose(0, 1) for x in (keys, values)), 1, scale)
+            if out is not None:
+                pieces.append(out)
+                continue
         first = max(0, length - window) if window is not None and new == 1 else 0
         mask = None
         if new > 1 and (new < length or (window is not None and window < length)):
             mask = _window_mask(new, length, window or length, q.device)
-        out = F.scaled_dot_product_attention(
-            rows.transpose(0, 1)[None],  # (1, H, new, D)
-            keys[i : i + 1, :, first:length],
-            values[i : i + 1, :, first:length],
-            attn_mask=mask,
-            is_causal=mask is None and new > 1,
-            scale=scale,
-            enable_gqa=gqa,
-        )
-        pieces.append(out[0].transpose(0, 1))
+        k, v = (x[i : i + 1, :, first:length] for x in (keys, values))
+        options = {"is_causal": mask is None and new > 1, "scale": scale, "enable_gqa": gqa}
+        out = F.scaled_dot_product_attention(rows.transpose(0, 1)[None], k, v, mask, **options)
+        pieces.append(out[0].transpose(0, 1))  # (1, H, new, D) -> (new, H, D)
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
@@ -193,12 +173,7 @@ def _one_mask(q, k, v, cu_seqlens, window, scale, causal=True, alibi_slopes=None
     mask = (segment[:, None] == segment[None, :]) & _seen(place[:, None], place[None, :], window, causal)
     if alibi_slopes is not None:
         mask = _alibi_bias(q.shape[0], window, causal, alibi_slopes, q.dtype).masked_fill(~mask, -torch.inf)
-    out = F.scaled_dot_product_attention(
-        q.transpose(0, 1)[None],
-        k.transpose(0, 1)[None],
-        v.transpose(0, 1)[None],
-        attn_mask=mask[None] if mask.dim() == 3 else mask[None, None],
-        scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
-    return out[0].transpose(0, 1)
+    heads_first = [x.transpose(0, 1)[None] for x in (q, k, v)]
+    mask = mask[None] if mask.dim() == 3 else mask[None, None]
+    gqa = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(*heads_first, mask, scale=scale, enable_gqa=gqa)[0].transpose(0, 1)

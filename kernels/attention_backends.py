@@ -91,8 +91,6 @@ def attention_torch(
     if softcap is not None:
         say_once("kernels: attention takes the torch reference: scaled_dot_product_attention has no soft cap")
         return attention_reference(*arguments)
-    if q.device.type != "cuda":
-        return attention_sdpa(*arguments)
     served = backends(*arguments)
     for name in ("batched sdpa", "torch flash"):
         if name in served:

@@ -3,13 +3,14 @@ scores.
 
 Forward, one program per block of queries and query head, over blocks of keys (Dao, arXiv 2307.08691,
 algorithm 1):
-    top' = max(top, s)    p = 2^(s - top')    total' = total 2^(top - top') + sum p    acc' = acc 2^(top - top') + p v
-    out = acc / total     lse = top + log2 total, saved (H, T) fp32; s is in units of log 2, so that exp is one exp2
+    top' = max(top, s)    p = 2^(s - top')    total' = total 2^(top - top') + sum p
+    acc' = acc 2^(top - top') + p v    out = acc / total    lse = top + log2 total, saved (H, T) fp32
+s is in units of log 2, so that exp is one exp2.
 Backward (the same, algorithm 2), with delta = sum over D of grad * out:
     p = 2^(s - lse)    dv = p^T grad    ds = p (grad v^T - delta)    dq = scale ds k    dk = scale ds^T q
-with ds times 1 - tanh^2 under a soft cap. dk and dv: one program per block of keys and key/value head, which goes
-through the query heads of the group; dq: one program per block of queries, which takes the scores once more. No
-atomics: 7 products instead of 5, and the same bits every time.
+with ds times 1 - tanh^2 under a soft cap. dk and dv: one program per block of keys and key/value head, through
+the query heads of the group; dq: one program per block of queries, which takes the scores once more. No atomics:
+7 products instead of 5, and the same bits every time.
 
 Where the work is: a segment's blocks never cross its borders. Block b of the grid belongs to the segment i
 with the largest cu_seqlens[i] // BLOCK + i <= b, found by bisection in the kernel; so T // BLOCK + N blocks

@@ -68,9 +68,8 @@ def cheap(function: Callable, *inputs):
 
 def remember(value: Tensor, function: Callable, *inputs) -> Tensor:
     """Gives back `value`, which function(*inputs) would make bit by bit; see `cheap`."""
-    # a compiled block has no recipes (train.py refuses the pair), and asking for them would break its graph
-    # in two
-    book = None if torch.compiler.is_compiling() else _BOOK.get()
+    # a compiled block has no recipes (train.py refuses the pair); asking would break its graph in two
+    book = None if torch.compiler.is_compiling() else BOOK.get()
     if book is not None:
         book.add(value, function, inputs)
     return value
@@ -110,12 +109,12 @@ class _Book:
         self.recipes[_identity(value)] = (value, _Recipe(function, inputs))
 
     def __enter__(self) -> None:
-        self.token = _BOOK.set(self)
+        self.token = BOOK.set(self)
         self.hooks.__enter__()
 
     def __exit__(self, *error) -> None:
         self.hooks.__exit__(*error)
-        _BOOK.reset(self.token)
+        BOOK.reset(self.token)
         self.recipes.clear()
 
     def _pack(self, tensor: Tensor) -> "Tensor | _Recipe":
@@ -134,7 +133,7 @@ def _unpack(kept: "Tensor | _Recipe") -> Tensor:
     return kept.make() if isinstance(kept, _Recipe) else kept
 
 
-_BOOK: ContextVar[_Book | None] = ContextVar("book", default=None)  # per thread, as autograd's own hooks are
+BOOK: ContextVar[_Book | None] = ContextVar("book", default=None)  # per thread, as autograd's own hooks are
 
 
 # offload
