@@ -10,7 +10,8 @@ key/value head h // (H / K). Of the scores s = q k^T * scale, in this order:
 `attention_reference` is the formula and the oracle of the tests. `attention_sdpa` is what runs on a CPU:
 segment by segment into torch's flash kernel (nothing (T, T) exists), or through two products where those are
 faster; elsewhere its one block-diagonal mask keeps the host out of it. The Triton kernels are in
-flash_attention.py, torch's own for the GPU in attention_backends.py. `cached_attention_reference` serves rows whose keys stand in a cache.
+flash_attention.py, torch's own for the GPU in attention_backends.py.
+`cached_attention_reference` serves rows whose keys stand in a cache.
 """
 
 import torch

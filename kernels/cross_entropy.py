@@ -2,7 +2,7 @@
 
 For a row with scores s = h W^T + b and label y:
     z = a s                                    a: logit_scale
-    z = c tanh(a s / c)                        softcap c; dz/ds = a (1 - (z / c)^2).  Gemma 2, arXiv 2408.00118
+    z = c tanh(a s / c)                       softcap c; dz/ds = a (1 - (z / c)^2).  Gemma 2, arXiv 2408.00118
     lse = log sum_j exp(z_j)
     loss = lse - (1 - e) z_y - e mean_j z_j    e: label_smoothing, as torch's cross_entropy has it
          + w lse^2                             w: z_loss.  PaLM, arXiv 2204.02311, section 5

@@ -10,7 +10,7 @@ of a key/value head. A single sequence has few heads, so its keys are divided am
 decoding", Dao et al., 2023); each gives its part of the sum and the logarithm of its softmax's denominator, a
 second kernel merges:
     out = sum_s 2^(lse_s - m) out_s / sum_s 2^(lse_s - m),   m = max_s lse_s.
-How much is filled is known to the device only, and nothing here waits for it: the capacity gives the number of
+How much is filled only the device knows, and nothing here waits for it: the capacity gives the number of
 splits, and the programs divide between them what they find filled.
 """
 

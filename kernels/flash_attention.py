@@ -8,9 +8,9 @@ algorithm 1):
 s is in units of log 2, so that exp is one exp2.
 Backward (the same, algorithm 2), with delta = sum over D of grad * out:
     p = 2^(s - lse)    dv = p^T grad    ds = p (grad v^T - delta)    dq = scale ds k    dk = scale ds^T q
-with ds times 1 - tanh^2 under a soft cap. dk and dv: one program per block of keys and key/value head, through
-the query heads of the group; dq: one program per block of queries, which takes the scores once more. No atomics:
-7 products instead of 5, and the same bits every time.
+with ds times 1 - tanh^2 under a soft cap. dk and dv: one program per block of keys and key/value head,
+through the query heads of the group; dq: one program per block of queries, which takes the scores once
+more. No atomics: 7 products instead of 5, and the same bits every time.
 
 Where the work is: a segment's blocks never cross its borders. Block b of the grid belongs to the segment i
 with the largest cu_seqlens[i] // BLOCK + i <= b, found by bisection in the kernel; so T // BLOCK + N blocks
