@@ -6,6 +6,7 @@ kernels (on a CPU with TRITON_INTERPRET=1); reference forces the references ever
 was taken. A shape that a kernel does not know goes to the reference, which is said once.
 """
 
+import math
 import os
 
 import torch
@@ -181,7 +182,7 @@ def attention(
         return _flash.flash_attention_triton(*arguments)
     if flash_attn == "sdpa" or not _triton_serves("attention", q.device, _flash.unsupported, q, k, v):
         if q.device.type == "cpu" and softcap is None:
-            return attention_sdpa(*arguments, whole=_whole_segments)
+            return attention_sdpa(*arguments, whole=_whole(q.dtype))
         return _backends.attention_torch(*arguments)
     if _MODE == "triton" or launch.recorded_or_traced(q.device):
         return _flash.flash_attention_triton(*arguments)
@@ -192,16 +193,19 @@ def attention(
     return _chooser.choose(key, candidates, arguments)(*arguments)
 
 
-def _whole_segments(q, k, v, segments: int, scale: float) -> torch.Tensor | None:
-    """Causal segments of one length on a CPU by oneDNN's products, where that is the faster way."""
-    if not _by_products.pays(q.dtype, q.shape[0] // segments):
-        return None
-    return _by_products.attention_by_products(q, k, v, segments, scale)
+def _whole(dtype: torch.dtype) -> tuple:
+    """(function, shortest length in tokens) of what does causal segments on a CPU faster than torch's kernel."""
+    shortest = math.inf
+    if dtype is torch.bfloat16 and torch.cpu._is_avx512_bf16_supported():
+        shortest = 1
+    elif dtype is torch.float32 and _linear.onednn_fp32_available():
+        shortest = _by_products.SHORTEST_FP32
+    return _by_products.attention_by_products, shortest
 
 
 def cached_attention(q, keys, values, borders, lengths, window: int | None, scale: float) -> torch.Tensor:
     """New tokens against a cache whose lengths the host knows -> (T, H, D). See kernels/attention.py."""
-    whole = _whole_segments if q.device.type == "cpu" else None
+    whole = _whole(q.dtype) if q.device.type == "cpu" else (None, math.inf)
     return cached_attention_reference(q, keys, values, borders, lengths, window, scale, whole)
 
 

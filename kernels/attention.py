@@ -14,6 +14,8 @@ flash_attention.py, torch's own for the GPU in attention_backends.py.
 `cached_attention_reference` serves rows whose keys stand in a cache.
 """
 
+from math import inf
+
 import torch
 import torch.nn.functional as F
 
@@ -46,11 +48,21 @@ def attention_reference(
 
 
 def attention_sdpa(
-    q, k, v, cu_seqlens, max_seqlen, window, scale, causal=True, softcap=None, alibi_slopes=None, whole=None
+    q,
+    k,
+    v,
+    cu_seqlens,
+    max_seqlen,
+    window,
+    scale,
+    causal=True,
+    softcap=None,
+    alibi_slopes=None,
+    whole=(None, inf),
 ) -> torch.Tensor:
     """attention_reference through torch's own attention, which knows no soft cap (ValueError).
 
-    whole(q, k, v, segments, scale): what may do causal segments of one length instead; None: it does not.
+    whole: (function of q, k, v, segments, scale; shortest length): it does causal segments of one length.
     """
     check(window, causal)
     if softcap is not None:
@@ -63,11 +75,9 @@ def attention_sdpa(
     for start, count, length in _runs_of_equal_length(cu_seqlens.tolist()):
         stop = start + count * length
         plain = causal and alibi_slopes is None and (window is None or window >= length)
-        if plain and whole is not None:
-            out = whole(q[start:stop], k[start:stop], v[start:stop], count, scale)
-            if out is not None:
-                pieces.append(out)
-                continue
+        if plain and length >= whole[1]:
+            pieces.append(whole[0](q[start:stop], k[start:stop], v[start:stop], count, scale))
+            continue
         mask = None
         if window is not None and window < length:
             mask = _window_mask(length, length, window, q.device)
@@ -88,7 +98,7 @@ def check(window: int | None, causal: bool) -> None:
 
 
 def cached_attention_reference(
-    q, keys, values, borders, lengths, window: int | None, scale: float, whole=None
+    q, keys, values, borders, lengths, window: int | None, scale: float, whole=(None, inf)
 ) -> torch.Tensor:
     """Attention of new tokens against a cache that already holds their own keys; whole as in attention_sdpa.
 
@@ -117,11 +127,10 @@ def cached_attention_reference(
     for i, length in enumerate(lengths):
         rows = q[borders[i] : borders[i + 1]]  # (new, H, D)
         new = rows.shape[0]
-        if whole is not None and new == length and (window is None or window >= length):  # a first prompt
-            out = whole(rows, *(x[i, :, :length].transpose(0, 1) for x in (keys, values)), 1, scale)
-            if out is not None:
-                pieces.append(out)
-                continue
+        if length >= whole[1] and new == length and (window is None or window >= length):  # a first prompt
+            k, v = (x[i, :, :length].transpose(0, 1) for x in (keys, values))
+            pieces.append(whole[0](rows, k, v, 1, scale))
+            continue
         first = max(0, length - window) if window is not None and new == 1 else 0
         mask = None
         if new > 1 and (new < length or (window is not None and window < length)):

@@ -1,6 +1,6 @@
 """The Triton kernels that rms_norm and layer_norm share: rows are normalised, then scaled and shifted.
 
-    n = (x - mean) / deviation    y = (offset + weight) n + bias    total = x + delta, which is then the x above
+    n = (x - mean) / deviation    y = (offset + weight) n + bias    total = x + delta, then the x above
 Without CENTERED (RMSNorm) the mean is 0. Backward, with g = grad * (offset + weight) and averages over a row:
     dx = (g - average(g) - n average(g n)) / deviation + grad of total         average(g): with CENTERED only
     dweight = sum over rows of grad * n        dbias = sum over rows of grad

@@ -1,6 +1,8 @@
 """Attention out of products (CPU): equal to the formula, values and every gradient, across its block
 borders."""
 
+import math
+
 import pytest
 import torch
 from kernel_checks import assert_as_exact_as, random
@@ -55,7 +57,7 @@ def test_a_first_prompt_in_a_cache_equals_the_row_alone(dtype, monkeypatch):
     found = kernels.cached_attention(q, keys, values, borders, [13, 17], None, 0.3)
     row = kernels.attention(q, k, v, torch.tensor(borders, dtype=torch.int32), 17, None, 0.3)
     torch.testing.assert_close(found, row)
-    monkeypatch.setattr(by_products, "pays", lambda dtype, length: False)
+    monkeypatch.setattr(kernels, "_whole", lambda dtype: (None, math.inf))
     other = kernels.cached_attention(q, keys, values, borders, [13, 17], None, 0.3)
     torch.testing.assert_close(
         found.float(), other.float(), atol=0.03 if dtype is torch.bfloat16 else 1e-6, rtol=0
@@ -66,7 +68,7 @@ def test_a_first_prompt_in_a_cache_equals_the_row_alone(dtype, monkeypatch):
     ("dtype", "length"), [(torch.bfloat16, 40), (torch.float32, by_products.SHORTEST_FP32)]
 )
 def test_is_taken_where_it_pays_and_never_for_a_window(dtype, length):
-    if not by_products.pays(dtype, length):
+    if length < kernels._whole(dtype)[1]:
         pytest.skip("this processor has no instructions for it")
     q, k, v = (x.to(dtype).requires_grad_() for x in operands(1, length, (2, 1), 8))
     borders = torch.tensor([0, length], dtype=torch.int32)
