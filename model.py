@@ -1,4 +1,4 @@
-"""The decoder: one class, driven by the switches of ModelConfig, over flat rows of tokens.
+"""The decoder: what a Llama is, driven by the switches of ModelConfig, over flat rows of tokens.
 
 Shape letters: T tokens of a packed row, N segments in it, E hidden, H query heads, K key/value heads, D head
 size, F MLP size, V vocabulary. A row holds N segments one after the other; `cu_seqlens` are their N+1
@@ -7,8 +7,9 @@ mask.
 
 The heads are applied by whoever needs them (loss on some rows, logits of the last token), so (T, V) logits
 never exist unless somebody asks. Weight names are Hugging Face's for Llama without the leading "model.".
+Linear, RMSNorm and MLP stand in architectures/layers.py, products and attention in kernels/.
 
-    model = checkpoint.load_model("models/SmolLM2-135M-Instruct")
+    model = load_model("models/SmolLM2-135M-Instruct")          # checkpoints/huggingface.py
     hidden = model(tokens, positions, cu_seqlens, max_seqlen)   # (T, E)
     logits = model.logits(hidden)                               # (T, V)
 """
@@ -29,6 +30,12 @@ from kernels.recompute import Plan
 
 
 class Attention(nn.Module):
+    """Softmax attention within a segment's past: softmax(q k^T / sqrt(D)) v, the last `window` tokens only.
+
+    H / K query heads share the keys and values of one head (arXiv 2305.13245); q and k are rotated by their
+    positions (architectures/rope.py).
+    """
+
     def __init__(self, config: ModelConfig, layer: int, **factory):
         super().__init__()
         hidden, size = config.hidden_size, config.head_dim
@@ -36,28 +43,27 @@ class Attention(nn.Module):
         self.k_proj = Linear(hidden, config.num_kv_heads * size, bias=config.qkv_bias, **factory)
         self.v_proj = Linear(hidden, config.num_kv_heads * size, bias=config.qkv_bias, **factory)
         self.o_proj = Linear(config.num_heads * size, hidden, bias=config.out_bias, **factory)
-        if config.qk_norm:
-            self.q_norm = RMSNorm(size, config.norm_eps, **factory)
-            self.k_norm = RMSNorm(size, config.norm_eps, **factory)
-        self.head_dim = size
         self.qk_norm = config.qk_norm
-        self.scale = 1.0 / math.sqrt(size)
-        self.window = config.sliding_windows[layer]
-        self.layer = layer
+        if config.qk_norm:
+            self.q_norm = RMSNorm(size, config.norm_eps, config.norm_offset, **factory)
+            self.k_norm = RMSNorm(size, config.norm_eps, config.norm_offset, **factory)
+        self.head_dim, self.scale = size, 1.0 / math.sqrt(size)
+        self.window = config.sliding_windows[layer]  # tokens; None = all
+        self.layer = layer  # its place in a cache
         self.joined = None  # generation/layout.py may join q, k and v for decoding
 
     def project(
-        self, x: Tensor, cos: Tensor, sin: Tensor, row: ForwardContext
+        self, x: Tensor, cos: Tensor, sin: Tensor, context: ForwardContext
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x (T, E) -> q (T, H, D), k and v (T, K, D), q and k normalised and rotated."""
         if self.joined is not None and self.joined.serve(self):
             heads = self.joined(x).view(x.shape[0], -1, self.head_dim)  # (T, H + 2K, D)
             queries, keys, _ = (size // self.head_dim for size in self.joined.sizes)
             if (
-                row.tables is not None and not self.qk_norm
+                context.tables is not None and not self.qk_norm
             ):  # q and k stand side by side: one rotation for both
                 v = heads.narrow(1, queries + keys, keys)
-                heads = kernels.rotate(heads.narrow(1, 0, queries + keys), *row.tables)
+                heads = kernels.rotate(heads.narrow(1, 0, queries + keys), *context.tables)
                 return heads.narrow(1, 0, queries), heads.narrow(1, queries, keys), v
             q, k, v = heads.split([queries, keys, keys], dim=1)
         else:
@@ -67,34 +73,52 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         return *kernels.rope(q, k, cos, sin), v
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, row: ForwardContext) -> Tensor:
-        q, k, v = self.project(x, cos, sin, row)
-        if row.cache is None:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, context: ForwardContext) -> Tensor:
+        q, k, v = self.project(x, cos, sin, context)
+        if context.cache is None:
             out = kernels.attention(
-                q, k, v, row.cu_seqlens, row.max_seqlen, self.window, self.scale, flash_attn=row.flash_attn
+                q,
+                k,
+                v,
+                context.cu_seqlens,
+                context.max_seqlen,
+                self.window,
+                self.scale,
+                flash_attn=context.flash_attn,
             )
         else:
-            out = row.cache.attend(self.layer, q, k, v, row, self.window, self.scale)
+            out = context.cache.attend(self.layer, q, k, v, context, self.window, self.scale)
         return self.o_proj(out.flatten(-2))  # (T, H, D) -> (T, E)
 
 
+# The kinds of layers, of which config.kinds(layer) names one each; others are to live in architectures/.
+# attention: x (T, E), cos, sin (T, D/2), context -> (T, E); feed-forward: x (T, E) -> (T, E)
+ATTENTION = {"attention": Attention}
+FEED_FORWARD = {"mlp": MLP}
+
+
 class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
     def __init__(self, config: ModelConfig, layer: int, **factory):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps, **factory)
-        self.self_attn = Attention(config, layer, **factory)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps, **factory)
-        self.mlp = MLP(config, **factory)
+        attention, feed_forward = config.kinds(layer)
+        norm = config.hidden_size, config.norm_eps, config.norm_offset
+        self.input_layernorm = RMSNorm(*norm, **factory)
+        self.self_attn = ATTENTION[attention](config, layer, **factory)
+        self.post_attention_layernorm = RMSNorm(*norm, **factory)
+        self.mlp = FEED_FORWARD[feed_forward](config, layer, **factory)
 
     def forward(
-        self, x: Tensor, delta: Tensor | None, cos: Tensor, sin: Tensor, row: ForwardContext
+        self, x: Tensor, delta: Tensor | None, cos: Tensor, sin: Tensor, context: ForwardContext
     ) -> tuple[Tensor, Tensor]:
         """Residual stream x and what is still to be added to it -> the same two, each (T, E).
 
         Pending, because the next norm adds it in the kernel that reads both anyway.
         """
-        normed, x = self.input_layernorm.of_sum(x, delta, row.dtype)
-        normed, x = self.post_attention_layernorm.of_sum(x, self.self_attn(normed, cos, sin, row), row.dtype)
+        normed, x = self.input_layernorm.of_sum(x, delta, context.dtype)
+        delta = self.self_attn(normed, cos, sin, context)
+        normed, x = self.post_attention_layernorm.of_sum(x, delta, context.dtype)
         return x, self.mlp(normed)
 
 
@@ -117,13 +141,11 @@ class Decoder(nn.Module):
         factory = {"dtype": dtype, "device": device}
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, **factory)
-        self.layers = nn.ModuleList(Block(config, i, **factory) for i in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps, **factory)
+        self.layers = nn.ModuleList(Block(config, layer, **factory) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, config.norm_offset, **factory)
         if not config.tied_head:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, **factory)
-        self.v_head: nn.Module | None = (
-            None  # a number for each token (value_head.py), in the stages that have one
-        )
+        self.v_head: nn.Module | None = None  # a number for each token, in the stages that have one
         self.runtime = Runtime()
 
     @property
@@ -137,25 +159,41 @@ class Decoder(nn.Module):
         With a cache (generation/), segment i holds the new tokens of sequence i, and the cache grows by them.
         """
         runtime = self.runtime
-        x = self.embed_tokens(tokens).to(self.compute_dtype)  # (T, E)
+        x = self.embed(tokens)  # (T, E)
         if self.training and runtime.embedding_noise:
             x = x + _neftune_noise(x, cu_seqlens, runtime.embedding_noise)
-        row = ForwardContext(cu_seqlens, max_seqlen, cache, runtime.flash_attn, x.dtype)
+        context = ForwardContext(cu_seqlens, max_seqlen, cache, runtime.flash_attn, x.dtype)
         if cache is not None:
-            cache.plan(row)
-        cos, sin = self.rotation(positions, row, x.dtype)
+            cache.plan(context)
+        cos, sin = self.rotation(positions, context, x.dtype)
         if x.dtype is torch.float16:
-            x = x.float()  # see FP16_ROW_LIMIT
+            x = x.float()  # see layers.FP16_ROW_LIMIT
         if cache is not None and not torch.is_grad_enabled() and x.device.type == "cpu":
-            row.tables = kernels.rotation_tables(cos, sin)
+            context.tables = kernels.rotation_tables(cos, sin)
         delta = None  # what the last block adds to x: the next norm does it
+        recomputed = runtime.recompute.full + runtime.recompute.selective if torch.is_grad_enabled() else 0
         for number, block in enumerate(self.layers):
-            if delta is not None and runtime.recompute.runs_again(number):
-                x, delta = x + delta, None  # such a block keeps its input: one tensor, not two
-            x, delta = runtime.recompute.run(number, partial(block, cos=cos, sin=sin, row=row), x, delta)
+            if number < recomputed:
+                again = partial(block, cos=cos, sin=sin, context=context)
+                x, delta = runtime.recompute.run(number, again, x, delta)
+            else:
+                x, delta = block(x, delta, cos, sin, context)
         if cache is not None:
-            cache.advance(row)
-        return self.norm.of_sum(x, delta, row.dtype)[0]
+            cache.advance(context)
+        return self.norm.of_sum(x, delta, context.dtype)[0]
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """tokens (T,) -> (T, E) in compute_dtype."""
+        x = self.embed_tokens(tokens).to(self.compute_dtype)
+        scale = self.config.embedding_scale  # rounded as x is, like the models that were trained with one
+        return x if scale == 1.0 else x * torch.tensor(scale, dtype=x.dtype)
+
+    def rotation(
+        self, positions: Tensor, context: ForwardContext, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """cos and sin (T, D/2) of the angles by which q and k turn."""
+        config, lengths = self.config, None if context.cache is None else context.lengths
+        return rope.rotation(config.rope, config.head_dim, positions, context.cu_seqlens, lengths, dtype)
 
     def head_weight(self) -> Tensor:
         """The output head (V, E); the embedding itself when tied."""
@@ -163,21 +201,9 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (T, E) -> (T, V) in hidden's dtype."""
-        # an untied head is asked as a layer: it may have an adapter
-        return (
-            kernels.linear(hidden, self.embed_tokens.weight)
-            if self.config.tied_head
-            else self.lm_head(hidden)
-        )
-
-    def rotation(
-        self, positions: Tensor, context: ForwardContext, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """cos and sin (T, D/2) of the angles by which q and k turn."""
-        lengths = None if context.cache is None else context.lengths
-        return rope.rotation(
-            self.config.rope, self.config.head_dim, positions, context.cu_seqlens, lengths, dtype
-        )
+        if self.config.tied_head:
+            return kernels.linear(hidden, self.embed_tokens.weight)
+        return self.lm_head(hidden)  # as a layer: it may have an adapter
 
 
 def _neftune_noise(x: Tensor, cu_seqlens: Tensor, alpha: float) -> Tensor:
@@ -197,6 +223,6 @@ def initialize_weights(model: Decoder, generator: torch.Generator | None = None)
         if name.endswith("bias"):
             parameter.zero_()
         elif parameter.dim() == 1:
-            parameter.fill_(1.0)
+            parameter.fill_(1.0 - model.config.norm_offset)
         else:
             parameter.normal_(0.0, model.config.initializer_range, generator=generator)

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 import kernels
 from architectures.config import ModelConfig
-from kernels import recompute
 
 
 class Linear(nn.Linear):
@@ -20,19 +19,25 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float, dtype=None, device=None):
+    """(offset + weight) x / sqrt(mean(x^2) + eps)."""
+
+    def __init__(self, size: int, eps: float, offset: float = 0.0, dtype=None, device=None):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size, dtype=dtype, device=device))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.full((size,), 1.0 - offset, dtype=dtype, device=device))
+        self.eps, self.offset = eps, offset
 
     def forward(self, x: Tensor) -> Tensor:
-        return recompute.cheap(kernels.rms_norm, x, self.weight, self.eps)
+        return kernels.rms_norm(x, self.weight, self.eps, self.offset)
+
+    def factor(self) -> Tensor:
+        """(size,) what x / rms(x) is multiplied by, for a reader of weights; no gradient."""
+        weight = self.weight.detach()
+        return weight + self.offset if self.offset else weight
 
     def of_sum(self, x: Tensor, delta: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """x, delta (T, E) -> the norm of x + delta in `dtype`, and x + delta: one kernel on a GPU. delta
         None: nothing to add."""
-        normed, total = kernels.add_rms_norm(x, delta, self.weight, self.eps, dtype=dtype)
-        return recompute.remember(normed, kernels.rms_norm, total, self.weight, self.eps, 0.0, dtype), total
+        return kernels.add_rms_norm(x, delta, self.weight, self.eps, self.offset, dtype)
 
 
 def project_together(x: Tensor, layers: list[nn.Module]) -> list[Tensor]:
@@ -47,7 +52,7 @@ def project_together(x: Tensor, layers: list[nn.Module]) -> list[Tensor]:
 
 
 class MLP(nn.Module):
-    def __init__(self, config: ModelConfig, **factory):
+    def __init__(self, config: ModelConfig, layer: int, **factory):
         super().__init__()
         hidden, size, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.gate_proj = Linear(hidden, size, bias=bias, **factory)
@@ -63,9 +68,9 @@ class MLP(nn.Module):
             gate, up = project_together(x, [self.gate_proj, self.up_proj])
         if x.dtype is torch.float16:
             scale = _row_scale(gate, up)
-            gated = recompute.cheap(kernels.gated_mlp, gate, up * scale.to(up.dtype), self.activation)
+            gated = kernels.gated_mlp(gate, up * scale.to(up.dtype), self.activation)
             return self.down_proj(gated).float() / scale
-        return self.down_proj(recompute.cheap(kernels.gated_mlp, gate, up, self.activation))
+        return self.down_proj(kernels.gated_mlp(gate, up, self.activation))
 
 
 # fp16 ends at 65,504, and trained models go there at a few tokens: first in act(gate) * up and what down_proj

@@ -412,8 +412,9 @@ class _Text:
         self.inner = _mapped(folder / "inner", windows.numel(), _inner_size(config), dtype)
 
     def embed(self, embedding: Tensor) -> None:
+        scale = torch.tensor(self.skeleton.config.embedding_scale, dtype=self.dtype)
         for rows, _ in self._batches():
-            self.stream[rows] = embedding[self.windows.view(-1)[rows]].to(self.dtype)
+            self.stream[rows] = embedding[self.windows.view(-1)[rows]].to(self.dtype) * scale
 
     def inputs(self, block: Block, stage: int) -> Iterator[Tensor]:
         """(T, in) batches of what the linears of a stage get when those before it are as they stand in the

@@ -195,7 +195,7 @@ def forward(
     one_row = model.runtime.one_row
     if one_row is None or tokens.shape[0] != 1:
         return model(tokens, positions, cu_seqlens, max_seqlen, cache)
-    x = model.embed_tokens(tokens).to(model.compute_dtype)  # (1, E)
+    x = model.embed(tokens)  # (1, E)
     if not one_row.serves(x):
         return model(tokens, positions, cu_seqlens, max_seqlen, cache)
     row = ForwardContext(cu_seqlens, max_seqlen, cache, model.runtime.flash_attn, x.dtype)

@@ -108,10 +108,10 @@ def _straight(block: Block, dtype: torch.dtype) -> Layer:
     """The block as the straight line of cpu_decode.py reads it. Plain weights stay those of the parameters."""
     attention, mlp = block.self_attn, block.mlp
     return Layer(
-        attention_norm=block.input_layernorm.weight.detach(),
+        attention_norm=block.input_layernorm.factor(),
         qkv=_product([getattr(attention, name) for name in _QKV], attention.joined, dtype),
         o=_product([attention.o_proj], attention.o_proj, dtype),
-        mlp_norm=block.post_attention_layernorm.weight.detach(),
+        mlp_norm=block.post_attention_layernorm.factor(),
         gate_up=_product([getattr(mlp, name) for name in _GATE_UP], mlp.joined, dtype),
         down=_product([mlp.down_proj], mlp.down_proj, dtype),
         window=attention.window,

@@ -13,6 +13,7 @@ from the same values, with the random numbers of the first time.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Protocol
@@ -36,22 +37,15 @@ class Plan:
     selective: int = 0
     offload: "Offload | None" = None  # where the inputs of the `full` blocks wait
 
-    def runs_again(self, number: int) -> bool:
-        return torch.is_grad_enabled() and number < self.full
-
-    def run(self, number: int, block: Callable, *state):
-        """block(*state), block `number`. What is no tensor of its own comes to it by closure."""
-        if not torch.is_grad_enabled():
-            return block(*state)
-        if self.runs_again(number):
-            if self.offload is None:
-                return checkpoint(block, *state, use_reentrant=False)
-            with self.offload.block(number):
-                return checkpoint(block, *state, use_reentrant=False)
-        if number < self.full + self.selective:
+    def run(self, number: int, block: Callable, x: Tensor, delta: Tensor | None):
+        """block(x, delta), block `number` < full + selective, where gradients are enabled."""
+        if number >= self.full:
             with _Book():
-                return block(*state)
-        return block(*state)
+                return block(x, delta)
+        if delta is not None:
+            x, delta = x + delta, None  # such a block keeps its input: one tensor, not two
+        with nullcontext() if self.offload is None else self.offload.block(number):
+            return checkpoint(block, x, delta, use_reentrant=False)
 
 
 # selective: a saved tensor whose recipe is known is kept as the recipe
@@ -61,13 +55,8 @@ class Plan:
 # operator of the block through Python twice. A recipe needs neither, whoever saves the tensor.
 
 
-def cheap(function: Callable, *inputs):
-    """function(*inputs), cheap to make again. The inputs must be kept for the backward anyway."""
-    return remember(function(*inputs), function, *inputs)
-
-
 def remember(value: Tensor, function: Callable, *inputs) -> Tensor:
-    """Gives back `value`, which function(*inputs) would make bit by bit; see `cheap`."""
+    """Gives back `value`, which function(*inputs) would make bit by bit; the inputs are kept anyway."""
     # a compiled block has no recipes (train.py refuses the pair); asking would break its graph in two
     book = None if torch.compiler.is_compiling() else BOOK.get()
     if book is not None:
