@@ -20,13 +20,19 @@ import torch
 from torch import Tensor, nn
 
 from architectures.config import ModelConfig
-from checkpoints.huggingface import checkpoint_dtype
-from lora import LoraLinear
+from checkpoints.huggingface import checkpoint_dtype, load_model
+from checkpoints.peft import load_adapter
+from checkpoints.safetensors_files import weight_files, write_json
+from checkpoints.source import Source
+from conversion.merging import Merge
+from conversion.requantise import Requantiser
+from lora import LoraLinear, replace_module
 from model import Decoder
 from options.option import option
 from quant import QuantLinear
 from text.tokenizer import Tokenizer
 
+REMAINDER = "adapter"  # folder inside an export: what its codes cannot hold, an adapter in PEFT's format
 WINDOW = 1024  # tokens that are read together
 CHUNK_NUMBERS = 1 << 25  # logits held at once: 128 MiB in fp32, a few times over
 CHARACTERS_PER_TOKEN = 32  # no text has more on average; so much of a long file is tokenised
@@ -326,3 +332,71 @@ def _linears(parent: Decoder, child: Decoder, number: int) -> list[LinearQuality
         for name, layer in found
         if isinstance(exact.get(name), nn.Linear) and hasattr(layer, "in_features")
     ]
+
+
+# An export
+
+
+def sample(options: QualityOptions, tokenizer: Tokenizer, context_limit: int) -> list[Tensor] | None:
+    """The text that the options name, in windows; None if they name none."""
+    path, tokens = options.export_sample_text, options.export_sample_tokens
+    return windows(tokenizer, path, min(WINDOW, context_limit), tokens) if path else None
+
+
+def tell_quality(
+    options: QualityOptions,
+    source: Source,
+    merge: Merge,
+    packing: Requantiser | None,
+    texts: list[Tensor] | None,
+    target: Path,
+) -> None:
+    """Print the losses on the sample and the report, measured on the files as written; both to
+    quality.json."""
+    if texts is None:
+        if packing is not None and source.adapters:
+            print("note: export_sample_text=FILE would measure what this does to the loss on a text")
+        return
+    found = {}
+    if packing is not None:
+        found["losses"] = losses(source, merge, packing, texts, target)
+        count = f"{sum(map(len, texts)):,} tokens of {options.export_sample_text}"
+        print(
+            f"loss on {count}: " + ", ".join(f"{name} {value:.5f}" for name, value in found["losses"].items())
+        )
+    if options.report:
+        parent = options.report_parent
+        exact = Merge(merge.config, merge.adapters, torch.float32, merge.device)
+        before = load_model(parent, torch.float32, merge.device) if parent else exact.model(source.base)
+        files = [*weight_files(target), *target.glob(f"{REMAINDER}/*.safetensors")]
+        stored_bytes = sum(path.stat().st_size for path in files)
+        report = measure(before, load_written(target, merge.device), texts, stored_bytes)
+        print(*report.lines(), sep="\n")
+        found["report"] = report.as_dict()
+    write_json(target / "quality.json", found)
+
+
+def losses(
+    source: Source, merge: Merge, packing: Requantiser, texts: list[Tensor], target: Path
+) -> dict[str, float]:
+    """Nats a token, in fp32: of what was to be kept, of its nearest codes alone, and of what was written."""
+    wide = Merge(merge.config, merge.adapters, torch.float32, merge.device, merge.quantization)
+    model = wide.model(source.base)
+    found = {"base + adapter" if merge.adapters else "16 bit": mean_loss(model, texts)}
+    for module in packing.fits:
+        linear = model.get_submodule(module)
+        codes = packing.format.quantise(linear.weight.detach(), linear.bias, torch.float32)
+        replace_module(model, module, codes)
+    found["quantised alone"] = mean_loss(model, texts)
+    del model
+    if packing.rank:
+        found[f"with rank {packing.rank} beside it"] = mean_loss(load_written(target, merge.device), texts)
+    return found
+
+
+def load_written(target: Path, device: str) -> Decoder:
+    """The exported model as a user has it, its adapter unmerged beside the codes, computing in fp32."""
+    model = load_model(target, torch.float32, device)
+    if (target / REMAINDER).is_dir():
+        load_adapter(model, target / REMAINDER, checkpoint_dtype(model.config))
+    return model.eval()

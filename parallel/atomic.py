@@ -6,11 +6,14 @@
         save_model(model, temporary)
 
 What is written lies under a temporary name beside its place, is flushed to the disk and renamed, so a kill -9, a full
-disk or another process never leaves or reads half of it. After an error the temporary is removed.
+disk or another process never leaves or reads half of it. After an error the temporary is removed, after a kill by
+the next who writes the same.
 """
 
+import glob
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +23,16 @@ TEMPORARY = ".tmp-"  # what such names begin with
 
 def temporary_name(path: Path) -> Path:
     """Beside `path`, for this process alone: two that write the same file do not meet."""
-    return path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    return path.with_name(f"{TEMPORARY}{socket.gethostname()}-{os.getpid()}-{path.name}")
+
+
+def _sweep(path: Path) -> None:
+    """Remove what processes of this machine that were killed left of the same file or folder."""
+    own = f"{TEMPORARY}{socket.gethostname()}-"
+    for old in path.parent.glob(f"{glob.escape(own)}*-{glob.escape(path.name)}"):
+        process = old.name.removeprefix(own).removesuffix(f"-{path.name}")
+        if process.isdigit() and (int(process) == os.getpid() or not Path(f"/proc/{process}").exists()):
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 
 @contextmanager
@@ -28,6 +40,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     """The name to write to; renamed to `path` at the end."""
     path = Path(path)
     temporary = temporary_name(path)
+    _sweep(path)
     try:
         yield temporary
         flush(temporary)
@@ -41,7 +54,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """An empty folder to write into; takes the place of `path`, and of what lies there, at the end."""
     path = Path(path)
     temporary = temporary_name(path)
-    shutil.rmtree(temporary, ignore_errors=True)
+    _sweep(path)
     temporary.mkdir(parents=True)
     try:
         yield temporary

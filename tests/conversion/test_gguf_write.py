@@ -28,6 +28,7 @@ from checkpoints.gguf import blocks, read
 from checkpoints.gguf.read_tokenizer import PRE_TOKENIZERS, splitter
 from checkpoints.huggingface import load_config
 from conversion.gguf import write, write_tokenizer
+from parallel.atomic import temporary_name
 from tests.checkpoints.test_gguf_read import tiny
 from text.tokenizer import Tokenizer
 
@@ -502,7 +503,9 @@ def test_llama_cpp_answers_from_the_real_model(tmp_path):
 
 
 def test_what_a_killed_export_left_is_written_over(llama, tmp_path):
-    (tmp_path / ".out-model-F16.gguf.unfinished").write_bytes(b"half" * 1_000_000)
+    unfinished = temporary_name(tmp_path / "out")
+    unfinished.mkdir()
+    (unfinished / "model-F16.gguf").write_bytes(b"half" * 1_000_000)
     path = exported(llama[1], tmp_path / "out", "F16")
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
     read.convert(path, tmp_path / "back")

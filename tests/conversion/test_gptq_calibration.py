@@ -277,7 +277,7 @@ def test_what_is_written_is_what_transformers_asks_of_a_gptq_checkpoint(tiny, bi
     assert chosen.quant_method == "gptq"
     tensors, dense = load_file(target / "model.safetensors"), load_file(tiny.model / "model.safetensors")
     config = load_config(tiny.model)
-    assert not list(target.glob("*working*")) and not list(tiny.folder.glob(".*unfinished"))
+    assert not list(target.glob("*working*")) and not list(tiny.folder.glob(".tmp-*"))
     for layer in range(2):
         for name in LINEARS:
             full = f"model.layers.{layer}.{name}"

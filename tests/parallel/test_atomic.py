@@ -1,0 +1,57 @@
+"""Files and folders that are complete or absent: what an error, a kill and another process leave."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from parallel.atomic import atomic_file, atomic_folder, temporary_name
+
+ROOT = Path(__file__).resolve().parents[2]
+KILLED = """
+import os, sys
+from pathlib import Path
+from parallel.atomic import atomic_file, atomic_folder
+with atomic_folder(Path(sys.argv[1])) as folder, atomic_file(Path(sys.argv[2])) as file:
+    (folder / "half").write_text("half")
+    file.write_text("half")
+    os._exit(9)
+"""
+
+
+def test_a_file_is_the_old_or_the_new_one(tmp_path):
+    path = tmp_path / "a.txt"
+    with atomic_file(path) as temporary:
+        temporary.write_text("one")
+        assert not path.exists()
+    with pytest.raises(RuntimeError), atomic_file(path) as temporary:
+        temporary.write_text("two")
+        raise RuntimeError
+    assert path.read_text() == "one" and [each.name for each in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_folder_is_the_old_or_the_new_one(tmp_path):
+    path = tmp_path / "deep" / "a"
+    for text in ("one", "two"):
+        with atomic_folder(path) as temporary:
+            (temporary / text).write_text(text)
+    with pytest.raises(RuntimeError), atomic_folder(path) as temporary:
+        (temporary / "three").write_text("three")
+        raise RuntimeError
+    assert [each.name for each in path.iterdir()] == ["two"]
+    assert [each.name for each in path.parent.iterdir()] == ["a"]
+
+
+def test_what_a_killed_process_left_goes_with_the_next_write_and_what_a_living_one_has_stays(tmp_path):
+    folder, file = tmp_path / "a", tmp_path / "b"
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(folder), str(file)], cwd=ROOT)
+    assert killed.returncode == 9 and len(list(tmp_path.iterdir())) == 2
+    living = tmp_path / temporary_name(folder).name.replace(f"-{os.getpid()}-", "-1-")
+    living.mkdir()
+    with atomic_folder(folder):
+        pass
+    with atomic_file(file) as temporary:
+        temporary.write_text("b")
+    assert sorted(each.name for each in tmp_path.iterdir()) == sorted([living.name, "a", "b"])
