@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from options.option import COMMON, RESUMABLE, SECRET, option
-
 from options.errors import UserError, located
+from options.option import COMMON, RESUMABLE, SECRET, option
 
 WANTED_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
 UNWANTED_FILES = ["*/*", "consolidated*"]  # other layouts: original/, onnx/, Mistral's own second copy

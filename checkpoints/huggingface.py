@@ -35,6 +35,7 @@ from checkpoints.value_head import PREFIX as VALUE_HEAD_PREFIX
 from checkpoints.value_head import load_value_head, save_value_head
 from lora import lora_layers, replace_module
 from model import Decoder, initialize_weights
+from options.errors import UserError
 from quant import Format, QuantLinear
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -56,22 +57,22 @@ TOKENIZER_FILES = (
 
 
 def load_config(folder: str | Path) -> ModelConfig:
-    """Switches of the model in this folder; ValueError names the file."""
+    """Switches of the model in this folder; UserError names the file."""
     path = Path(folder) / "config.json"
     hf = read_json(path)
     if not isinstance(settings := hf.get("quantization_config") or {}, dict):
-        raise ValueError(f"{path}: quantization_config {settings!r} is not an object of keys and values")
+        raise UserError(f"{path}: quantization_config {settings!r} is not an object of keys and values")
     try:
         return config_from_hf(hf)
     except ValueError as error:
-        raise ValueError(f"{Path(folder)}/{error}") from error  # the message starts with config.json
+        raise UserError(f"{Path(folder)}/{error}") from error  # the message starts with config.json
 
 
 def checkpoint_dtype(config: ModelConfig) -> torch.dtype:
     """The dtype that config.json names (`dtype` or the older `torch_dtype`); fp32 if it names none."""
     name = str(config.hf.get("dtype") or config.hf.get("torch_dtype") or "float32").removeprefix("torch.")
     if name not in DTYPES:
-        raise ValueError(
+        raise UserError(
             f"config.json: dtype {name!r} is not one of {', '.join(DTYPES)}; choose one (infer_dtype)"
         )
     return DTYPES[name]
@@ -101,7 +102,7 @@ def load_model(
     stored = config.hf.get("quantization_config")
     if quantization is not None and stored:
         method = stored.get("quant_method")
-        raise ValueError(f"quantization_bit: {folder} is quantised already ({method}); drop quantization_bit")
+        raise UserError(f"quantization_bit: {folder} is quantised already ({method}); drop quantization_bit")
     model = Decoder(config, dtype=dtype, device="meta")
     inside = [
         name for name, module in model.layers.named_modules(prefix="layers") if isinstance(module, nn.Linear)
@@ -125,7 +126,7 @@ def load_model(
             try:
                 layer = quantization.quantise(value.to(device), None, dtype)
             except ValueError as error:
-                raise ValueError(f"{folder}: tensor {to_hf_name(config, name)}: {error}") from error
+                raise UserError(f"{folder}: tensor {to_hf_name(config, name)}: {error}") from error
             replace_module(model, owner, layer)
         else:
             chosen = norm_dtype if norm_dtype and _is_norm(model, owner) else dtype
@@ -159,7 +160,7 @@ def stream_weights(
     linear that is quantised there, as each is complete. Tensors lean on the mapped file, layers do not;
     `dtype` is that of the values that layers stand for.
 
-    Raises ValueError naming file and tensor for missing, extra and misshapen ones.
+    Raises UserError naming file and tensor for missing, extra and misshapen ones.
     """
     skeleton = Decoder(config, device="meta")
     known = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
@@ -180,17 +181,17 @@ def stream_weights(
             fault = (
                 "stands twice in the files" if name in known else "has no place in the model of config.json"
             )
-            raise ValueError(f"{file}: tensor {hf_name} {fault}")
+            raise UserError(f"{file}: tensor {hf_name} {fault}")
         expected = missing.pop(name)
         if tuple(tensor.shape) != expected:
             found, more = tuple(tensor.shape), ""
             if packed.format is not None and not tensor.is_floating_point():
                 more = f", or for a quantised one, whose {packed.format.marker} is missing"
-            raise ValueError(
+            raise UserError(
                 f"{file}: tensor {hf_name} has shape {found}, config.json asks for {expected}{more}"
             )
         if not tensor.is_floating_point():
-            raise ValueError(
+            raise UserError(
                 f"{file}: tensor {hf_name} is {tensor.dtype}, not floating point; config.json says nothing "
                 "of a quantised model (quantization_config), or not of this tensor"
             )
@@ -199,9 +200,7 @@ def stream_weights(
     if missing:
         names = [to_hf_name(config, name) for name in missing]
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-        raise ValueError(
-            f"{folder}: tensors missing from the safetensors files: {', '.join(names[:4])}{more}"
-        )
+        raise UserError(f"{folder}: tensors missing from the safetensors files: {', '.join(names[:4])}{more}")
 
 
 class _Packed:
@@ -240,7 +239,7 @@ class _Packed:
         """Take one tensor; the layer if it was the last one."""
         part = name.removeprefix(f"{owner}.")
         if part not in self.waiting[owner]:
-            raise ValueError(f"{file}: tensor {to_hf_name(self.config, name)} stands twice in the files")
+            raise UserError(f"{file}: tensor {to_hf_name(self.config, name)} stands twice in the files")
         self.waiting[owner].remove(part)
         held = self._held.setdefault(owner, {})
         held[part] = tensor
@@ -251,7 +250,7 @@ class _Packed:
         try:
             return self.format.read(held, self.known[f"{owner}.weight"], bias, self.dtype)
         except ValueError as error:
-            raise ValueError(f"{file}: tensor {to_hf_name(self.config, owner)}.{error}") from error
+            raise UserError(f"{file}: tensor {to_hf_name(self.config, owner)}.{error}") from error
 
     def _bias(self, owner: str, held: dict[str, Tensor], file: Path) -> Tensor | None:
         bias, expected = held.pop("bias", None), self.known.get(f"{owner}.bias")
@@ -262,12 +261,12 @@ class _Packed:
             return None  # some quantisers write a bias of zeros for every linear
         if found != expected:
             wanted = f"shape {expected}" if expected else "none"
-            raise ValueError(
+            raise UserError(
                 f"{file}: tensor {to_hf_name(self.config, owner)}.bias: {found}, expected {wanted}"
             )
         if not bias.is_floating_point():
             name = f"{to_hf_name(self.config, owner)}.bias"
-            raise ValueError(f"{file}: tensor {name} is {bias.dtype}, not floating point")
+            raise UserError(f"{file}: tensor {name} is {bias.dtype}, not floating point")
         return bias.clone()
 
 
@@ -375,7 +374,7 @@ def save_trained(
 
 @torch.no_grad()
 def restore_trained(model: Decoder, folder: Path) -> None:
-    """Copy back what save_trained wrote, into a model that was prepared the same way. Raises ValueError."""
+    """Copy back what save_trained wrote, into a model that was prepared the same way. Raises UserError."""
     if lora_layers(model):
         tensors, targets = read_adapter_tensors(folder), dict(adapter_parameters(model))
         if model.config.tied_head:
@@ -387,15 +386,15 @@ def restore_trained(model: Decoder, folder: Path) -> None:
         targets = {to_hf_name(model.config, name): parameter for name, parameter in parameters.items()}
     for name, tensor in tensors:
         if name not in targets:
-            raise ValueError(
+            raise UserError(
                 f"{folder}: tensor {name} is nothing that this run trains; was another option changed?"
             )
         target = targets.pop(name)
         if target.shape != tensor.shape:
             shapes = f"shape {tuple(tensor.shape)}, this run has {tuple(target.shape)}"
-            raise ValueError(f"{folder}: tensor {name} has {shapes}; was another option changed?")
+            raise UserError(f"{folder}: tensor {name} has {shapes}; was another option changed?")
         target.copy_(tensor)
     if targets:
-        raise ValueError(f"{folder}: tensor {next(iter(targets))} is missing; was lora_target changed since?")
+        raise UserError(f"{folder}: tensor {next(iter(targets))} is missing; was lora_target changed since?")
     if model.v_head is not None:
         load_value_head(model.v_head, folder)

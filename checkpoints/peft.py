@@ -32,6 +32,7 @@ from lora import (
     stacked,
 )
 from model import Decoder
+from options.errors import UserError
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
@@ -167,9 +168,9 @@ class AdapterFile:
         str, dict[str, torch.Tensor]
     ]  # our name of the module -> lora_A | lora_B | magnitude | weight | bias
 
-    def fault(self, text: str) -> ValueError:
+    def fault(self, text: str) -> UserError:
         base = self.config.get("base_model_name_or_path") or "an unnamed model"
-        return ValueError(f"{self.folder / ADAPTER_WEIGHTS}: {text}; the adapter was trained on {base}")
+        return UserError(f"{self.folder / ADAPTER_WEIGHTS}: {text}; the adapter was trained on {base}")
 
     @property
     def dora(self) -> bool:
@@ -188,14 +189,12 @@ def load_adapter(
 
     dtype is that of all that trains, the modules trained in full (modules_to_save) included. Other whole
     tensors in the file (peft adds the embedding and the head where the head has an adapter) replace the
-    model's and stay frozen. Raises ValueError naming file and tensor when the adapter is of a kind that is
+    model's and stay frozen. Raises UserError naming file and tensor when the adapter is of a kind that is
     not built here, or of another model; the model is then unchanged.
     """
     file = read_adapter(folder, model.config)
     if lora_layers(model):
-        raise ValueError(
-            f"{folder}: the model has an adapter already; merge that first (lora.merge_for_good)"
-        )
+        raise UserError(f"{folder}: the model has an adapter already; merge that first (lora.merge_for_good)")
     adapted = [module for module, parts in file.modules.items() if "lora_A" in parts or "lora_B" in parts]
     whole = []  # (parameter, its new value, whether it trains)
     for module, parts in file.modules.items():
@@ -213,7 +212,7 @@ def load_adapter(
 
 
 def read_adapter(folder: str | Path, model_config: ModelConfig) -> AdapterFile:
-    """Configuration and tensors of a PEFT adapter, under our names. Raises ValueError for what is not built
+    """Configuration and tensors of a PEFT adapter, under our names. Raises UserError for what is not built
     here."""
     folder = Path(folder)
     file = AdapterFile(folder, read_adapter_config(folder), {})
@@ -265,22 +264,22 @@ def _join_tied_head(file: AdapterFile) -> None:
 
 
 def read_adapter_config(folder: Path) -> dict:
-    """adapter_config.json of a LoRA adapter; ValueError for what would silently mean something else here."""
+    """adapter_config.json of a LoRA adapter; UserError for what would silently mean something else here."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"adapter_name_or_path: no folder {folder}")
+        raise UserError(f"adapter_name_or_path: no folder {folder}")
     path = folder / ADAPTER_CONFIG
     config = read_json(path)
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: peft_type {config.get('peft_type')!r}; only LORA adapters are known")
+        raise UserError(f"{path}: peft_type {config.get('peft_type')!r}; only LORA adapters are known")
     for key, off in UNSUPPORTED_ADAPTER_KEYS.items():
         if config.get(key, off) not in (off, None, False, [], {}):
-            raise ValueError(
+            raise UserError(
                 f"{path}: {key}={config[key]!r} is not supported; merge that adapter with peft first"
             )
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(BASE_CHANGING_INITS):
-        raise ValueError(
+        raise UserError(
             f"{path}: init_lora_weights={start!r}: such an adapter belongs on a changed base model; save it "
             "as plain LoRA with peft (save_pretrained with path_initial_model_for_weight_conversion), or "
             "merge it there"
@@ -289,24 +288,24 @@ def read_adapter_config(folder: Path) -> dict:
 
 
 def read_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of the adapter by its name in the file; ValueError with the way out if there is none."""
+    """Every tensor of the adapter by its name in the file; UserError with the way out if there is none."""
     folder = Path(folder)
     path = folder / ADAPTER_WEIGHTS
     if path.is_file():
         return dict(file_tensors(path))
     if (folder / "adapter_model.bin").is_file():
-        raise ValueError(
+        raise UserError(
             f"{folder}: only adapter_model.bin found, {PICKLE}; load it once with peft in an environment you "
             "trust and save it again (peft writes safetensors)"
         )
-    raise ValueError(f"{path}: file not found; is {folder} a complete adapter folder?")
+    raise UserError(f"{path}: file not found; is {folder} a complete adapter folder?")
 
 
 def split_adapter_name(config: ModelConfig, key: str, folder: Path) -> tuple[str, str]:
     """PEFT's tensor name -> (our module name, lora_A | lora_B | magnitude | weight | bias)."""
     path = Path(folder) / ADAPTER_WEIGHTS
     if not key.startswith(PEFT_PREFIX):
-        raise ValueError(
+        raise UserError(
             f"{path}: tensor {key} does not start with {PEFT_PREFIX}; is it of another kind of model?"
         )
     name = key.removeprefix(PEFT_PREFIX).replace(".modules_to_save.", ".").replace(".base_layer.", ".")
@@ -314,7 +313,7 @@ def split_adapter_name(config: ModelConfig, key: str, folder: Path) -> tuple[str
         if name.endswith(ending):
             return _our_module(config, name.removesuffix(ending)), part
     if ".lora_" in name:
-        raise ValueError(f"{path}: tensor {key} is of a kind of adapter that is not supported")
+        raise UserError(f"{path}: tensor {key} is of a kind of adapter that is not supported")
     module, _, part = name.rpartition(".")
     return _our_module(config, module), part
 
@@ -336,16 +335,14 @@ def _by_pattern(config: dict, patterns_key: str, common_key: str, module: str) -
         try:
             expression = re.compile(rf"(.*\.)?({pattern})$")
         except re.error as error:
-            raise ValueError(
+            raise UserError(
                 f"{ADAPTER_CONFIG}: {patterns_key}: {pattern!r} is no pattern ({error})"
             ) from error
         if expression.match(module) or expression.match(f"model.{module}"):
             value = other
             break
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise ValueError(
-            f"{ADAPTER_CONFIG}: {common_key} of {module} is {value!r}, expected a number above 0"
-        )
+        raise UserError(f"{ADAPTER_CONFIG}: {common_key} of {module} is {value!r}, expected a number above 0")
     return value
 
 
@@ -419,12 +416,12 @@ def prepare_adapters(
     """Set what trains, starting from the given adapters: all but the last are merged, the last trains on.
 
     With options.create_new_adapter all are merged and a fresh one is added; without folders see
-    lora.prepare_trainable. Raises ValueError if something would have to be merged into quantised weights.
+    lora.prepare_trainable. Raises UserError if something would have to be merged into quantised weights.
     """
     folders = list(folders)
     trained = folders[-1:] if options.finetuning_type == "lora" and not options.create_new_adapter else []
     if len(folders) > len(trained) and quantised_linears(model):
-        raise ValueError(
+        raise UserError(
             f"adapter_name_or_path: {folders[0]} would have to be merged into quantised weights before "
             "another one is trained; merge it with export.py and train on the result, or train it on alone"
         )
@@ -468,7 +465,7 @@ def apply_adapters(model: Decoder, folders: Iterable[str | Path]) -> None:
                 try:
                     beside[name] = stacked(beside.get(name), layer)
                 except ValueError as error:
-                    raise ValueError(f"adapter_name_or_path: {folder}: {error}") from error
+                    raise UserError(f"adapter_name_or_path: {folder}: {error}") from error
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(dtypes[name])
     for name, layer in beside.items():

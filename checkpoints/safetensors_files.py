@@ -18,6 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from options.errors import UserError
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARDS = "model-*-of-*.safetensors"
 STAGING = ".incomplete"  # folder inside the target that holds the files while they are written
@@ -29,15 +31,15 @@ PICKLE = "a pickle, which can run any code when it is read, so it is refused"
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object from a file; ValueError names the file and the line."""
+    """A JSON object from a file; UserError names the file and the line."""
     if not path.is_file():
-        raise ValueError(f"{path}: file not found; is {path.parent} a complete model or adapter folder?")
+        raise UserError(f"{path}: file not found; is {path.parent} a complete model or adapter folder?")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not JSON ({error}); the file is damaged, fetch it again") from error
+        raise UserError(f"{path}: not JSON ({error}); the file is damaged, fetch it again") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds a {type(value).__name__}, expected an object")
+        raise UserError(f"{path}: holds a {type(value).__name__}, expected an object")
     return value
 
 
@@ -60,57 +62,57 @@ def tensor_names(folder: str | Path) -> list[str]:
 
 @contextmanager
 def opened(path: Path) -> Iterator[safe_open]:
-    """safetensors' handle of one file; ValueError if it is damaged."""
+    """safetensors' handle of one file; UserError if it is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file
     except SafetensorError as error:
-        raise ValueError(f"{path}: not a complete safetensors file ({error}); fetch it again") from error
+        raise UserError(f"{path}: not a complete safetensors file ({error}); fetch it again") from error
 
 
 def file_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of every tensor in one safetensors file; ValueError if it is damaged."""
+    """(name, tensor) of every tensor in one safetensors file; UserError if it is damaged."""
     with opened(path) as file:
         for name in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
             yield name, file.get_tensor(name)
 
 
 def file_notes(path: Path) -> dict[str, str]:
-    """The metadata of one safetensors file; ValueError if it is damaged."""
+    """The metadata of one safetensors file; UserError if it is damaged."""
     with opened(path) as file:
         return file.metadata() or {}
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder; ValueError with the way out for folders that have none."""
+    """The safetensors files of a model folder; UserError with the way out for folders that have none."""
     if (folder / SINGLE).is_file():  # before the index, as transformers looks
         return [folder / SINGLE]
     if (folder / INDEX).is_file():
         return _indexed_files(folder)
     pickles = sorted(path.name for path in folder.glob("*.bin"))
     if pickles:
-        raise ValueError(
+        raise UserError(
             f"{folder}: only {pickles[0]} found. A .bin file is {PICKLE}. Take the model's safetensors "
             "revision, or convert it once in an environment you trust: transformers' "
             "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
         )
     if (folder / "adapter_config.json").is_file():
-        raise ValueError(f"{folder}: holds an adapter, not a model; give it as adapter_name_or_path")
-    raise ValueError(f"{folder}: no {SINGLE} or {INDEX}; is it a model folder?")
+        raise UserError(f"{folder}: holds an adapter, not a model; give it as adapter_name_or_path")
+    raise UserError(f"{folder}: no {SINGLE} or {INDEX}; is it a model folder?")
 
 
 def _indexed_files(folder: Path) -> list[Path]:
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ValueError(
+        raise UserError(
             f"{folder / INDEX}: key weight_map missing or not a map of file names; fetch the file again"
         )
     names = sorted(set(weight_map.values()))
     for name in names:
         if Path(name).name != name:
-            raise ValueError(f"{folder / INDEX}: {name} points outside the folder; refused")
+            raise UserError(f"{folder / INDEX}: {name} points outside the folder; refused")
         if not (folder / name).is_file():
-            raise ValueError(f"{folder / name}: named in {INDEX} but not there; the download is incomplete")
+            raise UserError(f"{folder / name}: named in {INDEX} but not there; the download is incomplete")
     return [folder / name for name in names]
 
 
@@ -235,7 +237,7 @@ def _name_shards(staging: Path, names: list[list[str]], total_bytes: int) -> Non
 
 
 def read_plain(path: Path) -> object:
-    """What torch.save wrote: tensors and plain values. Raises ValueError that says what is wrong with the
+    """What torch.save wrote: tensors and plain values. Raises UserError that says what is wrong with the
     file."""
     try:
         with zipfile.ZipFile(
@@ -243,10 +245,10 @@ def read_plain(path: Path) -> object:
         ) as archive:  # torch's format; torch.load itself does not look at the checksums
             broken = archive.testzip()
     except (zipfile.BadZipFile, OSError, EOFError, zlib.error) as error:
-        raise ValueError(str(error)) from error
+        raise UserError(str(error)) from error
     if broken:
-        raise ValueError(broken)
+        raise UserError(broken)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # RuntimeError, errors of pickle: the file may be anybody's
-        raise ValueError("not written by torch.save, or more than tensors and plain values") from error
+        raise UserError("not written by torch.save, or more than tensors and plain values") from error

@@ -24,6 +24,7 @@ from checkpoints.peft import ADAPTER_CONFIG, apply_adapters
 from checkpoints.safetensors_files import read_json
 from checkpoints.value_head import VALUE_HEAD, ValueHead, has_value_head, load_value_head
 from model import Decoder
+from options.errors import UserError
 from quant import Format, QuantOptions
 from templates import TemplateOptions, get_template
 from text.tokenizer import Tokenizer
@@ -52,7 +53,7 @@ def find_source(
     given: Container[str],
     quantization: QuantOptions | None = None,
 ) -> Source:
-    """Everything to load. given: keys that the user set (they beat the run's). Raises ValueError naming the
+    """Everything to load. given: keys that the user set (they beat the run's). Raises UserError naming the
     key.
 
     quantization: how the base is to be quantised; an adapter's run says it where the user does not. None: not
@@ -64,7 +65,7 @@ def find_source(
         name = None
     for folder in adapters:
         if not is_adapter(folder):
-            raise ValueError(
+            raise UserError(
                 f"adapter_name_or_path: {folder} holds no {ADAPTER_CONFIG}; give an adapter folder"
             )
     run_folder = adapters[-1] if adapters else Path(name or "")
@@ -138,7 +139,7 @@ def load_head(model: Decoder, source: Source) -> None:
     folder = value_head_folder(source)
     if folder is None:
         names = ", ".join(map(str, (*source.adapters, source.base)))
-        raise ValueError(
+        raise UserError(
             f"there is no {VALUE_HEAD} in {names}, so this is no reward model (stage rm trains one)"
         )
     head = ValueHead(model.config.hidden_size, model.embed_tokens.weight.device)
@@ -153,9 +154,9 @@ def value_head_folder(source: Source) -> Path | None:
 
 
 def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig, source: Source) -> None:
-    """Raises ValueError when the tokenizer has tokens that the model has not."""
+    """Raises UserError when the tokenizer has tokens that the model has not."""
     if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"{source.tokenizer}: the tokenizer has {tokenizer.vocab_size} tokens, but the model in "
             f"{source.base} has {config.vocab_size}; tokenizer and model do not belong together"
         )
@@ -172,7 +173,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 def read_run(folder: Path) -> dict:
-    """The resolved options of the run that wrote this folder, {} if no run did. Raises ValueError naming the
+    """The resolved options of the run that wrote this folder, {} if no run did. Raises UserError naming the
     file."""
     path = folder / RUN_CONFIG
     if not path.is_file():
@@ -181,11 +182,11 @@ def read_run(folder: Path) -> dict:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(
+        raise UserError(
             f"{path}: not YAML ({reason}); remove it and give template and adapters yourself"
         ) from error
     if not isinstance(values, dict):
-        raise ValueError(
+        raise UserError(
             f"{path}: expected keys and values; remove it and give template and adapters yourself"
         )
     return values
@@ -220,11 +221,11 @@ def merged_into(base: Path) -> list[str]:
 
 
 def check_adapters(options: ModelOptions) -> None:
-    """ValueError if an adapter to train on was itself trained on top of one that is not named before it."""
+    """UserError if an adapter to train on was itself trained on top of one that is not named before it."""
     folders, base = resolve_adapters(options), options.model_name_or_path
     for number, folder in enumerate(folders):
         if not (folder / ADAPTER_CONFIG).is_file():
-            raise ValueError(
+            raise UserError(
                 f"adapter_name_or_path: {folder} holds no adapter ({ADAPTER_CONFIG}); a whole model is given "
                 "as model_name_or_path"
             )
@@ -236,7 +237,7 @@ def check_adapters(options: ModelOptions) -> None:
         missing = [path for path in below if not any(_same_place(path, each) for each in known)]
         if missing:
             names = ",".join(map(str, [*known, *missing, folder]))
-            raise ValueError(
+            raise UserError(
                 f"adapter_name_or_path: {folder} was trained on top of {', '.join(map(str, missing))}, "
                 f"without which it means nothing; give adapter_name_or_path={names}"
             )
@@ -251,14 +252,14 @@ def _same_place(one: str | Path | None, other: str | Path | None) -> bool:
 
 def _resolve_base(model: ModelOptions, adapter: Path) -> Path:
     if not model.model_name_or_path:
-        raise ValueError(
+        raise UserError(
             f"model_name_or_path: {adapter / ADAPTER_CONFIG} does not name its base model; give "
             f"model_name_or_path=BASE adapter_name_or_path={adapter}"
         )
     try:
         return resolve_model(model)
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"{error}. That is the base model {adapter / ADAPTER_CONFIG} names; if it lies elsewhere, give "
             f"model_name_or_path=BASE adapter_name_or_path={adapter}"
         ) from error

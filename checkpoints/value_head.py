@@ -42,10 +42,10 @@ def save_value_head(head: ValueHead, folder: Path) -> None:
 
 
 def has_value_head(folder: Path) -> bool:
-    """Whether a value head lies in this folder. Raises ValueError for one that would have to be unpickled."""
+    """Whether a value head lies in this folder. Raises UserError for one that would have to be unpickled."""
     folder = Path(folder)
     if not (folder / VALUE_HEAD).is_file() and (folder / PICKLED).is_file():
-        raise ValueError(
+        raise UserError(
             f"{folder / PICKLED}: {PICKLE}; in an environment you trust, load it once with torch.load and "
             f"write it with safetensors.torch.save_file as {VALUE_HEAD}"
         )
@@ -57,7 +57,7 @@ def load_value_head(head: ValueHead, folder: Path) -> None:
     """Raises UserError naming file and tensor."""
     path = Path(folder) / VALUE_HEAD
     if not has_value_head(folder):
-        raise ValueError(f"{path}: file not found; {folder} is no reward model")
+        raise UserError(f"{path}: file not found; {folder} is no reward model")
     if "ending" in file_notes(path):
         raise UserError(
             f"{path}: this value head was trained with rm_question, which is no more: it reads values behind a "
@@ -69,9 +69,9 @@ def load_value_head(head: ValueHead, folder: Path) -> None:
         tensor = found.pop(PREFIX + name, None)
         if tensor is None or tensor.shape != parameter.shape:
             shape = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)}"
-            raise ValueError(f"{path}: tensor {PREFIX}{name} {shape}, expected {tuple(parameter.shape)}")
+            raise UserError(f"{path}: tensor {PREFIX}{name} {shape}, expected {tuple(parameter.shape)}")
         if not torch.isfinite(tensor).all():
-            raise ValueError(f"{path}: tensor {PREFIX}{name} is not finite; the reward model is broken")
+            raise UserError(f"{path}: tensor {PREFIX}{name} is not finite; the reward model is broken")
         parameter.copy_(tensor)
     if found:
-        raise ValueError(f"{path}: tensor {next(iter(found))} belongs to no value head")
+        raise UserError(f"{path}: tensor {next(iter(found))} belongs to no value head")

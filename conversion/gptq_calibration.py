@@ -30,6 +30,7 @@ from architectures.layers import ForwardContext
 from checkpoints.safetensors_files import weight_files, write_shards
 from kernels.linear import matmul_transposed
 from model import Attention, Block, Decoder
+from options.errors import UserError
 from options.option import COMMON, RESUMABLE, option
 from pipeline.formats import Dropped, check_stage, to_conversation, to_document
 from pipeline.sources import DatasetInfo, HubAccess, find_dataset, list_files, open_hub, read_rows
@@ -67,21 +68,21 @@ class CalibrationOptions:
         if self.export_quantization_bit is None:
             return
         if not self.export_quantization_dataset:
-            raise ValueError(
+            raise UserError(
                 "export_quantization_dataset: missing; name text to calibrate on, for example "
                 "export_quantization_dataset=c4_demo.jsonl"
             )
         for key, least in (("export_quantization_nsamples", 1), ("export_quantization_maxlen", 2)):
             if getattr(self, key) < least:
-                raise ValueError(f"{key}: {getattr(self, key)}; expected at least {least}")
+                raise UserError(f"{key}: {getattr(self, key)}; expected at least {least}")
         group = self.export_quantization_group_size
         if group != -1 and group < 1:
-            raise ValueError(
+            raise UserError(
                 f"export_quantization_group_size: {group}; expected a number above 0, or -1: whole rows"
             )
         if not 0 < self.export_quantization_damp_percent < 1:
             damping = self.export_quantization_damp_percent
-            raise ValueError(f"export_quantization_damp_percent: {damping}; expected a share between 0 and 1")
+            raise UserError(f"export_quantization_damp_percent: {damping}; expected a share between 0 and 1")
 
     @property
     def solver(self) -> GPTQOptions:
@@ -107,7 +108,7 @@ class CalibrationOptions:
 
 
 def read_windows(options: CalibrationOptions, tokenizer: Tokenizer, hub: HubAccess) -> Tensor:
-    """(nsamples, maxlen) int64: random windows of documents that are longer. Raises ValueError naming the
+    """(nsamples, maxlen) int64: random windows of documents that are longer. Raises UserError naming the
     key.
 
     Every long document gives one before any gives a second.
@@ -120,7 +121,7 @@ def read_windows(options: CalibrationOptions, tokenizer: Tokenizer, hub: HubAcce
         chosen = random.Random(SEED)
         documents = _some_documents(info, hub, 4 * count, length, chosen)
     except ValueError as error:
-        raise ValueError(f"export_quantization_dataset: {str(error).removeprefix('dataset: ')}") from error
+        raise UserError(f"export_quantization_dataset: {str(error).removeprefix('dataset: ')}") from error
     long: list[list[int]] = []
     longest = 0
     for text in documents:
@@ -131,7 +132,7 @@ def read_windows(options: CalibrationOptions, tokenizer: Tokenizer, hub: HubAcce
         if len(long) == count:
             break
     if not long:
-        raise ValueError(
+        raise UserError(
             f"export_quantization_dataset: no document of {name} is longer than "
             f"export_quantization_maxlen={length} tokens (the longest looked at has {longest}); lower it, or "
             "take longer documents"
@@ -189,7 +190,7 @@ def _documents(info: DatasetInfo, hub: HubAccess, joined: int) -> Iterator[str]:
         except Dropped:
             continue
         except ValueError as error:
-            raise ValueError(f"{place}: {error}") from error
+            raise UserError(f"{place}: {error}") from error
         if not lines:
             yield text
         elif len(pending := pending + text + "\n") >= joined:
@@ -226,7 +227,7 @@ class Summary:
 
 
 class Calibration:
-    """windows: (N, L) token ids. Raises ValueError where the model's sizes cannot be packed."""
+    """windows: (N, L) token ids. Raises UserError where the model's sizes cannot be packed."""
 
     def __init__(
         self, options: CalibrationOptions, config: ModelConfig, windows: Tensor, device: str = "cpu"
@@ -234,7 +235,7 @@ class Calibration:
         self.options, self.config, self.windows, self.device = options, config, windows, device
         self.format, self.summary = options.format, Summary()
         if windows.shape[1] > config.max_positions:
-            raise ValueError(
+            raise UserError(
                 f"export_quantization_maxlen: {windows.shape[1]} tokens; the model is for texts of "
                 f"{config.max_positions}"
             )
@@ -243,7 +244,7 @@ class Calibration:
         for name, module in block.named_modules():
             sizes = (module.in_features, module.out_features) if isinstance(module, nn.Linear) else ()
             if any(size % PACKED_IN for size in sizes):
-                raise ValueError(
+                raise UserError(
                     f"export_quantization_bit: {name} has {sizes[0]} inputs and {sizes[1]} outputs; GPTQ "
                     f"packs multiples of {PACKED_IN}, so this model cannot be exported in it"
                 )
@@ -280,7 +281,7 @@ class Calibration:
         """dense: (Hugging Face name, tensor) of the whole model, in any order; gone over once, before
         anything else.
 
-        folder: for working files, which stay there. Raises ValueError naming the layer whose numbers are bad.
+        folder: for working files, which stay there. Raises UserError naming the layer whose numbers are bad.
         """
         block_numbers = sum(
             parameter.numel() for parameter in Block(self.config, 0, device="meta").parameters()
@@ -352,7 +353,7 @@ class Calibration:
             return function(*arguments)
         except ValueError as error:
             place = self._hf_name(layer, f"{part}.{names[0]}.weight").removesuffix(f"{names[0]}.weight")
-            raise ValueError(f"export_quantization_bit: {place}{'/'.join(names)}: {error}") from error
+            raise UserError(f"export_quantization_bit: {place}{'/'.join(names)}: {error}") from error
 
     def _hf_name(self, layer: int, name: str) -> str:
         return to_hf_name(self.config, f"layers.{layer}.{name}")

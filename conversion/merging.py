@@ -21,6 +21,7 @@ from checkpoints.peft import ADAPTER_PARTS, adapted_linear, read_adapter, whole_
 from conversion.requantise import Piece
 from lora import LoraLinear
 from model import Decoder
+from options.errors import UserError
 from quant import Format, QuantLinear
 
 EMBEDDING, HEAD = "embed_tokens", "lm_head"
@@ -160,7 +161,7 @@ class Merge:
         try:
             base = self.quantization.quantise(weight, None, weight.dtype)
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+            raise UserError(f"{name}: {error}") from error
         return Piece(name, self._merged(name, base.dequantize(torch.float32)), weight.dtype, True, base)
 
     def _merged(self, name: str, tensor: Tensor) -> Tensor:

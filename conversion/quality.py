@@ -28,6 +28,7 @@ from conversion.merging import Merge
 from conversion.requantise import Requantiser
 from lora import LoraLinear, replace_module
 from model import Decoder
+from options.errors import UserError
 from options.option import option
 from quant import QuantLinear
 from text.tokenizer import Tokenizer
@@ -54,11 +55,11 @@ class QualityOptions:
 
     def __post_init__(self):
         if self.report and not self.export_sample_text:
-            raise ValueError("report: needs a text to measure on; give export_sample_text=FILE")
+            raise UserError("report: needs a text to measure on; give export_sample_text=FILE")
         if self.report_parent and not self.report:
-            raise ValueError("report_parent: nothing is compared without report=true")
+            raise UserError("report_parent: nothing is compared without report=true")
         if self.export_sample_tokens < 2:
-            raise ValueError(
+            raise UserError(
                 f"export_sample_tokens: {self.export_sample_tokens}; a loss needs 2 tokens or more"
             )
 
@@ -70,17 +71,17 @@ def windows(
     tokenizer: Tokenizer, path: str | Path, length: int = WINDOW, tokens: int | None = None
 ) -> list[Tensor]:
     """The text's tokens (the beginning-of-text token first, where the tokenizer has one) in rows of at most
-    `length`, (<= length,) int64 each; at most `tokens` in all. Raises ValueError naming the file."""
+    `length`, (<= length,) int64 each; at most `tokens` in all. Raises UserError naming the file."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"export_sample_text: {path} cannot be read as UTF-8 text ({error})") from error
+        raise UserError(f"export_sample_text: {path} cannot be read as UTF-8 text ({error})") from error
     if tokens is not None:
         text = text[: tokens * CHARACTERS_PER_TOKEN]
     ids = torch.tensor(tokenizer.encode(text, add_special=True), dtype=torch.int64)[:tokens]
     rows = [row for row in ids.split(length) if len(row) > 1]  # the first of a row is not predicted
     if not rows:
-        raise ValueError(f"export_sample_text: {path} holds {len(ids)} tokens; a loss needs 2 or more")
+        raise UserError(f"export_sample_text: {path} holds {len(ids)} tokens; a loss needs 2 or more")
     return rows
 
 
@@ -310,11 +311,11 @@ def measure(parent: Decoder, child: Decoder, texts: list[Tensor], stored_bytes: 
 
 
 def check_parent(parent: ModelConfig, child: ModelConfig) -> None:
-    """Raises ValueError unless the parent is in 16 or 32 bit and of the child's shape."""
+    """Raises UserError unless the parent is in 16 or 32 bit and of the child's shape."""
     if parent.hf.get("quantization_config"):
-        raise ValueError("report_parent: the parent is quantised too; name the model in 16 bit")
+        raise UserError("report_parent: the parent is quantised too; name the model in 16 bit")
     if _shape(parent) != _shape(child):
-        raise ValueError("report_parent: the parent has other sizes than the model, so it is another model's")
+        raise UserError("report_parent: the parent has other sizes than the model, so it is another model's")
 
 
 def _shape(config: ModelConfig) -> tuple[int, dict[str, torch.Size]]:

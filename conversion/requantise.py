@@ -27,6 +27,7 @@ from architectures.config import ModelConfig, to_hf_name
 from checkpoints.peft import save_adapter
 from lora import LoraLinear, replace_module
 from model import Decoder
+from options.errors import UserError
 from options.option import COMMON, option
 from quant import Format, QuantLinear
 
@@ -51,15 +52,15 @@ class MergeOptions:
 
     def __post_init__(self):
         if self.export_merge_rank is not None and self.export_merge_rank < 0:
-            raise ValueError(f"export_merge_rank: {self.export_merge_rank}; expected 0 or more")
+            raise UserError(f"export_merge_rank: {self.export_merge_rank}; expected 0 or more")
         if self.export_merge == "loftq" and self.export_merge_rank == 0:
-            raise ValueError("export_merge_rank: 0 leaves loftq nothing to fit; use export_merge=requantise")
+            raise UserError("export_merge_rank: 0 leaves loftq nothing to fit; use export_merge=requantise")
         if self.export_merge == "dequantise" and self.export_merge_rank:
-            raise ValueError(
+            raise UserError(
                 "export_merge_rank: nothing is lost in 16 bit; use export_merge=requantise or loftq"
             )
         if self.loftq_iter < 1:
-            raise ValueError(f"loftq_iter: {self.loftq_iter}; expected 1 or more")
+            raise UserError(f"loftq_iter: {self.loftq_iter}; expected 1 or more")
 
 
 @dataclass(frozen=True)
@@ -73,14 +74,14 @@ class Piece:
     base: QuantLinear | None = None  # that linear before the update
 
     def rounded(self, dtype: torch.dtype | None) -> Tensor:
-        """On the CPU, in `dtype` or else its own. Raises ValueError for numbers too large for it."""
+        """On the CPU, in `dtype` or else its own. Raises UserError for numbers too large for it."""
         result = self.tensor.to(dtype or self.dtype)
         if (
             result.dtype is torch.float16
             and not torch.isfinite(result).all()
             and torch.isfinite(self.tensor).all()
         ):
-            raise ValueError(f"infer_dtype: {self.name} holds numbers too large for float16; use bfloat16")
+            raise UserError(f"infer_dtype: {self.name} holds numbers too large for float16; use bfloat16")
         return result.cpu()
 
 
@@ -202,7 +203,7 @@ class Requantiser:
     fits: dict[str, Fit] = field(default_factory=dict)  # by our name of the linear; without the codes
 
     def tensors(self, pieces: Iterable[Piece]) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, tensor on the CPU). Raises ValueError naming the linear that cannot be
+        """(Hugging Face name, tensor on the CPU). Raises UserError naming the linear that cannot be
         quantised."""
         for piece in tqdm(pieces, desc="quantising", unit="tensor", disable=None, leave=False):
             if not piece.in_codes:
@@ -213,13 +214,13 @@ class Requantiser:
             for part, tensor in layer.tensors().items():
                 yield to_hf_name(self.config, f"{module}.{part}"), tensor.cpu()
         if self.format is None:
-            raise ValueError("export_merge: no linear of the base is quantised; give quantization_bit")
+            raise UserError("export_merge: no linear of the base is quantised; give quantization_bit")
 
     def fitted(self, module: str, piece: Piece) -> QuantLinear:
         """The codes for one weight; the rest of its fit is kept in fits."""
         self.format = self.format or piece.base.format
         if type(self.format).quantise is Format.quantise:
-            raise ValueError(
+            raise UserError(
                 f"export_merge: {self.format.method} can only be read, not made from weights as they are; "
                 "give quantization_bit (and quantization_method) for the result, or export_merge=dequantise"
             )
@@ -230,7 +231,7 @@ class Requantiser:
             else:
                 fit = fit_in_turns(piece.tensor, piece.base, self.format, dtype, self.rank, self.rounds)
         except ValueError as error:
-            raise ValueError(f"{module}: {error}") from error
+            raise UserError(f"{module}: {error}") from error
         kept = {} if fit.b is None else {"b": fit.b.cpu(), "a": fit.a.cpu()}
         self.fits[module] = replace(fit, layer=None, **kept)
         return fit.layer

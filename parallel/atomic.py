@@ -5,9 +5,9 @@
     with atomic_folder(path) as temporary:          # the same for a folder of files
         save_model(model, temporary)
 
-What is written lies under a temporary name beside its place, is flushed to the disk and renamed, so a kill -9, a full
-disk or another process never leaves or reads half of it. After an error the temporary is removed, after a kill by
-the next who writes the same.
+What is written lies under a temporary name beside its place, is flushed to the disk and renamed, so a kill
+-9, a disk or another process never leaves or reads half of it. After an error the temporary is removed, after
+a kill by the next who writes the same.
 """
 
 import glob

@@ -18,6 +18,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from options.errors import UserError
+
 BLOCK_NAMES = {  # GGUF's name of a part of a block -> Hugging Face's
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -56,7 +58,7 @@ def row_bytes(numbers: int, kind: str) -> int:
 def encode_rows(weight: Tensor, kind: str) -> Iterator[Tensor]:
     """weight (R, C) of any floating dtype -> pieces of the file, each (rows, row_bytes) uint8, in order.
 
-    Raises ValueError for numbers that the kind cannot hold (NaN, infinity, or too large for an fp16 or its
+    Raises UserError for numbers that the kind cannot hold (NaN, infinity, or too large for an fp16 or its
     scale).
     """
     rows = max(1, CHUNK_NUMBERS // max(1, weight.shape[1]))
@@ -65,9 +67,9 @@ def encode_rows(weight: Tensor, kind: str) -> Iterator[Tensor]:
 
 
 def encode(numbers: Tensor, kind: str) -> Tensor:
-    """numbers (R, C) fp32 -> (R, row_bytes(C)) uint8. Raises ValueError as encode_rows."""
+    """numbers (R, C) fp32 -> (R, row_bytes(C)) uint8. Raises UserError as encode_rows."""
     if not torch.isfinite(numbers).all():
-        raise ValueError("NaN or infinity")
+        raise UserError("NaN or infinity")
     if kind == "F32":
         return numbers.contiguous().view(torch.uint8)
     if kind in ("F16", "BF16"):
@@ -81,7 +83,7 @@ def encode(numbers: Tensor, kind: str) -> Tensor:
 
 def _fits(rounded: Tensor, numbers: Tensor) -> Tensor:
     if not torch.isfinite(rounded).all():
-        raise ValueError(f"numbers up to {float(numbers.abs().max()):g}, too large for {rounded.dtype}")
+        raise UserError(f"numbers up to {float(numbers.abs().max()):g}, too large for {rounded.dtype}")
     return rounded.contiguous()
 
 

@@ -31,6 +31,7 @@ from architectures.config import ModelConfig
 from architectures.rope import Rope, inverse_frequencies
 from checkpoints.gguf.blocks import BLOCK_NAMES, BLOCKS, encode_rows, row_bytes
 from conversion.gguf.write_tokenizer import vocabulary_metadata
+from options.errors import UserError
 from text.render import ChatTemplate
 from text.tokenizer import Tokenizer
 
@@ -144,13 +145,13 @@ def _entries(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], kind: s
 
 
 def architecture(config: ModelConfig) -> str:
-    """The GGUF architecture with these switches. Raises ValueError if none has them."""
+    """The GGUF architecture with these switches. Raises UserError if none has them."""
     if config.activation != "silu":
-        raise ValueError(
+        raise UserError(
             f"export_gguf_type: GGUF's dense architectures use silu, the model {config.activation}"
         )
     if len(set(config.sliding_windows)) > 1:
-        raise ValueError(
+        raise UserError(
             "export_gguf_type: layers with and without a sliding window cannot be told apart in GGUF"
         )
     if config.qk_norm:
@@ -159,7 +160,7 @@ def architecture(config: ModelConfig) -> str:
 
 
 def model_metadata(config: ModelConfig) -> tuple[dict, list[str]]:
-    """-> ({GGUF key: value}, what the user should know). Raises ValueError for what GGUF cannot express."""
+    """-> ({GGUF key: value}, what the user should know). Raises UserError for what GGUF cannot express."""
     arch = architecture(config)
     rope, notices = _rope_metadata(config.rope)
     keys = {
@@ -202,7 +203,7 @@ def _rope_metadata(rope: Rope) -> tuple[dict, list[str]]:
     notices = []
     if rope.kind == "yarn":
         if not rope.truncate:
-            raise ValueError("export_gguf_type: yarn with truncate: false cannot be said in GGUF")
+            raise UserError("export_gguf_type: yarn with truncate: false cannot be said in GGUF")
         keys["rope.scaling.original_context_length"] = rope.original_positions
         for name, value, usual in (("fast", rope.beta_fast, 32.0), ("slow", rope.beta_slow, 1.0)):
             if value != usual:
@@ -230,7 +231,7 @@ def rope_divisors(config: ModelConfig) -> Tensor:
 def write(path: Path, layout: Layout, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Write the file. tensors: (Hugging Face name, dense tensor), each of the model's once, in any order.
 
-    Raises ValueError naming the tensor that its type cannot hold.
+    Raises UserError naming the tensor that its type cannot hold.
     """
     data_start = _write_head(path, layout)
     missing, size = dict(layout.entries), layout.data_bytes
@@ -276,7 +277,7 @@ def _write_tensor(file: BinaryIO, entry: Entry, tensor: Tensor) -> int:
         for piece in encode_rows(tensor.reshape(-1, tensor.shape[-1]), entry.kind):
             written += file.write(piece.numpy())
     except ValueError as error:
-        raise ValueError(f"{entry.name} holds {error}; it cannot be written as {entry.kind}") from error
+        raise UserError(f"{entry.name} holds {error}; it cannot be written as {entry.kind}") from error
     return written
 
 

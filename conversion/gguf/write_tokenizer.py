@@ -28,6 +28,7 @@ from checkpoints.gguf.read_tokenizer import (
     read_tokenizer,
     splitter,
 )
+from options.errors import UserError
 from text.tokenizer import Tokenizer
 
 BYTE = 6  # token type of <0x00> .. <0xFF>
@@ -55,11 +56,11 @@ def vocabulary_metadata(
     """-> ({GGUF key: value}, what the user should know).
 
     rows: of the embedding table; what it has beyond the tokens is filled up, as llama.cpp wants it. end_ids:
-    further tokens that end an answer. Raises ValueError for what GGUF cannot express.
+    further tokens that end an answer. Raises UserError for what GGUF cannot express.
     """
     pipeline = tokenizer.pipeline()
     if pipeline["model"]["type"] != "BPE":
-        raise ValueError(_unknown(tokenizer, f"the model is {pipeline['model']['type']}, not BPE"))
+        raise UserError(_unknown(tokenizer, f"the model is {pipeline['model']['type']}, not BPE"))
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in pipeline["model"]["merges"]]
     keys = _tokens(tokenizer, pipeline, rows)
     if _has_step(pipeline["decoder"], "ByteLevel"):
@@ -142,7 +143,7 @@ def _rule_name(tokenizer: Tokenizer, pipeline: dict) -> str:
     """The name in PRE_TOKENIZERS of the rule that cuts PROBE as the tokenizer does."""
     normal = [step["type"] for step in _steps(pipeline["normalizer"])]
     if set(normal) - {"NFC"}:
-        raise ValueError(_unknown(tokenizer, f"the normalizer is {', '.join(normal)}"))
+        raise UserError(_unknown(tokenizer, f"the normalizer is {', '.join(normal)}"))
     own = _alone(pipeline, "pre_tokenizer").pre_tokenizer
     prefix = any(step.get("add_prefix_space") for step in _steps(pipeline["pre_tokenizer"]))
     pieces = _pieces(own)
@@ -154,7 +155,7 @@ def _rule_name(tokenizer: Tokenizer, pipeline: dict) -> str:
     found = [name for name, rule in PRE_TOKENIZERS.items() if _pieces(splitter(rule, prefix)) == pieces]
     if not found:
         known = ", ".join(sorted(PRE_TOKENIZERS))
-        raise ValueError(_unknown(tokenizer, f"text is cut into words by none of the known rules ({known})"))
+        raise UserError(_unknown(tokenizer, f"text is cut into words by none of the known rules ({known})"))
     return min(found, key=lambda name: unlike(PRE_TOKENIZERS[name]))
 
 
@@ -163,7 +164,7 @@ def _pieces(pre_tokenizer: tokenizers.pre_tokenizers.PreTokenizer) -> list[str]:
 
 
 def _has_space_prefix(tokenizer: Tokenizer, pipeline: dict) -> bool:
-    """Whether a space is put before a text. Raises ValueError if more than spaces is changed."""
+    """Whether a space is put before a text. Raises UserError if more than spaces is changed."""
     text = PROBE
     if pipeline["normalizer"]:
         text = _alone(pipeline, "normalizer").normalizer.normalize_str(text)
@@ -172,7 +173,7 @@ def _has_space_prefix(tokenizer: Tokenizer, pipeline: dict) -> bool:
         text = "".join(piece for piece, _ in pieces)
     plain = PROBE.replace(" ", SPACE)
     if text not in (plain, SPACE + plain):
-        raise ValueError(_unknown(tokenizer, "text is changed in more than its spaces before it is cut"))
+        raise UserError(_unknown(tokenizer, "text is changed in more than its spaces before it is cut"))
     return text != plain
 
 
