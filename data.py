@@ -159,16 +159,18 @@ class Prepared:
     )
 
     def train_loader(
-        self, options: DataOptions, *, rows_per_batch: int, seed: int, rank: int = 0, world: int = 1
+        self, options: DataOptions, *, rows_per_batch: int, seed: int, **place
     ) -> BatchLoader | StreamingLoader:
-        """The loader that the options ask for, over the stored or the streamed training set."""
+        """The loader that the options ask for, over the stored or the streamed training set.
+
+        place: rank, world and collate of a loader.
+        """
         shared = {
             "rows_per_batch": rows_per_batch,
             "packing": self.packing,
             "cutoff_len": self.row_tokens(options),
             "seed": seed if options.data_seed is None else options.data_seed,
-            "rank": rank,
-            "world": world,
+            **place,
         }
         if self.train is None:
             raise UserError("dataset: no training set is named")
@@ -192,12 +194,9 @@ class Prepared:
             return first
         return (self.train if self.train is not None else next(iter(self.eval.values()))).example(0)
 
-    def eval_loaders(
-        self, options: DataOptions, *, rows_per_batch: int, rank: int = 0, world: int = 1
-    ) -> dict[str, BatchLoader]:
+    def eval_loaders(self, options: DataOptions, *, rows_per_batch: int, **place) -> dict[str, BatchLoader]:
         """One loader for each evaluation set, in its own order; read batches_per_epoch batches of it."""
-        shared = {"packing": self.packing, "cutoff_len": self.row_tokens(options), "shuffle": False}
-        shared |= {"rank": rank, "world": world}
+        shared = {"packing": self.packing, "cutoff_len": self.row_tokens(options), "shuffle": False, **place}
         return {
             name: BatchLoader(s, rows_per_batch=rows_per_batch, **shared) for name, s in self.eval.items()
         }

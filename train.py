@@ -39,7 +39,8 @@ from parallel.world import World
 from pipeline.batch import ROW_MULTIPLE, Batch, BatchLoader, StreamingLoader
 from pipeline.prefetch import ahead
 from stages.rewards import RewardError
-from stages.stage import Rhythm, Stage
+from stages.rollouts import Prompt
+from stages.stage import Stage
 from text.tokenizer import Tokenizer
 from training import host_memory, make_stage, monitor, predict, run_folder, setup
 from training.monitor import Health, MetricWindow, Monitor, peak_memory_gb, write_json
@@ -59,7 +60,7 @@ class Run:
     world: World
     model: Decoder
     stage: Stage
-    rhythm: Rhythm
+    rollout_sizes: tuple[int, int]  # micro-batches drawn from the data at once, updates made of them
     loader: BatchLoader | StreamingLoader | None
     eval_loaders: dict[str, BatchLoader]
     optimizer: torch.optim.Optimizer | None
@@ -79,7 +80,7 @@ class Run:
         return self.monitor.folder
 
     def epoch(self, step: int) -> float:
-        return step / (steps_per_epoch(self.rhythm, self.loader) or max(self.total_steps, 1))
+        return step / (steps_per_epoch(self.rollout_sizes, self.loader) or max(self.total_steps, 1))
 
     def out_of_patience(self) -> bool:
         patience = self.options.early_stopping_steps
@@ -137,10 +138,10 @@ def run(config: configuration.Config, world: World) -> int:
     reward = make_stage.make_reward_ahead(config, tokenizer)
     prepared = setup.prepare_data(config, source, template, tokenizer, world)
     predictor = setup.make_predictor(config, prepared, template, tokenizer, world)
-    loader, eval_loaders = setup.make_loaders(prepared, options, config[DataOptions], world)
+    loader, eval_loaders = setup.make_loaders(prepared, options, config[DataOptions], tokenizer, world)
     setup.check_metric(options, eval_loaders, predictor)
-    rhythm = make_stage.make_rhythm(config)
-    total_steps = setup.count_steps(options, rhythm, loader)
+    rollout_sizes = make_stage.rollout_sizes(config)
+    total_steps = setup.count_steps(options, rollout_sizes, loader)
     if options.plan:
         world.print(setup.make_plan(config, source, prepared, loader, world))
         return 0
@@ -160,14 +161,14 @@ def run(config: configuration.Config, world: World) -> int:
         world=world,
         model=model,
         stage=stage,
-        rhythm=rhythm,
+        rollout_sizes=rollout_sizes,
         loader=loader,
         eval_loaders=eval_loaders,
         optimizer=make_optimizer(model, config[OptimOptions]) if options.trains else None,
         scaler=torch.amp.GradScaler(world.device.type, enabled=options.fp16),
         gradient_sum=parallel.world.GradientSum(model, world),
         monitor=Monitor(output_dir, options.services, options.run_name or str(output_dir), world.is_main),
-        window=MetricWindow(world, stage.metric_names),
+        window=MetricWindow(world),
         health=Health(world, prepared.train.datasets if prepared.train is not None else []),
         predictor=predictor,
         total_steps=total_steps,
@@ -280,21 +281,21 @@ def groups(this: Run) -> Iterator[Iterator[list[Batch]]]:
     What is drawn at once ends with its epoch: so batch 8, 8 x 1 accumulated and 2 ranks x 1 x 4 train on the
     same groups of rows.
     """
-    rhythm, loader, first = this.rhythm, this.loader, this.progress.step
-    draw, within = divmod(first, rhythm.updates)
+    (micro_batches, updates), loader, first = this.rollout_sizes, this.loader, this.progress.step
+    draw, within = divmod(first, updates)
     per_epoch = (
-        None if loader.batches_per_epoch is None else math.ceil(loader.batches_per_epoch / rhythm.draw)
+        None if loader.batches_per_epoch is None else math.ceil(loader.batches_per_epoch / micro_batches)
     )
     if per_epoch is None:
-        batches = loader.batches(start=draw * rhythm.draw)
+        batches = loader.batches(start=draw * micro_batches)
     else:
         epoch, place = divmod(draw, per_epoch)
-        batches = loader.batches(start=epoch * loader.batches_per_epoch + place * rhythm.draw)
+        batches = loader.batches(start=epoch * loader.batches_per_epoch + place * micro_batches)
 
     def count(draw: int) -> int:
         if per_epoch is None:
-            return rhythm.draw
-        return min(rhythm.draw, loader.batches_per_epoch - draw % per_epoch * rhythm.draw)
+            return micro_batches
+        return min(micro_batches, loader.batches_per_epoch - draw % per_epoch * micro_batches)
 
     def all_groups(ready: Iterator[Batch]) -> Iterator[list[Batch]]:
         for number in itertools.count(draw):
@@ -308,7 +309,7 @@ def groups(this: Run) -> Iterator[Iterator[list[Batch]]]:
     on_gpu = this.world.device.type == "cuda"
     prepared = (prepare(batch, this.world.device) for batch in batches)
     # not on a CPU: a batch of 2,048 tokens is made in 0.3 ms, and the threads of the step need every core
-    with ahead(prepared, depth=max(2, rhythm.draw) if on_gpu else 0) as ready:
+    with ahead(prepared, depth=max(2, micro_batches) if on_gpu else 0) as ready:
         yield itertools.islice(all_groups(ready), last - first)
 
 
@@ -320,8 +321,10 @@ def save_after_failure(this: Run) -> str:
     return f"; the same command continues from {save_checkpoint(this)}"
 
 
-def prepare(batch: Batch, device: torch.device) -> Batch:
-    """What the host can do for a batch before its turn."""
+def prepare(batch: Batch | list[Prompt], device: torch.device) -> Batch | list[Prompt]:
+    """What the host can do for a batch before its turn; a stage that draws prompts makes batches of them."""
+    if not isinstance(batch, Batch):
+        return batch
     batch = batch.rounded(ROW_MULTIPLE[device.type])
     return batch.pinned() if device.type == "cuda" else batch
 
@@ -367,7 +370,7 @@ def evaluate(this: Run) -> dict[str, float]:
     measured: dict[str, dict[str, float]] = {}
     for name, loader in this.eval_loaders.items():
         batches = itertools.islice(loader.batches(), loader.batches_per_epoch)
-        ready = (prepare(batch, device).to(device) for batch in batches)
+        ready = (prepare(batch, device) for batch in batches)
         measured[name] = this.stage.evaluate(this.model, ready, this.world)
         bad = next((kind for kind, value in measured[name].items() if not math.isfinite(value)), None)
         if bad is not None:
@@ -410,7 +413,7 @@ def what_is_due(this: Run) -> Due:
     trainer does."""
     options, step = this.options, this.progress.step
     last = step == this.total_steps
-    ends_epoch = step % (steps_per_epoch(this.rhythm, this.loader) or this.total_steps) == 0
+    ends_epoch = step % (steps_per_epoch(this.rollout_sizes, this.loader) or this.total_steps) == 0
 
     def due(strategy: str, every: int) -> bool:
         return (strategy == "steps" and step % every == 0) or (strategy == "epoch" and ends_epoch)

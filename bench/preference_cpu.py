@@ -81,7 +81,7 @@ def anvil(folder: str, adapter: str, cached: bool):
     def step(pairs: list[dict]) -> dict[str, float]:
         batch = collate([example(pair) for pair in pairs]).rounded(ROW_MULTIPLE["cpu"])
         if cached:
-            batch.reference = stage.reference.sums(model, batch)
+            batch.per_segment["reference"] = stage.reference.sums(model, batch)
         start = time.perf_counter()
         loss, _ = stage.loss(model, batch)
         loss = loss / stage.weight(batch)

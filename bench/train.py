@@ -61,7 +61,7 @@ from bench.train_systems import (  # noqa: E402
     flops_per_step,
     random_decoder,
 )
-from pipeline.batch import first_fit  # noqa: E402
+from pipeline.packing import first_fit  # noqa: E402
 
 DEFAULTS = {"device": "auto", "quick": "false", "seconds": "", "rows": "", "compile": "false", "out": ""}
 SECONDS = {False: 200.0, True: 70.0}

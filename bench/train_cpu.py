@@ -58,7 +58,7 @@ def anvil(folder: str, adapter: str, dtype: torch.dtype, checkpointing: str):
 
     from kernels import recompute
     from pipeline.batch import ROW_MULTIPLE, Example, collate
-    from stages.stage import TokenLoss
+    from stages.sft import TokenLoss
 
     model, stage = rivals.our_model(folder, adapter, dtype), TokenLoss()
     update = rivals.our_update(model)

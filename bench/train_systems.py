@@ -24,7 +24,7 @@ from bench import four_bits
 from checkpoints.peft import adapter_state
 from model import Decoder, initialize_weights
 from pipeline.batch import Example, collate
-from stages.stage import Rhythm, TokenLoss
+from stages.sft import TokenLoss
 from training import memory, monitor
 from training.optimizers import make_optimizer
 from training.options import OptimOptions, TrainOptions
@@ -114,7 +114,7 @@ class Anvil:
             world=world,
             model=model,
             stage=TokenLoss(),
-            rhythm=Rhythm(1),
+            rollout_sizes=(1, 1),
             predictor=None,
             loader=None,
             eval_loaders={},

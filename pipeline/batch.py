@@ -1,38 +1,27 @@
-"""Examples -> flat batches without padding: packing, order, sharding over ranks, resuming.
+"""Examples -> flat batches without padding: order, sharding over ranks, resuming.
 
 A Batch is one row of T tokens made of N segments (design: no padding anywhere). Every order here is a pure
 function of (seed, batch number), so a run resumes by asking for batches(start=i), and every rank computes the
 same plan. Rank r of `world` takes the global batches k * world + r; the last round is filled with empty
 batches, so that all ranks see the same number of them.
-
-Packing is first-fit decreasing inside windows of shuffled examples (Johnson 1973: at most 11/9 of the optimum
-+ 1), over whole examples: none is ever split, and attention never crosses a segment border.
 """
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from options.errors import UserError
+from pipeline.packing import group_by_length, pack
+
 IGNORED = -100  # label of a position that is not trained; torch's cross_entropy default
-PACK_WINDOW = 8192  # examples that are sorted together; larger packs tighter, smaller mixes better
-ROLES = (
-    "prefix",
-    "system",
-    "user",
-    "assistant",
-    "observation",
-    "function",
-    "text",
-)  # order is stored in caches
+ROLES = ("prefix", "system", "user", "assistant", "observation", "function", "text")  # caches keep the order
 ANSWER = 64  # bit in Example.roles
-# tokens; see Batch.rounded. A GPU's products work in tiles of 128 rows, so a smaller multiple would save it
-# nothing.
+# tokens; see Batch.rounded. A GPU's products work in tiles of 128 rows, so a smaller multiple would save nothing.
 ROW_MULTIPLE = {"cpu": 32, "cuda": 128}
-GROUP_BATCHES = 50  # batches per length-sorted megabatch, as in transformers' LengthGroupedSampler
 
 
 @dataclass(frozen=True)
@@ -48,7 +37,7 @@ class Example:
     split: int = 0  # where the second segment begins; 0 = there is one segment
     tag: int = 0  # KTO: 1 = desirable, 0 = undesirable
     reference: tuple[float, ...] | None = (
-        None  # log-probability of each segment's labels under the reference policy
+        None  # log-probability of each segment's labels, see stages/reference.py
     )
     copy: int = 0  # how often the data set's order repeated the same example before
 
@@ -63,15 +52,6 @@ class Example:
         return [slice(0, self.split), slice(self.split, len(self.tokens))]
 
 
-class Store(Protocol):
-    """What a BatchLoader needs; data.ExampleStore is one."""
-
-    lengths: np.ndarray
-
-    def __len__(self) -> int: ...
-    def example(self, i: int) -> Example: ...
-
-
 @dataclass
 class Batch:
     tokens: torch.Tensor  # (T,) int64
@@ -80,21 +60,29 @@ class Batch:
     max_seqlen: int
     labels: torch.Tensor  # (T,) int64, already shifted inside each segment; IGNORED = not trained
     label_rows: torch.Tensor  # (L,) int64, where labels != IGNORED
-    borders: list[int]  # cu_seqlens on the host
     sources: list[tuple[int, int]]  # (dataset, row) of each segment; empty for an empty batch
-    copies: list[int] = field(default_factory=list)  # Example.copy of each segment
     pairs: int = 0  # P: segments 0..P-1 are the first of each pair (chosen), P..2P-1 the second (rejected)
-    tags: torch.Tensor | None = None  # (N,) int64, Example.tag of each segment
-    reference: torch.Tensor | None = None  # (N,) fp32, Example.reference
-    first_labels: int = 0  # with pairs: labels of segments 0..P-1
-    # what a stage knows of each label (old log-probabilities, advantages, ...): name -> (L,) in the order of
-    # label_rows
-    extras: dict[str, torch.Tensor] = field(default_factory=dict)
-    turns: np.ndarray | None = None  # (T,) int16, index of the message; -1 = prefix
-    roles: np.ndarray | None = None  # (T,) uint8, as in Example
+
+    # What a stage knows beside, in the order of the segments with a source, and of label_rows. Here:
+    # "labels" int64 (how many each has), "tags" int64 and, where it is known ahead, "reference" fp32 of Example
+    per_segment: dict[str, torch.Tensor] = field(default_factory=dict)  # name -> (N, ...)
+    per_label: dict[str, torch.Tensor] = field(default_factory=dict)  # name -> (L,)
+    per_token: dict[str, np.ndarray] = field(default_factory=dict)  # "turns", "roles" of Example, for people
+    host: "Batch | None" = None  # of a batch on a device: the one that was moved there
+
+    @property
+    def borders(self) -> list[int]:
+        """cu_seqlens on the host; nothing waits for the device."""
+        return (self if self.host is None else self.host).cu_seqlens.tolist()
+
+    @property
+    def label_counts(self) -> torch.Tensor:
+        """(N,) int64: labels of each segment that has a source (not of what pads the row)."""
+        return self.per_segment["labels"]
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
-        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        moved = self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return replace(moved, host=self if self.host is None else self.host)
 
     def pinned(self) -> "Batch":
         """The same batch in memory that a GPU can fetch while the host goes on."""
@@ -102,27 +90,31 @@ class Batch:
 
     def _each(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         """The same batch with this done to every tensor."""
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        tensors = {name: function(value) for name, value in values.items() if torch.is_tensor(value)}
-        return replace(self, **tensors, extras={name: function(value) for name, value in self.extras.items()})
+
+        def done(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: done(part) for name, part in value.items()}
+            return function(value) if torch.is_tensor(value) else value
+
+        return Batch(**{item.name: done(getattr(self, item.name)) for item in fields(self)})
 
     def plain(self) -> dict:
-        """For a checkpoint, and Batch(**plain): tensors and plain values; turns and roles, for people, are
-        left out."""
+        """For a checkpoint, and Batch(**plain): tensors and plain values."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
-        return {name: None if isinstance(value, np.ndarray) else value for name, value in values.items()}
+        return values | {"per_token": {}, "host": None}
 
     def rounded(self, multiple: int) -> "Batch":
         """The same batch with one segment of untrained tokens behind it, so that T is a multiple of this.
 
         Products are compiled per shape (oneDNN: 1.2 ms and up to 1 MB for each new T and weight), so few
         values of T are faster and smaller than exactly the tokens. Nothing sees that segment, and no loss or
-        gradient comes of it.
+        gradient comes of it: it has no source, and no entry in per_segment and per_label.
         """
         count = -len(self.tokens) % multiple
         if count == 0:
             return self
         fill = torch.zeros(count, dtype=torch.int64, device=self.tokens.device)
+        behind = {"turns": -1, "roles": 0}
         return replace(
             self,
             tokens=torch.cat([self.tokens, fill]),
@@ -130,39 +122,11 @@ class Batch:
             cu_seqlens=torch.cat([self.cu_seqlens, self.cu_seqlens[-1:] + count]),
             max_seqlen=max(self.max_seqlen, count),
             labels=torch.cat([self.labels, fill + IGNORED]),
-            borders=[*self.borders, self.borders[-1] + count],
-            turns=None if self.turns is None else np.pad(self.turns, (0, count), constant_values=-1),
-            roles=None if self.roles is None else np.pad(self.roles, (0, count)),
-        )
-
-    def halves(self) -> tuple["Batch", "Batch"]:
-        """The first segments of all pairs, and the second ones, as batches of single segments; views, nothing
-        waits."""
-        first = [slice(0, self.pairs), slice(0, self.borders[self.pairs]), slice(0, self.first_labels)]
-        second = [
-            slice(self.pairs, 2 * self.pairs),
-            slice(self.borders[self.pairs], self.borders[2 * self.pairs]),
-            slice(self.first_labels, len(self.label_rows)),
-        ]
-        return self._part(*first), self._part(*second)
-
-    def _part(self, segments: slice, tokens: slice, labels: slice) -> "Batch":
-        borders = self.borders[segments.start : segments.stop + 1]
-        return Batch(
-            tokens=self.tokens[tokens],
-            positions=self.positions[tokens],
-            cu_seqlens=self.cu_seqlens[segments.start : segments.stop + 1] - tokens.start,
-            max_seqlen=max(stop - start for start, stop in itertools.pairwise(borders)),
-            labels=self.labels[tokens],
-            label_rows=self.label_rows[labels] - tokens.start,
-            borders=[border - tokens.start for border in borders],
-            sources=self.sources[segments],
-            copies=self.copies[segments],
-            tags=None if self.tags is None else self.tags[segments],
-            reference=None if self.reference is None else self.reference[segments],
-            extras={name: values[labels] for name, values in self.extras.items()},
-            turns=None if self.turns is None else self.turns[tokens],
-            roles=None if self.roles is None else self.roles[tokens],
+            per_token={
+                name: np.pad(values, (0, count), constant_values=behind[name])
+                for name, values in self.per_token.items()
+            },
+            host=None if self.host is None else self.host.rounded(multiple),
         )
 
     def __len__(self) -> int:
@@ -175,17 +139,16 @@ def collate(examples: Sequence[Example]) -> Batch:
 
     Examples of two segments: the first segments of all, then the second ones in the same order.
     """
-    sources = [example.source for example in examples]
-    copies = [example.copy for example in examples]
-    if not examples:
-        one = np.zeros(1, np.int64)
-        examples = [Example(one, one > 0, one.astype(np.int16) - 1, one.astype(np.uint8), (-1, -1))]
     pairs = sum(example.split > 0 for example in examples)
     if pairs not in (0, len(examples)):
         raise ValueError("collate: some examples are pairs and some are not; a batch holds one kind")
     # (example, number of its segment)
     order = [(example, number) for number in range(2 if pairs else 1) for example in examples]
     spans = [(example, example.segments[number]) for example, number in order]
+    if not examples:
+        one = np.zeros(1, np.int64)
+        nothing = Example(one, one > 0, one.astype(np.int16) - 1, one.astype(np.uint8), (-1, -1))
+        spans = [(nothing, slice(0, 1))]
 
     def flat(name: str) -> np.ndarray:
         return np.concatenate([getattr(example, name)[span] for example, span in spans])
@@ -197,11 +160,12 @@ def collate(examples: Sequence[Example]) -> Batch:
     labels = np.full(len(tokens), IGNORED, np.int64)
     labels[:-1] = np.where(trained[1:], tokens[1:], IGNORED)
     labels[borders[1:] - 1] = IGNORED  # the last token of a segment must not predict the first of the next
-    reference = None
-    if all(example.reference is not None for example, _ in order):
-        reference = torch.tensor(
-            [example.reference[number] for example, number in order], dtype=torch.float32
-        )
+    label_rows = np.flatnonzero(labels != IGNORED)
+    counts = np.diff(np.searchsorted(label_rows, borders[: len(order) + 1]))
+    per_segment = {"labels": counts, "tags": np.array([example.tag for example, _ in order], np.int64)}
+    if all(example.reference is not None for example in examples):
+        known = [example.reference[number] for example, number in order]
+        per_segment["reference"] = np.array(known, np.float32)
     return Batch(
         tokens=torch.from_numpy(tokens),
         positions=torch.from_numpy(
@@ -210,73 +174,24 @@ def collate(examples: Sequence[Example]) -> Batch:
         cu_seqlens=torch.from_numpy(borders.astype(np.int32)),
         max_seqlen=int(lengths.max()),
         labels=torch.from_numpy(labels),
-        label_rows=torch.from_numpy(np.flatnonzero(labels != IGNORED)),
-        borders=borders.tolist(),
-        sources=sources * (2 if pairs else 1),
-        copies=copies * (2 if pairs else 1),
+        label_rows=torch.from_numpy(label_rows),
+        sources=[example.source for example, _ in order],
         pairs=pairs,
-        tags=torch.tensor([example.tag for example, _ in order]),
-        reference=reference,
-        first_labels=int(np.count_nonzero(labels[: borders[pairs]] != IGNORED)),
-        turns=flat("turns"),
-        roles=flat("roles"),
+        per_segment={name: torch.from_numpy(values) for name, values in per_segment.items()},
+        per_token={"turns": flat("turns"), "roles": flat("roles")},
     )
 
 
-# ---------------------------------------------------------------------------------------------------------
-# packing
+# Loaders
 
 
-def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Put each item, in the given order, into the first bin that still has room; O(n log n) by a tree of
-    maxima.
+class Store(Protocol):
+    """What a BatchLoader needs; pipeline.store.ExampleStore is one."""
 
-    Returns the bins as lists of item numbers. Raises ValueError for an item longer than `capacity`.
-    """
-    leaves = 1
-    while leaves < max(len(lengths), 1):
-        leaves *= 2
-    # room[1] is the root; a node holds the most room of any bin below it. Bins not opened yet have full room,
-    # and stand behind the open ones, so "the leftmost leaf with room" is first-fit and opens a bin only when
-    # it must.
-    room = [capacity] * (2 * leaves)
-    bins: list[list[int]] = []
-    for item, length in enumerate(lengths):
-        if length > capacity:
-            raise ValueError(
-                f"example {item} has {length} tokens, more than the {capacity} of a packed row (cutoff_len)"
-            )
-        node = 1
-        while node < leaves:
-            node *= 2
-            if room[node] < length:
-                node += 1
-        if node - leaves == len(bins):
-            bins.append([])
-        bins[node - leaves].append(item)
-        room[node] -= int(length)
-        while node > 1:
-            node //= 2
-            left, right = room[2 * node], room[2 * node + 1]
-            room[node] = left if left > right else right
-    return bins
+    lengths: np.ndarray
 
-
-def pack(
-    lengths: np.ndarray, capacity: int, order: np.ndarray, window: int = PACK_WINDOW
-) -> list[np.ndarray]:
-    """Pack the examples of `order` window by window, each window longest first. Returns rows of example
-    numbers."""
-    rows = []
-    for start in range(0, len(order), window):
-        part = order[start : start + window]
-        part = part[np.argsort(-lengths[part], kind="stable")]
-        rows += [part[items] for items in first_fit(lengths[part].tolist(), capacity)]
-    return rows
-
-
-# ---------------------------------------------------------------------------------------------------------
-# loaders
+    def __len__(self) -> int: ...
+    def example(self, i: int) -> Example: ...
 
 
 class BatchLoader:
@@ -285,6 +200,7 @@ class BatchLoader:
     rows_per_batch: examples of a batch, or packed rows of `cutoff_len` tokens with `packing`.
     group_by_length: megabatches of 50 batches sorted by length, longest first (needs packing off).
     The packing plan is made once from `seed`; each epoch shuffles its rows anew.
+    collate: examples -> what is drawn, a Batch or (stages/rollouts.py) prompts.
     """
 
     def __init__(
@@ -299,17 +215,18 @@ class BatchLoader:
         seed: int = 0,
         rank: int = 0,
         world: int = 1,
+        collate: Callable[[list[Example]], Any] = collate,
     ):
         if len(store) == 0:
-            raise ValueError(
+            raise UserError(
                 "there is no example to train or evaluate on; the data report says what was dropped"
             )
         if rows_per_batch < 1:
-            raise ValueError(f"rows_per_batch is {rows_per_batch}, expected at least 1")
+            raise UserError(f"rows_per_batch is {rows_per_batch}, expected at least 1")
         if packing and group_by_length:
-            raise ValueError("group_by_length: packing already fills rows; set one of the two to false")
+            raise UserError("group_by_length: packing already fills rows; set one of the two to false")
         self.store, self.rows_per_batch, self.shuffle, self.seed = store, rows_per_batch, shuffle, seed
-        self.group_by_length, self.rank, self.world = group_by_length, rank, world
+        self.group_by_length, self.rank, self.world, self.collate = group_by_length, rank, world, collate
         self.rows: list[np.ndarray] | None = None
         if packing:
             order = self._permutation(len(store), 0) if shuffle else np.arange(len(store))
@@ -329,7 +246,7 @@ class BatchLoader:
         return [int(i) for unit in units for i in self.rows[unit]]
 
     def batch(self, i: int) -> Batch:
-        return collate([self.store.example(example) for example in self.examples_of(i)])
+        return self.collate([self.store.example(example) for example in self.examples_of(i)])
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         return (self.batch(i) for i in itertools.count(start))
@@ -361,20 +278,6 @@ class BatchLoader:
         return self._order[1]
 
 
-def group_by_length(order: np.ndarray, lengths: np.ndarray, batch: int) -> np.ndarray:
-    """transformers' rule: megabatches of up to 50 batches, each sorted longest first, the longest of all in
-    front.
-
-    The longest example comes first so that running out of memory shows at once.
-    """
-    megabatch = max(1, min(len(order) // (batch * 4), GROUP_BATCHES)) * batch
-    parts = [order[start : start + megabatch] for start in range(0, len(order), megabatch)]
-    parts = [part[np.argsort(-lengths[part], kind="stable")] for part in parts]
-    longest = int(np.argmax([lengths[part[0]] for part in parts]))
-    parts[0][0], parts[longest][0] = parts[longest][0], parts[0][0]
-    return np.concatenate(parts)
-
-
 class StreamingLoader:
     """Batches of an endless stream, for data that is never stored.
 
@@ -400,16 +303,17 @@ class StreamingLoader:
         rank: int = 0,
         world: int = 1,
         couple: Callable[[Iterator[Example]], Iterator[Example]] = iter,
+        collate: Callable[[list[Example]], Any] = collate,
     ):
         """couple: makes other examples of the shuffled ones, for what needs several of them."""
         self.open_epoch, self.encode, self.couple = open_epoch, encode, couple
         self.rows_per_batch, self.packing, self.cutoff_len = rows_per_batch, packing, cutoff_len
         self.buffer_size = buffer_size if shuffle else 1
-        self.seed, self.rank, self.world = seed, rank, world
+        self.seed, self.rank, self.world, self.collate = seed, rank, world, collate
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         mine = itertools.islice(self._global_batches(), self.rank, None, self.world)
-        return map(collate, itertools.islice(mine, start, None))
+        return map(self.collate, itertools.islice(mine, start, None))
 
     def most_tokens(self) -> int:
         """Tokens of the largest batch that may come: nobody knows the stream's lengths."""
@@ -431,7 +335,7 @@ class StreamingLoader:
     def _encoded(self) -> Iterator[Example]:
         numbers = (
             itertools.count()
-        )  # any row may come again, in the next pass or in this one, and is another copy
+        )  # any row may come again, in this pass or in the next, and is another copy
         for epoch in itertools.count():
             found = False
             for row in shuffle_buffer(self.open_epoch(epoch), self.buffer_size, [self.seed, epoch]):
@@ -439,7 +343,7 @@ class StreamingLoader:
                 found = found or bool(examples)
                 yield from (replace(example, copy=number) for example, number in zip(examples, numbers))
             if not found:
-                raise ValueError("the streamed data holds no example to train on")
+                raise UserError("the streamed data holds no example to train on")
 
     def _packed_rows(self) -> Iterator[list[Example]]:
         # windows hold about 64 rows' worth of tokens, so that the first batch does not wait for 8192 examples

@@ -56,8 +56,8 @@ def token_table(
 ) -> Iterator[str]:
     """Lines that show a batch token by token: place in the segment, id, text, turn, role, trained or not, and
     why."""
-    labels, tokens, roles = batch.labels.tolist(), batch.tokens.tolist(), batch.roles.tolist()
-    tags = [0] * len(batch.sources) if batch.tags is None else batch.tags.tolist()
+    labels, tokens, roles = batch.labels.tolist(), batch.tokens.tolist(), batch.per_token["roles"].tolist()
+    tags = batch.per_segment["tags"].tolist()
     used = "of labels" if kind == "prompt" else "trained"
     total = len(batch.label_rows)
     pairs = f" ({batch.pairs} pairs)" if kind == "pair" else ""
@@ -76,7 +76,7 @@ def token_table(
         yield f"{BOLD}{title}{PLAIN}" if colour else title
         for t, token in enumerate(tokens[start:end]):
             role, answer = ROLES[roles[start + t] % ANSWER], roles[start + t] >= ANSWER
-            turn = int(batch.turns[start + t])
+            turn = int(batch.per_token["turns"][start + t])
             fields = (
                 f"{t:6d} {token:7d}",
                 f"{tokenizer.piece(token)!r:<24}",

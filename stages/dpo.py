@@ -1,4 +1,4 @@
-"""Losses over pairs of answers, and the stages dpo and orpo.
+"""Stage dpo: losses over pairs of answers.
 
 Letters: c and r are log-probabilities of the chosen and the rejected answer under the policy, c0 and r0 under
 the reference; the ratios are c - c0 and r - r0, and delta = (c - c0) - (r - r0). All are sums over the
@@ -12,7 +12,7 @@ dpo_label_smoothing.
     exo_pair   KL(s(b delta), s(-b delta) || 1-e, e)                  arXiv 2402.00856 eq. 16
     kto_pair   each answer against the KL of the other kind           KTO's report; see kto_pair_loss
     bco_pair   -log s(b(c-c0) - d) - log s(d - b(r-r0))               arXiv 2404.04656; d: mean reward so far
-    orpo       -c - b log s(log odds(c) - log odds(r))                arXiv 2403.07691 eq. 6-7     no reference
+    orpo       see stages/orpo.py                                                                  no reference
     simpo      -log s(b(c - r) - simpo_gamma)                         arXiv 2405.14734 eq. 6       no reference
     cpo        -log s(b(c - r)) - mean log-probability of the chosen  arXiv 2401.08417 eq. 5       no reference
 
@@ -31,18 +31,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import Decoder
+from options.errors import UserError
 from options.option import COMMON, option
 from parallel.world import World
 from pipeline.batch import Batch
-from stages.logprobs import (
-    answer_sums,
-    batch_logprobs,
-    head_trains,
-    hidden_states,
-    label_counts,
-    label_logprobs,
-    mean_head_row,
-)
+from stages.logprobs import MeanLogits, answer_sums, batch_logprobs, label_logprobs, label_states
 from stages.reference import Reference
 from stages.stage import Metrics, Stage
 
@@ -92,26 +85,25 @@ class PreferenceOptions:
     def __post_init__(self):
         loss, smoothing = self.pref_loss, self.dpo_label_smoothing
         if not (math.isfinite(self.pref_beta) and self.pref_beta > 0):
-            raise ValueError(f"pref_beta: {self.pref_beta} must be above 0")
+            raise UserError(f"pref_beta: {self.pref_beta} must be above 0")
         for key in ("pref_ftx", "pref_bco_weight", "simpo_gamma"):
             value = getattr(self, key)
             if value is not None and not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{key}: {value} must be 0 or more")
+                raise UserError(f"{key}: {value} must be 0 or more")
         if not 0 <= smoothing < 0.5:
-            raise ValueError(
+            raise UserError(
                 f"dpo_label_smoothing: {smoothing} is not in [0, 0.5); at 0.5 the labels say nothing"
             )
         if smoothing and loss not in SMOOTHED:
-            raise ValueError(
-                f"dpo_label_smoothing: {smoothing}, but pref_loss {loss} has no smoothing; drop it, or "
-                "choose one of "
-                f"{', '.join(SMOOTHED)}"
+            raise UserError(
+                f"dpo_label_smoothing: {smoothing}, but pref_loss {loss} has no smoothing; drop it, or choose "
+                f"one of {', '.join(SMOOTHED)}"
             )
         if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
-            raise ValueError(f"ld_alpha: {self.ld_alpha} is not in [0, 1]")
+            raise UserError(f"ld_alpha: {self.ld_alpha} is not in [0, 1]")
         if self.pref_bco_weight and loss in ("bco_pair", *WITHOUT_REFERENCE):
             why = "is bco's loss itself" if loss == "bco_pair" else "has no reference, which bco's loss needs"
-            raise ValueError(f"pref_bco_weight: {self.pref_bco_weight}, but pref_loss {loss} {why}; drop it")
+            raise UserError(f"pref_bco_weight: {self.pref_bco_weight}, but pref_loss {loss} {why}; drop it")
 
     @property
     def needs_reference(self) -> bool:
@@ -175,16 +167,6 @@ def bco_loss(chosen: Tensor, rejected: Tensor, baseline: Tensor) -> Tensor:
     return -F.logsigmoid(chosen - baseline) - F.logsigmoid(baseline - rejected)
 
 
-def odds_ratio_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """-log sigmoid of the log odds ratio; c, r below 0 are means over the tokens, odds(c) = e^c / (1 -
-    e^c)."""
-    # an answer that is certain has infinite odds: held where fp32 can still tell 1 - e^c from 0
-    c, r = chosen.clamp(max=-1e-7), rejected.clamp(max=-1e-7)
-    # expm1: 1 - exp(c) rounds to 0 for a c near 0
-    log_odds = (c - r) - (torch.log(-torch.expm1(c)) - torch.log(-torch.expm1(r)))
-    return -F.logsigmoid(log_odds)
-
-
 def divergence(ratio_sums: Tensor) -> Tensor:
     """(3,) of PairPreference.ratio_sums -> (2,): an estimate of the Kullback-Leibler divergence on each
     kind."""
@@ -195,26 +177,16 @@ class PairPreference(Stage):
     """Stage dpo. In ratios (2, P) the chosen answers come first; without a reference they are
     log-probabilities."""
 
-    metric_names = (
-        "rewards/chosen",
-        "rewards/rejected",
-        "rewards/accuracies",
-        "rewards/margins",
-        "logps/chosen",
-        "logps/rejected",
-        "logits/chosen",
-        "logits/rejected",
-        "sft_loss",
+    evaluation_names = (
+        *("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"),
+        *("logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected", "sft_loss"),
     )
-    evaluation_names = ("loss", *metric_names)
     uses_dropout = False
 
     def __init__(self, options: PreferenceOptions, reference: Reference | None, world: World):
         """reference: None exactly when the loss needs none."""
         self.options, self.reference, self.world = options, reference, world
-        if options.pref_loss == "orpo":
-            self.metric_names = (*self.metric_names, "odds_ratio_loss")
-        self.head_row: Tensor | None = None  # (E,)
+        self.mean_logits = MeanLogits()
         self.kl: Tensor | None = None  # (2,) of the current group, or the whole evaluation set
         self.rewards = torch.zeros(2, dtype=torch.float64)  # sum over the answers seen so far, their number
 
@@ -257,7 +229,7 @@ class PairPreference(Stage):
         """As in training with the whole set as one group: the same numbers whatever the size of the
         batches."""
         if self.options.pref_loss == "kto_pair":
-            batches = list(batches)
+            batches = [batch.to(world.device) for batch in batches]
             self.kl = divergence(self.ratio_sums(model, batches))
         return super().evaluate(model, batches, world)
 
@@ -268,7 +240,7 @@ class PairPreference(Stage):
     def per_answer(self, sums: Tensor, batch: Batch) -> Tensor:
         """(2P,) -> (2, P), divided by the number of labels where the loss wants means."""
         if self.options.pref_loss in AVERAGED:
-            sums = sums / label_counts(batch).clamp(min=1)
+            sums = sums / batch.label_counts.clamp(min=1)
         return sums.view(2, batch.pairs)
 
     def ratios(self, model: Decoder, batch: Batch, policy: Tensor) -> Tensor:
@@ -298,8 +270,6 @@ class PairPreference(Stage):
                 losses = kto_pair_loss(chosen, rejected, self.kl, beta)
             case "bco_pair":
                 losses = bco_loss(beta * chosen, beta * rejected, self.baseline(ratios))
-            case "orpo":
-                losses = beta * odds_ratio_loss(chosen, rejected)
         if options.pref_bco_weight:
             second = bco_loss(beta * chosen, beta * rejected, self.baseline(ratios))
             losses = (losses + options.pref_bco_weight * second) / (1 + options.pref_bco_weight)
@@ -311,9 +281,9 @@ class PairPreference(Stage):
 
     def loss(self, model: Decoder, batch: Batch) -> tuple[Tensor, Metrics]:
         """Sum over the pairs."""
-        counts = label_counts(batch)
-        rows = hidden_states(model, batch)[batch.label_rows]  # (L, E)
-        logprobs = label_logprobs(model, rows, batch.labels[batch.label_rows])  # (L,)
+        counts = batch.label_counts
+        rows, labels = label_states(model, batch)
+        logprobs = label_logprobs(model, rows, labels)  # (L,)
         policy = self.answers(logprobs, batch)
         ratios = self.ratios(model, batch, policy)
         preference = self.losses(ratios)
@@ -322,6 +292,10 @@ class PairPreference(Stage):
         losses = preference + self.options.chosen_weight * own if self.options.chosen_weight else preference
         with torch.no_grad():
             rewards = self.options.pref_beta * ratios
+            logits = answer_sums(self.mean_logits(model, rows), batch).view(2, batch.pairs).sum(1)  # (2,)
+            logits = torch.stack(
+                [logits, counts.view(2, batch.pairs).sum(1).to(logits)], dim=1
+            )  # (2 kinds, 2)
             metrics = {
                 "rewards/chosen": rewards[0],
                 "rewards/rejected": rewards[1],
@@ -329,25 +303,17 @@ class PairPreference(Stage):
                 "rewards/margins": rewards[0] - rewards[1],
                 "logps/chosen": policy[0],
                 "logps/rejected": policy[1],
+                "logits/chosen": logits[0],
+                "logits/rejected": logits[1],
                 "sft_loss": own,
+                **self.own_metrics(preference),
             }
-            if self.options.pref_loss == "orpo":
-                metrics["odds_ratio_loss"] = preference / self.options.pref_beta
             pairs = torch.full((), float(batch.pairs), device=rows.device)
-            sums = {name: torch.stack([value.sum(), pairs]) for name, value in metrics.items()}
-            sums |= self.mean_logits(model, batch, rows, counts)
-        return losses.sum(), sums
+            for name, value in metrics.items():
+                if not name.startswith("logits/"):  # these are means over tokens
+                    metrics[name] = torch.stack([value.sum(), pairs])
+        return losses.sum(), metrics
 
-    def mean_logits(self, model: Decoder, batch: Batch, rows: Tensor, counts: Tensor) -> Metrics:
-        """Mean logit over vocabulary and labels of each kind of answer, from hidden rows (L, E)."""
-        if self.head_row is None or head_trains(model):
-            self.head_row = mean_head_row(model)
-        sums = answer_sums(rows.float() @ self.head_row, batch).view(2, batch.pairs).sum(1)  # (2,)
-        both = torch.stack([sums, counts.view(2, batch.pairs).sum(1).to(sums)], dim=1)  # (2 kinds, 2)
-        return {"logits/chosen": both[0], "logits/rejected": both[1]}
-
-
-class OddsRatio(PairPreference):
-    """Stage orpo: fine-tuning and preference at once, without a reference."""
-
-    evaluation_names = (*PairPreference.evaluation_names, "odds_ratio_loss")
+    def own_metrics(self, preference: Tensor) -> dict[str, Tensor]:
+        """Further metrics (P,) of a loss of one's own, from the losses (P,) without the chosen answer's."""
+        return {}

@@ -12,7 +12,7 @@ micro-batches and num_iterations updates are made of the same answers. Every mea
 accumulation group and all ranks.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -21,18 +21,23 @@ from torch import Tensor
 
 from evaluation.answers import same_answer
 from generation.generate import Completion
-from generation.sampling import GenerateOptions
 from model import Decoder
+from options.errors import UserError
 from options.option import option
 from parallel.world import World
 from pipeline.batch import IGNORED, ROW_MULTIPLE, Batch
-from stages.logprobs import batch_logprobs, label_counts, segment_sums, spread
-from stages.reference import Reference
-from stages.rewards import RewardSource, samples_of
-from stages.rollouts import Prompt, completions_batch, prompts_of, roll_out, seed_of
-from stages.stage import Metrics, Stage, clipped_losses
+from stages.logprobs import batch_logprobs, segment_sums, spread
+from stages.rewards import samples_of
+from stages.rollouts import Prompt, clipped_losses, completions_batch, roll_out, seed_of
+from stages.stage import Metrics, RolloutStage, means_over_ranks
 
 SCALE_EPS = 1e-4  # trl's: keeps a group of equal rewards at advantage 0
+NO_METRICS = (
+    "labels",
+    "tags",
+    "reference",
+    "advantages",
+)  # of Batch.per_segment; the others are of _measures
 
 
 @dataclass(frozen=True)
@@ -72,27 +77,32 @@ class GRPOOptions:
 
     def __post_init__(self):
         if self.num_generations < 2:
-            raise ValueError(
+            raise UserError(
                 f"num_generations: {self.num_generations}; a group needs at least 2 answers to compare"
             )
         if self.num_iterations < 1:
-            raise ValueError(f"num_iterations: {self.num_iterations} must be at least 1")
+            raise UserError(f"num_iterations: {self.num_iterations} must be at least 1")
         if not 0 < self.epsilon < 1:
-            raise ValueError(f"epsilon: {self.epsilon} is not between 0 and 1")
+            raise UserError(f"epsilon: {self.epsilon} is not between 0 and 1")
         if self.epsilon_high is not None and not self.epsilon_high > 0:
-            raise ValueError(f"epsilon_high: {self.epsilon_high} must be above 0")
+            raise UserError(f"epsilon_high: {self.epsilon_high} must be above 0")
         if not self.beta >= 0:
-            raise ValueError(f"beta: {self.beta} must be 0 (no reference) or more")
+            raise UserError(f"beta: {self.beta} must be 0 (no reference) or more")
         if self.kl_in_reward and self.beta == 0:
-            raise ValueError(
+            raise UserError(
                 "kl_in_reward: true, but beta is 0, so there is no KL; set beta, or drop kl_in_reward"
             )
         if self.loss_type == "rloo" and self.importance_sampling_level == "sequence":
-            raise ValueError(
-                "importance_sampling_level: sequence, but loss_type=rloo has one ratio per answer already, "
-                "that of the "
-                "summed log-probabilities; drop one of the two"
+            raise UserError(
+                "importance_sampling_level: sequence, but loss_type=rloo has one ratio per answer already, that of "
+                "the summed log-probabilities; drop one of the two"
             )
+
+    groups_per_rollout = 1
+
+    @property
+    def updates_per_rollout(self) -> int:
+        return self.num_iterations
 
     @property
     def scale(self) -> str:
@@ -122,9 +132,9 @@ def leave_one_out(rewards: Tensor) -> Tensor:
 
 def group_deviation(rewards: Tensor) -> Tensor:
     """rewards (P, G) -> (P, 1): unbiased standard deviation of each group."""
-    return (
-        rewards.std(1, keepdim=True) if len(rewards) else rewards[:, :1]
-    )  # a rank without prompts: std would warn
+    if not len(rewards):  # a rank without prompts: std would warn
+        return rewards[:, :1]
+    return rewards.std(1, keepdim=True)
 
 
 def k3_divergence(logprobs: Tensor, reference: Tensor) -> Tensor:
@@ -152,9 +162,8 @@ def policy_loss(
     tokens = len(logprobs)
     if options.loss_type == "rloo":
         losses = clipped_losses(segment_sums(log_ratio, counts), advantages, options.epsilon, options.upper)
-        losses = losses * (
-            counts > 0
-        )  # an answer that is left out has ratio 1, and would still add its advantage
+        # an answer that is left out has ratio 1, and would still add its advantage
+        losses = losses * (counts > 0)
         log_ratio = spread(segment_sums(log_ratio.detach(), counts), counts, tokens)
         by_token = None
     else:
@@ -197,82 +206,22 @@ def loss_weight(options: GRPOOptions, answers: int, tokens: int, max_new_tokens:
 # The stage
 
 
-class GroupPolicy(Stage):
-    """Answers to prompts, sampled from the model, scored, and learnt from.
+class GroupPolicy(RolloutStage):
+    """Answers to prompts, sampled from the model, scored, and learnt from. Without a reference: no KL divergence
+    anywhere (beta 0)."""
 
-    A draw rolls out what was drawn from the data at once and serves num_iterations updates; between these a
-    checkpoint holds the answers with all that is known of them, so that a resumed run goes on with the same
-    ones.
-    """
-
-    uses_dropout = False  # texts are written, and old log-probabilities taken, without it
     evaluation_names = ("reward", "exact_match", "completions/mean_length", "completions/clipped_ratio")
-    drawn_names = (
-        "reward",
-        "reward_std",
-        "frac_reward_zero_std",
-        "completions/mean_length",
-        "completions/clipped_ratio",
-    )
-    clip_names = ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean")
-
-    def __init__(
-        self,
-        options: GRPOOptions,
-        generation: GenerateOptions,
-        reward: RewardSource,
-        *,
-        tokenizer,
-        stop_ids: Iterable[int],
-        reference: Reference | None,
-        seed: int,
-        world: World,
-    ):
-        """reference: None = no KL divergence anywhere (beta 0)."""
-        self.options, self.generation, self.reward = options, generation, reward
-        self.tokenizer, self.stop_ids, self.reference = tokenizer, tuple(stop_ids), reference
-        self.seed, self.world = seed, world
-        if len(reward.names) > 1:
-            self.drawn_names = (*self.drawn_names, *(f"rewards/{name}/mean" for name in reward.names))
-        kl = () if reference is None else ("kl",)
-        self.metric_names = (*self.drawn_names, *self.clip_names, *kl)
-        self.draws = 0  # rolled out so far
-        self.held: list[Batch] | None = None  # answers of a draw that further updates are made of
-
-    def state(self) -> dict:
-        held = None if self.held is None else [batch.plain() for batch in self.held]
-        return {"draws": self.draws, "held": held}
-
-    def restore(self, state: dict) -> None:
-        self.draws = state["draws"]
-        self.held = None if state["held"] is None else [Batch(**values) for values in state["held"]]
 
     # Drawing
 
-    def groups(self, model: Decoder, drawn: list[Batch], first: int) -> Iterator[list[Batch]]:
-        if first == 0:
-            self.held = self._draw(model, drawn)
-            self.draws += 1
-        group = self.held
-        for update in range(first, self.options.num_iterations):
-            if update == self.options.num_iterations - 1:
-                self.held = None  # a checkpoint after the last update of the draw needs no answers
-            yield group
-
-    def _draw(self, model: Decoder, drawn: list[Batch]) -> list[Batch]:
-        """Each micro-batch of prompts as a micro-batch of answers, on the host."""
-        asked = [
-            [p for p in prompts_of(batch, self.tokenizer) for _ in range(self.options.num_generations)]
-            for batch in drawn
-        ]
-        prompts = [prompt for each in asked for prompt in each]
+    def write_texts(self, model: Decoder, prompts: list[list[Prompt]]) -> list[Batch]:
         size = self.options.num_generations
-        seeds = [
-            seed_of(self.seed, self.draws, prompt, number % size, size)
-            for number, prompt in enumerate(prompts)
-        ]
-        completions = self._write(model, prompts, seeds, self.generation)
-        parts = self.reward.parts(samples_of(prompts, completions)).double()  # (N, K)
+        asked = [[prompt for prompt in each for _ in range(size)] for each in prompts]
+        flat = [prompt for each in asked for prompt in each]
+        numbered = enumerate(flat)
+        seeds = [seed_of(self.seed, self.draws, prompt, number % size, size) for number, prompt in numbered]
+        completions = self._write(model, flat, seeds, self.generation)
+        parts = self.reward.parts(samples_of(flat, completions)).double()  # (N, K)
         rewards = parts @ torch.tensor(self.reward.weights, dtype=torch.float64)  # (N,)
         measured = self._measures(completions, rewards, parts)
         batches, begin = [], 0
@@ -283,54 +232,50 @@ class GroupPolicy(Stage):
             if self.options.mask_truncated_completions:
                 batch = without_labels(batch, [c.finish_reason == "length" for c in completions[rows]])
             batch = self._known(model, batch.rounded(ROW_MULTIPLE[self.world.device.type]))
-            batch.extras["measured"] = measured[rows]
+            batch.per_segment |= {name: values[rows] for name, values in measured.items()}
             batches.append(batch)
         if self.options.kl_in_reward:
-            rewards = rewards - self.options.beta * torch.cat(
-                [_summed_divergence(batch) for batch in batches]
-            )
-        advantages = self._advantages(rewards.view(-1, self.options.num_generations)).flatten().float()
+            divergences = [_summed_divergence(batch) for batch in batches]
+            rewards = rewards - self.options.beta * torch.cat(divergences)
+        advantages = self._advantages(rewards.view(-1, size)).flatten().float()
         for batch, values in zip(batches, advantages.split([len(each) for each in asked])):
-            batch.extras["advantages"] = values
+            batch.per_segment["advantages"] = values
+        self.draws += 1  # not before: where the reward fails, the draw has not been
         return batches
 
     def _write(self, model: Decoder, prompts: list[Prompt], seeds: list[int], options) -> list[Completion]:
         return roll_out(model, prompts, seeds, options, stop_ids=self.stop_ids, tokenizer=self.tokenizer)
 
-    def _measures(self, completions: list[Completion], rewards: Tensor, parts: Tensor) -> Tensor:
-        """(N, M) fp32: drawn_names of every answer; what is said of a group is said of each answer in it."""
+    def _measures(self, completions: list[Completion], rewards: Tensor, parts: Tensor) -> dict[str, Tensor]:
+        """(N,) fp32 of every answer by metric; what is said of a group is said of each answer in it."""
         size = self.options.num_generations
         deviation = group_deviation(rewards.view(-1, size)).expand(-1, size).reshape(-1)
-        columns = [
-            rewards,
-            deviation,
-            (deviation == 0).double(),
-            torch.tensor([len(completion.ids) for completion in completions], dtype=torch.float64),
-            torch.tensor(
-                [completion.finish_reason == "length" for completion in completions], dtype=torch.float64
+        measured = {
+            "reward": rewards,
+            "reward_std": deviation,
+            "frac_reward_zero_std": deviation == 0,
+            "completions/mean_length": torch.tensor([len(each.ids) for each in completions]),
+            "completions/clipped_ratio": torch.tensor(
+                [each.finish_reason == "length" for each in completions]
             ),
-        ]
-        if parts.shape[1] > 1:
-            columns += parts.unbind(1)
-        return torch.stack(columns, 1).float()
+        }
+        if len(self.reward.names) > 1:
+            measured |= {
+                f"rewards/{name}/mean": part for name, part in zip(self.reward.names, parts.unbind(1))
+            }
+        return {name: values.float() for name, values in measured.items()}
 
     @torch.no_grad()
     def _known(self, model: Decoder, batch: Batch) -> Batch:
         """What is asked of the policies before the first update: log-probabilities of each label, (L,)."""
-        batch = replace(batch, extras={})
-        on_device, was_training = batch.to(self.world.device), model.training
+        on_device, was_training, known = batch.to(self.world.device), model.training, {}
         if self.options.num_iterations > 1 or self.options.kl_in_reward:
             model.eval()
-            batch.extras["old"] = batch_logprobs(model, on_device, self.temperature).cpu()
+            known["old"] = batch_logprobs(model, on_device, self.temperature).cpu()
             model.train(was_training)
         if self.reference is not None:
-            batch.extras["reference"] = self.reference.logprobs(model, on_device, self.temperature).cpu()
-        return batch
-
-    @property
-    def temperature(self) -> float:
-        """Of the policy that writes, and so of the one that learns."""
-        return self.generation.temperature
+            known["reference"] = self.reference.logprobs(model, on_device, self.temperature).cpu()
+        return replace(batch, per_label=known)
 
     def _advantages(self, rewards: Tensor) -> Tensor:
         """(P, G) fp64 -> (P, G). Every rank has to call."""
@@ -349,55 +294,47 @@ class GroupPolicy(Stage):
         return loss_weight(self.options, len(batch.sources), tokens, self.generation.max_new_tokens)
 
     def loss(self, model: Decoder, batch: Batch) -> tuple[Tensor, Metrics]:
-        logprobs, counts = batch_logprobs(model, batch, self.temperature), label_counts(batch)
-        old = batch.extras.get("old", logprobs.detach())
-        reference = batch.extras.get("reference")
+        known = batch.per_segment
+        logprobs, counts = batch_logprobs(model, batch, self.temperature), batch.label_counts
+        old = batch.per_label.get("old", logprobs.detach())
+        reference = batch.per_label.get("reference")
         in_loss = None if self.options.kl_in_reward else reference
-        total, sums = policy_loss(logprobs, old, batch.extras["advantages"], in_loss, counts, self.options)
+        total, sums = policy_loss(logprobs, old, known["advantages"], in_loss, counts, self.options)
         if reference is not None and in_loss is None:
             sums["kl"] = k3_divergence(logprobs.detach(), reference).sum()
         tokens = torch.full((), float(len(logprobs)), device=total.device)
-        metrics = {name: torch.stack([value, tokens]) for name, value in sums.items()}
-        measured = batch.extras["measured"]
-        answers = torch.full((), float(len(measured)), device=total.device)
-        metrics |= {
-            name: torch.stack([column.sum(), answers])
-            for name, column in zip(self.drawn_names, measured.unbind(1))
-        }
-        return total, metrics
+        answers = torch.full((), float(len(counts)), device=total.device)
+        measured = {name: values.sum() for name, values in known.items() if name not in NO_METRICS}
+        metrics = {name: torch.stack([value, answers]) for name, value in measured.items()}
+        return total, metrics | {name: torch.stack([value, tokens]) for name, value in sums.items()}
 
-    def evaluate(self, model: Decoder, batches: Iterator[Batch], world: World) -> dict[str, float]:
-        """One answer to each prompt, the likeliest tokens: its reward, and whether it is the row's own
-        answer.
+    def evaluate(self, model: Decoder, prompts: Iterator[list[Prompt]], world: World) -> dict[str, float]:
+        """One answer to each prompt, the likeliest tokens: its reward, and whether it is the row's own answer.
 
         exact_match counts rows that have an answer; it is 0 where none has.
         """
-        prompts = [prompt for batch in batches for prompt in prompts_of(batch, self.tokenizer)]
+        asked = [prompt for each in prompts for prompt in each]
         greedy = replace(self.generation, do_sample=False)
-        completions = self._write(model, prompts, [0] * len(prompts), greedy)
-        samples = samples_of(prompts, completions)
+        samples = samples_of(asked, self._write(model, asked, [0] * len(asked), greedy))
         columns = [
             self.reward.scores(samples).tolist(),
-            [
-                same_answer(sample.completion, sample.answer)
-                for sample in samples
-                if sample.answer is not None
-            ],
+            [same_answer(each.completion, each.answer) for each in samples if each.answer is not None],
             [len(sample.completion_ids) for sample in samples],
             [sample.finish_reason == "length" for sample in samples],
         ]
         sums = torch.tensor([[sum(column), len(column)] for column in columns], dtype=torch.float64)
-        means = [total / max(count, 1) for total, count in world.sum(sums.to(world.device)).tolist()]
-        return dict(zip(self.evaluation_names, means))
+        return means_over_ranks(dict(zip(self.evaluation_names, sums.to(world.device))), world)
 
 
 def without_labels(batch: Batch, left_out: list[bool]) -> Batch:
     """The same batch (before it is rounded), on the host, with nothing to learn from these segments."""
-    labels = batch.labels.clone()
-    for out, start, stop in zip(left_out, batch.borders, batch.borders[1:]):
+    labels, counts, borders = batch.labels.clone(), batch.label_counts.clone(), batch.borders
+    for segment, out in enumerate(left_out):
         if out:
-            labels[start:stop] = IGNORED
-    return replace(batch, labels=labels, label_rows=(labels != IGNORED).nonzero()[:, 0])
+            labels[borders[segment] : borders[segment + 1]] = IGNORED
+            counts[segment] = 0
+    rows = (labels != IGNORED).nonzero()[:, 0]
+    return replace(batch, labels=labels, label_rows=rows, per_segment=batch.per_segment | {"labels": counts})
 
 
 def deviation_over_ranks(rewards: Tensor, world: World) -> Tensor:
@@ -410,4 +347,4 @@ def deviation_over_ranks(rewards: Tensor, world: World) -> Tensor:
 
 def _summed_divergence(batch: Batch) -> Tensor:
     """(N,) fp64: log policy - log reference of each whole answer, as trl's RLOO takes it off the reward."""
-    return segment_sums((batch.extras["old"] - batch.extras["reference"]).double(), label_counts(batch))
+    return segment_sums((batch.per_label["old"] - batch.per_label["reference"]).double(), batch.label_counts)

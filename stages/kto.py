@@ -31,21 +31,14 @@ from torch import Tensor
 
 from data import Prepared
 from model import Decoder
+from options.errors import UserError
 from options.option import option
 from parallel.world import World
 from pipeline.batch import ROW_MULTIPLE, Batch, Example
 from pipeline.store import ExampleStore
-from stages.logprobs import (
-    batch_logprobs,
-    head_trains,
-    hidden_states,
-    label_counts,
-    label_logprobs,
-    mean_head_row,
-    segment_sums,
-)
+from stages.logprobs import MeanLogits, batch_logprobs, label_logprobs, label_states, segment_sums
 from stages.reference import Reference
-from stages.stage import Metrics, Stage
+from stages.stage import Metrics, Stage, means_over_ranks
 
 
 @dataclass(frozen=True)
@@ -59,9 +52,9 @@ class KTOOptions:
     def __post_init__(self):
         for key in ("kto_chosen_weight", "kto_rejected_weight"):
             if not (math.isfinite(getattr(self, key)) and getattr(self, key) >= 0):
-                raise ValueError(f"{key}: {getattr(self, key)} must be 0 or more")
+                raise UserError(f"{key}: {getattr(self, key)} must be 0 or more")
         if not self.kto_chosen_weight + self.kto_rejected_weight > 0:
-            raise ValueError("kto_chosen_weight: both weights are 0, so nothing is learned; raise one")
+            raise UserError("kto_chosen_weight: both weights are 0, so nothing is learned; raise one")
 
     @property
     def needs_mismatches(self) -> bool:
@@ -93,10 +86,9 @@ class MismatchedStore(ExampleStore):
     def __init__(self, store: ExampleStore, cutoff_len: int):
         super().__init__(store.parts, store.datasets, store.index)
         if len(store) < 2:
-            raise ValueError(
+            raise UserError(
                 "kto_loss: kto needs answers to other questions, so at least 2 rows; "
-                f"{', '.join(store.datasets)} has "
-                f"{len(store)}"
+                f"{', '.join(store.datasets)} has {len(store)}"
             )
         self.cutoff_len = cutoff_len
         questions = self._gather("questions", np.int32)  # tokens
@@ -148,28 +140,20 @@ class Measured:
 class RatedPreference(Stage):
     """Stage kto. Of an example's two segments (loss kto) the second one is read without gradient only."""
 
-    metric_names = (
-        "rewards/chosen",
-        "rewards/rejected",
-        "logps/chosen",
-        "logps/rejected",
-        "logits/chosen",
-        "logits/rejected",
-        "kl",
-        "sft_loss",
+    evaluation_names = (
+        *("loss", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"),
+        *("logits/chosen", "logits/rejected", "kl", "sft_loss", "rewards/margins"),
     )
-    evaluation_names = ("loss", *metric_names, "rewards/margins")
     uses_dropout = False
 
     def __init__(self, options: KTOOptions, beta: float, ftx: float, reference: Reference, world: World):
         """beta: pref_beta.  ftx: pref_ftx."""
         self.options, self.beta, self.ftx = options, beta, ftx
         self.reference, self.world = reference, world
-        self.head_row: Tensor | None = None  # (E,)
+        self.mean_logits = MeanLogits()
         self.kl = torch.zeros((), device=world.device)  # z of the current group
-        self.rewards = torch.zeros(
-            2, dtype=torch.float64, device=world.device
-        )  # sum of b r so far, number of answers
+        # sum of b r so far, number of answers
+        self.rewards = torch.zeros(2, dtype=torch.float64, device=world.device)
 
     def weight(self, batch: Batch) -> int:
         return len(batch)
@@ -197,10 +181,10 @@ class RatedPreference(Stage):
 
     def ratio_sums(self, model: Decoder, batch: Batch, other_answers: bool) -> Tensor:
         """(2,) fp64: sum of r over the batch, of other rows' answers or of its own; their number."""
-        part = _half(batch, other_answers)
+        part = half(batch, other_answers)
         if not part.sources:
             return torch.zeros(2, dtype=torch.float64, device=self.kl.device)
-        logprobs = segment_sums(batch_logprobs(model, part), label_counts(part))
+        logprobs = segment_sums(batch_logprobs(model, part), part.label_counts)
         total = (logprobs - self.reference.sums(model, part)).sum(dtype=torch.float64)
         return torch.stack([total, torch.full_like(total, len(part))])
 
@@ -209,16 +193,13 @@ class RatedPreference(Stage):
         return (sums[0] / sums[1].clamp(min=1)).clamp(min=0).float()
 
     def measure(self, model: Decoder, batch: Batch) -> Measured:
-        part = _half(batch, False)
-        counts = label_counts(part)
-        rows = hidden_states(model, part)[part.label_rows]  # (L, E)
-        logprobs = segment_sums(label_logprobs(model, rows, part.labels[part.label_rows]), counts)
-        if self.head_row is None or head_trains(model):
-            self.head_row = mean_head_row(model)
-        with torch.no_grad():
-            logits = segment_sums(rows.float() @ self.head_row, counts)
+        part = half(batch, False)
+        counts = part.label_counts
+        rows, labels = label_states(model, part)
+        logprobs = segment_sums(label_logprobs(model, rows, labels), counts)
+        logits = segment_sums(self.mean_logits(model, rows), counts)
         ratios = logprobs - self.reference.sums(model, part)
-        return Measured(logprobs, ratios, logits, counts, part.tags[: len(part)].bool())
+        return Measured(logprobs, ratios, logits, counts, part.per_segment["tags"].bool())
 
     def loss(self, model: Decoder, batch: Batch) -> tuple[Tensor, Metrics]:
         """Sum over the answers."""
@@ -236,15 +217,16 @@ class RatedPreference(Stage):
             losses = losses + self.ftx * torch.where(good, own, 0.0)
         with torch.no_grad():
             kinds = {"chosen": good.float(), "rejected": 1 - good.float()}
-            metrics = {}
-            for kind, mask in kinds.items():
-                metrics[f"rewards/{kind}"] = torch.stack([(mask * rewards).sum(), mask.sum()])
-                metrics[f"logps/{kind}"] = torch.stack([(mask * answers.logprobs).sum(), mask.sum()])
-                metrics[f"logits/{kind}"] = torch.stack(
-                    [(mask * answers.logits).sum(), (mask * answers.tokens).sum()]
-                )
-            metrics["sft_loss"] = torch.stack([(kinds["chosen"] * own).sum(), kinds["chosen"].sum()])
+            ones = torch.ones_like(rewards)
+            measured = {"rewards": (rewards, ones), "logps": (answers.logprobs, ones)}
+            measured["logits"] = (answers.logits, answers.tokens)
+            metrics = {
+                f"{name}/{kind}": torch.stack([(mask * values).sum(), (mask * number).sum()])
+                for name, (values, number) in measured.items()
+                for kind, mask in kinds.items()
+            }
             metrics["kl"] = torch.stack([self.kl, torch.ones_like(self.kl)]) * len(good)
+            metrics["sft_loss"] = torch.stack([(kinds["chosen"] * own).sum(), kinds["chosen"].sum()])
         return losses.sum(), metrics
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
@@ -255,19 +237,35 @@ class RatedPreference(Stage):
         batches."""
         parts, sums = [], torch.zeros(2, dtype=torch.float64, device=world.device)
         for batch in batches:
+            batch = batch.to(world.device)
             parts.append(self.measure(model, batch))
             if self.options.needs_mismatches:
                 sums += self.ratio_sums(model, batch, True)
         self.kl = self.divergence(world.sum(sums))
         value, metrics = self.score(Measured.join(parts))
         count = torch.full_like(value, float(sum(len(part.good) for part in parts)))
-        rows = [torch.stack([value, count]), *(metrics[name] for name in self.metric_names)]
-        means = [total / max(number, 1) for total, number in world.sum(torch.stack(rows).double()).tolist()]
-        return self.summary(dict(zip(("loss", *self.metric_names), means)))
+        return self.summary(means_over_ranks({"loss": torch.stack([value, count]), **metrics}, world))
 
 
-def _half(batch: Batch, second: bool) -> Batch:
-    """The rows' own answers, or the other rows' answers to their questions."""
+def half(batch: Batch, second: bool) -> Batch:
+    """The rows' own answers, or the other rows' answers to their questions, as a batch of single segments: views of
+    the batch, for which nothing waits."""
     if not batch.pairs:
         return batch
-    return batch.halves()[second].rounded(ROW_MULTIPLE[batch.tokens.device.type])
+    pairs, borders, last = batch.pairs, batch.borders, len(batch.label_rows)
+    on_host = batch if batch.host is None else batch.host
+    middle = int(on_host.label_counts[:pairs].sum())  # labels of the first half
+    segments = slice(pairs, 2 * pairs) if second else slice(0, pairs)
+    labels = slice(middle, last) if second else slice(0, middle)
+    tokens = slice(borders[segments.start], borders[segments.stop])
+    part = Batch(
+        tokens=batch.tokens[tokens],
+        positions=batch.positions[tokens],
+        cu_seqlens=batch.cu_seqlens[segments.start : segments.stop + 1] - tokens.start,
+        max_seqlen=max(end - start for start, end in pairwise(borders[segments.start : segments.stop + 1])),
+        labels=batch.labels[tokens],
+        label_rows=batch.label_rows[labels] - tokens.start,
+        sources=batch.sources[segments],
+        per_segment={name: values[segments] for name, values in batch.per_segment.items()},
+    )
+    return part.rounded(ROW_MULTIPLE[batch.tokens.device.type])

@@ -19,6 +19,11 @@ def hidden_states(model: Decoder, batch: Batch) -> Tensor:
     return model(batch.tokens, batch.positions, batch.cu_seqlens, batch.max_seqlen)
 
 
+def label_states(model: Decoder, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Hidden rows (L, E) that predict the labels, and the labels (L,)."""
+    return hidden_states(model, batch)[batch.label_rows], batch.labels[batch.label_rows]
+
+
 def head_loss(model: Decoder, rows: Tensor, labels: Tensor) -> Tensor:
     """Sum of -log p(label) for hidden rows (L, E) and labels (L,), () fp32; all (L, V) logits never exist at
     once."""
@@ -56,20 +61,28 @@ def batch_logprobs(model: Decoder, batch: Batch, temperature: float = 1.0) -> Te
     temperature: of the sampling that these are the probabilities of; it divides the logits, which are linear
     in rows.
     """
-    rows = hidden_states(model, batch)[batch.label_rows]  # (L, E)
-    rows = rows if temperature == 1 else rows / temperature
-    return label_logprobs(model, rows, batch.labels[batch.label_rows])
+    rows, labels = label_states(model, batch)
+    return label_logprobs(model, rows if temperature == 1 else rows / temperature, labels)
 
 
-def head_trains(model: Decoder) -> bool:
-    head = model.embed_tokens if model.config.tied_head else model.lm_head
-    return any(parameter.requires_grad for parameter in head.parameters())
+class MeanLogits:
+    """The mean logit over the vocabulary of hidden rows, without a logit: it is linear in the row."""
+
+    def __init__(self):
+        self.head_row: Tensor | None = None  # (E,) fp32; kept as long as the head does not train
+
+    @torch.no_grad()
+    def __call__(self, model: Decoder, rows: Tensor) -> Tensor:
+        """rows (L, E) -> (L,) fp32."""
+        head = model.embed_tokens if model.config.tied_head else model.lm_head
+        if self.head_row is None or any(parameter.requires_grad for parameter in head.parameters()):
+            self.head_row = mean_head_row(model)
+        return rows.float() @ self.head_row
 
 
 @torch.no_grad()
 def mean_head_row(model: Decoder) -> Tensor:
-    """(E,) fp32: hidden @ row is the mean of a token's logits over the vocabulary, so no logit is needed for
-    it.
+    """(E,) fp32: hidden @ row is the mean of a token's logits over the vocabulary.
 
     An adapted or quantised head is linear too: the row is the slope of its mean output.
     """
@@ -80,14 +93,6 @@ def mean_head_row(model: Decoder) -> Tensor:
     nothing = torch.zeros(1, model.config.hidden_size, dtype=dtype, device=weight.device, requires_grad=True)
     with torch.enable_grad():
         return torch.autograd.grad(model.logits(nothing).float().mean(), nothing)[0][0].float()
-
-
-def label_counts(batch: Batch) -> Tensor:
-    """(N,) int64: labels of each segment that has a source (not of what pads the row). No host
-    synchronisation."""
-    segments = len(batch.sources)
-    borders = batch.cu_seqlens[: segments + 1].long()
-    return torch.searchsorted(batch.label_rows, borders).diff()
 
 
 def segment_sums(values: Tensor, counts: Tensor) -> Tensor:
@@ -106,7 +111,7 @@ def answer_sums(values: Tensor, batch: Batch, ld_alpha: float | None = None) -> 
     ld_alpha (pairs only): labels beyond the length of the shorter answer of the pair count this much. LD-DPO,
     arXiv 2409.06411; for policy and reference alike.
     """
-    counts = label_counts(batch)
+    counts = batch.label_counts
     if ld_alpha is not None:
         values = torch.where(_in_both(batch, counts), values, ld_alpha * values)
     return segment_sums(values, counts)

@@ -1,5 +1,5 @@
 """PPO with a value head on the policy's trunk: the algorithm of trl 0.7.11 / 0.8, which LLaMA-Factory
-run_folder.
+runs.
 
 A draw: roll out on the prompts, score the texts, and with kl_t = log pi(t) - log ref(t) of a text's token t:
     reward_t = -kl_coef kl_t, at the last token + score    advantages = GAE (arXiv 1506.02438), V = 0 behind the text
@@ -31,17 +31,15 @@ from torch import Tensor
 
 from checkpoints.safetensors_files import read_plain
 from generation.generate import Completion
-from generation.sampling import GenerateOptions
 from model import Decoder
-from options.errors import StopRun
+from options.errors import StopRun, UserError
 from options.option import RESUMABLE, option
 from parallel.world import World
 from pipeline.batch import ROW_MULTIPLE, Batch
-from stages.logprobs import batch_logprobs, hidden_states, label_counts, label_logprobs, segment_sums, spread
-from stages.reference import Reference
-from stages.rewards import RewardSource, samples_of
-from stages.rollouts import Prompt, completions_batch, prompts_of, roll_out, seed_of
-from stages.stage import Metrics, Stage, clipped_losses
+from stages.logprobs import batch_logprobs, label_logprobs, label_states, segment_sums, spread
+from stages.rewards import samples_of
+from stages.rollouts import Prompt, clipped_losses, completions_batch, roll_out, seed_of
+from stages.stage import Metrics, RolloutStage
 
 EVALUATION = 0  # number of the draw whose seeds evaluations use; training counts from 1
 
@@ -77,16 +75,24 @@ class PPOOptions:
     def __post_init__(self):
         for key in ("ppo_buffer_size", "ppo_epochs"):
             if getattr(self, key) < 1:
-                raise ValueError(f"{key}: {getattr(self, key)} must be at least 1")
+                raise UserError(f"{key}: {getattr(self, key)} must be at least 1")
         for key in ("ppo_target", "horizon", "cliprange", "cliprange_value", "ratio_threshold"):
             if not getattr(self, key) > 0:
-                raise ValueError(f"{key}: {getattr(self, key)} must be above 0")
+                raise UserError(f"{key}: {getattr(self, key)} must be above 0")
         for key in ("init_kl_coef", "vf_coef", "ppo_value_warmup"):
             if not getattr(self, key) >= 0:
-                raise ValueError(f"{key}: {getattr(self, key)} must not be negative")
+                raise UserError(f"{key}: {getattr(self, key)} must not be negative")
         for key in ("gamma", "lam"):
             if not 0 <= getattr(self, key) <= 1:
-                raise ValueError(f"{key}: {getattr(self, key)} is not between 0 and 1")
+                raise UserError(f"{key}: {getattr(self, key)} is not between 0 and 1")
+
+    @property
+    def groups_per_rollout(self) -> int:
+        return self.ppo_buffer_size
+
+    @property
+    def updates_per_rollout(self) -> int:
+        return self.ppo_epochs * self.ppo_buffer_size
 
 
 # Formulas
@@ -180,118 +186,60 @@ class RunningMoments:
 # The stage
 
 
-class PPO(Stage):
-    metric_names = (
-        "reward",
-        "kl",
-        "kl_coef",
-        "completions/mean_length",
-        "completions/clipped_ratio",
-        "policy_loss",
-        "value_loss",
-        "values",
-        "returns",
-        "clip_ratio",
-        "value_clip_ratio",
-        "approx_kl",
-        "skipped",
-    )
+class PPO(RolloutStage):
     evaluation_names = ("reward", "kl", "completions/mean_length", "completions/clipped_ratio")
     has_value_head = True
-    uses_dropout = False
 
-    def __init__(
-        self,
-        options: PPOOptions,
-        generation: GenerateOptions,
-        reward: RewardSource,
-        *,
-        tokenizer,
-        stop_ids: tuple[int, ...],
-        reference: Reference,
-        seed: int,
-        world: World,
-        group_size: int,
-        output_dir: Path,
-    ):
-        """group_size: micro-batches of an update.  generation: its stop words are those of the template,
-        too."""
-        self.options, self.generation, self.reward, self.reference = options, generation, reward, reference
-        self.tokenizer, self.stop_ids, self.seed = tokenizer, stop_ids, seed
-        self.world, self.group_size, self.output_dir = world, group_size, output_dir
-        self.draws = 0
+    def __init__(self, options: PPOOptions, *parts, group_size: int, output_dir: Path, **shared):
+        """parts, shared: as RolloutStage has them; the reference is needed."""
+        super().__init__(options, *parts, **shared)
+        self.group_size, self.output_dir = group_size, output_dir
         self.controller = KLController(options.init_kl_coef, options.ppo_target, options.horizon)
         self.moments = RunningMoments()
-        self.drawn: list[Batch] = []  # micro-batches of the draw that is being trained on
-        self.kl_coef = options.init_kl_coef  # that they were rewarded with
+        self.kl_coef = options.init_kl_coef  # that the drawn texts were rewarded with
         self.replay = options.ppo_replay
         if self.replay is not None and not Path(self.replay).is_file():
-            raise ValueError(
+            raise UserError(
                 f"ppo_replay: {self.replay}: file not found; ppo_save_draws=true writes such files"
             )
 
     # What the loop asks for
-
-    def groups(self, model: Decoder, drawn: list[Batch], first: int) -> Iterator[list[Batch]]:
-        """Micro-batches of prompts -> the groups of rolled-out texts; a draw that was begun comes from
-        `restore`."""
-        if first == 0:
-            self._draw(model, drawn)
-        size = self.group_size
-        groups = [self.drawn[start : start + size] for start in range(0, len(self.drawn), size)]
-        updates = self.options.ppo_epochs * self.options.ppo_buffer_size
-        for number in range(first, updates):
-            if number == updates - 1:
-                self.drawn = []  # a checkpoint after the last update needs none of it
-            # the last draw of an epoch may hold fewer groups: they come more often
-            yield groups[number % len(groups)]
 
     def weight(self, batch: Batch) -> int:
         return batch.label_rows.shape[0]
 
     def loss(self, model: Decoder, batch: Batch) -> tuple[Tensor, Metrics]:
         """Sum over the tokens of the texts."""
-        options, extras = self.options, batch.extras
-        counts, tokens = label_counts(batch), batch.label_rows.shape[0]
-        hidden = hidden_states(model, batch)[batch.label_rows]  # (L, E)
+        options, known, counts = self.options, batch.per_label, batch.label_counts
+        hidden, labels = label_states(model, batch)  # (L, E), (L,)
         warming = self.draws <= options.ppo_value_warmup
         values = model.v_head(hidden.detach() if warming else hidden)
-        log_ratio = self._logprobs(model, batch, hidden) - extras["logprobs"]
+        log_ratio = label_logprobs(model, hidden / self.temperature, labels) - known["logprobs"]
         with torch.no_grad():
             kept = segment_sums(log_ratio.exp(), counts) <= options.ratio_threshold * counts  # (N,), no NaN
-            kept_tokens = spread(kept, counts, tokens)
+            kept_tokens = spread(kept, counts, len(labels))
         # before exp: the gradient of an infinite ratio times 0 would be NaN
         log_ratio = torch.where(kept_tokens, log_ratio, 0.0)
-        policy = (
-            clipped_losses(log_ratio, extras["advantages"], options.cliprange, options.cliprange)
-            * kept_tokens
-        )
-        value = value_loss(values, extras["values"], extras["returns"], options.cliprange_value) * kept_tokens
+        policy = clipped_losses(log_ratio, known["advantages"], options.cliprange, options.cliprange)
+        policy = policy * kept_tokens
+        value = value_loss(values, known["values"], known["returns"], options.cliprange_value) * kept_tokens
         loss = options.vf_coef * value.sum() + policy.sum() * (0.0 if warming else 1.0)
         with torch.no_grad():
-            change = (values - extras["values"]).abs()
-            sums = {
+            change = (values - known["values"]).abs()
+            by_token = {
                 "policy_loss": policy,
                 "value_loss": value,
                 "values": values,
-                "returns": extras["returns"],
+                "returns": known["returns"],
                 "clip_ratio": (log_ratio.exp() - 1).abs() > options.cliprange,
                 "value_clip_ratio": change > options.cliprange_value,
                 "approx_kl": 0.5 * log_ratio.square(),
             }
-            return loss, self._metrics(batch, sums, kept)
-
-    @property
-    def temperature(self) -> float:
-        return self.generation.temperature if self.generation.do_sample else 1.0
-
-    def _logprobs(self, model: Decoder, batch: Batch, hidden: Tensor) -> Tensor:
-        """(L,) fp32 of the labels; hidden (L, E) of label_rows."""
-        return label_logprobs(model, hidden / self.temperature, batch.labels[batch.label_rows])
+            return loss, self._metrics(batch, by_token, kept)
 
     def _metrics(self, batch: Batch, by_token: dict[str, Tensor], kept: Tensor) -> Metrics:
         texts, tokens = float(len(batch.sources)), float(batch.label_rows.shape[0])
-        extras, device = batch.extras, batch.tokens.device
+        known, device = batch.per_label, batch.tokens.device
 
         def part(total: Tensor | float, count: float) -> Tensor:
             # full, not tensor: the latter would wait for the device
@@ -299,32 +247,29 @@ class PPO(Stage):
                 total = torch.full((), total, device=device)
             return torch.stack([total.float(), torch.full((), count, device=device)])
 
-        metrics = {name: part(value.sum(), tokens) for name, value in by_token.items()}
-        metrics |= {
-            "reward": part(extras["score"].sum(), texts),
-            "kl": part(extras["kl"].sum(), texts),
+        return {
+            "reward": part(known["score"].sum(), texts),
+            "kl": part(known["kl"].sum(), texts),
             "kl_coef": part(self.kl_coef * texts, texts),
             "completions/mean_length": part(tokens, texts),
-            "completions/clipped_ratio": part(extras["cut"].sum(), texts),
+            "completions/clipped_ratio": part(known["cut"].sum(), texts),
+            **{name: part(value.sum(), tokens) for name, value in by_token.items()},
             "skipped": part((~kept).sum(), texts),
         }
-        return metrics
 
     def state(self) -> dict:
         moments = (self.moments.mean, self.moments.variance, self.moments.count)
-        drawn = {"kl_coef": self.kl_coef, "batches": [batch.plain() for batch in self.drawn]}
-        return {"draws": self.draws, "controller": self.controller.value, "moments": moments, "drawn": drawn}
+        own = {"kl_coef": self.kl_coef, "controller": self.controller.value, "moments": moments}
+        return super().state() | own
 
     def restore(self, state: dict) -> None:
-        self.draws, self.controller.value = state["draws"], state["controller"]
+        super().restore(state)
+        self.kl_coef, self.controller.value = state["kl_coef"], state["controller"]
         self.moments = RunningMoments(*state["moments"])
-        self.kl_coef = state["drawn"]["kl_coef"]
-        self.drawn = [Batch(**values) for values in state["drawn"]["batches"]]
 
-    def evaluate(self, model: Decoder, batches: Iterator[Batch], world: World) -> dict[str, float]:
-        """On held-out prompts, with the same seeds each time: mean reward, sum of KL a text, tokens, share
-        cut off."""
-        prompts = [prompts_of(batch, self.tokenizer) for batch in batches]
+    def evaluate(self, model: Decoder, prompts: Iterator[list[Prompt]], world: World) -> dict[str, float]:
+        """On held-out prompts, with the same seeds each time: mean reward, sum of KL a text, tokens, share cut off."""
+        prompts = list(prompts)
         completions, scores = self._texts(model, prompts, EVALUATION)
         totals = torch.zeros(5, dtype=torch.float64)
         totals[0] = scores.double().sum()
@@ -342,26 +287,26 @@ class PPO(Stage):
     # A draw
 
     @torch.no_grad()
-    def _draw(self, model: Decoder, drawn: list[Batch]) -> None:
+    def write_texts(self, model: Decoder, prompts: list[list[Prompt]]) -> list[Batch]:
         """Roll out, score, and note for every token what the updates need."""
         if self.replay is not None:
+            draws = self.draws
             self._take_over(Path(self.replay))
-            self.replay, self.draws = None, self.draws + 1
-            return
+            self.replay, self.draws = None, draws + 1
+            return self.drawn
         self.kl_coef = self.controller.value
-        prompts = [prompts_of(batch, self.tokenizer) for batch in drawn]
         completions, scores = self._texts(model, prompts, self.draws + 1)
         self.draws += 1  # not before: where the reward fails, the draw has not been
         was_training = model.training
         model.eval()
         noted = [self._note(model, self._batch(*each)) for each in zip(prompts, completions)]
         model.train(was_training)
-        extras = self._extras(noted, completions, scores)
-        self.drawn = [
-            completions_batch(*each).rounded(self._multiple) for each in zip(prompts, completions, extras)
-        ]
+        known = self._per_label(noted, completions, scores)
+        batches = [completions_batch(*each) for each in zip(prompts, completions, known)]
+        self.drawn = [batch.rounded(ROW_MULTIPLE[self.world.device.type]) for batch in batches]
         if self.options.ppo_save_draws:
             self._keep_draw(self.output_dir / "draws" / f"draw-{self.draws}-rank-{self.world.rank}.pt")
+        return self.drawn
 
     def _keep_draw(self, path: Path) -> None:
         """Raises StopRun."""
@@ -371,9 +316,8 @@ class PPO(Stage):
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
             path.unlink(missing_ok=True)
             raise StopRun(
-                f"ppo_save_draws: {path} could not be written ({str(error).splitlines()[0]}); make room and "
-                "run the "
-                "same command to continue"
+                f"ppo_save_draws: {path} could not be written ({str(error).splitlines()[0]}); make room and run "
+                "the same command to continue"
             ) from error
 
     def _take_over(self, path: Path) -> None:
@@ -382,17 +326,14 @@ class PPO(Stage):
         try:
             state = read_plain(path)
         except ValueError as error:
-            raise ValueError(f"ppo_replay: {path}: {error}; {remedy}") from error
-        if not isinstance(state, dict) or "drawn" not in state:
-            raise ValueError(f"ppo_replay: {path} holds no draw; {remedy}")
-        self.restore(state | {"draws": self.draws})
-
-    @property
-    def _multiple(self) -> int:
-        return ROW_MULTIPLE[self.world.device.type]
+            raise UserError(f"ppo_replay: {path}: {error}; {remedy}") from error
+        if not isinstance(state, dict) or not isinstance(state.get("drawn"), list):
+            raise UserError(f"ppo_replay: {path} holds no draw of this version; {remedy}")
+        self.restore(state)
 
     def _batch(self, prompts: list[Prompt], completions: list[Completion]) -> Batch:
-        return completions_batch(prompts, completions).rounded(self._multiple).to(self.world.device)
+        batch = completions_batch(prompts, completions)
+        return batch.rounded(ROW_MULTIPLE[self.world.device.type]).to(self.world.device)
 
     def _texts(
         self, model: Decoder, prompts: list[list[Prompt]], draw: int
@@ -406,21 +347,20 @@ class PPO(Stage):
         return [[next(remaining) for _ in each] for each in prompts], scores
 
     def _note(self, model: Decoder, batch: Batch) -> list[dict[str, Tensor]]:
-        """For each text on the CPU: (n,) fp32 log-probabilities of its tokens under policy and reference,
-        values."""
-        hidden = hidden_states(model, batch)[batch.label_rows]
-        logprobs = self._logprobs(model, batch, hidden)
+        """For each text on the CPU: (n,) fp32 log-probabilities of its tokens under policy and reference, values."""
+        hidden, labels = label_states(model, batch)
+        logprobs = label_logprobs(model, hidden / self.temperature, labels)
         flat = {"logprobs": logprobs, "values": model.v_head(hidden)}
         flat["kl"] = logprobs - self.reference.logprobs(model, batch, self.temperature)
-        counts = label_counts(batch).tolist()
+        counts = batch.label_counts.tolist()
         split = {name: value.cpu().split(counts) for name, value in flat.items()}
         return [dict(zip(split, values)) for values in zip(*split.values())]
 
-    def _extras(
+    def _per_label(
         self, noted: list[list[dict[str, Tensor]]], completions: list[list[Completion]], scores: Tensor
     ) -> list[dict[str, list[Tensor]]]:
-        """Advantages and returns, by statistics of all texts of all ranks; for each micro-batch its
-        Batch.extras."""
+        """Advantages and returns, by statistics of all texts of all ranks; for each micro-batch its Batch.per_label,
+        in parts."""
         options, texts = self.options, [text for each in noted for text in each]
         normalised = self._normalised(scores).tolist()
         for text, score in zip(texts, normalised):

@@ -12,7 +12,6 @@ import copy
 import hashlib
 import itertools
 import json
-import os
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -27,7 +26,9 @@ from tqdm import tqdm
 from checkpoints.safetensors_files import write_tensors
 from lora import full_modules, lora_layers, lora_off
 from model import Decoder
+from options.errors import UserError
 from options.option import option
+from parallel.atomic import atomic_file
 from parallel.world import World
 from pipeline.batch import ROW_MULTIPLE, Batch, BatchLoader
 from pipeline.store import ExampleStore, locked
@@ -53,9 +54,7 @@ class ReferenceOptions:
     def __post_init__(self):
         for key in ("ref_model_adapters", "ref_model_quantization_bit"):
             if getattr(self, key) and not self.ref_model:
-                raise ValueError(
-                    f"{key}: it belongs to ref_model, which is not given; name it, or drop {key}"
-                )
+                raise UserError(f"{key}: it belongs to ref_model, which is not given; name it, or drop {key}")
 
 
 class Reference:
@@ -63,7 +62,7 @@ class Reference:
     stays."""
 
     def __init__(self, policy: Decoder | None = None, ld_alpha: float | None = None):
-        """policy: None = the trained model with its adapters off.  ld_alpha: as in heads.answer_sums."""
+        """policy: None = the trained model with its adapters off.  ld_alpha: as in logprobs.answer_sums."""
         self.policy, self.ld_alpha = policy, ld_alpha
 
     @torch.no_grad()
@@ -79,10 +78,8 @@ class Reference:
 
     def sums(self, model: Decoder, batch: Batch) -> Tensor:
         """(N,) fp32: log-probability of each segment's labels; known ahead, or computed now."""
-        if batch.reference is not None:
-            return batch.reference
-        if not batch.sources:
-            return torch.zeros(0, device=batch.tokens.device)
+        if "reference" in batch.per_segment:
+            return batch.per_segment["reference"]
         return answer_sums(self.logprobs(model, batch), batch, self.ld_alpha)
 
 
@@ -124,7 +121,7 @@ def precompute(
     tokens.
 
     afresh: compute in any case.  All ranks have to call; they share the work, and rank 0 alone reads and
-    writes files. Raises ValueError for numbers that are not finite.
+    writes files. Raises UserError for numbers that are not finite.
     """
     policy = (
         weights_key(reference.policy or model, adapters=reference.policy is not None) if world.is_main else ""
@@ -176,10 +173,9 @@ def _compute(
     bad = (~torch.isfinite(values)).any(1).nonzero()
     if len(bad):
         dataset, row = store.example(int(bad[0])).source
-        raise ValueError(
+        raise UserError(
             f"the reference's log-probability of row {row} of {store.datasets[dataset]!r} is not finite "
-            f"({len(bad)} "
-            "such examples); use bf16 instead of fp16, or another ref_model"
+            f"({len(bad)} such examples); use bf16 instead of fp16, or another ref_model"
         )
     return values
 
@@ -217,11 +213,11 @@ def store_key(store: ExampleStore) -> str:
 
 
 def _alone(path: Path):
-    """The lock on a file of the cache. Raises ValueError."""
+    """The lock on a file of the cache. Raises UserError."""
     try:
         return locked(path.with_suffix(".lock"))
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"cache_dir: {path.parent} cannot be written ({error.strerror}); name another"
         ) from error
 
@@ -239,14 +235,12 @@ def _read(path: Path, key: dict, count: int, width: int) -> Tensor | None:
         return None
     if (found or {}).get("key") != json.dumps(key, sort_keys=True) or values.shape != (count, width):
         print(
-            f"cache: {path} is of another model or other data; the reference log-probabilities are computed "
-            "again"
+            f"cache: {path} is of another model or other data; the reference log-probabilities are computed again"
         )
         return None
     return values
 
 
 def _write(path: Path, key: dict, values: Tensor) -> None:
-    temporary = path.with_suffix(".partial")
-    write_tensors(temporary, {TENSOR: values}, {"key": json.dumps(key, sort_keys=True)})
-    os.replace(temporary, path)
+    with atomic_file(path) as temporary:
+        write_tensors(temporary, {TENSOR: values}, {"key": json.dumps(key, sort_keys=True)})

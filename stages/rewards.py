@@ -52,7 +52,7 @@ from checkpoints.value_head import ValueHead, has_value_head, load_value_head
 from generation.generate import Completion
 from lora import full_modules, is_quantised, lora_layers, replace_module
 from model import Decoder
-from options.errors import StopRun
+from options.errors import StopRun, UserError
 from options.option import COMMON, RESUMABLE, option
 from stages.rm import score_texts
 from stages.rollouts import Prompt
@@ -89,40 +89,38 @@ class RewardOptions:
 
     def __post_init__(self):
         if self.reward_model and self.reward_file:
-            raise ValueError("reward_file: there is a reward_model too; give one of the two")
+            raise UserError("reward_file: there is a reward_model too; give one of the two")
         is_address = (self.reward_model or "").startswith(("http://", "https://"))
         if self.reward_model and is_address != (self.reward_model_type == "api"):
-            raise ValueError(
+            raise UserError(
                 f"reward_model: {self.reward_model} with reward_model_type={self.reward_model_type}: lora "
-                "and full name"
-                " a folder or a hub id, api an address (http://...)"
+                "and full name a folder or a hub id, api an address (http://...)"
             )
         for key in ("reward_model_adapters", "reward_model_quantization_bit"):
             if getattr(self, key) and not (self.reward_model and self.reward_model_type == "full"):
-                raise ValueError(
+                raise UserError(
                     f"{key}: it belongs to a reward_model of type full; drop it, or set reward_model_type"
                 )
         if not self.reward_api_timeout > 0:
-            raise ValueError(f"reward_api_timeout: {self.reward_api_timeout} must be above 0 (seconds)")
+            raise UserError(f"reward_api_timeout: {self.reward_api_timeout} must be above 0 (seconds)")
         for key in ("reward_funcs", "reward_weights"):
             if getattr(self, key) and not self.reward_file:
-                raise ValueError(
+                raise UserError(
                     f"{key}: it belongs to reward_file, which is not given; name one, or drop {key}"
                 )
         twice = next((name for name in self.reward_funcs if self.reward_funcs.count(name) > 1), None)
         if twice is not None:
-            raise ValueError(
+            raise UserError(
                 f"reward_funcs: {twice} is named twice; name it once, with a weight in reward_weights"
             )
         if not all(map(math.isfinite, self.reward_weights)):
-            raise ValueError(
+            raise UserError(
                 f"reward_weights: {', '.join(map(str, self.reward_weights))} must be finite numbers"
             )
         if self.reward_funcs and self.reward_weights and len(self.reward_funcs) != len(self.reward_weights):
-            raise ValueError(
+            raise UserError(
                 f"reward_weights: {len(self.reward_weights)} numbers for {len(self.reward_funcs)} functions "
-                "in "
-                "reward_funcs; give one for each"
+                "in reward_funcs; give one for each"
             )
 
 
@@ -170,9 +168,8 @@ class RewardSource:
         if len(bad):
             row, part = bad[0].tolist()
             raise RewardError(
-                f"the reward ({self.names[part]}) of an answer is {values[row, part]}, expected a finite "
-                "number; the "
-                f"answer is {_short(samples[row].completion)!r}, to {_short(samples[row].prompt)!r}"
+                f"the reward ({self.names[part]}) of an answer is {values[row, part]}, expected a finite number; "
+                f"the answer is {_short(samples[row].completion)!r}, to {_short(samples[row].prompt)!r}"
             )
         return values
 
@@ -185,13 +182,13 @@ class FunctionReward(RewardSource):
     """The functions of a reward file; see the top of this file."""
 
     def __init__(self, path: str | Path, names: Sequence[str] = (), weights: Sequence[float] = ()):
-        """Raises ValueError naming the file and what is wrong with it."""
+        """Raises UserError naming the file and what is wrong with it."""
         self.path = Path(path).expanduser()
         found = _reward_functions(self.path, names)
         self.functions, self.names = tuple(found.values()), tuple(found)
         self.weights = tuple(map(float, weights)) or (1.0,) * len(found)
         if len(self.weights) != len(found):
-            raise ValueError(
+            raise UserError(
                 f"reward_weights: {len(self.weights)} numbers for the {len(found)} functions of {self.path} "
                 f"({', '.join(found)}); give one for each"
             )
@@ -209,28 +206,18 @@ class FunctionReward(RewardSource):
         return torch.tensor(columns).T.contiguous()
 
     def _call(self, name: str, function: Callable, given: dict[str, list]) -> list[float]:
-        """The function's numbers, one for each completion. Raises RewardError that names function and
-        line."""
+        """The function's numbers, one for each completion. Raises RewardError that names function and line."""
         where = f"reward_file: {self.path}: {name}"
         parameters = inspect.signature(function).parameters.values()
         takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-        wanted = (
-            ARGUMENTS
-            if takes_all
-            else [parameter.name for parameter in parameters if parameter.name in given]
-        )
+        wanted = given if takes_all else [each.name for each in parameters if each.name in given]
+        own = {key: list(given[key]) for key in wanted}  # lists of its own: it may change them
         try:
-            values = function(
-                **{key: list(given[key]) for key in wanted}
-            )  # its own lists: it may change them
+            values = function(**own)
         except (Exception, SystemExit) as error:  # the user's program may raise anything
-            lines = [
-                frame.lineno
-                for frame in traceback.extract_tb(error.__traceback__)
-                if frame.filename == str(self.path)
-            ]
-            line = f" (line {lines[-1]})" if lines else ""
-            raise RewardError(f"{where}{line}: {type(error).__name__}: {error}") from error
+            line = _line_of(error, self.path)
+            place = f" (line {line})" if line else ""
+            raise RewardError(f"{where}{place}: {type(error).__name__}: {error}") from error
         try:
             if isinstance(values, str | dict | set):  # iterable, but their items are no numbers in order
                 raise TypeError(f"it is a {type(values).__name__}")
@@ -240,38 +227,35 @@ class FunctionReward(RewardSource):
             raise RewardError(f"{where} returned {found}, expected a list of numbers ({error})") from error
         if len(numbers) != len(given["completions"]):
             raise RewardError(
-                f"{where} returned {len(numbers)} numbers for {len(given['completions'])} completions; "
-                "return one for "
-                "each, in their order"
+                f"{where} returned {len(numbers)} numbers for {len(given['completions'])} completions; return one "
+                "for each, in their order"
             )
         return numbers
 
 
 def _reward_functions(path: Path, names: Sequence[str]) -> dict[str, Callable]:
-    """The reward functions of this file by name, in the order of `names`, or of the file. Raises
-    ValueError."""
+    """The reward functions of this file by name, in the order of `names`, or of the file. Raises UserError."""
     module = _load_module(path)
-    own = {
+    rewards = {
         name: value
         for name, value in vars(module).items()
-        if inspect.isfunction(value) and value.__module__ == module.__name__
-    }
-    rewards = {
-        name: value for name, value in own.items() if "completions" in inspect.signature(value).parameters
+        if inspect.isfunction(value)
+        and value.__module__ == module.__name__  # not imported
+        and "completions" in inspect.signature(value).parameters
     }
     if not rewards:
-        raise ValueError(
+        raise UserError(
             f"reward_file: {path}: no function has a parameter `completions`, so there is no reward in it"
         )
     for name in names:
         if name not in rewards:
-            raise ValueError(
+            raise UserError(
                 f"reward_funcs: {path} has no reward function {name!r}; it has {', '.join(rewards)}"
             )
     chosen = {name: rewards[name] for name in names} or rewards
     for name, function in chosen.items():
         if inspect.iscoroutinefunction(function):
-            raise ValueError(
+            raise UserError(
                 f"reward_file: {path}: {name} is async, but nothing waits for it; write `def {name}`"
             )
         for parameter in inspect.signature(function).parameters.values():
@@ -279,43 +263,45 @@ def _reward_functions(path: Path, names: Sequence[str]) -> dict[str, Callable]:
             optional = parameter.default is not parameter.empty
             bundle = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
             if not bundle and not optional and not (named and parameter.name in ARGUMENTS):
-                raise ValueError(
-                    f"reward_file: {path}: {name} has a parameter {parameter.name!r}; a reward function can "
-                    "have "
+                raise UserError(
+                    f"reward_file: {path}: {name} has a parameter {parameter.name!r}; a reward function can have "
                     f"{', '.join(ARGUMENTS)} and **others"
                 )
     return chosen
 
 
 def _load_module(path: Path) -> ModuleType:
-    """Run the user's file, as an import would. Raises ValueError naming file and line."""
+    """Run the user's file, as an import would. Raises UserError naming file and line."""
     if not path.is_file():
         found = "this is a folder" if path.is_dir() else "file not found"
-        raise ValueError(
+        raise UserError(
             f"reward_file: {path}: {found}; name a Python file of reward functions (see data/rewards)"
         )
     if path.suffix != ".py":
-        raise ValueError(f"reward_file: {path}: expected a Python file (.py)")
+        raise UserError(f"reward_file: {path}: expected a Python file (.py)")
     spec = importlib.util.spec_from_file_location(f"reward_file_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # as importlib's recipe: dataclasses look their module up there
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # the user's program may raise anything
-        lines = [
-            frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)
-        ]
-        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        line = error.lineno if isinstance(error, SyntaxError) else _line_of(error, path)
         place = f":{line}" if line else ""
-        raise ValueError(f"reward_file: {path}{place}: {type(error).__name__}: {error}") from error
+        raise UserError(f"reward_file: {path}{place}: {type(error).__name__}: {error}") from error
     return module
+
+
+def _line_of(error: BaseException, path: Path) -> int | None:
+    """The last line of this file that the error came through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return next((frame.lineno for frame in reversed(frames) if frame.filename == str(path)), None)
 
 
 class ModelReward(RewardSource):
     """A model with a value head (stage rm): the score of prompt and answer."""
 
     def __init__(self, model: Decoder, folders: Iterable[Path]):
-        """The value head is that of the first of these folders which has one. Raises ValueError if none
+        """The value head is that of the first of these folders which has one. Raises UserError if none
         has."""
         self.model = model
         model.v_head = _read_head(model, list(folders))
@@ -329,12 +315,11 @@ class AdapterReward(RewardSource):
     scored."""
 
     def __init__(self, policy: Decoder, folder: Path):
-        """Raises ValueError when the folder is no adapter of this base, or has no value head."""
+        """Raises UserError when the folder is no adapter of this base, or has no value head."""
         if full_modules(policy):
-            raise ValueError(
+            raise UserError(
                 "reward_model_type: lora scores with the base that the policy shares, but "
-                f"{full_modules(policy)[0]} "
-                "trains in full; set reward_model_type=full, or train adapters alone"
+                f"{full_modules(policy)[0]} trains in full; set reward_model_type=full, or train adapters alone"
             )
         self.policy, self.head = policy, _read_head(policy, [Path(folder)])
         file = read_adapter(folder, policy.config)
@@ -413,7 +398,7 @@ class ApiReward(RewardSource):
             except (
                 OSError,
                 http.client.HTTPException,
-            ) as error:  # URLError, which wraps another, and TimeoutError
+            ) as error:  # URLError, which wraps another, TimeoutError
                 problem = getattr(error, "reason", error)
                 if isinstance(problem, TimeoutError):
                     problem = f"no answer within {self.timeout_seconds:g} seconds (reward_api_timeout)"
@@ -431,9 +416,8 @@ def _read_head(model: Decoder, folders: Sequence[Path]) -> ValueHead:
     found = next((folder for folder in folders if has_value_head(folder)), None)
     if found is None:
         names = ", ".join(map(str, folders))
-        raise ValueError(
-            f"reward_model: there is no value_head.safetensors in {names}; stage rm writes one beside what "
-            "it trains"
+        raise UserError(
+            f"reward_model: there is no value_head.safetensors in {names}; stage rm writes one beside what it trains"
         )
     generator = torch.Generator()  # the start is overwritten: leave the global generator alone
     head = ValueHead(model.config.hidden_size, model.embed_tokens.weight.device, generator)

@@ -26,9 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import Decoder
+from options.errors import UserError
 from options.option import option
 from pipeline.batch import ROW_MULTIPLE, Batch, Example, collate
-from stages.logprobs import hidden_states, label_counts
+from stages.logprobs import hidden_states
 from stages.stage import Metrics, Stage
 from text.render import Message, encode_dialogue
 from text.tokenizer import Tokenizer
@@ -60,7 +61,7 @@ def answer_ends(batch: Batch) -> Tensor:
     """(N,) int64: the row behind the last trained token of each segment that has a source; every one has
     labels."""
     return (
-        batch.label_rows[label_counts(batch).cumsum(0) - 1] + 2
+        batch.label_rows[batch.label_counts.cumsum(0) - 1] + 2
     )  # a label belongs to the token behind its row
 
 
@@ -74,8 +75,7 @@ class RewardModelOptions:
 
 
 class RewardModel(Stage):
-    metric_names = ("accuracy", "rewards/chosen", "rewards/rejected", "rewards/margins")
-    evaluation_names = ("loss", *metric_names)
+    evaluation_names = ("loss", "accuracy", "rewards/chosen", "rewards/rejected", "rewards/margins")
     has_value_head = True
 
     def __init__(self, options: RewardModelOptions):
@@ -122,7 +122,7 @@ def score_texts(model: Decoder, texts: Sequence[Sequence[int]], most_tokens: int
     """
     if model.v_head is None:
         raise ValueError(
-            "the model has no value head, so it gives no scores; load one (value_head.load_value_head)"
+            "the model has no value head, so it gives no scores; load one (checkpoints/value_head.py)"
         )
     was_training, device = model.training, model.embed_tokens.weight.device
     model.eval()
@@ -142,14 +142,14 @@ def score_texts(model: Decoder, texts: Sequence[Sequence[int]], most_tokens: int
 def score_dialogues(
     model: Decoder, tokenizer: Tokenizer, template, dialogues: Sequence[Sequence[Message]]
 ) -> Tensor:
-    """(n,) fp32: the scores of the last answers of these dialogues. Raises ValueError for one without an
+    """(n,) fp32: the scores of the last answers of these dialogues. Raises UserError for one without an
     answer."""
     texts = []
     for number, messages in enumerate(dialogues):
         spans = template.render(list(messages), tokenizer.bos_token, tokenizer.eos_token)
         encoded = encode_dialogue(tokenizer, spans)
         if not messages or messages[-1].role not in ("assistant", "function") or not any(encoded.answer):
-            raise ValueError(f"dialogue {number} does not end with an answer, so there is nothing to score")
+            raise UserError(f"dialogue {number} does not end with an answer, so there is nothing to score")
         texts.append(encoded.ids[: int(np.flatnonzero(encoded.answer)[-1]) + 1])
     return score_texts(model, texts)
 

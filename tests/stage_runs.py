@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tiny_runs import TinyRuns, make_rows
 
-from training.make_stage import STAGES, WRITES
+from stages import STAGES, WRITES
 
 METHODS = {
     "full": {"finetuning_type": "full"},

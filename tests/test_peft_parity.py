@@ -27,7 +27,7 @@ from checkpoints.peft import (
 )
 from lora import LoraOptions, lora_layers, prepare_trainable
 from pipeline.batch import Example, collate
-from stages.stage import TokenLoss
+from stages.sft import TokenLoss
 from training.optimizers import clip_gradients, make_optimizer, set_learning_rate
 from training.options import OptimOptions
 from training.schedules import schedule

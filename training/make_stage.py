@@ -21,30 +21,19 @@ from options import config as configuration
 from parallel.world import World
 from pipeline.store import ExampleStore
 from quant import QuantOptions
-from stages import reference
-from stages.dpo import OddsRatio, PairPreference, PreferenceOptions
-from stages.grpo import GroupPolicy, GRPOOptions
+from stages import STAGES, WRITES, reference
+from stages.dpo import PairPreference, PreferenceOptions
+from stages.grpo import GRPOOptions
 from stages.kto import KTOOptions, RatedPreference
+from stages.orpo import OddsRatio
 from stages.ppo import PPO, PPOOptions
 from stages.reference import Reference, ReferenceOptions
 from stages.rewards import AdapterReward, ApiReward, FunctionReward, ModelReward, RewardOptions, RewardSource
 from stages.rm import RewardModel, RewardModelOptions
 from stages.rollouts import ending_with
-from stages.stage import Rhythm, Stage, TokenLoss
+from stages.stage import RolloutStage, Stage
 from text.tokenizer import Tokenizer
 from training.options import TrainOptions
-
-STAGES: dict[str, type[Stage]] = {
-    "pt": TokenLoss,
-    "sft": TokenLoss,
-    "rm": RewardModel,
-    "dpo": PairPreference,
-    "orpo": OddsRatio,
-    "kto": RatedPreference,
-    "ppo": PPO,
-    "grpo": GroupPolicy,
-}
-WRITES = ("ppo", "grpo")  # stages that learn from texts that the model writes
 
 
 def unused_keys(config: configuration.Config) -> list[str]:
@@ -93,15 +82,13 @@ def notices(config: configuration.Config) -> list[str]:
     return [f"stage {config[TrainOptions].stage} does not use {', '.join(unused)}"] if unused else []
 
 
-def make_rhythm(config: configuration.Config) -> Rhythm:
-    """How many micro-batches are drawn from the data at once, and how many updates are made of them."""
-    group, stage = config[TrainOptions].gradient_accumulation_steps, config[TrainOptions].stage
-    if stage == "grpo":
-        return Rhythm(group, config[GRPOOptions].num_iterations)
-    if stage == "ppo":
-        options = config[PPOOptions]
-        return Rhythm(group * options.ppo_buffer_size, options.ppo_epochs * options.ppo_buffer_size)
-    return Rhythm(group)
+def rollout_sizes(config: configuration.Config) -> tuple[int, int]:
+    """(micro-batches that are drawn from the data at once, updates that are made of them)."""
+    run = config[TrainOptions]
+    options = {"grpo": config[GRPOOptions], "ppo": config[PPOOptions]}.get(run.stage)
+    if options is None:
+        return run.gradient_accumulation_steps, 1
+    return run.gradient_accumulation_steps * options.groups_per_rollout, options.updates_per_rollout
 
 
 def make_stage(
@@ -121,41 +108,38 @@ def make_stage(
     """
     if config[TrainOptions].only_predicts:
         return Stage()  # no loss is asked for, so no reference, no reward
-    kind = STAGES[config[TrainOptions].stage]
+    run, preference = config[TrainOptions], config[PreferenceOptions].for_stage(config[TrainOptions].stage)
+    kind = STAGES[run.stage]
+    if kind is PairPreference and preference.pref_loss == "orpo":
+        kind = OddsRatio
     if kind is RewardModel:
         return RewardModel(config[RewardModelOptions])
     if issubclass(kind, PairPreference):
-        preference = config[PreferenceOptions].for_stage(config[TrainOptions].stage)
         held_to = None
         if preference.needs_reference:
             held_to = make_reference(config, model, tokenizer, prepared, world, preference.ld_alpha)
         return kind(preference, held_to, world)
     if kind is RatedPreference:
-        preference, held_to = (
-            config[PreferenceOptions],
-            make_reference(config, model, tokenizer, prepared, world),
-        )
-        return RatedPreference(
-            config[KTOOptions], preference.pref_beta, preference.pref_ftx or 0.0, held_to, world
-        )
-    if kind in (GroupPolicy, PPO):
-        options = config[GRPOOptions if kind is GroupPolicy else PPOOptions]
-        held_to = None
-        if kind is PPO or options.beta:
-            held_to = make_reference(config, model, tokenizer, None, world)
-        shared = {
-            "tokenizer": tokenizer,
-            "stop_ids": tokenizer.stop_ids,
-            "reference": held_to,
-            "seed": config[TrainOptions].seed,
-            "world": world,
-        }
-        generation = how_to_write(config[GenerateOptions], tokenizer, template, world)
-        if kind is PPO:
-            shared["group_size"] = config[TrainOptions].gradient_accumulation_steps
-            shared["output_dir"] = Path(config[TrainOptions].output_dir)
-        return kind(options, generation, reward or make_reward(config, model, tokenizer), **shared)
-    return kind()
+        held_to = make_reference(config, model, tokenizer, prepared, world)
+        return kind(config[KTOOptions], preference.pref_beta, preference.pref_ftx or 0.0, held_to, world)
+    if not issubclass(kind, RolloutStage):
+        return kind()
+    options, more = config[GRPOOptions], {}
+    if kind is PPO:
+        options = config[PPOOptions]
+        more = {"group_size": run.gradient_accumulation_steps, "output_dir": Path(run.output_dir)}
+    needs_reference = kind is PPO or options.beta
+    return kind(
+        options,
+        how_to_write(config[GenerateOptions], tokenizer, template, world),
+        reward or make_reward(config, model, tokenizer),
+        tokenizer=tokenizer,
+        stop_ids=tokenizer.stop_ids,
+        reference=make_reference(config, model, tokenizer, None, world) if needs_reference else None,
+        seed=run.seed,
+        world=world,
+        **more,
+    )
 
 
 def how_to_write(options: GenerateOptions, tokenizer: Tokenizer, template, world: World) -> GenerateOptions:

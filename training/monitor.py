@@ -328,17 +328,16 @@ class Totals:
 class MetricWindow:
     """What this rank did since the last log line. Adding to it never waits for the device."""
 
-    def __init__(self, world: World, metric_names: tuple[str, ...] = ()):
-        self.world, self.metric_names = world, metric_names
+    def __init__(self, world: World):
+        self.world = world
         self.loss = torch.zeros((), dtype=torch.float64, device=world.device)
-        self.metrics = torch.zeros(
-            len(metric_names), 2, dtype=torch.float64, device=world.device
-        )  # sums, counts
         self.reset()
 
     def reset(self) -> None:
         self.loss.zero_()
-        self.metrics.zero_()
+        self.metrics: dict[
+            str, torch.Tensor
+        ] = {}  # name -> (2,) fp64: sum, count; the same names on all ranks
         self.steps = self.tokens = self.examples = 0
         self.started_at = time.monotonic()
 
@@ -352,19 +351,17 @@ class MetricWindow:
 
     def add_metrics(self, metrics: dict[str, torch.Tensor]) -> None:
         """name -> (2,): a sum and its count, of one micro-batch."""
-        for row, name in enumerate(self.metric_names):
-            self.metrics[row] += metrics[name]
+        for name, value in metrics.items():
+            self.metrics[name] = self.metrics.get(name, 0.0) + value.double()
 
     def totals(self) -> Totals:
         """All ranks have to ask. Waits for the device."""
         counts = torch.tensor([self.tokens, self.examples], dtype=torch.float64, device=self.loss.device)
-        everything = self.world.sum(torch.cat([self.loss[None], counts, self.metrics.flatten()]))
+        everything = self.world.sum(torch.cat([self.loss[None], counts, *self.metrics.values()]))
         loss, tokens, examples, *metrics = everything.tolist()
         means = [total / max(count, 1) for total, count in zip(metrics[::2], metrics[1::2])]
         seconds = max(time.monotonic() - self.started_at, 1e-9)
-        return Totals(
-            self.steps, loss, int(tokens), int(examples), seconds, dict(zip(self.metric_names, means))
-        )
+        return Totals(self.steps, loss, int(tokens), int(examples), seconds, dict(zip(self.metrics, means)))
 
     def leave_out(self, seconds: float) -> None:
         """Time that was not training."""
@@ -373,12 +370,13 @@ class MetricWindow:
     def state(self) -> dict:
         seconds = time.monotonic() - self.started_at
         counts = {"steps": self.steps, "tokens": self.tokens, "examples": self.examples}
-        return counts | {"loss": self.loss.item(), "metrics": self.metrics.cpu(), "seconds": seconds}
+        metrics = {name: value.cpu() for name, value in self.metrics.items()}
+        return counts | {"loss": self.loss.item(), "metrics": metrics, "seconds": seconds}
 
     def restore(self, state: dict) -> None:
         self.steps, self.tokens, self.examples = state["steps"], state["tokens"], state["examples"]
         self.loss.fill_(state["loss"])
-        self.metrics.copy_(state["metrics"])
+        self.metrics = {name: value.to(self.loss.device) for name, value in state["metrics"].items()}
         self.started_at = time.monotonic() - state["seconds"]
 
 

@@ -199,7 +199,7 @@ def _of_all_ranks(
 
 
 def _prompts(store: ExampleStore, tokenizer: Tokenizer) -> list[Prompt]:
-    return [prompts_of(collate([store.example(i)]), tokenizer)[0] for i in range(len(store))]
+    return prompts_of(map(store.example, range(len(store))), tokenizer)
 
 
 def _join(measured: dict[str, dict[str, float]], kind: str) -> dict[str, float]:

@@ -7,6 +7,7 @@ stages.py.
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from pipeline.report import describe_example
 from pipeline.sources import HubAccess
 from pipeline.store import ExampleStore
 from quant import QuantOptions
+from stages import STAGES, WRITES
 from stages.dpo import PreferenceOptions
 from stages.grpo import GRPOOptions
 from stages.kto import KTOOptions, add_mismatches
@@ -38,12 +40,11 @@ from stages.ppo import PPOOptions
 from stages.reference import ReferenceOptions
 from stages.rewards import RewardOptions
 from stages.rm import RewardModelOptions
-from stages.rollouts import TOGETHER
-from stages.stage import Rhythm
+from stages.rollouts import TOGETHER, prompts_of
 from templates import TemplateOptions, get_template
 from text.tokenizer import Tokenizer
 from training import memory, plan, run_folder
-from training.make_stage import STAGES, WRITES, folders_beside, make_rhythm
+from training.make_stage import folders_beside, rollout_sizes
 from training.options import OptimOptions, TrainOptions
 from training.predict import Predictor, ScorePredictor, TextPredictor
 
@@ -192,9 +193,13 @@ def pick_template(config: configuration.Config, tokenizer: Tokenizer):
     return get_template(options.template, tokenizer.chat_template, options.default_system)
 
 
-def make_loaders(prepared: Prepared, options: TrainOptions, data_options: DataOptions, world: World):
+def make_loaders(
+    prepared: Prepared, options: TrainOptions, data_options: DataOptions, tokenizer: Tokenizer, world: World
+):
     """The training loader (None if only evaluating) and one loader per evaluation set."""
     place = {"rank": world.rank, "world": world.size}
+    if options.stage in WRITES:
+        place["collate"] = partial(prompts_of, tokenizer=tokenizer)
     loader = None
     if options.trains:
         rows = options.per_device_train_batch_size
@@ -249,19 +254,22 @@ def make_predictor(
     return None
 
 
-def steps_per_epoch(rhythm: Rhythm, loader) -> int | None:
-    """Updates of one pass over the data; None for a stream. The last draw of a pass may be smaller."""
-    per_epoch = loader.batches_per_epoch
-    return None if per_epoch is None else math.ceil(per_epoch / rhythm.draw) * rhythm.updates
+def steps_per_epoch(sizes: tuple[int, int], loader) -> int | None:
+    """Updates of one pass over the data; None for a stream. The last draw of a pass may be smaller.
+
+    sizes: of make_stage.rollout_sizes.
+    """
+    (micro_batches, updates), per_epoch = sizes, loader.batches_per_epoch
+    return None if per_epoch is None else math.ceil(per_epoch / micro_batches) * updates
 
 
-def count_steps(options: TrainOptions, rhythm: Rhythm, loader) -> int:
+def count_steps(options: TrainOptions, sizes: tuple[int, int], loader) -> int:
     """Updates of the whole run, as the Hugging Face trainer counts them."""
     if loader is None:
         return 0
     if options.max_steps > 0:
         return options.max_steps
-    per_epoch = steps_per_epoch(rhythm, loader)
+    per_epoch = steps_per_epoch(sizes, loader)
     if per_epoch is None:
         raise ValueError(
             "max_steps: streaming has no known length, so max_steps has to say how many updates to do"
@@ -375,7 +383,7 @@ def make_plan(config: configuration.Config, source: Path, prepared: Prepared, lo
     cache = 0.0
     if options.stage in WRITES:
         new, answers = config[GenerateOptions].max_new_tokens, answers_of(config)
-        texts = min(TOGETHER, loader.most_examples() * make_rhythm(config).draw * answers)
+        texts = min(TOGETHER, loader.most_examples() * rollout_sizes(config)[0] * answers)
         cache = plan.cache_bytes(model.config, texts, int(lengths.max()), new, options.compute_dtype.itemsize)
         lengths = lengths + new
         share = new / lengths.mean()

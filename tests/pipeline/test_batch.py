@@ -12,18 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from pipeline.batch import (
-    IGNORED,
-    BatchLoader,
-    Example,
-    StreamingLoader,
-    collate,
-    first_fit,
-    group_by_length,
-    pack,
-    shuffle_buffer,
-)
+from pipeline.batch import IGNORED, BatchLoader, Example, StreamingLoader, collate, shuffle_buffer
 from pipeline.mixing import choose_rows, examples_of_rows, hold_out, interleave
+from pipeline.packing import first_fit, group_by_length, pack
 
 
 def example(number, length, trained=None):
@@ -366,5 +357,5 @@ def test_rounding_adds_untrained_tokens_that_nothing_sees():
     assert rounded.positions[14:].tolist() == [0, 1] and (rounded.labels[14:] == IGNORED).all()
     assert torch.equal(rounded.label_rows, batch.label_rows) and rounded.sources == batch.sources
     assert torch.equal(rounded.tokens[:14], batch.tokens) and torch.equal(rounded.labels[:14], batch.labels)
-    assert len(rounded.turns) == len(rounded.roles) == 16
+    assert len(rounded.per_token["turns"]) == len(rounded.per_token["roles"]) == 16
     assert rounded.rounded(8) is rounded

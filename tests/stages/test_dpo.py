@@ -20,8 +20,9 @@ from options.config import load as load_config
 from parallel.world import World
 from pipeline.batch import IGNORED, Example, collate
 from stages import reference
-from stages.dpo import PairPreference, PreferenceOptions, bco_loss, kto_pair_loss, odds_ratio_loss
-from stages.logprobs import answer_sums, hidden_states, label_counts
+from stages.dpo import PairPreference, PreferenceOptions, bco_loss, kto_pair_loss
+from stages.logprobs import answer_sums, hidden_states
+from stages.orpo import OddsRatio, odds_ratio_loss
 from stages.reference import Reference
 from tests.stages.test_sft import KINDS, base, prepared  # noqa: F401
 from training.options import TrainOptions
@@ -29,7 +30,7 @@ from training.options import TrainOptions
 ALONE = World(0, 1, 0, torch.device("cpu"))
 # tokens of the prompt, of the chosen and of the rejected answer
 LENGTHS = [(3, 5, 2), (1, 1, 9), (4, 7, 7), (2, 3, 1), (6, 2, 4)]
-METRICS = PairPreference.metric_names
+METRICS = PairPreference.evaluation_names[1:]
 
 
 def example(prompt, chosen, rejected, row=0, seed=5):
@@ -52,7 +53,8 @@ def draw(batch, seed):
 
 
 def stage_of(loss="sigmoid", reference=None, world=ALONE, **options):
-    return PairPreference(PreferenceOptions(pref_loss=loss, **options), reference, world)
+    kind = OddsRatio if loss == "orpo" else PairPreference
+    return kind(PreferenceOptions(pref_loss=loss, **options), reference, world)
 
 
 def ours(stage, logprobs, reference, batch):
@@ -65,7 +67,7 @@ def ours(stage, logprobs, reference, batch):
 
 def padded(values, batch):
     """(L,) -> (2P, longest answer), and its mask; each row begins with a token that is not trained."""
-    rows = values.split(label_counts(batch).tolist())
+    rows = values.split(batch.label_counts.tolist())
     longest = max(map(len, rows))
     table = torch.stack([F.pad(row, (0, longest - len(row))) for row in rows])
     mask = torch.stack([F.pad(torch.ones(len(row)), (1, longest - len(row))) for row in rows])
@@ -159,7 +161,7 @@ def test_a_loss_without_reference_is_trls(loss, smoothing):
     trl = SimpleNamespace(alpha=0.0, beta=1.7, simpo_gamma=0.6, label_smoothing=smoothing,
                           loss_type="simpo" if loss == "simpo" else "sigmoid",
                           accelerator=SimpleNamespace(device="cpu"))  # fmt: skip
-    sums, counts = answer_sums(logprobs, batch), label_counts(batch)
+    sums, counts = answer_sums(logprobs, batch), batch.label_counts
     chosen, rejected = (sums / counts if loss == "simpo" else sums).split(batch.pairs)
     theirs = CPOTrainer.cpo_loss(trl, chosen, rejected)[0]
     assert_same(ours(stage, logprobs, None, batch).mean(), theirs.mean(), logprobs)
@@ -168,7 +170,7 @@ def test_a_loss_without_reference_is_trls(loss, smoothing):
 def test_the_odds_ratio_loss_is_the_papers_and_trls():
     batch = collate(EXAMPLES)
     logprobs = draw(batch, 6).requires_grad_()
-    chosen, rejected = (answer_sums(logprobs, batch) / label_counts(batch)).split(batch.pairs)
+    chosen, rejected = (answer_sums(logprobs, batch) / batch.label_counts).split(batch.pairs)
     odds = [p / (1 - p) for p in (chosen.exp(), rejected.exp())]
     mine = ours(stage_of("orpo", pref_beta=0.4), logprobs, None, batch)
     assert_same(mine.mean(), (-0.4 * F.logsigmoid(torch.log(odds[0] / odds[1]))).mean(), logprobs)
@@ -228,10 +230,11 @@ def run(stage, model, batches):
     """(losses of the group summed, metrics summed, {name: gradient}) as the loop makes them."""
     model.zero_grad()
     stage.prepare(model, batches)
-    total, sums = 0.0, {name: torch.zeros(2) for name in stage.metric_names}
+    names = stage.evaluation_names[1:]
+    total, sums = 0.0, {name: torch.zeros(2) for name in names}
     for batch in batches:
         loss, metrics = stage.loss(model, batch)
-        assert set(metrics) == set(stage.metric_names)
+        assert set(metrics) == set(names)
         loss.backward()
         total += loss.item()
         sums = {name: sums[name] + metrics[name] for name in sums}
@@ -339,10 +342,10 @@ def test_metrics_are_those_of_full_logits(base, kind):  # noqa: F811
     model, batch = prepared(base, KINDS[kind], torch.float64), collate(EXAMPLES).rounded(16)
     generator = torch.Generator().manual_seed(3)
     known = -20 * torch.rand(2 * len(EXAMPLES), generator=generator)
-    batch.reference = known
+    batch.per_segment["reference"] = known
     _, metrics = stage_of("sigmoid", Reference(), pref_beta=0.3).loss(model, batch)
     rows = (batch.labels != IGNORED).nonzero()[:, 0]
-    counts = label_counts(batch).tolist()
+    counts = batch.label_counts.tolist()
     with torch.no_grad():
         logits = model.logits(hidden_states(model, batch)[rows])
     sums = [part.sum().item() for part in label_logprobs_of(model, batch).split(counts)]
@@ -366,12 +369,12 @@ def test_a_trained_head_gives_its_present_mean_logit(base):  # noqa: F811
     for kind, kept in (("lora", True), ("lora with head", False), ("full", False)):
         model, stage = prepared(base, KINDS[kind]), stage_of("simpo")
         before = stage.loss(model, batch)[1]["logits/chosen"]
-        row = stage.head_row
+        row = stage.mean_logits.head_row
         if not kept:
             head = model.lm_head.lora_b if kind == "lora with head" else model.lm_head.weight
             head.data += 0.1
         after = stage.loss(model, batch)[1]["logits/chosen"]
-        assert torch.equal(after, before) == (stage.head_row is row) == kept
+        assert torch.equal(after, before) == (stage.mean_logits.head_row is row) == kept
 
 
 def test_ld_alpha_counts_what_is_longer_than_the_other_answer_less():
@@ -401,7 +404,7 @@ def test_the_sum_of_a_batch_is_preference_and_own_loss(base, loss, weight):  # n
         total, metrics = stage.loss(model, batch)
         logprobs = label_logprobs_of(model, batch)
         known = Reference().logprobs(model, batch) if stage.reference else None
-        own = -(answer_sums(logprobs, batch) / label_counts(batch))[: batch.pairs].sum()
+        own = -(answer_sums(logprobs, batch) / batch.label_counts)[: batch.pairs].sum()
         preference = ours(stage, logprobs, known, batch).sum()
     torch.testing.assert_close(total.double(), preference + weight * own, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(metrics["sft_loss"][0].double(), own, rtol=1e-5, atol=1e-5)

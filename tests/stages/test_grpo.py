@@ -20,7 +20,6 @@ from pipeline.batch import Example, collate
 from stages.grpo import (
     GroupPolicy,
     GRPOOptions,
-    clipped_losses,
     deviation_over_ranks,
     group_deviation,
     k3_divergence,
@@ -29,9 +28,10 @@ from stages.grpo import (
     mean_baseline,
     policy_loss,
 )
-from stages.logprobs import batch_logprobs, label_counts
+from stages.logprobs import batch_logprobs
 from stages.reference import Reference
 from stages.rewards import RewardSource
+from stages.rollouts import clipped_losses, prompts_of
 from text.tokenizer import Tokenizer
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -307,7 +307,7 @@ def written_stage(tiny, **keys):
     nothing = np.zeros(6, bool)
     asked = [Example(np.arange(3, 9, dtype=np.int32) + row, nothing, nothing.astype(np.int16),
                      nothing.astype(np.uint8), (0, row)) for row in range(3)]  # fmt: skip
-    return stage, model.train(), [collate(asked[:2]), collate(asked[2:])]
+    return stage, model.train(), [prompts_of(asked[:2], stage.tokenizer), prompts_of(asked[2:], stage.tokenizer)]
 
 
 @pytest.mark.parametrize("kl_in_reward", [False, True])
@@ -322,16 +322,16 @@ def test_a_draw_is_measured_at_the_sampling_temperature_and_trained_by_the_paper
             old = whole_logprobs(model, batch)
             with lora_off(model):
                 reference = whole_logprobs(model, batch)
-            torch.testing.assert_close(batch.extras["old"].double(), old, rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(batch.extras["reference"].double(), reference, rtol=1e-5, atol=1e-5)
-            counts = label_counts(batch).tolist()
+            torch.testing.assert_close(batch.per_label["old"].double(), old, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(batch.per_label["reference"].double(), reference, rtol=1e-5, atol=1e-5)
+            counts = batch.label_counts.tolist()
             summed += [part.sum() for part in (old - reference).split(counts)]
             rewards += [count**0.5 for count in counts]
     rewards = torch.tensor(rewards).double().view(3, 3)
     if kl_in_reward:
         rewards -= 0.2 * torch.stack(summed).view(3, 3)
     advantages = ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)).flatten()
-    found = torch.cat([batch.extras["advantages"] for batch in group]).double()
+    found = torch.cat([batch.per_segment["advantages"] for batch in group]).double()
     torch.testing.assert_close(found, advantages, rtol=1e-4, atol=1e-4)
 
     for name, parameter in model.named_parameters():
@@ -340,10 +340,10 @@ def test_a_draw_is_measured_at_the_sampling_temperature_and_trained_by_the_paper
     for batch, mine in zip(group, advantages.split([6, 3])):
         logprobs, old, reference = (
             whole_logprobs(model, batch),
-            batch.extras["old"],
-            batch.extras["reference"],
+            batch.per_label["old"],
+            batch.per_label["reference"],
         )
-        spread = mine.repeat_interleave(label_counts(batch))
+        spread = mine.repeat_interleave(batch.label_counts)
         ratio = (logprobs - old).exp()
         losses = -torch.minimum(ratio * spread, ratio.clamp(0.8, 1.2) * spread)
         k3 = (reference - logprobs).exp() - (reference - logprobs) - 1
@@ -356,8 +356,8 @@ def test_every_answer_is_sampled_with_a_seed_of_its_own_and_evaluations_are_gree
     stage, model, drawn = written_stage(tiny)
     updates = stage.groups(model, drawn, 0)
     group = next(updates)
-    assert len(stage.state()["held"]) == 2
-    assert next(updates) is group and stage.state()["held"] is None
+    assert len(stage.state()["drawn"]) == 2
+    assert next(updates) is group and stage.state()["drawn"] == []
     next(stage.groups(model, drawn, 0))
     assert len(set(stage.seeds)) == len(stage.seeds) == 18 and stage.sampled.do_sample
     measured = stage.evaluate(model.eval(), iter(drawn), ALONE)

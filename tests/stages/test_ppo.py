@@ -3,7 +3,6 @@ of hand numbers; a draw is exact to resume, to replay and to evaluate beside."""
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from tiny_runs import assert_same_weights, tiny_runs
@@ -15,12 +14,12 @@ from generation.generate import Completion
 from generation.sampling import GenerateOptions
 from lora import LoraOptions, lora_off, prepare_trainable
 from parallel.world import World
-from pipeline.batch import Example, collate
+from pipeline.batch import collate
 from stages import ppo
 from stages.ppo import PPO, KLController, PPOOptions, RunningMoments
 from stages.reference import Reference
 from stages.rewards import RewardSource
-from stages.rollouts import Prompt, completions_batch
+from stages.rollouts import Prompt, clipped_losses, completions_batch
 from text.tokenizer import Tokenizer
 from training import run_folder
 
@@ -48,7 +47,7 @@ def test_rewards_advantages_and_returns_of_three_tokens_by_hand():
 
 def test_the_clipped_losses_by_hand():
     ratio = doubles(1.5, 1.5, 0.5, 0.5, 1.1)
-    losses = ppo.clipped_losses(ratio.log(), doubles(2.0, -2.0, 2.0, -2.0, 1.0), 0.2, 0.2)
+    losses = clipped_losses(ratio.log(), doubles(2.0, -2.0, 2.0, -2.0, 1.0), 0.2, 0.2)
     assert losses.tolist() == pytest.approx([-2.4, 3.0, -1.0, 1.6, -1.1])
     values = ppo.value_loss(doubles(2.0, 0.1, -1.0), doubles(1.0, 0.0, 0.0), doubles(3.0, 1.0, -1.0), 0.2)
     assert values.tolist() == pytest.approx([0.5 * 1.8**2, 0.5 * 0.9**2, 0.5 * 0.8**2])
@@ -117,6 +116,11 @@ def trl_advantages(scores, kl, values, mask, kl_coef, whiten_rewards, gamma, lam
         reversed_advantages.append(last)
     advantages = torch.stack(reversed_advantages[::-1]).T
     return masked_whiten(advantages, mask), advantages + values
+
+METRICS = (
+    *("reward", "kl", "kl_coef", "completions/mean_length", "completions/clipped_ratio", "policy_loss", "value_loss"),
+    *("values", "returns", "clip_ratio", "value_clip_ratio", "approx_kl", "skipped"),
+)
 
 
 def trl_loss(logprobs, old, values, old_values, advantages, returns, mask, options):
@@ -195,7 +199,7 @@ def test_a_draw_has_the_advantages_and_returns_of_trl(tiny, options):
         scores = torch.randn(4, generator=generator)
         seen.append(scores.double())
         split = [noted[:3], noted[3:]], [completions[:3], completions[3:]]  # two micro-batches
-        extras = stage._extras(*split, scores)
+        extras = stage._per_label(*split, scores)
         expected = seen[-1]
         if options.get("ppo_score_norm"):
             everything = torch.cat(seen)
@@ -247,17 +251,17 @@ def test_the_loss_and_every_gradient_are_those_of_trl(tiny):
     batch, noise = known_batch(prompts, completions)
     counts = [len(completion.ids) for completion in completions]
     logprobs, values = whole_logprobs(model, batch)
-    batch.extras["logprobs"] = logprobs.detach() + torch.cat(noise)
-    batch.extras["values"] = values.detach() - torch.cat(noise)
+    batch.per_label["logprobs"] = logprobs.detach() + torch.cat(noise)
+    batch.per_label["values"] = values.detach() - torch.cat(noise)
     stage.draws = 1
     loss, metrics = stage.loss(model, batch.rounded(32))
     (loss / stage.weight(batch)).backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    assert metrics.keys() == set(stage.metric_names)
+    assert metrics.keys() == set(METRICS)
     assert 0 < metrics["clip_ratio"][0] < metrics["clip_ratio"][1] == sum(counts)
     model.zero_grad()
-    inputs = [logprobs, batch.extras["logprobs"], values, batch.extras["values"]]
-    inputs += [batch.extras["advantages"], batch.extras["returns"]]
+    inputs = [logprobs, batch.per_label["logprobs"], values, batch.per_label["values"]]
+    inputs += [batch.per_label["advantages"], batch.per_label["returns"]]
     tables = [padded(list(each.split(counts))) for each in inputs]
     expected = trl_loss(*(table for table, _ in tables), tables[0][1], stage.options)
     expected.backward()
@@ -302,9 +306,7 @@ def written(monkeypatch):
 
 
 def batches_of_prompts(prompts):
-    nothing = [np.zeros(len(prompt.ids), bool) for prompt in prompts]
-    return [collate([Example(np.array(p.ids, np.int32), no, no.astype(np.int16), no.astype(np.uint8), p.source)])
-            for p, no in zip(prompts, nothing)]  # fmt: skip
+    return [[prompt] for prompt in prompts]
 
 
 def test_a_draw_pays_the_coefficient_of_its_time_and_its_state_goes_on(tiny, written):
@@ -320,8 +322,8 @@ def test_a_draw_pays_the_coefficient_of_its_time_and_its_state_goes_on(tiny, wri
         assert [id(group[0]) for group in groups[2:]] == [
             id(group[0]) for group in groups[:2]
         ]  # 2 groups, 4 epochs
-        assert stage.state()["drawn"]["batches"] == []  # nothing is left to be made of them
-        return [batch.extras for group in groups[:2] for batch in group]
+        assert stage.state()["drawn"] == []  # nothing is left to be made of them
+        return [batch.per_label for group in groups[:2] for batch in group]
 
     stage, twin = new_stage(), new_stage()
     draw(stage)
@@ -369,14 +371,14 @@ def test_a_text_whose_mean_ratio_is_too_large_teaches_nothing_even_at_infinity(t
         changes = [torch.full((len(c.ids),), value) for c, value in zip(completions, logprobs_change)]
         known = {
             name: list(each.split([len(c.ids) for c in make_texts()[1]]))
-            for name, each in batch.extras.items()
+            for name, each in batch.per_label.items()
         }
         batch = completions_batch(
             prompts, completions, {name: each[: len(prompts)] for name, each in known.items()}
         )
         logprobs, values = whole_logprobs(model, batch)
-        batch.extras["logprobs"] = (logprobs - torch.cat(changes)).detach()
-        batch.extras["values"] = values.detach()
+        batch.per_label["logprobs"] = (logprobs - torch.cat(changes)).detach()
+        batch.per_label["values"] = values.detach()
         model.zero_grad()
         loss, metrics = stage.loss(model, batch)
         loss.backward()
@@ -419,8 +421,8 @@ def test_replaying_a_draw_makes_the_same_updates_whatever_is_rolled_out_now(tiny
     files = sorted(path.name for path in (tiny.folder / "saved" / "draws").iterdir())
     assert files == ["draw-1-rank-0.pt"]
     drawn = tiny.folder / "saved" / "draws" / files[0]
-    texts = run_folder.read_state(drawn)["drawn"]["batches"]
-    assert {"logprobs", "values", "kl", "advantages", "returns"} <= texts[0]["extras"].keys()
+    texts = run_folder.read_state(drawn)["drawn"]
+    assert {"logprobs", "values", "kl", "advantages", "returns"} <= texts[0]["per_label"].keys()
     other = keys_of(tiny, top_p=0.2, max_new_tokens=3, max_steps=4)
     assert tiny.train("replayed", ppo_replay=drawn, **other) == 0
     assert tiny.losses("saved") == tiny.losses("replayed")

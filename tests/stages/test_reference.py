@@ -135,8 +135,8 @@ def test_what_is_computed_ahead_is_what_is_computed_beside(tiny, tmp_path):
         assert store.example(i).reference == pytest.approx(Reference().sums(model, batch).tolist(), abs=1e-4)
     carried = collate([store.example(i) for i in (5, 2)])
     expected = [store.example(i).reference[half] for half in (0, 1) for i in (5, 2)]
-    assert carried.reference.tolist() == expected
-    assert Reference().sums(None, carried) is carried.reference
+    assert carried.per_segment["reference"].tolist() == expected
+    assert Reference().sums(None, carried) is carried.per_segment["reference"]
     assert Reference().sums(None, collate([])).shape == (0,)
 
 

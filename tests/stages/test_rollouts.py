@@ -3,6 +3,7 @@ are the texts' own tokens."""
 
 import itertools
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import lora
 from checkpoints.huggingface import load_model
 from generation.sampling import GenerateOptions
 from lora import LoraOptions
-from pipeline.batch import IGNORED, ROW_MULTIPLE, Example, StreamingLoader, collate
+from pipeline.batch import IGNORED, ROW_MULTIPLE, Example, StreamingLoader
 from pipeline.store import ExampleStore
 from stages.logprobs import batch_logprobs
 from stages.rollouts import Prompt, completions_batch, prompts_of, roll_out, seed_of
@@ -65,17 +66,16 @@ ROWS = [("the hammer", "sings"), ("blue sparks fly and 12 smiths", None), ("an",
 
 
 def test_a_prompt_is_what_stands_before_the_answer_and_the_answer_is_kept_as_text(tokenizer):
-    batch = collate(batch_of(tokenizer, ROWS)).rounded(ROW_MULTIPLE["cpu"])
-    prompts = prompts_of(batch, tokenizer)
+    prompts = prompts_of(batch_of(tokenizer, ROWS), tokenizer)
     assert [prompt.ids for prompt in prompts] == [tokenizer.encode(text) for text, _ in ROWS]
     assert [prompt.text for prompt in prompts] == [text for text, _ in ROWS]
     assert [prompt.answer for prompt in prompts] == [answer for _, answer in ROWS]
     assert [prompt.source for prompt in prompts] == [(1, 0), (1, 1), (1, 2)]
-    assert prompts_of(collate([]), tokenizer) == []
+    assert prompts_of([], tokenizer) == []
 
 
 def test_the_labels_of_a_rollout_are_its_new_tokens_and_only_these(model, tokenizer):
-    prompts = prompts_of(collate(batch_of(tokenizer, ROWS)), tokenizer)
+    prompts = prompts_of(batch_of(tokenizer, ROWS), tokenizer)
     completions = roll_out(model, prompts, [3, 4, 5], SAMPLED, stop_ids=[], tokenizer=tokenizer)
     old = [torch.arange(len(completion.ids)) + 10.0 * number for number, completion in enumerate(completions)]
     batch = completions_batch(prompts, completions, {"old": old}).rounded(ROW_MULTIPLE["cpu"])
@@ -87,11 +87,11 @@ def test_the_labels_of_a_rollout_are_its_new_tokens_and_only_these(model, tokeni
         assert labels[labels != IGNORED].tolist() == completion.ids
         assert len(completion.ids) == 7 and completion.finish_reason == "length"
         assert completion.text == tokenizer.decode(completion.ids)
-    assert torch.equal(batch.extras["old"], torch.cat(old)) and len(batch.label_rows) == 21
+    assert torch.equal(batch.per_label["old"], torch.cat(old)) and len(batch.label_rows) == 21
 
 
 def test_a_text_depends_on_its_prompt_and_seed_alone(model, tokenizer):
-    prompts = prompts_of(collate(batch_of(tokenizer, ROWS)), tokenizer)
+    prompts = prompts_of(batch_of(tokenizer, ROWS), tokenizer)
     prompts, seeds = prompts + prompts[:1], [seed_of(42, 1, prompt) for prompt in prompts]
     seeds.append(seed_of(42, 1, prompts[0], 1, 2))
     common = {"stop_ids": tokenizer.stop_ids, "tokenizer": tokenizer}
@@ -118,24 +118,25 @@ def test_rows_that_an_order_repeats_are_copies_of_their_own(tokenizer):
     parts = [ExampleStore.from_examples(batch_of(tokenizer, ROWS), ["", ""]).parts[1]] * 2
     index = np.array([(1, 2), (0, 2), (1, 2), (1, 0), (0, 1), (1, 2), (1, 0)])
     store = ExampleStore(parts, ["a", "b"], index)
-    batch = collate([store.example(i) for i in range(7)])
-    assert [prompt.copy for prompt in prompts_of(batch, tokenizer)] == [0, 0, 1, 0, 0, 2, 1]
+    examples = [store.example(i) for i in range(7)]
+    assert [prompt.copy for prompt in prompts_of(examples, tokenizer)] == [0, 0, 1, 0, 0, 2, 1]
     assert not store.select(np.array([1, 2, 6])).copies.any()  # each is there once
 
 
 def test_a_stream_that_comes_to_its_end_begins_again_with_other_copies(tokenizer):
     rows = batch_of(tokenizer, ROWS)
-    loader = StreamingLoader(lambda epoch: iter(rows), lambda row: [row], rows_per_batch=5)
-    prompts = prompts_of(next(loader.batches()), tokenizer)
+    collate = partial(prompts_of, tokenizer=tokenizer)
+    loader = StreamingLoader(lambda epoch: iter(rows), lambda row: [row], rows_per_batch=5, collate=collate)
+    prompts = next(loader.batches())
     assert len({prompt.source for prompt in prompts}) == 3
     assert len({(prompt.source, prompt.copy) for prompt in prompts}) == 5
-    (again,) = [prompts_of(each, tokenizer) for each in itertools.islice(loader.batches(start=1), 1)]
-    (resumed,) = [prompts_of(each, tokenizer) for each in itertools.islice(loader.batches(), 1, 2)]
+    (again,) = itertools.islice(loader.batches(start=1), 1)
+    (resumed,) = itertools.islice(loader.batches(), 1, 2)
     assert again == resumed
 
 
 def test_greedy_texts_are_the_likeliest_tokens_of_the_policy_that_trains(model, tokenizer):
-    prompts = prompts_of(collate(batch_of(tokenizer, ROWS)), tokenizer)
+    prompts = prompts_of(batch_of(tokenizer, ROWS), tokenizer)
     state = torch.get_rng_state()
     completions = roll_out(model, prompts, [0, 0, 0], GREEDY, stop_ids=[], tokenizer=tokenizer)
     assert model.training and torch.equal(state, torch.get_rng_state())
@@ -150,4 +151,4 @@ def test_greedy_texts_are_the_likeliest_tokens_of_the_policy_that_trains(model, 
 def test_no_prompts_make_the_empty_batch():
     batch = completions_batch([], [], {"old": []})
     assert batch.sources == [] and len(batch) == 0
-    assert batch.extras["old"].shape == (0,) and len(batch.label_rows) == 0
+    assert batch.per_label["old"].shape == (0,) and len(batch.label_rows) == 0

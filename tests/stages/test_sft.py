@@ -12,7 +12,7 @@ from lora import LoraOptions, lora_off, merge_lora, prepare_trainable
 from pipeline.batch import Example, collate
 from stages import logprobs
 from stages.logprobs import head_loss
-from stages.stage import TokenLoss
+from stages.sft import TokenLoss
 
 KINDS = {
     "lora": LoraOptions(lora_rank=3),

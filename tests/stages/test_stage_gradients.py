@@ -132,7 +132,7 @@ def test_rows_that_come_twice_in_a_draw_get_texts_of_their_own_in_every_layout(t
         """(draw, row, text) of all ranks; a packed row is all data, so it is left to the first draw."""
         found = []
         for file in (tiny.folder / f"again-{name}" / "draws").iterdir():
-            for batch in (Batch(**values) for values in torch.load(file)["drawn"]["batches"]):
+            for batch in (Batch(**values) for values in torch.load(file)["drawn"]):
                 spans = zip(batch.sources, batch.borders, batch.borders[1:])
                 found += [(file.name[5], row, tuple(batch.tokens[a:b].tolist())) for row, a, b in spans]
         return sorted(found)

@@ -18,7 +18,7 @@ from tiny_runs import assert_same_weights, tiny_runs
 
 import chat
 import export
-from training.make_stage import STAGES
+from stages import STAGES, WRITES
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,9 @@ def test_a_stage_trains_logs_evaluates_and_saves(tiny, stage, method):
     assert [entry["current_steps"] for entry in steps] == [1, 2]
     for entry in steps:
         assert math.isfinite(entry["loss"]) and entry["grad_norm"] > 0
-        assert all(math.isfinite(entry[metric]) for metric in kind.metric_names)
+        assert all(math.isfinite(value) for value in entry.values() if isinstance(value, float))
+        if stage not in WRITES:  # these log what was written, and evaluate other texts
+            assert entry.keys() >= set(kind.evaluation_names) - {"perplexity"}
     results = tiny.results(name)
     measured = [f"eval_{metric}" for metric in kind.evaluation_names]
     assert all(math.isfinite(results[metric]) for metric in measured)

@@ -7,9 +7,9 @@ import pytest
 from stage_runs import all_stages, held_out, stage_keys, write_stage_data
 from tiny_runs import tiny_runs
 
+from stages import WRITES
 from tests.training.test_resume import assert_equal_runs, halves
 from training import run_folder
-from training.make_stage import WRITES
 
 # 12 examples in micro-batches of 2: 3 updates of 2 micro-batches an epoch; ppo draws 4 of them at once and
 # makes 4 updates of those, grpo draws 2 and makes 2
