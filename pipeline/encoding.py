@@ -1,16 +1,16 @@
 """One row -> tokens and a mask of what is trained; many rows -> chunks, in this process or in several.
 
-dialogue (stage sft): the template renders the conversation into spans, the tokenizer encodes them part by
-part, the answers' tokens are trained. document (pt): text + eos, cut into pieces of cutoff_len. pair (rm,
-dpo, orpo): prompt + chosen, prompt + rejected, two segments of one example; only these last answers are
-trained. rated (kto): prompt + answer and a tag. prompt (ppo, grpo): what chat.py would give the model, and the
-row's answer as label behind it. Over-long conversations (`truncation_strategy`):
-  ratio  LLaMA-Factory 0.6: turn by turn, a pair of s source and t target tokens in a remaining budget b keeps the first
-         max(b * t // (s + t), reserved_label_len) target tokens and of the source what then fits; later turns go.
-         With mask_history the last turn comes first (as in newer versions), for it is the only one trained.
+dialogue (sft): the template renders the conversation into spans, the tokenizer encodes them part by part, the
+answers' tokens are trained. document (pt): text + eos, cut into pieces of cutoff_len. pair (rm, dpo, orpo):
+prompt + chosen, prompt + rejected, two segments of one example; only these last answers are trained. rated
+(kto): prompt + answer and a tag. prompt (ppo, grpo): what chat.py would give the model, and the row's answer
+as label behind it. Over-long conversations (`truncation_strategy`):
+  ratio  LLaMA-Factory 0.6: turn by turn, a pair of s source and t target tokens in a remaining budget b keeps
+         the first max(b * t // (s + t), reserved_label_len) target tokens and of the source what then fits;
+         later turns go. With mask_history the last turn, the only one trained, comes first, as in newer ones.
   drop   the row is left out      left / right   the last / first cutoff_len tokens stay; left keeps the bos
-Both answers of a pair keep the same tokens of their prompt, chosen by the length of the longer one; with left the
-prompt gives way before the answers do. A prompt for generation is never cut: a longer one is dropped.
+Both answers of a pair keep the same tokens of their prompt, chosen by the length of the longer one; with left
+the prompt gives way before the answers do. A prompt for generation is never cut: a longer one is dropped.
 """
 
 import contextlib
@@ -21,26 +21,17 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain, islice
 
 import numpy as np
 
-from options.errors import UserError
+from options.errors import UserError, located
 from pipeline.batch import ANSWER, ROLES, Example
-from pipeline.formats import (
-    Conversation,
-    Dropped,
-    Turn,
-    to_conversation,
-    to_document,
-    to_pair,
-    to_prompt,
-    to_rated,
-)
+from pipeline.formats import Conversation, Dropped, to_conversation, to_document, to_pair, to_prompt, to_rated
 from pipeline.sources import DatasetInfo
-from pipeline.store import Chunk, Tally
-from text.render import Message, encode_dialogue
+from pipeline.store import Tally, TokenArrays
+from text.render import Message, Span, encode_dialogue
 
 CHUNK_ROWS = 256  # rows handed to a worker at once: a fraction of a second of work
 PARALLEL_CHUNKS = 16  # less work than this is done here: starting processes would take longer
@@ -62,38 +53,30 @@ class EncodeOptions:
 
 
 class ChunkEncoder:
-    """Rows of one data set -> Chunk. Can be pickled, so that worker processes hold a copy."""
+    """Rows of one data set -> TokenArrays. Can be pickled, so that worker processes hold a copy."""
 
     def __init__(self, info: DatasetInfo, part: int, template, tokenizer, options: EncodeOptions):
-        self.info, self.part, self.template, self.tokenizer, self.options = (
-            info,
-            part,
-            template,
-            tokenizer,
-            options,
-        )
-        self.bos, self.eos = tokenizer.bos_token, tokenizer.eos_token
+        self.info, self.part, self.options = info, part, options
+        self.template, self.tokenizer = template, tokenizer
 
-    def __call__(self, rows: list[Row]) -> Chunk:
+    def __call__(self, rows: list[Row]) -> TokenArrays:
         tally, examples = Tally(), []
         for row in rows:
             examples += self.encode(row, tally)
-        return Chunk.join(examples, tally)
+        return TokenArrays.join(examples, tally)
 
     def encode(self, row: Row, tally: Tally) -> list[Example]:
-        """The examples of one row, [] when it is dropped. Errors name data set, place, row number and
-        column."""
+        """The examples of one row, [] when it is dropped. Errors name data set, place, row and column."""
         number, place, columns = row
         tally.read += 1
         try:
-            examples, cut, notes = self._encode(number, columns)
-            for note in notes:
-                tally.note(note, place)
+            with located(f"dataset {self.info.name!r}: {place} (row {number})"):
+                examples, cut, notes = self._encode(number, columns)
         except Dropped as reason:
             tally.drop(str(reason), place)
             return []
-        except UserError as error:
-            raise UserError(f"dataset {self.info.name!r}: {place} (row {number}): {error}") from error
+        for note in notes:
+            tally.note(note, place)
         tally.used += 1
         tally.cut += cut > 0
         tally.tokens_cut += cut
@@ -107,25 +90,23 @@ class ChunkEncoder:
 
     def _encode(self, number: int, columns: dict) -> tuple[list[Example], int, tuple[str, ...]]:
         """(examples, tokens cut, notes) of one row."""
-        kind = self.options.kind
+        kind, info = self.options.kind, self.info
         if kind == "document":
-            return self._document(number, to_document(columns, self.info)), 0, ()
+            return self._document(number, to_document(columns, info)), 0, ()
         if kind == "prompt":
-            conversation, answer = to_prompt(columns, self.info)
+            conversation, answer = to_prompt(columns, info)
             example, notes = self._prompt(number, conversation, answer)
             return [example], 0, (*conversation.notes, *notes)
-        if kind in ("pair", "rated"):
-            tag = 0
-            if kind == "pair":
-                conversation, *answers = to_pair(columns, self.info)
-            else:
-                conversation, answer, tag = to_rated(columns, self.info)
-                answers = [answer]
-            example, cut = self._answers(number, conversation, answers, tag)
-            return [example], cut, conversation.notes
-        conversation = to_conversation(columns, self.info)
-        examples, cut = self._dialogue(number, conversation)
-        return examples, cut, conversation.notes
+        if kind == "dialogue":
+            conversation = to_conversation(columns, info)
+            example, cut = self._dialogue(number, conversation)
+        elif kind == "pair":
+            conversation, *answers = to_pair(columns, info)
+            example, cut = self._answers(number, conversation, answers, 0)
+        else:
+            conversation, answer, tag = to_rated(columns, info)
+            example, cut = self._answers(number, conversation, [answer], tag)
+        return [example], cut, conversation.notes
 
     def _document(self, number: int, text: str) -> list[Example]:
         ids = list(self.tokenizer.encode(text, add_special=True))
@@ -133,55 +114,49 @@ class ChunkEncoder:
             ids.append(self.tokenizer.eos_id)
         if len(ids) < 2:
             raise Dropped("no trained token")
-        examples = []
+        examples, tokens = [], np.array(ids, np.int32)
         for start, end in pieces(len(ids), self.options.cutoff_len):
-            trained = np.ones(end - start, bool)
-            trained[0] = False  # nothing stands before it that could predict it
+            trained = np.arange(end - start) > 0  # nothing stands before the first one that could predict it
             turns = np.zeros(end - start, np.int16)
             roles = np.full(end - start, ROLE_NUMBER["text"] + ANSWER, np.uint8)
-            examples.append(
-                Example(np.array(ids[start:end], np.int32), trained, turns, roles, (self.part, number))
-            )
+            examples.append(Example(tokens[start:end], trained, turns, roles, (self.part, number)))
         return examples
 
-    def _render(
-        self, conversation: Conversation, generation_prompt: bool = False
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """tokens, answer, turns, roles of a conversation, each (n,)."""
-        messages = [Message(role, text) for role, text in conversation.turns]
-        spans = self.template.render(
-            messages,
-            self.bos,
-            self.eos,
+    def _spans(
+        self, turns: list[Message], tools: tuple[dict, ...], generation_prompt: bool = False
+    ) -> list[Span]:
+        return self.template.render(
+            turns,
+            self.tokenizer.bos_token,
+            self.tokenizer.eos_token,
             generation_prompt=generation_prompt,
             enable_thinking=self.options.enable_thinking,
-            tools=list(conversation.tools) or None,
+            tools=list(tools) or None,
         )
-        encoded = encode_dialogue(self.tokenizer, spans)
+
+    def _render(
+        self, turns: list[Message], tools: tuple[dict, ...], generation_prompt: bool = False
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """tokens, answer, turns, roles of a conversation, each (n,)."""
+        encoded = encode_dialogue(self.tokenizer, self._spans(turns, tools, generation_prompt))
         answer = np.array(encoded.answer, bool)
-        roles = np.array([ROLE_NUMBER.get(role, 0) for role in encoded.role], np.uint8) + answer * np.uint8(
-            ANSWER
-        )
+        roles = np.array([ROLE_NUMBER.get(role, 0) for role in encoded.role], np.uint8)
+        roles += answer * np.uint8(ANSWER)
         return np.array(encoded.ids, np.int32), answer, np.array(encoded.turn, np.int16), roles
 
     def _prompt(
-        self, number: int, conversation: Conversation, answer: Turn | None
+        self, number: int, conversation: Conversation, answer: Message | None
     ) -> tuple[Example, tuple[str, ...]]:
         """What generation is given, as chat.py gives it; behind it the row's own answer as the label, if it
-        has one.
-
-        The label is the text alone, without what the template puts around an answer: for comparing, never for
-        reading.
-        """
-        tokens, _, turns, roles = self._render(conversation, generation_prompt=True)
+        has one: its text alone, not what the template puts around it; for comparing, never for reading."""
+        tokens, _, turns, roles = self._render(conversation.turns, conversation.tools, generation_prompt=True)
         if len(tokens) > self.options.cutoff_len:
             raise Dropped("prompt longer than cutoff_len")
-        label = np.array([], np.int32)
-        if answer is not None:
-            label = np.array(self.tokenizer.encode(self._label(conversation, answer)), np.int32)
+        text = "" if answer is None else self._label(conversation, answer)
+        label = np.array(self.tokenizer.encode(text) if text else [], np.int32)
         notes = ("label cut to cutoff_len tokens",) if len(label) > self.options.cutoff_len else ()
         label = label[: self.options.cutoff_len]
-        role = ROLE_NUMBER[answer[0] if answer is not None else "assistant"] + ANSWER
+        role = ROLE_NUMBER[answer.role if answer is not None else "assistant"] + ANSWER
         example = Example(
             np.concatenate([tokens, label]),
             np.arange(len(tokens) + len(label)) >= len(tokens),
@@ -191,46 +166,33 @@ class ChunkEncoder:
         )
         return example, notes
 
-    def _label(self, conversation: Conversation, answer: Turn) -> str:
-        """The text of an answer; a call of a tool as the template writes it, for that is what a model is to
-        write."""
-        role, text = answer
-        if role != "function":
-            return text
-        messages = [Message(*turn) for turn in (*conversation.turns, answer)]
-        spans = self.template.render(
-            messages,
-            self.bos,
-            self.eos,
-            enable_thinking=self.options.enable_thinking,
-            tools=list(conversation.tools) or None,
-        )
-        written = "".join(span.text for span in spans if span.answer and span.turn == len(messages) - 1)
-        for word in self.template.stop_words(self.eos):
+    def _label(self, conversation: Conversation, answer: Message) -> str:
+        """The text of an answer; a call of a tool as the template, and so the model, is to write it."""
+        if answer.role != "function":
+            return answer.content
+        turn = len(conversation.turns)
+        spans = self._spans([*conversation.turns, answer], conversation.tools)
+        written = "".join(span.text for span in spans if span.answer and span.turn == turn)
+        for word in self.template.stop_words(self.tokenizer.eos_token):
             written = written.removesuffix(word)
         return written
 
     def _answers(
-        self, number: int, conversation: Conversation, answers: list[Turn], tag: int
+        self, number: int, conversation: Conversation, answers: list[Message], tag: int
     ) -> tuple[Example, int]:
         """prompt + answer for each answer, as segments. All keep the same tokens of the prompt."""
         segments = []
         for answer in answers:
-            tokens, produced, turns, roles = self._render(
-                replace(conversation, turns=[*conversation.turns, answer])
-            )
+            tokens, produced, turns, roles = self._render([*conversation.turns, answer], conversation.tools)
             if not produced.any():
                 raise Dropped("no trained token")
             last = np.flatnonzero(produced)[-1]
             segments.append((tokens, produced & (turns == turns[last]), turns, roles))
         starts = {int(np.argmax(segment[1])) for segment in segments}
-        start = min(starts)
-        if len(starts) > 1 or any(
-            not np.array_equal(segments[0][0][:start], segment[0][:start]) for segment in segments
-        ):
+        start, first = min(starts), segments[0]
+        if len(starts) > 1 or any((first[0][:start] != segment[0][:start]).any() for segment in segments):
             raise Dropped("the template writes the prompt differently for the two answers")
-        first_turn = segments[0][2][:start]
-        prefix = int(np.argmax(first_turn >= 0)) if start and (first_turn >= 0).any() else 0
+        prefix = int(np.argmax(first[2][:start] >= 0)) if (first[2][:start] >= 0).any() else 0
         length = max(len(segment[0]) for segment in segments)
         cut, kept = 0, []
         for segment in segments:
@@ -246,8 +208,8 @@ class ChunkEncoder:
         split = len(kept[0][0]) if len(kept) > 1 else 0
         return Example(*arrays, (self.part, number), split=split, tag=tag), cut
 
-    def _dialogue(self, number: int, conversation: Conversation) -> tuple[list[Example], int]:
-        tokens, answer, turns, roles = self._render(conversation)
+    def _dialogue(self, number: int, conversation: Conversation) -> tuple[Example, int]:
+        tokens, answer, turns, roles = self._render(conversation.turns, conversation.tools)
         trained = answer
         if self.options.mask_history and answer.any():
             trained = answer & (turns == turns[np.flatnonzero(answer)[-1]])
@@ -256,12 +218,12 @@ class ChunkEncoder:
         keep = keep_tokens(answer, turns, self.options)
         if keep is not None:
             tokens, trained, turns, roles = tokens[keep], trained[keep], turns[keep], roles[keep]
-        trained = trained.copy()
-        trained[:1] = False  # nothing stands before the first token that could predict it
+        trained = trained & (
+            np.arange(len(tokens)) > 0
+        )  # nothing stands before the first token that predicts it
         if not trained.any():
             raise Dropped("no trained token")
-        cut = 0 if keep is None else len(answer) - len(tokens)
-        return [Example(tokens, trained, turns, roles, (self.part, number))], cut
+        return Example(tokens, trained, turns, roles, (self.part, number)), len(answer) - len(tokens)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -297,12 +259,10 @@ def keep_tokens(answer: np.ndarray, turns: np.ndarray, options: EncodeOptions) -
 
 
 def keep_answer(length: int, start: int, prefix: int, longest: int, options: EncodeOptions) -> np.ndarray:
-    """Which tokens of prompt + answer stay, (length,) bool; the prompt loses the same tokens for every answer
-    to it.
+    """Which tokens of prompt + answer stay, (length,) bool; the prompt loses the same for every answer to it.
 
-    start: tokens of the prompt; prefix of them stand before the first message (bos).  longest: of all its
-    answers'
-    lengths.  Raises Dropped.
+    start: tokens of the prompt; prefix of them stand before the first message (bos). longest: of all its
+    answers' lengths. Raises Dropped.
     """
     capacity, place = options.cutoff_len, np.arange(length)
     if longest <= capacity:
@@ -317,11 +277,8 @@ def keep_answer(length: int, start: int, prefix: int, longest: int, options: Enc
     if strategy == "left":  # the prompt gives way first, and the bos last: models go wrong without it
         prefix = min(prefix, capacity - 1)
         kept = max(capacity - (longest - start), prefix, 1)
-        return (
-            (place < prefix)
-            | ((place >= start - (kept - prefix)) & (place < start))
-            | ((place >= start) & (place >= length - (capacity - kept)))
-        )
+        of_prompt = (place < prefix) | ((place >= start - (kept - prefix)) & (place < start))
+        return of_prompt | ((place >= start) & (place >= length - (capacity - kept)))
     source, target = ratio_lengths(start, longest - start, capacity, options.reserved_label_len)
     return (place < source) | ((place >= start) & (place < start + target))
 
@@ -332,10 +289,8 @@ def ratio_keep(answer: np.ndarray, budget: int, reserved: int, last_first: bool 
     runs = [(int(a), int(b)) for a, b in zip(starts, [*starts[1:], len(answer)])]
     if answer[0]:
         runs.insert(0, (0, 0))  # an empty source
-    if len(runs) % 2:
-        runs.append(
-            (len(answer), len(answer))
-        )  # template text after the last answer: a source without a target
+    if len(runs) % 2:  # template text after the last answer: a source without a target
+        runs.append((len(answer), len(answer)))
     pairs = list(zip(runs[::2], runs[1::2]))
     keep = np.zeros(len(answer), bool)
     for (source, source_end), (target, target_end) in reversed(pairs) if last_first else pairs:
@@ -349,21 +304,18 @@ def ratio_keep(answer: np.ndarray, budget: int, reserved: int, last_first: bool 
 
 
 def ratio_lengths(source: int, target: int, budget: int, reserved: int) -> tuple[int, int]:
-    """How many source and target tokens of a pair stay within `budget` tokens.
-
-    Whole numbers: LLaMA-Factory's int(budget * (t / (s + t))) loses a token to rounding even where all would
-    fit.
-    """
+    """How many source and target tokens of a pair stay within `budget` tokens. Whole numbers: LLaMA-Factory's
+    int(budget * (t / (s + t))) loses a token to rounding even where all would fit."""
     most = max(budget * target // max(source + target, 1), reserved)
     target_kept = min(most, target, budget)
     return min(source, budget - target_kept), target_kept
 
 
-# ------------------------------------------------------------------------------------------------------- many
-# rows
+# ---------------------------------------------------------------------------------------------------------
+# many rows
 
 
-def encode_chunks(rows: Iterable[Row], encoder: ChunkEncoder, workers: int) -> Iterator[Chunk]:
+def encode_chunks(rows: Iterable[Row], encoder: ChunkEncoder, workers: int) -> Iterator[TokenArrays]:
     """Chunks in row order, the same for any number of workers. At most 2 chunks a worker are in flight."""
     chunks = _chunks(rows)
     head = list(islice(chunks, PARALLEL_CHUNKS)) if workers > 1 else []
@@ -418,41 +370,28 @@ def _context():
     return multiprocessing.get_context("fork" if threads == 1 else "spawn")
 
 
-_worker_encoder: list[
-    ChunkEncoder
-] = []  # filled in worker processes only, so that it is sent once, not per chunk
+_worker_encoder: list[ChunkEncoder] = []  # filled in worker processes, so that it is sent once, not per chunk
 
 
 def _start_worker(encoder: ChunkEncoder) -> None:
     _worker_encoder[:] = [encoder]
 
 
-def _encode(rows: list[Row]) -> Chunk:
+def _encode(rows: list[Row]) -> TokenArrays:
     return _worker_encoder[0](rows)
 
 
-# ------------------------------------------------------------------------------------------------------ cache
-# keys
+# ---------------------------------------------------------------------------------------------------------
+# cache keys
 
 
 def template_key(template, enable_thinking: bool = True) -> str:
-    """A hash of what the template does: of its spans for a few probe dialogues, with code and data changes
-    included."""
-    probes = [
-        [
-            Message("user", "a?"),
-            Message("assistant", "b."),
-            Message("user", "c?"),
-            Message("assistant", "d."),
-        ],
-        [Message("system", "s"), Message("user", "a?"), Message("assistant", "<think>\nt\n</think>\n\nb.")],
-        [
-            Message("user", "a?"),
-            Message("function", "f"),
-            Message("observation", "o"),
-            Message("assistant", "b."),
-        ],
-    ]
+    """A hash of what the template does, its spans for a few probe dialogues: code and data are in it."""
+    user, reply, more = Message("user", "a?"), Message("assistant", "b."), Message("user", "c?")
+    thought = Message("assistant", "<think>\nt\n</think>\n\nb.")
+    call, result = Message("function", "f"), Message("observation", "o")
+    last = Message("assistant", "d.")
+    probes = [[user, reply, more, last], [Message("system", "s"), user, thought], [user, call, result, reply]]
     tool = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}
     ways = [(probe, {}) for probe in probes]
     ways += [(probe[:-1], {"generation_prompt": True}) for probe in probes]
@@ -474,7 +413,6 @@ def tokenizer_key(tokenizer) -> str:
     if folder is not None and (folder / "tokenizer.json").is_file():
         digest.update((folder / "tokenizer.json").read_bytes())
     probe = tokenizer.encode("Hello, w\u00f6rld!  123\n\u4f60\u597d \U0001f642", add_special=True)
-    digest.update(
-        json.dumps([probe, tokenizer.bos_token, tokenizer.eos_token, tokenizer.vocab_size]).encode()
-    )
+    known = [probe, tokenizer.bos_token, tokenizer.eos_token, tokenizer.vocab_size]
+    digest.update(json.dumps(known).encode())
     return digest.hexdigest()

@@ -6,13 +6,12 @@ splits.i32 and tags.i8 (one per example), and meta.json (sizes, checksums, count
 its name ends in `.partial` and `progress.json` says how far it is: a killed run goes on there. Renaming makes
 it complete; a finished folder whose sizes or checksums are wrong is refused.
 
-Run from Python: store = ExampleStore([TokenFiles.open(folder)], ["my data"]); store.example(0)
+Run from Python: store = ExampleStore([TokenArrays.open(folder)], ["my data"]); store.example(0)
 """
 
 import fcntl
 import json
 import os
-import shutil
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from options.errors import UserError
+from parallel.atomic import TEMPORARY, atomic_file, atomic_folder, remove_folder
 from pipeline.batch import Example
 
 ARRAYS = {
@@ -69,10 +69,9 @@ class Tally:
         ):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.longest = max(self.longest, other.longest)
-        for reason, count in other.dropped.items():
-            self.dropped[reason] = self.dropped.get(reason, 0) + count
-        for note, count in other.notes.items():
-            self.notes[note] = self.notes.get(note, 0) + count
+        for mine, theirs in ((self.dropped, other.dropped), (self.notes, other.notes)):
+            for reason, count in theirs.items():
+                mine[reason] = mine.get(reason, 0) + count
         self.first = other.first | self.first
 
     def drop(self, reason: str, place: str) -> None:
@@ -85,22 +84,21 @@ class Tally:
 
 
 @dataclass
-class Chunk:
-    """Examples of a run of rows, flat. rows[i] is the row that example i came from; splits, tags as in
-    Example."""
+class TokenArrays:
+    """Examples of a run of rows or of a whole data set, flat; in memory, or memory-mapped from a folder."""
 
-    tokens: np.ndarray
+    tokens: np.ndarray  # (tokens of all examples,), as trained, turns and roles; see Example
     trained: np.ndarray
     turns: np.ndarray
     roles: np.ndarray
-    lengths: np.ndarray
-    rows: np.ndarray
-    splits: np.ndarray
+    lengths: np.ndarray  # (n,) tokens of each example
+    rows: np.ndarray  # (n,) the row that it came from
+    splits: np.ndarray  # (n,), as tags; see Example
     tags: np.ndarray
     tally: Tally
 
     @classmethod
-    def join(cls, examples: Sequence[Example], tally: Tally) -> "Chunk":
+    def join(cls, examples: Sequence[Example], tally: Tally) -> "TokenArrays":
         def flat(name: str) -> np.ndarray:
             parts = [getattr(example, name) for example in examples]
             return np.concatenate(parts or [np.empty(0)]).astype(ARRAYS[name][1], copy=False)
@@ -114,37 +112,9 @@ class Chunk:
             tally=tally,
         )
 
-
-class TokenFiles:
-    """The arrays of one dataset, from memory or memory-mapped from a folder."""
-
-    def __init__(self, arrays: dict[str, np.ndarray], tally: Tally):
-        self.tokens, self.trained = arrays["tokens"], arrays["trained"]
-        self.turns, self.roles = arrays["turns"], arrays["roles"]
-        self.lengths, self.rows, self.tally = arrays["lengths"], arrays["rows"], tally
-        self.splits, self.tags = arrays["splits"], arrays["tags"]
-        self.offsets = np.zeros(len(self.lengths) + 1, np.int64)
-        np.cumsum(self.lengths, out=self.offsets[1:])
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    @cached_property
-    def questions(self) -> np.ndarray:
-        """(n,) tokens in front of the first trained one."""
-        trained = np.flatnonzero(self.trained)
-        return trained[np.searchsorted(trained, self.offsets[:-1])] - self.offsets[:-1]
-
     @classmethod
-    def from_chunk(cls, chunk: Chunk) -> "TokenFiles":
-        return cls({name: getattr(chunk, name) for name in ARRAYS}, chunk.tally)
-
-    def as_chunk(self) -> Chunk:
-        return Chunk(**{name: getattr(self, name) for name in ARRAYS}, tally=self.tally)
-
-    @classmethod
-    def open(cls, folder: str | Path, check: bool = True) -> "TokenFiles":
-        """Memory-map a finished folder. Raises ValueError when a file is missing, short, or changed."""
+    def open(cls, folder: str | Path, check: bool = True) -> "TokenArrays":
+        """Memory-map a finished folder. Raises UserError when a file is missing, short, or changed."""
         folder = Path(folder)
         meta = _read_json(folder / "meta.json")
         if meta is None or "sizes" not in meta:
@@ -159,19 +129,35 @@ class TokenFiles:
                 raise UserError(f"{path}: its bytes changed since it was written (checksum)")
             # an empty file cannot be mapped; asarray drops the memmap subclass, whose slicing is slow
             arrays[name] = np.asarray(np.memmap(path, dtype, "r")) if found else np.empty(0, dtype)
-        return cls(arrays, Tally(**meta["tally"]))
+        return cls(**arrays, tally=Tally(**meta["tally"]))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        """(n + 1,) where each example begins; the last one where all end."""
+        return np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
+
+    @cached_property
+    def questions(self) -> np.ndarray:
+        """(n,) tokens in front of the first trained one."""
+        trained = np.flatnonzero(self.trained)
+        return trained[np.searchsorted(trained, self.offsets[:-1])] - self.offsets[:-1]
 
 
 class ExampleStore:
     """Examples of several datasets in one order. `index` (n, 2) says (part, example of that part) for
     each."""
 
-    def __init__(self, parts: Sequence[TokenFiles], datasets: Sequence[str], index: np.ndarray | None = None):
+    def __init__(
+        self, parts: Sequence[TokenArrays], datasets: Sequence[str], index: np.ndarray | None = None
+    ):
         if index is None:
-            index = np.concatenate(
-                [np.empty((0, 2), np.int64)]
-                + [np.stack([np.full(len(part), k), np.arange(len(part))], 1) for k, part in enumerate(parts)]
-            )
+            pairs = [
+                np.stack([np.full(len(part), k), np.arange(len(part))], 1) for k, part in enumerate(parts)
+            ]
+            index = np.concatenate([np.empty((0, 2), np.int64), *pairs])
         self.parts, self.datasets, self.index = list(parts), list(datasets), index
         self.lengths = self._gather("lengths", np.int32)
         self.reference: np.ndarray | None = None  # (n, segments) fp32, see Example; filled by reference.py
@@ -180,7 +166,7 @@ class ExampleStore:
     def from_examples(cls, examples: Sequence[Example], datasets: Sequence[str]) -> "ExampleStore":
         """A store in memory, in the order of the data sets."""
         mine = [[example for example in examples if example.source[0] == k] for k in range(len(datasets))]
-        return cls([TokenFiles.from_chunk(Chunk.join(part, Tally())) for part in mine], datasets)
+        return cls([TokenArrays.join(part, Tally()) for part in mine], datasets)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -257,26 +243,25 @@ class StoreWriter:
         self.folder = Path(folder)
         self.partial = self.folder.with_name(self.folder.name + ".partial")
         self.partial.mkdir(parents=True, exist_ok=True)
+        for litter in self.partial.glob(TEMPORARY + "*"):  # of a writer that was killed
+            litter.unlink()
         state = _read_json(self.partial / "progress.json") or {}
         self.sizes = state.get("sizes", dict.fromkeys(ARRAYS, 0))
         self.checksums = state.get("checksums", dict.fromkeys(ARRAYS, 0))
         self.tally = Tally(**state.get("tally", {}))
         self.files = {}
         for name, (file, _) in ARRAYS.items():
-            handle = open(self.partial / file, "ab")  # noqa: SIM115 (closed in finish and close)
+            path = self.partial / file
+            handle = self.files[name] = open(path, "ab")  # noqa: SIM115 (closed in finish and close)
+            if path.stat().st_size < self.sizes[name]:
+                raise UserError(f"{path} is shorter than progress.json says; delete {self.partial}")
             handle.truncate(self.sizes[name])  # what was written after the last progress.json does not count
-            handle.seek(0, os.SEEK_END)
-            if handle.tell() < self.sizes[name]:
-                raise UserError(
-                    f"{self.partial / file} is shorter than progress.json says; delete {self.partial}"
-                )
-            self.files[name] = handle
 
     @property
     def rows_done(self) -> int:
         return self.tally.read
 
-    def append(self, chunk: Chunk) -> None:
+    def append(self, chunk: TokenArrays) -> None:
         for name, (_, dtype) in ARRAYS.items():
             data = getattr(chunk, name).astype(dtype, copy=False).tobytes()
             self.files[name].write(data)
@@ -288,9 +273,8 @@ class StoreWriter:
 
     def _state(self, file: str) -> None:
         state = {"sizes": self.sizes, "checksums": self.checksums, "tally": asdict(self.tally)}
-        temporary = self.partial / (file + ".new")
-        temporary.write_text(json.dumps(state))
-        os.replace(temporary, self.partial / file)
+        with atomic_file(self.partial / file) as temporary:
+            temporary.write_text(json.dumps(state))
 
     def close(self) -> None:
         for handle in self.files.values():
@@ -303,49 +287,45 @@ class StoreWriter:
         self.close()
         self._state("meta.json")
         (self.partial / "progress.json").unlink(missing_ok=True)
-        if self.folder.exists():
-            shutil.rmtree(self.folder)
+        remove_folder(self.folder)
         os.replace(self.partial, self.folder)
 
 
 def save_sets(folder: Path, sets: dict[str, ExampleStore], meta: dict) -> None:
     """Write several stores that may share parts, and `meta`, into a new folder; complete or absent."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     parts = list({id(part): part for store in sets.values() for part in store.parts}.values())
-    for number, part in enumerate(parts):
-        writer = StoreWriter(partial / f"part-{number}")
-        writer.append(part.as_chunk())
-        writer.finish()
     described = []
-    for number, (name, store) in enumerate(sets.items()):
-        np.save(partial / f"index-{number}.npy", store.index)
-        used = [next(i for i, part in enumerate(parts) if part is mine) for mine in store.parts]
-        described.append({"name": name, "datasets": store.datasets, "parts": used})
-    (partial / SETS_FILE).write_text(json.dumps(meta | {"sets": described}, indent=1))
-    os.replace(partial, folder)
+    with atomic_folder(folder) as temporary:
+        for number, part in enumerate(parts):
+            writer = StoreWriter(temporary / f"part-{number}")
+            writer.append(part)
+            writer.finish()
+        for number, (name, store) in enumerate(sets.items()):
+            np.save(temporary / f"index-{number}.npy", store.index)
+            used = [next(i for i, part in enumerate(parts) if part is mine) for mine in store.parts]
+            described.append({"name": name, "datasets": store.datasets, "parts": used})
+        (temporary / SETS_FILE).write_text(json.dumps(meta | {"sets": described}, indent=1))
 
 
 def load_sets(folder: Path) -> tuple[dict, dict[str, ExampleStore]]:
-    """What save_sets wrote. Raises ValueError for a folder of something else or damaged files."""
+    """What save_sets wrote. Raises UserError for a folder of something else or damaged files."""
     meta = _read_json(folder / SETS_FILE)
     if meta is None:
         raise UserError(
             f"tokenized_path: {folder} exists but holds no tokenised data of Anvil ({SETS_FILE} is missing); "
-            "name "
-            "another folder, and the data will be written there"
+            "name another folder, and the data will be written there"
         )
-    opened: dict[int, TokenFiles] = {}
+    used = sorted({part for entry in meta["sets"] for part in entry["parts"]})
+    opened = {part: TokenArrays.open(folder / f"part-{part}") for part in used}
     sets = {}
     for number, entry in enumerate(meta["sets"]):
-        for part in entry["parts"]:
-            if part not in opened:
-                opened[part] = TokenFiles.open(folder / f"part-{part}")
-        index = np.load(folder / f"index-{number}.npy", allow_pickle=False)
-        sets[entry["name"]] = ExampleStore(
-            [opened[part] for part in entry["parts"]], entry["datasets"], index
-        )
+        path = folder / f"index-{number}.npy"
+        try:
+            index = np.load(path, allow_pickle=False)
+        except (OSError, EOFError, ValueError) as error:
+            raise UserError(f"{path}: missing or damaged ({error})") from error
+        parts = [opened[part] for part in entry["parts"]]
+        sets[entry["name"]] = ExampleStore(parts, entry["datasets"], index)
     return meta, sets
 
 

@@ -39,7 +39,7 @@ from pipeline.sources import (
     open_hub,
     read_rows,
 )
-from pipeline.store import StoreWriter, TokenFiles, locked
+from pipeline.store import StoreWriter, TokenArrays, locked
 
 CACHE_VERSION = 3  # raise it when the tokens of an unchanged row change, or the layout of the files
 
@@ -93,7 +93,7 @@ class Tokeniser:
 
     def dataset(
         self, info: DatasetInfo, role: str, only: np.ndarray | None = None
-    ) -> tuple[TokenFiles, np.ndarray, DatasetReport]:
+    ) -> tuple[TokenArrays, np.ndarray, DatasetReport]:
         """The examples of one data set, from the cache or made now, and the order in which to use them.
 
         only: numbers of the rows to read, in place of num_samples and max_samples.
@@ -138,7 +138,7 @@ class Tokeniser:
             report.left_out, report.repeated = total - len(np.unique(chosen)), len(order) - len(files)
         return files, order, report
 
-    def _cached(self, folder: Path, rows, encoder: ChunkEncoder) -> TokenFiles:
+    def _cached(self, folder: Path, rows, encoder: ChunkEncoder) -> TokenArrays:
         """Open `folder`, or tokenise into it. A folder that is damaged is made again."""
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -149,13 +149,13 @@ class Tokeniser:
         with locked(folder.with_suffix(".lock")):
             if folder.exists() and not (self.overwrite_cache and self.is_main):
                 try:
-                    return TokenFiles.open(folder)
+                    return TokenArrays.open(folder)
                 except UserError as error:
                     print(f"cache: {error}; tokenising again")
             if self.overwrite_cache and self.is_main:
                 shutil.rmtree(folder.with_name(folder.name + ".partial"), ignore_errors=True)
             self._write(folder, rows, encoder)
-            return TokenFiles.open(folder, check=False)
+            return TokenArrays.open(folder, check=False)
 
     def _write(self, folder: Path, rows, encoder: ChunkEncoder) -> None:
         try:

@@ -26,7 +26,7 @@ from pipeline.batch import ANSWER, ROLES
 from pipeline.encoding import EncodeOptions, keep_tokens, pieces, ratio_keep, ratio_lengths, template_key
 from pipeline.preview import token_table
 from pipeline.report import describe_example
-from pipeline.store import ExampleStore, StoreWriter, TokenFiles
+from pipeline.store import ExampleStore, StoreWriter, TokenArrays
 from templates import get_template
 from text.render import Message, encode_dialogue
 from text.tokenizer import Tokenizer
@@ -391,13 +391,13 @@ def test_a_killed_tokenisation_goes_on_where_it_stopped(home, tokenizer, monkeyp
 
 def test_a_partial_folder_that_does_not_fit_together_is_begun_again(home, tokenizer):
     put(home, "a", questions(6))
-    store = load(home, tokenizer, "a").train
+    before = everything(load(home, tokenizer, "a").train)
     done = next((home / "cache").rglob("meta.json")).parent
     os.rename(done, done.with_name(done.name + ".partial"))
     partial = done.with_name(done.name + ".partial")
     os.rename(partial / "meta.json", partial / "progress.json")
     (partial / "rows.i64").write_bytes(b"")
-    assert everything(load(home, tokenizer, "a").train) == everything(store)
+    assert everything(load(home, tokenizer, "a").train) == before
 
 
 def test_who_wants_what_another_process_tokenises_waits_for_it(home, tokenizer):
@@ -738,9 +738,9 @@ def test_tokenized_path_of_other_making_is_refused(home, tokenizer, llama3):
 
 def test_an_empty_store_can_be_written_and_read(tmp_path):
     writer = StoreWriter(tmp_path / "s")
-    writer.append(store.Chunk.join([], store.Tally(read=3, dropped={"no answer": 3})))
+    writer.append(store.TokenArrays.join([], store.Tally(read=3, dropped={"no answer": 3})))
     writer.finish()
-    files = TokenFiles.open(tmp_path / "s")
+    files = TokenArrays.open(tmp_path / "s")
     assert len(files) == 0 and files.tally.dropped == {"no answer": 3}
     assert len(ExampleStore([files], ["a"])) == 0
 
