@@ -32,13 +32,13 @@ from generation.sampling import GenerateOptions
 from lora import quantised_linears
 from model import Decoder
 from options import config as configuration
+from options.errors import UserError
 from options.option import COMMON, RESUMABLE, option
 from quant import QuantOptions
 from stages.rm import score_dialogues
 from templates import TemplateOptions
 from text.render import Message, encode_dialogue
 from text.tokenizer import Tokenizer
-from training import setup
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 THINK, THOUGHT = "<think>", "</think>"
@@ -55,7 +55,7 @@ class ChatOptions:
 
     def __post_init__(self):
         if self.score is not None and self.prompt is None:
-            raise ValueError("score: there is no prompt that it is an answer to; give prompt too")
+            raise UserError("score: there is no prompt that it is an answer to; give prompt too")
 
 
 SECTIONS = [ModelOptions, QuantOptions, TemplateOptions, GenerateOptions, ChatOptions]
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
             SECTIONS,
             program="chat.py",
             description=__doc__.splitlines()[0],
-            other_sections=setup.SECTIONS,  # training files can be read too
+            reads_files_of_others=True,  # training files
         )
         for notice in config.notices:
             _say(f"note: {notice}")
@@ -99,9 +99,8 @@ def open_conversation(config: configuration.Config) -> "Conversation":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: cuda was asked for, but torch sees no GPU; use device=cpu")
-    given = {key for key, origin in config.origins.items() if origin != "default"}
     kernels.require_attention(config[ModelOptions].flash_attn, device)
-    source = find_source(config[ModelOptions], config[TemplateOptions], given, config[QuantOptions])
+    source = find_source(config[ModelOptions], config[TemplateOptions], config.given, config[QuantOptions])
     for notice in source.notices:
         _say(f"note: {notice}")
     dtype = DTYPES.get(config[ModelOptions].infer_dtype)

@@ -19,7 +19,7 @@ from typing import Literal
 
 import numpy as np
 
-from options.errors import UserError
+from options.errors import UserError, refuse
 from options.option import COMMON, RESUMABLE, option
 from pipeline.batch import BatchLoader, Example, StreamingLoader
 from pipeline.encoding import EncodeOptions, refuse_unguarded_worker
@@ -137,6 +137,24 @@ class DataOptions:
             )
         if self.packing and self.group_by_length:
             raise UserError("group_by_length: packing already fills rows; set one of the two to false")
+        streaming, val_size = self.streaming, self.val_size
+        refuse(
+            streaming and self.max_samples is not None,
+            "max_samples: it is for data sets that are read whole; use max_steps, or streaming=false",
+        )
+        refuse(
+            streaming and 0 < val_size < 1,
+            "val_size: a share of a stream is unknown; give a number of rows, or drop streaming",
+        )
+        refuse(
+            streaming and self.group_by_length,
+            "group_by_length: lengths in a stream are not known ahead; drop it, or streaming",
+        )
+        refuse(val_size and self.eval_dataset, "val_size: there is an eval_dataset too; drop one of the two")
+        refuse(
+            val_size and not self.dataset and not self.tokenized_path,
+            "val_size: it is split off dataset, which is not given; name one, or drop val_size",
+        )
 
 
 class TokenizedDataSaved(Exception):
@@ -468,7 +486,7 @@ def main(argv: list[str]) -> int:
         """Show batch `index` of training, as rank 0 of 1 gets it."""
         sections = [PreviewOptions, DataOptions, TemplateOptions]
         about = {"program": "data.py preview", "description": "Show a training batch token by token."}
-        chosen = config.load(argv[1:], sections, foreign_keys=True, **about)
+        chosen = config.load(argv[1:], sections, reads_files_of_others=True, **about)
         run, options, named = (chosen[section] for section in sections)
         tokenizer, template = Tokenizer.from_folder(tokenizer_folder(run)), None
         if run.stage != "pt":

@@ -56,7 +56,6 @@ from quant import Format, QuantOptions
 from templates import TemplateOptions, get_template
 from text.render import ChatTemplate
 from text.tokenizer import Tokenizer
-from training import setup
 
 
 @dataclass(frozen=True)
@@ -103,11 +102,10 @@ def run(argv: list[str]) -> int:
         SECTIONS,
         program="export.py",
         description=__doc__.splitlines()[0],
-        other_sections=setup.SECTIONS,  # training files can be read too
+        reads_files_of_others=True,  # training files
     )
     model, options = config[ModelOptions], config[ExportOptions]
-    given = {key for key, origin in config.origins.items() if origin != "default"}
-    source = find_source(model, config[TemplateOptions], given)
+    source = find_source(model, config[TemplateOptions], config.given)
     for notice in (*config.notices, *source.notices):
         print(f"note: {notice}")
     dtype, codes = DTYPES.get(model.infer_dtype), quant.from_options(config[QuantOptions])

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
+from options.errors import UserError
 from options.option import COMMON, option
 
 HEAD_NAMES = ("lm_head", "output_layer", "output")  # what output heads are called; "all" leaves them out
@@ -77,18 +78,24 @@ class LoraOptions:
 
     def __post_init__(self):
         if self.lora_rank < 1:
-            raise ValueError(f"lora_rank: {self.lora_rank} must be at least 1")
+            raise UserError(f"lora_rank: {self.lora_rank} must be at least 1")
         if self.lora_alpha is not None and not (math.isfinite(self.lora_alpha) and self.lora_alpha > 0):
-            raise ValueError(f"lora_alpha: {self.lora_alpha} must be above 0")
+            raise UserError(f"lora_alpha: {self.lora_alpha} must be above 0")
         if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout: {self.lora_dropout} is not in [0, 1)")
+            raise UserError(f"lora_dropout: {self.lora_dropout} is not in [0, 1)")
         for key in ("lora_target", "name_module_trainable"):
             if not getattr(self, key):
-                raise ValueError(f"{key}: empty; name modules or write all")
+                raise UserError(f"{key}: empty; name modules or write all")
         if self.num_layer_trainable == 0 and not self.freeze_extra_modules:
-            raise ValueError(
+            raise UserError(
                 "num_layer_trainable: 0 layers train, and freeze_extra_modules names nothing else"
             )
+        for key in ("use_dora", "use_rslora", "additional_target", "create_new_adapter"):
+            if getattr(self, key) and self.finetuning_type != "lora":
+                raise UserError(
+                    f"{key}: it is a part of LoRA, and finetuning_type is {self.finetuning_type}; set "
+                    f"finetuning_type=lora, or drop {key}"
+                )
 
     @property
     def alpha(self) -> float:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from options.errors import UserError
 from options.option import COMMON, option
 
 CANDIDATES = 4  # times top_k: how many of the best logits are looked at before all of them are
@@ -30,26 +31,26 @@ class GenerateOptions:
 
     def __post_init__(self):
         if self.do_sample and not (0 < self.temperature < math.inf):
-            raise ValueError(
+            raise UserError(
                 f"temperature: {self.temperature} with do_sample=true; expected a number above 0 "
                 "(for the most likely token always, set do_sample=false)"
             )
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: {self.top_p}; expected more than 0 and at most 1 (1 = off)")
+            raise UserError(f"top_p: {self.top_p}; expected more than 0 and at most 1 (1 = off)")
         if self.top_k < 0:
-            raise ValueError(f"top_k: {self.top_k}; expected 0 (off) or more")
+            raise UserError(f"top_k: {self.top_k}; expected 0 (off) or more")
         if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p: {self.min_p}; expected 0 (off) to 1")
+            raise UserError(f"min_p: {self.min_p}; expected 0 (off) to 1")
         if not 0 < self.repetition_penalty < math.inf:
-            raise ValueError(
+            raise UserError(
                 f"repetition_penalty: {self.repetition_penalty}; expected a number above 0 (1 = off)"
             )
         if self.no_repeat_ngram_size < 0:
-            raise ValueError(f"no_repeat_ngram_size: {self.no_repeat_ngram_size}; expected 0 (off) or more")
+            raise UserError(f"no_repeat_ngram_size: {self.no_repeat_ngram_size}; expected 0 (off) or more")
         if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens: {self.max_new_tokens}; expected 1 or more")
+            raise UserError(f"max_new_tokens: {self.max_new_tokens}; expected 1 or more")
         if "" in self.stop:
-            raise ValueError("stop: an empty text would end every answer before it begins")
+            raise UserError("stop: an empty text would end every answer before it begins")
 
 
 # Samplers: logits (B, V) fp32 -> (B, V) fp32, excluded tokens at -inf. The input is not changed.

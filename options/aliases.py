@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 
+from options.errors import UserError
 from options.values import BOOLEANS, NULLS, Plain, convert_scalar, truth_word
 
 # our key -> {value elsewhere: our value}; a value that our key's own choices list is never rewritten
@@ -163,7 +164,7 @@ def _precision(raw, given, keys):
     names |= {"fp32": "float32", "float32": "float32", "auto": "auto"}
     name = names.get(str(raw).lower())
     if name is None:
-        raise ValueError("expected bf16, fp16, fp32 or auto")
+        raise UserError("expected bf16, fp16, fp32 or auto")
     if "infer_dtype" in keys and "bf16" not in keys:  # chat and export have the one, training the other
         return {"infer_dtype": Plain(name)}
     if name == "auto":
@@ -179,7 +180,7 @@ def _source_and_target(raw, given, keys):
 
 def _sampling(raw, given, keys):
     if raw not in ("random", "sequential", "group_by_length"):
-        raise ValueError("expected random, sequential or group_by_length")
+        raise UserError("expected random, sequential or group_by_length")
     key = {"sequential": "disable_shuffling"}.get(str(raw), "group_by_length")
     return {key: truth_word(raw != "random")}
 

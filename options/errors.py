@@ -1,9 +1,9 @@
 """What a program says when it cannot go on, and with which exit status.
 
-UserError   somebody wrote or gave something that cannot be used: one line that names the key or file, what was found
-            and the way out; exit status 2. Raised where it is noticed. It is a ValueError, so that who calls a
-            function from Python may catch it as one; no program does.
-StopRun     the run itself cannot go on (a loss that is not finite, a full disk): one line, exit status 1.
+UserError   somebody wrote or gave something that cannot be used: a line that names the key or file, what was
+            found and the way out; exit status 2. Raised where it is noticed. It is a ValueError, so that who
+            calls a function from Python may catch it as one; no program does.
+StopRun     the run itself cannot go on (a loss that is not finite, a full disk): a line, exit status 1.
 Anything else is a bug and keeps its traceback.
 """
 
@@ -20,6 +20,12 @@ class UserError(ValueError):
     """The text is for the user: key or file, what was found, the way out."""
 
 
+def refuse(wrong: object, text: str) -> None:
+    """UserError if `wrong`: for the checks of a section."""
+    if wrong:
+        raise UserError(text)
+
+
 class StopRun(Exception):
     """The run cannot go on; the text is for the user."""
 
@@ -34,19 +40,25 @@ def located(place: str) -> Iterator[None]:
 
 
 def exit_status(program: str, body: Callable[[], int]) -> int:
-    """Run a program's body: 2 after a UserError, 1 after a StopRun or on a full disk, each with one line on stderr;
-    128 + 2 after Ctrl-C. With ANVIL_TRACEBACK=1 in the environment these keep their tracebacks too."""
+    """Run a program's body: 2 after a UserError, 1 after a StopRun or on a full disk, each told on stderr,
+    and 128 + 2 after Ctrl-C. With ANVIL_TRACEBACK=1 in the environment these keep their tracebacks too."""
     try:
         return body()
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr, flush=True)
-        return 130
-    except (UserError, StopRun, OSError) as error:
-        full = isinstance(error, OSError) and error.errno in DISK_FULL
-        if os.environ.get("ANVIL_TRACEBACK") or (isinstance(error, OSError) and not full):
+    except (UserError, StopRun, OSError, KeyboardInterrupt) as error:
+        status, text = _verdict(error)
+        if status is None or os.environ.get("ANVIL_TRACEBACK"):
             raise
-        print(
-            f"{program}: {error}{'; make room and run the same command again' if full else ''}",
-            file=sys.stderr,
-        )
-        return 2 if isinstance(error, UserError) else 1
+        print(f"{program}: {text}", file=sys.stderr, flush=True)
+        return status
+
+
+def _verdict(error: BaseException) -> tuple[int | None, str]:
+    """-> exit status, None for a bug; what to say."""
+    if isinstance(error, UserError):
+        return 2, str(error)
+    if isinstance(error, StopRun):
+        return 1, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    full = error.errno in DISK_FULL
+    return (1, f"{error}; make room and run the same command again") if full else (None, "")

@@ -8,6 +8,7 @@
 A section whose options are all for certain stages says so once: STAGES = "ppo grpo".
 """
 
+import re
 import typing
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields
@@ -60,3 +61,11 @@ def declared(sections: Iterable[type]) -> dict[str, Option]:
                 kind, facts["help"] = typing.get_args(kind)
             options[item.name] = Option(item.name, kind, item.default, section, **facts)
     return options
+
+
+def title(section: type) -> str:
+    """The first line of its docstring, or its name in words."""
+    if section.__doc__ and not section.__doc__.startswith(f"{section.__name__}("):
+        return section.__doc__.strip().splitlines()[0].rstrip(".")
+    first, *rest = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", section.__name__).split()
+    return " ".join([first, *map(str.lower, rest)])

@@ -7,10 +7,13 @@ known a value stays text, because YAML 1.1 reads `no` as False, `1e-4` as a stri
 import difflib
 import json
 import re
+import textwrap
 import typing
 from types import NoneType, UnionType
 
 import yaml
+
+from options.errors import UserError
 
 BOOLEANS = {"true": True, "yes": True, "on": True, "1": True} | dict.fromkeys(
     ("false", "no", "off", "0"), False
@@ -27,16 +30,15 @@ def truth_word(truth: bool) -> Plain:
 
 
 def node_value(node: yaml.Node, depth: int = 0):
-    """A YAML node as None, Plain, str (quoted), list or dict of these. ValueError for what no option can
-    be."""
+    """A YAML node as None, Plain, str (quoted), list or dict of these. UserError for what none can be."""
     if depth > 4:  # far beyond any option; an anchor that contains itself has no end
-        raise ValueError("lists in lists in lists are not a value for an option")
+        raise UserError("lists in lists in lists are not a value for an option")
     if isinstance(node, yaml.SequenceNode):
         return [node_value(item, depth + 1) for item in node.value]
     if isinstance(node, yaml.MappingNode):
         return {str(node_value(k, depth + 1)): node_value(v, depth + 1) for k, v in node.value}
-    if node.style is not None:
-        return node.value
+    if node.style is not None:  # quoted; JSON writes a letter beyond U+FFFF as a pair of escapes
+        return node.value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return None if node.tag == "tag:yaml.org,2002:null" else Plain(node.value)
 
 
@@ -52,7 +54,7 @@ def choices_of(kind: object) -> tuple[object, ...]:
 
 
 def convert(raw: object, kind: object):
-    """The value of `raw` for a key of this type. ValueError says what was expected."""
+    """The value of `raw` for a key of this type. UserError says what was expected."""
     options = [member for member in members_of(kind) if member is not NoneType]
     is_list = any(typing.get_origin(member) is tuple for member in options)
     if raw is None or (isinstance(raw, Plain) and raw.lower() in NULLS and raw not in choices_of(kind)):
@@ -61,13 +63,13 @@ def convert(raw: object, kind: object):
         if is_list and raw not in ("none", "None"):
             return ()
         if raw is None:
-            raise ValueError(f"expected {type_name(kind)}; leave the key out to have its default")
+            raise UserError(f"expected {type_name(kind)}; leave the key out to have its default")
     for member in sorted(options, key=_try_order):
         try:
             return _convert_member(raw, member)
-        except ValueError as error:
+        except UserError as error:
             problem = error
-    raise problem if len(options) == 1 else ValueError(f"expected {type_name(kind)}")
+    raise problem if len(options) == 1 else UserError(f"expected {type_name(kind)}")
 
 
 def _try_order(member: object) -> int:
@@ -106,10 +108,10 @@ def _items(raw: object) -> list:
         try:
             return node_value(yaml.compose(raw, Loader=yaml.SafeLoader))
         except yaml.YAMLError as error:
-            raise ValueError("expected a list such as [a, b]") from error
+            raise UserError("expected a list such as [a, b]") from error
     if isinstance(raw, str):
         return [Plain(item.strip()) for item in raw.split(",") if item.strip()]
-    raise ValueError("expected a list")
+    raise UserError("expected a list")
 
 
 def _choose(raw: object, choices: tuple):
@@ -118,30 +120,28 @@ def _choose(raw: object, choices: tuple):
     if not same:
         near = difflib.get_close_matches(str(raw), map(str, choices), n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"expected one of {', '.join(map(str, choices))}{hint}")
+        raise UserError(f"expected one of {', '.join(map(str, choices))}{hint}")
     return (exact or same)[0]
 
 
 def convert_scalar(raw: object, kind: type):
     if not isinstance(raw, str):
-        raise ValueError(
-            f"expected {type_name(kind)}, found {'null' if raw is None else 'a list or mapping'}"
-        )
+        raise UserError(f"expected {type_name(kind)}, found {'null' if raw is None else 'a list or mapping'}")
     if kind is str:
         return str(raw)
     if kind is bool:
         if raw.lower() not in BOOLEANS:
-            raise ValueError("expected true or false")
+            raise UserError("expected true or false")
         return BOOLEANS[raw.lower()]
     try:
         exact = kind is int and re.fullmatch(r"\s*[-+]?[\d_]+\s*", raw)  # a float would round above 2 ** 53
         number = int(raw) if exact else float(raw.replace(".inf", "inf"))
     except ValueError as error:
-        raise ValueError(f"expected {type_name(kind)}") from error
+        raise UserError(f"expected {type_name(kind)}") from error
     if number != number:
-        raise ValueError("expected a number, and nan is none")
+        raise UserError("expected a number, and nan is none")
     if kind is int and number != number // 1:
-        raise ValueError("expected a whole number")
+        raise UserError("expected a whole number")
     return kind(number)
 
 
@@ -156,3 +156,13 @@ def type_name(kind: object) -> str:
         else:
             parts.append(names[member])
     return " or ".join(parts)
+
+
+def show(key: str, value: object) -> str:
+    """key=value as one would type it; what is secret stays so."""
+    if value is not None and key.endswith("_token"):
+        return f"{key}=***"
+    if value is None or isinstance(value, bool):
+        return f"{key}={json.dumps(value)}"
+    text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return f"{key}={textwrap.shorten(text, 80, placeholder='...')}"

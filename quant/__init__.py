@@ -12,6 +12,7 @@ and a line in METHODS or from_options below.
 from dataclasses import dataclass
 from typing import Literal
 
+from options.errors import UserError
 from options.option import COMMON, option
 from quant import aqlm, awq, gptq, hqq, int8, nf4
 from quant.hqq import HQQFormat
@@ -90,7 +91,7 @@ class QuantOptions:
     def __post_init__(self):
         format = from_options(self)  # refuses what cannot be, before anything is read
         if self.quantization_bit is None and self.quantization_method != "bitsandbytes":
-            raise ValueError(
+            raise UserError(
                 f"quantization_method: {self.quantization_method} without quantization_bit quantises "
                 "nothing; give "
                 "quantization_bit, or 0 for none, or drop quantization_method (quantised checkpoints need "
@@ -99,7 +100,7 @@ class QuantOptions:
         if self.quantization_type != "nf4" and not (
             isinstance(format, NF4Format) or self.quantization_bit == 0
         ):
-            raise ValueError(
+            raise UserError(
                 f"quantization_type: {self.quantization_type} is a kind of 4 bits of bitsandbytes; set "
                 "quantization_bit=4 and quantization_method=bitsandbytes, or drop quantization_type"
             )
@@ -117,7 +118,7 @@ def in_bits(bits: int | None, options: QuantOptions, key: str) -> Format | None:
     quantisers = QUANTISERS[options.quantization_method]
     if bits not in quantisers:
         known = " and ".join(map(str, quantisers))
-        raise ValueError(f"{key}: {bits}; quantization_method={options.quantization_method} has {known}")
+        raise UserError(f"{key}: {bits}; quantization_method={options.quantization_method} has {known}")
     return quantisers[bits](options, bits)
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from options.errors import UserError, refuse
 from options.option import COMMON, RESUMABLE, option
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # of inductor
@@ -145,7 +146,7 @@ class TrainOptions:
 
     def __post_init__(self):
         if not self.output_dir:
-            raise ValueError(
+            raise UserError(
                 "output_dir: missing; name a folder for the run, for example output_dir=saves/first"
             )
         for key in (
@@ -154,24 +155,66 @@ class TrainOptions:
             "gradient_accumulation_steps",
         ):
             if getattr(self, key) < 1:
-                raise ValueError(f"{key}: {getattr(self, key)} must be at least 1")
+                raise UserError(f"{key}: {getattr(self, key)} must be at least 1")
         for key in ("logging_steps", "save_steps", "eval_steps", "early_stopping_steps", "save_total_limit"):
             if getattr(self, key) is not None and getattr(self, key) < 1:
-                raise ValueError(f"{key}: {getattr(self, key)} must be at least 1")
+                raise UserError(f"{key}: {getattr(self, key)} must be at least 1")
         if self.do_train is False and not (self.do_eval or self.do_predict):
-            raise ValueError(
+            raise UserError(
                 "do_train: false, and neither do_eval nor do_predict is set, so there is nothing to do"
             )
         if self.compiles:
             self._check_compilation()
         if self.compiles and self.recomputation == "selective":
-            raise ValueError(
+            raise UserError(
                 "gradient_checkpointing: selective is of no use with torch_compile, which chooses by itself "
                 "what it "
                 "keeps; set it to none or full"
             )
         if self.max_steps <= 0 and not self.num_train_epochs > 0:
-            raise ValueError(f"num_train_epochs: {self.num_train_epochs} must be above 0 (or set max_steps)")
+            raise UserError(f"num_train_epochs: {self.num_train_epochs} must be above 0 (or set max_steps)")
+        refuse(self.fp16 and self.bf16, "fp16: bf16 is set too; choose one precision")
+        refuse(self.pure_bf16 and self.fp16, "pure_bf16: fp16 is set too; choose one precision")
+        refuse(self.pure_bf16 and self.bf16, "pure_bf16: bf16 keeps trained weights in fp32; choose one")
+        refuse(
+            self.stage in ("ppo", "grpo") and self.neftune_noise_alpha,
+            f"neftune_noise_alpha: noise would change the probabilities that updates of stage {self.stage} "
+            "compare with those of the rollout; drop it",
+        )
+        self._check_prediction()
+        self._check_evaluation()
+
+    def _check_prediction(self) -> None:
+        refuse(
+            self.predict_with_generate and self.stage in ("pt", "rm"),
+            f"predict_with_generate: stage {self.stage} answers no prompts; drop it, or use stage=sft",
+        )
+        refuse(
+            self.do_predict and self.stage == "pt",
+            "do_predict: documents (stage pt) have no prompts to answer; use stage=sft, or do_eval",
+        )
+        refuse(
+            self.do_predict and not self.predict_with_generate and self.stage != "rm",
+            "do_predict: the predictions are texts; set predict_with_generate=true",
+        )
+
+    def _check_evaluation(self) -> None:
+        strategy, best = self.evaluation_strategy, self.load_best_model_at_end
+        for key in ("load_best_model_at_end", "early_stopping_steps"):
+            refuse(
+                getattr(self, key) and strategy == "no",
+                f"{key}: it needs evaluation; set evaluation_strategy=steps or epoch",
+            )
+        refuse(
+            best and self.save_strategy != strategy,
+            "load_best_model_at_end: the best must have been saved; make save_strategy equal to "
+            "evaluation_strategy",
+        )
+        refuse(
+            best and strategy == "steps" and self.save_steps % (self.eval_steps or self.logging_steps),
+            "load_best_model_at_end: each saved model must have been evaluated; make save_steps a multiple of "
+            "eval_steps",
+        )
 
     @property
     def trains(self) -> bool:
@@ -186,13 +229,13 @@ class TrainOptions:
         backend, mode = self.torch_compile_backend or "inductor", self.torch_compile_mode
         if backend not in backends:
             usual = ", ".join(torch.compiler.list_backends())
-            raise ValueError(f"torch_compile_backend: {backend} is unknown to torch; it has {usual}")
+            raise UserError(f"torch_compile_backend: {backend} is unknown to torch; it has {usual}")
         if mode is not None and backend != "inductor":
-            raise ValueError(
+            raise UserError(
                 f"torch_compile_mode: {mode} is for inductor, not for {backend}; drop one of the two"
             )
         if mode not in (None, *COMPILE_MODES):
-            raise ValueError(f"torch_compile_mode: {mode} is not one of {', '.join(COMPILE_MODES)}")
+            raise UserError(f"torch_compile_mode: {mode} is not one of {', '.join(COMPILE_MODES)}")
 
     @property
     def compiles(self) -> bool:
@@ -287,54 +330,56 @@ class OptimOptions:
         for key in ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps"):
             value = getattr(self, key)
             if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{key}: {value} is not a finite number of at least 0")
+                raise UserError(f"{key}: {value} is not a finite number of at least 0")
         for key in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, key) < 1:
-                raise ValueError(f"{key}: {getattr(self, key)} is not in [0, 1)")
+                raise UserError(f"{key}: {getattr(self, key)} is not in [0, 1)")
         if not 0 <= self.warmup_ratio <= 1:
-            raise ValueError(
+            raise UserError(
                 f"warmup_ratio: {self.warmup_ratio} is not in [0, 1]; warmup_steps counts updates"
             )
         if self.warmup_steps > 1 and self.warmup_steps != int(self.warmup_steps):
-            raise ValueError(
+            raise UserError(
                 f"warmup_steps: {self.warmup_steps} is not a whole number and not a share below 1"
             )
+        both = self.warmup_steps and self.warmup_ratio
+        refuse(both, "warmup_steps: warmup_ratio says too how long to warm up; drop one of the two")
         schedule_numbers(self)
 
 
 def schedule_numbers(options: OptimOptions) -> dict[str, Any]:
-    """lr_scheduler_kwargs over the schedule's defaults. Raises ValueError for what it does not know."""
+    """lr_scheduler_kwargs over the schedule's defaults. Raises UserError for what it does not know."""
     kind, text = options.lr_scheduler_type, options.lr_scheduler_kwargs
     try:
         given = json.loads(text) if text else {}
     except json.JSONDecodeError as error:
         example = '{"num_cycles": 2}'
-        raise ValueError(
+        raise UserError(
             f"lr_scheduler_kwargs: {text!r} is not JSON ({error.msg}); write {example}"
         ) from error
     if not isinstance(given, dict):
-        raise ValueError(f'lr_scheduler_kwargs: {text!r} is not a JSON object; write {{"num_cycles": 2}}')
+        raise UserError(f'lr_scheduler_kwargs: {text!r} is not a JSON object; write {{"num_cycles": 2}}')
     known = SCHEDULE_KEYS[kind]
     for key, value in given.items():
         if key not in known:
             names = ", ".join(known) or "none"
-            raise ValueError(f"lr_scheduler_kwargs: {kind} has no {key!r}; it knows {names}")
+            raise UserError(f"lr_scheduler_kwargs: {kind} has no {key!r}; it knows {names}")
         if key.endswith("_type"):
             if value not in RAMPS:
-                raise ValueError(f"lr_scheduler_kwargs: {key}={value!r}; known are {', '.join(RAMPS)}")
+                raise UserError(f"lr_scheduler_kwargs: {key}={value!r}; known are {', '.join(RAMPS)}")
         elif isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-            raise ValueError(f"lr_scheduler_kwargs: {key}={value!r} is not a number of at least 0")
+            raise UserError(f"lr_scheduler_kwargs: {key}={value!r} is not a number of at least 0")
     numbers = {**known, **given}
     missing = [key for key, value in numbers.items() if value is ...]
     if missing:
-        raise ValueError(f'lr_scheduler_kwargs: {kind} needs {missing[0]}; write {{"{missing[0]}": 100}}')
+        raise UserError(f'lr_scheduler_kwargs: {kind} needs {missing[0]}; write {{"{missing[0]}": 100}}')
     if kind == "cosine_with_min_lr" and (numbers["min_lr"] is None) == (numbers["min_lr_rate"] is None):
-        raise ValueError("lr_scheduler_kwargs: cosine_with_min_lr needs min_lr or min_lr_rate, and not both")
+        raise UserError("lr_scheduler_kwargs: cosine_with_min_lr needs min_lr or min_lr_rate, and not both")
     if kind == "polynomial" and not numbers["lr_end"] < options.learning_rate:
         end = numbers["lr_end"]
-        raise ValueError(
+        raise UserError(
             f"lr_scheduler_kwargs: lr_end={end} must be below learning_rate={options.learning_rate}"
         )
     if kind == "inverse_sqrt" and numbers["timescale"] == 0:
-        raise ValueError("lr_scheduler_kwargs: timescale=0 must be above 0")
+        raise UserError("lr_scheduler_kwargs: timescale=0 must be above 0")
     return numbers

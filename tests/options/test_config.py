@@ -5,8 +5,10 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Literal
 
 import pytest
@@ -14,6 +16,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import chat
 import export
 from options import aliases, config, rules
 from options.config import Config, UserError
@@ -49,7 +52,7 @@ class LoraPart:
 
     def __post_init__(self):
         if self.lora_rank < 1:
-            raise ValueError(f"lora_rank: {self.lora_rank} must be at least 1")
+            raise UserError(f"lora_rank: {self.lora_rank} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -345,7 +348,7 @@ def test_checks_of_a_section_name_the_origin(write):
     ("text", "name", "parts"),
     [
         ("lora_rank: 8\nseed: 1\nlora_rank: 8\n", "a.yaml", ["lora_rank is there twice", "line 1", "line 3"]),
-        ('{"seed": 1, "seed": 2}', "a.json", ["seed is there twice"]),
+        ('{"seed": 1, "seed": 2}', "a.json", ["seed is there twice", "line 1"]),
         ("- a\n- b\n", "a.yaml", ["key: value", "sequence"]),
         ("hello\n", "a.yaml", ["key: value", "scalar"]),
         ("# nothing\n", "a.yaml", ["found nothing"]),
@@ -355,9 +358,9 @@ def test_checks_of_a_section_name_the_origin(write):
         ("? [a, b]\n: 1\n", "a.yaml", ["line 1", "expected a key"]),
         ("dataset: &x [*x]\n", "a.yaml", ["line 1", "lists in lists"]),
         ("seed: \x07\n", "a.yaml", ["not valid YAML"]),
-        ('{"seed": 1,}', "a.json", ["line 1", "not valid JSON"]),
-        ("[1]", "a.json", ["expected an object"]),
-        ("3", "a.json", ["expected an object"]),
+        ('{"seed": 1', "a.json", ["line 1", "not valid JSON"]),
+        ("[1]", "a.json", ["key: value", "sequence"]),
+        ("3", "a.json", ["key: value", "scalar"]),
     ],
 )
 def test_bad_files(write, text, name, parts):
@@ -388,6 +391,24 @@ def test_json_file_equals_yaml_file(write):
     assert load(as_json).values["learning_rate"] == 0.001
     assert load(as_json).values["use_dora"] is True
     assert load(as_json).values["lr_scheduler_kwargs"] == load(as_yaml).values["lr_scheduler_kwargs"]
+
+
+def test_json_as_programs_write_it(write):
+    values = {
+        "default_system": '\U0001f600 \u00e9 / \t"',
+        "dataset": ["a\u2028b"],
+        "seed": 1,
+        "packing": None,
+    }
+    for text in (
+        json.dumps(values),
+        json.dumps(values, indent="\t", ensure_ascii=False),
+        json.dumps(values, separators=(",", ":")).replace("/", "\\/"),
+    ):
+        loaded = load(write(text, "a.json"))
+        assert loaded.values["default_system"] == values["default_system"]
+        assert loaded.values["dataset"] == ("a\u2028b",)
+        assert given_values(loaded).keys() == values.keys()
 
 
 def test_byte_order_mark_and_dashed_keys(write):
@@ -662,38 +683,40 @@ def test_tables_are_sound():
     for words in aliases.NOT_YET.values():
         for word in words.split():
             assert aliases.lookup(aliases.HARMLESS, word.split("=")[0])[0] is None, word
-    keys = {item.name for section in (*ALL, *export.SECTIONS) for item in dataclasses.fields(section)}
-    for predicate, message in rules.RULES:  # each rule about keys of this file can be evaluated on defaults
-        names = predicate.__code__.co_varnames[: predicate.__code__.co_argcount]
-        assert message[0].islower() or message.startswith("DoRA")
-        assert keys & set(names), names
 
 
 # Keys of other scripts
 
 
-def test_other_sections_are_checked_and_left_out(write):
-    path = write(LLAMA_FACTORY_SFT)
-    loaded = load(path, "dtype=bf16", sections=[ModelPart], other_sections=(DataPart, LoraPart, TrainPart))
-    assert given_values(loaded) == {"model_name_or_path": "meta-llama/Meta-Llama-3-8B-Instruct"}
-    assert set(loaded.values) == {item.name for item in dataclasses.fields(ModelPart)}
-    assert any(line.startswith("not used by this script: stage, do_train") for line in loaded.notices)
-    message = error_of("lora_rank=x", sections=[ModelPart], other_sections=[LoraPart])
-    assert "expected a whole number" in message
-    assert "unknown key" in error_of("seed=1", sections=[ModelPart], other_sections=[LoraPart])
-    assert "unknown key" in error_of("lora_rank=1", sections=[ModelPart])
+def test_keys_of_other_programs_in_a_file_are_left_out_and_noticed(write):
+    path = write(LLAMA_FACTORY_SFT + "deepspeed: ds.json\nbits: 4\n")
+    loaded = load(path, "dtype=bf16", sections=[ModelPart, Chat], reads_files_of_others=True)
+    assert given_values(loaded) == {
+        "model_name_or_path": "meta-llama/Meta-Llama-3-8B-Instruct", "infer_dtype": "bfloat16",
+    }  # fmt: skip
+    assert set(loaded.values) == {"infer_dtype", *(item.name for item in dataclasses.fields(ModelPart))}
+    (unused,) = [line for line in loaded.notices if line.startswith("not used by this script: ")]
+    assert unused.startswith("not used by this script: stage, do_train") and unused.endswith(
+        "deepspeed, bits"
+    )
+    assert "unknown key" in error_of("seed=1", sections=[ModelPart], reads_files_of_others=True)
+    assert "unknown key" in error_of(path, sections=[ModelPart])
+
+
+def test_what_a_program_knows_of_another_ones_file_is_checked(write):
+    for line in ("quantization_bit: x", "quant_bits: x", "bits: x"):
+        message = error_of(write(line), sections=[QuantPart], reads_files_of_others=True)
+        assert message.startswith(line.replace(": ", "=")) and "expected a" in message
+
+
+@dataclass(frozen=True)
+class Chat:
+    infer_dtype: Literal["auto", "bfloat16", "float32"] = option("auto", "dtype")
 
 
 def test_dtype_means_infer_dtype_where_nothing_is_trained():
-    @dataclass(frozen=True)
-    class Chat:
-        infer_dtype: Annotated[Literal["auto", "bfloat16", "float32"], "dtype"] = "auto"
-
     assert load("dtype=bf16", sections=[Chat]).values["infer_dtype"] == "bfloat16"
-    assert (
-        load("infer_dtype=fp32", sections=[Chat], other_sections=[TrainPart]).values["infer_dtype"]
-        == "float32"
-    )
+    assert load("infer_dtype=fp32", sections=[Chat]).values["infer_dtype"] == "float32"
 
 
 def test_required_keys_and_keys_declared_twice():
@@ -707,7 +730,11 @@ def test_required_keys_and_keys_declared_twice():
         load(sections=[LoraPart, dataclasses.make_dataclass("Twice", [("lora_rank", int, 8)], frozen=True)])
 
 
-# Rules
+# Rules between sections, and checks within one, of the real sections
+
+
+def given_to_train(words: str) -> list[str]:
+    return ["output_dir=x", *words.split()]
 
 
 @pytest.mark.parametrize(
@@ -717,13 +744,15 @@ def test_required_keys_and_keys_declared_twice():
         ("streaming=true", "set max_steps"),
         ("streaming=true max_steps=9 max_samples=5", "max_steps, or streaming=false"),
         ("streaming=true max_steps=9 val_size=0.1 dataset=a", "number of rows"),
-        ("streaming=true max_steps=9 group_by_length=true", "drop one"),
-        ("packing=true group_by_length=true", "drop group_by_length"),
-        ("val_size=0.1 dataset=a eval_dataset=b", "drop val_size or eval_dataset"),
+        ("streaming=true max_steps=9 group_by_length=true", "drop it"),
+        ("packing=true group_by_length=true", "set one of the two to false"),
+        ("val_size=0.1 dataset=a eval_dataset=b", "drop one of the two"),
         ("val_size=0.1", "drop val_size"),
-        ("mask_history=true train_on_prompt=true", "drop one"),
+        ("mask_history=true train_on_prompt=true", "set one of them"),
+        ("stage=dpo mask_history=true", "drop mask_history"),
+        ("stage=rm train_on_prompt=true", "drop train_on_prompt"),
         ("interleave_probs=0.5,0.5 dataset=a,b", "interleave_under"),
-        ("interleave_probs=0.5 dataset=a,b mix_strategy=interleave_over", "one probability for each"),
+        ("interleave_probs=0.5 dataset=a,b mix_strategy=interleave_over", "numbers for 2 data sets"),
         ("cutoff_len=8 reserved_label_len=8", "less than cutoff_len"),
         ("fp16=true bf16=true", "choose one"),
         ("fp16=true pure_bf16=true", "choose one"),
@@ -736,8 +765,9 @@ def test_required_keys_and_keys_declared_twice():
         ("create_new_adapter=true", "adapter_name_or_path"),
         ("warmup_steps=5 warmup_ratio=0.1", "drop one"),
         ("do_eval=true", "val_size or eval_dataset"),
-        ("eval_strategy=steps", "eval_strategy=no"),
-        ("load_best_model_at_end=true", "eval_strategy=steps"),
+        ("do_predict=true predict_with_generate=true", "val_size or eval_dataset"),
+        ("evaluation_strategy=steps", "eval_strategy=no"),
+        ("load_best_model_at_end=true", "evaluation_strategy=steps"),
         ("load_best_model_at_end=true evaluation_strategy=epoch eval_dataset=a", "save_strategy equal to"),
         (
             "load_best_model_at_end=true evaluation_strategy=steps eval_steps=30 save_steps=50 eval_dataset=a",
@@ -752,16 +782,30 @@ def test_required_keys_and_keys_declared_twice():
             "merge them with export.py first",
         ),
         ("quantization_bit=4 adapter_name_or_path=a,b", "give one, or merge them with export.py"),
+        ("stage=grpo neftune_noise_alpha=5 reward_file=a", "drop it"),
+        ("stage=ppo do_sample=false reward_file=a", "set do_sample=true"),
+        ("stage=grpo", "name a reward_file"),
+        ("stage=pt do_predict=true eval_dataset=a", "use stage=sft"),
+        ("stage=pt predict_with_generate=true", "use stage=sft"),
+        ("do_predict=true eval_dataset=a", "set predict_with_generate=true"),
+        ("ref_model=a", "drop ref_model"),
+        ("stage=orpo pref_loss=ipo", "set stage=dpo"),
+        ("loss_type=grpo", "pref_loss"),
     ],
 )
 def test_options_that_cannot_be_combined(words, fix):
-    message = error_of(*words.split())
-    assert fix in message
+    message = error_of(*given_to_train(words), sections=setup.SECTIONS)
+    assert fix in message and len(message.splitlines()) == 1
     for word in words.split():
         key = word.split("=")[0]
-        if key in ("max_steps", "dataset", "mix_strategy", "adapter_name_or_path", "eval_dataset"):
+        if key in OTHER_KEYS:
             continue  # given so that only one rule is broken
-        assert f"{key}=" in message, message
+        assert key in message, message
+    assert "command line" in message
+
+
+OTHER_KEYS = ("max_steps", "dataset", "mix_strategy", "adapter_name_or_path", "eval_dataset", "reward_file")
+OTHER_KEYS += ("predict_with_generate", "evaluation_strategy")
 
 
 @pytest.mark.parametrize(
@@ -780,13 +824,40 @@ def test_options_that_cannot_be_combined(words, fix):
     ],
 )
 def test_options_that_can_be_combined(words):
-    load(*words.split())
+    load(*given_to_train(words), sections=setup.SECTIONS)
+
+
+def test_a_rule_reads_its_own_keys_and_each_is_declared_somewhere():
+    known = {*declared(setup.SECTIONS), *declared(export.SECTIONS), *declared(chat.SECTIONS)}
+    helpers = {*vars(rules), "len", "bool"}
+    for rule in rules.RULES:
+        keys, (message, _) = rule.keys.split(), (rule.message, rule.broken(nothing_chosen(rule)))
+        assert set(keys) <= known, rule.name
+        assert set(rule.broken.__code__.co_names) - helpers <= set(keys), rule.name
+        assert message[0].islower() or message.startswith("GGUF") or message[0] == "a", rule.name
+        sections = {(known_in(key)).__name__ for key in keys}
+        assert len(sections) > 1, f"{rule.name}: a rule within one section belongs into its __post_init__"
+    assert len({rule.name for rule in rules.RULES}) == len(rules.RULES)
+
+
+def nothing_chosen(rule):
+    return SimpleNamespace(**{key: known_option(key).default for key in rule.keys.split()})
+
+
+def known_option(key):
+    return (declared(export.SECTIONS) | declared(setup.SECTIONS))[key]
+
+
+def known_in(key):
+    return known_option(key).section
 
 
 def test_rules_say_where_each_key_came_from(write):
-    path = write("seed: 1\nuse_dora: true\n")
+    path = write("seed: 1\nquantization_bit: 4\n")
     message = error_of(path, "finetuning_type=full")
-    assert message.startswith(f"use_dora=true ({path} line 2) with finetuning_type=full (command line): ")
+    assert message.startswith(
+        f"quantization_bit=4 ({path} line 2) with finetuning_type=full (command line): "
+    )
     assert "max_steps=-1 (default)" in error_of("streaming=true")
 
 
@@ -929,14 +1000,18 @@ def test_whatever_is_written_the_only_error_is_config_error(tmp_path, words, tex
 # Help
 
 
-@pytest.mark.parametrize("columns", [50, 80, 100, 200])
-@pytest.mark.parametrize("word", ["--help", "-h"])
-def test_help_shows_every_key_within_the_terminal(capsys, monkeypatch, columns, word):
-    monkeypatch.setenv("COLUMNS", str(columns))
+def help_text(capsys, *words: str, **kwargs) -> str:
     with pytest.raises(SystemExit) as stop:
-        load("missing.yaml", word)
+        load(*words, **kwargs)
     assert stop.value.code == 0
-    text = capsys.readouterr().out
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("columns", [50, 80, 100, 200])
+@pytest.mark.parametrize("words", [["--help", "all"], ["-h", "all"], ["--help=all"]])
+def test_help_shows_every_key_within_the_terminal(capsys, monkeypatch, columns, words):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    text = help_text(capsys, "missing.yaml", *words)
     assert max(map(len, text.splitlines())) <= columns
     assert text.startswith("usage: python train.py")
     assert "Train a model." in text
@@ -952,10 +1027,10 @@ def test_help_shows_every_key_within_the_terminal(capsys, monkeypatch, columns, 
 
 def test_help_row_shows_type_and_default(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
-    with pytest.raises(SystemExit):
-        load("--help")
     lines = [
-        line for line in capsys.readouterr().out.splitlines() if line.startswith("  ") and line[2] != " "
+        line
+        for line in help_text(capsys, "--help", "all").splitlines()
+        if line[:2] == "  " and line[2] != " "
     ]
     rows = {line.split()[0]: line.split()[1:3] for line in lines}
     assert rows["lora_rank"] == ["int", "8"]
@@ -964,6 +1039,66 @@ def test_help_row_shows_type_and_default(capsys, monkeypatch):
     assert rows["finetuning_type"] == ["choice", "lora"]
     assert rows["dataset"] == ["list", "-"]
     assert rows["packing"] == ["bool", "-"]
+
+
+@pytest.mark.parametrize("columns", [50, 80, 130])
+@pytest.mark.parametrize("words", [["--help"], ["a.yaml", "-h", "lora_rank=4"], ["--help", "a.yaml"]])
+def test_help_alone_shows_the_keys_of_the_recipes_one_line_each(capsys, monkeypatch, columns, words):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    text = help_text(capsys, *words, sections=setup.SECTIONS)
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= columns
+    shown = [line.split()[0] for line in lines if line[:2] == "  " and line[2] != " "]
+    assert shown == [option.name for option in declared(setup.SECTIONS).values() if option.common]
+    assert 35 <= len(shown) <= 45
+    recipes = [yaml.safe_load(path.read_text()) for path in sorted((ROOT / "configs").glob("*.yaml"))]
+    counts = Counter(key for recipe in recipes for key in recipe)
+    assert {key for key, count in counts.items() if count > 1} <= set(shown)
+    rest = len(declared(setup.SECTIONS)) - len(shown)
+    assert f"{rest} more keys: --help SECTION (train, model, quant, data, template, lora" in " ".join(
+        text.split()
+    )
+
+
+def test_help_for_a_section_or_a_key(capsys):
+    for name in ("lora", "LoraOptions", "LORA"):
+        text = help_text(capsys, "--help", name, sections=setup.SECTIONS)
+        assert text.startswith("Lora options\n") and "lora_dropout" in text and "seed" not in text
+    for name in ("pref_loss", "dpo_loss"):
+        text = help_text(capsys, f"--help={name}", sections=setup.SECTIONS)
+        assert text.startswith("Preference options\n") and "pref_beta" not in text
+        assert "Also understood: dpo_loss. Read in: dpo, orpo." in text
+    assert "A resumed run may change it." in help_text(
+        capsys, "--help", "save_steps", sections=setup.SECTIONS
+    )
+    assert "never written" in help_text(capsys, "--help", "hf_hub_token", sections=setup.SECTIONS)
+    message = error_of("--help", "lora_rnak", sections=setup.SECTIONS)
+    assert "neither a section nor a key; did you mean lora_rank" in message
+
+
+# Facts at the fields
+
+
+def test_what_an_option_says_of_itself():
+    options = declared(setup.SECTIONS)
+    assert options["lora_rank"].also == ("lora_r",) and options["lora_rank"].default == 8
+    assert [name for name, option in options.items() if option.secret] == ["hf_hub_token", "ms_hub_token"]
+    assert all(
+        name.endswith("_token") for name, option in options.items() if option.secret
+    )  # as `show` hides
+    free = {name for name, option in options.items() if option.resumable}
+    assert {"output_dir", "max_steps", "save_steps", "infer_dtype"} <= free
+    assert not free & {
+        "learning_rate",
+        "seed",
+        "dataset",
+        "stage",
+        "lora_rank",
+        "gradient_accumulation_steps",
+    }
+    assert options["ppo_epochs"].stages == ("ppo",) and options["pref_beta"].stages == ("dpo", "orpo", "kto")
+    assert options["pref_loss"].does_nothing("kto") and not options["pref_loss"].does_nothing("dpo")
+    assert not options["lora_rank"].does_nothing("kto")
 
 
 def test_options_are_read_without_torch_and_without_the_other_parts():
