@@ -349,12 +349,6 @@ def _require_examples(
 def _prepare_stream(
     options: DataOptions, work: Tokeniser
 ) -> tuple[RowStream | None, dict[str, ExampleStore], DataReport]:
-    if options.max_samples is not None:
-        raise UserError("max_samples cannot be used with streaming; set max_steps")
-    if 0 < options.val_size < 1:
-        raise UserError(
-            "val_size must be a number of rows with streaming: a share of an unknown count is unknown"
-        )
     stored = replace(options, dataset=(), interleave_probs=(), val_size=0.0)
     evaluation, report = {}, DataReport([])
     if options.eval_dataset:

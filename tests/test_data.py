@@ -605,9 +605,9 @@ def test_loading_refuses_what_cannot_work(home, tokenizer):
         load(home, tokenizer, "a", val_size=2)
     with pytest.raises(ValueError, match="group_by_length: stage pt packs rows"):
         load(home, tokenizer, "a", stage="pt", group_by_length=True)
-    with pytest.raises(ValueError, match="max_samples cannot be used with streaming"):
+    with pytest.raises(ValueError, match="max_samples: it is for data sets that are read whole"):
         load(home, tokenizer, "a", streaming=True, max_samples=2)
-    with pytest.raises(ValueError, match="val_size must be a number of rows"):
+    with pytest.raises(ValueError, match="val_size: a share of a stream is unknown; give a number of rows"):
         load(home, tokenizer, "a", streaming=True, val_size=0.5)
     put(home, "none", [{"instruction": "a", "output": None}])
     with pytest.raises(ValueError, match="dataset 'none' gives no example"):

@@ -321,9 +321,7 @@ class OptimOptions:
         also="lr_scheduler",
     )
     lr_scheduler_kwargs: str | None = option(None, 'numbers of the schedule as JSON: {"num_cycles": 2}')
-    warmup_steps: float = option(
-        0.0, "updates of warm-up (below 1: share of the run); beats warmup_ratio", COMMON
-    )
+    warmup_steps: float = option(0.0, "updates of warm-up (below 1: share of the run)", COMMON)
     warmup_ratio: float = option(0.0, "warm-up as a share of all updates, rounded up", COMMON)
 
     def __post_init__(self):

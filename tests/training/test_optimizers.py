@@ -94,9 +94,8 @@ def test_polynomial_survives_a_run_that_is_all_warmup():
     assert schedules.schedule(6, options, 5) == pytest.approx(1e-7 / 5e-5)
 
 
-def test_warmup_ratio_rounds_up_and_steps_beat_it():
+def test_warmup_ratio_rounds_up():
     assert schedules.warmup_length(OptimOptions(warmup_ratio=0.1), 101) == 11
-    assert schedules.warmup_length(OptimOptions(warmup_ratio=0.1, warmup_steps=3), 101) == 3
     assert (
         schedules.warmup_length(OptimOptions(warmup_steps=0.05), 101) == 6
     )  # transformers 5 spells the ratio so
