@@ -1,9 +1,9 @@
 """Talk to a model in the terminal.
 
     python chat.py model_name_or_path=models/SmolLM2-135M-Instruct
-    python chat.py model_name_or_path=saves/demo                        # a run folder names its base and template
+    python chat.py model_name_or_path=saves/demo                # a run folder names its base and template
     python chat.py model_name_or_path=BASE adapter_name_or_path=A,B template=chatml prompt="Who are you?"
-    python chat.py model_name_or_path=saves/rm prompt="2 + 2?" score="4"      # what a reward model thinks of an answer
+    python chat.py model_name_or_path=saves/rm prompt="2 + 2?" score="4"      # what a reward model says
 
 `clear` forgets the conversation, `exit` leaves, Ctrl-C stops an answer. The keys and values that the model
 computed for the conversation so far are kept, so a turn costs only its own tokens.
@@ -32,10 +32,9 @@ from generation.sampling import GenerateOptions
 from lora import quantised_linears
 from model import Decoder
 from options import config as configuration
-from options.errors import UserError
+from options.errors import UserError, exit_status, refuse
 from options.option import COMMON, RESUMABLE, option
 from quant import QuantOptions
-from stages.rm import score_dialogues
 from templates import TemplateOptions
 from text.render import Message, encode_dialogue
 from text.tokenizer import Tokenizer
@@ -47,86 +46,66 @@ THINK, THOUGHT = "<think>", "</think>"
 @dataclass(frozen=True)
 class ChatOptions:
     prompt: str | None = option(None, "answer this one message and end; default: a conversation", COMMON)
-    score: str | None = option(
-        None, "print a reward model's score of this answer to `prompt` and end", COMMON
-    )
+    score: str | None = option(None, "print what a reward model thinks of this answer to `prompt`", COMMON)
     seed: int | None = option(None, "seed of the draws; default: another one each time")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto = a GPU if there is one", RESUMABLE)
 
     def __post_init__(self):
-        if self.score is not None and self.prompt is None:
-            raise UserError("score: there is no prompt that it is an answer to; give prompt too")
+        lonely = self.score is not None and self.prompt is None
+        refuse(lonely, "score: there is no prompt that it is an answer to; give prompt too")
 
 
 SECTIONS = [ModelOptions, QuantOptions, TemplateOptions, GenerateOptions, ChatOptions]
 
 
 def main(argv: list[str]) -> int:
-    try:
-        config = configuration.load(
-            argv,
-            SECTIONS,
-            program="chat.py",
-            description=__doc__.splitlines()[0],
-            reads_files_of_others=True,  # training files
-        )
-        for notice in config.notices:
-            _say(f"note: {notice}")
-        conversation = open_conversation(config)
-        if config[ChatOptions].score is not None:
-            print(f"{conversation.score(config[ChatOptions].prompt, config[ChatOptions].score):.4f}")
-            return 0
-    except (ValueError, OSError) as error:
-        if os.environ.get("ANVIL_TRACEBACK"):
-            raise
-        print(f"chat.py: {error}", file=sys.stderr)
-        return 2
-    prompt = config[ChatOptions].prompt
-    if prompt is None:
+    return exit_status("chat.py", lambda: run(argv))
+
+
+def run(argv: list[str]) -> int:
+    about = {"program": "chat.py", "description": __doc__.splitlines()[0]}
+    config = configuration.load(argv, SECTIONS, reads_files_of_others=True, **about)  # of a training, say
+    for notice in config.notices:
+        _say(f"note: {notice}")
+    conversation = open_conversation(config)
+    options = config[ChatOptions]
+    if options.score is not None:
+        print(f"{conversation.score(options.prompt, options.score):.4f}")
+        return 0
+    if options.prompt is None:
         return talk(conversation)
-    try:
-        return 130 if answer(conversation, prompt) else 0
-    except ValueError as error:
-        print(f"chat.py: {error}", file=sys.stderr)
-        return 2
+    return 130 if answer(conversation, options.prompt) else 0
 
 
 def open_conversation(config: configuration.Config) -> "Conversation":
-    """Load everything the options name. Raises ValueError or OSError with a message for the user."""
-    options = config[ChatOptions]
+    """Load everything the options name."""
+    options, named = config[ChatOptions], config[ModelOptions]
     device = options.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: cuda was asked for, but torch sees no GPU; use device=cpu")
-    kernels.require_attention(config[ModelOptions].flash_attn, device)
-    source = find_source(config[ModelOptions], config[TemplateOptions], config.given, config[QuantOptions])
-    for notice in source.notices:
-        _say(f"note: {notice}")
-    dtype = DTYPES.get(config[ModelOptions].infer_dtype)
+    missing = device == "cuda" and not torch.cuda.is_available()
+    refuse(missing, "device: cuda was asked for, but torch sees no GPU; use device=cpu")
+    kernels.require_attention(named.flash_attn, device)
+    source = find_source(named, config[TemplateOptions], config.given, config[QuantOptions])
     quantization, notice = chosen_quantization(source.base, quant.from_options(source.quantization))
-    if notice is not None:
-        _say(f"note: {notice}")
-    model, tokenizer, template = load_source(source, dtype, device, quantization)
-    kernels.require_attention(config[ModelOptions].flash_attn, device, model.embed_tokens.weight.dtype)
-    model.runtime.flash_attn = config[ModelOptions].flash_attn
+    for line in (*source.notices, *([notice] if notice else [])):
+        _say(f"note: {line}")
+    model, tokenizer, template = load_source(source, DTYPES.get(named.infer_dtype), device, quantization)
+    dtype = model.embed_tokens.weight.dtype
+    kernels.require_attention(named.flash_attn, device, dtype)
+    model.runtime.flash_attn = named.flash_attn
     if quantised_linears(model):
         _say(quant.report(model))
-    if options.score is not None:
-        load_head(model, source)
-    else:
+    if options.score is None:
         lay_out_for_decoding(model)
-    generator = torch.Generator()
-    if options.seed is None:
-        generator.seed()
     else:
-        generator.manual_seed(options.seed)
-    dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
+        load_head(model, source)
+    generator = torch.Generator()
+    generator.manual_seed(generator.seed() if options.seed is None else options.seed)
     parts = " + ".join(str(path) for path in (source.base, *source.adapters))
-    _say(f"{parts}, {dtype} on {device}, template {template.name}")
-    return Conversation(
-        model, tokenizer, template, config[GenerateOptions], source.template.enable_thinking, generator
-    )
+    _say(f"{parts}, {str(dtype).removeprefix('torch.')} on {device}, template {template.name}")
+    thinks = source.template.enable_thinking
+    return Conversation(model, tokenizer, template, config[GenerateOptions], thinks, generator)
 
 
 def talk(conversation: "Conversation") -> int:
@@ -156,7 +135,7 @@ def talk(conversation: "Conversation") -> int:
                 print("Assistant: ", end="", flush=True)
             try:
                 answer(conversation, text)
-            except ValueError as error:
+            except UserError as error:
                 print(f"chat.py: {error} (`clear` starts anew)", file=sys.stderr)
 
 
@@ -180,68 +159,50 @@ def answer(conversation: "Conversation", text: str) -> bool:
 
 
 class Conversation:
-    """Messages so far, and the model's cache of them.
+    """Messages so far, and the model's cache of them. ask() adds the user's message at once and the answer
+    when the iteration ends, however it ends; a message that got no answer at all is taken back."""
 
-    ask() adds the user's message at once and the answer when the iteration ends, however it ends; a message
-    that got no answer at all is taken back.
-    """
-
-    def __init__(
-        self,
-        model: Decoder,
-        tokenizer: Tokenizer,
-        template,
-        options: GenerateOptions,
-        enable_thinking: bool,
-        generator: torch.Generator,
-    ):
+    def __init__(self, model: Decoder, tokenizer: Tokenizer, template, options, enable_thinking, generator):
+        """options: GenerateOptions; enable_thinking: bool; generator: torch.Generator of the draws."""
         self.model, self.tokenizer, self.template = model, tokenizer, template
         self.enable_thinking, self.generator = enable_thinking, generator
         ids, words = split_stop_words(tokenizer, template.stop_words(tokenizer.eos_token))
         self.stop_ids = (*tokenizer.stop_ids, *ids)
-        # words that the template knows as text, for example the next "Human:" of a template without special
-        # tokens
+        # words that the template knows as text, as the next "Human:" of a template without special tokens
         self.options = replace(options, stop=tuple(dict.fromkeys([*options.stop, *words])))
         self.messages: list[Message] = []
         self.cache: KVCache | None = None
         self.cached_ids: list[int] = []  # what the cache holds
         self.new_tokens = 0  # of the last answer
-        self.begins_in_thought = self._prompt_text([Message("user", "")]).rstrip().endswith(THINK)
+        prompt = "".join(span.text for span in self._render([Message("user", "")]))
+        self.begins_in_thought = prompt.rstrip().endswith(THINK)
 
     def clear(self) -> None:
         self.messages = []
 
     def score(self, prompt: str, answer: str) -> float:
-        """Of the model as a reward model (inference.load_head)."""
+        """Of the model as a reward model (checkpoints.source.load_head)."""
+        from stages.rm import score_dialogues  # a conversation needs no stage
+
         dialogue = [Message("user", prompt), Message("assistant", answer)]
         return score_dialogues(self.model, self.tokenizer, self.template, [dialogue]).item()
 
     def ask(self, text: str) -> Iterator[str]:
-        """The answer to one more message, piece by piece. Raises ValueError when the conversation gets too
-        long."""
+        """The answer to one more message, piece by piece. Raises UserError when the talk gets too long."""
         self.new_tokens = 0
         # a lone surrogate (bytes that were no UTF-8) has no tokens
         self.messages.append(Message("user", text.encode("utf-8", "replace").decode("utf-8")))
-        pieces: list[str] = []
+        pieces, stream = [], None
         try:
-            stream = TextStream(
-                self.model,
-                self.tokenizer,
-                self._prompt(),
-                self.options,
-                stop_ids=self.stop_ids,
-                generator=self.generator,
-                cache=self.cache,
-            )
+            state = {"stop_ids": self.stop_ids, "generator": self.generator, "cache": self.cache}
+            stream = TextStream(self.model, self.tokenizer, self._prompt(), self.options, **state)
             self.cache = stream.decoding.cache
-            try:
-                for piece in stream:
-                    pieces.append(piece)
-                    yield piece
-            finally:
-                self.cached_ids = stream.cached_ids
-                self.new_tokens = len(stream.ids)
+            for piece in stream:
+                pieces.append(piece)
+                yield piece
         finally:
+            if stream is not None:  # else the prompt was refused
+                self.cached_ids, self.new_tokens = stream.cached_ids, len(stream.ids)
             content = self.template.content("".join(pieces))
             if content:
                 self.messages.append(Message("assistant", content))
@@ -250,13 +211,10 @@ class Conversation:
 
     def _prompt(self) -> list[int]:
         """Tokens of the conversation; the cache is cut back to what it shares with them."""
-        spans = self._render(self.messages)
-        ids = encode_dialogue(self.tokenizer, spans).ids
+        ids = encode_dialogue(self.tokenizer, self._render(self.messages)).ids
         if self.cache is not None:
             # one token at least has to be fed, so that there are logits
-            pairs = zip(ids[:-1], self.cached_ids)
-            longest = min(len(ids) - 1, len(self.cached_ids))
-            shared = next((i for i, (ours, cached) in enumerate(pairs) if ours != cached), longest)
+            shared = len(os.path.commonprefix([ids[:-1], self.cached_ids]))
             if self.model.config.rope.kind == "dynamic":
                 shared = 0  # its angles change with the length of the text
             self.cache.lengths = [shared]
@@ -264,12 +222,8 @@ class Conversation:
         return ids
 
     def _render(self, messages: list[Message]):
-        tokens = self.tokenizer.bos_token, self.tokenizer.eos_token
-        options = {"generation_prompt": True, "enable_thinking": self.enable_thinking}
-        return self.template.render(messages, *tokens, **options)
-
-    def _prompt_text(self, messages: list[Message]) -> str:
-        return "".join(span.text for span in self._render(messages))
+        how = {"generation_prompt": True, "enable_thinking": self.enable_thinking}
+        return self.template.render(messages, self.tokenizer.bos_token, self.tokenizer.eos_token, **how)
 
 
 class Painter:
@@ -300,8 +254,7 @@ class Painter:
 
     def end(self) -> str:
         """What was held back, and the end of the colour."""
-        held, self._held = self._held, ""
-        return held + (PLAIN if self.in_thought else "")
+        return self._held + (PLAIN if self.in_thought else "")
 
 
 def _say(text: str) -> None:

@@ -46,6 +46,7 @@ HARMLESS = {
     "generation always uses the cache and streams": "use_cache use_kv_cache use_streamer",
     "every evaluation set is evaluated by itself": "eval_on_each_dataset",
     "the model family is read from config.json": "model_type tuner_backend",
+    "what was trained is read from the folder": "finetuning_type",
     "quantised layers compute in the dtype of the training": "bnb_4bit_comp_dtype bnb_4bit_compute_dtype",
     "codes are always stored as bytes": "bnb_4bit_quant_storage",
     "models are text only": """

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -346,3 +347,26 @@ def test_bad_input_gives_one_clear_line_and_status_2(folder, tmp_path, capsys, m
         last = streams.err.strip().splitlines()[-1]
         assert message in streams.err and streams.out.strip() == "", (name, streams)
         assert "Traceback" not in streams.err and "chat.py: " in streams.err, (name, last)
+
+
+def test_an_error_of_the_program_keeps_its_traceback(folder, monkeypatch):
+    """Such as this one of numpy's planted in the way of every answer: it is no mistake of the user's."""
+    monkeypatch.setattr(Tokenizer, "from_folder", lambda folder: np.stack([]))
+    with pytest.raises(ValueError, match="need at least one array to stack"):
+        chat.main(words(model_name_or_path=folder, prompt="Hello"))
+
+
+def test_a_mistake_is_one_line_on_stderr_and_status_2(folder):
+    process = start(*words(model_name_or_path=folder, prompt="Hello", template="chatlm"))
+    out, remarks = process.communicate(timeout=120)
+    assert process.returncode == 2 and out == ""
+    (line,) = remarks.splitlines()
+    assert line.startswith("chat.py: template:") and "did you mean 'chatml'" in line
+
+
+def test_neither_stages_nor_a_training_are_imported(tmp_path):
+    script = "import chat, sys; print(*{name.partition('.')[0] for name in sys.modules})"
+    process = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert not {"stages", "training", "data", "pipeline", "conversion", "train"} & set(process.stdout.split())

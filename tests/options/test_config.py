@@ -677,6 +677,7 @@ def test_tables_are_sound():
     others = [name for key in known.values() for name in key.also]
     assert len(others) == len(set(others))
     assert not set(others) & {*known, *aliases.CONVERTED}
+    assert aliases.lookup(aliases.HARMLESS, "finetuning_type")[0]  # where nothing is trained
     for name in aliases.CONVERTED:  # a key has one explanation
         for table in (aliases.HARMLESS, aliases.NOT_YET):
             assert aliases.lookup(table, name) == (None, [])
