@@ -9,10 +9,9 @@ from architectures.layers import ForwardContext
 
 
 class KVCache:
-    """Keys and values of several sequences, for decoding. `lengths` are host ints: how much of each is
-    filled.
+    """Keys and values of several sequences. `lengths` are host ints: how much of each is filled.
 
-    kept: what others made for this memory (captured steps, token_steps.py); forgotten when the cache moves.
+    kept: what others made for this memory (captured steps, cuda_graph.py); forgotten when the cache moves.
     """
 
     def __init__(self, config: ModelConfig, sequences: int, capacity: int, dtype=torch.float32, device="cpu"):
@@ -38,43 +37,38 @@ class KVCache:
             self._hold(self.storage.new_zeros((layers, two, sequences, *rest)))
         self._look()
 
-    def plan(self, row: ForwardContext) -> None:
+    def plan(self, context: ForwardContext) -> None:
         """Tell the row where its new tokens go. `filled`: on a GPU, the lengths once they are stored."""
-        borders = row.cu_seqlens.tolist()
+        borders = context.cu_seqlens.tolist()
         if len(borders) - 1 != len(self.lengths):
-            raise ValueError(
-                f"cache: {len(self.lengths)} sequences, but the row has {len(borders) - 1} segments"
-            )
+            raise ValueError(f"cache: {len(self.lengths)} sequences, but {len(borders) - 1} segments")
         lengths = [filled + stop - start for filled, start, stop in zip(self.lengths, borders, borders[1:])]
         if max(lengths) > self.capacity:
             raise ValueError(f"cache: {max(lengths)} tokens do not fit its capacity of {self.capacity}")
-        row.borders, row.lengths, row.is_whole = borders, lengths, not any(self.lengths)
+        context.borders, context.lengths, context.is_whole = borders, lengths, not any(self.lengths)
         if self.on_device:
-            row.filled = torch.tensor(lengths, dtype=torch.int32, device=self.storage.device)
+            context.filled = torch.tensor(lengths, dtype=torch.int32, device=self.storage.device)
 
     def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, row: ForwardContext, window, scale: float
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext, window, scale: float
     ) -> Tensor:
         """Store k, v (T, K, D) of one layer, then attention of q (T, H, D) against everything stored."""
         keys, values = self.layers[layer]
-        if row.filled is not None:
-            kernels.store_in_cache(k, v, keys, values, row.cu_seqlens, row.filled, row.max_seqlen)
+        if context.filled is not None:
+            kernels.store_in_cache(k, v, keys, values, context.cu_seqlens, context.filled, context.max_seqlen)
         else:
-            self.append(layer, k, v, row.borders)
-        if row.is_whole:  # the cache was empty, so the row holds all there is
-            chosen = row.flash_attn
-            return kernels.attention(
-                q, k, v, row.cu_seqlens, row.max_seqlen, window, scale, flash_attn=chosen
-            )
-        if row.filled is not None and row.max_seqlen <= kernels.MAX_NEW:
-            return kernels.decode_attention(
-                q, keys, values, row.cu_seqlens, row.filled, row.max_seqlen, window, scale
-            )
-        return kernels.cached_attention(q, keys, values, row.borders, row.lengths, window, scale)
+            self.append(layer, k, v, context.borders)
+        if context.is_whole:  # the cache was empty, so the row holds all there is
+            borders = context.cu_seqlens, context.max_seqlen
+            return kernels.attention(q, k, v, *borders, window, scale, flash_attn=context.flash_attn)
+        if context.filled is not None and context.max_seqlen <= kernels.MAX_NEW:
+            new = context.cu_seqlens, context.filled, context.max_seqlen
+            return kernels.decode_attention(q, keys, values, *new, window, scale)
+        return kernels.cached_attention(q, keys, values, context.borders, context.lengths, window, scale)
 
-    def advance(self, row: ForwardContext) -> None:
+    def advance(self, context: ForwardContext) -> None:
         """All layers have stored the row's tokens."""
-        self.lengths = row.lengths
+        self.lengths = context.lengths
 
     def append(self, layer: int, k: Tensor, v: Tensor, borders: list[int]) -> None:
         """Store the new k, v (T, K, D) of one layer behind each sequence's filled part."""
@@ -96,8 +90,7 @@ class KVCache:
             values[i, :, place : place + stop - start] = v[start:stop].transpose(0, 1)
 
     def reserve(self, capacity: int) -> None:
-        """Make room for this many tokens per sequence; at least half as much again is added, so growing stays
-        rare."""
+        """Make room for this many tokens per sequence; at least half as much again, so growing stays rare."""
         if capacity <= self.capacity:
             return
         grown = max(capacity, self.capacity + self.capacity // 2)

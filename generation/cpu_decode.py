@@ -1,13 +1,13 @@
 """One token of one sequence through the decoder on a CPU, as a straight line of few operations.
 
 At one token, a layer's matrices take 0.4 ms to read (135M model, fp32) and the modules' some forty small
-operations as long as half of that. Here a layer is some twenty, over vectors instead of rows of one:
-    the products as embedding bags (kernels/linear.py), whose shares are summed together with the residual stream,
-    one rotation for q, k and v side by side (v turns by the angle 0) and one copy of k and v into the cache.
-Quantised weights are read as bytes where the format has such a table (kernels/byte_linear.py), else they are expanded
-once. With bytes everything but attention is in fp32: their sums are, and so no step rounds. An adapter beside a
-quantised base is two small products more.
-Values are those of model.Decoder up to the order of sums, and to the rounding that fp32 leaves out.
+operations as long as half of that. Here a layer is some twenty, over vectors instead of rows of one: the
+products as embedding bags (kernels/linear.py), whose shares are summed together with the residual stream; one
+rotation for q, k and v side by side (v turns by the angle 0) and one copy of k and v into the cache.
+Quantised weights are read as bytes where the format has such a table (kernels/byte_linear.py), else they are
+expanded once. With bytes everything but attention is in fp32: their sums are, and so no step rounds. An
+adapter beside a quantised base is two small products more. Values are those of model.Decoder up to the order
+of sums, and to the rounding that fp32 leaves out.
 """
 
 import math
@@ -95,10 +95,9 @@ class Layer(NamedTuple):
 class OneRow:
     """The blocks of a decoder that was laid out for decoding (layout.py).
 
-    dtype: of the model's activations.  places: (module, name, layer that stood there): an adapter put around
-    one since
-    then must not be left out.  adapters: those that were copied: if one changes or is switched off, the
-    modules serve.
+    dtype: of the model's activations. places: (module, name, layer that stood there): an adapter put around
+    one since then must not be left out. adapters: those that were copied: if one changes or is switched off,
+    the modules serve.
     """
 
     def __init__(
@@ -117,18 +116,13 @@ class OneRow:
         self.scale = 1.0 / math.sqrt(config.head_dim)
         self.activation = ACTIVATIONS[config.activation]
         self.dtype = dtype
-        products = [
-            product for layer in layers for product in layer if isinstance(product, (Product, ByteProduct))
-        ]
-        self.wide = any(
-            isinstance(product, ByteProduct) for product in products
-        )  # whether the stream is fp32
-        dense = [product for product in products if isinstance(product, Product)]
+        parts = [part for layer in layers for part in layer]
+        self.wide = any(isinstance(part, ByteProduct) for part in parts)  # whether the stream is fp32
+        dense = [part for part in parts if isinstance(part, Product)]
         self.ones = torch.ones(dense[0].starts.shape[0], dtype=dense[0].table.dtype) if dense else None
 
     def serves(self, x: Tensor) -> bool:
-        """Whether x (T, E) is one row in the model's dtype, and the decoder still has the layers of the
-        start."""
+        """Whether x (T, E) is one row in the model's dtype, and the decoder has the layers of the start."""
         fits = x.shape[0] == 1 and x.dtype is self.dtype and not torch.is_grad_enabled()
         return fits and self._unchanged()
 
@@ -139,10 +133,9 @@ class OneRow:
         )
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, storage: Tensor, filled: int) -> Tensor:
-        """x (1, E), cos and sin (1, D/2), storage (layers, 2, 1, K, capacity, D) with `filled` slots -> (1,
-        E).
+        """x (1, E), cos and sin (1, D/2), storage (layers, 2, 1, K, capacity, D) -> (1, E) before the norm.
 
-        The new keys and values go to slot `filled`. The final norm is left to the caller.
+        `filled` slots of storage are filled; the new keys and values go to the next one.
         """
         x = x[0]
         if self.wide:
@@ -189,17 +182,16 @@ class OneRow:
 
 def forward(
     model: Decoder, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int, cache: KVCache
-):
-    """model(tokens, positions, cu_seqlens, max_seqlen, cache) -> (T, E); one token of one text the short way
-    where the model was laid out for it (layout.py)."""
+) -> Tensor:
+    """model(tokens, positions, cu_seqlens, max_seqlen, cache), (T, E): by OneRow where that serves."""
     one_row = model.runtime.one_row
-    if one_row is None or tokens.shape[0] != 1:
-        return model(tokens, positions, cu_seqlens, max_seqlen, cache)
-    x = model.embed(tokens)  # (1, E)
-    if not one_row.serves(x):
-        return model(tokens, positions, cu_seqlens, max_seqlen, cache)
-    row = ForwardContext(cu_seqlens, max_seqlen, cache, model.runtime.flash_attn, x.dtype)
-    cache.plan(row)
-    x = one_row(x, *model.rotation(positions, row, x.dtype), cache.storage, cache.lengths[0])
-    cache.advance(row)
-    return model.norm(x)
+    if one_row is not None and tokens.shape[0] == 1:
+        x = model.embed(tokens)  # (1, E)
+        if one_row.serves(x):
+            context = ForwardContext(cu_seqlens, max_seqlen, cache, model.runtime.flash_attn, x.dtype)
+            cache.plan(context)
+            cos, sin = model.rotation(positions, context, x.dtype)
+            x = one_row(x, cos, sin, cache.storage, cache.lengths[0])
+            cache.advance(context)
+            return model.norm(x)
+    return model(tokens, positions, cu_seqlens, max_seqlen, cache)

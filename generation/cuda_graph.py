@@ -1,5 +1,4 @@
-"""Decoding at fixed shapes: one new token for every sequence per step, nothing asked of the host, so a CUDA
-graph can replay the step.
+"""Decoding at fixed shapes, a token for every sequence per step, nothing asked of the host: for CUDA graphs.
 
 The ordinary step in generate.py builds its tensors from what the host knows: last tokens, lengths, random
 numbers. On a GPU that costs more than the step itself. Here all of it lives on the device from one step to
@@ -29,8 +28,7 @@ DRAWS = 32  # steps that one copy of random numbers serves
 
 
 class DeviceCache:
-    """A KVCache whose filled lengths stand on the device. Every row of tokens brings one for each
-    sequence."""
+    """A KVCache whose filled lengths stand on the device. Every row brings one token for each sequence."""
 
     def __init__(self, cache: KVCache):
         device = cache.storage.device
@@ -42,23 +40,22 @@ class DeviceCache:
         self.lengths.copy_(torch.tensor(lengths, dtype=torch.int32))
         self.growth.fill_(1)
 
-    def plan(self, row: ForwardContext) -> None:
-        row.lengths = row.filled = self.lengths + 1
+    def plan(self, context: ForwardContext) -> None:
+        context.lengths = context.filled = self.lengths + 1
 
     def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, row: ForwardContext, window, scale: float
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext, window, scale: float
     ) -> Tensor:
         keys, values = self.layers[layer]
-        kernels.store_in_cache(k, v, keys, values, row.cu_seqlens, row.filled, 1)
-        return kernels.decode_attention(q, keys, values, row.cu_seqlens, row.filled, 1, window, scale)
+        kernels.store_in_cache(k, v, keys, values, context.cu_seqlens, context.filled, 1)
+        return kernels.decode_attention(q, keys, values, context.cu_seqlens, context.filled, 1, window, scale)
 
-    def advance(self, row: ForwardContext) -> None:
+    def advance(self, context: ForwardContext) -> None:
         self.lengths += self.growth
 
     @torch.inference_mode()
     def retire(self, sequence: int) -> None:
-        """Its text has ended: the row stays, but attends to nothing but its own token and never grows
-        again."""
+        """Its text has ended: the row stays, but sees nothing but its own token and never grows again."""
         self.lengths[sequence] = 0
         self.growth[sequence] = 0
 
@@ -109,9 +106,7 @@ class TokenSteps:
         self.cache = DeviceCache(cache)
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=device)  # (B,) what the last step chose
         self.borders = torch.arange(rows + 1, dtype=torch.int32, device=device)
-        self.logits: Tensor | None = (
-            None  # (B, V) fp32 of the last step; once captured, always the same memory
-        )
+        self.logits: Tensor | None = None  # (B, V) fp32 of the last step; once captured, the same memory
         pinned = device.type == "cuda"
         self.results = [torch.zeros(rows, dtype=torch.int64, pin_memory=pinned) for _ in range(AHEAD)]
         self.arrivals = [torch.cuda.Event() if pinned else None for _ in range(AHEAD)]

@@ -1,10 +1,10 @@
-"""Decoding: a loop over sequences of different lengths with a key/value cache, and text as it comes out of
-it.
+"""Decoding: a loop over sequences of different lengths with a key/value cache, and the text that comes out.
 
 A step feeds every live sequence what its cache does not hold yet: the whole prompt at first, then one token.
 So prompts need no padding, and a conversation that goes on re-uses the cache of its beginning. On a GPU the
-steps of one token each run ahead of the host, at fixed shapes (token_steps.py). Every sampled sequence has a
-random generator of its own, so its text does not depend on its neighbours in the batch.
+steps of one token each run ahead of the host, at fixed shapes (cuda_graph.py); on a CPU one token of one text
+goes the short way, where the model was laid out for it (cpu_decode.py). Every sampled sequence has a random
+generator of its own, so its text does not depend on its neighbours in the batch.
 
     completions = generate(model, [ids], GenerateOptions(do_sample=False), stop_ids=tokenizer.stop_ids)
     for piece in TextStream(model, tokenizer, ids, options, stop_ids=tokenizer.stop_ids): print(piece, end="")
@@ -22,6 +22,7 @@ from generation.cache import KVCache
 from generation.cuda_graph import AHEAD, TokenSteps
 from generation.sampling import Draws, GenerateOptions, ban_repeated_ngrams, choose
 from model import Decoder
+from options.errors import UserError
 
 FIRST_ROOM = 256  # tokens a new cache holds beyond the prompt; it grows from there
 GRAPH_PAYS = 16  # tokens: capturing a step takes about as long as some steps
@@ -40,26 +41,20 @@ def generate(
     options: GenerateOptions,
     *,
     stop_ids: Iterable[int],
-    generator: torch.Generator | None = None,
-    seeds: list[int] | None = None,
     on_token: Callable[[int, int], bool | None] | None = None,
     tokenizer=None,
-    cache: KVCache | None = None,
+    **more,
 ) -> list[Completion]:
     """Continue every prompt; the prompts may differ in length.
 
-    stop_ids: tokens that end a text.  generator: on the CPU; gives each sequence its seed (None = torch's
-    global one). seeds: of the sequences, in place of a generator. on_token(sequence, token) is called for
-    every new token; returning True ends that sequence. tokenizer: needed for
-    options.stop; fills Completion.text.  cache: one to use again, after its restart(); on a GPU it also keeps
-    the steps that were captured for it, so give it up when layers of the model are replaced or adapters
-    switched. Raises ValueError for prompts that are empty or too long for the model.
+    stop_ids: tokens that end a text. on_token(sequence, token) is called for every new token; returning True
+    ends that sequence. tokenizer: needed for options.stop; fills Completion.text. more: generator, seeds and
+    cache, see Decoding. Raises UserError for prompts that are empty or too long for the model.
     """
     if tokenizer is None and options.stop:
         raise ValueError("stop: stop words are found in the text; give generate() the tokenizer")
     more_ids, words = split_stop_words(tokenizer, options.stop) if options.stop else ((), ())
-    random = {"generator": generator, "seeds": seeds}
-    decoding = Decoding(model, prompts, options, stop_ids=(*stop_ids, *more_ids), cache=cache, **random)
+    decoding = Decoding(model, prompts, options, stop_ids=(*stop_ids, *more_ids), **more)
     writers = None if tokenizer is None else [TextWriter(tokenizer, words) for _ in prompts]
     pieces: list[list[str]] = [[] for _ in prompts]
     while decoding.live:
@@ -82,11 +77,14 @@ def generate(
 class Decoding:
     """Sequences that are decoded together. Call step() while there are `live` ones.
 
-    texts    per sequence: prompt and new tokens
-    rows     the sequence of each of the cache's rows; a finished one leaves when there is reason to move rows
-    cache    may be given, with one row per prompt that already holds the beginning of it (`cache.lengths` tokens)
-
-    fixed_shapes: take token_steps.py for steps of one token; None = on a GPU.
+    texts          per sequence: prompt and new tokens
+    rows           the sequence of each of the cache's rows; a finished one leaves when rows are moved anyway
+    generator      on the CPU; gives each sequence its seed (None = torch's global one)
+    seeds          of the sequences, in place of a generator
+    cache          may be given: a row per prompt that holds the beginning of it (`cache.lengths` tokens), or
+                   none after restart(); on a GPU it also keeps the steps that were captured for it, so give
+                   it up when layers of the model are replaced or adapters switched
+    fixed_shapes   take cuda_graph.py for steps of one token; None = on a GPU
     """
 
     def __init__(
@@ -102,9 +100,7 @@ class Decoding:
         fixed_shapes: bool | None = None,
     ):
         if model.training:
-            raise ValueError(
-                "the model is in training mode, so dropout would disturb the text; call model.eval()"
-            )
+            raise ValueError("the model is in training mode: dropout would disturb the text; call eval()")
         limit = context_limit(model.config)
         for number, prompt in enumerate(prompts):
             _check_prompt(number, prompt, model.config.vocab_size, limit)
@@ -121,9 +117,7 @@ class Decoding:
             cache = new_cache(model, len(prompts), room)
         self.cache = cache
         fixed_shapes = self.device.type == "cuda" if fixed_shapes is None else fixed_shapes
-        self.fixed_shapes = (
-            fixed_shapes and not options.no_repeat_ngram_size
-        )  # that one reads the texts on the host
+        self.fixed_shapes = fixed_shapes and not options.no_repeat_ngram_size  # which reads texts on the host
         self.steps: TokenSteps | None = None
         self.draws = None
         if options.do_sample:
@@ -132,9 +126,8 @@ class Decoding:
             self.draws = Draws(seeds)
         self.seen = None  # (rows, V)
         if options.repetition_penalty != 1:
-            self.seen = torch.zeros(
-                len(prompts), model.config.vocab_size, dtype=torch.bool, device=self.device
-            )
+            size = len(prompts), model.config.vocab_size
+            self.seen = torch.zeros(size, dtype=torch.bool, device=self.device)
             for row, prompt in enumerate(prompts):
                 self.seen[row, torch.tensor(prompt, device=self.device)] = True
 
@@ -151,10 +144,9 @@ class Decoding:
         tokens = self._fixed_step() if self.fixed_shapes and one_each else self._ordinary_step()
         chosen = [(s, token) for s, token in zip(self.rows, tokens) if self.finish_reasons[s] is None]
         if any(token < 0 for _, token in chosen):
-            raise ValueError(
+            raise UserError(
                 "the model's logits are not finite numbers; its weights are damaged, or too large for "
-                "float16 "
-                "(then set infer_dtype=bfloat16 or float32)"
+                "float16 (then set infer_dtype=bfloat16 or float32)"
             )
         for sequence, token in chosen:
             self.texts[sequence].append(token)
@@ -166,15 +158,12 @@ class Decoding:
 
     def stop(self, sequence: int, reason: str = "stop") -> None:
         """End this sequence; the first reason stays."""
-        if self.finish_reasons[sequence] is not None:
-            if reason == "stop" and self.finish_reasons[sequence] == "length":
-                self.finish_reasons[sequence] = (
-                    reason  # a stop word completed by the last token that had room
-                )
-            return
-        self.finish_reasons[sequence] = reason
-        if self.steps is not None:
+        before = self.finish_reasons[sequence]
+        if before is None and self.steps is not None:
             self.steps.retire(self.rows.index(sequence))
+        # a stop word may be completed by the last token that had room
+        if before is None or (before, reason) == ("length", "stop"):
+            self.finish_reasons[sequence] = reason
 
     def completion(self, sequence: int, text: str | None = None) -> Completion:
         new = self.texts[sequence][self.prompt_lengths[sequence] :]
@@ -200,22 +189,19 @@ class Decoding:
     def _ordinary_step(self) -> list[int]:
         """Feed what the cache lacks; one token per row."""
         self._make_room()
-        cache, texts = self.cache, [self.texts[sequence] for sequence in self.rows]
+        texts = [self.texts[sequence] for sequence in self.rows]
         tokens, positions, borders = [], [], [0]
-        for filled, text in zip(cache.lengths, texts):
+        for filled, text in zip(self.cache.lengths, texts):
             tokens += text[filled:]
             positions += range(filled, len(text))
             borders.append(len(tokens))
-        hidden = cpu_decode.forward(
-            self.model,
-            torch.tensor(tokens, device=self.device),
-            torch.tensor(positions, dtype=torch.int32, device=self.device),
-            torch.tensor(borders, dtype=torch.int32, device=self.device),
-            max(stop - start for start, stop in zip(borders, borders[1:])),
-            cache,
-        )  # (T, E)
+        longest = max(stop - start for start, stop in zip(borders, borders[1:]))
+        ends = torch.tensor(borders, dtype=torch.int32, device=self.device)
+        positions = torch.tensor(positions, dtype=torch.int32, device=self.device)
+        row = torch.tensor(tokens, device=self.device), positions, ends, longest, self.cache
+        hidden = cpu_decode.forward(self.model, *row)  # (T, E)
         if len(tokens) > len(texts):
-            hidden = hidden[torch.tensor(borders[1:], device=self.device) - 1]  # (B, E)
+            hidden = hidden[ends[1:] - 1]  # (B, E)
         logits = self.model.logits(hidden).float()  # (B, V)
         if self.options.no_repeat_ngram_size:
             logits = ban_repeated_ngrams(logits, texts, self.options.no_repeat_ngram_size)
@@ -232,25 +218,23 @@ class Decoding:
         for _ in range(allowed - self.steps.waiting):
             self.steps.launch()
         tokens = self.steps.read()
-        self.cache.lengths = [
-            n + (self.finish_reasons[s] is None) for s, n in zip(self.rows, self.cache.lengths)
-        ]
+        grown = (self.finish_reasons[sequence] is None for sequence in self.rows)
+        self.cache.lengths = [filled + one for filled, one in zip(self.cache.lengths, grown)]
         return tokens
 
     def _begin_steps(self) -> None:
-        """Steps of fixed shapes for the rows there are; those that the cache kept from an earlier text if
-        they fit."""
+        """Steps of fixed shapes for the rows there are; those that the cache kept, if they fit."""
         kept, count = self.cache.kept, len(self.rows)
         if count not in kept or kept[count].model is not self.model:
             kept[count] = TokenSteps(self.model, self.cache)
         self.steps, seen = kept[count], self.seen
+        wanted = max(self.ends[sequence] - len(self.texts[sequence]) for sequence in self.rows)
         self.steps.begin(
             [self.texts[sequence][-1] for sequence in self.rows],
             self.cache.lengths,
             lambda logits, uniforms: choose(logits, self.options, seen, uniforms),
             draws=None if self.draws is None else self._uniforms(list(self.rows)),
-            capture=max(self.ends[sequence] - len(self.texts[sequence]) for sequence in self.rows)
-            >= GRAPH_PAYS,
+            capture=wanted >= GRAPH_PAYS,
         )
 
     def _steps_allowed(self) -> int:
@@ -268,11 +252,9 @@ class Decoding:
 
 
 def context_limit(config: ModelConfig) -> int:
-    """Tokens of text the model takes. The dynamic rope kind stretches beyond the length it names, up to its
-    factor."""
-    if config.rope.kind == "dynamic":
-        return int(config.max_positions * config.rope.factor)
-    return config.max_positions
+    """Tokens of text the model takes. The dynamic rope kind stretches the length it names by its factor."""
+    stretched = config.rope.kind == "dynamic"
+    return int(config.max_positions * config.rope.factor) if stretched else config.max_positions
 
 
 def new_cache(model: Decoder, sequences: int, capacity: int) -> KVCache:
@@ -282,14 +264,14 @@ def new_cache(model: Decoder, sequences: int, capacity: int) -> KVCache:
 
 def _check_prompt(number: int, prompt: list[int], vocab_size: int, limit: int) -> None:
     if not prompt:
-        raise ValueError(f"prompt {number} has no token; begin with the tokenizer's bos token")
+        raise UserError(f"prompt {number} has no token; begin with the tokenizer's bos token")
     if not 0 <= min(prompt) <= max(prompt) < vocab_size:
-        raise ValueError(
+        raise UserError(
             f"prompt {number} holds token {max(prompt)}, but the model has {vocab_size}; "
             "the tokenizer belongs to another model"
         )
     if len(prompt) >= limit:
-        raise ValueError(
+        raise UserError(
             f"prompt {number} has {len(prompt)} tokens, but the model takes {limit} with the answer; "
             "shorten it, or stretch the model with rope_scaling"
         )
@@ -301,14 +283,9 @@ def _check_prompt(number: int, prompt: list[int], vocab_size: int, limit: int) -
 def split_stop_words(tokenizer, words: Iterable[str]) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """Stop words -> (stop tokens, words to look for in the text). A word that is one special token becomes
     that token, since decoding leaves special tokens out."""
-    ids, texts = [], []
-    for word in words:
-        token = tokenizer.token_id(word)
-        if token is not None and token in tokenizer.special_ids:
-            ids.append(token)
-        else:
-            texts.append(word)
-    return tuple(dict.fromkeys(ids)), tuple(texts)
+    tokens = {word: tokenizer.token_id(word) for word in words}
+    special = {word: token for word, token in tokens.items() if token in tokenizer.special_ids}
+    return tuple(dict.fromkeys(special.values())), tuple(word for word in tokens if word not in special)
 
 
 class TextWriter:
@@ -354,27 +331,16 @@ def _overlap(text: str, word: str) -> int:
 
 class TextStream:
     """One answer as text while it is generated: iterate over the pieces, then look at `ids` and
-    `finish_reason`.
+    `finish_reason`. more: generator and cache, see Decoding.
 
-    cache: a cache of one sequence that holds the beginning of the prompt, or None. `cached_ids` are the
-    tokens it holds afterwards, also when the iteration was left early (Ctrl-C).
+    `cached_ids` are the tokens that the cache holds afterwards, also when the iteration was left early
+    (Ctrl-C).
     """
 
-    def __init__(
-        self,
-        model: Decoder,
-        tokenizer,
-        prompt: list[int],
-        options: GenerateOptions,
-        *,
-        stop_ids: Iterable[int],
-        generator: torch.Generator | None = None,
-        cache: KVCache | None = None,
-    ):
+    def __init__(self, model: Decoder, tokenizer, prompt: list[int], options, *, stop_ids, **more):
         more_ids, words = split_stop_words(tokenizer, options.stop)
         self._writer = TextWriter(tokenizer, words)
-        ids = (*stop_ids, *more_ids)
-        self.decoding = Decoding(model, [prompt], options, stop_ids=ids, generator=generator, cache=cache)
+        self.decoding = Decoding(model, [prompt], options, stop_ids=(*stop_ids, *more_ids), **more)
 
     def __iter__(self) -> Iterator[str]:
         while self.decoding.live:
@@ -384,8 +350,7 @@ class TextStream:
                 self.decoding.stop(0)
             if piece:
                 yield piece
-        rest = self._writer.flush()
-        if rest:
+        if rest := self._writer.flush():
             yield rest
 
     @property

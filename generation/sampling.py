@@ -1,5 +1,4 @@
-"""How the next token is chosen: options, samplers as pure functions on the device, random numbers per
-sequence.
+"""How the next token is chosen: options, samplers as pure functions on the device, numbers per sequence.
 
 Sources: the definitions of transformers' logits processors, in their order; nucleus sampling arXiv
 1904.09751, min-p arXiv 2407.01082, repetition penalty arXiv 1909.05858. Defaults are LLaMA-Factory's.
@@ -35,20 +34,16 @@ class GenerateOptions:
                 f"temperature: {self.temperature} with do_sample=true; expected a number above 0 "
                 "(for the most likely token always, set do_sample=false)"
             )
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p: {self.top_p}; expected more than 0 and at most 1 (1 = off)")
-        if self.top_k < 0:
-            raise UserError(f"top_k: {self.top_k}; expected 0 (off) or more")
-        if not 0 <= self.min_p <= 1:
-            raise UserError(f"min_p: {self.min_p}; expected 0 (off) to 1")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise UserError(
-                f"repetition_penalty: {self.repetition_penalty}; expected a number above 0 (1 = off)"
-            )
-        if self.no_repeat_ngram_size < 0:
-            raise UserError(f"no_repeat_ngram_size: {self.no_repeat_ngram_size}; expected 0 (off) or more")
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens: {self.max_new_tokens}; expected 1 or more")
+        for key, fits, expected in (
+            ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1 (1 = off)"),
+            ("top_k", self.top_k >= 0, "0 (off) or more"),
+            ("min_p", 0 <= self.min_p <= 1, "0 (off) to 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a number above 0 (1 = off)"),
+            ("no_repeat_ngram_size", self.no_repeat_ngram_size >= 0, "0 (off) or more"),
+            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
+        ):
+            if not fits:
+                raise UserError(f"{key}: {getattr(self, key)}; expected {expected}")
         if "" in self.stop:
             raise UserError("stop: an empty text would end every answer before it begins")
 
@@ -57,14 +52,12 @@ class GenerateOptions:
 
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """seen (B, V) bool: the token stands in the text. Positive logits are divided, negative ones
-    multiplied."""
+    """seen (B, V) bool: stands in the text. Positive logits are divided, negative ones multiplied."""
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def ban_repeated_ngrams(logits: Tensor, texts: list[list[int]], size: int) -> Tensor:
-    """Exclude every token that would complete a run of `size` tokens that the text of its row holds
-    already."""
+    """Exclude what would complete a run of `size` tokens that the text of its row holds already."""
     logits = logits.clone()
     for row, text in enumerate(texts):
         prefix = text[len(text) - size + 1 :]
@@ -82,8 +75,7 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Exclude the unlikely end whose probabilities add up to at most 1 - p; the likeliest token always
-    stays."""
+    """Exclude the unlikely end whose probabilities add up to at most 1 - p; the likeliest always stays."""
     ordered, places = logits.sort(descending=False)
     excluded = ordered.softmax(-1).cumsum(-1) <= 1 - p
     excluded[:, -1] = False
@@ -110,8 +102,7 @@ def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def sample(logits: Tensor, options: GenerateOptions, uniforms: Tensor) -> Tensor:
-    """logits (B, V) fp32, already penalised -> (B,) tokens, drawn after temperature, top-k, top-p and
-    min-p."""
+    """logits (B, V) fp32, penalised -> (B,) tokens, drawn after temperature, top-k, top-p and min-p."""
     logits = logits / options.temperature
     logits, tokens = _candidates(logits, options.top_k)
     if options.top_k:
