@@ -23,7 +23,7 @@ import yaml
 
 from options import help, rules
 from options.aliases import CONVERTED, HARMLESS, NOT_YET, NOT_YET_VALUES, RENAMED_VALUES, is_off, lookup
-from options.errors import UserError, located
+from options.errors import UserError, located, refuse
 from options.option import REQUIRED, Option, declared, title
 from options.values import BOOLEANS, NULLS, Plain, choices_of, convert, members_of, node_value, show
 
@@ -93,7 +93,7 @@ def load(
     for name, key in keys.items():
         if key.default is REQUIRED and name not in chosen:
             reader.problems.append(f"{name} is required: {key.help}")
-    _raise(reader.problems)
+    refuse(reader.problems, "\n".join(reader.problems))
 
     places = {name: chosen[name][1].where if name in chosen else "default" for name in keys}
     built = {}
@@ -103,10 +103,11 @@ def load(
             built[section] = section(**given)
         except UserError as error:
             reader.problems.append(_located(str(error), places))
-    _raise(reader.problems)
+    refuse(reader.problems, "\n".join(reader.problems))
 
     values = {name: getattr(built[key.section], name) for name, key in keys.items()}
-    _raise(rules.broken(values, places))
+    problems = rules.broken(values, places)
+    refuse(problems, "\n".join(problems))
     origins = {name: chosen[name][1].origin if name in chosen else "default" for name in keys}
     read_only = (MappingProxyType(mapping) for mapping in (built, values, origins))
     return Config(*read_only, reader.notices())
@@ -177,16 +178,13 @@ def _read_file(name: str) -> list[_Setting]:
         raise UserError(f"configuration file {name}: there is no such file (looked in {Path.cwd()})")
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"configuration file {name}: not UTF-8 text ({error.reason} at byte {error.start})"
-        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"configuration file {name}: not UTF-8 text that can be read ({error})") from error
     seen: dict[str, _Setting] = {}
     for setting in _settings(name, text):
         if setting.key in seen:
-            raise UserError(
-                f"{name}: {setting.key} is there twice, {seen[setting.key]} and {setting}. Keep one."
-            )
+            twice = f"{seen[setting.key]} and {setting}"
+            raise UserError(f"{name}: {setting.key} is there twice, {twice}. Keep one.")
         seen[setting.key] = setting
     return list(seen.values())
 
@@ -266,25 +264,26 @@ class _Reader:
 
     def meaning(self, name: str, raw: object, given: Mapping) -> dict[str, object]:
         """The known keys and raw values that `name: raw` stands for. UserError when there are none."""
-        if name in self.keys:
+        if name in self.keys or name not in CONVERTED:
             return self.own_meaning(name, raw)
-        if name in CONVERTED:
-            meant = CONVERTED[name](raw, given, self.keys)
-            result = self.targets(meant)
-            ours = ", ".join(show(key, value) for key, value in meant.items())
-            self.renamed[show(name, raw)] = ours or "nothing to change"
-            return result
-        if name in self.names:
-            self.renamed[name] = self.names[name]
-            return self.own_meaning(self.names[name], raw)
-        return self.without_effect(name, raw)
+        meant, result = CONVERTED[name](raw, given, self.keys), {}
+        for key, value in meant.items():
+            result |= self.own_meaning(key, value)
+        ours = ", ".join(show(key, value) for key, value in meant.items())
+        self.renamed[show(name, raw)] = ours or "nothing to change"
+        return result
 
     def own_meaning(self, name: str, raw: object) -> dict[str, object]:
-        theirs = RENAMED_VALUES.get(name, {})
-        if isinstance(raw, str) and raw in theirs and raw not in choices_of(self.keys[name].kind):
-            self.renamed[f"{name}={raw}"] = theirs[raw]
+        if name not in self.names:
+            return self.without_effect(name, raw)
+        key = self.names[name]
+        if key != name:
+            self.renamed[name] = key
+        theirs = RENAMED_VALUES.get(key, {})
+        if isinstance(raw, str) and raw in theirs and raw not in choices_of(self.keys[key].kind):
+            self.renamed[f"{key}={raw}"] = theirs[raw]
             raw = Plain(theirs[raw])
-        return {name: raw}
+        return {key: raw}
 
     def typed(self, key: Option, raw: object) -> object:
         choices = choices_of(key.kind)
@@ -294,12 +293,6 @@ class _Reader:
             raise UserError(f"known, but this version does not have that part; expected one of {here}")
         return convert(raw, key.kind)
 
-    def targets(self, meant: Mapping[str, object]) -> dict[str, object]:
-        result: dict[str, object] = {}
-        for name, raw in meant.items():
-            result |= self.own_meaning(name, raw) if name in self.keys else self.without_effect(name, raw)
-        return result
-
     def without_effect(self, name: str, raw: object) -> dict[str, object]:
         if reason := lookup(HARMLESS, name)[0]:
             self.harmless[name] = reason
@@ -308,9 +301,8 @@ class _Reader:
         if part is None:
             near = difflib.get_close_matches(name, self.names, n=3, cutoff=0.7)
             hint = " or ".join(dict.fromkeys(self.names[other] for other in near))
-            raise _NotHere(
-                f"unknown key; {f'did you mean {hint}? ' if hint else ''}--help all lists all keys"
-            )
+            hint = f"did you mean {hint}? " if hint else ""
+            raise _NotHere(f"unknown key; {hint}--help all lists all keys")
         if is_off(raw, off):
             return {}
         raise _NotHere(f"a known key, but this version does not have {part}; remove the key")
@@ -328,23 +320,16 @@ class _Reader:
             groups = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in by_reason.items())
             lines.append(f"accepted without effect: {groups}")
         if self.renamed:
-            lines.append(
-                "read as: " + ", ".join(f"{theirs} -> {ours}" for theirs, ours in self.renamed.items())
-            )
+            pairs = ", ".join(f"{theirs} -> {ours}" for theirs, ours in self.renamed.items())
+            lines.append(f"read as: {pairs}")
         if self.unused:
             lines.append(f"not used by this script: {', '.join(self.unused)}")
-        lines += [
-            f"{key} is given more than once, the last counts: {last}" for key, last in self.repeated.items()
-        ]
+        for key, last in self.repeated.items():
+            lines.append(f"{key} is given more than once, the last counts: {last}")
         return tuple(lines)
 
 
-# Checks across keys, and text for people
-
-
-def _raise(problems: list[str]) -> None:
-    if problems:
-        raise UserError("\n".join(problems))
+# Text for people, and files
 
 
 def _located(error: str, places: Mapping[str, str]) -> str:

@@ -50,16 +50,14 @@ def declared(sections: Iterable[type]) -> dict[str, Option]:
     """The options of these sections by name, in order. ValueError when two sections declare one name."""
     options: dict[str, Option] = {}
     for section in sections:
-        kinds = typing.get_type_hints(section, include_extras=True)
+        kinds = typing.get_type_hints(section)
         shared = {"stages": tuple(getattr(section, "STAGES", "").split())}
         for item in fields(section):
             if item.name in options:
                 names = f"{options[item.name].section.__name__} and {section.__name__}"
                 raise ValueError(f"{item.name} is declared by {names}")
-            kind, facts = kinds[item.name], shared | item.metadata
-            if typing.get_origin(kind) is typing.Annotated:
-                kind, facts["help"] = typing.get_args(kind)
-            options[item.name] = Option(item.name, kind, item.default, section, **facts)
+            facts = shared | item.metadata
+            options[item.name] = Option(item.name, kinds[item.name], item.default, section, **facts)
     return options
 
 

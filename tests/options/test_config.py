@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Literal
+from typing import Literal
 
 import pytest
 import yaml
@@ -20,7 +20,7 @@ import chat
 import export
 from options import aliases, config, rules
 from options.config import Config, UserError
-from options.option import SECRET, declared, option
+from options.option import REQUIRED, SECRET, declared, option
 from training import setup
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -573,8 +573,10 @@ def test_swift_command_runs():
         (["lora_r=4", "lora_rank=4"], {"lora_rank": 4}),
         (["bits=4", "quant_type=fp4", "double_quant=false"],
          {"quantization_bit": 4, "quantization_type": "fp4", "double_quantization": False}),
-        (["quantization_bit=8", "quant_method=bnb"], {"quantization_bit": 8, "quantization_method": "bitsandbytes"}),
-        (["quant_bits=4", "bnb_4bit_quant_type=nf4", "bnb_4bit_use_double_quant=true", "bnb_4bit_comp_dtype=bf16"],
+        (["quantization_bit=8", "quant_method=bnb"],
+         {"quantization_bit": 8, "quantization_method": "bitsandbytes"}),
+        (["quant_bits=4", "bnb_4bit_quant_type=nf4", "bnb_4bit_use_double_quant=true",
+          "bnb_4bit_comp_dtype=bf16"],
          {"quantization_bit": 4, "quantization_type": "nf4", "double_quantization": True}),
     ],
 )  # fmt: skip
@@ -649,10 +651,10 @@ def test_parts_that_this_version_lacks_may_be_switched_off(word):
 def test_a_new_section_takes_its_keys_out_of_the_tables():
     @dataclass(frozen=True)
     class Later:
-        quantization_bit: Annotated[Literal[4, 8] | None, "bits"] = None
-        trust_remote_code: Annotated[bool, "trust"] = False
-        bits: Annotated[int, "own meaning"] = 1
-        lora_r: Annotated[int, "own meaning"] = 2
+        quantization_bit: Literal[4, 8] | None = option(None, "bits")
+        trust_remote_code: bool = option(False, "trust")
+        bits: int = option(1, "own meaning")
+        lora_r: int = option(2, "own meaning")
 
     loaded = load(
         "quantization_bit=4", "trust_remote_code=true", "bits=4", "lora_r=5", sections=[LoraPart, Later]
@@ -665,7 +667,7 @@ def test_a_new_section_takes_its_keys_out_of_the_tables():
 def test_values_that_are_not_built_follow_the_section():
     @dataclass(frozen=True)
     class Tuning:
-        finetuning_type: Annotated[Literal["lora", "oft"], "tuning"] = "lora"
+        finetuning_type: Literal["lora", "oft"] = option("lora", "tuning")
 
     assert load("finetuning_type=oft", sections=[Tuning]).values["finetuning_type"] == "oft"
     assert "this version does not have" in error_of("finetuning_type=lisa", sections=[Tuning])
@@ -723,7 +725,7 @@ def test_dtype_means_infer_dtype_where_nothing_is_trained():
 def test_required_keys_and_keys_declared_twice():
     @dataclass(frozen=True)
     class Needs:
-        export_dir: Annotated[str, "where the model goes"]
+        export_dir: str = option(REQUIRED, "where the model goes")
 
     assert "export_dir is required: where the model goes" in error_of(sections=[Needs])
     assert load("export_dir=x", sections=[Needs]).values["export_dir"] == "x"
@@ -771,7 +773,7 @@ def given_to_train(words: str) -> list[str]:
         ("load_best_model_at_end=true", "evaluation_strategy=steps"),
         ("load_best_model_at_end=true evaluation_strategy=epoch eval_dataset=a", "save_strategy equal to"),
         (
-            "load_best_model_at_end=true evaluation_strategy=steps eval_steps=30 save_steps=50 eval_dataset=a",
+            "load_best_model_at_end=true eval_strategy=steps eval_steps=30 save_steps=50 eval_dataset=a",
             "multiple",
         ),
         ("early_stopping_steps=3", "needs evaluation"),
@@ -806,7 +808,7 @@ def test_options_that_cannot_be_combined(words, fix):
 
 
 OTHER_KEYS = ("max_steps", "dataset", "mix_strategy", "adapter_name_or_path", "eval_dataset", "reward_file")
-OTHER_KEYS += ("predict_with_generate", "evaluation_strategy")
+OTHER_KEYS += ("predict_with_generate", "evaluation_strategy", "eval_strategy")
 
 
 @pytest.mark.parametrize(
@@ -904,19 +906,19 @@ def test_saved_file_is_plain_yaml_for_other_readers(tmp_path):
 
 @dataclass(frozen=True)
 class Everything:
-    number: Annotated[int, "an int"] = 1
-    share: Annotated[float, "a float"] = 1.0
-    flag: Annotated[bool, "a bool"] = False
-    text: Annotated[str, "a text"] = "x"
-    maybe_number: Annotated[int | None, "or null"] = 3
-    maybe_share: Annotated[float | None, "or null"] = 0.5
-    maybe_flag: Annotated[bool | None, "or null"] = True
-    maybe_text: Annotated[str | None, "or null"] = "none"
-    names: Annotated[tuple[str, ...], "texts"] = ("a",)
-    shares: Annotated[tuple[float, ...], "floats"] = (1.0,)
-    choice: Annotated[Literal["no", "yes", "none", "1", "1.0"], "one of"] = "no"
-    bits: Annotated[Literal[4, 8] | None, "one of"] = None
-    either: Annotated[int | float, "count or share"] = 1
+    number: int = option(1, "an int")
+    share: float = option(1.0, "a float")
+    flag: bool = option(False, "a bool")
+    text: str = option("x", "a text")
+    maybe_number: int | None = option(3, "or null")
+    maybe_share: float | None = option(0.5, "or null")
+    maybe_flag: bool | None = option(True, "or null")
+    maybe_text: str | None = option("none", "or null")
+    names: tuple[str, ...] = option(("a",), "texts")
+    shares: tuple[float, ...] = option((1.0,), "floats")
+    choice: Literal["no", "yes", "none", "1", "1.0"] = option("no", "one of")
+    bits: Literal[4, 8] | None = option(None, "one of")
+    either: int | float = option(1, "count or share")
 
 
 FLOATS = st.floats(allow_nan=False)
@@ -1103,7 +1105,8 @@ def test_what_an_option_says_of_itself():
 
 
 def test_options_are_read_without_torch_and_without_the_other_parts():
-    code = "import sys, options.config; print(*{'torch', 'data', 'lora', 'model', 'templates'} & set(sys.modules))"
+    others = "{'torch', 'data', 'lora', 'model', 'templates'}"
+    code = f"import sys, options.config; print(*{others} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
 
