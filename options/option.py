@@ -15,18 +15,17 @@ from dataclasses import MISSING, dataclass, field, fields
 
 REQUIRED = MISSING  # as default: it has to be given
 COMMON = "common"  # `--help` shows it; the others have to be asked for
-RESUMABLE = (
-    "resumable"  # a resumed run may change it: it says how long, where or how talkatively a run trains
-)
+RESUMABLE = "resumable"  # a resumed run may change it: how long, where or how talkatively it trains
 SECRET = "secret"  # never written and never shown, because run folders and logs get shared
 
 
 def option(default: object, help: str, *facts: str, also: str = "", stages: str = ""):
     """A field of a section. facts: COMMON, RESUMABLE, SECRET; also: what other systems call it, in words;
     stages: those that read it, in words (in another one it is noticed that it does nothing)."""
-    stages = {"stages": tuple(stages.split())} if stages else {}
-    facts = {"help": help, "also": tuple(also.split())} | dict.fromkeys(facts, True) | stages
-    return field(default=default, metadata=facts)
+    said = {"help": help, "also": tuple(also.split())} | dict.fromkeys(facts, True)
+    if stages:
+        said["stages"] = tuple(stages.split())
+    return field(default=default, metadata=said)
 
 
 @dataclass(frozen=True)
