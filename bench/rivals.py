@@ -146,9 +146,9 @@ def our_model(folder: str, adapter: str, dtype: torch.dtype):
     import lora
     from checkpoints.huggingface import load_model
     from checkpoints.peft import load_adapter
-    from training import host_memory
+    from training import memory
 
-    host_memory.keep_freed()  # as train.py does
+    memory.keep_freed()  # as train.py does
     model = load_model(folder, dtype=dtype)
     if adapter:
         load_adapter(model, adapter)

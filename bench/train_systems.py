@@ -25,9 +25,10 @@ from checkpoints.peft import adapter_state
 from model import Decoder, initialize_weights
 from pipeline.batch import Example, collate
 from stages.sft import TokenLoss
-from training import memory, monitor
+from training import memory
+from training.measure import prepare
 from training.optimizers import make_optimizer
-from training.options import OptimOptions, TrainOptions
+from training.options import OptimOptions
 
 LEARNING_RATE = 2e-4
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -106,47 +107,30 @@ class Anvil:
         model.runtime.compute_dtype = setting.dtype
         model.train()
         self.tokens = 0  # of the largest micro-batch seen
-        optim_options = OptimOptions(learning_rate=LEARNING_RATE, lr_scheduler_type="constant")
-        world = parallel.world.World(0, 1, 0, setting.device)
-        self.run = train.Run(
-            options=TrainOptions(output_dir="unused"),
-            optim_options=optim_options,
-            world=world,
-            model=model,
-            stage=TokenLoss(),
-            rollout_sizes=(1, 1),
-            predictor=None,
-            loader=None,
-            eval_loaders={},
-            optimizer=make_optimizer(model, optim_options),
-            scaler=torch.amp.GradScaler(setting.device.type, enabled=False),
-            gradient_sum=parallel.world.GradientSum(model, world),
-            monitor=None,
-            window=monitor.MetricWindow(world),
-            health=None,
-            total_steps=steps,
-            save_weights=None,
-            fingerprint={},
-        )
+        self.model, self.options = model, OptimOptions(learning_rate=LEARNING_RATE)
+        self.optimizer = make_optimizer(model, self.options)
+        self.scaler = torch.amp.GradScaler(setting.device.type, enabled=False)
+        self.gradient_sum = parallel.world.GradientSum(model, parallel.world.World(0, 1, 0, setting.device))
 
     def prepare(self, group: list[MicroBatch]):
         batches = [collate([_example(one) for row in rows for one in row]) for rows in group]
-        batches = [train.prepare(batch, self.run.world.device) for batch in batches]
+        batches = [prepare(batch, self.gradient_sum.world.device) for batch in batches]
         self.tokens = max(self.tokens, *(len(batch.tokens) for batch in batches))
         self._plan_memory()
         return batches
 
     def _plan_memory(self) -> None:
         """What is recomputed: `gradient_checkpointing: auto` decides for what is free now."""
-        model, device = self.run.model, self.run.world.device
-        need = memory.need(model, self.tokens, self.run.optim_options.optim)
+        model, device = self.model, self.gradient_sum.world.device
+        need = memory.need(model, self.tokens, self.options.optim)
         free = memory.free_bytes(device)
         model.runtime.recompute, self.note = memory.plan(
             self.policy, need, model.config.num_layers, device, free
         )
 
     def step(self, group) -> torch.Tensor:
-        loss, _ = train.update(self.run, group)
+        tools = self.scaler, self.gradient_sum, self.options
+        loss, _, _ = train.update(self.model, self.optimizer, TokenLoss(), group, *tools)
         return loss
 
 

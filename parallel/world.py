@@ -79,6 +79,12 @@ def _host_group():
     return _HOST_GROUPS[0]
 
 
+def name_of_rank(program: str) -> str:
+    """What a rank calls itself in front of an error."""
+    rank = os.environ.get("RANK", "0")
+    return program if rank == "0" else f"{program} [rank {rank}]"
+
+
 def start(device: str = "auto", timeout_seconds: int = 1800) -> World:
     """Join the process group that torchrun describes. device: auto | cpu | cuda. Raises ValueError."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

@@ -251,6 +251,17 @@ class BatchLoader:
     def batches(self, start: int = 0) -> Iterator[Batch]:
         return (self.batch(i) for i in itertools.count(start))
 
+    def draws_per_epoch(self, size: int) -> int:
+        return -(-self.batches_per_epoch // size)
+
+    def draws(self, size: int, start: int = 0) -> Iterator[list[Batch]]:
+        """The batches of draw number `start` and of all later ones: `size` each, fewer at the end of an
+        epoch, so batch 8, 8 x 1 accumulated and 2 ranks x 1 x 4 train on the same groups of rows."""
+        for number in itertools.count(start):
+            epoch, place = divmod(number, self.draws_per_epoch(size))
+            first, end = epoch * self.batches_per_epoch + place * size, (epoch + 1) * self.batches_per_epoch
+            yield [self.batch(i) for i in range(first, min(first + size, end))]
+
     def most_tokens(self) -> int:
         """Tokens of the largest batch that an epoch's order can make."""
         lengths = np.asarray(self.store.lengths)
@@ -314,6 +325,15 @@ class StreamingLoader:
     def batches(self, start: int = 0) -> Iterator[Batch]:
         mine = itertools.islice(self._global_batches(), self.rank, None, self.world)
         return map(self.collate, itertools.islice(mine, start, None))
+
+    def draws_per_epoch(self, size: int) -> None:
+        """Nobody knows."""
+
+    def draws(self, size: int, start: int = 0) -> Iterator[list[Batch]]:
+        """The batches of draw number `start` and of those that follow, `size` each."""
+        batches = self.batches(start * size)
+        while True:
+            yield list(itertools.islice(batches, size))
 
     def most_tokens(self) -> int:
         """Tokens of the largest batch that may come: nobody knows the stream's lengths."""

@@ -36,6 +36,13 @@ RAMPS = ("linear", "cosine", "1-sqrt")  # values of warmup_type and decay_type
 
 
 @dataclass(frozen=True)
+class Due:
+    log: bool
+    evaluate: bool
+    save: bool
+
+
+@dataclass(frozen=True)
 class TrainOptions:
     stage: Literal["pt", "sft", "rm", "dpo", "orpo", "kto", "ppo", "grpo"] = option(
         "sft",
@@ -258,6 +265,19 @@ class TrainOptions:
         if self.bf16 or self.pure_bf16:
             return torch.bfloat16
         return torch.float16 if self.fp16 else torch.float32
+
+    def what_is_due(self, step: int, total_steps: int, steps_per_epoch: int | None) -> "Due":
+        """After this step; the last is logged, and saved with save_strategy=steps, as in transformers."""
+        last, ends_epoch = step == total_steps, step % (steps_per_epoch or total_steps) == 0
+
+        def due(strategy: str, every: int) -> bool:
+            return (strategy == "steps" and step % every == 0) or (strategy == "epoch" and ends_epoch)
+
+        return Due(
+            log=step % self.logging_steps == 0 or (step == 1 and self.logging_first_step) or last,
+            evaluate=due(self.evaluation_strategy, self.eval_steps or self.logging_steps),
+            save=due(self.save_strategy, self.save_steps) or (last and self.save_strategy == "steps"),
+        )
 
     @property
     def services(self) -> tuple[str, ...]:

@@ -135,8 +135,8 @@ def predict_peak(
     packed = [module for module in model.modules() if isinstance(module, QuantLinear)]
     frozen = [p for p in model.parameters() if not p.requires_grad]
     trained = [p for p in model.parameters() if p.requires_grad]
-    parts["weights"] = _bytes_of(frozen) + sum(module.storage_bytes for module in packed)
-    parts["adapters" if lora_layers(model) else "trained weights"] = _bytes_of(trained)
+    parts["weights"] = bytes_of(frozen) + sum(module.storage_bytes for module in packed)
+    parts["adapters" if lora_layers(model) else "trained weights"] = bytes_of(trained)
     loading = dict(parts)
     if device.type != "cuda":  # the pages of the mapped file that have been read count until it is closed
         loading["file being read"] = file_bytes
@@ -171,12 +171,12 @@ def largest_file(folder: Path) -> float:
 
 def weight_bytes(model: Decoder) -> float:
     """Of all parameters and quantised layers."""
-    return _bytes_of(model.parameters()) + sum(
+    return bytes_of(model.parameters()) + sum(
         m.storage_bytes for m in model.modules() if isinstance(m, QuantLinear)
     )
 
 
-def _bytes_of(parameters) -> float:
+def bytes_of(parameters) -> float:
     return float(sum(p.numel() * p.element_size() for p in parameters))
 
 
@@ -309,7 +309,7 @@ def report(peak: Peak, bound: Bound, free: float, tokens: int, device: torch.dev
         lines.append("  (what torch allocates; the CUDA context of about half a GiB comes to it)")
     lines += ["", f"{'time per token at least':<26}      us"]
     lines += [f"  {part:<24}{1e6 * seconds:8.2f}" for part, seconds in bound.seconds.items()]
-    rates = f"products at {bound.rate / 1e9:,.0f} GFLOP/s, copies at {bound.bandwidth / 1e9:,.0f} GB/s (measured now)"
+    rates = f"products at {bound.rate / 1e9:,.0f} GFLOP/s, copies at {bound.bandwidth / 1e9:,.0f} GB/s"
     speed = f"{bound.tokens_per_second:,.0f} tokens/s"
-    lines.append(f"  at most {speed}: {bound.flops_per_token / 1e9:.3f} GFLOP each, {rates}")
+    lines.append(f"  at most {speed}: {bound.flops_per_token / 1e9:.3f} GFLOP each, {rates} (measured now)")
     return "\n".join(lines)

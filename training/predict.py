@@ -1,8 +1,8 @@
 """What a model answers to the rows of the evaluation sets, and how close that comes to their own answers.
 
-    predictor = TextPredictor(prepared.prompts, tokenizer, template, options, seed=42, rows_per_batch=8, world=world)
-    numbers, rows = predictor.run(model, "eval")        # {"eval_rouge-1": ..., "eval_bleu-4": ...}, what was written
-    numbers = write_predictions(predictor, model, output_dir, world)           # ... into generated_predictions.jsonl
+    predictor = TextPredictor(prepared.prompts, tokenizer, template, options, seed=42, ...)
+    numbers, rows = predictor.run(model, "eval")        # {"eval_rouge-1": ..., "eval_bleu-4": ...}, and texts
+    numbers = write_predictions(predictor, model, output_dir, world)        # into generated_predictions.jsonl
 
 The texts depend on weights, rows and `seed` only: during training, afterwards and in a run of its own they
 are the same, on any number of ranks. Nothing that a training goes on with is touched: each text has a random

@@ -1,5 +1,4 @@
-"""A training run and its folder: options, checkpoint-<step> that is complete or absent, resuming, the result,
-signals.
+"""The folder of a training run: checkpoint-<step> that is complete or absent, resuming, the result, signals.
 
 A checkpoint is written under a temporary name, flushed to the disk, then renamed, so a kill -9 or a full disk
 at any moment leaves the earlier ones untouched. It holds the weights in Hugging Face or PEFT layout,
@@ -11,13 +10,14 @@ far (`fingerprint`).
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +26,12 @@ import torch
 from safetensors import SafetensorError
 
 from checkpoints.safetensors_files import read_plain
+from checkpoints.source import RUN_CONFIG
 from options.config import Config
-from options.errors import StopRun
+from options.errors import DISK_FULL, StopRun, UserError
+from parallel.atomic import TEMPORARY, atomic_file, flush, flush_tree, remove_folder
 from parallel.world import World
+from training.instruments import Totals
 
 STATE_FILE, TRAINER_STATE = "training_state.pt", "trainer_state.json"
 RESULTS = "train_results.json"  # written last: a run that has it is finished
@@ -54,14 +57,13 @@ WEIGHTS = (
 )
 PIECES, PIECE_BYTES = 256, 2**16  # 16 MiB of each file: some ms, where all of a large model takes minutes
 _NAME = re.compile(r"checkpoint-(\d+)")
-_TEMPORARY = ".tmp-"
+AS_START = "give its weights as adapter_name_or_path or model_name_or_path"
 _GRACE_SECONDS = 1.0  # a terminal and a launcher may both pass on one Ctrl-C; a later one means it
 
 
 @dataclass
 class Progress:
-    """Counters that have to survive a kill beside weights, optimizer and random numbers. Equal on all
-    ranks."""
+    """Counters that survive a kill beside weights, optimizer and random numbers. Equal on all ranks."""
 
     step: int = 0  # updates done
     logged_tokens: int = 0  # trained through by all ranks up to the last log line, prompt tokens included
@@ -72,18 +74,44 @@ class Progress:
     best_checkpoint: str | None = None
     stale_evaluations: int = 0  # evaluations since the last gain
 
+    def count(self, since: Totals) -> None:
+        """What a log line told of."""
+        self.logged_loss += since.loss
+        self.logged_tokens += since.tokens
+        self.logged_examples += since.examples
 
-def trainer_state(output_dir: Path, progress: Progress, total_steps: int, epoch: float, tokens: int) -> dict:
-    """The Hugging Face trainer's trainer_state.json, but for log_history."""
-    best = None if progress.best_checkpoint is None else str(output_dir / progress.best_checkpoint)
-    return {
-        "global_step": progress.step,
-        "max_steps": total_steps,
-        "epoch": round(epoch, 4),
-        "num_input_tokens_seen": tokens,
-        "best_metric": progress.best_metric,
-        "best_model_checkpoint": best,
-    }
+    def track(self, value: float, gain: bool) -> None:
+        """The evaluation after this step measured `value`."""
+        self.stale_evaluations = 0 if gain else self.stale_evaluations + 1
+        if gain:
+            self.best_metric, self.best_checkpoint = value, f"checkpoint-{self.step}"
+
+    def out_of_patience(self, patience: int | None) -> bool:
+        return patience is not None and self.stale_evaluations >= patience
+
+    def results(self, epoch: float) -> dict[str, float]:
+        """train_results.json, in the Hugging Face trainer's names."""
+        return {
+            "epoch": round(epoch, 4),
+            "train_loss": self.logged_loss / max(self.step, 1),  # mean over all updates of the run
+            "train_runtime": round(self.seconds, 2),
+            "train_samples_per_second": round(self.logged_examples / self.seconds, 3),
+            "train_steps_per_second": round(self.step / self.seconds, 3),
+            "train_tokens_per_second": round(self.logged_tokens / self.seconds, 1),
+            "train_steps": self.step,
+        }
+
+    def trainer_state(self, output_dir: Path, total_steps: int, epoch: float, tokens: int) -> dict:
+        """The Hugging Face trainer's trainer_state.json, but for log_history."""
+        best = None if self.best_checkpoint is None else str(output_dir / self.best_checkpoint)
+        return {
+            "global_step": self.step,
+            "max_steps": total_steps,
+            "epoch": round(epoch, 4),
+            "num_input_tokens_seen": tokens,
+            "best_metric": self.best_metric,
+            "best_model_checkpoint": best,
+        }
 
 
 # Which folder, and which checkpoint in it
@@ -91,7 +119,8 @@ def trainer_state(output_dir: Path, progress: Progress, total_steps: int, epoch:
 
 @contextmanager
 def lock_folder(output_dir: Path, world: World) -> Iterator[None]:
-    """Make the folder and keep other trainings out of it while the block runs. Raises ValueError.
+    """Make the folder and keep other trainings out of it while the block runs; a disk that is full is
+    StopRun.
 
     The lock (flock on the folder itself, held by rank 0) leaves no file and ends with the process, however it
     ends.
@@ -115,8 +144,13 @@ def lock_folder(output_dir: Path, world: World) -> Iterator[None]:
             problem = "cannot be written (permission denied)"
     try:
         if world.any(bool(problem)):
-            raise ValueError(f"output_dir: {output_dir}: {problem or 'rank 0 cannot use it'}")
+            raise UserError(f"output_dir: {output_dir}: {problem or 'rank 0 cannot use it'}")
         yield
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        remedy = "make room and run the same command again"
+        raise StopRun(f"output_dir: {output_dir}: {error}; {remedy}") from error
     finally:
         if handle >= 0:
             os.close(handle)
@@ -131,8 +165,7 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def find_resume(output_dir: Path, resume_from_checkpoint: str | None, overwrite: bool) -> Path | None:
-    """The checkpoint to continue from, or None to start anew. Raises ValueError when the folder holds
-    something else.
+    """The checkpoint to continue from, or None to start anew. UserError when the folder holds something else.
 
     resume_from_checkpoint: None = the newest in output_dir unless `overwrite`; "true" the same but there has
     to be one; "false" = start anew; else a path.
@@ -141,13 +174,13 @@ def find_resume(output_dir: Path, resume_from_checkpoint: str | None, overwrite:
     checkpoints = list_checkpoints(output_dir)
     if choice in ("true", "yes", "1"):
         if not checkpoints:
-            raise ValueError(f"resume_from_checkpoint: no complete checkpoint-<step> in {output_dir}")
+            raise UserError(f"resume_from_checkpoint: no complete checkpoint-<step> in {output_dir}")
         return checkpoints[-1]
     anew = choice in ("false", "no", "0")
     if choice and not anew:
         path = Path(resume_from_checkpoint)
         if not (path / STATE_FILE).is_file():
-            raise ValueError(
+            raise UserError(
                 f"resume_from_checkpoint: {path} is no complete checkpoint (it has no {STATE_FILE})"
             )
         return path
@@ -155,17 +188,16 @@ def find_resume(output_dir: Path, resume_from_checkpoint: str | None, overwrite:
         return None
     if anew and checkpoints:
         # they would be rotated, or resumed from, as if they were this run's
-        raise ValueError(
-            f"resume_from_checkpoint: false, but {output_dir} holds {checkpoints[-1].name} of an earlier "
-            "run; choose "
-            "another output_dir, or set overwrite_output_dir=true to remove the old checkpoints"
+        raise UserError(
+            f"resume_from_checkpoint: false, but {output_dir} holds {checkpoints[-1].name} of an earlier run;"
+            " choose another output_dir, or set overwrite_output_dir=true to remove the old checkpoints"
         )
     if checkpoints:
         return checkpoints[-1]
     if (output_dir / RESULTS).exists():
-        raise ValueError(
-            f"output_dir: {output_dir} holds a finished run and no checkpoint to continue; "
-            "choose another folder or set overwrite_output_dir=true"
+        raise UserError(
+            f"output_dir: {output_dir} holds a finished run and no checkpoint to continue; choose another "
+            "folder or set overwrite_output_dir=true"
         )
     return None
 
@@ -173,142 +205,124 @@ def find_resume(output_dir: Path, resume_from_checkpoint: str | None, overwrite:
 def refuse_to_destroy(
     output_dir: Path, overwrite: bool, sources: Mapping[str, Sequence[Path]], trained_on: Path | None
 ) -> None:
-    """ValueError when the run would replace or remove what it is made from. sources: key -> folders;
+    """UserError when the run would replace or remove what it is made from. sources: key -> folders;
     trained_on: the one of adapter_name_or_path that the result may replace."""
     home = output_dir.resolve()
     doomed = [checkpoint.resolve() for checkpoint in list_checkpoints(output_dir)] if overwrite else []
     for key, source in ((key, folder) for key, folders in sources.items() for folder in folders):
         path = source.resolve()
         if path == home and (key, source) != ("adapter_name_or_path", trained_on):
-            raise ValueError(
+            raise UserError(
                 f"output_dir: {output_dir} is also {key}, which the result would replace; choose another"
             )
         if any(path.is_relative_to(checkpoint) for checkpoint in doomed):
-            raise ValueError(
+            raise UserError(
                 f"overwrite_output_dir: would remove {source}, which {key} names; choose another output_dir"
             )
 
 
-def prepare_folder(output_dir: Path, resume: Path | None, overwrite: bool) -> list[str]:
-    """Remove what killed processes left, and what would be mistaken for this run's. Gives notices."""
-    for path in output_dir.glob(f"{_TEMPORARY}*"):
-        _remove(path) if path.is_dir() else path.unlink()
-    notices = []
+def begin(output_dir: Path, resume: Path | None, overwrite: bool, config: Config) -> None:
+    """Make the folder ready for this run, and leave the resolved configuration in it."""
+    for path in output_dir.glob(f"{TEMPORARY}*"):  # what killed processes left
+        remove_folder(path) if path.is_dir() else path.unlink()
     (output_dir / SAVE_REQUEST).unlink(missing_ok=True)
+    checkpoints = list_checkpoints(output_dir)
     if resume is None and overwrite:
-        checkpoints = list_checkpoints(output_dir)
         for path in checkpoints:
-            _remove(path)
+            remove_folder(path)
         for name in (*LOGS, "runs/events.out.tfevents.*"):
             for path in output_dir.glob(name):
                 path.unlink()
         if checkpoints:
-            notices.append(f"overwrite_output_dir: removed {len(checkpoints)} checkpoints of the earlier run")
-    if resume is not None:
-        step = int(match[1]) if (match := _NAME.fullmatch(resume.name)) else -1
-        for path in list_checkpoints(output_dir):
-            if int(path.name.rpartition("-")[2]) > step >= 0:
-                aside = path.with_name(f"old-{path.name}")
-                if aside.exists():
-                    _remove(aside)
-                path.rename(aside)
-                notices.append(f"{path.name} is newer than {resume.name}, so it was renamed {aside.name}")
-    return notices
+            print(
+                f"note: overwrite_output_dir: removed {len(checkpoints)} checkpoints of the earlier run",
+                flush=True,
+            )
+    match = _NAME.fullmatch(resume.name) if resume is not None else None
+    for path in checkpoints if match else ():
+        if int(path.name.rpartition("-")[2]) > int(match[1]):
+            aside = path.with_name(f"old-{path.name}")
+            remove_folder(aside)
+            path.rename(aside)
+            print(
+                f"note: {path.name} is newer than {resume.name}, so it was renamed {aside.name}", flush=True
+            )
+    with atomic_file(output_dir / RUN_CONFIG) as temporary:
+        config.save(temporary)
 
 
-def _remove(path: Path) -> None:
-    """Remove a folder; renamed first, so that a kill half-way never leaves one that looks complete."""
-    doomed = path if path.name.startswith(_TEMPORARY) else path.with_name(f"{_TEMPORARY}old-{path.name}")
-    if doomed != path:
-        shutil.rmtree(doomed, ignore_errors=True)
-        path.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+def wants_checkpoint(output_dir: Path, world: World) -> bool:
+    """Whether somebody touched output_dir/SAVE; the file is taken away."""
+    if not (world.is_main and (output_dir / SAVE_REQUEST).exists()):
+        return False
+    (output_dir / SAVE_REQUEST).unlink()
+    return True
 
 
 # Writing
 
 
-def write_checkpoint(
-    output_dir: Path, step: int, world: World, write: Callable[[Path], None], state: dict
-) -> Path:
-    """Make checkpoint-<step>: `write(folder)` on rank 0 puts weights and STATE_FILE there, every rank its own
-    state.
-
-    Raises StopRun (with what was free) after removing the half-written folder; earlier checkpoints are
-    untouched.
-    """
-    final, temporary = output_dir / f"checkpoint-{step}", output_dir / f"{_TEMPORARY}checkpoint-{step}"
-
-    def write_all(folder: Path) -> None:
-        torch.save(state, folder / f"rank_state_{world.rank}.pt")
-        _flush(folder / f"rank_state_{world.rank}.pt")
-        if world.is_main:
-            write(folder)
-            _flush_tree(folder)
-
-    _write_or_stop(temporary, final, world, write_all)
+@contextmanager
+def writing_checkpoint(final: Path, world: World) -> Iterator[Path]:
+    """A folder for all ranks to write into, which becomes the checkpoint `final` at the end. Or StopRun."""
+    with _of_all_ranks(final, final.with_name(f"{TEMPORARY}{final.name}"), world) as temporary:
+        yield temporary
     if world.is_main:
-        if final.exists():
-            _remove(final)
+        remove_folder(final)
         temporary.rename(final)
-        _flush(output_dir)
+        flush(final.parent)
     world.barrier()
-    return final
 
 
-def write_result(output_dir: Path, world: World, write: Callable[[Path], None]) -> None:
-    """Put the files of `write(folder)` into output_dir; weights of an earlier run there go. Raises
-    StopRun."""
-    temporary = output_dir / f"{_TEMPORARY}result"
-
-    def write_all(folder: Path) -> None:
-        if world.is_main:
-            write(folder)
-            _flush_tree(folder)
-
-    _write_or_stop(temporary, output_dir, world, write_all)
+@contextmanager
+def writing_result(output_dir: Path, world: World) -> Iterator[Path]:
+    """A folder whose files go into output_dir at the end; weights of an earlier run there go. Or StopRun."""
+    with _of_all_ranks(output_dir, output_dir / f"{TEMPORARY}result", world) as temporary:
+        yield temporary
     if world.is_main:
         fresh = {path.name for path in temporary.iterdir()}
-        for pattern in WEIGHTS:
-            for path in output_dir.glob(pattern):
-                if path.name not in fresh:
-                    path.unlink()
+        for path in itertools.chain(*map(output_dir.glob, WEIGHTS)):
+            if path.name not in fresh:
+                path.unlink()
         for path in temporary.iterdir():
             os.replace(path, output_dir / path.name)
         temporary.rmdir()
-        _flush(output_dir)
+        flush(output_dir)
     world.barrier()
 
 
-def _write_or_stop(temporary: Path, final: Path, world: World, write: Callable[[Path], None]) -> None:
+@contextmanager
+def _of_all_ranks(final: Path, temporary: Path, world: World) -> Iterator[Path]:
+    """The folder `temporary`, on the disk when the block ends; where a rank fails, StopRun on all, no
+    folder."""
     failure: Exception | None = None
-    if world.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
+    try:
+        if world.is_main:
+            remove_folder(temporary)
             temporary.mkdir(parents=True)
-        except OSError as error:
-            failure = error
+    except OSError as error:
+        failure = error
     world.barrier()
     try:
-        if failure is None:
-            write(temporary)
+        yield temporary
+        if world.is_main:
+            flush_tree(temporary)
     except (
         OSError,
         RuntimeError,
         SafetensorError,
     ) as error:  # torch.save reports a full disk as RuntimeError
-        failure = error
+        failure = failure or error
     if not world.any(failure is not None):
         return
-    if not world.is_main:
-        raise StopRun(f"{final} could not be written ({failure or 'another rank failed'})") from failure
     reason = str(failure or "another rank failed").splitlines()[0]
+    if not world.is_main:
+        raise StopRun(f"{final} could not be written ({reason})") from failure
     free = shutil.disk_usage(final.parent).free / 1e9
     shutil.rmtree(temporary, ignore_errors=True)
     raise StopRun(
         f"output_dir: {final} could not be written ({reason}; {free:.2f} GB are free). Nothing half-written "
-        "is left "
-        "and earlier checkpoints are complete; make room and run the same command to continue"
+        "is left and earlier checkpoints are complete; make room and run the same command to continue"
     ) from failure
 
 
@@ -319,62 +333,48 @@ def rotate(output_dir: Path, limit: int | None, keep: str | None) -> None:
     checkpoints = list_checkpoints(output_dir)
     removable = [path for path in checkpoints[:-1] if path.name != keep]
     for path in removable[: max(0, len(checkpoints) - limit)]:
-        _remove(path)
-
-
-def _flush_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            _flush(path)
-    _flush(folder)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        remove_folder(path)
 
 
 # Reading
 
 
 def read_checkpoint(folder: Path, fingerprint: Mapping[str, str], world: World) -> dict:
-    """The state in a checkpoint and this rank's own. Raises ValueError unless this run may continue it."""
+    """The state in a checkpoint and this rank's own. Raises UserError unless this run may continue it."""
     state = read_state(folder / STATE_FILE)
     check_fingerprint(folder, state["fingerprint"], fingerprint)
     if "optimizer" not in state:
-        raise ValueError(
+        raise UserError(
             f"{folder}: saved with save_only_model, so there is no optimizer state to continue from; set "
-            "overwrite_output_dir=true, or give it as adapter_name_or_path or model_name_or_path of another "
-            "run"
+            f"overwrite_output_dir=true, or {AS_START} of another run"
         )
     return state | {"rank": read_state(folder / f"rank_state_{world.rank}.pt")}
 
 
 def read_state(path: Path) -> dict:
-    """Our own state file, without unpickling code. Raises ValueError when it is missing or damaged."""
+    """Our own state file, without unpickling code. Raises UserError when it is missing or damaged."""
     if not path.is_file():
-        raise ValueError(f"{path}: missing; the checkpoint was written by fewer processes than run now")
+        raise UserError(f"{path}: missing; the checkpoint was written by fewer processes than run now")
     try:
         return read_plain(path)
     except ValueError as error:
         others = [other.name for other in list_checkpoints(path.parent.parent) if other != path.parent]
         there = f" (there are {', '.join(others)})" if others else ""
-        raise ValueError(
-            f"{path}: damaged ({error}); give another checkpoint as resume_from_checkpoint{there}, "
-            "or set overwrite_output_dir=true to start anew"
+        raise UserError(
+            f"{path}: damaged ({error}); give another checkpoint as resume_from_checkpoint{there}, or set "
+            "overwrite_output_dir=true to start anew"
         ) from error
 
 
-def read_history(folder: Path) -> list[dict]:
-    """log_history of a checkpoint's trainer_state.json."""
+def read_history(folder: Path | None) -> list[dict]:
+    """log_history of a checkpoint's trainer_state.json; of no checkpoint the empty one."""
+    if folder is None:
+        return []
     path = folder / TRAINER_STATE
     try:
         return json.loads(path.read_text(encoding="utf-8"))["log_history"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
+        raise UserError(
             f"{path}: missing or damaged ({error}); give another resume_from_checkpoint"
         ) from error
 
@@ -401,18 +401,15 @@ def digest(paths: Iterable[Path]) -> str:
 
 
 def check_fingerprint(folder: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """ValueError that names each setting in which a resumed run differs. Keys new to this version do not
-    count."""
+    """UserError that names each setting in which a resumed run differs. Keys new in this version are let
+    pass."""
     changed = [
-        f"{key} was {before[key]}, is {now[key]}" for key in now if key in before and before[key] != now[key]
+        f"{key} was {before[key]}, is {now[key]}" for key in now if before.get(key, now[key]) != now[key]
     ]
     if changed:
-        raise ValueError(
+        raise UserError(
             f"{folder}: cannot be continued with other settings: {'; '.join(changed)}. Restore them, choose "
-            "another "
-            "output_dir (weights to start from are given as adapter_name_or_path or model_name_or_path), or "
-            "set "
-            "overwrite_output_dir=true to start anew"
+            f"another output_dir ({AS_START}), or set overwrite_output_dir=true to start anew"
         )
 
 

@@ -1,5 +1,5 @@
-"""Learning-rate schedules: those of the Hugging Face trainer under the same names, each a pure function of the
-step, so there is no scheduler state to save, or to get wrong on resume.
+"""Learning-rate schedules: those of the Hugging Face trainer under the same names, each a pure function
+of the step, so there is no scheduler state to save, or to get wrong on resume.
 
     rate = options.learning_rate * schedule(step, options, total_steps)        # step = updates done so far
 """

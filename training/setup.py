@@ -1,12 +1,13 @@
-"""What a training run is made of, built from its options: where it starts, data, loaders, model, plan.
+"""What a training run is made of, built from its options, cheap mistakes first.
 
-train.py calls these in order; each gives one part and knows nothing of the loop. The stage is made in
-stages.py.
+    inputs = setup.read(config, world)                      # folders, config.json, tokenizer, template
+    data, model, stage, state = setup.build(inputs)         # rows, weights, and what a checkpoint holds
+
+Nothing here knows of the loop. The stage is made in make_stage.py.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 
 import kernels
 import quant
+from architectures.config import ModelConfig
 from architectures.layers import RMSNorm
 from checkpoints.hub import ModelOptions, resolve_adapters, resolve_model
 from checkpoints.huggingface import chosen_quantization, load_config, load_model, random_model, save_trained
@@ -25,9 +27,10 @@ from data import DataOptions, Prepared, load_datasets
 from generation.sampling import GenerateOptions
 from lora import LoraOptions, parameter_status, quantised_linears, trainable_report
 from model import Decoder
-from options import config as configuration
+from options.config import Config
+from options.errors import UserError
 from parallel.world import World
-from pipeline.batch import ROW_MULTIPLE, BatchLoader
+from pipeline.batch import ROW_MULTIPLE, BatchLoader, StreamingLoader
 from pipeline.report import describe_example
 from pipeline.sources import HubAccess
 from pipeline.store import ExampleStore
@@ -38,37 +41,117 @@ from stages.grpo import GRPOOptions
 from stages.kto import KTOOptions, add_mismatches
 from stages.ppo import PPOOptions
 from stages.reference import ReferenceOptions
-from stages.rewards import RewardOptions
+from stages.rewards import RewardOptions, RewardSource
 from stages.rm import RewardModelOptions
 from stages.rollouts import TOGETHER, prompts_of
+from stages.stage import Stage
 from templates import TemplateOptions, get_template
 from text.tokenizer import Tokenizer
 from training import memory, plan, run_folder
-from training.make_stage import folders_beside, rollout_sizes
+from training.make_stage import folders_beside, make_reward_ahead, make_stage, notices, rollout_sizes
+from training.measure import check_metric
 from training.options import OptimOptions, TrainOptions
 from training.predict import Predictor, ScorePredictor, TextPredictor
+from training.trackers import check_services
 
 SECTIONS = [
-    TrainOptions,
-    ModelOptions,
-    QuantOptions,
-    DataOptions,
-    TemplateOptions,
-    LoraOptions,
-    OptimOptions,
-    RewardModelOptions,
-    PreferenceOptions,
-    KTOOptions,
-    ReferenceOptions,
-    RewardOptions,
-    GRPOOptions,
-    PPOOptions,
+    *(TrainOptions, ModelOptions, QuantOptions, DataOptions, TemplateOptions, LoraOptions, OptimOptions),
+    *(
+        RewardModelOptions,
+        PreferenceOptions,
+        KTOOptions,
+        ReferenceOptions,
+        RewardOptions,
+        GRPOOptions,
+        PPOOptions,
+    ),
     GenerateOptions,
 ]
 HEAD_START = 0.1  # share of trl's random start of a value head; see start_value_head
 
 
-def find_start(config: configuration.Config) -> tuple[Path | None, Path]:
+@dataclass(frozen=True)
+class Inputs:
+    """What a run starts from, known before a row or a weight is read."""
+
+    config: Config
+    world: World
+    source: Path  # folder of the model
+    model_config: ModelConfig  # its config.json
+    resume: Path | None  # the checkpoint that the run continues
+    tokenizer: Tokenizer
+    template: object | None
+    reward: RewardSource | None  # functions or a server
+
+    @property
+    def options(self) -> TrainOptions:
+        return self.config[TrainOptions]
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.options.output_dir)
+
+
+@dataclass(frozen=True)
+class Data:
+    """The rows of a run, and how many updates are made of them."""
+
+    prepared: Prepared
+    loader: BatchLoader | StreamingLoader | None  # None: nothing is trained
+    eval_loaders: dict[str, BatchLoader]
+    predictor: Predictor | None
+    batches_per_draw: int  # micro-batches that are drawn from the loader at once, on each rank
+    updates_per_draw: int  # that the stage makes of them
+    steps_per_epoch: int | None  # updates of one pass over the data; None for a stream
+    total_steps: int
+    fingerprint: dict[str, str]  # every setting and file that decides the weights
+
+    @property
+    def names(self) -> list[str]:
+        """Of the training's data sets."""
+        return [] if self.prepared.train is None else self.prepared.train.datasets
+
+    def epoch(self, step: int) -> float:
+        return step / (self.steps_per_epoch or max(self.total_steps, 1))
+
+
+def read(config: Config, world: World) -> Inputs:
+    """All that is cheap, so that a mistake in options and folders shows at once. Raises UserError."""
+    options = config[TrainOptions]
+    for notice in (*config.notices, *notices(config)):
+        world.print(f"note: {notice}")
+    check_services(options.services)
+    kernels.require_attention(config[ModelOptions].flash_attn, world.device, options.compute_dtype)
+    resume, source = find_start(config)
+    model_config = load_config(source)
+    refuse_on_quantised(config, source, model_config)
+    tokenizer = Tokenizer.from_folder(source)
+    template = None
+    if options.stage != "pt" or config[TemplateOptions].template is not None:  # plain text needs none
+        wanted = config[TemplateOptions]
+        template = get_template(wanted.template, tokenizer.chat_template, wanted.default_system)
+    reward = make_reward_ahead(config, tokenizer)
+    return Inputs(config, world, source, model_config, resume, tokenizer, template, reward)
+
+
+def build(inputs: Inputs) -> tuple[Data, Decoder, Stage, dict | None]:
+    """All that is heavy: data, model on its device, stage, and the state of the checkpoint to continue."""
+    config, world, state = inputs.config, inputs.world, None
+    data = load_data(inputs)
+    if inputs.resume is not None:
+        state = run_folder.read_checkpoint(inputs.resume, data.fingerprint, world)
+    # dropout and noise differ between ranks; adapters do not, for they have a generator of their own
+    torch.manual_seed(inputs.options.seed + world.rank)
+    model = build_model(config, inputs.source, world)
+    world.print(describe_model(config, model, world))
+    tokenizer, template = inputs.tokenizer, inputs.template
+    stage = make_stage(config, model, tokenizer, template, data.prepared, world, reward=inputs.reward)
+    if data.loader is not None:  # now that a reference and a reward model have taken their memory
+        world.print(choose_recomputation(model, data.loader, config, world))
+    return data, model, stage, state
+
+
+def find_start(config: Config) -> tuple[Path | None, Path]:
     """(checkpoint to continue or None, model folder); refuses to overwrite what the run starts from."""
     options, output_dir = config[TrainOptions], Path(config[TrainOptions].output_dir)
     resume, overwrite = None, options.overwrite_output_dir
@@ -79,11 +162,10 @@ def find_start(config: configuration.Config) -> tuple[Path | None, Path]:
         resume = run_folder.find_resume(output_dir, options.resume_from_checkpoint, overwrite)
     source = resolve_model(config[ModelOptions])
     if is_adapter(source):
-        raise ValueError(
-            f"model_name_or_path: {source} is an adapter; set adapter_name_or_path={source} and "
-            "model_name_or_path to "
-            "the model that it was trained on"
+        remedy = (
+            f"set adapter_name_or_path={source} and model_name_or_path to the model that it was trained on"
         )
+        raise UserError(f"model_name_or_path: {source} is an adapter; {remedy}")
     if options.trains:
         adapters = resolve_adapters(config[ModelOptions])
         trained_on = adapters[-1] if adapters and not config[LoraOptions].create_new_adapter else None
@@ -92,41 +174,61 @@ def find_start(config: configuration.Config) -> tuple[Path | None, Path]:
     return resume, source
 
 
-def refuse_on_quantised(config: configuration.Config, source: Path) -> None:
-    """What option_rules say of quantization_bit, for a checkpoint that is quantised already. Raises
-    ValueError."""
-    stored = load_config(source).hf.get("quantization_config")
+def refuse_on_quantised(config: Config, source: Path, model_config: ModelConfig) -> None:
+    """What options/rules.py says of quantization_bit, for a checkpoint that is quantised already."""
+    stored = model_config.hf.get("quantization_config")
     if not stored:
         return
-    kind, method = config[LoraOptions].finetuning_type, stored.get("quant_method")
-    base = f"{source} is quantised ({method})"
+    kind, base = config[LoraOptions].finetuning_type, f"{source} is quantised ({stored.get('quant_method')})"
     if config[TrainOptions].train_from_scratch:
-        raise ValueError(
-            f"train_from_scratch: {base}, which random weights are not; remove quantization_config there"
-        )
+        remedy = "remove quantization_config there"
+        raise UserError(f"train_from_scratch: {base}, which random weights are not; {remedy}")
     if kind != "lora":
-        raise ValueError(
-            f"finetuning_type: {kind}, but {base}: its weights have no gradient; set finetuning_type=lora, "
-            "or start "
-            "from a 16-bit model"
-        )
+        remedy = "set finetuning_type=lora, or start from a 16-bit model"
+        raise UserError(f"finetuning_type: {kind}, but {base}: its weights have no gradient; {remedy}")
 
 
-def prepare_data(
-    config: configuration.Config, source: Path, template, tokenizer: Tokenizer, world: World
-) -> Prepared:
+def load_data(inputs: Inputs) -> Data:
+    """The rows as tokens, the loaders over them, and how many updates the run makes."""
+    config, options, world = inputs.config, inputs.options, inputs.world
+    prepared = prepare_data(inputs)
+    predictor = make_predictor(inputs, prepared)
+    place, loader = {"rank": world.rank, "world": world.size}, None
+    if options.stage in WRITES:
+        place["collate"] = partial(prompts_of, tokenizer=inputs.tokenizer)
+    if options.trains:
+        rows = options.per_device_train_batch_size
+        loader = prepared.train_loader(config[DataOptions], rows_per_batch=rows, seed=options.seed, **place)
+    rows = options.per_device_eval_batch_size
+    eval_loaders = prepared.eval_loaders(config[DataOptions], rows_per_batch=rows, **place)
+    if (options.evaluation_strategy != "no" or options.do_eval or options.do_predict) and not eval_loaders:
+        raise UserError("evaluation_strategy: there is no evaluation data; set val_size or eval_dataset")
+    check_metric(options, STAGES[options.stage], eval_loaders, () if predictor is None else predictor.names)
+    draw, updates = rollout_sizes(config)
+    steps_per_epoch, total_steps = None, 0
+    if loader is not None:
+        draws = loader.draws_per_epoch(draw)
+        steps_per_epoch = None if draws is None else draws * updates
+        total_steps = options.max_steps
+        if total_steps <= 0:  # as the Hugging Face trainer counts them
+            total_steps = max(1, math.ceil(options.num_train_epochs * steps_per_epoch))
+    fingerprint = run_folder.fingerprint(config, world, describe_inputs(config, inputs.source, prepared))
+    sizes = draw, updates, steps_per_epoch, total_steps
+    return Data(prepared, loader, eval_loaders, predictor, *sizes, fingerprint)
+
+
+def prepare_data(inputs: Inputs) -> Prepared:
     """Tokenise, report what was lost, show the first example, and see that the model knows every token id."""
-    options, data_options, model_options = config[TrainOptions], config[DataOptions], config[ModelOptions]
+    config, options, world, tokenizer = inputs.config, inputs.options, inputs.world, inputs.tokenizer
+    data_options, model_options = config[DataOptions], config[ModelOptions]
     texts, kind = options.predict_with_generate, None
     if texts and options.only_predicts and not data_options.val_size and data_options.tokenized_path is None:
         # then rows without an answer are welcome, and what the training set holds does not matter
-        kind, data_options = (
-            "prompt",
-            replace(data_options, dataset=(), interleave_probs=(), mix_strategy="concat"),
-        )
+        kind = "prompt"
+        data_options = replace(data_options, dataset=(), interleave_probs=(), mix_strategy="concat")
     prepared = load_datasets(
         data_options,
-        template,
+        inputs.template,
         tokenizer,
         options.stage,
         seed=options.seed,
@@ -141,26 +243,25 @@ def prepare_data(
     first = prepared.first_example()
     if first is not None:
         world.print(f"\nthe first example: {describe_example(first, tokenizer, prepared.kind)}\n")
-    known = load_config(source).vocab_size
+    known = inputs.model_config.vocab_size
     if tokenizer.vocab_size > known:  # some tokenizers hold ids that are never used; those do no harm
         stores = [
-            store for store in (prepared.train, *prepared.eval.values()) if isinstance(store, ExampleStore)
+            each for each in (prepared.train, *prepared.eval.values()) if isinstance(each, ExampleStore)
         ]
         largest = max((int(part.tokens.max()) for store in stores for part in store.parts), default=0)
         if data_options.streaming:
             largest = tokenizer.vocab_size - 1
         if largest >= known:
-            raise ValueError(
-                f"model_name_or_path: {source}: tokenizer.json makes token ids up to {largest}, but "
-                "config.json has "
-                f"vocab_size {known}; the tokenizer is of another model"
+            raise UserError(
+                f"model_name_or_path: {inputs.source}: tokenizer.json makes token ids up to {largest}, but "
+                f"config.json has vocab_size {known}; the tokenizer is of another model"
             )
     if options.stage == "kto" and config[KTOOptions].needs_mismatches:
         add_mismatches(prepared, data_options.cutoff_len)
     return prepared
 
 
-def describe_inputs(config: configuration.Config, source: Path, prepared: Prepared) -> dict[str, str]:
+def describe_inputs(config: Config, source: Path, prepared: Prepared) -> dict[str, str]:
     """What the run is made from, where a name in the options does not say it: data, weights, the reward's
     program."""
     output_dir, described = Path(config[TrainOptions].output_dir).resolve(), {"training data": "streamed"}
@@ -185,99 +286,25 @@ def describe_inputs(config: configuration.Config, source: Path, prepared: Prepar
     return described
 
 
-def pick_template(config: configuration.Config, tokenizer: Tokenizer):
-    """The chat template; plain-text pretraining needs none."""
-    options = config[TemplateOptions]
-    if config[TrainOptions].stage == "pt" and options.template is None:
-        return None
-    return get_template(options.template, tokenizer.chat_template, options.default_system)
-
-
-def make_loaders(
-    prepared: Prepared, options: TrainOptions, data_options: DataOptions, tokenizer: Tokenizer, world: World
-):
-    """The training loader (None if only evaluating) and one loader per evaluation set."""
-    place = {"rank": world.rank, "world": world.size}
-    if options.stage in WRITES:
-        place["collate"] = partial(prompts_of, tokenizer=tokenizer)
-    loader = None
-    if options.trains:
-        rows = options.per_device_train_batch_size
-        loader = prepared.train_loader(data_options, rows_per_batch=rows, seed=options.seed, **place)
-    eval_loaders = prepared.eval_loaders(
-        data_options, rows_per_batch=options.per_device_eval_batch_size, **place
-    )
-    if (options.evaluation_strategy != "no" or options.do_eval or options.do_predict) and not eval_loaders:
-        raise ValueError("evaluation_strategy: there is no evaluation data; set val_size or eval_dataset")
-    return loader, eval_loaders
-
-
-def check_metric(
-    options: TrainOptions, eval_loaders: dict[str, BatchLoader], predictor: Predictor | None
-) -> None:
-    """ValueError when what decides which checkpoint is best is not measured."""
-    generated = () if predictor is None else predictor.names
-    names = evaluation_names(options.stage, eval_loaders, generated)
-    if options.evaluation_strategy != "no" and options.metric not in names:
-        raise ValueError(
-            f"metric_for_best_model: {options.metric} is not measured; there are {', '.join(names)}"
-        )
-
-
-def evaluation_names(
-    stage: str, eval_loaders: dict[str, BatchLoader], generated: tuple[str, ...] = ()
-) -> list[str]:
-    """Names of what an evaluation measures, without the speeds.  generated: of what it measures of generated
-    texts."""
-    sets = [f"eval_{name}_" for name in eval_loaders] if len(eval_loaders) > 1 else []
-    kinds = (*STAGES[stage].evaluation_names, *generated)
-    return [prefix + kind for prefix in (*sets, "eval_") for kind in kinds]
-
-
-def make_predictor(
-    config: configuration.Config, prepared: Prepared, template, tokenizer: Tokenizer, world: World
-) -> Predictor | None:
+def make_predictor(inputs: Inputs, prepared: Prepared) -> Predictor | None:
     """What answers the rows of the evaluation sets; None if the run asks for no such thing."""
-    options = config[TrainOptions]
+    options, rows = inputs.options, inputs.options.per_device_eval_batch_size
     if options.predict_with_generate and prepared.prompts:
         return TextPredictor(
             prepared.prompts,
-            tokenizer,
-            template,
-            config[GenerateOptions],
+            inputs.tokenizer,
+            inputs.template,
+            inputs.config[GenerateOptions],
             seed=options.seed,
-            rows_per_batch=options.per_device_eval_batch_size,
-            world=world,
+            rows_per_batch=rows,
+            world=inputs.world,
         )
     if options.do_predict and options.stage == "rm":
-        return ScorePredictor(prepared.eval, rows_per_batch=options.per_device_eval_batch_size, world=world)
+        return ScorePredictor(prepared.eval, rows_per_batch=rows, world=inputs.world)
     return None
 
 
-def steps_per_epoch(sizes: tuple[int, int], loader) -> int | None:
-    """Updates of one pass over the data; None for a stream. The last draw of a pass may be smaller.
-
-    sizes: of make_stage.rollout_sizes.
-    """
-    (micro_batches, updates), per_epoch = sizes, loader.batches_per_epoch
-    return None if per_epoch is None else math.ceil(per_epoch / micro_batches) * updates
-
-
-def count_steps(options: TrainOptions, sizes: tuple[int, int], loader) -> int:
-    """Updates of the whole run, as the Hugging Face trainer counts them."""
-    if loader is None:
-        return 0
-    if options.max_steps > 0:
-        return options.max_steps
-    per_epoch = steps_per_epoch(sizes, loader)
-    if per_epoch is None:
-        raise ValueError(
-            "max_steps: streaming has no known length, so max_steps has to say how many updates to do"
-        )
-    return max(1, math.ceil(options.num_train_epochs * per_epoch))
-
-
-def build_model(config: configuration.Config, source: Path, world: World) -> Decoder:
+def build_model(config: Config, source: Path, world: World) -> Decoder:
     """Weights on the device, in the dtypes that the precision options ask for, with what trains marked."""
     options, model_options, lora_options = config[TrainOptions], config[ModelOptions], config[LoraOptions]
     compute = options.compute_dtype
@@ -300,18 +327,13 @@ def build_model(config: configuration.Config, source: Path, world: World) -> Dec
         wide_norms = bool(quantised_linears(model))
     norms = {id(module.weight) for module in model.modules() if wide_norms and isinstance(module, RMSNorm)}
     if lora_options.lora_dropout and not STAGES[options.stage].uses_dropout:
-        world.print(
-            f"note: lora_dropout {lora_options.lora_dropout:g} is not used: stage {options.stage} compares "
-            "log-probabilities, to which dropout would add noise"
-        )
+        unused = f"lora_dropout {lora_options.lora_dropout:g} is not used: stage {options.stage}"
+        world.print(f"note: {unused} compares log-probabilities, to which dropout would add noise")
         lora_options = replace(lora_options, lora_dropout=0.0)
     generator = torch.Generator().manual_seed(options.seed)
-    adapters = resolve_adapters(model_options)
+    adapters, name = resolve_adapters(model_options), model_options.model_name_or_path
     for folder in adapters:
-        base, name = (
-            read_adapter_config(folder).get("base_model_name_or_path") or "",
-            model_options.model_name_or_path,
-        )
+        base = read_adapter_config(folder).get("base_model_name_or_path") or ""
         if base and Path(base).name != Path(name).name:  # the same model may lie in several places
             world.print(f"note: the adapter {folder} was trained on {base}, and lies on {name} here")
     prepare_adapters(model, adapters, lora_options, generator, trained)
@@ -329,7 +351,7 @@ def build_model(config: configuration.Config, source: Path, world: World) -> Dec
     return model
 
 
-def describe_model(config: configuration.Config, model: Decoder, world: World) -> str:
+def describe_model(config: Config, model: Decoder, world: World) -> str:
     """What trains, what is quantised, and which kernels serve it."""
     lines = parameter_status(model) if config[LoraOptions].print_param_status else []
     lines.append(trainable_report(model))
@@ -357,62 +379,61 @@ def start_value_head(
 
 
 def require_value_head(folder: Path) -> None:
-    """ValueError where scores would be those of a random value head."""
+    """UserError where scores would be those of a random value head."""
     if not has_value_head(folder):
-        raise ValueError(
-            f"do_train: false, but there is no value_head.safetensors in {folder}, so scores would be "
-            "random; name a "
-            "reward model as adapter_name_or_path or model_name_or_path, or train one"
+        raise UserError(
+            f"do_train: false, but there is no value_head.safetensors in {folder}, so scores would be random;"
+            " name a reward model as adapter_name_or_path or model_name_or_path, or train one"
         )
 
 
-def make_plan(config: configuration.Config, source: Path, prepared: Prepared, loader, world: World) -> str:
+def make_plan(inputs: Inputs) -> str:
     """What the run would take, without its weights; see plan.py."""
-    options = config[TrainOptions]
+    config, options, world, data = inputs.config, inputs.options, inputs.world, load_data(inputs)
+    loader, device = data.loader, inputs.world.device
     if loader is None:
-        raise ValueError("plan: there is nothing to plan without training; drop plan, or do_eval")
-    model = build_model(config, source, world)
+        raise UserError("plan: there is nothing to plan without training; drop plan, or do_eval")
+    model = build_model(config, inputs.source, world)
     beside = bytes_beside(config, model)
-    free = memory.free_bytes(world.device) - plan.weight_bytes(model) - sum(beside.values())
+    free = memory.free_bytes(device) - plan.weight_bytes(model) - sum(beside.values())
     tokens = largest_row(loader, config, world)
     need = memory.need(model, tokens, config[OptimOptions].optim, world.size)
-    chosen, line = memory.plan(options.recomputation, need, model.config.num_layers, world.device, free)
-    store = prepared.train if isinstance(prepared.train, ExampleStore) else None
-    lengths = np.full(1, config[DataOptions].cutoff_len) if store is None else store.segment_lengths
-    share = 1.0 if store is None else store.trained_share
-    cache = 0.0
+    chosen, line = memory.plan(options.recomputation, need, model.config.num_layers, device, free)
+    if isinstance(data.prepared.train, ExampleStore):
+        lengths, share = data.prepared.train.segment_lengths, data.prepared.train.trained_share
+    else:
+        lengths, share = np.full(1, config[DataOptions].cutoff_len), 1.0
+    cache, of_texts = 0.0, ""
     if options.stage in WRITES:
-        new, answers = config[GenerateOptions].max_new_tokens, answers_of(config)
-        texts = min(TOGETHER, loader.most_examples() * rollout_sizes(config)[0] * answers)
+        new = config[GenerateOptions].max_new_tokens
+        texts = min(TOGETHER, loader.most_examples() * data.batches_per_draw * answers_of(config))
         cache = plan.cache_bytes(model.config, texts, int(lengths.max()), new, options.compute_dtype.itemsize)
         lengths = lengths + new
         share = new / lengths.mean()
-    peak = plan.predict_peak(
-        model, chosen, need, plan.largest_file(source), world.device, beside, cache=cache
-    )
-    bound = plan.bound_speed(model, chosen, lengths, share, tokens, world.device)
-    text = plan.report(peak, bound, memory.free_bytes(world.device), tokens, world.device)
-    if options.stage in WRITES:
-        text += "\n  (of the updates; to it comes the time in which the model writes the texts that it learns from,"
-        text += f"\n  {texts} at once, whose cache takes up to {cache / plan.GIB:.2f} GiB)"
-    return f"{trainable_report(model)}\n{line}\n\n{text}"
+        of_texts = (
+            "\n  (of the updates; to it comes the time in which the model writes the texts that it learns "
+        )
+        of_texts += f"from,\n  {texts} at once, whose cache takes up to {cache / plan.GIB:.2f} GiB)"
+    file_bytes = plan.largest_file(inputs.source)
+    peak = plan.predict_peak(model, chosen, need, file_bytes, device, beside, cache=cache)
+    bound = plan.bound_speed(model, chosen, lengths, share, tokens, device)
+    text = plan.report(peak, bound, memory.free_bytes(device), tokens, device)
+    return f"{trainable_report(model)}\n{line}\n\n{text}{of_texts}"
 
 
-def bytes_beside(config: configuration.Config, model: Decoder) -> dict[str, float]:
+def bytes_beside(config: Config, model: Decoder) -> dict[str, float]:
     """Weights that a run holds beside those of the model it trains, by what they are for; see make_reference
     and make_reward. What serves only before the first update is not counted."""
-    options, found, beside = config[TrainOptions], {}, folders_beside(config)
+    options, found, beside, held = config[TrainOptions], {}, folders_beside(config), []
     live = options.stage in WRITES or config[DataOptions].streaming
     needs = {"dpo": config[PreferenceOptions].needs_reference, "grpo": config[GRPOOptions].beta > 0}
-    held = []
     if config[RewardOptions].reward_model_type == "full":
         held.append(("reward model", "reward_model", config[RewardOptions].reward_model_quantization_bit))
     if live and needs.get(options.stage, options.stage in ("kto", "ppo")):
         held.append(("reference", "ref_model", config[ReferenceOptions].ref_model_quantization_bit))
         if "ref_model" not in beside and config[LoraOptions].finetuning_type != "lora":
-            found["reference"] = float(
-                sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-            )
+            trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
+            found["reference"] = plan.bytes_of(trained)
     for name, key, bits in held:
         for folder in beside.get(key, ()):
             quantization = quant.in_bits(bits, config[QuantOptions], f"{key}_quantization_bit")
@@ -421,50 +442,40 @@ def bytes_beside(config: configuration.Config, model: Decoder) -> dict[str, floa
     return found
 
 
-def answers_of(config: configuration.Config) -> int:
+def answers_of(config: Config) -> int:
     """Texts that a stage of WRITES writes to each prompt."""
     return config[GRPOOptions].num_generations if config[TrainOptions].stage == "grpo" else 1
 
 
-def largest_row(loader, config: configuration.Config, world: World) -> int:
-    """Tokens of the largest micro-batch, with what pads the row; of a stage that writes texts, with all of
-    these."""
-    tokens, stage = loader.most_tokens(), config[TrainOptions].stage
-    if stage in WRITES:
+def largest_row(loader, config: Config, world: World) -> int:
+    """Tokens of the largest micro-batch, with what pads the row; where a stage writes texts, with these."""
+    tokens = loader.most_tokens()
+    if config[TrainOptions].stage in WRITES:
         tokens += loader.most_examples() * config[GenerateOptions].max_new_tokens
         tokens *= answers_of(config)
     multiple = ROW_MULTIPLE[world.device.type]
     return -(-tokens // multiple) * multiple
 
 
-def choose_recomputation(model: Decoder, loader, config: configuration.Config, world: World) -> str:
+def choose_recomputation(model: Decoder, loader, config: Config, world: World) -> str:
     """Tell the model what its blocks keep for the backward pass; gives a line that says so."""
     options = config[TrainOptions]
     need = memory.need(model, largest_row(loader, config, world), config[OptimOptions].optim, world.size)
     if options.compiles:
         need = need.without_selective()
         for block in model.layers:
-            block.compile(
-                backend=options.torch_compile_backend or "inductor", mode=options.torch_compile_mode
-            )
-    free = memory.free_bytes(world.device)
-    layers = model.config.num_layers
+            backend = options.torch_compile_backend or "inductor"
+            block.compile(backend=backend, mode=options.torch_compile_mode)
+    free, layers = memory.free_bytes(world.device), model.config.num_layers
     model.runtime.recompute, line = memory.plan(options.recomputation, need, layers, world.device, free)
     return line
 
 
-def weight_writer(
-    model: Decoder, source: Path, tokenizer: Tokenizer, template, config
-) -> Callable[[Path], None]:
-    """A function that writes what the user loads later: weights, tokenizer, chat template, resolved
-    configuration."""
-    base_name = config[ModelOptions].model_name_or_path
-
-    def save(folder: Path) -> None:
-        save_trained(model, folder, source, base_name)
-        tokenizer.save(folder)
-        if config[TemplateOptions].template is not None and template is not None:
-            (folder / "chat_template.jinja").write_text(template.to_jinja(), encoding="utf-8")
-        config.save(folder / RUN_CONFIG)
-
-    return save
+def save_weights(inputs: Inputs, model: Decoder, folder: Path) -> None:
+    """What the user loads later: weights, tokenizer, chat template, resolved configuration."""
+    config, template = inputs.config, inputs.template
+    save_trained(model, folder, inputs.source, config[ModelOptions].model_name_or_path)
+    inputs.tokenizer.save(folder)
+    if config[TemplateOptions].template is not None and template is not None:
+        (folder / "chat_template.jinja").write_text(template.to_jinja(), encoding="utf-8")
+    config.save(folder / RUN_CONFIG)

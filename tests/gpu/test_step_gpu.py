@@ -6,6 +6,7 @@ import torch
 from tiny_runs import assert_same_weights, tiny_runs
 
 import train
+from training.instruments import Health
 
 KEYS = {"device": "cuda", "cutoff_len": 256, "num_train_epochs": 4, "gradient_accumulation_steps": 1}
 
@@ -31,21 +32,20 @@ def tiny(tmp_path_factory):
 )
 def test_nothing_waits_for_the_gpu_between_two_log_lines(tiny, tmp_path, monkeypatch, keys):
     """From the second epoch to the log line at the end every synchronisation is an error."""
-    updates, check_health = [], train.check_health
+    updates, check, train_update = [], Health.check, train.update
 
-    def update(this, group):
-        if this.progress.step >= 5:
+    def update(*arguments):
+        if len(updates) >= 5:
             torch.cuda.set_sync_debug_mode("error")
-        updates.append((this.progress.step, torch.cuda.get_sync_debug_mode()))
-        return train_update(this, group)
+        updates.append((len(updates), torch.cuda.get_sync_debug_mode()))
+        return train_update(*arguments)
 
-    def watched_health(this):
+    def watched_check(*arguments):
         torch.cuda.set_sync_debug_mode("default")
-        check_health(this)
+        check(*arguments)
 
-    train_update = train.update
     monkeypatch.setattr(train, "update", update)
-    monkeypatch.setattr(train, "check_health", watched_health)
+    monkeypatch.setattr(Health, "check", watched_check)
     try:
         assert tiny.train(tmp_path / "out", max_steps=12, logging_steps=12, **{**KEYS, **keys}) == 0
     finally:

@@ -9,9 +9,9 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
 import resource, sys
 import torch
-from training import host_memory
+from training import memory
 if sys.argv[1] == "keep":
-    print(host_memory.keep_freed())
+    print(memory.keep_freed())
 def step():
     blocks = [torch.empty(10_000_000).fill_(0) for _ in range(4)]  # 40 MB each: malloc maps these one by one
 def faults():

@@ -11,7 +11,10 @@ import torch
 from parallel.world import World
 from pipeline.batch import collate
 from training import monitor
-from training.monitor import Health, MetricWindow, Monitor, check_services, plot_history, smooth
+from training.instruments import Health, MetricWindow
+from training.monitor import Monitor
+from training.plot import plot_history, smooth
+from training.trackers import check_services
 
 ONE = World(0, 1, 0, torch.device("cpu"))
 

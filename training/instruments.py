@@ -1,0 +1,137 @@
+"""Instruments of the loop: MetricWindow (loss, metrics, speed since the last log line), Health (is every loss
+finite), peak memory. Noting something never waits for the device; asking does."""
+
+import resource
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from options.errors import StopRun
+from parallel.world import World
+from pipeline.batch import Batch
+from stages.stage import Metrics
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Over all ranks, since the last log line."""
+
+    steps: int
+    loss: float  # sum over steps
+    tokens: int
+    examples: int
+    seconds: float
+    metrics: dict[str, float]  # means
+
+
+class MetricWindow:
+    """What this rank did since the last log line. Metrics are named as they come, the same on all ranks."""
+
+    def __init__(self, world: World):
+        self.world = world
+        self.loss = torch.zeros((), dtype=torch.float64, device=world.device)
+        self.reset()
+
+    def reset(self) -> None:
+        self.loss.zero_()
+        self.metrics: dict[str, torch.Tensor] = {}  # name -> (2,) fp64: sum and count
+        self.steps = self.tokens = self.examples = 0
+        self.started_at = time.monotonic()
+
+    def add(self, loss: torch.Tensor, group: list[Batch], metrics: Iterable[Metrics] = ()) -> None:
+        """An update: its mean loss, what it was made of, and the metrics of each micro-batch."""
+        self.loss += loss
+        self.steps += 1
+        self.examples += sum(len(batch) for batch in group)
+        self.tokens += sum(
+            batch.tokens.shape[0] for batch in group if batch.sources
+        )  # not an empty batch's one
+        for measured in metrics:
+            add_metrics(self.metrics, measured)
+
+    def totals(self) -> Totals:
+        """All ranks have to ask. Waits for the device."""
+        counts = torch.tensor([self.tokens, self.examples], dtype=torch.float64, device=self.loss.device)
+        names = sorted(self.metrics)  # one order on all ranks
+        sums = torch.cat([self.loss[None], counts, *(self.metrics[name] for name in names)])
+        loss, tokens, examples, *rest = self.world.sum(sums).tolist()
+        means = {name: total / max(count, 1) for name, total, count in zip(names, rest[::2], rest[1::2])}
+        seconds = max(time.monotonic() - self.started_at, 1e-9)
+        in_order = {name: means[name] for name in self.metrics}
+        return Totals(self.steps, loss, int(tokens), int(examples), seconds, in_order)
+
+    def leave_out(self, seconds: float) -> None:
+        """Time that was not training."""
+        self.started_at += seconds
+
+    def state(self) -> dict:
+        counts = {"steps": self.steps, "tokens": self.tokens, "examples": self.examples}
+        metrics = {name: values.cpu() for name, values in self.metrics.items()}
+        seconds = time.monotonic() - self.started_at
+        return counts | {"loss": self.loss.item(), "metrics": metrics, "seconds": seconds}
+
+    def restore(self, state: dict) -> None:
+        self.steps, self.tokens, self.examples = state["steps"], state["tokens"], state["examples"]
+        self.loss.fill_(state["loss"])
+        self.metrics = {name: values.to(self.loss.device) for name, values in state["metrics"].items()}
+        self.started_at = time.monotonic() - state["seconds"]
+
+
+def add_metrics(sums: dict[str, torch.Tensor], measured: Metrics) -> None:
+    """Add one micro-batch's metrics to sums in fp64."""
+    for name, values in measured.items():
+        if name not in sums:
+            sums[name] = torch.zeros(2, dtype=torch.float64, device=values.device)
+        sums[name] += values
+
+
+class Health:
+    """Finds the first update whose loss or gradient is not finite; waits for the device only when asked."""
+
+    def __init__(self, world: World, names: list[str]):
+        self.world, self.names = world, names  # names: of the data sets
+        self.first_bad = torch.zeros((), dtype=torch.int64, device=world.device)  # step, 0 = none yet
+        self.seen: list[tuple[int, list[tuple[int, int]]]] = []  # (step, sources) since the last check
+
+    def watch(self, step: int, numbers: list[torch.Tensor], group: list[Batch]) -> None:
+        for number in numbers:
+            bad = ~torch.isfinite(number) & (self.first_bad == 0)
+            # where(bad, step, ...) would copy the step to the device and wait
+            self.first_bad.masked_fill_(bad, step)
+        self.seen.append((step, [source for batch in group for source in batch.sources]))
+
+    def problem(self) -> str | None:
+        """The first bad update since the last call, with this rank's rows. All ranks have to ask."""
+        step = int(self.first_bad.item())
+        if not self.world.any(step > 0):
+            self.seen.clear()
+            return None
+        if not step:
+            return "the loss of another rank is not a finite number"
+        rows = dict(self.seen)[step]
+        listed = ", ".join(f"{self.names[dataset]} row {row}" for dataset, row in rows[:16])
+        more = f" and {len(rows) - 16} more" if len(rows) > 16 else ""
+        found = f"the loss or its gradient is not a finite number at step {step}"
+        return f"{found}; rows of that update: {listed}{more}"
+
+    def check(self, loss_scale: float) -> None:
+        """StopRun if an update since the last check went wrong. Comes before anything is logged or saved.
+
+        loss_scale: fp16's; 1 without.
+        """
+        step, problem = self.seen[-1][0] if self.seen else 0, self.problem()
+        if problem is not None:
+            remedy = "Look at these rows, lower learning_rate, or use bf16 instead of fp16"
+            raise StopRun(f"{problem}. Nothing was saved after it. {remedy}")
+        if loss_scale < 1:
+            overflow = f"gradients overflow even with a loss scale of {loss_scale:g}"
+            raise StopRun(f"fp16: at step {step} {overflow}; use bf16, or lower learning_rate")
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """GB (1e9 bytes): of the GPU's allocator, or of the process's resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

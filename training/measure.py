@@ -1,0 +1,60 @@
+"""What an evaluation measures: the stage's own numbers on every evaluation set, over all ranks."""
+
+import itertools
+import math
+
+import torch
+
+from model import Decoder
+from options.errors import StopRun, UserError
+from parallel.world import World
+from pipeline.batch import ROW_MULTIPLE, Batch, BatchLoader
+from stages.rollouts import Prompt
+from stages.stage import Stage
+from training.options import TrainOptions
+
+
+def prepare(batch: Batch | list[Prompt], device: torch.device) -> Batch | list[Prompt]:
+    """What the host can do for a batch before its turn; a stage that draws prompts makes batches of them."""
+    if not isinstance(batch, Batch):
+        return batch
+    batch = batch.rounded(ROW_MULTIPLE[device.type])
+    return batch.pinned() if device.type == "cuda" else batch
+
+
+@torch.no_grad()
+def measure(model: Decoder, stage: Stage, loaders: dict[str, BatchLoader], world: World) -> dict[str, float]:
+    """eval_<metric>, the mean over the sets; of several sets eval_<set>_<metric> too. Of a model in eval
+    mode."""
+    measured: dict[str, dict[str, float]] = {}
+    for name, loader in loaders.items():
+        batches = itertools.islice(loader.batches(), loader.batches_per_epoch)
+        ready = (prepare(batch, world.device) for batch in batches)
+        measured[name] = stage.evaluate(model, ready, world)
+        for kind, value in measured[name].items():
+            if not math.isfinite(value):
+                remedy = "lower learning_rate, or use bf16 instead of fp16"
+                raise StopRun(f"the evaluation's {kind} on {name} is {value}; {remedy}")
+    results: dict[str, float] = {}
+    if len(measured) > 1:
+        each_set = ((f"eval_{name}_", each) for name, each in measured.items())
+        results |= {prefix + kind: value for prefix, each in each_set for kind, value in each.items()}
+    for kind in next(iter(measured.values())):
+        results[f"eval_{kind}"] = sum(each[kind] for each in measured.values()) / len(measured)
+    if len(measured) > 1 and "perplexity" in stage.evaluation_names:
+        results["eval_perplexity"] = math.exp(min(results["eval_loss"], 700))  # of the mean loss
+    return results
+
+
+def check_metric(
+    options: TrainOptions, stage: type[Stage], sets: dict[str, BatchLoader], generated: tuple[str, ...]
+) -> None:
+    """UserError when what decides which checkpoint is best is not measured.  generated: names of what is
+    measured of generated texts."""
+    prefixes = [f"eval_{name}_" for name in sets] if len(sets) > 1 else []
+    kinds = (*stage.evaluation_names, *generated)
+    names = [prefix + kind for prefix in (*prefixes, "eval_") for kind in kinds]
+    if options.evaluation_strategy != "no" and options.metric not in names:
+        raise UserError(
+            f"metric_for_best_model: {options.metric} is not measured; there are {', '.join(names)}"
+        )
