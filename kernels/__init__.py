@@ -31,6 +31,7 @@ from kernels.decode_attention import MAX_NEW
 from kernels.lora_linear import Part as LoraPart
 from kernels.nf4 import Codes, CodesPart
 from kernels.recompute import BOOK, remember
+from options.errors import UserError
 
 __all__ = [
     "ATTENTION",
@@ -101,10 +102,10 @@ def _cheap(function, *inputs) -> torch.Tensor:
 def _missing(device: torch.device) -> str | None:
     """Why Triton kernels cannot run there; an error if they were insisted on."""
     if _MODE not in _MODES:
-        raise ValueError(f"KERNELS={_MODE}: known are auto, triton and reference; unset it for auto")
+        raise UserError(f"KERNELS={_MODE}: known are auto, triton and reference; unset it for auto")
     missing = launch.unavailable(device)
     if missing is not None and _MODE == "triton":
-        raise ValueError(f"KERNELS=triton: {missing}; unset KERNELS to take what runs here")
+        raise UserError(f"KERNELS=triton: {missing}; unset KERNELS to take what runs here")
     return missing
 
 
@@ -134,22 +135,20 @@ _chooser = _backends.Chooser(_backends.time_on_gpu)
 
 def require_attention(flash_attn: str, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
     """Raise ValueError, before there is work to lose, if KERNELS or this `flash_attn` cannot be had there."""
-    device = torch.device(device)
+    device, asked = torch.device(device), f"flash_attn={flash_attn}"
     if _REFERENCE:
         return
     missing = _missing(device)
     if flash_attn == "triton" and missing is not None:
-        raise ValueError(f"flash_attn=triton: {missing}; or set flash_attn=auto")
+        raise UserError(f"flash_attn=triton: {missing}; or set flash_attn=auto")
     _backends.require_package(flash_attn)
     if flash_attn in _backends.PACKAGES:
         if device.type != "cuda":
-            raise ValueError(
-                f"flash_attn={flash_attn}: it runs on a GPU, not on {device.type}; set flash_attn=auto"
+            raise UserError(
+                f"flash_attn={flash_attn}: it runs on a GPU, not on a {device.type}; set it to auto"
             )
         if dtype is torch.float32:
-            raise ValueError(
-                f"flash_attn={flash_attn}: it knows no fp32; compute in bf16, or set flash_attn=auto"
-            )
+            raise UserError(f"{asked}: it knows no fp32; compute in bf16, or set flash_attn=auto")
 
 
 def attention(
@@ -178,7 +177,7 @@ def attention(
     if flash_attn == "triton":
         problem = launch.unavailable(q.device) or _flash.unsupported(q, k, v)
         if problem is not None:
-            raise ValueError(f"flash_attn=triton: {problem}; or set flash_attn=auto")
+            raise UserError(f"flash_attn=triton: {problem}; or set flash_attn=auto")
         return _flash.flash_attention_triton(*arguments)
     if flash_attn == "sdpa" or not _triton_serves("attention", q.device, _flash.unsupported, q, k, v):
         if q.device.type == "cpu" and softcap is None:
@@ -194,7 +193,7 @@ def attention(
 
 
 def _whole(dtype: torch.dtype) -> tuple:
-    """(function, shortest length in tokens) of what does causal segments on a CPU faster than torch's kernel."""
+    """(function, shortest length in tokens): causal segments on a CPU faster than torch's kernel does them."""
     shortest = math.inf
     if dtype is torch.bfloat16 and torch.cpu._is_avx512_bf16_supported():
         shortest = 1
@@ -212,10 +211,10 @@ def cached_attention(q, keys, values, borders, lengths, window: int | None, scal
 def decode_attention(q, keys, values, cu_seqlens, lengths, max_new, window, scale, softcap=None, slopes=None):
     """New tokens against a cache whose lengths the device knows. See kernels/decode_attention.py."""
     serves = _triton_serves("decode_attention", q.device, _decode_attention.unsupported, q, keys, max_new)
-    chosen = (
-        _decode_attention.decode_attention_triton if serves else _decode_attention.decode_attention_reference
+    name = "decode_attention_triton" if serves else "decode_attention_reference"
+    return getattr(_decode_attention, name)(
+        q, keys, values, cu_seqlens, lengths, max_new, window, scale, softcap, slopes
     )
-    return chosen(q, keys, values, cu_seqlens, lengths, max_new, window, scale, softcap, slopes)
 
 
 def store_in_cache(k, v, keys, values, cu_seqlens, lengths, max_new) -> None:
@@ -225,9 +224,7 @@ def store_in_cache(k, v, keys, values, cu_seqlens, lengths, max_new) -> None:
     store(k, v, keys, values, cu_seqlens, lengths, max_new)
 
 
-def layer_norm(
-    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
-) -> torch.Tensor:
+def layer_norm(x, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
     """weight * (x - mean) / deviation + bias over the last dimension. See kernels/layer_norm.py."""
     if _triton_serves("layer_norm", x.device, _norms.unsupported, x):
         return _layer_norm.layer_norm_triton(x, weight, bias, eps)
@@ -254,60 +251,19 @@ def gated_mlp(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Te
     return _cheap(chosen, gate, up, activation)
 
 
-def linear_cross_entropy(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    *,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-) -> torch.Tensor:
+def linear_cross_entropy(hidden, weight, labels, bias: torch.Tensor | None = None, **terms) -> torch.Tensor:
     """Summed loss of hidden rows under the head, without (L, V) logits. See kernels/cross_entropy.py."""
-    chosen = _of_cross_entropy("linear_cross_entropy", hidden)
-    terms = {
-        "softcap": softcap,
-        "logit_scale": logit_scale,
-        "label_smoothing": label_smoothing,
-        "z_loss": z_loss,
-    }
-    return chosen(hidden, weight, labels, bias, **terms)
+    return _of_cross_entropy("linear_cross_entropy", hidden)(hidden, weight, labels, bias, **terms)
 
 
-def linear_logprobs(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    *,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-) -> torch.Tensor:
+def linear_logprobs(hidden, weight, labels, bias: torch.Tensor | None = None, **terms) -> torch.Tensor:
     """(L,) log-probabilities of labels, without (L, V) logits. See kernels/cross_entropy.py."""
-    chosen = _of_cross_entropy("linear_logprobs", hidden)
-    return chosen(hidden, weight, labels, bias, softcap=softcap, logit_scale=logit_scale)
+    return _of_cross_entropy("linear_logprobs", hidden)(hidden, weight, labels, bias, **terms)
 
 
-def cross_entropy(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    *,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-) -> torch.Tensor:
+def cross_entropy(logits, labels, **terms) -> torch.Tensor:
     """Summed loss of logits (L, V), over which the gradient is written. See kernels/cross_entropy.py."""
-    chosen = _of_cross_entropy("cross_entropy", logits)
-    terms = {
-        "softcap": softcap,
-        "logit_scale": logit_scale,
-        "label_smoothing": label_smoothing,
-        "z_loss": z_loss,
-    }
-    return chosen(logits, labels, **terms)
+    return _of_cross_entropy("cross_entropy", logits)(logits, labels, **terms)
 
 
 def _of_cross_entropy(operation: str, x: torch.Tensor):

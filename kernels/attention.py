@@ -40,9 +40,8 @@ def attention_reference(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if alibi_slopes is not None:
-        scores = (
-            scores - alibi_slopes.to(scores.dtype)[:, None, None] * (place[:, None] - place[None, :]).abs()
-        )
+        distance = (place[:, None] - place[None, :]).abs()
+        scores = scores - alibi_slopes.to(scores.dtype)[:, None, None] * distance
     weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1).to(q.dtype)
     return torch.einsum("hnm,mhd->nhd", weights, v)
 
@@ -66,9 +65,7 @@ def attention_sdpa(
     """
     check(window, causal)
     if softcap is not None:
-        raise ValueError(
-            "torch's scaled_dot_product_attention has no soft cap; take flash_attn: triton or disabled"
-        )
+        raise ValueError("torch's attention has no soft cap; take flash_attn: triton or disabled")
     if q.device.type != "cpu":
         return _one_mask(q, k, v, cu_seqlens, window, scale, causal, alibi_slopes)
     pieces = []

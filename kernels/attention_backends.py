@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels.attention import attention_reference, attention_sdpa
 from kernels.launch import next_power_of_2, say_once
+from options.errors import UserError
 
 WARM_UP, TIMED = 3, 5  # calls of each candidate; the median of the latter counts
 PACKAGES = {  # flash_attn's value -> module, how to install it
@@ -102,7 +103,7 @@ def require_package(flash_attn: str) -> None:
     """Raise ValueError if this value of flash_attn needs a package that is not installed."""
     module, command = PACKAGES.get(flash_attn, (None, None))
     if module is not None and importlib.util.find_spec(module) is None:
-        raise ValueError(
+        raise UserError(
             f"flash_attn={flash_attn} needs the package {module}, which is not "
             f"installed: {command}; or set flash_attn=auto"
         )
@@ -119,7 +120,7 @@ def attention_package(
         options["softcap"] = softcap
     if alibi_slopes is not None:
         if name == "fa3":
-            raise ValueError("flash_attn: fa3 knows no ALiBi slopes; take fa2 or triton")
+            raise UserError("flash_attn: fa3 knows no ALiBi slopes; take fa2 or triton")
         options["alibi_slopes"] = alibi_slopes.float()
     out = importlib.import_module(module).flash_attn_varlen_func(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, softmax_scale=scale, causal=causal, **options

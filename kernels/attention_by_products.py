@@ -49,9 +49,7 @@ class _Attention(torch.autograd.Function):
         q, k, v = ctx.saved_tensors
         queries, keys, values, grad_out = (_by_head(x, k, ctx.segments) for x in (q, k, v, grad))
         grad_queries = torch.empty_like(queries)
-        grad_keys, grad_values = (
-            torch.zeros_like(x.mT, memory_format=torch.contiguous_format) for x in (keys, values)
-        )
+        grad_keys, grad_values = (x.new_zeros(x.mT.shape) for x in (keys, values))
         for pairs in _pairs_at_once(queries):
             for rows, seen, block in _blocks(queries, keys):
                 query, key, grad_row = queries[pairs, rows], keys[pairs, :seen], grad_out[pairs, rows]
@@ -95,9 +93,8 @@ def _blocks(queries: Tensor, keys: Tensor) -> list[tuple[slice, int, int]]:
     group = queries.shape[1] // length
     count = max(1, round(length / BLOCK))
     borders = [length * i // count for i in range(count + 1)]
-    return [
-        (slice(start * group, stop * group), stop, stop - start) for start, stop in zip(borders, borders[1:])
-    ]
+    blocks = zip(borders, borders[1:])
+    return [(slice(start * group, stop * group), stop, stop - start) for start, stop in blocks]
 
 
 @functools.lru_cache(maxsize=64)

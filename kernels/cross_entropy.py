@@ -33,17 +33,15 @@ from torch import Tensor
 from kernels.launch import ceil_divide, jit, next_power_of_2, processors, run, tanh, tl
 from kernels.linear import matmul_transposed
 
-CHUNK_BYTES = (
-    32 * 2**20
-)  # of fp32 logits on a CPU: large enough for full-rate products, small beside any model
+# of fp32 logits on a CPU: large enough for full-rate products, small beside any model
+CHUNK_BYTES = 32 * 2**20
 WORKSPACE_BYTES = 256 * 2**20  # of logits on a GPU: 4096 rows of 32000 in bf16 keep all multiprocessors busy
 ROW_MULTIPLE = 128  # rows of a tile of cuBLAS's products
 STRIDE_MULTIPLE = 64  # values between rows of logits: rows start at 128 bytes, for 16-byte loads with any V
 MAX_REGISTER_ROW = 32768  # values of a row that the 1024 threads of a program hold in registers, in fp32
 LOOP_BLOCK = 4096  # values at a time of other rows, 8 a thread: twice that spills registers
-CACHE_BYTES = (
-    32 * 2**20
-)  # of rows under work that are to be found in L2 again: an A100 has 40 MB, an H100 50 MB
+# of rows under work that are to be found in L2 again: an A100 has 40 MB, an H100 50 MB
+CACHE_BYTES = 32 * 2**20
 
 
 class Terms(NamedTuple):
@@ -358,10 +356,8 @@ class _LinearLogprobs(torch.autograd.Function):
         gradients = _Gradients(hidden, narrow, bias, (need_hidden, need_weight, need_bias))
         factors = grad_result.neg()
         for rows, logits in _chunks_of_logits(hidden, narrow, ctx.chunks):
-            _, grad = ctx.chunks.losses(
-                logits, weight.shape[0], labels[rows], bias, ctx.terms, True, factors[rows]
-            )
-            gradients.add(rows, grad)
+            operands = logits, weight.shape[0], labels[rows], bias, ctx.terms
+            gradients.add(rows, ctx.chunks.losses(*operands, True, factors[rows])[1])
         weight_grad = None if gradients.weight is None else gradients.weight.to(weight.dtype)
         bias_grad = None if gradients.bias is None else gradients.bias.to(bias.dtype)
         return gradients.hidden, weight_grad, None, bias_grad, None, None

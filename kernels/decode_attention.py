@@ -23,9 +23,7 @@ MAX_SPLITS = 64
 LOG2_E = 1.4426950408889634  # exp2 is the processor's own exponential
 
 
-def decode_attention_reference(
-    q, keys, values, cu_seqlens, lengths, max_new: int, window, scale, softcap, slopes
-):
+def decode_attention_reference(q, keys, values, cu_seqlens, lengths, max_new, window, scale, softcap, slopes):
     """q (T, H, D); keys, values (N, K, capacity, D) that hold the new tokens already -> (T, H, D) in q's
     dtype.
 
@@ -115,9 +113,7 @@ def choose_splits(programs: int, capacity: int, block: int, device: torch.device
     return max(1, min(wanted, ceil_divide(capacity, block), MAX_SPLITS))
 
 
-def decode_attention_triton(
-    q, keys, values, cu_seqlens, lengths, max_new: int, window, scale, softcap, slopes
-):
+def decode_attention_triton(q, keys, values, cu_seqlens, lengths, max_new, window, scale, softcap, slopes):
     """decode_attention_reference without its masked scores; no gradient."""
     tokens, heads, head_dim = q.shape
     sequences, kv_heads, capacity = keys.shape[:3]
@@ -189,9 +185,8 @@ def _decode_kernel(
     if first >= last:
         if not MERGED:  # the merge skips this part
             token_row = (first_token + token).to(tl.int64)
-            tl.store(
-                lse + (token_row * part_token + head * part_head) // HEAD + split, -float("inf"), mask=is_row
-            )
+            place = (token_row * part_token + head * part_head) // HEAD + split
+            tl.store(lse + place, -float("inf"), mask=is_row)
         return
 
     column = tl.arange(0, WIDTH)

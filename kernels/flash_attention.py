@@ -53,9 +53,8 @@ def flash_attention_triton(
         raise ValueError(f"attention scale {scale}: the kernels need a positive one")
     if q.shape[0] == 0:
         return torch.zeros_like(q)
-    return _FlashAttention.apply(
-        q, k, v, cu_seqlens, max_seqlen, window, scale, causal, softcap, alibi_slopes
-    )
+    settings = max_seqlen, window, scale, causal, softcap
+    return _FlashAttention.apply(q, k, v, cu_seqlens, *settings, alibi_slopes)
 
 
 def _blocks(kernel: str, head_block: int, dtype: torch.dtype, generation: int, plain: bool) -> dict[str, int]:
@@ -164,9 +163,8 @@ class _FlashAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, cu_seqlens, max_seqlen, window, scale, causal, softcap, alibi_slopes):
         # contiguous, so that steps between rows are constants: addresses in registers would spill
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        shared = _Shared(
-            q, k, cu_seqlens, max_seqlen, window, scale, causal, softcap, alibi_slopes is not None
-        )
+        settings = max_seqlen, window, scale, causal, softcap
+        shared = _Shared(q, k, cu_seqlens, *settings, alibi=alibi_slopes is not None)
         slopes = None if alibi_slopes is None else alibi_slopes.float().contiguous()
         out = torch.empty_like(q)
         lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)

@@ -37,18 +37,9 @@ except ImportError:  # there are no wheels outside Linux; the references serve t
 
 # What is assumed about a GPU that is not there. Capability -> multiprocessors of A100, RTX 4090 and H100.
 RECORDED_PROCESSORS = {80: 108, 89: 128, 90: 132}
-TRITON_TYPES = {
-    torch.float64: "fp64",
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.int64: "i64",
-    torch.int32: "i32",
-    torch.int16: "i16",
-    torch.int8: "i8",
-    torch.uint8: "u8",
-    torch.bool: "i1",
-}
+TRITON_TYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+TRITON_TYPES |= {torch.int64: "i64", torch.int32: "i32", torch.int16: "i16", torch.int8: "i8"}
+TRITON_TYPES |= {torch.uint8: "u8", torch.bool: "i1"}
 
 
 @dataclass
@@ -89,9 +80,8 @@ def run(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
     elif all(grid):  # without rows there is nothing to start, and CUDA refuses an empty grid
         device = arguments[0].device
         if device.type == "cuda" and device.index != torch.cuda.current_device():
-            with torch.cuda.device(
-                device
-            ):  # Triton starts kernels on the current GPU, wherever the tensors are
+            # Triton starts kernels on the current GPU, wherever the tensors are
+            with torch.cuda.device(device):
                 kernel[grid](*arguments, **options)
         else:
             kernel[grid](*arguments, **options)
@@ -104,9 +94,8 @@ def _describe(kernel, arguments, options) -> Launch:
     for place, parameter in enumerate(kernel.params):
         value = values[parameter.name]
         # as Triton's own launcher does it: None and 1 become constants, multiples of 16 are marked
-        free = (
-            not parameter.do_not_specialize
-        )  # @jit(do_not_specialize=[...]): any value, one compiled kernel
+        # @jit(do_not_specialize=[...]): any value, one compiled kernel
+        free = not parameter.do_not_specialize
         if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and free):
             launch.signature[parameter.name] = "constexpr"
             launch.constants[parameter.name] = value
@@ -158,9 +147,7 @@ def unavailable(device: torch.device) -> str | None:
     if device.type == "cuda":
         major, minor = divmod(capability(device), 10)
         return f"the GPU has compute capability {major}.{minor}, the kernels need 8.0 (Ampere) or newer"
-    return (
-        f"Triton has no {device.type} backend; TRITON_INTERPRET=1 runs the kernels in its (slow) interpreter"
-    )
+    return f"Triton has no {device.type} backend; TRITON_INTERPRET=1 runs kernels in its (slow) interpreter"
 
 
 def recorded_or_traced(device: torch.device) -> bool:

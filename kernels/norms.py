@@ -38,9 +38,7 @@ def unsupported(x: torch.Tensor, delta: torch.Tensor | None = None) -> str | Non
     return None
 
 
-def forward(
-    x, delta, weight, bias, eps: float, offset: float, centered: bool, dtype: torch.dtype | None = None
-):
+def forward(x, delta, weight, bias, eps: float, offset: float, centered: bool, dtype=None):
     """x (..., E), delta like x or None, weight and bias (E,) or None -> y, total (..., E), mean and rstd
     (rows,) fp32.
 
@@ -91,9 +89,8 @@ def backward(grad, total_grad, x, weight, mean, rstd, offset: float, want_weight
     if wide:
         run(_wide_backward_kernel, (programs,), *arguments, BLOCK=WIDE_BLOCK, num_warps=16)
     else:
-        stages = (
-            _stages(tile_rows * block, warps, x.element_size(), 2 if total_grad is None else 3) if sums else 1
-        )
+        tensors = 2 if total_grad is None else 3
+        stages = _stages(tile_rows * block, warps, x.element_size(), tensors) if sums else 1
         constants = {"ROWS": tile_rows, "BLOCK": block, "STAGES": stages}
         run(_backward_kernel, (programs,), *arguments, **constants, num_warps=warps)
     if not sums:
@@ -223,9 +220,8 @@ def _wide_forward_kernel(
             factor = tl.load(weight + column, mask=inside, other=0.0)
         if bias is not None:
             shift = tl.load(bias + column, mask=inside, other=0.0)
-        result = _scale_and_shift(
-            (value - average) * scale, factor, shift, offset, ROUNDED, y.dtype.element_ty
-        )
+        normal = (value - average) * scale
+        result = _scale_and_shift(normal, factor, shift, offset, ROUNDED, y.dtype.element_ty)
         tl.store(y + place + column, result, mask=inside)
 
 

@@ -76,9 +76,7 @@ class _Recipe:
         value, self.wanted = self.value, self.wanted - 1
         if value is None:
             if self.versions != [value._version for value in self.inputs if torch.is_tensor(value)]:
-                raise RuntimeError(
-                    "recompute: an input of a dropped tensor was changed in place before its backward"
-                )
+                raise RuntimeError("recompute: an input of a dropped tensor was changed in place")
             with torch.no_grad():
                 value = self.function(*self.inputs)
         self.value = value if self.wanted > 0 else None

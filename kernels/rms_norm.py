@@ -12,9 +12,7 @@ import torch
 from kernels import norms
 
 
-def rms_norm_reference(
-    x, weight, eps: float, offset: float = 0.0, dtype: torch.dtype | None = None
-) -> torch.Tensor:
+def rms_norm_reference(x, weight, eps: float, offset: float = 0.0, dtype=None) -> torch.Tensor:
     """x (..., E), weight (E,) -> (..., E) in dtype or x's; the mean is taken in fp32 (fp64 stays)."""
     wide, dtype = x if x.dtype is torch.float64 else x.float(), dtype or x.dtype
     normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
@@ -33,9 +31,7 @@ def add_rms_norm_reference(
     return rms_norm_reference(total, weight, eps, offset, dtype), total
 
 
-def rms_norm_triton(
-    x, weight, eps: float, offset: float = 0.0, dtype: torch.dtype | None = None
-) -> torch.Tensor:
+def rms_norm_triton(x, weight, eps: float, offset: float = 0.0, dtype=None) -> torch.Tensor:
     """rms_norm_reference as one kernel. Backward: one, and a small one if the weight trains."""
     return _RMSNorm.apply(x, None, weight, eps, offset, dtype)[0]
 
@@ -54,10 +50,8 @@ class _RMSNorm(torch.autograd.Function):
         ctx.save_for_backward(total, weight, rstd)
         ctx.offset, ctx.added = offset, None if delta is None else delta.dtype
         ctx.set_materialize_grads(False)
-        return (
-            y,
-            total,
-        )  # x itself without delta: whoever goes on with it has its gradient added in the kernel, too
+        # total is x itself without delta: whoever goes on with it has its gradient added in the kernel, too
+        return y, total
 
     @staticmethod
     def backward(ctx, grad, total_grad):
