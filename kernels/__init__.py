@@ -1,9 +1,20 @@
-"""The only place that chooses between implementations of an operation (by device, dtype and shape).
+"""Kernels: one file per operation, and this page, which alone chooses between its implementations.
 
-One file per operation; each holds its formula, a plain reference, and what is faster where. KERNELS in the
-environment: auto (default) takes the Triton kernels on a GPU and torch on a CPU; triton insists on the
-kernels (on a CPU with TRITON_INTERPRET=1); reference forces the references everywhere. `choices()` says what
-was taken. A shape that a kernel does not know goes to the reference, which is said once.
+Each file holds the formula, `<operation>_reference` (plain torch: the oracle, and on a CPU the fast path), the Triton
+kernels, their autograd function and `unsupported(...)`: why a shape is not theirs. A choice goes by device, dtype and
+shape and is said once. KERNELS=auto (Triton on a GPU, torch on a CPU) | triton (insist; on a CPU with
+TRITON_INTERPRET=1) | reference. `choices()` tells a run what was taken.
+    rms_norm, layer_norm  norms of rows, with the residual add; norms.py has their Triton kernels
+    rope                  rotary embedding of q and k
+    attention             the formula and torch's; flash_attention (Triton), attention_by_products (CPU),
+                          attention_backends (kernels of others, and the choice by measurement)
+    decode_attention      attention against a cache whose lengths the device knows
+    gated_mlp             act(gate) * up
+    cross_entropy         losses and log-probabilities of a head without logits
+    linear, lora_linear   products of one or several linears with one input, with adapters beside them
+    nf4, byte_linear      products straight from codes
+    recompute             what blocks keep for the backward pass; launch: how Triton kernels are started
+To add one: copy gated_mlp.py, add a choice here and a line above; docs/kernels.md says what tests it needs.
 """
 
 import math
