@@ -7,8 +7,10 @@ import pytest
 import torch
 import transformers
 
+import model as decoder_file
 from architectures import config_from_hf
 from architectures.config import scale_rope
+from architectures.layers import ForwardContext
 from checkpoints.huggingface import load_model, save_model
 from generation.cache import KVCache
 from model import Decoder
@@ -238,3 +240,29 @@ def test_neftune_noise_is_bounded_by_segment_length_and_off_in_eval():
 def test_a_config_that_does_not_fit_names_the_key(change, message):
     with pytest.raises(ValueError, match=message):
         config_from_hf({**oracle("llama").config.to_dict(), **change})
+
+
+class Doubled(torch.nn.Module):
+    """A feed-forward kind of a test: x (T, E) -> 2 x."""
+
+    def __init__(self, config, layer, **factory):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return 2 * x
+
+
+def test_a_layer_takes_its_kinds_from_the_tables_as_the_config_names_them(monkeypatch):
+    monkeypatch.setitem(decoder_file.FEED_FORWARD, "doubled", Doubled)
+    plain = config_from_hf(oracle("llama").config.to_dict())
+    model = Decoder(dataclasses.replace(plain, feed_forward_kinds=("mlp", "doubled", "mlp")))
+    assert [type(block.mlp).__name__ for block in model.layers] == ["MLP", "Doubled", "MLP"]
+    assert model.layers[1].mlp.layer == 1
+    row, block = row_of([7]), model.layers[1]
+    context = ForwardContext(row[2], 7, None, "auto", torch.float32)
+    with torch.no_grad():
+        x, delta = block(torch.randn(7, 60), None, *model.rotation(row[1], context, torch.float32), context)
+        assert torch.equal(delta, 2 * block.post_attention_layernorm(x))
+    with pytest.raises(KeyError, match="unheard"):
+        Decoder(dataclasses.replace(plain, attention_kinds=("attention", "unheard", "attention")))
