@@ -194,11 +194,11 @@ class TrainOptions:
     def _check_prediction(self) -> None:
         refuse(
             self.predict_with_generate and self.stage in ("pt", "rm"),
-            f"predict_with_generate: stage {self.stage} answers no prompts; drop it, or use stage=sft",
+            "predict_with_generate: pt has no prompts to answer, and rm gives scores; drop it, or use stage=sft",
         )
         refuse(
             self.do_predict and self.stage == "pt",
-            "do_predict: documents (stage pt) have no prompts to answer; use stage=sft, or do_eval",
+            "do_predict: in stage pt documents have no prompts to answer; use stage=sft, or do_eval",
         )
         refuse(
             self.do_predict and not self.predict_with_generate and self.stage != "rm",
