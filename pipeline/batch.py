@@ -20,7 +20,8 @@ from pipeline.packing import group_by_length, pack
 IGNORED = -100  # label of a position that is not trained; torch's cross_entropy default
 ROLES = ("prefix", "system", "user", "assistant", "observation", "function", "text")  # caches keep the order
 ANSWER = 64  # bit in Example.roles
-# tokens; see Batch.rounded. A GPU's products work in tiles of 128 rows, so a smaller multiple would save nothing.
+# tokens; see Batch.rounded. A GPU's products work in tiles of 128 rows, so a smaller multiple would save
+# nothing.
 ROW_MULTIPLE = {"cpu": 32, "cuda": 128}
 
 
@@ -63,8 +64,8 @@ class Batch:
     sources: list[tuple[int, int]]  # (dataset, row) of each segment; empty for an empty batch
     pairs: int = 0  # P: segments 0..P-1 are the first of each pair (chosen), P..2P-1 the second (rejected)
 
-    # What a stage knows beside, in the order of the segments with a source, and of label_rows. Here:
-    # "labels" int64 (how many each has), "tags" int64 and, where it is known ahead, "reference" fp32 of Example
+    # What a stage knows beside, in the order of the segments with a source, and of label_rows. Here: "labels"
+    # int64 (how many each has), "tags" int64 and, where it is known ahead, "reference" fp32 of Example
     per_segment: dict[str, torch.Tensor] = field(default_factory=dict)  # name -> (N, ...)
     per_label: dict[str, torch.Tensor] = field(default_factory=dict)  # name -> (L,)
     per_token: dict[str, np.ndarray] = field(default_factory=dict)  # "turns", "roles" of Example, for people
@@ -198,9 +199,9 @@ class BatchLoader:
     """Batches of a store, endless over epochs; batch i depends on (seed, i) alone.
 
     rows_per_batch: examples of a batch, or packed rows of `cutoff_len` tokens with `packing`.
-    group_by_length: megabatches of 50 batches sorted by length, longest first (needs packing off).
-    The packing plan is made once from `seed`; each epoch shuffles its rows anew.
-    collate: examples -> what is drawn, a Batch or (stages/rollouts.py) prompts.
+    group_by_length: megabatches of 50 batches sorted by length, longest first (needs packing off). The
+    packing plan is made once from `seed`; each epoch shuffles its rows anew. collate: examples -> what is
+    drawn, a Batch or (stages/rollouts.py) prompts.
     """
 
     def __init__(

@@ -1,18 +1,18 @@
 """What a run minimises: one file per value of `stage`.
 
-The contract (stage.py): `weight(batch)` says how many things the loss is a sum over; `loss(model, batch)` gives the
-fp32 sum, () and metrics, name -> (sum, number); `evaluate`, `state` and `restore`. RolloutStage adds what learning
-from the model's own texts needs. The loop (train.py) divides by the weights of all micro-batches and ranks.
+The contract (stage.py): `weight(batch)` says how many things the loss is a sum over; `loss(model, batch)`
+gives the fp32 sum () and metrics, name -> (sum, number); `evaluate`, `state`, `restore`. RolloutStage adds
+what learning from texts of its own needs. The loop divides by the weights of all micro-batches and ranks.
 
-    stage.py      Stage, RolloutStage          logprobs.py   hidden states -> log-probabilities of labels, their sums
-    pt.py sft.py  next tokens                  reference.py  the policy that dpo, kto, ppo and grpo are held to
-    rm.py         reward model, scores         rewards.py    what an answer is worth: functions, a model, a server
-    dpo.py orpo.py   pairs of answers          rollouts.py   prompts, and texts that the model writes to them
-    kto.py        answers called good or bad
-    ppo.py grpo.py   reinforcement learning
+    stage.py          Stage, RolloutStage           logprobs.py   hidden states -> log-probabilities, sums
+    pt.py, sft.py     the next token                reference.py  the policy that others are held to
+    rm.py             reward model, its scores      rewards.py    what an answer is worth
+    dpo.py, orpo.py   pairs of answers              rollouts.py   prompts, and texts that the model writes
+    kto.py            answers called good or bad    metrics.py    what is logged beside a loss
+    ppo.py, grpo.py   reinforcement learning
 
-To add one: copy the nearest file, add its class to STAGES below and its name to `stage` in training/options.py, the
-options that it alone reads to its own dataclass, and where it is built to training/make_stage.py.
+To add one: copy the nearest file, add its class to STAGES below and its name to `stage` in
+training/options.py; training/make_stage.py builds it from its options.
 """
 
 from stages.dpo import PairPreference
@@ -35,6 +35,4 @@ STAGES: dict[str, type[Stage]] = {
     "ppo": PPO,
     "grpo": GroupPolicy,
 }
-WRITES = tuple(
-    name for name, kind in STAGES.items() if issubclass(kind, RolloutStage)
-)  # learn from their own texts
+WRITES = tuple(name for name, kind in STAGES.items() if issubclass(kind, RolloutStage))  # texts of their own

@@ -7,15 +7,16 @@ dpo_label_smoothing.
 
     sigmoid    -(1-e) log s(b delta) - e log s(-b delta)              DPO, arXiv 2305.18290 eq. 7; e: cDPO
     robust     the same, without the bias of labels flipped with probability e: arXiv 2403.00409
-    hinge      max(0, 1 - b delta)                                    SLiC-HF, arXiv 2305.10425; RSO, 2309.06657
+    hinge      max(0, 1 - b delta)                                    SLiC-HF, arXiv 2305.10425; 2309.06657
     ipo        (delta - 1/(2b))^2                                     arXiv 2310.12036 eq. 17
     exo_pair   KL(s(b delta), s(-b delta) || 1-e, e)                  arXiv 2402.00856 eq. 16
     kto_pair   each answer against the KL of the other kind           KTO's report; see kto_pair_loss
     bco_pair   -log s(b(c-c0) - d) - log s(d - b(r-r0))               arXiv 2404.04656; d: mean reward so far
-    orpo       see stages/orpo.py                                                                  no reference
-    simpo      -log s(b(c - r) - simpo_gamma)                         arXiv 2405.14734 eq. 6       no reference
-    cpo        -log s(b(c - r)) - mean log-probability of the chosen  arXiv 2401.08417 eq. 5       no reference
+    orpo       see stages/orpo.py
+    simpo      -log s(b(c - r) - simpo_gamma)                         arXiv 2405.14734 eq. 6
+    cpo        -log s(b(c - r)) - mean log-probability of the chosen  arXiv 2401.08417 eq. 5
 
+orpo, simpo and cpo have no reference, so c and r stand in the place of the ratios.
 Departures: kto_pair's KL and bco's d are means over the whole accumulation group and all ranks, where trl
 took those of a micro-batch, so that batch 8 and 8 x 1 give the same gradients; the KL has no gradient, as in
 the KTO paper; ld_alpha weighs the reference's answers too, as trl does (LLaMA-Factory: the policy's only).
@@ -36,8 +37,9 @@ from options.option import COMMON, option
 from parallel.world import World
 from pipeline.batch import Batch
 from stages.logprobs import MeanLogits, answer_sums, batch_logprobs, label_logprobs, label_states
+from stages.metrics import Metrics, summed
 from stages.reference import Reference
-from stages.stage import Metrics, Stage
+from stages.stage import Stage
 
 WITHOUT_REFERENCE = ("orpo", "simpo", "cpo")
 AVERAGED = ("ipo", "orpo", "simpo")  # over the answer's tokens
@@ -96,8 +98,8 @@ class PreferenceOptions:
             )
         if smoothing and loss not in SMOOTHED:
             raise UserError(
-                f"dpo_label_smoothing: {smoothing}, but pref_loss {loss} has no smoothing; drop it, or choose "
-                f"one of {', '.join(SMOOTHED)}"
+                f"dpo_label_smoothing: {smoothing}, but pref_loss {loss} has no smoothing; drop it, or "
+                f"choose one of {', '.join(SMOOTHED)}"
             )
         if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
             raise UserError(f"ld_alpha: {self.ld_alpha} is not in [0, 1]")
@@ -133,16 +135,6 @@ def robust_loss(score: Tensor, smoothing: float) -> Tensor:
     """Its mean over labels flipped with probability `smoothing` is the sigmoid loss of the true ones."""
     kept, flipped = (1 - smoothing) * F.logsigmoid(score), smoothing * F.logsigmoid(-score)
     return (flipped - kept) / (1 - 2 * smoothing)
-
-
-def hinge_loss(score: Tensor) -> Tensor:
-    return F.relu(1 - score)
-
-
-def ipo_loss(delta: Tensor, beta: float) -> Tensor:
-    """delta of means over the tokens, as the authors do it: of sums the loss would grow with the answers'
-    lengths."""
-    return (delta - 1 / (2 * beta)).square()
 
 
 def exo_loss(score: Tensor, smoothing: float) -> Tensor:
@@ -226,8 +218,7 @@ class PairPreference(Stage):
         return self.world.sum(sums)
 
     def evaluate(self, model: Decoder, batches: Iterator[Batch], world: World) -> dict[str, float]:
-        """As in training with the whole set as one group: the same numbers whatever the size of the
-        batches."""
+        """As in training with the whole set as one group: the same numbers whatever the batches' size."""
         if self.options.pref_loss == "kto_pair":
             batches = [batch.to(world.device) for batch in batches]
             self.kl = divergence(self.ratio_sums(model, batches))
@@ -261,9 +252,10 @@ class PairPreference(Stage):
             case "robust":
                 losses = robust_loss(beta * delta, smoothing)
             case "hinge":
-                losses = hinge_loss(beta * delta)
+                losses = F.relu(1 - beta * delta)
             case "ipo":
-                losses = ipo_loss(delta, beta)
+                # of means over the tokens, as the authors do it: of sums it would grow with the lengths
+                losses = (delta - 1 / (2 * beta)).square()
             case "exo_pair":
                 losses = exo_loss(beta * delta, smoothing or EXO_SMOOTHING)
             case "kto_pair":
@@ -303,16 +295,10 @@ class PairPreference(Stage):
                 "rewards/margins": rewards[0] - rewards[1],
                 "logps/chosen": policy[0],
                 "logps/rejected": policy[1],
-                "logits/chosen": logits[0],
-                "logits/rejected": logits[1],
-                "sft_loss": own,
-                **self.own_metrics(preference),
             }
-            pairs = torch.full((), float(batch.pairs), device=rows.device)
-            for name, value in metrics.items():
-                if not name.startswith("logits/"):  # these are means over tokens
-                    metrics[name] = torch.stack([value.sum(), pairs])
-        return losses.sum(), metrics
+            sums = summed(metrics, batch.pairs) | dict(zip(("logits/chosen", "logits/rejected"), logits))
+            sums |= summed({"sft_loss": own, **self.own_metrics(preference)}, batch.pairs)
+        return losses.sum(), sums
 
     def own_metrics(self, preference: Tensor) -> dict[str, Tensor]:
         """Further metrics (P,) of a loss of one's own, from the losses (P,) without the chosen answer's."""

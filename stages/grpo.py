@@ -3,7 +3,7 @@
 GRPO        arXiv 2402.03300   advantage = (reward - mean of the group) / standard deviation of the group
 Dr. GRPO    arXiv 2503.20783   no division: scale_rewards=none, loss_type=dr_grpo
 DAPO        arXiv 2503.14476   mean over tokens, epsilon_high, mask_truncated_completions
-RLOO        arXiv 2402.14740   advantage = reward - mean of the others: advantage_estimator=rloo, loss_type=rloo
+RLOO        arXiv 2402.14740   reward - mean of the others: advantage_estimator=rloo, loss_type=rloo
 GSPO        arXiv 2507.18071   one ratio per answer: importance_sampling_level=sequence
 
 Keys are spelled as in trl's GRPOConfig. Per micro-batch, per_device_train_batch_size PROMPTS are answered
@@ -27,9 +27,10 @@ from options.option import option
 from parallel.world import World
 from pipeline.batch import IGNORED, ROW_MULTIPLE, Batch
 from stages.logprobs import batch_logprobs, segment_sums, spread
+from stages.metrics import Metrics, means_over_ranks, summed
 from stages.rewards import samples_of
 from stages.rollouts import Prompt, clipped_losses, completions_batch, roll_out, seed_of
-from stages.stage import Metrics, RolloutStage, means_over_ranks
+from stages.stage import RolloutStage
 
 SCALE_EPS = 1e-4  # trl's: keeps a group of equal rewards at advantage 0
 NO_METRICS = (
@@ -94,8 +95,8 @@ class GRPOOptions:
             )
         if self.loss_type == "rloo" and self.importance_sampling_level == "sequence":
             raise UserError(
-                "importance_sampling_level: sequence, but loss_type=rloo has one ratio per answer already, that of "
-                "the summed log-probabilities; drop one of the two"
+                "importance_sampling_level: sequence, but loss_type=rloo has one ratio per answer already, "
+                "that of the summed log-probabilities; drop one of the two"
             )
 
     groups_per_rollout = 1
@@ -207,8 +208,8 @@ def loss_weight(options: GRPOOptions, answers: int, tokens: int, max_new_tokens:
 
 
 class GroupPolicy(RolloutStage):
-    """Answers to prompts, sampled from the model, scored, and learnt from. Without a reference: no KL divergence
-    anywhere (beta 0)."""
+    """Answers to prompts, sampled from the model, scored, and learnt from. Without a reference: no KL
+    divergence anywhere (beta 0)."""
 
     evaluation_names = ("reward", "exact_match", "completions/mean_length", "completions/clipped_ratio")
 
@@ -302,14 +303,12 @@ class GroupPolicy(RolloutStage):
         total, sums = policy_loss(logprobs, old, known["advantages"], in_loss, counts, self.options)
         if reference is not None and in_loss is None:
             sums["kl"] = k3_divergence(logprobs.detach(), reference).sum()
-        tokens = torch.full((), float(len(logprobs)), device=total.device)
-        answers = torch.full((), float(len(counts)), device=total.device)
-        measured = {name: values.sum() for name, values in known.items() if name not in NO_METRICS}
-        metrics = {name: torch.stack([value, answers]) for name, value in measured.items()}
-        return total, metrics | {name: torch.stack([value, tokens]) for name, value in sums.items()}
+        measured = {name: values for name, values in known.items() if name not in NO_METRICS}
+        return total, summed(measured, len(counts)) | summed(sums, len(logprobs))
 
     def evaluate(self, model: Decoder, prompts: Iterator[list[Prompt]], world: World) -> dict[str, float]:
-        """One answer to each prompt, the likeliest tokens: its reward, and whether it is the row's own answer.
+        """One answer to each prompt, the likeliest tokens: its reward, and whether it is the row's own
+        answer.
 
         exact_match counts rows that have an answer; it is 0 where none has.
         """

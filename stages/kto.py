@@ -37,8 +37,9 @@ from parallel.world import World
 from pipeline.batch import ROW_MULTIPLE, Batch, Example
 from pipeline.store import ExampleStore
 from stages.logprobs import MeanLogits, batch_logprobs, label_logprobs, label_states, segment_sums
+from stages.metrics import Metrics, means_over_ranks
 from stages.reference import Reference
-from stages.stage import Metrics, Stage, means_over_ranks
+from stages.stage import Stage
 
 
 @dataclass(frozen=True)
@@ -248,8 +249,8 @@ class RatedPreference(Stage):
 
 
 def half(batch: Batch, second: bool) -> Batch:
-    """The rows' own answers, or the other rows' answers to their questions, as a batch of single segments: views of
-    the batch, for which nothing waits."""
+    """The rows' own answers, or the other rows' answers to their questions, as a batch of single segments:
+    views of the batch, for which nothing waits."""
     if not batch.pairs:
         return batch
     pairs, borders, last = batch.pairs, batch.borders, len(batch.label_rows)

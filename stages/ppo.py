@@ -1,12 +1,13 @@
-"""PPO with a value head on the policy's trunk: the algorithm of trl 0.7.11 / 0.8, which LLaMA-Factory
-runs.
+"""PPO with a value head on the policy's trunk: the algorithm of trl 0.7.11 / 0.8, which LLaMA-Factory runs.
 
 A draw: roll out on the prompts, score the texts, and with kl_t = log pi(t) - log ref(t) of a text's token t:
-    reward_t = -kl_coef kl_t, at the last token + score    advantages = GAE (arXiv 1506.02438), V = 0 behind the text
-    returns = advantages + values                          then the advantages are whitened over the draw and all ranks
-Updates on it (arXiv 1707.06347 eq. 7), each a mean over the tokens of its group:
-    max(-A rho, -A clip(rho, 1 -+ cliprange)) + vf_coef 1/2 max((V - R)^2, (clip(V, old V -+ cliprange_value) - R)^2)
-with rho = pi / old pi. kl_coef is steered so that a text's sum of kl_t nears ppo_target (arXiv 1909.08593 section 2.2).
+    reward_t = -kl_coef kl_t, at the last token + score
+    advantages = GAE (arXiv 1506.02438), V = 0 behind the text; then whitened over the draw and all ranks
+    returns = advantages before whitening + values
+Updates on it (arXiv 1707.06347 eq. 7), each a mean over the tokens of its group, with rho = pi / old pi:
+    max(-A rho, -A clip(rho, 1 -+ cliprange))
+        + vf_coef 1/2 max((V - R)^2, (clip(V, old V -+ cliprange_value) - R)^2)
+kl_coef is steered so that a text's sum of kl_t nears ppo_target (arXiv 1909.08593 section 2.2).
 
 One update takes gradient_accumulation_steps x per_device_train_batch_size texts (x ranks). One draw takes
 ppo_buffer_size times as many, and ppo_epochs x ppo_buffer_size updates are made of it; max_steps, save_steps
@@ -21,9 +22,10 @@ the settings of the run (or a checkpoint from before that draw), makes exactly t
 texts would be rolled out now.
 """
 
+import itertools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -37,9 +39,10 @@ from options.option import RESUMABLE, option
 from parallel.world import World
 from pipeline.batch import ROW_MULTIPLE, Batch
 from stages.logprobs import batch_logprobs, label_logprobs, label_states, segment_sums, spread
+from stages.metrics import Metrics, summed
 from stages.rewards import samples_of
 from stages.rollouts import Prompt, clipped_losses, completions_batch, roll_out, seed_of
-from stages.stage import Metrics, RolloutStage
+from stages.stage import RolloutStage
 
 EVALUATION = 0  # number of the draw whose seeds evaluations use; training counts from 1
 
@@ -235,27 +238,15 @@ class PPO(RolloutStage):
                 "value_clip_ratio": change > options.cliprange_value,
                 "approx_kl": 0.5 * log_ratio.square(),
             }
-            return loss, self._metrics(batch, by_token, kept)
-
-    def _metrics(self, batch: Batch, by_token: dict[str, Tensor], kept: Tensor) -> Metrics:
-        texts, tokens = float(len(batch.sources)), float(batch.label_rows.shape[0])
-        known, device = batch.per_label, batch.tokens.device
-
-        def part(total: Tensor | float, count: float) -> Tensor:
-            # full, not tensor: the latter would wait for the device
-            if not torch.is_tensor(total):
-                total = torch.full((), total, device=device)
-            return torch.stack([total.float(), torch.full((), count, device=device)])
-
-        return {
-            "reward": part(known["score"].sum(), texts),
-            "kl": part(known["kl"].sum(), texts),
-            "kl_coef": part(self.kl_coef * texts, texts),
-            "completions/mean_length": part(tokens, texts),
-            "completions/clipped_ratio": part(known["cut"].sum(), texts),
-            **{name: part(value.sum(), tokens) for name, value in by_token.items()},
-            "skipped": part((~kept).sum(), texts),
-        }
+            of_texts = {
+                "reward": known["score"],
+                "kl": known["kl"],
+                "kl_coef": torch.full_like(loss, self.kl_coef * len(counts)),
+                "completions/mean_length": torch.full_like(loss, len(labels)),
+                "completions/clipped_ratio": known["cut"],
+            }
+            metrics = summed(of_texts, len(counts)) | summed(by_token, len(labels))
+            return loss, metrics | summed({"skipped": ~kept}, len(counts))
 
     def state(self) -> dict:
         moments = (self.moments.mean, self.moments.variance, self.moments.count)
@@ -268,13 +259,14 @@ class PPO(RolloutStage):
         self.moments = RunningMoments(*state["moments"])
 
     def evaluate(self, model: Decoder, prompts: Iterator[list[Prompt]], world: World) -> dict[str, float]:
-        """On held-out prompts, with the same seeds each time: mean reward, sum of KL a text, tokens, share cut off."""
+        """On held-out prompts, with the same seeds each time: mean reward, sum of KL a text, tokens, share
+        cut off."""
         prompts = list(prompts)
         completions, scores = self._texts(model, prompts, EVALUATION)
         totals = torch.zeros(5, dtype=torch.float64)
         totals[0] = scores.double().sum()
         for each, texts in zip(prompts, completions):
-            batch = self._batch(each, texts)
+            batch = self._batch(each, texts).to(self.world.device)
             reference = self.reference.logprobs(model, batch, self.temperature)
             kl = batch_logprobs(model, batch, self.temperature) - reference
             totals[1] += kl.double().sum().cpu()
@@ -299,11 +291,20 @@ class PPO(RolloutStage):
         self.draws += 1  # not before: where the reward fails, the draw has not been
         was_training = model.training
         model.eval()
-        noted = [self._note(model, self._batch(*each)) for each in zip(prompts, completions)]
+        batches = [self._batch(*each) for each in zip(prompts, completions)]
+        noted = [self._note(model, batch.to(self.world.device)) for batch in batches]
         model.train(was_training)
-        known = self._per_label(noted, completions, scores)
-        batches = [completions_batch(*each) for each in zip(prompts, completions, known)]
-        self.drawn = [batch.rounded(ROW_MULTIPLE[self.world.device.type]) for batch in batches]
+        texts = [text for each in completions for text in each]
+        flat = {name: torch.cat([each[name] for each in noted]) for name in noted[0]}
+        flat |= self._taught(flat, [len(text.ids) for text in texts], scores)
+        flat["cut"] = _at_the_ends([float(text.finish_reason == "length") for text in texts], texts)
+        flat["score"] = _at_the_ends(scores, texts)
+        sizes = [len(batch.label_rows) for batch in batches]
+        split = {name: values.split(sizes) for name, values in flat.items()}
+        self.drawn = [
+            replace(batch, per_label={name: parts[number] for name, parts in split.items()})
+            for number, batch in enumerate(batches)
+        ]
         if self.options.ppo_save_draws:
             self._keep_draw(self.output_dir / "draws" / f"draw-{self.draws}-rank-{self.world.rank}.pt")
         return self.drawn
@@ -316,8 +317,8 @@ class PPO(RolloutStage):
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
             path.unlink(missing_ok=True)
             raise StopRun(
-                f"ppo_save_draws: {path} could not be written ({str(error).splitlines()[0]}); make room and run "
-                "the same command to continue"
+                f"ppo_save_draws: {path} could not be written ({str(error).splitlines()[0]}); make room and "
+                "run the same command to continue"
             ) from error
 
     def _take_over(self, path: Path) -> None:
@@ -332,8 +333,7 @@ class PPO(RolloutStage):
         self.restore(state)
 
     def _batch(self, prompts: list[Prompt], completions: list[Completion]) -> Batch:
-        batch = completions_batch(prompts, completions)
-        return batch.rounded(ROW_MULTIPLE[self.world.device.type]).to(self.world.device)
+        return completions_batch(prompts, completions).rounded(ROW_MULTIPLE[self.world.device.type])
 
     def _texts(
         self, model: Decoder, prompts: list[list[Prompt]], draw: int
@@ -346,44 +346,31 @@ class PPO(RolloutStage):
         scores, remaining = self.reward.scores(samples_of(flat, texts)), iter(texts)
         return [[next(remaining) for _ in each] for each in prompts], scores
 
-    def _note(self, model: Decoder, batch: Batch) -> list[dict[str, Tensor]]:
-        """For each text on the CPU: (n,) fp32 log-probabilities of its tokens under policy and reference, values."""
+    def _note(self, model: Decoder, batch: Batch) -> dict[str, Tensor]:
+        """(L,) fp32 on the CPU of the texts' tokens: log-probabilities, values, log(policy / reference)."""
         hidden, labels = label_states(model, batch)
         logprobs = label_logprobs(model, hidden / self.temperature, labels)
-        flat = {"logprobs": logprobs, "values": model.v_head(hidden)}
-        flat["kl"] = logprobs - self.reference.logprobs(model, batch, self.temperature)
-        counts = batch.label_counts.tolist()
-        split = {name: value.cpu().split(counts) for name, value in flat.items()}
-        return [dict(zip(split, values)) for values in zip(*split.values())]
+        kl = logprobs - self.reference.logprobs(model, batch, self.temperature)
+        return {"logprobs": logprobs.cpu(), "values": model.v_head(hidden).cpu(), "kl": kl.cpu()}
 
-    def _per_label(
-        self, noted: list[list[dict[str, Tensor]]], completions: list[list[Completion]], scores: Tensor
-    ) -> list[dict[str, list[Tensor]]]:
-        """Advantages and returns, by statistics of all texts of all ranks; for each micro-batch its Batch.per_label,
-        in parts."""
-        options, texts = self.options, [text for each in noted for text in each]
-        normalised = self._normalised(scores).tolist()
-        for text, score in zip(texts, normalised):
-            text["rewards"] = token_rewards(text["kl"].double(), score, self.kl_coef)
+    def _taught(self, noted: dict[str, Tensor], counts: list[int], scores: Tensor) -> dict[str, Tensor]:
+        """Advantages and returns (n,) fp32 of all tokens, by statistics of all texts of all ranks.
+
+        noted: (n,) as of _note; counts: tokens of each text; scores: of each text, as the reward gave them.
+        """
+        options, values, kl = self.options, noted["values"].split(counts), noted["kl"].double().split(counts)
+        scores = self._normalised(scores).tolist()
+        rewards = _joined([token_rewards(each, score, self.kl_coef) for each, score in zip(kl, scores)])
         if options.ppo_whiten_rewards:
-            mean, variance, _ = self._statistics(texts, "rewards")
-            for text in texts:
-                text["rewards"] = whiten(text["rewards"], mean, variance, keep_mean=True)
-        for text in texts:
-            text["raw"] = gae(text["rewards"], text["values"], options.gamma, options.lam)
-        mean, variance, _ = self._statistics(texts, "raw")
-        for text, score, completion in zip(texts, scores.tolist(), (c for each in completions for c in each)):
-            text["returns"] = (text["raw"] + text["values"]).float()
-            text["advantages"] = whiten(text["raw"], mean, variance).float()
-            text["score"] = _at_the_end(score, text["kl"])
-            text["cut"] = _at_the_end(float(completion.finish_reason == "length"), text["kl"])
-        self._steer(torch.tensor([text["kl"].double().sum() for text in texts], dtype=torch.float64))
-        names = ("logprobs", "values", "kl", "returns", "advantages", "score", "cut")
-        return [{name: [text[name] for text in each] for name in names} for each in noted]
-
-    def _statistics(self, texts: list[dict[str, Tensor]], name: str) -> tuple[float, float, int]:
-        nothing = torch.zeros(0, dtype=torch.float64)
-        return mean_and_variance(torch.cat([nothing, *(text[name] for text in texts)]), self.world)
+            mean, variance, _ = mean_and_variance(rewards, self.world)
+            rewards = whiten(rewards, mean, variance, keep_mean=True)
+        raw = _joined([gae(*text, options.gamma, options.lam) for text in zip(rewards.split(counts), values)])
+        mean, variance, _ = mean_and_variance(raw, self.world)
+        mean_kl, _, texts = mean_and_variance(_joined([each.sum()[None] for each in kl]), self.world)
+        if options.adap_kl_ctrl:  # what comes of it counts from the next draw on
+            self.controller.update(mean_kl, texts)
+        returns = (raw + noted["values"]).float()
+        return {"returns": returns, "advantages": whiten(raw, mean, variance).float()}
 
     def _normalised(self, scores: Tensor) -> Tensor:
         """Scores as they enter the rewards, float64."""
@@ -393,15 +380,16 @@ class PPO(RolloutStage):
         self.moments.update(*mean_and_variance(scores, self.world))
         return (scores - self.moments.mean) / (self.moments.deviation + torch.finfo(torch.float32).eps)
 
-    def _steer(self, kl: Tensor) -> None:
-        """kl (n,): sum over each text's tokens. What comes of it counts from the next draw on."""
-        mean, _, texts = mean_and_variance(kl, self.world)
-        if self.options.adap_kl_ctrl:
-            self.controller.update(mean, texts)
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """float64; a rank may have no text."""
+    return torch.cat([torch.zeros(0, dtype=torch.float64), *parts])
 
 
-def _at_the_end(number: float, like: Tensor) -> Tensor:
-    """(n,) zeros, but for the last."""
-    values = torch.zeros_like(like)
-    values[-1] = number
+def _at_the_ends(numbers: Iterable[float], texts: list[Completion]) -> Tensor:
+    """(n,) fp32: zeros, but for the last token of each text."""
+    values = torch.zeros(sum(len(text.ids) for text in texts))
+    ends = itertools.accumulate(len(text.ids) for text in texts)
+    for end, number in zip(ends, numbers):
+        values[end - 1] = number
     return values

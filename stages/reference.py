@@ -235,7 +235,7 @@ def _read(path: Path, key: dict, count: int, width: int) -> Tensor | None:
         return None
     if (found or {}).get("key") != json.dumps(key, sort_keys=True) or values.shape != (count, width):
         print(
-            f"cache: {path} is of another model or other data; the reference log-probabilities are computed again"
+            f"cache: {path} is of another model or data; the reference log-probabilities are computed again"
         )
         return None
     return values

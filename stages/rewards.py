@@ -167,9 +167,10 @@ class RewardSource:
         bad = (~torch.isfinite(values)).nonzero()
         if len(bad):
             row, part = bad[0].tolist()
+            prompt, answer = _short(samples[row].prompt), _short(samples[row].completion)
             raise RewardError(
-                f"the reward ({self.names[part]}) of an answer is {values[row, part]}, expected a finite number; "
-                f"the answer is {_short(samples[row].completion)!r}, to {_short(samples[row].prompt)!r}"
+                f"the reward ({self.names[part]}) of an answer is {values[row, part]}, expected a finite "
+                f"number; the answer is {answer!r}, to {prompt!r}"
             )
         return values
 
@@ -206,7 +207,8 @@ class FunctionReward(RewardSource):
         return torch.tensor(columns).T.contiguous()
 
     def _call(self, name: str, function: Callable, given: dict[str, list]) -> list[float]:
-        """The function's numbers, one for each completion. Raises RewardError that names function and line."""
+        """The function's numbers, one for each completion. Raises RewardError that names function and
+        line."""
         where = f"reward_file: {self.path}: {name}"
         parameters = inspect.signature(function).parameters.values()
         takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
@@ -227,14 +229,15 @@ class FunctionReward(RewardSource):
             raise RewardError(f"{where} returned {found}, expected a list of numbers ({error})") from error
         if len(numbers) != len(given["completions"]):
             raise RewardError(
-                f"{where} returned {len(numbers)} numbers for {len(given['completions'])} completions; return one "
-                "for each, in their order"
+                f"{where} returned {len(numbers)} numbers for {len(given['completions'])} completions; "
+                "return one for each, in their order"
             )
         return numbers
 
 
 def _reward_functions(path: Path, names: Sequence[str]) -> dict[str, Callable]:
-    """The reward functions of this file by name, in the order of `names`, or of the file. Raises UserError."""
+    """The reward functions of this file by name, in the order of `names`, or of the file. Raises
+    UserError."""
     module = _load_module(path)
     rewards = {
         name: value
@@ -264,8 +267,8 @@ def _reward_functions(path: Path, names: Sequence[str]) -> dict[str, Callable]:
             bundle = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
             if not bundle and not optional and not (named and parameter.name in ARGUMENTS):
                 raise UserError(
-                    f"reward_file: {path}: {name} has a parameter {parameter.name!r}; a reward function can have "
-                    f"{', '.join(ARGUMENTS)} and **others"
+                    f"reward_file: {path}: {name} has a parameter {parameter.name!r}; a reward function can "
+                    f"have {', '.join(ARGUMENTS)} and **others"
                 )
     return chosen
 
@@ -318,8 +321,8 @@ class AdapterReward(RewardSource):
         """Raises UserError when the folder is no adapter of this base, or has no value head."""
         if full_modules(policy):
             raise UserError(
-                "reward_model_type: lora scores with the base that the policy shares, but "
-                f"{full_modules(policy)[0]} trains in full; set reward_model_type=full, or train adapters alone"
+                f"reward_model_type: lora uses the policy's base, but {full_modules(policy)[0]} trains "
+                "in full; set reward_model_type=full, or train adapters alone"
             )
         self.policy, self.head = policy, _read_head(policy, [Path(folder)])
         file = read_adapter(folder, policy.config)
@@ -416,9 +419,7 @@ def _read_head(model: Decoder, folders: Sequence[Path]) -> ValueHead:
     found = next((folder for folder in folders if has_value_head(folder)), None)
     if found is None:
         names = ", ".join(map(str, folders))
-        raise UserError(
-            f"reward_model: there is no value_head.safetensors in {names}; stage rm writes one beside what it trains"
-        )
+        raise UserError(f"reward_model: there is no value_head.safetensors in {names}; stage rm writes one")
     generator = torch.Generator()  # the start is overwritten: leave the global generator alone
     head = ValueHead(model.config.hidden_size, model.embed_tokens.weight.device, generator)
     load_value_head(head, found)

@@ -3,9 +3,9 @@
 With v_c[t], v_r[t] the head's values at the t-th token of prompt + chosen and prompt + rejected, rm_loss says
 what the loss of a pair is:
 
-    span   mean of -log sigmoid(v_c[t] - v_r[t]) over t from the first token in which the two differ to the end of the
-           longer (of two that are equal, the last token alone): LLaMA-Factory's
-    last   -log sigmoid(v_c - v_r) at the two last tokens alone: Stiennon et al., arXiv 2009.01325 section 3.4; trl's
+    span   mean of -log sigmoid(v_c[t] - v_r[t]) over t from the first token in which the two differ to the
+           end of the longer (of two that are equal, the last token alone): LLaMA-Factory's
+    last   -log sigmoid(v_c - v_r) at the two last tokens alone: arXiv 2009.01325 section 3.4; trl's
 
 The score of a text is the value at its last token, so `last` teaches what is asked, and `span` gives a value
 to every token, which a value function may start from. There is no padding here: beyond its end the shorter
@@ -13,7 +13,8 @@ answer keeps the value of its last token. An answer ends with the last token tha
 stop token); what a template puts behind that is not looked at. The head has no dropout (trl's has 0.1): with
 it the loss would depend on how pairs are put together.
 
-    scores = score_dialogues(model, tokenizer, template, [[Message("user", "2 + 2?"), Message("assistant", "4")]])
+    dialogue = [Message("user", "2 + 2?"), Message("assistant", "4")]
+    scores = score_dialogues(model, tokenizer, template, [dialogue])
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,7 +31,8 @@ from options.errors import UserError
 from options.option import option
 from pipeline.batch import ROW_MULTIPLE, Batch, Example, collate
 from stages.logprobs import hidden_states
-from stages.stage import Metrics, Stage
+from stages.metrics import Metrics, summed
+from stages.stage import Stage
 from text.render import Message, encode_dialogue
 from text.tokenizer import Tokenizer
 
@@ -60,9 +62,8 @@ def span_loss(values: Tensor, tokens: Tensor, starts: Tensor, ends: Tensor, long
 def answer_ends(batch: Batch) -> Tensor:
     """(N,) int64: the row behind the last trained token of each segment that has a source; every one has
     labels."""
-    return (
-        batch.label_rows[batch.label_counts.cumsum(0) - 1] + 2
-    )  # a label belongs to the token behind its row
+    # a label belongs to the token behind its row
+    return batch.label_rows[batch.label_counts.cumsum(0) - 1] + 2
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,7 @@ class RewardModel(Stage):
             "rewards/rejected": rejected,
             "rewards/margins": chosen - rejected,
         }
-        count = torch.full((), float(batch.pairs), device=values.device)
-        return losses.sum(), {name: torch.stack([value.sum(), count]) for name, value in metrics.items()}
+        return losses.sum(), summed(metrics, batch.pairs)
 
 
 @torch.no_grad()

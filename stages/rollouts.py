@@ -1,9 +1,9 @@
 """Rollouts: prompts, texts that the model being trained writes to them, and these as a batch.
 
-    prompts = prompts_of(examples, tokenizer)                  # what a loader draws for ppo and grpo, in place of a Batch
+    prompts = prompts_of(examples, tokenizer)             # what a loader draws for ppo and grpo, not a Batch
     seeds = [seed_of(run_seed, draw, prompt) for prompt in prompts]
     completions = roll_out(model, prompts, seeds, options, stop_ids=tokenizer.stop_ids, tokenizer=tokenizer)
-    batch = completions_batch(prompts, completions, {"advantages": [...]})      # labels = the completions' tokens
+    batch = completions_batch(prompts, completions, {"advantages": [...]})  # labels: the completions' tokens
 
 A text depends on the weights, its prompt and its seed only, and the seed is a pure function of what the text
 is for: batch 8, 8 x 1 accumulated and 2 ranks x 1 x 4 sample the same texts, and a resumed run needs no
@@ -49,13 +49,15 @@ def prompts_of(examples: Iterable[Example], tokenizer) -> list[Prompt]:
 
 
 def ending_with(options: GenerateOptions, template, tokenizer) -> GenerateOptions:
-    """These options, with what ends an answer of this template (None: of no template) among the stop words."""
+    """These options, with what ends an answer of this template (None: of no template) among the stop
+    words."""
     words = () if template is None else template.stop_words(tokenizer.eos_token)
     return replace(options, stop=tuple(dict.fromkeys([*options.stop, *words])))
 
 
 def seed_of(seed: int, draw: int, prompt: Prompt, number: int = 0, texts: int = 1) -> int:
-    """Seed of one text: that of the run, how often it drew prompts before, the prompt's row, which text of that row.
+    """Seed of one text: that of the run, how often it drew prompts before, the prompt's row, which text of
+    that row.
 
     number: of the `texts` that are written to this copy of the row.
     """
@@ -75,8 +77,8 @@ def roll_out(
 ) -> list[Completion]:
     """A completion for each prompt, with its text. The model's mode stays; nothing has a gradient.
 
-    seeds: one for each prompt; the same prompt may come several times, with a seed each.
-    Raises UserError for a prompt that leaves the model no room for an answer.
+    seeds: one for each prompt; the same prompt may come several times, with a seed each. Raises UserError for
+    a prompt that leaves the model no room for an answer.
     """
     # Merging the adapters first would save a fifth of a step (8 texts of a 135M model in fp32 on one core),
     # but costs as long as five steps, and the weights twice; in 16 bit the policy that writes would not be
@@ -98,9 +100,11 @@ def roll_out(
 def completions_batch(
     prompts: list[Prompt], completions: list[Completion], per_label: dict[str, list[Tensor]] | None = None
 ) -> Batch:
-    """Each prompt with its completion as one segment; its labels are the completion's tokens, the stop token included.
+    """Each prompt with its completion as one segment; its labels are the completion's tokens, the stop token
+    included.
 
-    per_label: for each completion a tensor (its tokens,), which becomes Batch.per_label. No prompts: the empty batch.
+    per_label: for each completion a tensor (its tokens,), which becomes Batch.per_label. No prompts: the
+    empty batch.
     """
     examples = []
     for prompt, completion in zip(prompts, completions, strict=True):

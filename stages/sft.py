@@ -1,6 +1,6 @@
 """Stage sft: next-token cross entropy over the answers of dialogues.
 
-loss = - sum over labelled tokens t of log p(token t | tokens before it in its segment)      weight: their number
+loss = - sum over labelled tokens t of log p(token t | tokens before it in its segment)
 """
 
 import math
@@ -12,7 +12,8 @@ from model import Decoder
 from parallel.world import World
 from pipeline.batch import Batch
 from stages.logprobs import head_loss
-from stages.stage import Metrics, Stage
+from stages.metrics import Metrics
+from stages.stage import Stage
 
 
 class TokenLoss(Stage):

@@ -1,32 +1,30 @@
-"""What a run minimises. A stage is what the loop (train.py) asks for, and nothing in the loop knows which one it is.
+"""What a run minimises. The loop (train.py) asks a stage for what stands here, and never which one it is.
 
-The contract: `weight(batch)` is the number of things the loss is a sum over (tokens, pairs), known on the host;
-`loss(model, batch)` is the fp32 SUM over them and metrics. The loop divides by the weights of all micro-batches
-and all ranks, so batch 8, 8 x 1 accumulated and 2 ranks x 1 x 4 give the same gradients.
+The contract: `weight(batch)` is the number of things the loss is a sum over (tokens, pairs), known on the
+host; `loss(model, batch)` is the fp32 SUM over them and metrics. The loop divides by the weights of all
+micro-batches and all ranks, so batch 8, 8 x 1 accumulated and 2 ranks x 1 x 4 give the same gradients.
 """
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from model import Decoder
 from parallel.world import World
 from pipeline.batch import Batch
+from stages.metrics import Metrics, means_over_ranks, summed
 from stages.rollouts import Prompt
-
-Metrics = dict[str, Tensor]  # name -> (2,) fp32: a sum, and the number of things it is a sum over
 
 
 class Stage:
-    """What the loop asks for, with the answers of a stage that learns from given examples."""
+    """With the answers of a stage that learns from given examples."""
 
     evaluation_names: tuple[str, ...] = ("loss",)  # what `evaluate` gives, for metric_for_best_model
     has_value_head = False
     uses_dropout = True  # whether lora_dropout is of any use to it
 
     def groups(self, model: Decoder, drawn: list[Batch], first: int) -> Iterator[list[Batch]]:
-        """The accumulation group of each update from number `first` on that is made of what was drawn at once."""
+        """The accumulation groups of the updates, from number `first` on, made of what was drawn at once."""
         yield drawn
 
     def prepare(self, model: Decoder, group: list[Batch]) -> None:
@@ -36,7 +34,7 @@ class Stage:
         raise NotImplementedError
 
     def loss(self, model: Decoder, batch: Batch) -> tuple[Tensor, Metrics]:
-        """The same names of metrics in the same order whatever the batch, an empty one too."""
+        """The metrics have the same names in the same order whatever the batch, an empty one too."""
         raise NotImplementedError
 
     def state(self) -> dict:
@@ -57,60 +55,46 @@ class Stage:
             batch = batch.to(world.device)
             self.prepare(model, [batch])
             value, metrics = self.loss(model, batch)
-            value = value.double()
-            loss = torch.stack([value, torch.full_like(value, self.weight(batch))])
-            for name, pair in {"loss": loss, **metrics}.items():
+            for name, pair in (summed({"loss": value.double()}, self.weight(batch)) | metrics).items():
                 sums[name] = sums.get(name, 0.0) + pair.double()
         return means_over_ranks(sums, world)
 
 
-def means_over_ranks(sums: Metrics, world: World) -> dict[str, float]:
-    """name -> mean, of the sums (2,) of every rank; all have the same names. Waits for the device."""
-    totals = world.sum(torch.stack(list(sums.values())).double()).tolist()
-    return {name: total / max(count, 1) for name, (total, count) in zip(sums, totals)}
-
-
 class RolloutStage(Stage):
-    """What PPO and GRPO add: prompts are drawn, and updates made of the texts that the model wrote to them.
-
-    What was drawn is rolled out once and serves `options.updates_per_rollout` updates. Between these a checkpoint holds
-    the texts with all that is known of them, so a resumed run goes on with the same ones.
-    """
+    """What PPO and GRPO add: prompts are drawn, and options.updates_per_rollout updates made of the texts
+    that the model wrote to them; between these a checkpoint holds the texts with all that is known of
+    them."""
 
     uses_dropout = False  # texts are written, and old log-probabilities taken, without it
     group_size: int | None = None  # micro-batches of an update; None: all that were drawn
 
-    def __init__(
-        self, options, generation, reward, *, tokenizer, stop_ids, reference, seed: int, world: World
-    ):
-        """options: of the stage. generation: how texts are sampled; its stop words are those of the template, too.
-        reward: a rewards.RewardSource. reference: a Reference, or None where nothing asks for it."""
+    def __init__(self, options, generation, reward, *, tokenizer, stop_ids, reference, seed, world):
+        """generation: GenerateOptions with the template's stop words; reward: RewardSource; reference:
+        Reference, or None where nothing asks for it."""
         self.options, self.generation, self.reward = options, generation, reward
         self.tokenizer, self.stop_ids, self.reference = tokenizer, tuple(stop_ids), reference
         self.seed, self.world = seed, world
+        self.temperature = (
+            generation.temperature if generation.do_sample else 1.0
+        )  # of writing, so of learning
         self.draws = 0  # rolled out so far
         self.drawn: list[Batch] = []  # micro-batches of the rollout that updates are being made of
 
-    @property
-    def temperature(self) -> float:
-        """Of the policy that writes, and so of the one that learns."""
-        return self.generation.temperature if self.generation.do_sample else 1.0
-
     def write_texts(self, model: Decoder, prompts: list[list[Prompt]]) -> list[Batch]:
-        """Each micro-batch of prompts as a micro-batch of texts with all that the updates need, on the host."""
+        """Each micro-batch of prompts as one of texts with all that the updates need, on the host."""
         raise NotImplementedError
 
     def groups(self, model: Decoder, drawn: list[list[Prompt]], first: int) -> Iterator[list[Batch]]:
         if first == 0:  # else `restore` has brought it back
             self.drawn = self.write_texts(model, drawn)
-        size = self.group_size or len(self.drawn)
+        size, updates = self.group_size or len(self.drawn), self.options.updates_per_rollout
         groups = [self.drawn[start : start + size] for start in range(0, len(self.drawn), size)]
-        updates = self.options.updates_per_rollout
         for number in range(first, updates):
             if number == updates - 1:
                 self.drawn = []  # a checkpoint after the last update needs none of it
-            # the last rollout of an epoch may hold fewer groups: they come more often
-            yield groups[number % len(groups)]
+            yield groups[
+                number % len(groups)
+            ]  # the last rollout of an epoch may hold fewer: they come more often
 
     def state(self) -> dict:
         return {"draws": self.draws, "drawn": [batch.plain() for batch in self.drawn]}

@@ -17,7 +17,8 @@ from data import DataOptions, Prepared, default_cache_dir
 from generation.sampling import GenerateOptions
 from lora import LoraOptions
 from model import Decoder
-from options import config as configuration
+from options.config import Config
+from options.errors import UserError, located
 from parallel.world import World
 from pipeline.store import ExampleStore
 from quant import QuantOptions
@@ -36,53 +37,40 @@ from text.tokenizer import Tokenizer
 from training.options import TrainOptions
 
 
-def unused_keys(config: configuration.Config) -> list[str]:
-    """What was given, differs from its default, and does nothing in this stage."""
+def notices(config: Config) -> list[str]:
+    """What a user should know of the options before the run begins: which were given, differ from their
+    default, and do nothing in this stage."""
     stage, unused = config[TrainOptions].stage, []
     for name, option in config.options.items():
         idle = option.does_nothing(stage)
         idle |= name == "simpo_gamma" and config[PreferenceOptions].pref_loss != "simpo"
         if idle and config.values[name] != option.default:
             unused.append(name)
-    return unused
+    return [f"stage {stage} does not use {', '.join(unused)}"] if unused else []
 
 
-def folders_beside(config: configuration.Config) -> dict[str, list[Path]]:
+def folders_beside(config: Config) -> dict[str, list[Path]]:
     """The models and adapters that the stage needs beside the model that trains, by the keys that name them.
 
-    Raises ValueError for one that is not there, and for bits that no format has.
+    Raises UserError for one that is not there, and for bits that no format has.
     """
-    run, held_to, reward = config[TrainOptions], config[ReferenceOptions], config[RewardOptions]
+    run, reward, needed = config[TrainOptions], config[RewardOptions], []
+    if config[ReferenceOptions].ref_model is not None:
+        needed.append("ref_model")
+    if run.stage in WRITES and reward.reward_model and reward.reward_model_type != "api":
+        needed.append("reward_model")
     named: dict[str, tuple[str, ...]] = {}
-    if held_to.ref_model is not None and not run.only_predicts:
-        named |= {"ref_model": (held_to.ref_model,), "ref_model_adapters": held_to.ref_model_adapters}
-        quant.in_bits(held_to.ref_model_quantization_bit, config[QuantOptions], "ref_model_quantization_bit")
-    if (
-        run.stage in WRITES
-        and reward.reward_model
-        and reward.reward_model_type != "api"
-        and not run.only_predicts
-    ):
-        named |= {
-            "reward_model": (reward.reward_model,),
-            "reward_model_adapters": reward.reward_model_adapters,
-        }
-        quant.in_bits(
-            reward.reward_model_quantization_bit, config[QuantOptions], "reward_model_quantization_bit"
-        )
+    for key in [] if run.only_predicts else needed:
+        bits = f"{key}_quantization_bit"
+        quant.in_bits(config.values[bits], config[QuantOptions], bits)
+        named |= {key: (config.values[key],), f"{key}_adapters": config.values[f"{key}_adapters"]}
     return {
         key: [resolve_folder(key, name, "main", config[ModelOptions]) for name in names]
         for key, names in named.items()
     }
 
 
-def notices(config: configuration.Config) -> list[str]:
-    """What a user should know of the options before the run begins."""
-    unused = unused_keys(config)
-    return [f"stage {config[TrainOptions].stage} does not use {', '.join(unused)}"] if unused else []
-
-
-def rollout_sizes(config: configuration.Config) -> tuple[int, int]:
+def rollout_sizes(config: Config) -> tuple[int, int]:
     """(micro-batches that are drawn from the data at once, updates that are made of them)."""
     run = config[TrainOptions]
     options = {"grpo": config[GRPOOptions], "ppo": config[PPOOptions]}.get(run.stage)
@@ -92,7 +80,7 @@ def rollout_sizes(config: configuration.Config) -> tuple[int, int]:
 
 
 def make_stage(
-    config: configuration.Config,
+    config: Config,
     model: Decoder,
     tokenizer: Tokenizer,
     template,
@@ -106,40 +94,33 @@ def make_stage(
 
     reward: what make_reward_ahead gave.
     """
-    if config[TrainOptions].only_predicts:
+    run = config[TrainOptions]
+    if run.only_predicts:
         return Stage()  # no loss is asked for, so no reference, no reward
-    run, preference = config[TrainOptions], config[PreferenceOptions].for_stage(config[TrainOptions].stage)
-    kind = STAGES[run.stage]
+    kind, preference = STAGES[run.stage], config[PreferenceOptions].for_stage(run.stage)
     if kind is PairPreference and preference.pref_loss == "orpo":
         kind = OddsRatio
+
+    def held_to(texts: Prepared | None, ld_alpha: float | None = None) -> Reference:
+        return make_reference(config, model, tokenizer, texts, world, ld_alpha)
+
     if kind is RewardModel:
         return RewardModel(config[RewardModelOptions])
     if issubclass(kind, PairPreference):
-        held_to = None
-        if preference.needs_reference:
-            held_to = make_reference(config, model, tokenizer, prepared, world, preference.ld_alpha)
-        return kind(preference, held_to, world)
+        needed = preference.needs_reference
+        return kind(preference, held_to(prepared, preference.ld_alpha) if needed else None, world)
     if kind is RatedPreference:
-        held_to = make_reference(config, model, tokenizer, prepared, world)
-        return kind(config[KTOOptions], preference.pref_beta, preference.pref_ftx or 0.0, held_to, world)
+        beta, ftx = preference.pref_beta, preference.pref_ftx or 0.0
+        return RatedPreference(config[KTOOptions], beta, ftx, held_to(prepared), world)
     if not issubclass(kind, RolloutStage):
         return kind()
-    options, more = config[GRPOOptions], {}
+    options = config[PPOOptions if kind is PPO else GRPOOptions]
+    shared = {"tokenizer": tokenizer, "stop_ids": tokenizer.stop_ids, "seed": run.seed, "world": world}
+    shared["reference"] = held_to(None) if kind is PPO or options.beta else None
+    generation = how_to_write(config[GenerateOptions], tokenizer, template, world)
     if kind is PPO:
-        options = config[PPOOptions]
-        more = {"group_size": run.gradient_accumulation_steps, "output_dir": Path(run.output_dir)}
-    needs_reference = kind is PPO or options.beta
-    return kind(
-        options,
-        how_to_write(config[GenerateOptions], tokenizer, template, world),
-        reward or make_reward(config, model, tokenizer),
-        tokenizer=tokenizer,
-        stop_ids=tokenizer.stop_ids,
-        reference=make_reference(config, model, tokenizer, None, world) if needs_reference else None,
-        seed=run.seed,
-        world=world,
-        **more,
-    )
+        shared |= {"group_size": run.gradient_accumulation_steps, "output_dir": Path(run.output_dir)}
+    return kind(options, generation, reward or make_reward(config, model, tokenizer), **shared)
 
 
 def how_to_write(options: GenerateOptions, tokenizer: Tokenizer, template, world: World) -> GenerateOptions:
@@ -148,20 +129,18 @@ def how_to_write(options: GenerateOptions, tokenizer: Tokenizer, template, world
     Says on rank 0 where the texts will not be samples of the policy whose probabilities are learnt.
     """
     neutral = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-    bent = [
-        f"{key}={getattr(options, key)}" for key, value in neutral.items() if getattr(options, key) != value
-    ]
+    found = {key: getattr(options, key) for key in neutral}
+    bent = [f"{key}={value}" for key, value in found.items() if value != neutral[key]]
     if bent:
         world.print(
             f"note: texts are sampled with {', '.join(bent)}, which the probabilities of the loss leave out; "
-            "for exact "
-            "policy gradients set " + " ".join(f"{key}={value:g}" for key, value in neutral.items())
+            "for exact policy gradients set " + " ".join(f"{key}={value:g}" for key, value in neutral.items())
         )
     return ending_with(options, template, tokenizer)
 
 
 def make_reference(
-    config: configuration.Config,
+    config: Config,
     model: Decoder,
     tokenizer: Tokenizer,
     prepared: Prepared | None,
@@ -171,25 +150,14 @@ def make_reference(
     """The policy that training is held to, given the model with the weights it starts from.
 
     prepared: the texts that it is asked for, if they are known ahead; None: the model writes them (ppo,
-    grpo). ld_alpha: as in heads.answer_sums.
+    grpo). ld_alpha: as in logprobs.answer_sums.
     """
-    options, run = config[ReferenceOptions], config[TrainOptions]
+    run = config[TrainOptions]
     live = prepared is None or not computes_ahead(config, prepared, world)
-    if options.ref_model is not None:
-        beside = folders_beside(config)
-        (folder,), adapters = beside["ref_model"], beside["ref_model_adapters"]
-        if is_adapter(folder):
-            raise ValueError(
-                f"ref_model: {folder} is an adapter; set ref_model=BASE ref_model_adapters={folder}, or "
-                "train on it "
-                "with create_new_adapter=true, and the start is the reference"
-            )
-        refuse_other_tokenizer("ref_model", folder, tokenizer)
-        for number, adapter in enumerate(adapters):
-            refuse_other_base("ref_model_adapters", adapter, adapters[:number], "name them in front of it")
-        bits = options.ref_model_quantization_bit
-        made = Reference(second_model(config, "ref_model", folder, adapters, bits, model), ld_alpha)
-        world.print(f"reference: {' + '.join(map(str, (folder, *adapters)))}")
+    if config[ReferenceOptions].ref_model is not None:
+        otherwise = "train on it with create_new_adapter=true, and the start is the reference"
+        second, folders = second_model(config, "ref_model", model, tokenizer, otherwise)
+        made, text = Reference(second, ld_alpha), " + ".join(map(str, folders))
     else:
         made = Reference(reference.start_policy(model, live), ld_alpha)
         text = "the weights that the run starts from" + (", a frozen copy" if live else "")
@@ -197,7 +165,7 @@ def make_reference(
             text = "the model with its adapters off"
             if config[ModelOptions].adapter_name_or_path and not config[LoraOptions].create_new_adapter:
                 text += ", so without what the given adapter learned; create_new_adapter=true takes it in"
-        world.print(f"reference: {text}")
+    world.print(f"reference: {text}")
     if live:
         return made
     stores = {} if prepared.train is None or not run.trains else {"train": prepared.train}
@@ -209,25 +177,22 @@ def make_reference(
     return Reference(None, ld_alpha)  # every batch brings its own now
 
 
-def computes_ahead(config: configuration.Config, prepared: Prepared, world: World) -> bool:
+def computes_ahead(config: Config, prepared: Prepared, world: World) -> bool:
     """Whether the reference's log-probabilities are computed before training: where that is no more work than
     beside it, so not for a stream, nor for fewer updates than a pass over the data takes, unless the options
     say so."""
     ahead, run = config[ReferenceOptions].precompute_ref_log_probs, config[TrainOptions]
-    if (
-        ahead is not None
-        or not isinstance(prepared.train, ExampleStore)
-        or prepared.packing
-        or run.max_steps <= 0
-    ):
-        return not config[DataOptions].streaming if ahead is None else ahead
+    if ahead is not None:
+        return ahead
+    if not isinstance(prepared.train, ExampleStore) or prepared.packing or run.max_steps <= 0:
+        return not config[DataOptions].streaming
     per_update = run.per_device_train_batch_size * run.gradient_accumulation_steps * world.size
     return run.max_steps * per_update >= len(prepared.train)
 
 
-def make_reward_ahead(config: configuration.Config, tokenizer: Tokenizer) -> RewardSource | None:
+def make_reward_ahead(config: Config, tokenizer: Tokenizer) -> RewardSource | None:
     """The reward of a stage that writes texts where functions or a server give it, so that a mistake there
-    shows before any weight is read; None where there is none, or a model gives it. Raises ValueError,
+    shows before any weight is read; None where there is none, or a model gives it. Raises UserError,
     StopRun."""
     options, run = config[RewardOptions], config[TrainOptions]
     if run.stage not in WRITES or run.only_predicts or run.plan:
@@ -235,7 +200,7 @@ def make_reward_ahead(config: configuration.Config, tokenizer: Tokenizer) -> Rew
     if options.reward_file:
         return FunctionReward(options.reward_file, options.reward_funcs, options.reward_weights)
     if options.reward_model is None:
-        raise ValueError("reward_file: missing; name a Python file with reward functions, or a reward_model")
+        raise UserError("reward_file: missing; name a Python file with reward functions, or a reward_model")
     if options.reward_model_type != "api":
         return None
     server = ApiReward(options.reward_model, tokenizer, options.reward_api_timeout)
@@ -243,91 +208,74 @@ def make_reward_ahead(config: configuration.Config, tokenizer: Tokenizer) -> Rew
     return server
 
 
-def make_reward(config: configuration.Config, model: Decoder, tokenizer: Tokenizer) -> RewardSource:
-    """The model that says what the answers of `model` are worth, by the options. Raises ValueError."""
-    options, beside = config[RewardOptions], folders_beside(config)
-    (folder,), adapters = beside["reward_model"], beside["reward_model_adapters"]
-    if options.reward_model_type == "full":
-        if is_adapter(folder):
-            raise ValueError(
-                f"reward_model: {folder} is an adapter; set reward_model_type=lora, or reward_model=BASE "
-                f"reward_model_adapters={folder}"
-            )
-        refuse_other_tokenizer("reward_model", folder, tokenizer)
-        for number, adapter in enumerate(adapters):
-            refuse_other_base("reward_model_adapters", adapter, adapters[:number], "name them in front of it")
-        second = second_model(
-            config, "reward_model", folder, adapters, options.reward_model_quantization_bit, model
-        )
+def make_reward(config: Config, model: Decoder, tokenizer: Tokenizer) -> RewardSource:
+    """The model that says what the answers of `model` are worth, by the options. Raises UserError."""
+    if config[RewardOptions].reward_model_type == "full":
+        otherwise = "set reward_model_type=lora"
+        second, (folder, *adapters) = second_model(config, "reward_model", model, tokenizer, otherwise)
         return ModelReward(second, [*reversed(adapters), folder])
+    (folder,) = folders_beside(config)["reward_model"]
     if not is_adapter(folder):
-        raise ValueError(
-            f"reward_model: {folder} is no adapter, as reward_model_type=lora has it; set "
-            "reward_model_type=full"
-        )
+        raise UserError(f"reward_model: {folder} is no adapter, as lora needs; set reward_model_type=full")
     if (folder / "tokenizer.json").is_file():
         refuse_other_tokenizer("reward_model", folder, tokenizer)
     merged = config[ModelOptions].adapter_name_or_path
     merged = merged if config[LoraOptions].create_new_adapter else merged[:-1]
     remedy = (
-        f"start this run from the same ones with create_new_adapter=true, or set reward_model_type=full "
+        "start this run from the same ones with create_new_adapter=true, or set reward_model_type=full "
         f"reward_model=BASE reward_model_adapters=THEM,{folder}"
     )
     refuse_other_base("reward_model", folder, merged, remedy)
     return AdapterReward(model, folder)
 
 
+def second_model(
+    config: Config, key: str, model: Decoder, tokenizer: Tokenizer, otherwise: str
+) -> tuple[Decoder, list[Path]]:
+    """The frozen model that option `key` names, beside the one that trains: with `key`_adapters on it,
+    quantised to `key`_quantization_bit (none or 0 = as the files have it), in the same compute dtype and on
+    the same device. With it the folders that it was made of. otherwise: what else to do with an adapter in
+    its place."""
+    (folder,), adapters = (folders_beside(config)[name] for name in (key, f"{key}_adapters"))
+    if is_adapter(folder):
+        raise UserError(
+            f"{key}: {folder} is an adapter; {otherwise}, or set {key}=BASE {key}_adapters={folder}"
+        )
+    refuse_other_tokenizer(key, folder, tokenizer)
+    for number, adapter in enumerate(adapters):
+        refuse_other_base(f"{key}_adapters", adapter, adapters[:number], "name them in front of it")
+    bits, model_options = f"{key}_quantization_bit", config[ModelOptions]
+    wanted = quant.in_bits(config.values[bits], config[QuantOptions], bits)
+    scaling = None if model_options.rope_scaling == "none" else model_options.rope_scaling
+    device, dtype = model.embed_tokens.weight.device, config[TrainOptions].compute_dtype
+    with located(key):
+        format, _ = chosen_quantization(folder, wanted)
+        second = load_model(folder, dtype, device, scaling, config[DataOptions].cutoff_len, format)
+        apply_adapters(second, adapters)
+    second.runtime.compute_dtype, second.runtime.flash_attn = dtype, model.runtime.flash_attn
+    return second.eval().requires_grad_(False), [folder, *adapters]
+
+
 def refuse_other_base(key: str, adapter: Path, merged: Iterable[str], remedy: str) -> None:
-    """ValueError unless the adapter was trained on top of just these adapters, as far as its folder tells."""
+    """UserError unless the adapter was trained on top of just these adapters, as far as its folder tells."""
     if not (adapter / ADAPTER_CONFIG).is_file():
-        raise ValueError(f"{key}: {adapter} holds no adapter ({ADAPTER_CONFIG}); name the folder of one")
-    below, here = [
-        [Path(name).expanduser().resolve() for name in names]
-        for names in (adapters_below(read_run(adapter)), merged)
-    ]
+        raise UserError(f"{key}: {adapter} holds no adapter ({ADAPTER_CONFIG}); name the folder of one")
+    both = adapters_below(read_run(adapter)), merged
+    below, here = ([Path(name).expanduser().resolve() for name in names] for names in both)
     if below != here and (adapter / RUN_CONFIG).is_file():
         on, found = ("+".join(map(str, each)) or "no other adapter" for each in (below, here))
-        raise ValueError(
+        raise UserError(
             f"{key}: {adapter} was trained on the base with {on}, here it would lie on {found}; {remedy}"
         )
 
 
-def second_model(
-    config: configuration.Config,
-    key: str,
-    folder: Path,
-    adapters: Iterable[Path],
-    bits: int | None,
-    model: Decoder,
-) -> Decoder:
-    """A frozen model beside the one that trains, with adapters, in its compute dtype and on its device.
-
-    key: the option that names it, for messages.  bits: quantise it; None or 0 = as the files have it.
-    """
-    options, model_options = config[TrainOptions], config[ModelOptions]
-    wanted = quant.in_bits(bits, config[QuantOptions], f"{key}_quantization_bit")
-    try:
-        format, _ = chosen_quantization(folder, wanted)
-        scaling = None if model_options.rope_scaling == "none" else model_options.rope_scaling
-        device = model.embed_tokens.weight.device
-        dtype = options.compute_dtype
-        second = load_model(folder, dtype, device, scaling, config[DataOptions].cutoff_len, format)
-        apply_adapters(second, adapters)
-    except ValueError as error:
-        raise ValueError(f"{key}: {error}") from error
-    second.runtime.compute_dtype, second.runtime.flash_attn = dtype, model.runtime.flash_attn
-    return second.eval().requires_grad_(False)
-
-
 def refuse_other_tokenizer(key: str, folder: Path, tokenizer: Tokenizer) -> None:
-    """ValueError unless the model that option `key` names reads the same token ids as the one that trains."""
-    other = Tokenizer.from_folder(folder)
-    mine, theirs = tokenizer.vocabulary(), other.vocabulary()
+    """UserError unless the model that option `key` names reads the same token ids as the one that trains."""
+    mine, theirs = tokenizer.vocabulary(), Tokenizer.from_folder(folder).vocabulary()
     if mine == theirs:
         return
     differing = next(token for token in mine.keys() | theirs.keys() if mine.get(token) != theirs.get(token))
-    raise ValueError(
+    raise UserError(
         f"{key}: {folder} has another tokenizer: token {differing!r} is {theirs.get(differing)} there and "
-        f"{mine.get(differing)} in the trained model; both see the same token ids, so take a model of the "
-        "same family"
+        f"{mine.get(differing)} in the trained model; both see the same ids, so take one of the same family"
     )

@@ -198,8 +198,8 @@ def test_a_draw_has_the_advantages_and_returns_of_trl(tiny, options):
         stage.controller.target = 1.1 * sum(text["kl"].double().sum().item() for text in noted) / 4
         scores = torch.randn(4, generator=generator)
         seen.append(scores.double())
-        split = [noted[:3], noted[3:]], [completions[:3], completions[3:]]  # two micro-batches
-        extras = stage._per_label(*split, scores)
+        flat = {name: torch.cat([text[name] for text in noted]) for name in noted[0]}
+        found = stage._taught(flat, counts, scores) | {"score": ppo._at_the_ends(scores, completions)}
         expected = seen[-1]
         if options.get("ppo_score_norm"):
             everything = torch.cat(seen)
@@ -217,12 +217,12 @@ def test_a_draw_has_the_advantages_and_returns_of_trl(tiny, options):
             options.get("gamma", 1.0),
             options.get("lam", 0.95),
         )
-        texts = [(each, number) for each in extras for number in range(len(each["kl"]))]
-        for row, (each, number) in enumerate(texts):
+        for row in range(4):
+            each = {name: values.split(counts)[row] for name, values in found.items()}
             for name, expected in (("advantages", advantages), ("returns", returns)):
                 one = expected[row, : counts[row]].float()
-                torch.testing.assert_close(each[name][number], one, rtol=1e-5, atol=1e-6, msg=name)
-            assert each["score"][number].sum().item() == pytest.approx(scores[row].item())
+                torch.testing.assert_close(each[name], one, rtol=1e-5, atol=1e-6, msg=name)
+            assert each["score"].sum().item() == each["score"][-1].item() == pytest.approx(scores[row].item())
         assert (kl * mask).sum() > 0
         assert stage.controller.value == pytest.approx(
             coefficient * (1 + (1 / 1.1 - 1) * 4 / 10000), rel=1e-8, abs=0
@@ -281,10 +281,9 @@ def test_what_is_noted_of_a_draw_is_of_the_sampling_temperature_and_of_the_state
         with lora_off(model):
             reference, _ = whole_logprobs(model, batch)
         noted = stage._note(model, stage._batch(prompts, completions))
-    assert [len(text["values"]) for text in noted] == [len(completion.ids) for completion in completions]
+    assert len(noted["values"]) == sum(len(completion.ids) for completion in completions)
     for name, expected in (("logprobs", logprobs), ("values", values), ("kl", logprobs - reference)):
-        found = torch.cat([text[name] for text in noted])
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(noted[name], expected, rtol=1e-4, atol=1e-5, msg=name)
 
 
 class ByLength(RewardSource):

@@ -1,0 +1,24 @@
+"""What is logged beside a loss: sums, and the numbers of things that they are sums over."""
+
+import torch
+from torch import Tensor
+
+from parallel.world import World
+
+Metrics = dict[str, Tensor]  # name -> (2,): a sum, and the number of things it is a sum over
+
+
+def summed(values: dict[str, Tensor], number: float) -> Metrics:
+    """The sum of each tensor, over so many things. Waits for nothing."""
+
+    def pair(value: Tensor) -> Tensor:
+        # full, not tensor: the latter would copy a number of the host's and wait for the device
+        return torch.stack([value.sum(), torch.full((), float(number), device=value.device)])
+
+    return {name: pair(value) for name, value in values.items()}
+
+
+def means_over_ranks(sums: Metrics, world: World) -> dict[str, float]:
+    """name -> mean, of the sums of all ranks, which have the same names. Waits for the device."""
+    totals = world.sum(torch.stack(list(sums.values())).double()).tolist()
+    return {name: total / max(number, 1) for name, (total, number) in zip(sums, totals)}
