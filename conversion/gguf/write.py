@@ -150,6 +150,8 @@ def architecture(config: ModelConfig) -> str:
         raise UserError(
             f"export_gguf_type: GGUF's dense architectures use silu, the model {config.activation}"
         )
+    if config.norm_offset or config.embedding_scale != 1.0:
+        raise UserError("export_gguf_type: norms of 1 + weight and scaled embeddings are not written yet")
     if len(set(config.sliding_windows)) > 1:
         raise UserError(
             "export_gguf_type: layers with and without a sliding window cannot be told apart in GGUF"

@@ -11,6 +11,7 @@ import transformers
 import architectures
 from architectures import find_family
 from architectures.config import Family, from_hf_name, read
+from conversion.gguf.write import architecture
 from generation import cpu_decode
 from generation.cache import KVCache
 from generation.layout import lay_out_for_decoding
@@ -80,6 +81,11 @@ def test_one_token_on_a_cpu_knows_the_two_switches():
         for place, token in enumerate(tokens):
             hidden = cpu_decode.forward(ours, token[None], torch.tensor([place]), borders, 1, cache)
     torch.testing.assert_close(hidden[0], whole[-1], atol=1e-5 * whole.abs().max().item(), rtol=1e-5)
+
+
+def test_the_two_switches_are_not_lost_in_gguf():
+    with pytest.raises(ValueError, match="scaled embeddings"):
+        architecture(replace(gemma()[1].config, activation="silu"))
 
 
 def test_fresh_norms_multiply_by_one():
