@@ -194,7 +194,7 @@ class TrainOptions:
     def _check_prediction(self) -> None:
         refuse(
             self.predict_with_generate and self.stage in ("pt", "rm"),
-            "predict_with_generate: pt has no prompts to answer, and rm gives scores; drop it, or use stage=sft",
+            "predict_with_generate: pt has no prompts to answer, rm gives scores; drop it, or use stage=sft",
         )
         refuse(
             self.do_predict and self.stage == "pt",
@@ -219,8 +219,7 @@ class TrainOptions:
         )
         refuse(
             best and strategy == "steps" and self.save_steps % (self.eval_steps or self.logging_steps),
-            "load_best_model_at_end: each saved model must have been evaluated; make save_steps a multiple of "
-            "eval_steps",
+            "save_steps: load_best_model_at_end needs each save evaluated, so a multiple of eval_steps",
         )
 
     @property

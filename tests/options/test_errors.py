@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 import chat
+import data
 import export
+import train
 from options.errors import StopRun, UserError, exit_status, located, refuse
 from pipeline.preview import PreviewOptions
 from training import setup
@@ -52,6 +54,24 @@ def test_what_is_no_mistake_of_the_user_keeps_its_traceback(capsys):
         assert not isinstance(caught.value, UserError)
     assert capsys.readouterr().err == ""
     assert exit_status("train.py", lambda: 7) == 7
+
+
+@pytest.mark.parametrize("program", ["chat", "export", "data", "train"])
+def test_a_bug_in_the_way_of_a_program_keeps_its_traceback(program, monkeypatch, tmp_path):
+    """numpy's own ValueError, planted where the program begins to work; and a mistake there is told."""
+    place, words = {
+        "chat": ("chat.find_source", ["model_name_or_path=x"]),
+        "export": ("export.find_source", ["model_name_or_path=x", f"export_dir={tmp_path}"]),
+        "data": ("pipeline.preview.tokenizer_folder", ["preview", "model_name_or_path=x", "dataset=a"]),
+        "train": ("training.setup.read", [f"output_dir={tmp_path}/run", "dataset=a", "device=cpu"]),
+    }[program]
+    main = {"chat": chat, "export": export, "data": data, "train": train}[program].main
+    monkeypatch.setattr(place, lambda *given: np.stack([]))
+    with pytest.raises(ValueError, match="need at least one array to stack") as caught:
+        main(words)
+    assert not isinstance(caught.value, UserError)
+    monkeypatch.setattr(place, lambda *given: refuse(True, "template: unknown"))
+    assert main(words) == 2
 
 
 def test_located_names_the_place_of_a_mistake_and_of_nothing_else():
