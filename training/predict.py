@@ -26,6 +26,7 @@ from evaluation.rouge_bleu import NAMES as METRICS
 from generation.generate import context_limit
 from generation.sampling import GenerateOptions
 from model import Decoder
+from options.errors import UserError
 from parallel.world import World
 from pipeline.batch import ROW_MULTIPLE, collate
 from pipeline.store import ExampleStore
@@ -130,7 +131,7 @@ class TextPredictor:
         for name, prompts in self.prompts.items():
             longest = max(prompts, key=lambda prompt: len(prompt.ids))
             if len(longest.ids) >= limit:
-                raise ValueError(
+                raise UserError(
                     f"predict_with_generate: {name} row {longest.source[1]}: the prompt has "
                     f"{len(longest.ids)} tokens, "
                     f"but the model takes {limit} with the answer; set cutoff_len below that to leave such "

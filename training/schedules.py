@@ -7,6 +7,7 @@ of the step, so there is no scheduler state to save, or to get wrong on resume.
 import math
 from typing import Any
 
+from options.errors import UserError
 from training.options import SCHEDULE_KEYS, OptimOptions, schedule_numbers
 
 
@@ -70,7 +71,7 @@ def _warmup_stable_decay(step: int, warmup: int, total_steps: int, numbers: dict
     if stable is None:
         stable = total_steps - warmup - decay
     if stable < 0:
-        raise ValueError(
+        raise UserError(
             f"lr_scheduler_kwargs: num_decay_steps={decay} and {warmup} warm-up steps do not fit into "
             f"{total_steps} updates"
         )
