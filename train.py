@@ -28,8 +28,8 @@ from checkpoints.huggingface import restore_trained
 from data import DataOptions, TokenizedDataSaved
 from model import Decoder
 from options import config as configuration
-from options.errors import StopRun, UserError, exit_status
-from parallel.world import GradientSum, World
+from options.errors import EXPECTED, StopRun, UserError, tell
+from parallel.world import GradientSum, World, clip_gradients
 from pipeline.batch import Batch
 from pipeline.prefetch import ahead
 from stages.rewards import RewardError
@@ -38,10 +38,10 @@ from training import memory, run_folder, setup
 from training.instruments import Health, MetricWindow, peak_memory_gb
 from training.measure import measure, prepare
 from training.monitor import Monitor, write_json
-from training.optimizers import clip_gradients, load_optimizer, make_optimizer, set_learning_rate
+from training.optimizers import load_optimizer, make_optimizer, set_learning_rate
 from training.options import OptimOptions, TrainOptions
 from training.predict import PREDICTIONS, write_predictions
-from training.run_folder import Progress
+from training.run_folder import Progress, load_best
 from training.schedules import schedule
 from training.setup import SECTIONS
 
@@ -61,14 +61,10 @@ class Run:
 
 
 def main(argv: list[str]) -> int:
-    return exit_status(parallel.world.name_of_rank("train.py"), lambda: start(argv))
-
-
-def start(argv: list[str]) -> int:
-    """Join the other ranks, keep other runs out of the folder, run."""
-    config = configuration.load(argv, SECTIONS, program="train.py", description=__doc__.splitlines()[0])
-    options = config[TrainOptions]
+    """Join the other ranks, keep other runs out of the folder, run. Gives the exit status."""
     try:
+        config = configuration.load(argv, SECTIONS, program="train.py", description=__doc__.splitlines()[0])
+        options = config[TrainOptions]
         world = parallel.world.start(options.device, options.ddp_timeout)
         if world.device.type == "cpu":
             memory.keep_freed()
@@ -77,11 +73,13 @@ def start(argv: list[str]) -> int:
     except TokenizedDataSaved as done:
         world.print(done)
         return 0
-    except ValueError as error:  # until every file of the rooms raises UserError for what a user causes
-        raise UserError(str(error)) from error
     except KeyboardInterrupt:  # in the loop a signal is noted, and ends it with a checkpoint
         print("train.py: interrupted before the first update; nothing was trained", file=sys.stderr)
         return 128 + signal.SIGINT
+    except ValueError as error:  # until every file of the rooms raises UserError for what a user causes
+        return tell(parallel.world.name_of_rank("train.py"), UserError(str(error)))
+    except EXPECTED as error:
+        return tell(parallel.world.name_of_rank("train.py"), error)
     finally:
         parallel.world.stop()
 
@@ -125,21 +123,19 @@ def train(this: Run) -> int:
     if progress.out_of_patience(options.early_stopping_steps):
         steps_left = 0
     if steps_left <= 0 and (inputs.output_dir / run_folder.RESULTS).exists():
-        done = f"{inputs.output_dir} is already trained to step {progress.step}"
-        remedy = (
-            "raise num_train_epochs or max_steps to go on, or set overwrite_output_dir=true to start anew"
-        )
-        world.print(f"note: {done}; {remedy}")
+        world.print(f"note: {inputs.output_dir} {progress.already_trained}")
         return 0
     monitor.begin(progress.step, data.total_steps, run_folder.read_history(inputs.resume), progress.seconds)
     health = Health(world, data.names)
-    gradient_sum = GradientSum(this.model, world)
+    gradient_sum, max_norm = GradientSum(this.model, world), optim_options.max_grad_norm
     this.model.train()
     with run_folder.catch_signals() as received, groups(this) as ready:
         for group in itertools.islice(ready, max(0, steps_left)):
+            group = [batch.to(world.device) for batch in group]
+            this.stage.prepare(this.model, group)
             set_learning_rate(this.optimizer, schedule(progress.step, optim_options, data.total_steps))
             loss, norm, metrics = update(
-                this.model, this.optimizer, this.stage, group, this.scaler, gradient_sum, optim_options
+                this.model, this.optimizer, this.stage, group, this.scaler, gradient_sum, max_norm
             )
             progress.step += 1
             monitor.window.add(loss, group, metrics)
@@ -208,16 +204,14 @@ def update(
     group: list[Batch],
     scaler: torch.amp.GradScaler,
     gradient_sum: GradientSum,
-    options: OptimOptions,
+    max_grad_norm: float,
 ) -> tuple[torch.Tensor, torch.Tensor, list[Metrics]]:
-    """One optimizer step over an accumulation group.
+    """One optimizer step over an accumulation group, which lies on the device.
 
     Gives this rank's share of the mean loss and the gradient norm, both () on the device, and the metrics of
     each micro-batch.
     """
     world = gradient_sum.world
-    group = [batch.to(world.device) for batch in group]
-    stage.prepare(model, group)
     # full, not tensor: the latter would copy a number of the host's and wait for it
     total = torch.full((), float(sum(stage.weight(batch) for batch in group)), device=world.device)
     total = world.sum(total).clamp_(min=1)
@@ -231,7 +225,7 @@ def update(
         loss += value.detach()
     scaler.unscale_(optimizer)
     trained = [parameter for each in optimizer.param_groups for parameter in each["params"]]
-    norm = clip_gradients(trained, options.max_grad_norm)
+    norm = clip_gradients(trained, max_grad_norm)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -240,17 +234,11 @@ def update(
 
 def evaluate(this: Run) -> dict[str, float]:
     """What the stage measures on every evaluation set, of generated texts too if asked for, and the speed."""
-    was_training, started, data = this.model.training, time.monotonic(), this.data
-    this.model.eval()
-    results = measure(this.model, this.stage, data.eval_loaders, this.inputs.world)
-    if this.inputs.options.predict_with_generate:
-        generated, rows = data.predictor.run(this.model, "eval")
-        results |= generated | results  # the stage's own stays: grpo has an exact_match too, of final answers
-        this.monitor.show_samples(this.progress.step, rows)
-    this.model.train(was_training)
-    seconds = time.monotonic() - started
-    speed = sum(len(loader.store) for loader in data.eval_loaders.values()) / seconds
-    return results | {"eval_runtime": round(seconds, 4), "eval_samples_per_second": round(speed, 3)}
+    data, texts = this.data, this.inputs.options.predict_with_generate
+    predictor = data.predictor if texts else None
+    results, rows = measure(this.model, this.stage, data.eval_loaders, predictor, this.inputs.world)
+    this.monitor.show_samples(this.progress.step, rows)
+    return results
 
 
 def evaluate_and_track(this: Run) -> None:
@@ -287,20 +275,13 @@ def finish(this: Run) -> None:
     progress.seconds = this.monitor.seconds()
     this.monitor.close()
     if options.load_best_model_at_end and progress.best_checkpoint:
-        best = this.inputs.output_dir / progress.best_checkpoint
-        if best.is_dir():
-            restore_trained(this.model, best)
-            world.print(f"best: {best}, {options.metric} {progress.best_metric:.4f}")
-        else:
-            unsaved = f"the best evaluation was at {best.name}, which was not saved"
-            world.print(f"note: {unsaved}; the last weights stay")
+        world.print(load_best(this.model, this.inputs.output_dir, progress, options.metric))
     with run_folder.writing_result(this.inputs.output_dir, world) as folder:
         if world.is_main:
             save_model(this, folder, progress.logged_tokens)
     if options.plot_loss:
         this.monitor.plot()
-    results = progress.results(this.data.epoch(progress.step))
-    results["peak_memory"] = round(peak_memory_gb(world.device), 3)
+    results = progress.results(this.data.epoch(progress.step), peak_memory_gb(world.device))
     this.monitor.save_results("train", results)  # last: from here on the run counts as finished
     world.barrier()
     world.print(f"saved to {this.inputs.output_dir}")

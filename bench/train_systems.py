@@ -129,7 +129,8 @@ class Anvil:
         )
 
     def step(self, group) -> torch.Tensor:
-        tools = self.scaler, self.gradient_sum, self.options
+        tools = self.scaler, self.gradient_sum, self.options.max_grad_norm
+        group = [batch.to(self.gradient_sum.world.device) for batch in group]
         loss, _, _ = train.update(self.model, self.optimizer, TokenLoss(), group, *tools)
         return loss
 

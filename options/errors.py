@@ -30,6 +30,9 @@ class StopRun(Exception):
     """The run cannot go on; the text is for the user."""
 
 
+EXPECTED = (UserError, StopRun, OSError, KeyboardInterrupt)  # of the programs, though not every OSError
+
+
 @contextmanager
 def located(place: str) -> Iterator[None]:
     """A UserError from within begins with `place: `, the key or file that it is about."""
@@ -41,15 +44,21 @@ def located(place: str) -> Iterator[None]:
 
 def exit_status(program: str, body: Callable[[], int]) -> int:
     """Run a program's body: 2 after a UserError, 1 after a StopRun or on a full disk, each told on stderr,
-    and 128 + 2 after Ctrl-C. With ANVIL_TRACEBACK=1 in the environment these keep their tracebacks too."""
+    and 128 + 2 after Ctrl-C."""
     try:
         return body()
-    except (UserError, StopRun, OSError, KeyboardInterrupt) as error:
-        status, text = _verdict(error)
-        if status is None or os.environ.get("ANVIL_TRACEBACK"):
-            raise
-        print(f"{program}: {text}", file=sys.stderr, flush=True)
-        return status
+    except EXPECTED as error:
+        return tell(program, error)
+
+
+def tell(program: str, error: BaseException) -> int:
+    """In the `except` of EXPECTED: say it on stderr and give the exit status; a bug goes on its way with its
+    traceback, and with ANVIL_TRACEBACK=1 in the environment everything does."""
+    status, text = _verdict(error)
+    if status is None or os.environ.get("ANVIL_TRACEBACK"):
+        raise error
+    print(f"{program}: {text}", file=sys.stderr, flush=True)
+    return status
 
 
 def _verdict(error: BaseException) -> tuple[int | None, str]:

@@ -8,6 +8,7 @@ divides by the number of tokens of all ranks, so (2 ranks x batch 4) and (batch 
 import datetime
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -181,3 +182,15 @@ class GradientSum:
                 parameter.grad = torch.zeros_like(parameter)
         flat = torch.cat([parameter.grad.flatten() for parameter in bucket])
         self.started.append((flat, dist.all_reduce(flat, async_op=True)))
+
+
+def clip_gradients(parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
+    """Scale gradients in place to a total 2-norm of at most max_norm (0: unchanged); returns the norm before.
+
+    Stays on the device: no host synchronisation. A norm that is not finite makes the gradients so; the loop
+    finds it.
+    """
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    if max_norm > 0:
+        return nn.utils.clip_grad_norm_(parameters, max_norm)
+    return nn.utils.get_total_norm([parameter.grad for parameter in parameters])

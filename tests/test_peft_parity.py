@@ -26,9 +26,10 @@ from checkpoints.peft import (
     save_adapter,
 )
 from lora import LoraOptions, lora_layers, prepare_trainable
+from parallel.world import clip_gradients
 from pipeline.batch import Example, collate
 from stages.sft import TokenLoss
-from training.optimizers import clip_gradients, make_optimizer, set_learning_rate
+from training.optimizers import make_optimizer, set_learning_rate
 from training.options import OptimOptions
 from training.schedules import schedule
 

@@ -1,7 +1,8 @@
-"""What an evaluation measures: the stage's own numbers on every evaluation set, over all ranks."""
+"""What an evaluation measures on every set over all ranks: numbers of the stage, and of generated texts."""
 
 import itertools
 import math
+import time
 
 import torch
 
@@ -12,6 +13,7 @@ from pipeline.batch import ROW_MULTIPLE, Batch, BatchLoader
 from stages.rollouts import Prompt
 from stages.stage import Stage
 from training.options import TrainOptions
+from training.predict import Predictor
 
 
 def prepare(batch: Batch | list[Prompt], device: torch.device) -> Batch | list[Prompt]:
@@ -23,7 +25,26 @@ def prepare(batch: Batch | list[Prompt], device: torch.device) -> Batch | list[P
 
 
 @torch.no_grad()
-def measure(model: Decoder, stage: Stage, loaders: dict[str, BatchLoader], world: World) -> dict[str, float]:
+def measure(
+    model: Decoder, stage: Stage, loaders: dict[str, BatchLoader], predictor: Predictor | None, world: World
+) -> tuple[dict[str, float], list[dict]]:
+    """(numbers named eval_..., the speed among them; what was written). Writes texts if there is a predictor.
+    The model's mode stays."""
+    was_training, started, rows = model.training, time.monotonic(), []
+    model.eval()
+    results = of_the_stage(model, stage, loaders, world)
+    if predictor is not None:
+        generated, rows = predictor.run(model, "eval")
+        results |= generated | results  # the stage's own stays: grpo has an exact_match too, of final answers
+    model.train(was_training)
+    seconds = time.monotonic() - started
+    speed = sum(len(loader.store) for loader in loaders.values()) / seconds
+    return results | {"eval_runtime": round(seconds, 4), "eval_samples_per_second": round(speed, 3)}, rows
+
+
+def of_the_stage(
+    model: Decoder, stage: Stage, loaders: dict[str, BatchLoader], world: World
+) -> dict[str, float]:
     """eval_<metric>, the mean over the sets; of several sets eval_<set>_<metric> too. Of a model in eval
     mode."""
     measured: dict[str, dict[str, float]] = {}

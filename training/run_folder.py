@@ -25,8 +25,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from checkpoints.huggingface import restore_trained
 from checkpoints.safetensors_files import read_plain
 from checkpoints.source import RUN_CONFIG
+from model import Decoder
 from options.config import Config
 from options.errors import DISK_FULL, StopRun, UserError
 from parallel.atomic import TEMPORARY, atomic_file, flush, flush_tree, remove_folder
@@ -89,8 +91,15 @@ class Progress:
     def out_of_patience(self, patience: int | None) -> bool:
         return patience is not None and self.stale_evaluations >= patience
 
-    def results(self, epoch: float) -> dict[str, float]:
-        """train_results.json, in the Hugging Face trainer's names."""
+    @property
+    def already_trained(self) -> str:
+        remedy = (
+            "raise num_train_epochs or max_steps to go on, or set overwrite_output_dir=true to start anew"
+        )
+        return f"is already trained to step {self.step}; {remedy}"
+
+    def results(self, epoch: float, peak_memory: float) -> dict[str, float]:
+        """train_results.json, in the Hugging Face trainer's names.  peak_memory: GB."""
         return {
             "epoch": round(epoch, 4),
             "train_loss": self.logged_loss / max(self.step, 1),  # mean over all updates of the run
@@ -99,6 +108,7 @@ class Progress:
             "train_steps_per_second": round(self.step / self.seconds, 3),
             "train_tokens_per_second": round(self.logged_tokens / self.seconds, 1),
             "train_steps": self.step,
+            "peak_memory": round(peak_memory, 3),
         }
 
     def trainer_state(self, output_dir: Path, total_steps: int, epoch: float, tokens: int) -> dict:
@@ -257,6 +267,15 @@ def wants_checkpoint(output_dir: Path, world: World) -> bool:
         return False
     (output_dir / SAVE_REQUEST).unlink()
     return True
+
+
+def load_best(model: Decoder, output_dir: Path, progress: Progress, metric: str) -> str:
+    """Give the model the weights that evaluated best, if they were saved; a line that says so."""
+    best = output_dir / progress.best_checkpoint
+    if not best.is_dir():
+        return f"note: the best evaluation was at {best.name}, which was not saved; the last weights stay"
+    restore_trained(model, best)
+    return f"best: {best}, {metric} {progress.best_metric:.4f}"
 
 
 # Writing

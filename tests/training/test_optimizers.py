@@ -7,14 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from parallel.world import clip_gradients
 from training import schedules
-from training.optimizers import (
-    clip_gradients,
-    load_optimizer,
-    make_optimizer,
-    parameter_groups,
-    set_learning_rate,
-)
+from training.optimizers import load_optimizer, make_optimizer, parameter_groups, set_learning_rate
 from training.options import RAMPS, OptimOptions
 
 

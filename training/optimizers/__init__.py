@@ -12,10 +12,8 @@ To add one: copy sgd.py, name it in FILES and in OptimOptions.optim (training/op
 
     optimizer = make_optimizer(model, options)
     set_learning_rate(optimizer, schedules.schedule(step, options, total_steps))        # before each update
-    norm = clip_gradients(parameters, options.max_grad_norm)
 """
 
-from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
@@ -82,15 +80,3 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, multiplier: float) -> No
     """Every group's rate = its own peak rate * multiplier (groups may differ in their peak)."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * multiplier
-
-
-def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scale gradients in place to a total 2-norm of at most max_norm (0: unchanged); returns the norm before.
-
-    Stays on the device: no host synchronisation. A norm that is not finite makes the gradients so; the loop
-    finds it.
-    """
-    parameters = [parameter for parameter in parameters if parameter.grad is not None]
-    if max_norm > 0:
-        return nn.utils.clip_grad_norm_(parameters, max_norm)
-    return nn.utils.get_total_norm([parameter.grad for parameter in parameters])
