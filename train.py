@@ -119,10 +119,9 @@ def train(this: Run) -> int:
     """Update until total_steps; log, evaluate, save when due. The exit status: 128 + n after signal n."""
     inputs, data, monitor, progress = this.inputs, this.data, this.monitor, this.progress
     options, optim_options, world = inputs.options, inputs.config[OptimOptions], inputs.world
-    steps_left = data.total_steps - progress.step
-    if progress.out_of_patience(options.early_stopping_steps):
-        steps_left = 0
-    if steps_left <= 0 and (inputs.output_dir / run_folder.RESULTS).exists():
+    early = progress.out_of_patience(options.early_stopping_steps)
+    steps_left = 0 if early else max(0, data.total_steps - progress.step)
+    if steps_left == 0 and (inputs.output_dir / run_folder.RESULTS).exists():
         world.print(f"note: {inputs.output_dir} {progress.already_trained}")
         return 0
     monitor.begin(progress.step, data.total_steps, run_folder.read_history(inputs.resume), progress.seconds)
@@ -130,7 +129,7 @@ def train(this: Run) -> int:
     gradient_sum, max_norm = GradientSum(this.model, world), optim_options.max_grad_norm
     this.model.train()
     with run_folder.catch_signals() as received, groups(this) as ready:
-        for group in itertools.islice(ready, max(0, steps_left)):
+        for group in itertools.islice(ready, steps_left):
             group = [batch.to(world.device) for batch in group]
             this.stage.prepare(this.model, group)
             set_learning_rate(this.optimizer, schedule(progress.step, optim_options, data.total_steps))
@@ -140,8 +139,7 @@ def train(this: Run) -> int:
             progress.step += 1
             monitor.window.add(loss, group, metrics)
             monitor.advance(progress.step)
-            # under fp16 an infinite gradient only means that the scaler skips this update and halves its
-            # scale
+            # under fp16 an infinite gradient only means that the scaler skipped it and halves its scale
             health.watch(progress.step, [loss] if options.fp16 else [loss, norm], group)
             asked = run_folder.wants_checkpoint(inputs.output_dir, world)
             stop, asked = world.max_over_ranks(max(received, default=0), asked)
@@ -173,10 +171,9 @@ def train(this: Run) -> int:
 @contextmanager
 def groups(this: Run) -> Iterator[Iterator[list[Batch]]]:
     """Accumulation groups from the current step on; on a GPU data is prepared ahead, in a thread."""
-    data, device = this.data, this.inputs.world.device
-    number, begin = divmod(this.progress.step, data.updates_per_draw)
-    draws = data.loader.draws(data.batches_per_draw, number)
-    draws = ([prepare(batch, device) for batch in drawn] for drawn in draws)
+    loader, size, device = this.data.loader, this.data.batches_per_draw, this.inputs.world.device
+    number, begin = divmod(this.progress.step, this.data.updates_per_draw)
+    draws = ([prepare(batch, device) for batch in drawn] for drawn in loader.draws(size, number))
 
     def made_of(ready: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
         for drawn, first in zip(ready, itertools.chain([begin], itertools.repeat(0))):
@@ -234,9 +231,9 @@ def update(
 
 def evaluate(this: Run) -> dict[str, float]:
     """What the stage measures on every evaluation set, of generated texts too if asked for, and the speed."""
-    data, texts = this.data, this.inputs.options.predict_with_generate
-    predictor = data.predictor if texts else None
-    results, rows = measure(this.model, this.stage, data.eval_loaders, predictor, this.inputs.world)
+    predictor = this.data.predictor if this.inputs.options.predict_with_generate else None
+    parts = this.model, this.stage, this.data.eval_loaders
+    results, rows = measure(*parts, predictor, this.inputs.world)
     this.monitor.show_samples(this.progress.step, rows)
     return results
 
@@ -253,11 +250,10 @@ def evaluate_and_track(this: Run) -> None:
 def log_training(this: Run, norm: torch.Tensor) -> None:
     """Average loss since the last line, learning rate, gradient norm, speed of all ranks, peak memory."""
     progress, since, options = this.progress, this.monitor.window.totals(), this.inputs.config[OptimOptions]
-    multiplier = schedule(progress.step - 1, options, this.data.total_steps)
     values = {
         "loss": since.loss / since.steps,
         **this.stage.summary(since.metrics),
-        "learning_rate": multiplier * options.learning_rate,
+        "learning_rate": schedule(progress.step - 1, options, this.data.total_steps) * options.learning_rate,
         "grad_norm": norm.item(),
         "tokens_per_second": round(since.tokens / since.seconds, 1),
         "peak_memory": round(peak_memory_gb(this.inputs.world.device), 3),
@@ -288,8 +284,7 @@ def finish(this: Run) -> None:
 
 
 def save_model(this: Run, folder: Path, tokens: int) -> None:
-    """What other programs read: weights, tokenizer, configuration, trainer_state.json as transformers has
-    it."""
+    """What other programs read: weights, tokenizer, configuration, trainer_state.json of transformers."""
     setup.save_weights(this.inputs, this.model, folder)
     total, epoch = this.data.total_steps, this.data.epoch(this.progress.step)
     state = this.progress.trainer_state(this.inputs.output_dir, total, epoch, tokens)
@@ -298,12 +293,8 @@ def save_model(this: Run, folder: Path, tokens: int) -> None:
 
 def save_checkpoint(this: Run) -> Path:
     """Write checkpoint-<step>, complete or not at all, and remove those beyond save_total_limit."""
-    options, progress, world, window = (
-        this.inputs.options,
-        this.progress,
-        this.inputs.world,
-        this.monitor.window,
-    )
+    options, world = this.inputs.options, this.inputs.world
+    progress, window = this.progress, this.monitor.window
     started = time.monotonic()
     progress.seconds = this.monitor.seconds()
     tokens = progress.logged_tokens + window.totals().tokens
