@@ -1,10 +1,9 @@
-"""Data sets -> tokenised examples, cached, mixed and split -> the loaders of batches.py; with a report of
-losses.
+"""Data sets -> tokenised examples, cached, mixed and split -> the loaders of pipeline/batch.py, and a report.
 
-The way of a row: sources.py reads it, formats.py makes a conversation of it, encoding.py renders, tokenises,
-cuts and marks what is trained, tokenising.py keeps the result on disk and finds it again. A row without a
-trained token is never trained silently: it is dropped and counted, and the report's totals add up to the rows
-read.
+The way of a row, in pipeline/: sources.py and readers.py read it, formats.py makes a conversation of it,
+encoding.py renders, tokenises, cuts and marks what is trained, tokenise.py keeps the result on disk and finds
+it again. A row without a trained token is never trained silently: it is dropped and counted, and the report's
+totals add up to the rows read.
 
 See any training batch token by token:  python data.py preview CONFIG [--index N] [key=value ...]
 """
@@ -19,15 +18,15 @@ from typing import Literal
 
 import numpy as np
 
-from options.errors import UserError, refuse
+from options.errors import UserError
 from options.option import COMMON, RESUMABLE, option
 from pipeline.batch import BatchLoader, Example, StreamingLoader
 from pipeline.encoding import EncodeOptions, refuse_unguarded_worker
 from pipeline.formats import KINDS
-from pipeline.mixing import hold_out, interleave
+from pipeline.mixing import mix_sets
 from pipeline.report import DataReport, DatasetReport
 from pipeline.sources import HubAccess, open_hub
-from pipeline.store import ExampleStore, Tally, load_sets, save_sets
+from pipeline.store import ExampleStore, Tally, save_sets
 from pipeline.streaming import RowStream
 from pipeline.tokenise import Tokeniser
 
@@ -92,89 +91,65 @@ class DataOptions:
     )
 
     def __post_init__(self):
-        for key in (
-            "cutoff_len",
-            "reserved_label_len",
-            "buffer_size",
-            "max_samples",
-            "preprocessing_num_workers",
-        ):
+        counts = ("cutoff_len", "reserved_label_len", "buffer_size", "max_samples")
+        for key in (*counts, "preprocessing_num_workers"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise UserError(f"{key} is {value}, expected at least 1")
-        if self.cutoff_len < 2:
-            raise UserError(
-                f"cutoff_len is {self.cutoff_len}; one token trains nothing, so at least 2 are needed"
-            )
-        if self.reserved_label_len >= self.cutoff_len:
-            raise UserError(
-                f"reserved_label_len is {self.reserved_label_len}, expected less than cutoff_len "
-                f"({self.cutoff_len})"
-            )
-        if self.val_size < 0 or (self.val_size > 1 and self.val_size != int(self.val_size)):
-            raise UserError(
-                f"val_size is {self.val_size}, expected a share below 1 or a whole number of rows"
-            )
-        if self.mix_strategy == "concat" and self.interleave_probs:
-            raise UserError(
-                "interleave_probs needs mix_strategy interleave_under or interleave_over; it is concat"
-            )
-        if self.interleave_probs:
-            if len(self.interleave_probs) != len(self.dataset):
-                raise UserError(
-                    f"interleave_probs has {len(self.interleave_probs)} numbers for {len(self.dataset)} data "
-                    "sets"
-                )
-            if min(self.interleave_probs) <= 0 or abs(sum(self.interleave_probs) - 1) > 1e-6:
-                raise UserError(
-                    f"interleave_probs is {self.interleave_probs}, expected shares above 0 that sum to 1"
-                )
-        if self.streaming and self.tokenized_path is not None:
-            raise UserError("tokenized_path cannot be combined with streaming, which stores nothing")
+        length, val_size, shares = self.cutoff_len, self.val_size, self.interleave_probs
+        if length < 2:
+            raise UserError(f"cutoff_len is {length}; one token trains nothing, so at least 2 are needed")
+        if self.reserved_label_len >= length:
+            kept = self.reserved_label_len
+            raise UserError(f"reserved_label_len is {kept}, expected less than cutoff_len ({length})")
+        if val_size < 0 or (val_size > 1 and val_size != int(val_size)):
+            raise UserError(f"val_size is {val_size}, expected a share below 1 or a whole number of rows")
+        if val_size and self.eval_dataset:
+            raise UserError("val_size: there is an eval_dataset too; drop one of the two")
+        if val_size and not self.dataset and not self.tokenized_path:
+            raise UserError("val_size: it is split off dataset, which is not given; name one, or drop it")
+        if self.mix_strategy == "concat" and shares:
+            raise UserError("interleave_probs needs mix_strategy interleave_under or interleave_over")
+        if shares and len(shares) != len(self.dataset):
+            raise UserError(f"interleave_probs has {len(shares)} numbers for {len(self.dataset)} data sets")
+        if shares and (min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6):
+            raise UserError(f"interleave_probs is {shares}, expected shares above 0 that sum to 1")
         if self.mask_history and self.train_on_prompt:
-            raise UserError(
-                "mask_history trains the last answer only, train_on_prompt everything; set one of them"
-            )
+            raise UserError("mask_history trains the last answer only, train_on_prompt everything; set one")
         if self.packing and self.group_by_length:
             raise UserError("group_by_length: packing already fills rows; set one of the two to false")
-        streaming, val_size = self.streaming, self.val_size
-        refuse(
-            streaming and self.max_samples is not None,
-            "max_samples: it is for data sets that are read whole; use max_steps, or streaming=false",
-        )
-        refuse(
-            streaming and 0 < val_size < 1,
-            "val_size: a share of a stream is unknown; give a number of rows, or drop streaming",
-        )
-        refuse(
-            streaming and self.group_by_length,
-            "group_by_length: lengths in a stream are not known ahead; drop it, or streaming",
-        )
-        refuse(val_size and self.eval_dataset, "val_size: there is an eval_dataset too; drop one of the two")
-        refuse(
-            val_size and not self.dataset and not self.tokenized_path,
-            "val_size: it is split off dataset, which is not given; name one, or drop val_size",
-        )
+        if not self.streaming:
+            return
+        if self.tokenized_path is not None:
+            raise UserError("tokenized_path cannot be combined with streaming, which stores nothing")
+        if self.max_samples is not None:
+            raise UserError("max_samples: it is for data sets that are read whole; use max_steps instead")
+        if 0 < val_size < 1:
+            raise UserError("val_size: a share of a stream is unknown; give a number of rows")
+        if self.group_by_length:
+            raise UserError("group_by_length: lengths in a stream are not known ahead; drop it, or streaming")
+
+    def seed_of_data(self, seed: int) -> int:
+        return seed if self.data_seed is None else self.data_seed
 
 
 class TokenizedDataSaved(Exception):
-    """tokenized_path was written: the run is over, as in LLaMA-Factory. The text is for the user; not an
-    error."""
+    """tokenized_path was written: the run is over, as in LLaMA-Factory. The text is for the user."""
+
+
+Sets = dict[str, ExampleStore]
 
 
 @dataclass
 class Prepared:
     train: ExampleStore | RowStream | None
-    eval: dict[str, ExampleStore]  # name -> set; "validation" is the one that val_size split off
+    eval: Sets  # "validation" is the one that val_size split off
     report: DataReport
     packing: bool
     kind: str = "dialogue"  # of the examples, one of formats.KINDS' values
-    prompts: dict[str, ExampleStore] = field(
-        default_factory=dict
-    )  # the evaluation sets as prompts, if asked for
-    couple: Callable[[Iterator[Example]], Iterator[Example]] = (
-        iter  # makes other examples of those of a stream
-    )
+    prompts: Sets = field(default_factory=dict)  # the evaluation sets as prompts, if asked for
+    # makes other examples of those of a stream
+    couple: Callable[[Iterator[Example]], Iterator[Example]] = iter
 
     def train_loader(
         self, options: DataOptions, *, rows_per_batch: int, seed: int, **place
@@ -183,24 +158,15 @@ class Prepared:
 
         place: rank, world and collate of a loader.
         """
-        shared = {
-            "rows_per_batch": rows_per_batch,
-            "packing": self.packing,
-            "cutoff_len": self.row_tokens(options),
-            "seed": seed if options.data_seed is None else options.data_seed,
-            **place,
-        }
-        if self.train is None:
+        place |= {"packing": self.packing, "cutoff_len": self.row_tokens(options)}
+        place |= {"rows_per_batch": rows_per_batch, "seed": options.seed_of_data(seed)}
+        train = self.train
+        if train is None:
             raise UserError("dataset: no training set is named")
-        if isinstance(self.train, RowStream):
-            return StreamingLoader(
-                self.train.rows,
-                self.train.encode,
-                buffer_size=options.buffer_size,
-                couple=self.couple,
-                **shared,
-            )
-        return BatchLoader(self.train, group_by_length=options.group_by_length, **shared)
+        if isinstance(train, ExampleStore):
+            return BatchLoader(train, group_by_length=options.group_by_length, **place)
+        buffered = {"buffer_size": options.buffer_size, "couple": self.couple}
+        return StreamingLoader(train.rows, train.encode, **buffered, **place)
 
     def first_example(self) -> Example:
         """What to show before training starts."""
@@ -215,13 +181,11 @@ class Prepared:
     def eval_loaders(self, options: DataOptions, *, rows_per_batch: int, **place) -> dict[str, BatchLoader]:
         """One loader for each evaluation set, in its own order; read batches_per_epoch batches of it."""
         shared = {"packing": self.packing, "cutoff_len": self.row_tokens(options), "shuffle": False, **place}
-        return {
-            name: BatchLoader(s, rows_per_batch=rows_per_batch, **shared) for name, s in self.eval.items()
-        }
+        shared["rows_per_batch"] = rows_per_batch
+        return {name: BatchLoader(store, **shared) for name, store in self.eval.items()}
 
     def row_tokens(self, options: DataOptions) -> int:
-        """Tokens of a packed row. A pair is two answers of cutoff_len each, and so is a prompt with its
-        label."""
+        """Tokens of a packed row. A pair is two answers of cutoff_len each; so is a prompt with its label."""
         return options.cutoff_len * (1 if self.kind in ("document", "dialogue") else 2)
 
 
@@ -239,65 +203,56 @@ def load_datasets(
     prompts: bool = False,
     kind: str | None = None,
 ) -> Prepared:
-    """Read, tokenise (or load from the cache), mix and split what `options` names.
+    """Read, tokenise (or load from the cache), mix and split what `options` names. All ranks may call this.
 
-    template: may be None for stage pt.  cache_dir: where tokenised data is kept; None = default_cache_dir().
-    is_main: show progress, write tokenized_path.  All ranks may call this at once. kind: of the examples;
-    None = the stage's, see formats.KINDS. prompts: prepare the evaluation sets for generation too: the same
-    rows as prompts, each with its answer as label. Raises UserError for anything wrong with the data or options,
-    TokenizedDataSaved after writing tokenized_path.
+    template: may be None for stage pt. is_main: show progress, write tokenized_path. cache_dir: where the
+    tokens are kept; None = default_cache_dir(). kind: of the examples; None = the stage's, see formats.KINDS.
+    prompts: prepare the evaluation sets for generation too: the rows as prompts, their answers as labels.
+    Raises UserError for anything wrong with data or options, TokenizedDataSaved after writing tokenized_path.
     """
     refuse_unguarded_worker()
     packing = stage == "pt" if options.packing is None else options.packing
     if packing and options.group_by_length:
-        raise UserError(
-            f"group_by_length: stage {stage} packs rows (packing={packing}); set one of the two to false"
-        )
-    shared = ("cutoff_len", "truncation_strategy", "reserved_label_len", "train_on_prompt", "mask_history")
-    encode = EncodeOptions(
-        kind=kind or KINDS[stage],
-        enable_thinking=enable_thinking,
-        **{key: getattr(options, key) for key in shared},
-    )
-    seed = seed if options.data_seed is None else options.data_seed
+        why = f"stage {stage} packs rows (packing={packing})"
+        raise UserError(f"group_by_length: {why}; set one of the two to false")
+    of_rows = ("cutoff_len", "truncation_strategy", "reserved_label_len", "train_on_prompt", "mask_history")
+    of_sets = ("dataset_dir", "split", "max_samples", "overwrite_cache")
+    of_rows, of_sets = ({key: getattr(options, key) for key in keys} for keys in (of_rows, of_sets))
+    encode = EncodeOptions(kind or KINDS[stage], enable_thinking=enable_thinking, **of_rows)
+    seed = options.seed_of_data(seed)
     cache = Path(cache_dir or default_cache_dir()) / "tokenised"
-    work = Tokeniser(
-        stage,
-        encode,
-        template,
-        tokenizer,
-        seed,
-        cache,
-        is_main,
-        hub or HubAccess(),
-        options.dataset_dir,
-        options.split,
-        options.max_samples,
-        options.overwrite_cache,
-        options.preprocessing_num_workers or 1,
-    )
+    of_sets |= {"hub": hub or HubAccess(), "workers": options.preprocessing_num_workers or 1}
+    work = Tokeniser(stage, encode, template, tokenizer, seed, cache, is_main, **of_sets)
     saved = Path(options.tokenized_path) if options.tokenized_path is not None else None
     if prompts and template is None:
         raise UserError(f"template: generating from prompts needs one, also in stage {stage}")
     if saved is not None and saved.exists():
-        train, evaluation, report = _load_saved(saved, work)
-        asked = _take_prompts(evaluation, prompts, saved)
+        train, evaluation, report = work.load(saved)
+        asked = {name: evaluation.pop(name) for name in list(evaluation) if name.startswith(PROMPTS)}
+        if prompts and evaluation and not asked:
+            raise UserError(
+                f"tokenized_path: the data in {saved} holds no prompts to generate from; make it anew with "
+                "the options that ask for generation (predict_with_generate)"
+            )
+        asked = {name.removeprefix(PROMPTS): store for name, store in asked.items() if prompts}
         return Prepared(train, evaluation, report, packing, work.encode.kind, asked)
     if not options.dataset and not options.eval_dataset:
         raise UserError("dataset: none is named; give a name of dataset_info.json or the path of a file")
     train, evaluation, report = (_prepare_stream if options.streaming else _prepare_stored)(options, work)
     asked = _prompt_sets(work, train, evaluation, report) if prompts else {}
-    _require_examples(train, evaluation, asked, report)
-    evaluation = {
-        name: store for name, store in evaluation.items() if len(store)
-    }  # without answers: prompts only
+    empty = [name for name, store in (asked or evaluation).items() if len(store) == 0]
+    if isinstance(train, ExampleStore) and len(train) == 0:
+        raise UserError(f"dataset: no row can be trained on\n{report}")
+    if empty:
+        raise UserError(f"eval_dataset: no row of {empty[0]!r} can be evaluated on\n{report}")
+    # an evaluation set whose rows have no answers is of use as prompts only
+    evaluation = {name: store for name, store in evaluation.items() if len(store)}
     if saved is not None:
         if is_main:
             sets = ({} if train is None else {"train": train}) | evaluation
             sets |= {PROMPTS + name: store for name, store in asked.items()}
-            save_sets(
-                saved, sets, {"keys": work.keys(), "report": [asdict(entry) for entry in report.datasets]}
-            )
+            reports = [asdict(entry) for entry in report.datasets]
+            save_sets(saved, sets, {"keys": work.keys(), "report": reports})
         raise TokenizedDataSaved(
             f"{report}\nThe tokenised data is in {saved}; run the same command again to train on it."
         )
@@ -309,9 +264,10 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anvil"
 
 
-def _prepare_stored(
-    options: DataOptions, work: Tokeniser
-) -> tuple[ExampleStore | None, dict[str, ExampleStore], DataReport]:
+Train = ExampleStore | RowStream | None
+
+
+def _prepare_stored(options: DataOptions, work: Tokeniser) -> tuple[Train, Sets, DataReport]:
     reports = []
     parts, orders, infos = [], [], [work.find(name) for name in options.dataset]
     evals = {name: work.find(name) for name in options.eval_dataset}
@@ -322,9 +278,13 @@ def _prepare_stored(
         reports.append(report)
     train, evaluation = None, {}
     if parts:
-        train = ExampleStore(parts, options.dataset, _mix(orders, options, work.seed))
+        train = ExampleStore(
+            parts,
+            options.dataset,
+            mix_sets(orders, options.dataset, options.mix_strategy, options.interleave_probs, work.seed),
+        )
         if options.val_size > 0:
-            train, evaluation["validation"] = split_validation(train, options.val_size, work.seed)
+            train, evaluation["validation"] = train.split(options.val_size, work.seed)
     for name, info in evals.items():
         files, order, report = work.dataset(info, "eval")
         evaluation[name] = ExampleStore([files], [name], np.stack([np.zeros_like(order), order], 1))
@@ -332,23 +292,7 @@ def _prepare_stored(
     return train, evaluation, DataReport(reports)
 
 
-def _require_examples(
-    train: ExampleStore | RowStream | None,
-    evaluation: dict[str, ExampleStore],
-    prompts: dict[str, ExampleStore],
-    report: DataReport,
-) -> None:
-    """Raises ValueError for a training set without examples, and for an evaluation set that is of no use."""
-    empty = [name for name, store in (prompts or evaluation).items() if len(store) == 0]
-    if isinstance(train, ExampleStore) and len(train) == 0:
-        raise UserError(f"dataset: no row can be trained on\n{report}")
-    if empty:
-        raise UserError(f"eval_dataset: no row of {empty[0]!r} can be evaluated on\n{report}")
-
-
-def _prepare_stream(
-    options: DataOptions, work: Tokeniser
-) -> tuple[RowStream | None, dict[str, ExampleStore], DataReport]:
+def _prepare_stream(options: DataOptions, work: Tokeniser) -> tuple[Train, Sets, DataReport]:
     stored = replace(options, dataset=(), interleave_probs=(), val_size=0.0)
     evaluation, report = {}, DataReport([])
     if options.eval_dataset:
@@ -372,12 +316,7 @@ def _prepare_stream(
     return stream, evaluation, report
 
 
-def _prompt_sets(
-    work: Tokeniser,
-    train: ExampleStore | RowStream | None,
-    evaluation: dict[str, ExampleStore],
-    report: DataReport,
-) -> dict[str, ExampleStore]:
+def _prompt_sets(work: Tokeniser, train: Train, evaluation: Sets, report: DataReport) -> Sets:
     """The rows of each evaluation set as prompts. Only rows that are evaluated are read as such."""
     if work.encode.kind == "prompt":
         return dict(evaluation)
@@ -401,68 +340,10 @@ def _prompt_sets(
             parts.append(files)
             place = {int(row): i for i, row in enumerate(files.rows)}
             index[mine, 0], index[mine, 1] = k, [place.get(int(row), -1) for row in rows]
-        if (
-            name != "validation"
-        ):  # rows without an answer have no place in the evaluation set, but here they have
+        if name != "validation":  # rows without an answer have no place in the evaluation set, here they have
             index = np.stack([np.zeros_like(order), order], 1)
         sets[name] = ExampleStore(parts, store.datasets, index[index[:, 1] >= 0])
     return sets
-
-
-def _take_prompts(evaluation: dict[str, ExampleStore], wanted: bool, folder: Path) -> dict[str, ExampleStore]:
-    """Move the sets of prompts out of what tokenized_path held."""
-    names = [name for name in evaluation if name.startswith(PROMPTS)]
-    sets = {name.removeprefix(PROMPTS): evaluation.pop(name) for name in names}
-    if wanted and evaluation and not sets:
-        raise UserError(
-            f"tokenized_path: the data in {folder} holds no prompts to generate from; make it anew with the "
-            "options "
-            "that ask for generation (predict_with_generate)"
-        )
-    return sets if wanted else {}
-
-
-def _mix(orders: list[np.ndarray], options: DataOptions, seed: int) -> np.ndarray:
-    """Index of the training set, (n, 2), from the order of each data set's examples."""
-    if len(orders) == 1 or options.mix_strategy == "concat":
-        return np.concatenate(orders)
-    for name, order in zip(options.dataset, orders):
-        if len(order) == 0:
-            raise UserError(f"dataset {name!r} gives no example, so it cannot be interleaved")
-    under = options.mix_strategy == "interleave_under"
-    mixed = interleave([len(order) for order in orders], options.interleave_probs, under, seed)
-    return np.stack([orders[k][i] for k, i in mixed])
-
-
-def split_validation(store: ExampleStore, val_size: float, seed: int) -> tuple[ExampleStore, ExampleStore]:
-    """(train, validation); a row that is repeated is evaluated once."""
-    held = hold_out(store.sources, val_size, seed)
-    validation = np.flatnonzero(held)
-    _, first = np.unique(store.index[validation], axis=0, return_index=True)
-    return store.select(np.flatnonzero(~held)), store.select(validation[np.sort(first)])
-
-
-# ----------------------------------------------------------------------------------------------------
-# tokenized_path
-
-
-def _load_saved(
-    folder: Path, work: Tokeniser
-) -> tuple[ExampleStore | None, dict[str, ExampleStore], DataReport]:
-    """What an earlier run saved. Refused when tokenizer, template or options would now give other tokens."""
-    meta, sets = load_sets(folder)
-    for name, now in work.keys().items():
-        then = meta["keys"].get(name)
-        if then != now:
-            if isinstance(then, dict) and isinstance(now, dict):
-                differing = [key for key in {**then, **now} if then.get(key) != now.get(key)]
-                then, now = ({key: each.get(key) for key in differing} for each in (then, now))
-            raise UserError(
-                f"tokenized_path: the data in {folder} was made with another {name} ({then}, now {now}). "
-                "Give the options it was made with, or another tokenized_path."
-            )
-    reports = [DatasetReport(**(entry | {"tally": Tally(**entry["tally"])})) for entry in meta["report"]]
-    return sets.pop("train", None), sets, DataReport(reports)
 
 
 def main(argv: list[str]) -> int:

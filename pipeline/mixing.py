@@ -22,8 +22,7 @@ def choose_rows(total: int, count: int, seed: int) -> np.ndarray:
 
 
 def examples_of_rows(rows: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """Numbers of the examples that come from the chosen rows, in that order. `rows` says it for each,
-    ascending."""
+    """Numbers of the examples that come from the chosen rows, in that order. rows: of each, ascending."""
     first, last = np.searchsorted(rows, chosen, "left"), np.searchsorted(rows, chosen, "right")
     return np.concatenate([np.empty(0, np.int64)] + [np.arange(a, b) for a, b in zip(first, last)])
 
@@ -56,6 +55,19 @@ def interleave(lengths: Sequence[int], probabilities: Sequence[float], under: bo
         if mixing_ends(used_up, k, not probabilities, under):
             return np.array(index)
     raise AssertionError("turns() never ends")
+
+
+def mix_sets(
+    orders: list[np.ndarray], names: Sequence[str], strategy: str, probabilities: Sequence[float], seed: int
+) -> np.ndarray:
+    """The order, (n, 2), of a training set from those of its data sets; a row is (data set, example)."""
+    if len(orders) == 1 or strategy == "concat":
+        return np.concatenate(orders)
+    for name, order in zip(names, orders):
+        if len(order) == 0:
+            raise UserError(f"dataset {name!r} gives no example, so it cannot be interleaved")
+    mixed = interleave([len(order) for order in orders], probabilities, strategy == "interleave_under", seed)
+    return np.stack([orders[k][i] for k, i in mixed])
 
 
 def hold_out(sources: np.ndarray, size: float, seed: int) -> np.ndarray:

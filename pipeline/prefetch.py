@@ -13,9 +13,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-PATIENCE_SECONDS = (
-    5.0  # at the end, for an item that is being prepared; a source that hangs is left to die with us
-)
+# at the end, for an item that is being prepared; a source that hangs is left to die with us
+PATIENCE_SECONDS = 5.0
 
 
 @contextmanager

@@ -52,10 +52,9 @@ def token_table(
     datasets: list[str],
     places: dict[tuple[int, int], str],
     colour: bool,
-    kind: str = "dialogue",
+    kind="dialogue",
 ) -> Iterator[str]:
-    """Lines that show a batch token by token: place in the segment, id, text, turn, role, trained or not, and
-    why."""
+    """Lines that show a batch token by token: place, id, text, turn, role, trained or not, and why."""
     labels, tokens, roles = batch.labels.tolist(), batch.tokens.tolist(), batch.per_token["roles"].tolist()
     tags = batch.per_segment["tags"].tolist()
     used = "of labels" if kind == "prompt" else "trained"
@@ -102,11 +101,8 @@ def reason(place: int, role: str, answer: bool, trained: bool, kind: str = "dial
     if place == 0:
         return "first token: nothing before it predicts it"
     if answer:
-        return (
-            "earlier answer, masked by mask_history"
-            if kind == "dialogue"
-            else "earlier answer: part of the prompt"
-        )
+        masked = "earlier answer, masked by mask_history"
+        return masked if kind == "dialogue" else "earlier answer: part of the prompt"
     return "template text, or an answer shown as context" if role in ("assistant", "function") else "prompt"
 
 
@@ -137,15 +133,9 @@ def tokenizer_folder(run: PreviewOptions) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(
-            snapshot_download(
-                run.model_name_or_path,
-                revision=run.model_revision,
-                cache_dir=run.cache_dir,
-                token=run.hf_hub_token,
-                allow_patterns=["tokenizer*", "special_tokens_map.json", "*.jinja", "*config.json"],
-            )
-        )
+        wanted = ["tokenizer*", "special_tokens_map.json", "*.jinja", "*config.json"]
+        where = {"revision": run.model_revision, "cache_dir": run.cache_dir, "token": run.hf_hub_token}
+        return Path(snapshot_download(run.model_name_or_path, allow_patterns=wanted, **where))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise UserError(
             f"model_name_or_path: {run.model_name_or_path!r} is no folder and cannot be downloaded: {error}"

@@ -1,9 +1,8 @@
-"""Files -> rows: json, jsonl, csv, parquet, arrow and txt, one row at a time, each with its place for
-messages.
+"""Files -> rows: json, jsonl, csv, parquet, arrow and txt, one row at a time, with its place for messages.
 
 A .json file is one array of objects (parsed piece by piece, so a file larger than memory can be read) or, as
 many hub files are, one object per line. csv values stay text. txt is one document per line, as the column
-`text`. Anything that is not what it should be is a ValueError that names file and line.
+`text`. Anything that is not what it should be is a UserError that names file and line.
 
 Run from Python: for place, row in read_file(Path("data/tiny_alpaca.json")): ...
 """
@@ -12,6 +11,7 @@ import csv
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from options.errors import UserError
@@ -19,7 +19,7 @@ from options.errors import UserError
 FILE_TYPES = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".txt")
 READ_CHARACTERS = (
     1 << 20
-)  # how much of a .json file is held while one object is parsed; grows for longer objects
+)  # how much of a .json file is held while one object is parsed; grows for longer ones
 
 
 def read_file(path: Path) -> Iterator[tuple[str, dict]]:
@@ -27,9 +27,8 @@ def read_file(path: Path) -> Iterator[tuple[str, dict]]:
     try:
         yield from _READERS[path.suffix.lower()](path)
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: not UTF-8 text ({error.reason}: {error.object[error.start]:#04x})"
-        ) from error
+        found = error.object[error.start]
+        raise UserError(f"{path}: not UTF-8 text ({error.reason}: {found:#04x})") from error
 
 
 def _read_text(path: Path) -> Iterator[tuple[int, str]]:
@@ -65,8 +64,7 @@ def _object(row, place: str) -> dict:
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, dict]]:
-    """A .json file: one array of objects, or one object per line (many hub files are JSON lines in
-    disguise)."""
+    """One array of objects, or one object per line (many hub files are JSON lines in disguise)."""
     with open(path, encoding="utf-8-sig") as file:
         while (head := file.read(READ_CHARACTERS)).isspace():
             pass
@@ -84,8 +82,7 @@ def _read_json(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def _iterate_array(path: Path) -> Iterator[tuple[int, object]]:
-    """Yield (line, value) of a top-level JSON array, holding only the value being parsed (and a block of
-    text)."""
+    """Yield (line, value) of a top-level JSON array, holding only the value being parsed and a block."""
     decoder = json.JSONDecoder()
     with open(path, encoding="utf-8-sig") as file:
         text, start, line = file.read(READ_CHARACTERS), 0, 1
@@ -138,10 +135,8 @@ def _iterate_array(path: Path) -> Iterator[tuple[int, object]]:
                     raise UserError(f"{path}:{line}: expected the end of the file after ']', found {rest!r}")
                 return
             else:
-                raise UserError(
-                    f"{path}:{line}: expected ',' or ']' after a row, found "
-                    f"{found or 'the end of the file'!r}"
-                )
+                what = repr(found or "the end of the file")
+                raise UserError(f"{path}:{line}: expected ',' or ']' after a row, found {what}")
 
 
 def _read_csv(path: Path) -> Iterator[tuple[str, dict]]:
@@ -163,39 +158,39 @@ def _read_csv(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, dict]]:
-    import pyarrow
     import pyarrow.parquet
 
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path}: not a parquet file ({error})") from error
-    yield from _arrow_rows(path, file.iter_batches(batch_size=1024))
+    with _damage_named(path, "a parquet file"), pyarrow.parquet.ParquetFile(path) as file:
+        yield from _arrow_rows(path, file.iter_batches(batch_size=1024))
 
 
 def _read_arrow(path: Path) -> Iterator[tuple[str, dict]]:
     """Both layouts: the file format (with footer) and the stream format that `datasets` writes."""
     import pyarrow
 
-    with pyarrow.memory_map(str(path)) as source:
-        try:
-            if source.read(6) == b"ARROW1":
-                reader = pyarrow.ipc.open_file(source)
-                batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-            else:
-                source.seek(0)
-                batches = iter(pyarrow.ipc.open_stream(source))
-        except pyarrow.ArrowInvalid as error:
-            raise UserError(f"{path}: not an arrow file ({error})") from error
+    with _damage_named(path, "an arrow file"), pyarrow.memory_map(str(path)) as source:
+        if source.read(6) == b"ARROW1":
+            reader = pyarrow.ipc.open_file(source)
+            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        else:
+            source.seek(0)
+            batches = iter(pyarrow.ipc.open_stream(source))
         yield from _arrow_rows(path, batches)
 
 
+@contextmanager
+def _damage_named(path: Path, expected: str) -> Iterator[None]:
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not {expected} ({error})") from error
+
+
 def _arrow_rows(path: Path, batches) -> Iterator[tuple[str, dict]]:
-    number = 0
-    for batch in batches:
-        for row in batch.to_pylist():
-            yield f"{path} row {number}", row
-            number += 1
+    for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):
+        yield f"{path} row {number}", row
 
 
 _READERS = {

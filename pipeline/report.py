@@ -35,51 +35,27 @@ class DataReport:
         self.datasets = datasets
 
     def __str__(self) -> str:
-        head = (
-            "data set",
-            "rows",
-            "used",
-            "dropped",
-            "left out",
-            "cut",
-            NAMES.get(self.datasets[0].kind, "examples") if self.datasets else "examples",
-            "tokens",
-            "trained",
-            "cut off",
-            "longest",
-        )
-        table = [head]
+        examples = NAMES.get(self.datasets[0].kind, "examples") if self.datasets else "examples"
+        counts = ("rows", "used", "dropped", "left out", "cut", examples)
+        table = [("data set", *counts, "tokens", "trained", "cut off", "longest")]
         for entry in self.datasets:
             tally = entry.tally
             name = entry.name if entry.role == "train" else f"{entry.name} ({entry.role})"
-            numbers = (
-                entry.rows,
-                tally.used,
-                sum(tally.dropped.values()),
-                entry.left_out,
-                tally.cut,
-                tally.examples + entry.repeated,
-                tally.tokens,
-                tally.tokens_trained,
-                tally.tokens_cut,
-                tally.longest,
-            )
+            rows = (entry.rows, tally.used, sum(tally.dropped.values()), entry.left_out, tally.cut)
+            tokens = (tally.tokens, tally.tokens_trained, tally.tokens_cut, tally.longest)
+            numbers = (*rows, tally.examples + entry.repeated, *tokens)
             table.append((name, *(f"{number:,}" for number in numbers)))
-        widths = [max(len(row[i]) for row in table) for i in range(len(head))]
-        lines = [
-            "  ".join(
-                text.ljust(width) if i == 0 else text.rjust(width)
-                for i, (text, width) in enumerate(zip(row, widths))
-            )
-            for row in table
-        ]
+        widths = [max(map(len, column)) for column in zip(*table)]
+        lines = []
+        for name, *numbers in table:
+            cells = [text.rjust(width) for text, width in zip(numbers, widths[1:])]
+            lines.append("  ".join([name.ljust(widths[0]), *cells]))
         for entry in self.datasets:
             if entry.kind == "rated":
                 lines += _describe_ratings(entry)
             for reason, count in entry.tally.dropped.items():
-                lines.append(
-                    f"{entry.name}: dropped {count:,}: {reason} (first: {entry.tally.first[reason]})"
-                )
+                first = entry.tally.first[reason]
+                lines.append(f"{entry.name}: dropped {count:,}: {reason} (first: {first})")
             for note, count in entry.tally.notes.items():
                 lines.append(f"{entry.name}: {count:,} rows: {note} (first: {entry.tally.first[note]})")
             lines += entry.warnings
@@ -104,13 +80,11 @@ def describe_example(example: Example, tokenizer, kind: str = "dialogue") -> str
     left, right = ("{=", "=}") if kind == "prompt" else ("{+", "+}")
     texts = []
     for number, span in enumerate(example.segments):
-        text = "".join(
-            f"{left}{piece}{right}" if trained else piece
-            for trained, piece in (
-                (trained, tokenizer.decode(example.tokens[span][start:end].tolist(), skip_special=False))
-                for trained, start, end in _runs(example.trained[span])
-            )
-        )
+        pieces = []
+        for trained, start, end in _runs(example.trained[span]):
+            piece = tokenizer.decode(example.tokens[span][start:end].tolist(), skip_special=False)
+            pieces.append(f"{left}{piece}{right}" if trained else piece)
+        text = "".join(pieces)
         name = segment_name(kind, number, example.tag)
         texts.append(f"{name}:\n{text}" if name else text)
     count = int(example.trained.sum())

@@ -17,27 +17,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from options.errors import UserError
+from options.errors import UserError, located
 from pipeline.readers import FILE_TYPES, read_file
 
-COLUMN_NAMES = (
-    "prompt",
-    "query",
-    "response",
-    "history",
-    "messages",
-    "system",
-    "tools",
-    "images",
-    "videos",
-    "audios",
-    "chosen",
-    "rejected",
-    "kto_tag",
-)
+TEXT_COLUMNS = ("prompt", "query", "response", "history", "messages", "system", "tools")
+COLUMN_NAMES = (*TEXT_COLUMNS, "images", "videos", "audios", "chosen", "rejected", "kto_tag")
 ALPACA_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output"}
 PROMPT_NAMES, RESPONSE_NAMES = ("instruction", "prompt"), ("output", "completion", "response", "answer")
-SHAREGPT_COLUMNS = {"messages": "conversations"}
+MESSAGES_COLUMNS = {"sharegpt": {"messages": "conversations"}, "openai": {"messages": "messages"}}
 SHAREGPT_TAGS = {
     "role_tag": "from",
     "content_tag": "value",
@@ -47,39 +34,21 @@ SHAREGPT_TAGS = {
     "function_tag": "function_call",
     "system_tag": "system",
 }
-OPENAI_TAGS = {
+OPENAI_TAGS = SHAREGPT_TAGS | {
     "role_tag": "role",
     "content_tag": "content",
     "user_tag": "user",
     "assistant_tag": "assistant",
     "observation_tag": "tool",
-    "function_tag": "function_call",
-    "system_tag": "system",
 }
-FIELDS = {
-    "hf_hub_url",
-    "ms_hub_url",
-    "om_hub_url",
-    "script_url",
-    "cloud_file_name",
-    "file_name",
-    "file_sha1",
-    "subset",
-    "split",
-    "folder",
-    "revision",
-    "num_samples",
-    "ranking",
-    "formatting",
-    "columns",
-    "tags",
-}
+SOURCES = ("hf_hub_url", "ms_hub_url", "file_name", "script_url")
+TEXTS = ("subset", "split", "folder", "revision", "file_sha1")
+OTHERS = ("om_hub_url", "cloud_file_name", "num_samples", "ranking", "formatting", "columns", "tags")
 
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """One dataset. `kind` says how `location` is read: a file or folder path, or the id of a hub
-    repository."""
+    """One dataset. `kind` says how `location` is read: the path of a file or folder, or the id on a hub."""
 
     name: str
     kind: str  # "file", "hf_hub", "ms_hub"
@@ -105,7 +74,7 @@ class HubAccess:
     cache_dir: str | None = None
 
 
-# ----------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # dataset_info.json
 
 
@@ -127,7 +96,7 @@ def find_dataset(name: str, dataset_dir: str | Path, default_split: str = "train
     """Look `name` up in dataset_info.json; else take it as the path of a file or folder.
 
     dataset_dir "ONLINE" (LLaMA-Factory's word) means that every name is a hub id.
-    Raises ValueError that names what was looked for and the closest known name.
+    Raises UserError that names what was looked for and the closest known name.
     """
     if str(dataset_dir) == "ONLINE":
         return DatasetInfo(name, _hub_kind(), name, columns=dict(ALPACA_COLUMNS), split=default_split)
@@ -150,100 +119,86 @@ def find_dataset(name: str, dataset_dir: str | Path, default_split: str = "train
 
 def parse_entry(name: str, entry: dict, dataset_dir: str | Path, default_split: str = "train") -> DatasetInfo:
     """One entry of dataset_info.json -> DatasetInfo, every field checked."""
-    where = f"{Path(dataset_dir) / 'dataset_info.json'}: dataset {name!r}"
-    if not isinstance(entry, dict):
-        raise UserError(f"{where}: expected an object, found {type(entry).__name__}")
-    for key in entry:
-        if key not in FIELDS:
-            near = difflib.get_close_matches(key, FIELDS, n=1)
-            raise UserError(
-                f"{where}: unknown field {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-            )
-    kind, location = _source(entry, where, dataset_dir)
-    formatting = entry.get("formatting", "alpaca")
-    if formatting not in ("alpaca", "sharegpt", "openai"):
-        raise UserError(f"{where}: formatting is {formatting!r}, expected 'alpaca', 'sharegpt' or 'openai'")
-    num_samples = entry.get("num_samples")
-    if num_samples is not None and (type(num_samples) is not int or num_samples < 1):
-        raise UserError(f"{where}: num_samples is {num_samples!r}, expected a whole number of at least 1")
-    if entry.get("ranking", False) not in (True, False):
-        raise UserError(f"{where}: ranking is {entry['ranking']!r}, expected true or false")
-    for key in ("subset", "split", "folder", "revision", "file_sha1"):
-        if entry.get(key) is not None and not isinstance(entry[key], str):
-            raise UserError(f"{where}: {key} is {entry[key]!r}, expected text")
-    return DatasetInfo(
-        name=name,
-        kind=kind,
-        location=location,
-        formatting=formatting,
-        columns=_columns(entry, formatting, where),
-        tags=_tags(entry, formatting, where),
-        subset=entry.get("subset"),
-        split=entry.get("split") or default_split,
-        folder=entry.get("folder"),
-        revision=entry.get("revision"),
-        num_samples=num_samples,
-        file_sha1=entry.get("file_sha1"),
-        ranking=bool(entry.get("ranking", False)),
-    )
+    with located(f"{Path(dataset_dir) / 'dataset_info.json'}: dataset {name!r}"):
+        if not isinstance(entry, dict):
+            raise UserError(f"expected an object, found {type(entry).__name__}")
+        known = (*SOURCES, *TEXTS, *OTHERS)
+        for key in entry:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                raise UserError(f"unknown field {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        kind, location = _source(entry, dataset_dir)
+        formatting = entry.get("formatting", "alpaca")
+        if formatting not in ("alpaca", "sharegpt", "openai"):
+            raise UserError(f"formatting is {formatting!r}, expected 'alpaca', 'sharegpt' or 'openai'")
+        num_samples, ranking = entry.get("num_samples"), entry.get("ranking", False)
+        if num_samples is not None and (type(num_samples) is not int or num_samples < 1):
+            raise UserError(f"num_samples is {num_samples!r}, expected a whole number of at least 1")
+        if ranking not in (True, False):
+            raise UserError(f"ranking is {ranking!r}, expected true or false")
+        for key in TEXTS:
+            if entry.get(key) is not None and not isinstance(entry[key], str):
+                raise UserError(f"{key} is {entry[key]!r}, expected text")
+        columns, tags = _columns(entry, formatting), _tags(entry, formatting)
+    texts = {key: entry.get(key) for key in TEXTS} | {"split": entry.get("split") or default_split}
+    shared = {"columns": columns, "tags": tags, "num_samples": num_samples, "ranking": bool(ranking)}
+    return DatasetInfo(name, kind, location, formatting, **shared, **texts)
 
 
-def _source(entry: dict, where: str, dataset_dir: str | Path) -> tuple[str, str]:
-    """LLaMA-Factory's order: hub ids first (ModelScope's when USE_MODELSCOPE_HUB=1), then script, then
-    file."""
-    for key in ("hf_hub_url", "ms_hub_url", "file_name", "script_url"):
+def _source(entry: dict, dataset_dir: str | Path) -> tuple[str, str]:
+    """LLaMA-Factory's order: hub ids first (ModelScope's when USE_MODELSCOPE_HUB=1), script, file."""
+    for key in SOURCES:
         if key in entry and (not isinstance(entry[key], str) or not entry[key]):
-            raise UserError(f"{where}: {key} is {entry[key]!r}, expected text")
+            raise UserError(f"{key} is {entry[key]!r}, expected text")
     kinds = [kind for kind in ("hf_hub", "ms_hub") if f"{kind}_url" in entry]
     if kinds:
         kind = _hub_kind() if _hub_kind() in kinds else kinds[0]
         return kind, entry[f"{kind}_url"]
     if "script_url" in entry:
         raise UserError(
-            f"{where}: script_url is not supported: it would run Python code that came with the data. "
-            "Convert the dataset to json, jsonl, csv or parquet once and give file_name."
+            "script_url is not supported: it would run Python code that came with the data. Convert the "
+            "dataset to json, jsonl, csv or parquet once and give file_name."
         )
     if "file_name" not in entry:
-        raise UserError(
-            f"{where}: none of hf_hub_url, ms_hub_url and file_name is given (it has {sorted(entry)})"
-        )
-    relative = os.path.normpath(entry["file_name"])
+        raise UserError(f"none of hf_hub_url, ms_hub_url and file_name is given (it has {sorted(entry)})")
     # a registry that came with somebody's data must not be able to point at other files of this machine
-    if os.path.isabs(relative) or relative.split(os.sep)[0] == "..":
+    if _leaves(entry["file_name"]):
         raise UserError(
-            f"{where}: file_name {entry['file_name']!r} leaves the folder {str(dataset_dir)!r}. "
+            f"file_name {entry['file_name']!r} leaves the folder {str(dataset_dir)!r}. "
             "Move or link the file there, or give its path itself as `dataset`."
         )
-    return "file", str(Path(dataset_dir) / relative)
+    return "file", str(Path(dataset_dir) / os.path.normpath(entry["file_name"]))
+
+
+def _leaves(path: str) -> bool:
+    """Whether it points out of the folder that it should lie in."""
+    inside = os.path.normpath(path)
+    return os.path.isabs(inside) or inside.split(os.sep)[0] == ".."
 
 
 def _hub_kind() -> str:
     return "ms_hub" if os.environ.get("USE_MODELSCOPE_HUB", "0").lower() in ("1", "true") else "hf_hub"
 
 
-def _columns(entry: dict, formatting: str, where: str) -> dict[str, str]:
+def _columns(entry: dict, formatting: str) -> dict[str, str]:
     """As LLaMA-Factory: without `columns` the defaults; with it only what it names (plus nothing else)."""
-    defaults = ALPACA_COLUMNS if formatting == "alpaca" else SHAREGPT_COLUMNS
-    if formatting == "openai":
-        defaults = {"messages": "messages"}
+    defaults = MESSAGES_COLUMNS.get(formatting, ALPACA_COLUMNS)
     given = entry.get("columns")
     if given is None:
         return dict(defaults)
-    _check_mapping(given, COLUMN_NAMES, f"{where}: columns")
-    columns = {key: value for key, value in given.items() if value is not None}
+    columns = _checked_mapping(given, COLUMN_NAMES, "columns")
     needed = "prompt" if formatting == "alpaca" else "messages"
     columns.setdefault(needed, defaults[needed])
     return columns
 
 
-def _tags(entry: dict, formatting: str, where: str) -> dict[str, str]:
+def _tags(entry: dict, formatting: str) -> dict[str, str]:
     defaults = OPENAI_TAGS if formatting == "openai" else SHAREGPT_TAGS
-    given = entry.get("tags") or {}
-    _check_mapping(given, tuple(SHAREGPT_TAGS), f"{where}: tags")
-    return defaults | {key: value for key, value in given.items() if value is not None}
+    return defaults | _checked_mapping(entry.get("tags") or {}, tuple(SHAREGPT_TAGS), "tags")
 
 
-def _check_mapping(given, known: tuple[str, ...], where: str) -> None:
+def _checked_mapping(given, known: tuple[str, ...], where: str) -> dict[str, str]:
+    """What is given, without what is null."""
     if not isinstance(given, dict):
         raise UserError(f"{where} is {given!r}, expected an object")
     for key, value in given.items():
@@ -253,6 +208,7 @@ def _check_mapping(given, known: tuple[str, ...], where: str) -> None:
             raise UserError(f"{where}: unknown key {key!r}; {hint}")
         if value is not None and not isinstance(value, str):
             raise UserError(f"{where}.{key} is {value!r}, expected text")
+    return {key: value for key, value in given.items() if value is not None}
 
 
 def _guess_format(info: DatasetInfo) -> DatasetInfo:
@@ -267,9 +223,8 @@ def _guess_format(info: DatasetInfo) -> DatasetInfo:
         columns |= {"chosen": "chosen", "rejected": "rejected"}
     if isinstance(row.get("label"), bool):  # trl's name
         columns["kto_tag"] = "label"
-    messages = next(
-        (name for name in ("messages", "conversations", "prompt") if isinstance(row.get(name), list)), None
-    )
+    listed = ("messages", "conversations", "prompt")
+    messages = next((name for name in listed if isinstance(row.get(name), list)), None)
     if messages is not None or (ranked and isinstance(row["chosen"], list)):
         some = row[messages] if messages is not None else row["chosen"]
         openai = bool(some) and isinstance(some[0], dict) and "role" in some[0]
@@ -290,8 +245,7 @@ def _guess_format(info: DatasetInfo) -> DatasetInfo:
         return replace(info, columns={"prompt": "text"})
     raise UserError(
         f"dataset: {info.location} has the columns {', '.join(map(str, row))}; expected 'instruction' or "
-        "'prompt' "
-        "(alpaca), 'conversations' (sharegpt), 'messages' (OpenAI) or 'text'. "
+        "'prompt' (alpaca), 'conversations' (sharegpt), 'messages' (OpenAI) or 'text'. "
         "Name its columns in an entry of dataset_info.json instead."
     )
 
@@ -301,34 +255,29 @@ def _guess_format(info: DatasetInfo) -> DatasetInfo:
 
 
 def list_files(info: DatasetInfo) -> list[Path]:
-    """The data files of a `file` dataset in reading order: itself, or a folder's files of one type by
-    name."""
-    path = Path(info.location)
-    if info.folder:
-        inside = os.path.normpath(info.folder)
-        if os.path.isabs(inside) or inside.split(os.sep)[0] == "..":
-            raise UserError(f"dataset {info.name!r}: folder {info.folder!r} leaves {path}")
-        path = path / inside
-    if path.is_file():
-        files = [path]
-    elif path.is_dir():
-        files = sorted(
-            child
-            for child in path.iterdir()
-            if child.is_file() and not child.name.startswith(".") and child.name != "dataset_info.json"
-        )
-    else:
-        raise UserError(f"dataset {info.name!r}: {path} does not exist")
-    endings = {file.suffix.lower() for file in files}
-    if not files:
-        raise UserError(f"dataset {info.name!r}: the folder {path} is empty")
-    if not endings <= set(FILE_TYPES):
-        wrong = next(file for file in files if file.suffix.lower() not in FILE_TYPES)
-        raise UserError(f"dataset {info.name!r}: {wrong} is of no known type; known: {', '.join(FILE_TYPES)}")
-    if len(endings - {".json", ".jsonl"}) + bool(endings & {".json", ".jsonl"}) > 1:
-        raise UserError(
-            f"dataset {info.name!r}: the folder {path} mixes {', '.join(sorted(endings))}; keep one type"
-        )
+    """The data files of a `file` dataset in reading order: itself, or a folder's files by name."""
+    path = Path(info.location) / (info.folder or "")
+    with located(f"dataset {info.name!r}"):
+        if info.folder and _leaves(info.folder):
+            raise UserError(f"folder {info.folder!r} leaves {info.location}")
+        if path.is_file():
+            files = [path]
+        elif path.is_dir():
+            files = sorted(
+                child
+                for child in path.iterdir()
+                if child.is_file() and not child.name.startswith(".") and child.name != "dataset_info.json"
+            )
+        else:
+            raise UserError(f"{path} does not exist")
+        endings = {file.suffix.lower() for file in files}
+        if not files:
+            raise UserError(f"the folder {path} is empty")
+        if not endings <= set(FILE_TYPES):
+            wrong = next(file for file in files if file.suffix.lower() not in FILE_TYPES)
+            raise UserError(f"{wrong} is of no known type; known: {', '.join(FILE_TYPES)}")
+        if len(endings - {".json", ".jsonl"}) + bool(endings & {".json", ".jsonl"}) > 1:
+            raise UserError(f"the folder {path} mixes {', '.join(sorted(endings))}; keep one type")
     return files
 
 
@@ -347,6 +296,7 @@ def read_rows(info: DatasetInfo, opened: Iterable[dict] | None = None) -> Iterat
 
 def open_hub(info: DatasetInfo, hub: HubAccess, streaming: bool):
     """The hub dataset as an iterable of dicts. Only data files are read; repositories' code never runs."""
+    shared = {"data_dir": info.folder, "split": info.split, "cache_dir": hub.cache_dir}
     if info.kind == "ms_hub":
         try:
             from modelscope import MsDataset
@@ -354,29 +304,14 @@ def open_hub(info: DatasetInfo, hub: HubAccess, streaming: bool):
             raise UserError(
                 f"dataset {info.name!r} comes from ModelScope; run `pip install modelscope` first"
             ) from error
-        rows = MsDataset.load(
-            dataset_name=info.location,
-            subset_name=info.subset,
-            data_dir=info.folder,
-            split=info.split,
-            cache_dir=hub.cache_dir,
-            token=hub.ms_token,
-            use_streaming=streaming,
-        )
+        named = {"dataset_name": info.location, "subset_name": info.subset, "token": hub.ms_token}
+        rows = MsDataset.load(**named, **shared, use_streaming=streaming)
         return rows.to_hf_dataset() if hasattr(rows, "to_hf_dataset") else rows
     from datasets import load_dataset  # imported here: it takes a second and only hub data needs it
 
+    named = {"name": info.subset, "revision": info.revision, "token": hub.hf_token}
     try:
-        return load_dataset(
-            info.location,
-            name=info.subset,
-            data_dir=info.folder,
-            split=info.split,
-            revision=info.revision,
-            cache_dir=hub.cache_dir,
-            token=hub.hf_token,
-            streaming=streaming,
-        )
+        return load_dataset(info.location, **named, **shared, streaming=streaming)
     except (OSError, RuntimeError, ValueError) as error:  # not found, offline, script refused, unknown split
         raise UserError(
             f"dataset {info.name!r}: the hub id {info.location!r} (split {info.split!r}) cannot be read: "
@@ -388,9 +323,8 @@ def content_key(info: DatasetInfo, rows=None) -> str:
     """A hash of what the rows are made of: the bytes of the files, or the hub dataset's own fingerprint."""
     digest = hashlib.blake2b(digest_size=20)
     if info.kind != "file":
-        digest.update(
-            f"{info.location} {info.subset} {info.split} {getattr(rows, '_fingerprint', '')}".encode()
-        )
+        fingerprint = getattr(rows, "_fingerprint", "")
+        digest.update(f"{info.location} {info.subset} {info.split} {fingerprint}".encode())
         return digest.hexdigest()
     for path in list_files(info):
         digest.update(path.suffix.encode())
@@ -403,11 +337,11 @@ def check_sha1(info: DatasetInfo) -> str | None:
     """A warning text when `file_sha1` is given and differs from the file, else None."""
     if info.file_sha1 is None or info.kind != "file":
         return None
-    files = list_files(info)
+    files, where = list_files(info), f"dataset {info.name!r}"
     if len(files) > 1:
-        return f"dataset {info.name!r}: file_sha1 is given for a folder of {len(files)} files and was not checked"
+        return f"{where}: file_sha1 is given for a folder of {len(files)} files and was not checked"
     with open(files[0], "rb") as file:
         found = hashlib.file_digest(file, "sha1").hexdigest()
     if found == info.file_sha1.lower():
         return None
-    return f"dataset {info.name!r}: {files[0]} has sha1 {found}, but file_sha1 says {info.file_sha1}: other contents"
+    return f"{where}: {files[0]} has sha1 {found}, but file_sha1 says {info.file_sha1}: other contents"

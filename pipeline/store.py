@@ -1,5 +1,4 @@
-"""Tokenised examples on disk: flat arrays that are memory-mapped, written in a way that survives being
-killed.
+"""Tokenised examples on disk: flat arrays, memory-mapped, written in a way that survives being killed.
 
 A folder holds tokens.i32, trained.u8, turns.i16, roles.u8 (one entry per token), lengths.i32, rows.i64,
 splits.i32 and tags.i8 (one per example), and meta.json (sizes, checksums, counts). While it is being written
@@ -24,6 +23,7 @@ import numpy as np
 from options.errors import UserError
 from parallel.atomic import TEMPORARY, atomic_file, atomic_folder, remove_folder
 from pipeline.batch import Example
+from pipeline.mixing import hold_out
 
 ARRAYS = {
     "tokens": ("tokens.i32", np.dtype("<i4")),
@@ -147,17 +147,14 @@ class TokenArrays:
 
 
 class ExampleStore:
-    """Examples of several datasets in one order. `index` (n, 2) says (part, example of that part) for
-    each."""
+    """Examples of several datasets in one order. index: (n, 2), part and example of that part; None = all."""
 
     def __init__(
         self, parts: Sequence[TokenArrays], datasets: Sequence[str], index: np.ndarray | None = None
     ):
         if index is None:
-            pairs = [
-                np.stack([np.full(len(part), k), np.arange(len(part))], 1) for k, part in enumerate(parts)
-            ]
-            index = np.concatenate([np.empty((0, 2), np.int64), *pairs])
+            pairs = [(k, j) for k, part in enumerate(parts) for j in range(len(part))]
+            index = np.array(pairs, np.int64).reshape(-1, 2)
         self.parts, self.datasets, self.index = list(parts), list(datasets), index
         self.lengths = self._gather("lengths", np.int32)
         self.reference: np.ndarray | None = None  # (n, segments) fp32, see Example; filled by reference.py
@@ -227,6 +224,13 @@ class ExampleStore:
     def select(self, which: np.ndarray) -> "ExampleStore":
         return ExampleStore(self.parts, self.datasets, self.index[which])
 
+    def split(self, val_size: float, seed: int) -> tuple["ExampleStore", "ExampleStore"]:
+        """(train, validation) by whole rows; a row that is repeated is evaluated once."""
+        held = hold_out(self.sources, val_size, seed)
+        validation = np.flatnonzero(held)
+        _, first = np.unique(self.index[validation], axis=0, return_index=True)
+        return self.select(np.flatnonzero(~held)), self.select(validation[np.sort(first)])
+
     def _gather(self, name: str, dtype) -> np.ndarray:
         values = np.empty(len(self.index), dtype)
         for k, part in enumerate(self.parts):
@@ -235,13 +239,16 @@ class ExampleStore:
         return values
 
 
+def partial_folder(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".partial")
+
+
 class StoreWriter:
-    """Appends chunks to `folder`.partial; `finish` makes it `folder`. Goes on where a killed writer
-    stopped."""
+    """Appends to `folder`.partial; `finish` makes it `folder`. Goes on where a killed writer stopped."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.partial = self.folder.with_name(self.folder.name + ".partial")
+        self.partial = partial_folder(self.folder)
         self.partial.mkdir(parents=True, exist_ok=True)
         for litter in self.partial.glob(TEMPORARY + "*"):  # of a writer that was killed
             litter.unlink()
@@ -331,8 +338,7 @@ def load_sets(folder: Path) -> tuple[dict, dict[str, ExampleStore]]:
 
 @contextmanager
 def locked(path: str | Path) -> Iterator[None]:
-    """Hold an exclusive lock: of several ranks or runs that want the same data, one tokenises and the others
-    wait."""
+    """Hold an exclusive lock: of several that want the same data, one tokenises and the others wait."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # the kernel releases it when the process ends, however it ends

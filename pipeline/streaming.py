@@ -1,5 +1,4 @@
-"""Rows that are read while training: one pass after another, several data sets mixed, evaluation rows left
-out."""
+"""Rows read while training: one pass after another, several data sets mixed, evaluation rows left out."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field

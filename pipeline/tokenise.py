@@ -29,7 +29,7 @@ from pipeline.encoding import (
 )
 from pipeline.formats import check_stage
 from pipeline.mixing import choose_rows, examples_of_rows
-from pipeline.report import DatasetReport
+from pipeline.report import DataReport, DatasetReport
 from pipeline.sources import (
     DatasetInfo,
     HubAccess,
@@ -39,7 +39,7 @@ from pipeline.sources import (
     open_hub,
     read_rows,
 )
-from pipeline.store import StoreWriter, TokenArrays, locked
+from pipeline.store import ExampleStore, StoreWriter, Tally, TokenArrays, load_sets, locked, partial_folder
 
 CACHE_VERSION = 3  # raise it when the tokens of an unchanged row change, or the layout of the files
 
@@ -79,17 +79,30 @@ class Tokeniser:
 
     def keys(self) -> dict:
         """What decides the tokens of given rows."""
-        used = (
-            None
-            if self.encode.kind == "document"
-            else template_key(self.template, self.encode.enable_thinking)
-        )
+        document = self.encode.kind == "document"
         return {
             "version": CACHE_VERSION,
             "tokenizer": tokenizer_key(self.tokenizer),
-            "template": used,
+            "template": None if document else template_key(self.template, self.encode.enable_thinking),
             "options": asdict(self.encode),
         }
+
+    def load(self, folder: Path) -> tuple[ExampleStore | None, dict[str, ExampleStore], DataReport]:
+        """What save_sets kept: training set, evaluation sets, report. Refused when tokenizer, template or
+        options would now give other tokens."""
+        meta, sets = load_sets(folder)
+        for name, now in self.keys().items():
+            then = meta["keys"].get(name)
+            if then != now:
+                if isinstance(then, dict) and isinstance(now, dict):
+                    differing = [key for key in {**then, **now} if then.get(key) != now.get(key)]
+                    then, now = ({key: each.get(key) for key in differing} for each in (then, now))
+                raise UserError(
+                    f"tokenized_path: the data in {folder} was made with another {name} ({then}, now {now}). "
+                    "Give the options it was made with, or another tokenized_path."
+                )
+        reports = [DatasetReport(**(entry | {"tally": Tally(**entry["tally"])})) for entry in meta["report"]]
+        return sets.pop("train", None), sets, DataReport(reports)
 
     def dataset(
         self, info: DatasetInfo, role: str, only: np.ndarray | None = None
@@ -106,11 +119,8 @@ class Tokeniser:
         elif info.num_samples is not None:
             total = sum(1 for _ in read_rows(info, opened))
             chosen = choose_rows(total, info.num_samples, self.seed)[:limit]
-        described = {
-            name: value
-            for name, value in asdict(info).items()
-            if name not in ("name", "location", "file_sha1")
-        }
+        left = ("name", "location", "file_sha1")
+        described = {name: value for name, value in asdict(info).items() if name not in left}
         key = self.keys() | {"data": content_key(info, opened), "info": described}
         key |= {"limit": limit, "chosen": None if chosen is None else [total, self.seed]}
         if only is not None:
@@ -128,10 +138,8 @@ class Tokeniser:
         order = np.arange(len(files))
         warnings = [warning] if warning else []
         if self.encode.kind == "dialogue" and "kto_tag" in info.columns:
-            warnings.append(
-                f"dataset {info.name!r}: columns.kto_tag is not used: stage {self.stage} trains on bad "
-                "answers too"
-            )
+            why = f"stage {self.stage} trains on bad answers too"
+            warnings.append(f"dataset {info.name!r}: columns.kto_tag is not used: {why}")
         report = DatasetReport(info.name, role, files.tally, self.encode.kind, warnings=tuple(warnings))
         if only is None and chosen is not None:
             order = examples_of_rows(files.rows, chosen)
@@ -143,17 +151,17 @@ class Tokeniser:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(
-                f"cache_dir: {folder.parent} cannot be made ({error.strerror}); name another"
-            ) from error
+            reason = f"{folder.parent} cannot be made ({error.strerror})"
+            raise UserError(f"cache_dir: {reason}; name another") from error
         with locked(folder.with_suffix(".lock")):
-            if folder.exists() and not (self.overwrite_cache and self.is_main):
+            anew = self.overwrite_cache and self.is_main
+            if folder.exists() and not anew:
                 try:
                     return TokenArrays.open(folder)
                 except UserError as error:
                     print(f"cache: {error}; tokenising again")
-            if self.overwrite_cache and self.is_main:
-                shutil.rmtree(folder.with_name(folder.name + ".partial"), ignore_errors=True)
+            if anew:
+                shutil.rmtree(partial_folder(folder), ignore_errors=True)
             self._write(folder, rows, encoder)
             return TokenArrays.open(folder, check=False)
 
@@ -161,19 +169,18 @@ class Tokeniser:
         try:
             writer = StoreWriter(folder)
         except UserError:  # what a killed run left does not fit together
-            shutil.rmtree(folder.with_name(folder.name + ".partial"))
+            shutil.rmtree(partial_folder(folder))
             writer = StoreWriter(folder)
-        todo = islice(rows(), writer.rows_done, None)
-        # delay: short work shows no bar
-        bar = _Bar(
-            desc=f"tokenising {encoder.info.name}",
-            unit=" rows",
-            initial=writer.rows_done,
-            delay=2.0,
-            disable=not self.is_main,
-        )
+        todo, done = islice(rows(), writer.rows_done, None), writer.rows_done
         try:
-            with bar:
+            # delay: short work shows no bar
+            with _Bar(
+                desc=f"tokenising {encoder.info.name}",
+                unit=" rows",
+                initial=done,
+                delay=2,
+                disable=not self.is_main,
+            ) as bar:
                 for chunk in encode_chunks(todo, encoder, self.workers):
                     writer.append(chunk)
                     bar.update(chunk.tally.read)
