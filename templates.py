@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from options.errors import UserError
 from options.option import COMMON, option
 from text.jinja_template import JinjaTemplate
-from text.render import ChatTemplate, Message, encode_dialogue
+from text.render import ChatTemplate
 
 
 @dataclass(frozen=True)
@@ -191,29 +191,3 @@ def get_template(
     if default_system is not None:
         template = replace(template, default_system=default_system or None)
     return template
-
-
-def compare(tokenizer, left, right, messages: list[Message], **options) -> str | None:
-    """The first token at which two templates differ for a dialogue, in words; None when they give the same
-    tokens.
-
-    left, right: ChatTemplate or JinjaTemplate; options as for render, such as generation_prompt=True.
-    """
-    ids = [
-        encode_dialogue(
-            tokenizer, template.render(messages, tokenizer.bos_token, tokenizer.eos_token, **options)
-        ).ids
-        for template in (left, right)
-    ]
-    return first_difference(tokenizer, *ids)
-
-
-def first_difference(tokenizer, left: list[int], right: list[int]) -> str | None:
-    """Where two token lists part, in words; None when they are equal."""
-    if left == right:
-        return None
-    # pairs stop at the shorter list; then one of them ends there
-    index = next((i for i, (a, b) in enumerate(zip(left, right)) if a != b), min(len(left), len(right)))
-    named = [repr(tokenizer.piece(ids[index])) if index < len(ids) else "the end" for ids in (left, right)]
-    before = "".join(tokenizer.piece(i) for i in left[max(0, index - 8) : index])
-    return f"token {index}: {named[0]} against {named[1]}, after {before!r}"

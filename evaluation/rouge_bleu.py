@@ -1,18 +1,19 @@
-"""How close generated texts come to their labels: ROUGE-1, ROUGE-2, ROUGE-L, BLEU-4 and exact match, in per
-cent.
+"""How close generated texts come to their labels: ROUGE-1, -2, -L, BLEU-4 and exact match, in per cent.
 
     scores("the cat sat", "a cat sat")     # {"rouge-1": 66.6667, ..., "bleu-4": ..., "exact_match": 0.0}
     mean_scores([("the cat sat", "a cat sat"), ...])
 
 The numbers are LLaMA-Factory's, so runs can be compared: rouge_chinese's ROUGE over the words that jieba
-cuts, nltk's sentence BLEU over characters with Chen and Cherry's third smoothing. ROUGE (Lin 2004): x = the
-distinct n-grams of the text, y = those of the label: p = |x & y| / |x|, r = |x & y| / |y|,
-  F = 2 p r / (p + r). For L: p and r are the length of the longest common subsequence over that of text and label.
-BLEU-4 (Papineni et al. 2002): brevity * exp(mean over n = 1..4 of log p_n); the k-th p_n without a match is
+cuts, nltk's sentence BLEU over characters with Chen and Cherry's third smoothing.
+  ROUGE (Lin 2004): x = the distinct n-grams of the text, y = those of the label: p = |x & y| / |x|,
+  r = |x & y| / |y|, F = 2 p r / (p + r). For L: p and r are the length of the longest common subsequence over
+  that of text and label.
+  BLEU-4 (Papineni et al. 2002): brevity * exp(mean over n = 1..4 of log p_n); the k-th p_n without a match is
   1 / (2^k * n-grams of the text) (Chen and Cherry 2014, smoothing 3).
-Words: jieba's where a text holds Chinese and jieba is installed (`chinese_is_cut`). Without Chinese the rule below
-gives the words that jieba gives; Chinese without jieba is taken one character at a time, which gives other numbers. As
-in rouge_chinese a word counts once for ROUGE-1 and -2 however often it comes, and an empty line counts as a word.
+Words: jieba's where a text holds Chinese and jieba is installed (`chinese_is_cut`). Without Chinese the rule
+below gives the words that jieba gives; Chinese without jieba is taken one character at a time, which gives
+other numbers. As in rouge_chinese a word counts once for ROUGE-1 and -2 however often it comes, and an empty
+line counts as a word.
 """
 
 import functools
@@ -26,9 +27,8 @@ NAMES = ("rouge-1", "rouge-2", "rouge-l", "bleu-4", "exact_match")
 # jieba's: its five Latin names with signs; letters and digits with a decimal part and a per cent sign, runs
 # of signs, any other character by itself
 PIECE = re.compile(r"\b(?:AT&T|[cC]#|[cC]\+\+)|[a-zA-Z0-9]+(?:\.\d+)?%?|[+#&._%\-]+|\r\n|\s|\S")
-SENTENCE_END = re.compile(
-    "([\u3002\uff01\uff1f?]|\\.{6})([^\u201d\u2019])"
-)  # rouge_chinese's: begins a new line
+# rouge_chinese's: begins a new line
+SENTENCE_END = re.compile("([\u3002\uff01\uff1f?]|\\.{6})([^\u201d\u2019])")
 CHINESE = re.compile("[\u4e00-\u9fd5]")
 TINY = 1e-8  # in the denominator of F, as rouge_chinese has it
 

@@ -24,6 +24,7 @@ from data import DataOptions, TokenizedDataSaved, load_datasets
 from pipeline import encoding, store
 from pipeline.batch import ANSWER, ROLES
 from pipeline.encoding import EncodeOptions, keep_tokens, pieces, ratio_keep, ratio_lengths, template_key
+from pipeline.mixing import interleave
 from pipeline.preview import token_table
 from pipeline.report import describe_example
 from pipeline.store import ExampleStore, StoreWriter, TokenArrays
@@ -660,7 +661,7 @@ def test_a_stream_interleaves_as_stored_data_does(home, tokenizer, strategy, pro
     put(home, "b", questions(5))
     how = {"mix_strategy": strategy, "interleave_probs": probabilities}
     stream = load(home, tokenizer, "a", "b", streaming=True, **how).train
-    stored = data.interleave([3, 5], probabilities, strategy == "interleave_under", [1, 0])
+    stored = interleave([3, 5], probabilities, strategy == "interleave_under", [1, 0])
     assert [(k, row[0]) for k, row in stream.rows(0)] == [tuple(pair) for pair in stored.tolist()]
 
 

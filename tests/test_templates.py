@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import KINDS, make_tokenizer
 
-from templates import TEMPLATES, TemplateOptions, compare, first_difference, get_template
+from templates import TEMPLATES, TemplateOptions, get_template
 from text.jinja_template import JinjaTemplate
 from text.render import Message, Span, encode_dialogue, split_thought, tool_calls
 from text.tokenizer import Tokenizer
@@ -119,7 +119,7 @@ def test_tokens_equal_those_of_the_published_jinja(pairs, kind, name):
                 "spaces" in case and TEMPLATES[name].answer.startswith(" ") and not TEMPLATES[name].trim
             )
             if end_is_token and not two_spaces:
-                assert first_difference(ours, encode_dialogue(ours, spans).ids, expected) is None, case
+                assert encode_dialogue(ours, spans).ids == expected, case
 
 
 @pytest.mark.parametrize("name", SAME_AS)
@@ -132,7 +132,8 @@ def test_answers_of_the_jinja_are_those_of_the_built_in_template(pairs, name):
         assert answers_of(found) == answers_of(built_in)
         turns = [(span.turn, span.role) for span in built_in if span.answer]
         assert [(span.turn, span.role) for span in found if span.answer] == turns
-        assert compare(ours, TEMPLATES[name], jinja, messages) is None
+        left, right = (render(template, messages, ours) for template in (TEMPLATES[name], jinja))
+        assert encode_dialogue(ours, left).ids == encode_dialogue(ours, right).ids
         prompt = render(jinja, messages[:-1], ours, generation_prompt=True)
         assert text_of(prompt) == text_of(
             render(TEMPLATES[name], messages[:-1], ours, generation_prompt=True)
@@ -329,9 +330,6 @@ def test_thinking_answers_of_qwen3():
         left = qwen3.render(dialogue, None, "</s>", enable_thinking=thinking)
         right = jinja.render(dialogue, None, "</s>", enable_thinking=thinking)
         assert (text_of(left), answers_of(left)) == (text_of(right), answers_of(right))
-    assert not jinja.trains_earlier_answers()
-    assert "only the last one is trained" in jinja.describe()
-    assert "earlier answers are shown without thoughts" in qwen3.describe()
     assert len(answers_of(TEMPLATES["qwen3_nothink"].render([USER, ANSWER] * 2, None, "</s>"))) == 2
     assert split_thought("no block") == ("", "no block")
 
@@ -377,7 +375,7 @@ def test_jinja_without_generation_prompt_gets_its_header_from_the_finished_dialo
     assert answers_of(spans) == [f" {ANSWER.content}\n"] * 2  # nothing but the newline ends an answer
     prompt = render(jinja, [USER, ANSWER, MORE], ours, generation_prompt=True)
     assert prompt[-1] == Span("### ASSISTANT:", False, 3, "assistant")
-    assert jinja.render_text([USER], None, None, generation_prompt=True).endswith("\n### ASSISTANT:")
+    assert text_of(jinja.render([USER], None, None, generation_prompt=True)).endswith("\n### ASSISTANT:")
     assert jinja.content(" I am") == "I am"
     assert text_of(spans).startswith(text_of(prompt))
 
@@ -425,10 +423,9 @@ def test_jinja_with_generation_marks_trains_what_transformers_masks(pairs):
     )
     assert encoded.ids == expected["input_ids"]
     assert [int(flag) for flag in encoded.answer] == expected["assistant_masks"]
-    assert "marked by {% generation %}" in jinja.describe()
     assert jinja.stop_words("</s>") == ("</s>",)
     text = render(jinja, [USER], ours, generation_prompt=True)
-    assert text_of(text) == jinja.render_text([USER], None, None, generation_prompt=True)
+    assert text_of(text).endswith("A:")
     broken = MARKED.replace("m.role == 'assistant'", "m.role == 'assistant' and loop.last")
     with pytest.raises(ValueError, match="marks 1 answers.*the dialogue has 2"):
         render(JinjaTemplate(broken), messages, ours)
@@ -450,7 +447,7 @@ def test_jinja_that_refuses_a_dialogue_names_the_reason_and_a_way_out():
 )
 def test_jinja_is_sandboxed(attack):
     with pytest.raises(ValueError, match="refuses a dialogue"):
-        JinjaTemplate(attack).render_text([USER], None, None)
+        JinjaTemplate(attack).render([USER], None, None)
 
 
 def test_jinja_has_the_helpers_of_transformers(pairs):
@@ -460,20 +457,9 @@ def test_jinja_has_the_helpers_of_transformers(pairs):
         "endfor %}"
         "{{ strftime_now('%Y') }}{{ tools | tojson }}{{ enable_thinking }}"
     )
-    ours = JinjaTemplate(source).render_text(
-        [USER, ANSWER, MORE], "<s>", "</s>", tools=TOOLS, enable_thinking=False
-    )
+    talk = [USER, ANSWER, MORE]
+    ours = text_of(JinjaTemplate(source).render(talk, "<s>", "</s>", tools=TOOLS, enable_thinking=False))
     expected = theirs.apply_chat_template(
         dicts([USER, ANSWER, MORE]), chat_template=source, tokenize=False, tools=TOOLS, enable_thinking=False
     )
     assert ours == expected
-
-
-def test_first_difference_names_the_token(pairs):
-    ours, _ = pairs["chatml"]
-    left, right = ours.encode("Hello who are you"), ours.encode("Hello who is")
-    assert first_difference(ours, left, left) is None
-    assert first_difference(ours, left, right).startswith("token 2: ' are' against ' ")
-    assert first_difference(ours, left, left[:2]) == "token 2: ' are' against the end, after 'Hello who'"
-    difference = compare(ours, TEMPLATES["qwen"], TEMPLATES["chatml"], [USER, ANSWER])
-    assert "'system' against" in difference or "against 'user'" in difference

@@ -4,13 +4,13 @@ The template runs in the sandbox that transformers uses. Where an answer begins 
 prefixes of the dialogue: the prompt for generation must be a prefix of the dialogue that ends with this
 answer, and that must be a prefix of the whole. {% generation %} marks are used where the template has them.
 
-Sources: transformers' apply_chat_template (environment, names of its values). `Message` and `Span` also serve
-the built-in templates of templates.py. Run: python -c "from jinja_template import *;
-print(JinjaTemplate('...').render([Message('user', 'Hi')], '', ''))"
+Source: transformers' apply_chat_template (environment, names of its values).
+Run: python -c "from text.jinja_template import *; print(JinjaTemplate('{{ messages }}').render([], '', ''))"
 """
 
 import functools
 import json
+import os
 import re
 from dataclasses import dataclass
 from datetime import datetime
@@ -31,23 +31,6 @@ class JinjaTemplate:
     default_system: str | None = None
     name: str = "checkpoint"
 
-    def render_text(
-        self,
-        messages: list[Message],
-        bos: str | None,
-        eos: str | None,
-        *,
-        generation_prompt: bool = False,
-        enable_thinking: bool = True,
-        tools: list[dict] | None = None,
-    ) -> str:
-        """The rendered text, as transformers' apply_chat_template(tokenize=False)."""
-        settings = _Settings(bos, eos, enable_thinking, tools)
-        text = self._text(self._dialogue(messages, enable_thinking), settings, generation_prompt)
-        if generation_prompt:
-            text += self._probe(settings).missing_header
-        return text.replace(ANSWER_BEGINS, "").replace(ANSWER_ENDS, "")
-
     def render(
         self,
         messages: list[Message],
@@ -59,38 +42,37 @@ class JinjaTemplate:
         tools: list[dict] | None = None,
     ) -> list[Span]:
         """Spans of the dialogue. An answer is trained where the prompt that generation would be given is what
-        stands before it, and later turns leave it unchanged. ValueError when that fails for the last answer.
-        """
-        settings = _Settings(bos, eos, enable_thinking, tools)
+        stands before it, and later turns leave it unchanged. UserError when not so for the last answer."""
+        values = _Values(self.source, bos, eos, enable_thinking, tools)
         dialogue = self._dialogue(messages, enable_thinking)
-        whole = self._text(dialogue, settings, generation_prompt)
-        probe = self._probe(settings)
+        whole = values.text(dialogue, generation_prompt)
+        probe = _probe(self.source, bos, eos, enable_thinking)
         if generation_prompt:
             whole += probe.missing_header
         if ANSWER_BEGINS in whole:
             return _marked_spans(whole, messages)
-        inserted = len(dialogue) - len(messages)
-        spans, cursor = [], 0
+        spans, cursor, inserted = [], 0, len(dialogue) - len(messages)
         if bos and whole.startswith(bos):
             spans.append(Span(bos, False, -1, "prefix"))
             cursor = len(bos)
         for turn, message in enumerate(messages):
-            position = turn + inserted
+            before, upto = dialogue[: turn + inserted], dialogue[: turn + inserted + 1]
             if message.role not in PRODUCED:
-                end = self._end_of(dialogue[: position + 1], settings, whole)
+                end = _end_of(values, upto, whole)
                 if end > cursor:
                     spans.append(Span(whole[cursor:end], False, turn, message.role))
                     cursor = end
                 continue
-            last = turn == len(messages) - 1
-            found = self._answer(dialogue, position, settings, whole, probe)
-            if found is None or found[0] < cursor:
-                if last:
-                    raise UserError(self._explain(dialogue, position, settings))
-                continue
-            spans.append(Span(whole[cursor : found[0]], False, turn, message.role))
-            spans.append(Span(whole[found[0] : found[1]], True, turn, message.role))
-            cursor = found[1]
+            prompt, finished = values.text(before, True), values.text(upto)
+            header = prompt + probe.missing_header
+            begin, text = len(header), finished.removesuffix(probe.after_end)
+            fits = cursor <= begin <= len(text) and text.startswith(header)
+            if fits and whole.startswith(text):
+                spans.append(Span(whole[cursor:begin], False, turn, message.role))
+                spans.append(Span(text[begin:], True, turn, message.role))
+                cursor = len(text)
+            elif turn == len(messages) - 1:
+                raise UserError(_explain(self.source, prompt, finished))
         owner = len(messages) if generation_prompt else len(messages) - 1
         role = "assistant" if generation_prompt or not messages else messages[-1].role
         spans.append(Span(whole[cursor:], False, owner, role))
@@ -98,129 +80,70 @@ class JinjaTemplate:
 
     def stop_words(self, eos: str | None) -> tuple[str, ...]:
         """The template's end-of-turn mark and the tokenizer's eos."""
-        end = self._probe(_Settings("", eos, True, None)).end_mark.strip()
+        end = _probe(self.source, "", eos, True).end_mark.strip()
         return tuple(dict.fromkeys(word for word in (end, eos) if word))
 
     def content(self, text: str) -> str:
         """A generated text as the content of an assistant message: without the space that some templates
         begin with."""
-        return text.removeprefix(self._probe(_Settings("", "", True, None)).lead)
-
-    def describe(self) -> str:
-        text = f"template of the checkpoint ({len(self.source)} characters of jinja"
-        text += (
-            ", answers marked by {% generation %})"
-            if _has_marks(self.source)
-            else ", answers found by prefixes)"
-        )
-        if "strftime_now" in self.source:
-            text += "; it writes today's date into the text"
-        if not self.trains_earlier_answers():
-            text += "; it rewrites earlier answers once later turns exist, so only the last one is trained"
-        return text
-
-    def trains_earlier_answers(self) -> bool:
-        """Whether the first answer of a dialogue with two answers is trained."""
-        sample = [
-            Message("user", "a"),
-            Message("assistant", "b"),
-            Message("user", "c"),
-            Message("assistant", "d"),
-        ]
-        return any(span.answer and span.turn == 1 for span in self.render(sample, "<s>", "</s>"))
+        return text.removeprefix(_probe(self.source, "", "", True).lead)
 
     def to_jinja(self) -> str:
         return self.source
 
-    def _text(self, dialogue: list[dict], settings: "_Settings", generation_prompt: bool) -> str:
-        values = {"bos_token": settings.bos, "eos_token": settings.eos}
-        try:
-            return _compile(self.source).render(
-                messages=dialogue,
-                tools=settings.tools,
-                documents=None,
-                add_generation_prompt=generation_prompt,
-                enable_thinking=settings.enable_thinking,
-                **{key: value for key, value in values.items() if value is not None},
-            )
-        except (jinja2.TemplateError, TypeError, OverflowError) as error:  # a missing value; a range too long
-            roles = ", ".join(message["role"] for message in dialogue) or "no message"
-            raise UserError(
-                f"the checkpoint's chat_template refuses a dialogue of {roles}: {error}. Change the "
-                "dialogue, or "
-                f"choose a built-in template, for example `template: {_closest(self.source)}`."
-            ) from error
-
     def _dialogue(self, messages: list[Message], enable_thinking: bool) -> list[dict]:
-        """Messages as the template expects them: observations as tool, calls as tool_calls if it knows
-        these."""
+        """Messages as the template expects them: observations as tool, calls as tool_calls if known."""
         dialogue = []
         if self.default_system is not None and not (messages and messages[0].role == "system"):
             dialogue.append({"role": "system", "content": self.default_system})
-        for message in messages:
-            entry = {"role": message.role, "content": message.content}
-            if message.role == "observation":
-                entry["role"] = "tool"
-            elif message.role == "function":
-                entry["role"] = "assistant"
-                calls = tool_calls(message.content) if "tool_calls" in self.source else None
-                if calls is not None:
-                    entry["content"] = ""
-                    entry["tool_calls"] = [
-                        {"type": "function", "function": {"name": name, "arguments": arguments}}
-                        for name, arguments in calls
-                    ]
-            if message.role in PRODUCED and not enable_thinking and "enable_thinking" in self.source:
+        roles = {"observation": "tool", "function": "assistant"}
+        for role, content in messages:
+            entry = {"role": roles.get(role, role), "content": content}
+            calls = tool_calls(content) if role == "function" and "tool_calls" in self.source else None
+            if calls is not None:
+                functions = [{"name": name, "arguments": arguments} for name, arguments in calls]
+                entry["content"] = ""
+                entry["tool_calls"] = [{"type": "function", "function": function} for function in functions]
+            if role in PRODUCED and not enable_thinking and "enable_thinking" in self.source:
                 entry["content"] = split_thought(entry["content"])[1]
             dialogue.append(entry)
         return dialogue
 
-    def _end_of(self, dialogue: list[dict], settings: "_Settings", whole: str) -> int:
-        """Where the text of these first messages ends in the whole text; 0 when it is no prefix of it."""
-        try:
-            text = self._text(dialogue, settings, False)
-        except UserError:  # many refuse a dialogue that is not complete, such as a system message alone
-            return 0
-        return len(text) if whole.startswith(text) else 0
 
-    def _answer(
-        self, dialogue, position: int, settings, whole: str, probe: "_Probe"
-    ) -> tuple[int, int] | None:
-        """Begin and end of the trained text of one answer in `whole`; None when the prefixes do not agree."""
-        prompt = self._text(dialogue[:position], settings, True) + probe.missing_header
-        upto = self._text(dialogue[: position + 1], settings, False)
-        end = len(upto) - len(probe.after_end) if upto.endswith(probe.after_end) else len(upto)
-        if len(prompt) > end or not upto.startswith(prompt) or not whole.startswith(upto[:end]):
-            return None
-        return len(prompt), end
-
-    def _probe(self, settings: "_Settings") -> "_Probe":
-        return _probe(self.source, settings.bos, settings.eos, settings.enable_thinking)
-
-    def _explain(self, dialogue: list[dict], position: int, settings: "_Settings") -> str:
-        prompt = self._text(dialogue[:position], settings, True)
-        upto = self._text(dialogue[: position + 1], settings, False)
-        same = len(_common_prefix([prompt, upto]))
-        return (
-            "the checkpoint's chat_template does not show where the answer begins: the prompt for generation "
-            f"continues with {prompt[same : same + 40]!r}, the finished dialogue with "
-            f"{upto[same : same + 40]!r}. "
-            f"Choose a built-in template, for example `template: {_closest(self.source)}`."
-        )
-
-
-ANSWER_BEGINS, ANSWER_ENDS = (
-    "\U000f1000",
-    "\U000f1001",
-)  # private use: {% generation %} and {% endgeneration %}
+# private use: {% generation %} and {% endgeneration %}
+ANSWER_BEGINS, ANSWER_ENDS = "\U000f1000", "\U000f1001"
 
 
 @dataclass(frozen=True)
-class _Settings:
+class _Values:
+    """A template and what it is given beside the dialogue."""
+
+    source: str
     bos: str | None
     eos: str | None
     enable_thinking: bool
-    tools: list[dict] | None
+    tools: list[dict] | None = None
+
+    def text(self, dialogue: list[dict], generation_prompt: bool = False) -> str:
+        template, tokens = _compile(self.source), {"bos_token": self.bos, "eos_token": self.eos}
+        try:
+            return template.render(
+                messages=dialogue,
+                tools=self.tools,
+                documents=None,
+                add_generation_prompt=generation_prompt,
+                enable_thinking=self.enable_thinking,
+                **{key: value for key, value in tokens.items() if value is not None},
+            )
+        except TEMPLATE_FAULTS as error:  # such as a missing value, or a range too long
+            roles = ", ".join(message["role"] for message in dialogue) or "no message"
+            raise UserError(
+                f"the checkpoint's chat_template refuses a dialogue of {roles}: {error}. Change the "
+                f"dialogue, or choose a built-in template, for example `template: {_closest(self.source)}`."
+            ) from error
+
+
+TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -235,17 +158,16 @@ class _Probe:
 
 @functools.lru_cache(maxsize=64)
 def _probe(source: str, bos: str | None, eos: str | None, enable_thinking: bool) -> _Probe:
-    template, settings = JinjaTemplate(source), _Settings(bos or "", eos or "", enable_thinking, None)
-    question = {"role": "user", "content": "question"}
+    values, question = (
+        _Values(source, bos or "", eos or "", enable_thinking),
+        {"role": "user", "content": "question"},
+    )
     texts = [
-        template._text([question, {"role": "assistant", "content": content}], settings, False)
-        for content in ("alpha", "omega")
+        values.text([question, {"role": "assistant", "content": content}]) for content in ("alpha", "omega")
     ]
     texts = [text.replace(ANSWER_BEGINS, "").replace(ANSWER_ENDS, "") for text in texts]
-    plain = template._text([question], settings, False)
-    prompt = template._text([question], settings, True)
-    missing = ""
-    header = _common_prefix(texts)[len(plain) :]
+    plain, prompt, missing = values.text([question]), values.text([question], True), ""
+    header = os.path.commonprefix(texts)[len(plain) :]
     if prompt == plain and header.strip() and texts[0].startswith(plain):
         missing = header.rstrip(" ")  # the space belongs to the answer's first word
     begin, _, tail = texts[0].rpartition("alpha")
@@ -255,17 +177,23 @@ def _probe(source: str, bos: str | None, eos: str | None, enable_thinking: bool)
     return _Probe(missing, lead if lead.isspace() else "", end_mark or tail, after_end)
 
 
-def _common_prefix(texts: list[str]) -> str:
-    count = 0
-    for characters in zip(*texts):
-        if len(set(characters)) > 1:
-            break
-        count += 1
-    return texts[0][:count]
+def _end_of(values: _Values, dialogue: list[dict], whole: str) -> int:
+    """Where the text of these first messages ends in the whole text; 0 when it is no prefix of it."""
+    try:
+        text = values.text(dialogue)
+    except UserError:  # many refuse a dialogue that is not complete, such as a system message alone
+        return 0
+    return len(text) if whole.startswith(text) else 0
 
 
-def _has_marks(source: str) -> bool:
-    return re.search(r"\{%-?\s*generation\s*-?%\}", source) is not None
+def _explain(source: str, prompt: str, finished: str) -> str:
+    same = len(os.path.commonprefix([prompt, finished]))
+    return (
+        "the checkpoint's chat_template does not show where the answer begins: the prompt for generation "
+        f"continues with {prompt[same : same + 40]!r}, the finished dialogue with "
+        f"{finished[same : same + 40]!r}. "
+        f"Choose a built-in template, for example `template: {_closest(source)}`."
+    )
 
 
 def _marked_spans(whole: str, messages: list[Message]) -> list[Span]:
@@ -321,15 +249,13 @@ def _raise_exception(message: str):
 
 def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
     # jinja's own tojson escapes HTML characters, which would change the text
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    layout = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
+    return json.dumps(value, ensure_ascii=ensure_ascii, **layout)
 
 
 @functools.lru_cache(maxsize=16)
 def _compile(source: str) -> jinja2.Template:
-    """In the environment of transformers' apply_chat_template: sandboxed, for the code comes from
-    strangers."""
+    """In the environment of transformers' apply_chat_template: sandboxed, for strangers wrote the code."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )

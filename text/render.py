@@ -161,14 +161,6 @@ class ChatTemplate:
         begin with."""
         return text.removeprefix(self.answer.partition("{{content}}")[0])
 
-    def describe(self) -> str:
-        text = f"template {self.name} (built in)"
-        if self.default_system:
-            text += f", default system text {self.default_system!r}"
-        if self.thinking:
-            text += ", trains what follows the last user turn (earlier answers are shown without thoughts)"
-        return text
-
     def to_jinja(self) -> str:
         """The same template as a chat_template for transformers and servers."""
         return _as_jinja(self)

@@ -1,7 +1,7 @@
 """Text while ids arrive, never half a character: the decoder of tokenizer.json, one piece at a time.
 
-Each decoder of the `tokenizers` library is a step with feed(piece) -> pieces that are final, and end() -> what
-it held back. Source: the decoders of huggingface/tokenizers 0.23. Made by tokenizer.Tokenizer.stream().
+Each decoder of the `tokenizers` library is a step with feed(piece) -> pieces that are final, and end() ->
+what it held back. Source: the decoders of huggingface/tokenizers 0.23. Made by tokenizer.Tokenizer.stream().
 """
 
 import codecs
@@ -24,30 +24,31 @@ class StreamDecoder:
     def __init__(self, backend: tokenizers.Tokenizer, skip_special: bool):
         added = backend.get_added_tokens_decoder()
         self._skipped = frozenset(i for i, token in added.items() if skip_special and token.special)
-        self._backend, self._steps = backend, decoder_steps(backend)
+        self._backend, self._steps = backend, _decoder_steps(backend)
 
     def push(self, token_id: int) -> str:
         token_id = int(token_id)
         token = None if token_id in self._skipped else self._backend.id_to_token(token_id)
-        if token is None:
-            return ""
-        return "".join(feed(self._steps, [token]))
+        return "" if token is None else _fed(self._steps, [token])
 
     def flush(self) -> str:
-        return "".join(finish(self._steps))
+        return _fed(self._steps, [], end=True)
 
 
-def feed(steps: list, pieces: list[str]) -> list[str]:
+def readable(backend: tokenizers.Tokenizer, token: str) -> str:
+    """One token for people: spaces kept, bytes that are no whole character as <0xE6><0x97>."""
+    steps = _decoder_steps(backend, keep_spaces=True)
+    text = _fed(steps, [token]) + _fed(steps, [], end=True)
+    if "\ufffd" not in text or not isinstance(steps[-1], _ByteLevel):
+        return text if "\ufffd" not in text else token  # SentencePiece spells a byte as <0xE6> itself
+    return "".join(f"<0x{BYTE_OF_CHARACTER[character]:02X}>" for character in token)
+
+
+def _fed(steps: list, pieces: list[str], end: bool = False) -> str:
+    """What is final after these pieces; with `end` what the steps held back too."""
     for step in steps:
-        pieces = [text for piece in pieces for text in step.feed(piece)]
-    return pieces
-
-
-def finish(steps: list) -> list[str]:
-    pieces: list[str] = []
-    for step in steps:
-        pieces = [text for piece in pieces for text in step.feed(piece)] + step.end()
-    return pieces
+        pieces = [text for piece in pieces for text in step.feed(piece)] + (step.end() if end else [])
+    return "".join(pieces)
 
 
 class _Step:
@@ -132,7 +133,7 @@ class _Metaspace(_Step):
         return [text]
 
 
-class ByteLevel(_Step):
+class _ByteLevel(_Step):
     """GPT-2's printable stand-ins for bytes -> UTF-8; a token with any other character stands for itself."""
 
     def __init__(self):
@@ -169,7 +170,7 @@ def _byte_of_character() -> dict[str, int]:
 BYTE_OF_CHARACTER = _byte_of_character()
 
 
-def decoder_steps(backend: tokenizers.Tokenizer, keep_spaces: bool = False) -> list:
+def _decoder_steps(backend: tokenizers.Tokenizer, keep_spaces: bool = False) -> list:
     """The backend's decoder as a list of fresh steps; keep_spaces leaves out what drops a leading space."""
     if backend.decoder is None:
         return [_Spaces()]
@@ -185,16 +186,15 @@ def decoder_steps(backend: tokenizers.Tokenizer, keep_spaces: bool = False) -> l
         elif kind == "Fuse":
             steps.append(_Step())
             fused = True
-        elif kind == "Strip":
-            if not keep_spaces:
-                strip = _Strip if fused else _StripEach
-                steps.append(strip(entry["content"], entry["start"], entry["stop"]))
+        elif kind == "Strip" and not keep_spaces:
+            strip = _Strip if fused else _StripEach
+            steps.append(strip(entry["content"], entry["start"], entry["stop"]))
         elif kind == "Metaspace":
             drop_first = entry.get("prepend_scheme", "always") != "never" and not keep_spaces
             steps.append(_Metaspace(entry["replacement"], drop_first))
         elif kind == "ByteLevel":
-            steps.append(ByteLevel())
-        else:
+            steps.append(_ByteLevel())
+        elif kind != "Strip":
             raise UserError(
                 f"tokenizer.json: decoder {kind!r} cannot be streamed; known are ByteLevel, Metaspace, and "
                 "sequences of Replace, ByteFallback, Fuse, Strip. Use Tokenizer.decode on the finished ids."

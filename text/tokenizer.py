@@ -9,7 +9,7 @@ things here go beyond a plain call of the library:
 - `add_special=True` gives the ids that transformers 5 gives for `tokenizer(text).input_ids`.
 
 Sources: decoders and offsets of huggingface/tokenizers 0.23; SentencePiece's prefix space (U+2581).
-Run: python -c "from tokenizer import Tokenizer; print(Tokenizer.from_folder('FOLDER').encode('Hello'))"
+Run: python -c "from text.tokenizer import Tokenizer; print(Tokenizer.from_folder('FOLDER').encode('Hello'))"
 """
 
 import bisect
@@ -21,7 +21,7 @@ from pathlib import Path
 import tokenizers
 
 from options.errors import UserError
-from text.stream import BYTE_OF_CHARACTER, ByteLevel, StreamDecoder, decoder_steps, feed, finish
+from text.stream import StreamDecoder, readable
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -43,8 +43,7 @@ class Tokenizer:
     def __init__(
         self, backend: tokenizers.Tokenizer, special: dict[str, str | None], folder: Path | None = None
     ):
-        """backend: the loaded tokenizer.json.  special: bos/eos/pad/unk -> a token of the vocabulary, or
-        None."""
+        """backend: the loaded tokenizer.json.  special: bos/eos/pad/unk -> a token that it knows or None."""
         backend.no_truncation()
         backend.no_padding()
         self._post_processor = backend.post_processor
@@ -70,13 +69,10 @@ class Tokenizer:
         self.unk_id = self._id(self.unk_token)
 
         added = backend.get_added_tokens_decoder()
-        named = (self.bos_id, self.eos_id, self.pad_id, self.unk_id)
-        self.special_ids = frozenset(
-            [i for i, t in added.items() if t.special] + [i for i in named if i is not None]
-        )
+        named = {self.bos_id, self.eos_id, self.pad_id, self.unk_id} - {None}
+        self.special_ids = frozenset(i for i, t in added.items() if t.special) | named
         self._added_ids = frozenset(added)
-        # Texts are cut at these tokens before anything else, so what is left of them cannot change what is
-        # right.
+        # Texts are cut at these tokens first, so what is left of them cannot change what is right.
         self._anchor_ids = frozenset(i for i, t in added.items() if not t.normalized)
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         if self.eos_id is not None:
@@ -84,33 +80,25 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Tokenizer":
-        """Load tokenizer.json and its companions. Raises FileNotFoundError or ValueError with the way out."""
+        """Load tokenizer.json and its companions. Raises UserError with the way out."""
         folder = Path(folder)
         backend = _load_backend(folder)
         config = _read_json(folder / "tokenizer_config.json")
         special_map = _read_json(folder / "special_tokens_map.json")
         _add_listed_tokens(backend, folder, config, special_map)
 
-        model_config = _read_json(folder / "config.json")
-        generation_config = _read_json(folder / "generation_config.json")
+        model_configs = [_read_json(folder / f"{name}.json") for name in ("generation_config", "config")]
         special = {}
         for name in ("bos", "eos", "pad", "unk"):
             named = [_token_text(source.get(f"{name}_token")) for source in (config, special_map)]
-            ids = [
-                i
-                for source in (generation_config, model_config)
-                for i in _as_ids(source.get(f"{name}_token_id"))
-            ]
-            candidates = [*named, *(backend.id_to_token(i) for i in ids)]
+            ids = [i for source in model_configs for i in _as_ids(source.get(f"{name}_token_id"))]
+            texts = filter(None, [*named, *(backend.id_to_token(i) for i in ids)])
             # A name that the vocabulary does not have is passed over.
-            known = (
-                text for text in candidates if text is not None and backend.token_to_id(text) is not None
-            )
-            special[name] = next(known, None)
+            special[name] = next((text for text in texts if backend.token_to_id(text) is not None), None)
 
         tokenizer = cls(backend, special, folder)
         tokenizer.chat_template = _chat_template(folder, config)
-        stop_ids = [*tokenizer.stop_ids, *_as_ids(generation_config.get("eos_token_id"))]
+        stop_ids = [*tokenizer.stop_ids, *_as_ids(model_configs[0].get("eos_token_id"))]
         tokenizer.stop_ids = tuple(dict.fromkeys(stop_ids))
         return tokenizer
 
@@ -162,8 +150,7 @@ class Tokenizer:
         return self._remembered(text[offsets[anchor][0] if anchor else 0 :]) == ids[anchor:]
 
     def _remembered(self, text: str) -> list[int]:
-        """encode(text); short texts such as "<|im_start|>assistant\\n" come up in every example and are
-        kept."""
+        """encode(text); short texts such as "<|im_start|>assistant\\n" come in every example and are kept."""
         if len(text) > SHORT_TAIL:
             return self._backend.encode(text, add_special_tokens=False).ids
         ids = self._tail_ids.get(text)
@@ -213,13 +200,7 @@ class Tokenizer:
             return f"<no token {token_id}>"
         if token_id in self._added_ids:
             return token
-        steps = decoder_steps(self._backend, keep_spaces=True)
-        text = "".join(feed(steps, [token]) + finish(steps))
-        if "\ufffd" not in text:
-            return text
-        if not isinstance(steps[-1], ByteLevel):
-            return token  # SentencePiece spells a byte as <0xE6> itself
-        return "".join(f"<0x{BYTE_OF_CHARACTER[character]:02X}>" for character in token)
+        return readable(self._backend, token)
 
     def token(self, token_id: int) -> str | None:
         """The vocabulary's own spelling of a token, or None when there is no such id."""
@@ -234,8 +215,7 @@ class Tokenizer:
         return self._backend.token_to_id(token)
 
     def pipeline(self) -> dict:
-        """The parts of tokenizer.json, with the tokens that only the other files list; without the
-        post-processor."""
+        """tokenizer.json's parts, with the tokens that only other files list; without the post-processor."""
         return json.loads(self._backend.to_str())
 
     def stream(self, skip_special: bool = True) -> StreamDecoder:
@@ -245,7 +225,7 @@ class Tokenizer:
     def save(self, folder: str | Path, chat_template: str | None = None) -> None:
         """Copy the tokenizer's files into `folder`; chat_template replaces the one that came with them."""
         if self.folder is None:
-            raise UserError("this tokenizer was not loaded from a folder, so there are no files to copy")
+            raise ValueError("this tokenizer was not loaded from a folder, so there are no files to copy")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name in TOKENIZER_FILES:
@@ -266,30 +246,18 @@ class Tokenizer:
 def _without_prefix_space(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer | None:
     """The same model without the space that SentencePiece puts before the first word; None if it puts none
     there. It has no special tokens: it is only used for text that contains none."""
-    parts = [
-        json.loads(part.__getstate__()) if part else None
-        for part in (backend.normalizer, backend.pre_tokenizer)
-    ]
-    changed = [_drop_prefix(part) for part in parts]
+    parts = {"normalizer": backend.normalizer, "pre_tokenizer": backend.pre_tokenizer}
+    parts = {name: json.loads(part.__getstate__()) if part else None for name, part in parts.items()}
+    changed = {name: _drop_prefix(part) for name, part in parts.items()}
     if changed == parts:
         return None
-    empty = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [],
-        "normalizer": changed[0],
-        "pre_tokenizer": changed[1],
-        "post_processor": None,
-        "decoder": None,
-        "model": {"type": "BPE", "vocab": {}, "merges": []},
-    }
-    shell = tokenizers.Tokenizer.from_str(json.dumps(empty))
+    empty = dict.fromkeys(("truncation", "padding", "post_processor", "decoder")) | {"version": "1.0"}
+    empty |= {"added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}
+    shell = tokenizers.Tokenizer.from_str(json.dumps(empty | changed))
     continuation = tokenizers.Tokenizer(backend.model)
-    if changed[0] is not None:
-        continuation.normalizer = shell.normalizer
-    if changed[1] is not None:
-        continuation.pre_tokenizer = shell.pre_tokenizer
+    for name in changed:
+        if changed[name] is not None:
+            setattr(continuation, name, getattr(shell, name))
     return continuation
 
 
@@ -326,12 +294,10 @@ def _load_backend(folder: Path) -> tokenizers.Tokenizer:
     if (folder / "tokenizer.model").exists():
         raise UserError(
             f"{folder}: there is tokenizer.model but no tokenizer.json. The SentencePiece file has to be "
-            "converted "
-            'once, in any environment with transformers and sentencepiece: python -c "from transformers '
-            "import "
-            f"AutoTokenizer; AutoTokenizer.from_pretrained('{folder}').save_pretrained('{folder}')\"; or "
-            "take a "
-            "GGUF file of the model (model_name_or_path=model.gguf), which brings its own."
+            "converted once, in any environment with transformers and sentencepiece: python -c "
+            f"\"from transformers import AutoTokenizer; AutoTokenizer.from_pretrained('{folder}')"
+            f".save_pretrained('{folder}')\"; or take a GGUF file of the model "
+            "(model_name_or_path=model.gguf), which brings its own."
         )
     raise UserError(
         f"{folder}: tokenizer.json is missing ({found}). Copy it from the model's page, or write it with "
@@ -365,8 +331,7 @@ def _as_ids(value) -> list[int]:
 
 
 def _add_listed_tokens(backend: tokenizers.Tokenizer, folder: Path, config: dict, special_map: dict) -> None:
-    """Tokens that only the other files list, and the special flag of tokens that they name, as
-    transformers."""
+    """Tokens that only the other files list, and the special flag of those they name; as transformers."""
     listed = [(int(i), entry) for i, entry in config.get("added_tokens_decoder", {}).items()]
     if not listed:
         listed = [(i, {"content": text}) for text, i in _read_json(folder / "added_tokens.json").items()]
@@ -379,8 +344,7 @@ def _add_listed_tokens(backend: tokenizers.Tokenizer, folder: Path, config: dict
         if found != token_id:
             raise UserError(
                 f"{folder}: {entry['content']!r} should have id {token_id} (tokenizer_config.json or "
-                f"added_tokens.json), but tokenizer.json leads to id {found}. The files are not of one "
-                "tokenizer."
+                f"added_tokens.json), but tokenizer.json leads to id {found}: files of different tokenizers"
             )
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     for source in (special_map, config):
@@ -391,31 +355,22 @@ def _add_listed_tokens(backend: tokenizers.Tokenizer, folder: Path, config: dict
             # A name without a row in the vocabulary would get an id behind the embedding table: leave it out.
             if text is not None and text not in known and backend.token_to_id(text) is not None:
                 known.add(text)
-                backend.add_special_tokens(
-                    [_added_token(entry if isinstance(entry, dict) else {"content": text}, True)]
-                )
+                entry = entry if isinstance(entry, dict) else {"content": text}
+                backend.add_special_tokens([_added_token(entry, True)])
 
 
 def _added_token(entry: dict, special: bool | None = None) -> tokenizers.AddedToken:
-    special = bool(entry.get("special", False)) if special is None else special
-    return tokenizers.AddedToken(
-        entry["content"],
-        single_word=bool(entry.get("single_word", False)),
-        lstrip=bool(entry.get("lstrip", False)),
-        rstrip=bool(entry.get("rstrip", False)),
-        normalized=bool(entry.get("normalized", not special)),
-        special=special,
-    )
+    flags = {name: bool(entry.get(name, False)) for name in ("single_word", "lstrip", "rstrip", "special")}
+    flags |= {} if special is None else {"special": special}
+    flags["normalized"] = bool(entry.get("normalized", not flags["special"]))
+    return tokenizers.AddedToken(entry["content"], **flags)
 
 
 def _chat_template(folder: Path, config: dict) -> str | None:
     """chat_template.jinja, else the entry of tokenizer_config.json; of several named ones the default."""
-    path = folder / "chat_template.jinja"
-    if path.exists():
-        return path.read_text(encoding="utf-8")
+    if (folder / "chat_template.jinja").exists():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     template = config.get("chat_template")
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}
-    if isinstance(template, dict):
-        return template.get("default")
-    return template
+    return template.get("default") if isinstance(template, dict) else template

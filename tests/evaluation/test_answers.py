@@ -71,4 +71,4 @@ def test_the_shipped_rewards():
     assert scores("reasoning.py", form, f"{form} {form}", "12", "<think></think><answer>13</answer>") == [
         [1.0, 1.0], [1.0, 0.0], [1.0, 0.0], [0.0, 0.0]
     ]  # fmt: skip
-    assert "answers" in sys.modules
+    assert "evaluation.answers" in sys.modules
