@@ -122,34 +122,25 @@ class ChunkEncoder:
             examples.append(Example(tokens[start:end], trained, turns, roles, (self.part, number)))
         return examples
 
-    def _spans(
-        self, turns: list[Message], tools: tuple[dict, ...], generation_prompt: bool = False
-    ) -> list[Span]:
-        return self.template.render(
-            turns,
-            self.tokenizer.bos_token,
-            self.tokenizer.eos_token,
-            generation_prompt=generation_prompt,
-            enable_thinking=self.options.enable_thinking,
-            tools=list(tools) or None,
-        )
+    def _spans(self, conversation: Conversation, *answer: Message, prompt: bool = False) -> list[Span]:
+        turns, tools = [*conversation.turns, *answer], list(conversation.tools) or None
+        how = {"generation_prompt": prompt, "enable_thinking": self.options.enable_thinking, "tools": tools}
+        return self.template.render(turns, self.tokenizer.bos_token, self.tokenizer.eos_token, **how)
 
-    def _render(
-        self, turns: list[Message], tools: tuple[dict, ...], generation_prompt: bool = False
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """tokens, answer, turns, roles of a conversation, each (n,)."""
-        encoded = encode_dialogue(self.tokenizer, self._spans(turns, tools, generation_prompt))
-        answer = np.array(encoded.answer, bool)
+    def _render(self, conversation: Conversation, *answer: Message, prompt: bool = False) -> list[np.ndarray]:
+        """tokens, produced, turns, roles, each (n,). prompt: up to where an answer begins."""
+        encoded = encode_dialogue(self.tokenizer, self._spans(conversation, *answer, prompt=prompt))
+        produced = np.array(encoded.answer, bool)
         roles = np.array([ROLE_NUMBER.get(role, 0) for role in encoded.role], np.uint8)
-        roles += answer * np.uint8(ANSWER)
-        return np.array(encoded.ids, np.int32), answer, np.array(encoded.turn, np.int16), roles
+        roles += produced * np.uint8(ANSWER)
+        return [np.array(encoded.ids, np.int32), produced, np.array(encoded.turn, np.int16), roles]
 
     def _prompt(
         self, number: int, conversation: Conversation, answer: Message | None
     ) -> tuple[Example, tuple[str, ...]]:
         """What generation is given, as chat.py gives it; behind it the row's own answer as the label, if it
         has one: its text alone, not what the template puts around it; for comparing, never for reading."""
-        tokens, _, turns, roles = self._render(conversation.turns, conversation.tools, generation_prompt=True)
+        tokens, _, turns, roles = self._render(conversation, prompt=True)
         if len(tokens) > self.options.cutoff_len:
             raise Dropped("prompt longer than cutoff_len")
         text = "" if answer is None else self._label(conversation, answer)
@@ -171,7 +162,7 @@ class ChunkEncoder:
         if answer.role != "function":
             return answer.content
         turn = len(conversation.turns)
-        spans = self._spans([*conversation.turns, answer], conversation.tools)
+        spans = self._spans(conversation, answer)
         written = "".join(span.text for span in spans if span.answer and span.turn == turn)
         for word in self.template.stop_words(self.tokenizer.eos_token):
             written = written.removesuffix(word)
@@ -183,7 +174,7 @@ class ChunkEncoder:
         """prompt + answer for each answer, as segments. All keep the same tokens of the prompt."""
         segments = []
         for answer in answers:
-            tokens, produced, turns, roles = self._render([*conversation.turns, answer], conversation.tools)
+            tokens, produced, turns, roles = self._render(conversation, answer)
             if not produced.any():
                 raise Dropped("no trained token")
             last = np.flatnonzero(produced)[-1]
@@ -209,7 +200,7 @@ class ChunkEncoder:
         return Example(*arrays, (self.part, number), split=split, tag=tag), cut
 
     def _dialogue(self, number: int, conversation: Conversation) -> tuple[Example, int]:
-        tokens, answer, turns, roles = self._render(conversation.turns, conversation.tools)
+        tokens, answer, turns, roles = self._render(conversation)
         trained = answer
         if self.options.mask_history and answer.any():
             trained = answer & (turns == turns[np.flatnonzero(answer)[-1]])

@@ -18,6 +18,7 @@ from pipeline.encoding import numbered_rows
 from pipeline.report import segment_name
 from pipeline.sources import find_dataset, read_rows
 
+Places = dict[tuple[int, int], str]  # (data set, row) -> file:line
 BOLD, GREEN, DIM, PLAIN = "\033[1m", "\033[32m", "\033[2m", "\033[0m"
 
 
@@ -47,12 +48,7 @@ class PreviewOptions:
 
 
 def token_table(
-    batch: Batch,
-    tokenizer,
-    datasets: list[str],
-    places: dict[tuple[int, int], str],
-    colour: bool,
-    kind="dialogue",
+    batch: Batch, tokenizer, datasets: list[str], places: Places, colour: bool, kind: str = "dialogue"
 ) -> Iterator[str]:
     """Lines that show a batch token by token: place, id, text, turn, role, trained or not, and why."""
     labels, tokens, roles = batch.labels.tolist(), batch.tokens.tolist(), batch.per_token["roles"].tolist()
@@ -67,10 +63,8 @@ def token_table(
         trained = [False] + [label != IGNORED for label in labels[start : end - 1]]
         place = f" ({places[source]})" if source in places else ""
         name = segment_name(kind, int(batch.pairs > 0 and segment >= batch.pairs), tags[segment])
-        title = (
-            f"segment {segment}{name and ', ' + name}: data set {datasets[source[0]]}, row {source[1]}{place}"
-        )
-        title += f", {end - start} tokens, {sum(trained)} {used}"
+        title = f"segment {segment}{name and ', ' + name}: data set {datasets[source[0]]}, row {source[1]}"
+        title += f"{place}, {end - start} tokens, {sum(trained)} {used}"
         yield ""
         yield f"{BOLD}{title}{PLAIN}" if colour else title
         for t, token in enumerate(tokens[start:end]):
@@ -95,9 +89,7 @@ def reason(place: int, role: str, answer: bool, trained: bool, kind: str = "dial
     if trained:
         if role == "text":
             return "document"
-        if answer:
-            return "answer"
-        return "prompt, trained by train_on_prompt"
+        return "answer" if answer else "prompt, trained by train_on_prompt"
     if place == 0:
         return "first token: nothing before it predicts it"
     if answer:
@@ -111,10 +103,8 @@ def in_colour() -> bool:
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
-def places_of_rows(
-    names: list[str], sources: list[tuple[int, int]], dataset_dir: str, split: str
-) -> dict[tuple[int, int], str]:
-    """file:line of each row (data set, number), found by reading the files again."""
+def places_of_rows(names: list[str], sources: list[tuple[int, int]], dataset_dir: str, split: str) -> Places:
+    """file:line of each row, found by reading the files again."""
     places = {}
     for k in {part for part, _ in sources}:
         info = find_dataset(names[k], dataset_dir, split)

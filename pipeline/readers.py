@@ -85,29 +85,28 @@ def _iterate_array(path: Path) -> Iterator[tuple[int, object]]:
     """Yield (line, value) of a top-level JSON array, holding only the value being parsed and a block."""
     decoder = json.JSONDecoder()
     with open(path, encoding="utf-8-sig") as file:
-        text, start, line = file.read(READ_CHARACTERS), 0, 1
-        step, ended = READ_CHARACTERS, False
+        text, start, line, step = file.read(READ_CHARACTERS), 0, 1, READ_CHARACTERS
 
         def more() -> bool:
-            nonlocal text, start, step, ended
+            nonlocal text, start, step
             block = file.read(step)
-            text, start, ended = text[start:] + block, 0, not block
+            text, start = text[start:] + block, 0
             step *= 2  # doubling keeps a single huge object from being parsed again and again
             return bool(block)
 
-        def skip(characters: str) -> str:
-            """Move over blanks and the given characters; return the character found there ("" at the end)."""
+        def skip_blanks() -> str:
+            """The character found behind them ("" at the end)."""
             nonlocal start, line
             while True:
-                while start < len(text) and text[start] in characters:
+                while start < len(text) and text[start] in " \t\r\n":
                     line += text[start] == "\n"
                     start += 1
                 if start < len(text) or not more():
                     return text[start : start + 1]
 
-        skip(" \t\r\n")
+        skip_blanks()
         start += 1  # the "["
-        if skip(" \t\r\n") == "]":
+        if skip_blanks() == "]":
             return
         while True:
             step = READ_CHARACTERS
@@ -125,13 +124,13 @@ def _iterate_array(path: Path) -> Iterator[tuple[int, object]]:
             yield line, value
             line += text.count("\n", start, end)
             start = end
-            found = skip(" \t\r\n")
+            found = skip_blanks()
             if found == ",":
                 start += 1
-                skip(" \t\r\n")
+                skip_blanks()
             elif found == "]":
                 start += 1
-                if rest := skip(" \t\r\n"):
+                if rest := skip_blanks():
                     raise UserError(f"{path}:{line}: expected the end of the file after ']', found {rest!r}")
                 return
             else:

@@ -172,17 +172,10 @@ class ExampleStore:
         k, j = self.index[i]
         part = self.parts[k]
         span = slice(part.offsets[j], part.offsets[j + 1])
-        return Example(
-            part.tokens[span],
-            part.trained[span],
-            part.turns[span],
-            part.roles[span],
-            (int(k), int(part.rows[j])),
-            int(part.splits[j]),
-            int(part.tags[j]),
-            None if self.reference is None else tuple(self.reference[i].tolist()),
-            int(self.copies[i]),
-        )
+        arrays = (array[span] for array in (part.tokens, part.trained, part.turns, part.roles))
+        source, split, tag = (int(k), int(part.rows[j])), int(part.splits[j]), int(part.tags[j])
+        reference = None if self.reference is None else tuple(self.reference[i].tolist())
+        return Example(*arrays, source, split, tag, reference, int(self.copies[i]))
 
     @cached_property
     def copies(self) -> np.ndarray:

@@ -39,8 +39,10 @@ def readable(backend: tokenizers.Tokenizer, token: str) -> str:
     """One token for people: spaces kept, bytes that are no whole character as <0xE6><0x97>."""
     steps = _decoder_steps(backend, keep_spaces=True)
     text = _fed(steps, [token]) + _fed(steps, [], end=True)
-    if "\ufffd" not in text or not isinstance(steps[-1], _ByteLevel):
-        return text if "\ufffd" not in text else token  # SentencePiece spells a byte as <0xE6> itself
+    if "\ufffd" not in text:
+        return text
+    if not isinstance(steps[-1], _ByteLevel):
+        return token  # SentencePiece spells a byte as <0xE6> itself
     return "".join(f"<0x{BYTE_OF_CHARACTER[character]:02X}>" for character in token)
 
 
@@ -52,8 +54,7 @@ def _fed(steps: list, pieces: list[str], end: bool = False) -> str:
 
 
 class _Step:
-    """A decoder step of `tokenizers` that gets one piece of text at a time. This one is Fuse: it changes
-    nothing."""
+    """A decoder step of `tokenizers` that gets one piece of text at a time. This one is Fuse: no change."""
 
     def feed(self, piece: str) -> list[str]:
         """The pieces that are final after `piece`."""

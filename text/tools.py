@@ -17,18 +17,12 @@ def generic_tools(system: str, tools: list[dict]) -> str:
         described = ""
         for name, parameter in parameters.get("properties", {}).items():
             required = ", required" if name in parameters.get("required", []) else ""
-            enum = (
-                f", should be one of [{', '.join(map(str, parameter['enum']))}]"
-                if parameter.get("enum")
-                else ""
-            )
-            items = (
-                f", where each item should be {parameter['items'].get('type', '')}"
-                if parameter.get("items")
-                else ""
-            )
             kind, text = parameter.get("type", ""), parameter.get("description", "")
-            described += f"  - {name} ({kind}{required}): {text}{enum}{items}\n"
+            if parameter.get("enum"):
+                text += f", should be one of [{', '.join(map(str, parameter['enum']))}]"
+            if parameter.get("items"):
+                text += f", where each item should be {parameter['items'].get('type', '')}"
+            described += f"  - {name} ({kind}{required}): {text}\n"
         lines += f"> Tool Name: {tool['name']}\nTool Description: {tool.get('description', '')}\n"
         lines += f"Tool Args:\n{described}\n"
         names.append(tool["name"])
