@@ -175,7 +175,7 @@ def get_template(
     name: str | None, chat_template: str | None = None, default_system: str | None = None
 ) -> ChatTemplate | JinjaTemplate:
     """The template of that name; without a name the checkpoint's own. default_system replaces the template's;
-    "" means no system turn. ValueError when there is neither, or no such name."""
+    "" means no system turn. UserError when there is neither, or no such name."""
     if name is None:
         if chat_template is None:
             raise UserError(

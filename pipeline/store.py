@@ -157,7 +157,7 @@ class ExampleStore:
             index = np.array(pairs, np.int64).reshape(-1, 2)
         self.parts, self.datasets, self.index = list(parts), list(datasets), index
         self.lengths = self._gather("lengths", np.int32)
-        self.reference: np.ndarray | None = None  # (n, segments) fp32, see Example; filled by reference.py
+        self.reference: np.ndarray | None = None  # (n, segments) fp32, see Example; filled by stages/reference.py
 
     @classmethod
     def from_examples(cls, examples: Sequence[Example], datasets: Sequence[str]) -> "ExampleStore":

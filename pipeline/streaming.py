@@ -13,7 +13,7 @@ from pipeline.store import Tally
 
 @dataclass
 class RowStream:
-    """The rows of a pass, and `encode`, which makes examples of one; what batches.StreamingLoader needs."""
+    """The rows of a pass, and `encode`, which makes examples of one; what batch.StreamingLoader needs."""
 
     encoders: list[ChunkEncoder]  # one for each data set
     opened: list  # hub data sets as opened, None for files

@@ -21,6 +21,7 @@ from tiny_tokenizers import make_tokenizer
 
 import data
 from data import DataOptions, TokenizedDataSaved, load_datasets
+from options.errors import UserError
 from pipeline import encoding, store
 from pipeline.batch import ANSWER, ROLES
 from pipeline.encoding import EncodeOptions, keep_tokens, pieces, ratio_keep, ratio_lengths, template_key
@@ -707,6 +708,17 @@ def test_tokenized_path_saves_stops_and_is_loaded(home, tokenizer, monkeypatch):
     assert str(loaded.report) == str(direct.report) and loaded.train.datasets == ["a", "b"]
 
 
+def test_a_damaged_tokenized_path_is_named(home, tokenizer):
+    put(home, "a", questions(3))
+    saved = home / "saved"
+    options = DataOptions(dataset=("a",), dataset_dir=str(home), tokenized_path=str(saved))
+    with pytest.raises(TokenizedDataSaved):
+        load_datasets(options, CHATML, tokenizer, "sft", seed=1)
+    (saved / "index-0.npy").write_bytes(b"x")
+    with pytest.raises(UserError, match="index-0.npy: missing or damaged"):
+        load(home, tokenizer, "a", tokenized_path=str(saved))
+
+
 def test_tokenized_path_of_other_making_is_refused(home, tokenizer, llama3):
     put(home, "a", questions(9))
     path = home / "ready"
@@ -744,6 +756,16 @@ def test_an_empty_store_can_be_written_and_read(tmp_path):
     files = TokenArrays.open(tmp_path / "s")
     assert len(files) == 0 and files.tally.dropped == {"no answer": 3}
     assert len(ExampleStore([files], ["a"])) == 0
+
+
+def test_a_writer_removes_what_a_killed_one_left_half_written(tmp_path):
+    partial = tmp_path / "s.partial"
+    partial.mkdir()
+    (partial / ".tmp-7-progress.json").write_text('{"si')
+    writer = StoreWriter(tmp_path / "s")
+    writer.append(store.TokenArrays.join([], store.Tally(read=1, dropped={"no answer": 1})))
+    writer.finish()
+    assert not list((tmp_path / "s").glob(".tmp-*")) and not partial.exists()
 
 
 def test_tokenising_is_fast_enough(tokenizer, home):
@@ -818,7 +840,18 @@ def test_preview_command(home, run_file):
 )
 def test_preview_mistakes_are_messages(run_file, words, message, capsys):
     assert data.main(["preview", run_file, *words]) == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("data.py preview: ") and error.count("\n") == 1
+
+
+def test_a_bug_is_not_taken_for_the_users_mistake(run_file, monkeypatch):
+    def broken(*_):
+        raise ValueError("need at least one array to stack")
+
+    monkeypatch.setattr(encoding.ChunkEncoder, "_dialogue", broken)
+    with pytest.raises(ValueError, match="^need at least one array") as raised:
+        data.main(["preview", run_file])
+    assert not isinstance(raised.value, UserError)
 
 
 def test_preview_shows_what_training_gets(run_file, home, tokenizer, capsys):

@@ -1,4 +1,4 @@
-"""templates.py and jinja_template.py against transformers' apply_chat_template, on tiny tokenizers.
+"""templates.py, text/render.py and text/jinja_template.py against transformers' apply_chat_template, on tiny tokenizers.
 
 The jinja texts in fixtures/templates are the published formats of well-known models (see the README there).
 """

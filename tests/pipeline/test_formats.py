@@ -139,6 +139,19 @@ def test_a_broken_file_names_file_and_line(tmp_path, name, text, message):
         rows_of(write(tmp_path / name, text))
 
 
+def test_a_table_that_is_damaged_behind_its_first_rows_is_named(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"a": [f"{i}" * 50 for i in range(3000)]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=1000, compression="snappy")
+    content = bytearray((tmp_path / "a.parquet").read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 2000] = b"\xff" * 2000
+    (tmp_path / "a.parquet").write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.parquet: not a parquet file"):
+        rows_of(tmp_path / "a.parquet")
+
+
 def test_a_file_that_is_not_utf8_is_refused(tmp_path):
     for name in ("a.txt", "a.jsonl", "a.json", "a.csv"):
         (tmp_path / name).write_bytes(b'[{"a": "\xff\xfe"}]\n')
