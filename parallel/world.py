@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-BUCKET_BYTES = (
-    25 * 2**20
-)  # of gradients per reduction; torch's DDP uses the same size, large enough for full bandwidth
+from options.errors import UserError
+
+BUCKET_BYTES = 25 * 2**20  # of gradients per reduction, as in torch's DDP: large enough for full bandwidth
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,7 @@ class World:
         return tensor
 
     def max_over_ranks(self, *numbers: int) -> list[int]:
-        """The largest of each number over all ranks. Goes over the host's own group, so it never waits for a
-        GPU."""
+        """The largest of each number over all ranks, over the host's own group: it never waits for a GPU."""
         if self.size == 1:
             return list(numbers)
         tensor = torch.tensor(numbers)
@@ -56,8 +55,7 @@ class World:
         return bool(self.max_over_ranks(int(flag))[0])
 
     def gather(self, value: object) -> list:
-        """What each rank gave, in the order of the ranks; it has to be JSON. Goes over the host's own
-        group."""
+        """What each rank gave, which has to be JSON, in the order of the ranks; over the host's own group."""
         if self.size == 1:
             return [value]
         mine = torch.frombuffer(bytearray(json.dumps(value), "ascii"), dtype=torch.uint8)
@@ -87,22 +85,21 @@ def name_of_rank(program: str) -> str:
 
 
 def start(device: str = "auto", timeout_seconds: int = 1800) -> World:
-    """Join the process group that torchrun describes. device: auto | cpu | cuda. Raises ValueError."""
+    """Join the process group that torchrun describes. device: auto | cpu | cuda. Raises UserError."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         if not torch.cuda.is_available():
-            raise ValueError(
+            raise UserError(
                 "device: cuda asked for, but torch sees no GPU; use device=cpu or install a CUDA build"
             )
         if local_rank >= torch.cuda.device_count():
-            raise ValueError(
-                f"device: process {local_rank} of this machine has no GPU (there are "
-                f"{torch.cuda.device_count()}); "
-                "start torchrun with --nproc_per_node of at most that"
+            missing = (
+                f"process {local_rank} of this machine has no GPU (there are {torch.cuda.device_count()})"
             )
+            raise UserError(f"device: {missing}; start torchrun with --nproc_per_node of at most that")
         torch.cuda.set_device(local_rank)
         place = torch.device("cuda", local_rank)
     else:

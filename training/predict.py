@@ -11,7 +11,6 @@ generator of its own, and the model's mode is put back. Stage rm writes scores i
 
 import itertools
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from generation.generate import context_limit
 from generation.sampling import GenerateOptions
 from model import Decoder
 from options.errors import UserError
+from parallel.atomic import atomic_file
 from parallel.world import World
 from pipeline.batch import ROW_MULTIPLE, collate
 from pipeline.store import ExampleStore
@@ -72,23 +72,15 @@ class TextPredictor:
         self.options = ending_with(options, template, tokenizer)
         self.seed, self.rows_per_batch, self.world = seed, rows_per_batch, world
         self.prompts = {name: _prompts(store, tokenizer) for name, store in sets.items()}
-        labels = [
-            prompt.answer
-            for prompts in self.prompts.values()
-            for prompt in prompts
-            if prompt.answer is not None
-        ]
+        answers = (prompt.answer for prompts in self.prompts.values() for prompt in prompts)
+        labels = [answer for answer in answers if answer is not None]
         self.names = METRICS if labels else ()
         if not chinese_is_cut() and any(CHINESE.search(label) for label in labels):
-            world.print(
-                "note: jieba is not installed, so ROUGE takes Chinese by the character, not by the word; for "
-                "the usual "
-                "numbers: pip install jieba"
-            )
+            by_character = "jieba is not installed, so ROUGE takes Chinese by the character, not by the word"
+            world.print(f"note: {by_character}; for the usual numbers: pip install jieba")
 
     def run(self, model: Decoder, kind: str) -> tuple[dict[str, float], list[dict]]:
-        """Rows: prompt, label (None where the row has no answer), predict; of several sets also the set's
-        name."""
+        """Rows: prompt, label (None where the row has no answer), predict; of several sets the name too."""
         self._check_lengths(model)
         started = time.monotonic()
         several, tokens = len(self.prompts) > 1, 0
@@ -118,9 +110,7 @@ class TextPredictor:
             completions = roll_out(
                 model, asked, seeds, self.options, stop_ids=self.tokenizer.stop_ids, tokenizer=self.tokenizer
             )
-            return [
-                (self.template.content(completion.text), len(completion.ids)) for completion in completions
-            ]
+            return [(self.template.content(each.text), len(each.ids)) for each in completions]
 
         answers = _of_all_ranks(write, len(prompts), self.rows_per_batch, f"answering {name}", self.world)
         return [Answer(text, tokens) for text, tokens in answers]
@@ -131,11 +121,10 @@ class TextPredictor:
         for name, prompts in self.prompts.items():
             longest = max(prompts, key=lambda prompt: len(prompt.ids))
             if len(longest.ids) >= limit:
+                prompt = f"{name} row {longest.source[1]}: the prompt has {len(longest.ids)} tokens"
+                remedy = "set cutoff_len below that to leave such rows out"
                 raise UserError(
-                    f"predict_with_generate: {name} row {longest.source[1]}: the prompt has "
-                    f"{len(longest.ids)} tokens, "
-                    f"but the model takes {limit} with the answer; set cutoff_len below that to leave such "
-                    "rows out"
+                    f"predict_with_generate: {prompt}, but the model takes {limit} with the answer; {remedy}"
                 )
 
 
@@ -182,17 +171,9 @@ def _of_all_ranks(
     mine = [range(start, min(start + rows_per_batch, count)) for start in starts]
     made: list[tuple[int, list]] = []
     terminal = sys.stderr.isatty()
-    bar = tqdm(
-        total=sum(map(len, mine)),
-        desc=what,
-        unit=" rows",
-        disable=not world.is_main,
-        leave=False,
-        delay=2.0,
-        mininterval=0.1 if terminal else QUIET_SECONDS,
-        dynamic_ncols=terminal,
-    )
-    with bar:
+    looks = {"desc": what, "unit": " rows", "leave": False, "delay": 2.0, "dynamic_ncols": terminal}
+    pause = 0.1 if terminal else QUIET_SECONDS
+    with tqdm(total=sum(map(len, mine)), disable=not world.is_main, mininterval=pause, **looks) as bar:
         for rows in mine:
             made.append((rows.start, make(rows)))
             bar.update(len(rows))
@@ -204,8 +185,7 @@ def _prompts(store: ExampleStore, tokenizer: Tokenizer) -> list[Prompt]:
 
 
 def _join(measured: dict[str, dict[str, float]], kind: str) -> dict[str, float]:
-    """<kind>_<metric> is the mean over the sets that have it; of several sets there is <kind>_<set>_<metric>
-    too."""
+    """<kind>_<metric>, the mean over the sets that have it; of several sets also <kind>_<set>_<metric>."""
     numbers: dict[str, float] = {}
     if len(measured) > 1:
         each_set = ((f"{kind}_{name}_", each) for name, each in measured.items())
@@ -218,19 +198,14 @@ def _join(measured: dict[str, dict[str, float]], kind: str) -> dict[str, float]:
 
 
 def write_predictions(predictor: Predictor, model: Decoder, folder: Path, world: World) -> dict[str, float]:
-    """Write generated_predictions.jsonl; gives what was measured, the time and the speed. All ranks call
-    it."""
+    """Write generated_predictions.jsonl; gives what was measured, time and speed. All ranks call it."""
     started = time.monotonic()
     numbers, rows = predictor.run(model, "predict")
     seconds = max(time.monotonic() - started, 1e-9)
     if world.is_main:
-        temporary = folder / f".{PREDICTIONS}.tmp"  # complete, or the old one is still there
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        temporary.write_text("".join(lines), encoding="utf-8")
-        os.replace(temporary, folder / PREDICTIONS)
+        with atomic_file(folder / PREDICTIONS) as temporary:
+            temporary.write_text("".join(lines), encoding="utf-8")
     world.barrier()
-    speed = {
-        "predict_runtime": round(seconds, 4),
-        "predict_samples_per_second": round(len(rows) / seconds, 3),
-    }
-    return numbers | speed
+    speed = round(len(rows) / seconds, 3)
+    return numbers | {"predict_runtime": round(seconds, 4), "predict_samples_per_second": speed}

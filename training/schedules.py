@@ -71,10 +71,8 @@ def _warmup_stable_decay(step: int, warmup: int, total_steps: int, numbers: dict
     if stable is None:
         stable = total_steps - warmup - decay
     if stable < 0:
-        raise UserError(
-            f"lr_scheduler_kwargs: num_decay_steps={decay} and {warmup} warm-up steps do not fit into "
-            f"{total_steps} updates"
-        )
+        phases = f"num_decay_steps={decay} and {warmup} warm-up steps"
+        raise UserError(f"lr_scheduler_kwargs: {phases} do not fit into {total_steps} updates")
     if step < warmup:
         progress = step / warmup
         wave, root = 1.0 - _cosine(progress), 1.0 - math.sqrt(1.0 - progress)
