@@ -1,9 +1,9 @@
 """Kernels: one file per operation, and this page, which alone chooses between its implementations.
 
-Each file holds the formula, `<operation>_reference` (plain torch: the oracle, and on a CPU the fast path), the
-Triton kernels, their autograd function and `unsupported(...)`: why a shape is not theirs. A choice goes by
-device, dtype and shape and is said once. KERNELS=auto (Triton on a GPU, torch on a CPU) | triton (insist; on a
-CPU with TRITON_INTERPRET=1) | reference. `choices()` tells a run what was taken.
+Each file holds the formula, `<operation>_reference` (plain torch: the oracle, and a CPU's fast path), the
+Triton kernels, their autograd function, and `unsupported(...)`: why a shape is not theirs. A choice goes by
+device, dtype and shape, and is said once; `choices()` tells what was taken. KERNELS=auto (Triton on a GPU,
+torch on a CPU) | triton (insist; on a CPU with TRITON_INTERPRET=1) | reference.
     rms_norm, layer_norm  norms of rows, with the residual add; norms.py has their Triton kernels
     rope                  rotary embedding of q and k
     attention             the formula and torch's; flash_attention (Triton), attention_by_products (CPU),

@@ -3,11 +3,21 @@ else."""
 
 import ast
 import json
+import re
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
+import yaml
+
+import kernels
+import quant
+from architectures import FAMILIES, LINES
+from stages import STAGES
+from training import optimizers
+from training.options import OptimOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -98,6 +108,96 @@ def test_a_file_imports_only_from_lower_rows(path):
         assert first not in ("tests", "bench")
         if first in ROWS and first != own:
             assert ROWS[first] < ROWS[own], f"row {ROWS[own]} imports {name} of row {ROWS[first]}"
+
+
+MAIN_PATH = ["train.py", "model.py", "architectures/layers.py", "lora.py", "stages/stage.py", "stages/sft.py"]
+MAIN_PATH.append("kernels/gated_mlp.py")
+
+
+def lines_of(path):
+    return len((ROOT / path).read_text(encoding="utf-8").splitlines())
+
+
+def test_the_main_path_is_read_in_one_sitting():
+    assert sum(map(lines_of, MAIN_PATH)) <= 1400
+    budgets = {"train.py": 330, "model.py": 320, "lora.py": 380}
+    assert {name: lines_of(name) for name, most in budgets.items() if lines_of(name) > most} == {}
+
+
+def test_no_file_is_longer_than_a_reader_holds():
+    assert {name: lines_of(name) for name in NAMES if lines_of(name) > (600 if "/" in name else 400)} == {}
+    assert sum(map(lines_of, NAMES)) <= 24600
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(readme) <= 160 and max(map(len, readme)) <= 110
+
+
+def test_the_formatter_is_left_alone_for_few_tables_only():
+    texts = [path.read_text(encoding="utf-8") for path in FILES]
+    assert sum(text.count("# fmt: skip") for text in texts) <= 20
+    assert not any("# fmt: off" in text for text in texts)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_opens_with_its_catalogue(room):
+    """At most 25 lines that name every file of the room, and its folders."""
+    catalogue = ast.get_docstring(tree_of(ROOT / room / "__init__.py"))
+    assert len(catalogue.splitlines()) <= 25
+    parts = {
+        path.stem
+        for path in (ROOT / room).iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    missing = [part for part in parts - {"__init__"} if not re.search(rf"\b{part}\b", catalogue)]
+    assert not missing
+
+
+def exceptions():
+    """The README's table: (what is typed, the files where that is defined)."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text.partition("| you type | you open |\n")[2].partition("\n\n")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[1:]]
+    return [(typed, re.findall(r"`([^`]+)`", opened)) for typed, opened in rows]
+
+
+def accepted_values():
+    """(key, value, file where it is defined) of all that the law speaks of."""
+    for stage, kind in STAGES.items():
+        yield "stage", stage, kind.__module__
+    for optim in typing.get_args(typing.get_type_hints(OptimOptions)["optim"]):
+        yield "optim", optim, optimizers.file_of(optim).__name__
+    for method in {*quant.METHODS, *quant.QUANTISERS}:
+        yield "quantization_method", method, quant.METHODS[method].__module__
+    for name in FAMILIES:
+        yield "architectures", name, next(line.__name__ for line in LINES if name in line.FAMILIES)
+    for recipe in ROOT.glob("configs/*.yaml"):
+        yield "recipe", recipe.stem, STAGES[yaml.safe_load(recipe.read_text())["stage"]].__module__
+    for name, function in vars(kernels).items():
+        if callable(function) and not name.startswith("_") and function.__module__ == "kernels":
+            yield "kernel", name, None
+
+
+def test_the_value_you_type_is_the_file_you_open():
+    """For every accepted value, up to the README's exceptions, which are few and true."""
+    table = exceptions()
+    assert 0 < len(table) <= 8
+    listed = {word: files for typed, files in table for word in re.findall(r"`([^`]+)`", typed)}
+    used = set()
+    for key, value, module in accepted_values():
+        short = value.lower().removesuffix("forcausallm").rstrip("0123456789_")
+        name = value.partition("_")[0] if key == "recipe" else short if key == "architectures" else value
+        folder = {"stage": "stages", "recipe": "stages", "optim": "training/optimizers", "kernel": "kernels"}
+        folder |= {"quantization_method": "quant", "architectures": "architectures"}
+        expected = f"{folder[key]}/{name}.py"
+        actual = expected if module is None else module.replace(".", "/") + ".py"
+        if value in listed:
+            used.add(value)
+            assert module is None or actual in listed[value], f"{key}: {value} is defined in {actual}"
+            assert all((ROOT / file).is_file() for file in listed[value]), listed[value]
+        else:
+            assert actual == expected and (ROOT / expected).is_file(), (
+                f"{key}: {value} is in {actual}, not {expected}"
+            )
+    assert set(listed) == used
 
 
 def module_of(path):
