@@ -37,20 +37,12 @@ def decode_attention_reference(q, keys, values, cu_seqlens, lengths, max_new, wi
     token = torch.arange(tokens, device=q.device)
     if tokens != len(lengths):
         sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
-        keys, values, lengths, stops = (
-            keys[sequence],
-            values[sequence],
-            lengths[sequence],
-            cu_seqlens[1:][sequence],
-        )
+        keys, values, lengths = keys[sequence], values[sequence], lengths[sequence]
+        stops = cu_seqlens[1:][sequence]
     else:  # one each
         stops = cu_seqlens[1:]
     wide = torch.float64 if q.dtype is torch.float64 else torch.float32
-    grouped = (
-        q.view(tokens, kv_heads, heads // kv_heads, size)
-        if q.is_contiguous()
-        else q.unflatten(1, (kv_heads, -1))
-    )
+    grouped = q.reshape(tokens, kv_heads, heads // kv_heads, size)
     scores = (grouped @ keys.transpose(2, 3)).to(wide) * scale  # (T, K, H/K, capacity)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -119,8 +111,7 @@ def decode_attention_triton(q, keys, values, cu_seqlens, lengths, max_new, windo
     sequences, kv_heads, capacity = keys.shape[:3]
     if keys.stride() != values.stride() or keys.stride(3) != 1:
         raise ValueError(
-            f"decode_attention: keys and values must lie alike, values of a head side by side; "
-            f"their strides are {keys.stride()} and {values.stride()}"
+            f"decode_attention: keys and values must lie alike, not {keys.stride()}, {values.stride()}"
         )
     q = q if q.stride(2) == 1 else q.contiguous()
     group = heads // kv_heads

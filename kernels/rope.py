@@ -137,72 +137,22 @@ def _rope_kernel(
     program = tl.program_id(0)
     if program < q_programs:
         _turn_lines(
-            q,
-            turned_q,
-            cos,
-            sin,
-            program,
-            tokens,
-            q_heads,
-            size,
-            half,
-            q_token,
-            q_head,
-            cos_token,
-            sin_token,
-            INTERLEAVED,
-            BACKWARD,
-            LINES,
-            Q_HEADS,
-            HALF,
-            REST,
-        )
+            q, turned_q, cos, sin, program, tokens, q_heads, size, half, q_token, q_head,
+            cos_token, sin_token, INTERLEAVED, BACKWARD, LINES, Q_HEADS, HALF, REST,
+        )  # fmt: skip
     else:
         _turn_lines(
-            k,
-            turned_k,
-            cos,
-            sin,
-            program - q_programs,
-            tokens,
-            k_heads,
-            size,
-            half,
-            k_token,
-            k_head,
-            cos_token,
-            sin_token,
-            INTERLEAVED,
-            BACKWARD,
-            LINES,
-            K_HEADS,
-            HALF,
-            REST,
-        )
+            k, turned_k, cos, sin, program - q_programs, tokens, k_heads, size, half, k_token, k_head,
+            cos_token, sin_token, INTERLEAVED, BACKWARD, LINES, K_HEADS, HALF, REST,
+        )  # fmt: skip
 
 
 @jit
 def _turn_lines(
-    x,
-    turned,
-    cos,
-    sin,
-    block,
-    tokens,
-    heads,
-    size,
-    half,
-    x_token,
-    x_head,
-    cos_token,
-    sin_token,
-    INTERLEAVED: tl.constexpr,
-    BACKWARD: tl.constexpr,
-    LINES: tl.constexpr,
-    HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-    REST: tl.constexpr,
-):
+    x, turned, cos, sin, block, tokens, heads, size, half, x_token, x_head, cos_token, sin_token,
+    INTERLEAVED: tl.constexpr, BACKWARD: tl.constexpr, LINES: tl.constexpr, HEADS: tl.constexpr,
+    HALF: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
     """LINES rows of (token, head): HEADS heads of some tokens; the next block takes their other heads."""
     line = tl.arange(0, LINES)[:, None]
     head_blocks = heads // HEADS
