@@ -140,14 +140,12 @@ def robust_loss(score: Tensor, smoothing: float) -> Tensor:
 def exo_loss(score: Tensor, smoothing: float) -> Tensor:
     """Kullback-Leibler divergence of the policy's choice between the two from (1 - smoothing, smoothing)."""
     chosen, rejected = F.logsigmoid(score), F.logsigmoid(-score)
-    return chosen.exp() * (chosen - math.log1p(-smoothing)) + rejected.exp() * (
-        rejected - math.log(smoothing)
-    )
+    first = chosen.exp() * (chosen - math.log1p(-smoothing))
+    return first + rejected.exp() * (rejected - math.log(smoothing))
 
 
 def kto_pair_loss(chosen: Tensor, rejected: Tensor, kl: Tensor, beta: float) -> Tensor:
-    """chosen, rejected: ratios (P,); kl (2,): mean ratio of the chosen and of the rejected answers, at least
-    0.
+    """chosen, rejected: ratios (P,); kl (2,): mean ratio, at least 0, of the chosen and the rejected answers.
 
     The KL of one kind is estimated on the answers of the other. Mean of an answer's two losses.
     """
@@ -160,14 +158,12 @@ def bco_loss(chosen: Tensor, rejected: Tensor, baseline: Tensor) -> Tensor:
 
 
 def divergence(ratio_sums: Tensor) -> Tensor:
-    """(3,) of PairPreference.ratio_sums -> (2,): an estimate of the Kullback-Leibler divergence on each
-    kind."""
+    """(3,) of PairPreference.ratio_sums -> (2,): an estimate of the KL divergence on each kind."""
     return (ratio_sums[:2] / ratio_sums[2].clamp(min=1)).clamp(min=0)
 
 
 class PairPreference(Stage):
-    """Stage dpo. In ratios (2, P) the chosen answers come first; without a reference they are
-    log-probabilities."""
+    """In ratios (2, P) the chosen answers come first; without a reference they are log-probabilities."""
 
     evaluation_names = (
         *("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"),

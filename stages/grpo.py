@@ -33,12 +33,8 @@ from stages.rollouts import Prompt, clipped_losses, completions_batch, roll_out,
 from stages.stage import RolloutStage
 
 SCALE_EPS = 1e-4  # trl's: keeps a group of equal rewards at advantage 0
-NO_METRICS = (
-    "labels",
-    "tags",
-    "reference",
-    "advantages",
-)  # of Batch.per_segment; the others are of _measures
+# of Batch.per_segment; the others are of _measures
+NO_METRICS = ("labels", "tags", "reference", "advantages")
 
 
 @dataclass(frozen=True)
@@ -66,21 +62,17 @@ class GRPOOptions:
     )
     epsilon: float = option(0.2, "grpo: ratios below 1 - epsilon get no gradient from a bad answer")
     epsilon_high: float | None = option(
-        None, "grpo: those above 1 + this none from a good one; default: epsilon"
+        None, "grpo: those above 1 + this none from a good one; none = epsilon"
     )
     beta: float = option(0.0, "grpo: weight of the KL divergence from the reference; 0 = no reference")
     kl_in_reward: bool = option(False, "grpo: take the KL divergence off the rewards, not add it to the loss")
     mask_truncated_completions: bool = option(
-        False,
-        "grpo: learn nothing from answers that were cut off at max_new_tokens (they still count in their "
-        "group)",
+        False, "grpo: learn nothing from answers cut off at max_new_tokens (they still count in their group)"
     )
 
     def __post_init__(self):
         if self.num_generations < 2:
-            raise UserError(
-                f"num_generations: {self.num_generations}; a group needs at least 2 answers to compare"
-            )
+            raise UserError(f"num_generations: {self.num_generations}; a group needs at least 2 to compare")
         if self.num_iterations < 1:
             raise UserError(f"num_iterations: {self.num_iterations} must be at least 1")
         if not 0 < self.epsilon < 1:
@@ -90,9 +82,7 @@ class GRPOOptions:
         if not self.beta >= 0:
             raise UserError(f"beta: {self.beta} must be 0 (no reference) or more")
         if self.kl_in_reward and self.beta == 0:
-            raise UserError(
-                "kl_in_reward: true, but beta is 0, so there is no KL; set beta, or drop kl_in_reward"
-            )
+            raise UserError("kl_in_reward: true, but beta is 0, so there is no KL; set beta, or drop the key")
         if self.loss_type == "rloo" and self.importance_sampling_level == "sequence":
             raise UserError(
                 "importance_sampling_level: sequence, but loss_type=rloo has one ratio per answer already, "
@@ -139,8 +129,7 @@ def group_deviation(rewards: Tensor) -> Tensor:
 
 
 def k3_divergence(logprobs: Tensor, reference: Tensor) -> Tensor:
-    """Schulman's estimator of KL(policy || reference) on tokens of the policy: never negative. (L,), (L,) ->
-    (L,)."""
+    """Schulman's estimator of KL(policy || reference) on tokens of the policy, at least 0. All (L,)."""
     difference = reference - logprobs
     return torch.exp(difference) - difference - 1
 
@@ -153,39 +142,32 @@ def policy_loss(
     counts: Tensor,
     options: GRPOOptions,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of `options.loss_type` as a SUM, () in the dtype given, and sums over the tokens for the
-    metrics.
+    """The loss of `options.loss_type` as a SUM, () in the dtype given, and sums over tokens for the metrics.
 
     logprobs (L,) of the policy that learns, old (L,) of the one that wrote the answers, reference (L,) or
     None (no KL in the loss); advantages (N,), counts (N,) tokens of each answer, 0 for one that is left out.
     """
-    log_ratio = logprobs - old
-    tokens = len(logprobs)
-    if options.loss_type == "rloo":
-        losses = clipped_losses(segment_sums(log_ratio, counts), advantages, options.epsilon, options.upper)
+    log_ratio, clip = logprobs - old, (options.epsilon, options.upper)
+    by_token = spread(advantages, counts, len(logprobs))
+    whole = options.loss_type == "rloo"  # losses of answers, not of tokens
+    if whole:
+        losses = clipped_losses(segment_sums(log_ratio, counts), advantages, *clip)
         # an answer that is left out has ratio 1, and would still add its advantage
         losses = losses * (counts > 0)
-        log_ratio = spread(segment_sums(log_ratio.detach(), counts), counts, tokens)
-        by_token = None
+        log_ratio = spread(segment_sums(log_ratio.detach(), counts), counts, len(logprobs))
     else:
         if options.importance_sampling_level == "sequence":
-            log_ratio = spread(segment_sums(log_ratio, counts) / counts.clamp(min=1), counts, tokens)
-        by_token = clipped_losses(
-            log_ratio, spread(advantages, counts, tokens), options.epsilon, options.upper
-        )
-    sums = _clip_sums(log_ratio.detach(), spread(advantages, counts, tokens), options)
+            means = segment_sums(log_ratio, counts) / counts.clamp(min=1)
+            log_ratio = spread(means, counts, len(logprobs))
+        losses = clipped_losses(log_ratio, by_token, *clip)
+    sums = _clip_sums(log_ratio.detach(), by_token, options)
     if reference is not None:
         divergence = k3_divergence(logprobs, reference)
         sums["kl"] = divergence.detach().sum()
-        if by_token is None:
-            losses = losses + options.beta * segment_sums(divergence, counts)
-        else:
-            by_token = by_token + options.beta * divergence
-    if by_token is None:
-        return losses.sum(), sums
+        losses = losses + options.beta * (segment_sums(divergence, counts) if whole else divergence)
     if options.loss_type == "grpo":
-        return (segment_sums(by_token, counts) / counts.clamp(min=1)).sum(), sums
-    return by_token.sum(), sums
+        losses = segment_sums(losses, counts) / counts.clamp(min=1)
+    return losses.sum(), sums
 
 
 def _clip_sums(log_ratio: Tensor, advantages: Tensor, options: GRPOOptions) -> dict[str, Tensor]:

@@ -78,19 +78,13 @@ def bco_loss(rewards: Tensor, good: Tensor, baseline: Tensor) -> Tensor:
 
 
 class MismatchedStore(ExampleStore):
-    """The examples of a store, each with a second segment: its question with the next row's answer, see
-    `mismatched`.
-
-    The last row takes the first one's answer.
-    """
+    """The examples of a store, each `mismatched` with the next one; the last with the first."""
 
     def __init__(self, store: ExampleStore, cutoff_len: int):
         super().__init__(store.parts, store.datasets, store.index)
         if len(store) < 2:
-            raise UserError(
-                "kto_loss: kto needs answers to other questions, so at least 2 rows; "
-                f"{', '.join(store.datasets)} has {len(store)}"
-            )
+            found = f"{', '.join(store.datasets)} has {len(store)}"
+            raise UserError(f"kto_loss: kto needs answers to other questions, so at least 2 rows; {found}")
         self.cutoff_len = cutoff_len
         questions = self._gather("questions", np.int32)  # tokens
         answers = np.roll(self.lengths - questions, -1)
@@ -101,8 +95,7 @@ class MismatchedStore(ExampleStore):
 
 
 def mismatched(example: Example, other: Example, cutoff_len: int) -> Example:
-    """The example with a second segment: its question with the other's answer, as much of it as fits
-    cutoff_len."""
+    """The example with a second segment: its question with the other's answer, as much as fits cutoff_len."""
     question = int(np.argmax(example.trained))
     start = int(np.argmax(other.trained))
     stop = min(len(other), start + cutoff_len - question)
@@ -234,8 +227,7 @@ class RatedPreference(Stage):
         return means | {"rewards/margins": means["rewards/chosen"] - means["rewards/rejected"]}
 
     def evaluate(self, model: Decoder, batches: Iterator[Batch], world: World) -> dict[str, float]:
-        """As in training with the whole set as one group: the same numbers whatever the size of the
-        batches."""
+        """As in training with the whole set as one group: the same numbers whatever the batches' size."""
         parts, sums = [], torch.zeros(2, dtype=torch.float64, device=world.device)
         for batch in batches:
             batch = batch.to(world.device)

@@ -39,7 +39,7 @@ from options.option import RESUMABLE, option
 from parallel.world import World
 from pipeline.batch import ROW_MULTIPLE, Batch
 from stages.logprobs import batch_logprobs, label_logprobs, label_states, segment_sums, spread
-from stages.metrics import Metrics, summed
+from stages.metrics import Metrics, means_over_ranks, summed
 from stages.rewards import samples_of
 from stages.rollouts import Prompt, clipped_losses, completions_batch, roll_out, seed_of
 from stages.stage import RolloutStage
@@ -55,9 +55,7 @@ class PPOOptions:
     ppo_epochs: int = option(4, "ppo: how often each text is trained on")
     ppo_target: float = option(6.0, "ppo: sum of a text's KL in nats that the adaptive coefficient steers to")
     ppo_score_norm: bool = option(False, "ppo: rewards minus their running mean, by their running deviation")
-    ppo_whiten_rewards: bool = option(
-        False, "ppo: rewards a token (with the KL in them) divided by their deviation"
-    )
+    ppo_whiten_rewards: bool = option(False, "ppo: rewards a token, with the KL, divided by their deviation")
     init_kl_coef: float = option(0.2, "ppo: what a nat of KL costs, at the start")
     adap_kl_ctrl: bool = option(True, "ppo: steer the KL coefficient to ppo_target; false = it stays")
     horizon: float = option(10000.0, "ppo: texts over which the KL coefficient adapts")
@@ -72,7 +70,7 @@ class PPOOptions:
         False, "ppo: keep every draw in output_dir/draws, for ppo_replay", RESUMABLE
     )
     ppo_replay: str | None = option(
-        None, "ppo: file of output_dir/draws that takes the place of the first draw", RESUMABLE
+        None, "ppo: file of output_dir/draws, in place of the first draw", RESUMABLE
     )
 
     def __post_init__(self):
@@ -109,10 +107,9 @@ def token_rewards(kl: Tensor, score: float, kl_coef: float) -> Tensor:
 
 
 def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> Tensor:
-    """(n,), (n,) of one text's tokens -> (n,) advantages, not whitened. arXiv 1506.02438 eq. 16; values end
-    with 0.
+    """(n,), (n,) of one text's tokens -> (n,) advantages in float64, not whitened. arXiv 1506.02438 eq. 16.
 
-    A_t = delta_t + gamma lam A_(t+1),  delta_t = r_t + gamma V_(t+1) - V_t.  In float64.
+    A_t = delta_t + gamma lam A_(t+1),  delta_t = r_t + gamma V_(t+1) - V_t,  0 behind the end.
     """
     advantages, advantage, value_after = [], 0.0, 0.0
     for reward, value in zip(reversed(rewards.tolist()), reversed(values.tolist())):
@@ -164,8 +161,7 @@ class KLController:
 
 @dataclass
 class RunningMoments:
-    """Mean and variance of all scores so far: trl's RunningMoments, by Chan's parallel formula, in
-    float64."""
+    """Mean and variance of all scores so far: trl's RunningMoments, by Chan's parallel formula."""
 
     mean: float = 0.0
     variance: float = 1.0  # biased
@@ -259,22 +255,20 @@ class PPO(RolloutStage):
         self.moments = RunningMoments(*state["moments"])
 
     def evaluate(self, model: Decoder, prompts: Iterator[list[Prompt]], world: World) -> dict[str, float]:
-        """On held-out prompts, with the same seeds each time: mean reward, sum of KL a text, tokens, share
-        cut off."""
+        """On held-out prompts, with the same seeds each time: means of reward, KL a text, tokens, cut off."""
         prompts = list(prompts)
         completions, scores = self._texts(model, prompts, EVALUATION)
-        totals = torch.zeros(5, dtype=torch.float64)
-        totals[0] = scores.double().sum()
-        for each, texts in zip(prompts, completions):
-            batch = self._batch(each, texts).to(self.world.device)
+        kl = torch.zeros((), dtype=torch.float64)
+        for each in zip(prompts, completions):
+            batch = self._batch(*each).to(world.device)
             reference = self.reference.logprobs(model, batch, self.temperature)
-            kl = batch_logprobs(model, batch, self.temperature) - reference
-            totals[1] += kl.double().sum().cpu()
-            totals[2] += sum(len(text.ids) for text in texts)
-            totals[3] += sum(text.finish_reason == "length" for text in texts)
-        totals[4] = len(scores)
-        *sums, count = world.sum(totals.to(world.device)).tolist()
-        return dict(zip(self.evaluation_names, (total / max(count, 1) for total in sums)))
+            kl += (batch_logprobs(model, batch, self.temperature) - reference).double().sum().cpu()
+        texts = [text for each in completions for text in each]
+        lengths = torch.tensor([float(len(text.ids)) for text in texts])
+        cut = torch.tensor([float(text.finish_reason == "length") for text in texts])
+        columns = (scores.double(), kl, lengths.double(), cut.double())
+        sums = summed(dict(zip(self.evaluation_names, columns)), len(texts))
+        return means_over_ranks({name: pair.to(world.device) for name, pair in sums.items()}, world)
 
     # A draw
 
@@ -316,10 +310,8 @@ class PPO(RolloutStage):
             torch.save(self.state(), path)
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
             path.unlink(missing_ok=True)
-            raise StopRun(
-                f"ppo_save_draws: {path} could not be written ({str(error).splitlines()[0]}); make room and "
-                "run the same command to continue"
-            ) from error
+            why = f"{path} could not be written ({str(error).splitlines()[0]})"
+            raise StopRun(f"ppo_save_draws: {why}; make room and run the same command to continue") from error
 
     def _take_over(self, path: Path) -> None:
         """The draw in this file, in place of one of our own."""

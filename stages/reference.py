@@ -1,6 +1,6 @@
 """The reference policy: log-probabilities that a trained policy is held to, beside the training or before it.
 
-Which policy (spec 91): ref_model with its adapters; else what the run starts from: with LoRA the model with
+Which policy: ref_model with its adapters; else what the run starts from: with LoRA the model with
 its adapters switched off, which costs no memory, else a frozen copy of the weights that train. Where the
 texts are known ahead the log-probabilities are computed once, before the first update: then no copy is held
 and no step computes them. They are kept on disk by a key that is a hash of the reference's weights and of
@@ -58,8 +58,7 @@ class ReferenceOptions:
 
 
 class Reference:
-    """Gives log-probabilities under the reference policy; no gradient, no dropout, the trained model's mode
-    stays."""
+    """Log-probabilities under the reference policy: no gradient, no dropout; the model's mode stays."""
 
     def __init__(self, policy: Decoder | None = None, ld_alpha: float | None = None):
         """policy: None = the trained model with its adapters off.  ld_alpha: as in logprobs.answer_sums."""
@@ -117,25 +116,25 @@ def precompute(
     world: World,
     afresh: bool = False,
 ) -> None:
-    """Fill `reference` of every store (name -> store), from the cache where it has the same weights and
-    tokens.
+    """Fill `reference` of every store (name -> store), from the cache where it has these weights and tokens.
 
     afresh: compute in any case.  All ranks have to call; they share the work, and rank 0 alone reads and
     writes files. Raises UserError for numbers that are not finite.
     """
-    policy = (
-        weights_key(reference.policy or model, adapters=reference.policy is not None) if world.is_main else ""
-    )
+    key = {"version": CACHE_VERSION, "ld_alpha": reference.ld_alpha}
+    if world.is_main:
+        key["policy"] = weights_key(reference.policy or model, adapters=reference.policy is not None)
     for name, store in stores.items():
-        key = {"version": CACHE_VERSION, "policy": policy, "ld_alpha": reference.ld_alpha}
-        key |= {"data": store_key(store)} if world.is_main else {}
+        if world.is_main:
+            key["data"] = store_key(store)
         hashed = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest()
         path = cache / f"{hashed}.safetensors"
         with _alone(path) if world.is_main else nullcontext():
-            values = None if afresh or not world.is_main else _read(path, key, len(store), segments(store))
-            if world.any(values is not None):
+            values = None if afresh or not world.is_main else _read(path, key, store)
+            if world.any(values is not None):  # on rank 0: the others may not see its disk
                 done = f"read from {path}"
-                values = _from_main(values, store, world)
+                values = torch.zeros(*_shape(store)) if values is None else values
+                values = world.sum(values.to(world.device)).cpu()
             else:
                 started = time.monotonic()
                 values = _compute(reference, model, store, rows_per_batch, world, name)
@@ -146,26 +145,20 @@ def precompute(
         store.reference = values.numpy()
 
 
-def segments(store: ExampleStore) -> int:
-    return len(store.example(0).segments)
+def _shape(store: ExampleStore) -> tuple[int, int]:
+    """(examples, segments of each)."""
+    return len(store), len(store.example(0).segments)
 
 
 def _compute(
     reference: Reference, model: Decoder, store: ExampleStore, rows_per_batch: int, world: World, name: str
 ) -> Tensor:
-    """(n, segments) fp32 on the CPU, the same on every rank: each computes its share of the batches."""
-    loader = BatchLoader(
-        store, rows_per_batch=rows_per_batch, shuffle=False, rank=world.rank, world=world.size
-    )
-    values = torch.zeros(len(store), segments(store), device=world.device)
-    numbers = tqdm(
-        range(loader.batches_per_epoch),
-        f"reference, {name}",
-        unit=" batches",
-        delay=2.0,
-        disable=not world.is_main,
-    )
-    for number in numbers:
+    """_shape(store) fp32 on the CPU, the same on every rank: each computes its share of the batches."""
+    place = {"rank": world.rank, "world": world.size}
+    loader = BatchLoader(store, rows_per_batch=rows_per_batch, shuffle=False, **place)
+    values = torch.zeros(*_shape(store), device=world.device)
+    bar = {"unit": " batches", "delay": 2.0, "disable": not world.is_main}
+    for number in tqdm(range(loader.batches_per_epoch), f"reference, {name}", **bar):
         examples = loader.examples_of(number)
         batch = loader.batch(number).rounded(ROW_MULTIPLE[world.device.type]).to(world.device)
         values[examples] = reference.sums(model, batch).view(values.shape[1], -1).T
@@ -178,12 +171,6 @@ def _compute(
             f"({len(bad)} such examples); use bf16 instead of fp16, or another ref_model"
         )
     return values
-
-
-def _from_main(values: Tensor | None, store: ExampleStore, world: World) -> Tensor:
-    """Rank 0's values, on every rank: the others may not see its disk."""
-    mine = torch.zeros(len(store), segments(store)) if values is None else values
-    return world.sum(mine.to(world.device)).cpu()
 
 
 # On disk
@@ -217,28 +204,24 @@ def _alone(path: Path):
     try:
         return locked(path.with_suffix(".lock"))
     except OSError as error:
-        raise UserError(
-            f"cache_dir: {path.parent} cannot be written ({error.strerror}); name another"
-        ) from error
+        text = f"cache_dir: {path.parent} cannot be written ({error.strerror}); name another"
+        raise UserError(text) from error
 
 
-def _read(path: Path, key: dict, count: int, width: int) -> Tensor | None:
-    """(count, width) from the cache, None where it has nothing; says what is wrong with a file that cannot be
-    used."""
+def _read(path: Path, key: dict, store: ExampleStore) -> Tensor | None:
+    """_shape(store) from the cache, None where it has nothing; says what is wrong with a file."""
     if not path.is_file():
         return None
     try:
         with safe_open(path, "pt") as file:
             found, values = file.metadata(), file.get_tensor(TENSOR)
+        if (found or {}).get("key") == json.dumps(key, sort_keys=True) and values.shape == _shape(store):
+            return values
+        problem = "is of another model or other data"
     except SafetensorError as error:
-        print(f"cache: {path} is damaged ({error}); the reference log-probabilities are computed again")
-        return None
-    if (found or {}).get("key") != json.dumps(key, sort_keys=True) or values.shape != (count, width):
-        print(
-            f"cache: {path} is of another model or data; the reference log-probabilities are computed again"
-        )
-        return None
-    return values
+        problem = f"is damaged ({error})"
+    print(f"cache: {path} {problem}; the reference log-probabilities are computed again")
+    return None
 
 
 def _write(path: Path, key: dict, values: Tensor) -> None:

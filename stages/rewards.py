@@ -8,10 +8,9 @@
 An API gets POST {"model": "model", "messages": [text, ...]} (prompt and answer with their special tokens, as
 LLaMA-Factory sends them) and answers {"scores": [number, ...]}, one for each text in their order.
 
-A reward file holds one function or several. It is the user's program and runs on purpose, so use no file that
-you have not read. Every function in it that has a parameter `completions` is a reward (or those that
-reward_funcs names); it gets lists of equal length, by the names of its parameters, and returns one number for
-each completion:
+A reward file is the user's program and runs on purpose, so use no file that you have not read. Every function
+in it with a parameter `completions` is a reward (or those that reward_funcs names); it gets lists of equal
+length, by the names of its parameters, and returns one number for each completion:
 
     def near_forty_words(completions, **others):
         return [-abs(len(text.split()) - 40) / 40 for text in completions]
@@ -23,8 +22,7 @@ The names are `prompts` (text as the model sees it), `completions` (text without
 (the row's own answer; None if it has none), `prompt_ids`, `completion_ids` (with the stop token),
 `finish_reasons` ("stop", or "length" when the answer was cut off), or **others for all of them. A function
 must depend on nothing else: texts are scored in batches of any size, on every rank, and again after a resume.
-The reward is the sum of all functions, each times its entry of reward_weights. trl's reward functions for
-plain text run here.
+The reward is their sum, each times its entry of reward_weights. trl's functions for plain text run here.
 """
 
 import http.client
@@ -58,7 +56,16 @@ from stages.rm import score_texts
 from stages.rollouts import Prompt
 from text.tokenizer import Tokenizer
 
-ARGUMENTS = ("prompts", "completions", "answers", "prompt_ids", "completion_ids", "finish_reasons")
+ARGUMENTS = {
+    "prompts": "prompt",
+    "completions": "completion",
+    "answers": "answer",
+    "prompt_ids": "prompt_ids",
+}
+ARGUMENTS |= {
+    "completion_ids": "completion_ids",
+    "finish_reasons": "finish_reason",
+}  # name -> field of Sample
 API_TRIES = 3  # a server that is being restarted must not end a run of hours
 API_PAUSE = 2.0  # seconds before the second try; twice that before the third
 
@@ -67,9 +74,7 @@ API_PAUSE = 2.0  # seconds before the second try; twice that before the third
 class RewardOptions:
     STAGES = "ppo grpo"
 
-    reward_model: str | None = option(
-        None, "reward model: adapter of stage rm, model folder, hub id or address"
-    )
+    reward_model: str | None = option(None, "adapter of stage rm, model folder, hub id or address")
     reward_model_type: Literal["lora", "full", "api"] = option(
         "lora",
         "what reward_model is: an adapter on the same base, a model of its own, or the address of a server",
@@ -96,17 +101,18 @@ class RewardOptions:
                 f"reward_model: {self.reward_model} with reward_model_type={self.reward_model_type}: lora "
                 "and full name a folder or a hub id, api an address (http://...)"
             )
+        full = self.reward_model and self.reward_model_type == "full"
         for key in ("reward_model_adapters", "reward_model_quantization_bit"):
-            if getattr(self, key) and not (self.reward_model and self.reward_model_type == "full"):
+            if getattr(self, key) and not full:
                 raise UserError(
-                    f"{key}: it belongs to a reward_model of type full; drop it, or set reward_model_type"
+                    f"{key}: it belongs to a reward_model of type full; drop it, or set that type"
                 )
         if not self.reward_api_timeout > 0:
             raise UserError(f"reward_api_timeout: {self.reward_api_timeout} must be above 0 (seconds)")
         for key in ("reward_funcs", "reward_weights"):
             if getattr(self, key) and not self.reward_file:
                 raise UserError(
-                    f"{key}: it belongs to reward_file, which is not given; name one, or drop {key}"
+                    f"{key}: it belongs to reward_file, which is not given; name it, or drop {key}"
                 )
         twice = next((name for name in self.reward_funcs if self.reward_funcs.count(name) > 1), None)
         if twice is not None:
@@ -117,10 +123,10 @@ class RewardOptions:
             raise UserError(
                 f"reward_weights: {', '.join(map(str, self.reward_weights))} must be finite numbers"
             )
-        if self.reward_funcs and self.reward_weights and len(self.reward_funcs) != len(self.reward_weights):
+        named, given = len(self.reward_funcs), len(self.reward_weights)
+        if named and given and named != given:
             raise UserError(
-                f"reward_weights: {len(self.reward_weights)} numbers for {len(self.reward_funcs)} functions "
-                "in reward_funcs; give one for each"
+                f"reward_weights: {given} numbers for {named} functions of reward_funcs; give as many"
             )
 
 
@@ -145,8 +151,7 @@ def samples_of(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> 
 
 
 class RewardError(StopRun):
-    """Nobody knows what these answers are worth: a function or a server has failed. What was trained is
-    sound."""
+    """Nobody knows what these answers are worth: a function or a server failed. What was trained is sound."""
 
 
 class RewardSource:
@@ -195,14 +200,7 @@ class FunctionReward(RewardSource):
             )
 
     def measure(self, samples: Sequence[Sample]) -> Tensor:
-        given = {
-            "prompts": [sample.prompt for sample in samples],
-            "completions": [sample.completion for sample in samples],
-            "answers": [sample.answer for sample in samples],
-            "prompt_ids": [list(sample.prompt_ids) for sample in samples],
-            "completion_ids": [list(sample.completion_ids) for sample in samples],
-            "finish_reasons": [sample.finish_reason for sample in samples],
-        }
+        given = {name: [getattr(sample, field) for sample in samples] for name, field in ARGUMENTS.items()}
         columns = [self._call(name, function, given) for name, function in zip(self.names, self.functions)]
         return torch.tensor(columns).T.contiguous()
 
@@ -304,8 +302,7 @@ class ModelReward(RewardSource):
     """A model with a value head (stage rm): the score of prompt and answer."""
 
     def __init__(self, model: Decoder, folders: Iterable[Path]):
-        """The value head is that of the first of these folders which has one. Raises UserError if none
-        has."""
+        """The value head is that of the first of these folders which has one. Raises UserError."""
         self.model = model
         model.v_head = _read_head(model, list(folders))
 
@@ -314,8 +311,7 @@ class ModelReward(RewardSource):
 
 
 class AdapterReward(RewardSource):
-    """An adapter and a value head of stage rm on the policy's own base, in use only while answers are
-    scored."""
+    """An adapter and a value head of stage rm on the policy's own base, in use while answers are scored."""
 
     def __init__(self, policy: Decoder, folder: Path):
         """Raises UserError when the folder is no adapter of this base, or has no value head."""
@@ -340,9 +336,7 @@ class AdapterReward(RewardSource):
     @torch.no_grad()
     def measure(self, samples: Sequence[Sample]) -> Tensor:
         if any(layer.merged for layer in lora_layers(self.policy).values()):
-            raise ValueError(
-                "the policy's adapters are merged into the base that the reward adapter needs; unmerge it"
-            )
+            raise ValueError("the policy's adapters are merged into the base that the reward adapter needs")
         kept, weights = self.policy.v_head, [parameter.data for parameter, _ in self.whole]
         try:
             self.policy.v_head = self.head
@@ -359,9 +353,7 @@ class AdapterReward(RewardSource):
 class ApiReward(RewardSource):
     """A server that scores texts; see the top of this file."""
 
-    def __init__(
-        self, address: str, tokenizer: Tokenizer, timeout_seconds: float, pause_seconds: float = API_PAUSE
-    ):
+    def __init__(self, address: str, tokenizer: Tokenizer, timeout_seconds: float, pause_seconds=API_PAUSE):
         self.address, self.tokenizer = address, tokenizer
         self.timeout_seconds, self.pause_seconds = timeout_seconds, pause_seconds
 
@@ -398,11 +390,8 @@ class ApiReward(RewardSource):
                 problem = f"HTTP status {error.code} ({error.reason})"
                 if error.code < 500:  # the request is wrong, and would be again
                     break
-            except (
-                OSError,
-                http.client.HTTPException,
-            ) as error:  # URLError, which wraps another, TimeoutError
-                problem = getattr(error, "reason", error)
+            except (OSError, http.client.HTTPException) as error:
+                problem = getattr(error, "reason", error)  # of a URLError, which wraps another
                 if isinstance(problem, TimeoutError):
                     problem = f"no answer within {self.timeout_seconds:g} seconds (reward_api_timeout)"
         raise RewardError(

@@ -60,8 +60,7 @@ def span_loss(values: Tensor, tokens: Tensor, starts: Tensor, ends: Tensor, long
 
 
 def answer_ends(batch: Batch) -> Tensor:
-    """(N,) int64: the row behind the last trained token of each segment that has a source; every one has
-    labels."""
+    """(N,) int64: the row behind the last trained token of each segment with a source; all have labels."""
     # a label belongs to the token behind its row
     return batch.label_rows[batch.label_counts.cumsum(0) - 1] + 2
 
@@ -121,9 +120,7 @@ def score_texts(model: Decoder, texts: Sequence[Sequence[int]], most_tokens: int
     beside it.
     """
     if model.v_head is None:
-        raise ValueError(
-            "the model has no value head, so it gives no scores; load one (checkpoints/value_head.py)"
-        )
+        raise ValueError("the model has no value head, so it gives no scores (checkpoints/value_head.py)")
     was_training, device = model.training, model.embed_tokens.weight.device
     model.eval()
     scores = torch.empty(len(texts))
@@ -142,8 +139,7 @@ def score_texts(model: Decoder, texts: Sequence[Sequence[int]], most_tokens: int
 def score_dialogues(
     model: Decoder, tokenizer: Tokenizer, template, dialogues: Sequence[Sequence[Message]]
 ) -> Tensor:
-    """(n,) fp32: the scores of the last answers of these dialogues. Raises UserError for one without an
-    answer."""
+    """(n,) fp32: the scores of the last answers of these dialogues. Raises UserError if one has none."""
     texts = []
     for number, messages in enumerate(dialogues):
         spans = template.render(list(messages), tokenizer.bos_token, tokenizer.eos_token)
@@ -155,10 +151,8 @@ def score_dialogues(
 
 
 def _example(ids: Sequence[int]) -> Example:
-    nothing = np.zeros(len(ids), bool)
-    return Example(
-        np.asarray(ids, np.int32), nothing, nothing.astype(np.int16), nothing.astype(np.uint8), (-1, -1)
-    )
+    nothing = np.zeros(len(ids), np.uint8)
+    return Example(np.asarray(ids, np.int32), nothing > 0, nothing.astype(np.int16), nothing, (-1, -1))
 
 
 def _together(texts: Sequence[Sequence[int]], most_tokens: int) -> Iterator[list[int]]:

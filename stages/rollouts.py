@@ -49,18 +49,14 @@ def prompts_of(examples: Iterable[Example], tokenizer) -> list[Prompt]:
 
 
 def ending_with(options: GenerateOptions, template, tokenizer) -> GenerateOptions:
-    """These options, with what ends an answer of this template (None: of no template) among the stop
-    words."""
+    """These options, with what ends an answer of this template (or None) among the stop words."""
     words = () if template is None else template.stop_words(tokenizer.eos_token)
     return replace(options, stop=tuple(dict.fromkeys([*options.stop, *words])))
 
 
 def seed_of(seed: int, draw: int, prompt: Prompt, number: int = 0, texts: int = 1) -> int:
-    """Seed of one text: that of the run, how often it drew prompts before, the prompt's row, which text of
-    that row.
-
-    number: of the `texts` that are written to this copy of the row.
-    """
+    """Seed of a text, by that of the run, how often it drew prompts before, the prompt's row, and the number
+    of the text among the `texts` that are written to this copy of the row."""
     entropy = [seed, draw, *prompt.source, prompt.copy * texts + number]
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 2)
 
@@ -100,12 +96,8 @@ def roll_out(
 def completions_batch(
     prompts: list[Prompt], completions: list[Completion], per_label: dict[str, list[Tensor]] | None = None
 ) -> Batch:
-    """Each prompt with its completion as one segment; its labels are the completion's tokens, the stop token
-    included.
-
-    per_label: for each completion a tensor (its tokens,), which becomes Batch.per_label. No prompts: the
-    empty batch.
-    """
+    """Each prompt with its completion as one segment; its labels are the completion's tokens, with the stop
+    token. per_label: tensors (tokens,) of each completion, for the batch. No prompts: the empty batch."""
     examples = []
     for prompt, completion in zip(prompts, completions, strict=True):
         trained = np.arange(len(prompt.ids) + len(completion.ids)) >= len(prompt.ids)
