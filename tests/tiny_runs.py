@@ -1,7 +1,7 @@
 """What tests of training share: a tiny random model, small data, and train.py called with keys.
 
 with tiny_runs(folder) as tiny:                        # model, tokenizer and data, made once
-    status = tiny.train("out", learning_rate=1e-2)         # train.main in this process, output_dir=<folder>/out
+    status = tiny.train("out", learning_rate=1e-2)     # train.main in this process, output_dir=<folder>/out
 """
 
 import json

@@ -190,6 +190,21 @@ def test_resuming_at_any_batch_equals_the_tail(way):
         assert tensors(start, 30 - start) == straight[start:]
 
 
+@pytest.mark.parametrize("size", [1, 2, 4, 50])
+def test_a_draw_ends_with_its_epoch_and_draws_resume_at_any_number(size):
+    loader = BatchLoader(Store(LENGTHS), rows_per_batch=4, seed=3)
+    per_epoch = -(-loader.batches_per_epoch // size)
+    assert loader.draws_per_epoch(size) == per_epoch
+    drawn = [list(map(numbers, draw)) for draw in itertools.islice(loader.draws(size), 2 * per_epoch)]
+    for number in range(2):
+        of_epoch = drawn[number * per_epoch : (number + 1) * per_epoch]
+        assert sum(of_epoch, []) == epoch(loader, number * loader.batches_per_epoch)
+        assert all(len(draw) == size for draw in of_epoch[:-1])
+    for start in (1, per_epoch, 2 * per_epoch - 1):
+        again = itertools.islice(loader.draws(size, start), 2 * per_epoch - start)
+        assert [list(map(numbers, draw)) for draw in again] == drawn[start:]
+
+
 def test_epochs_and_seeds_give_other_orders():
     loader = BatchLoader(Store(LENGTHS), rows_per_batch=4, seed=3)
     assert epoch(loader) != epoch(loader, loader.batches_per_epoch)
@@ -286,6 +301,17 @@ def test_a_stream_gives_each_row_once_a_pass_and_resumes(way, buffer_size):
     if way["packing"]:
         loader = stream(rows_per_batch=1, buffer_size=8, **way)
         assert max(len(batch.tokens) for batch in itertools.islice(loader.batches(), 50)) <= 30
+
+
+def test_draws_of_a_stream_are_its_batches_in_turn_and_resume():
+    def draws(start, count):
+        found = itertools.islice(stream(rows_per_batch=4).draws(3, start), count)
+        return [list(map(numbers, draw)) for draw in found]
+
+    batches = list(map(numbers, itertools.islice(stream(rows_per_batch=4).batches(), 15)))
+    assert draws(0, 5) == [batches[at : at + 3] for at in range(0, 15, 3)]
+    assert draws(2, 3) == draws(0, 5)[2:]
+    assert stream(rows_per_batch=4).draws_per_epoch(3) is None
 
 
 def test_shuffle_buffer_depends_on_the_seed_alone_and_loses_nothing():

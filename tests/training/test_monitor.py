@@ -1,20 +1,14 @@
-"""The log, the plot, the console, and the instruments of the loop."""
+"""The log, the results and the console."""
 
 import json
-import struct
-import zlib
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from parallel.world import World
-from pipeline.batch import collate
 from training import monitor
-from training.instruments import Health, MetricWindow
 from training.monitor import Monitor
-from training.plot import plot_history, smooth
-from training.trackers import check_services
 
 ONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -107,68 +101,6 @@ def test_results_are_merged(tmp_path):
     assert json.loads((tmp_path / "eval_results.json").read_text()) == {"eval_loss": 2.0}
 
 
-def pixels(path) -> tuple[int, int, bytes]:
-    """Width, height, and the unfiltered-enough bytes of a PNG."""
-    data = path.read_bytes()
-    width, height = struct.unpack(">II", data[16:24])
-    place, packed = 8, b""
-    while place < len(data):
-        length, kind = struct.unpack(">I4s", data[place : place + 8])
-        packed += data[place + 8 : place + 8 + length] if kind == b"IDAT" else b""
-        place += 12 + length
-    return width, height, zlib.decompress(packed)
-
-
-def test_the_plot_shows_the_curves(tmp_path):
-    history = [{"step": step, "loss": 5 / step} for step in range(1, 60)]
-    evaluations = [{"step": step, "eval_a_loss": 3.0, "eval_b_loss": 2.0} for step in (20, 40)]
-    for name, entries in (("empty", []), ("train", history), ("both", history + evaluations)):
-        plot_history(entries, tmp_path / f"{name}.png")
-    drawn = {name: pixels(tmp_path / f"{name}.png") for name in ("empty", "train", "both")}
-    assert drawn["train"][:2] == (800, 450)
-    assert len({content for _, _, content in drawn.values()}) == 3
-
-
-def drawn_panels(history, monkeypatch, path) -> dict[str, list[str]]:
-    """Label of the axis -> what the legend names, of every panel that can be seen."""
-    from matplotlib.figure import Figure
-
-    kept = []
-    subplots = Figure.subplots
-    monkeypatch.setattr(
-        Figure, "subplots", lambda *args, **keys: kept.append(subplots(*args, **keys)) or kept[-1]
-    )
-    plot_history(history, path)
-    seen = [axes for axes in kept[0].flatten() if axes.get_visible()]
-    return {axes.get_ylabel(): [text.get_text() for text in axes.get_legend().get_texts()] for axes in seen}
-
-
-def test_the_plot_has_a_panel_for_each_kind_of_metric(tmp_path, monkeypatch):
-    names = (
-        "loss",
-        "rewards/chosen",
-        "rewards/rejected",
-        "rewards/margins",
-        "rewards/accuracies",
-        "logps/chosen",
-    )
-    history = [{"step": step, **dict.fromkeys(names, float(step)), "grad_norm": 1.0} for step in (1, 2, 3)]
-    history += [{"step": 2, "eval_loss": 0.5, "eval_rewards/accuracies": 0.6, "eval_runtime": 1.0}]
-    panels = drawn_panels(history, monkeypatch, tmp_path / "pairs.png")
-    assert list(panels) == ["loss", "rewards of the answers", "accuracy"]
-    assert panels["accuracy"] == [
-        "rewards/accuracies",
-        "rewards/accuracies, smoothed",
-        "eval_rewards/accuracies",
-    ]
-    assert panels["loss"] == ["loss", "loss, smoothed", "eval_loss"]
-    history = [{"step": 1, "loss": 1.0, "reward": 2.0, "kl": 0.1, "completions/mean_length": 30.0}]
-    history += [{"step": 1, "eval_reward": 2.5, "eval_some_reward": 2.0, "eval_kl": 0.2}]
-    panels = drawn_panels(history, monkeypatch, tmp_path / "ppo.png")
-    assert panels["reward"] == ["reward", "reward, smoothed", "eval_reward", "eval_some_reward"]
-    assert len(panels) == 4 and pixels(tmp_path / "ppo.png")[:2] == (1100, 680)
-
-
 def test_metrics_are_short_on_the_console_and_whole_in_the_log_with_the_names_of_llama_factory(
     tmp_path, capsys
 ):
@@ -184,27 +116,6 @@ def test_metrics_are_short_on_the_console_and_whole_in_the_log_with_the_names_of
     assert entries[0]["accuracy"] == entries[0]["rewards/accuracies"] == 0.75
     assert entries[0]["logps/chosen"] == -31.5 and entries[1]["eval_logps/chosen"] == -20.0
     assert "accuracy" not in made.history[0]  # trainer_state.json holds trl's names alone
-
-
-def test_smoothing_is_llama_factorys():
-    assert smooth([]) == [] and smooth([3.0]) == [3.0]
-    scalars = [5.0, 1.0, 4.0, 2.0]
-    weight = 1.8 * (1 / (1 + 2.718281828459045 ** (-0.05 * 4)) - 0.5)
-    last, expected = scalars[0], []
-    for value in scalars:
-        last = last * weight + (1 - weight) * value
-        expected.append(last)
-    assert smooth(scalars) == pytest.approx(expected)
-
-
-def test_services_are_checked_before_the_run(monkeypatch):
-    with pytest.raises(
-        ValueError, match="report_to: 'wandbb' is not one of none, tensorboard, wandb, mlflow"
-    ):
-        check_services(("wandbb",))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="mlflow is not installed; pip install mlflow"):
-        check_services(("mlflow",))
 
 
 def test_tensorboard_gets_the_scalars_and_a_resumed_run_draws_over_what_was_lost(tmp_path):
@@ -226,49 +137,3 @@ def test_tensorboard_gets_the_scalars_and_a_resumed_run_draws_over_what_was_lost
         (3, 30.0),
     ]
     assert "eval/loss" in events.Tags()["scalars"] and "train/learning_rate" in events.Tags()["scalars"]
-
-
-# Instruments
-
-
-def group(*sources):
-    batch = collate([])
-    batch.sources = list(sources)
-    return [batch]
-
-
-def test_a_window_saved_and_restored_goes_on():
-    whole, before, after = MetricWindow(ONE), MetricWindow(ONE), MetricWindow(ONE)
-    losses = torch.rand(6, generator=torch.Generator().manual_seed(0))
-    for number, loss in enumerate(losses):
-        whole.add(loss, group((0, 1), (0, 2)))
-        if number < 2:
-            before.add(loss, group((0, 1), (0, 2)))
-    after.restore(before.state())
-    for loss in losses[2:]:
-        after.add(loss, group((0, 1), (0, 2)))
-    mine, other = whole.totals(), after.totals()
-    assert mine.loss == other.loss and (mine.steps, mine.examples) == (other.steps, other.examples)
-    assert (mine.steps, mine.tokens, mine.examples) == (6, 6, 12)
-    after.add(losses[0], group())  # an empty batch is one token that nobody asked for
-    assert after.totals().tokens == 6
-    after.reset()
-    assert after.totals().loss == 0 and after.totals().steps == 0
-
-
-def test_health_names_the_first_bad_update_and_its_rows():
-    health = Health(ONE, ["first", "second"])
-    fine, bad = torch.tensor(1.0), torch.tensor(float("inf"))
-    health.watch(1, [fine, fine], group((0, 3)))
-    assert health.problem() is None
-    health.watch(2, [fine, fine], group((0, 4)))
-    health.watch(3, [fine, bad], group((1, 5), (0, 6)))
-    health.watch(4, [bad], group((0, 7)))
-    problem = health.problem()
-    assert "at step 3; rows of that update: second row 5, first row 6" in problem
-
-
-def test_health_shortens_a_long_list_of_rows():
-    health = Health(ONE, ["data"])
-    health.watch(1, [torch.tensor(float("nan"))], group(*[(0, row) for row in range(40)]))
-    assert health.problem().endswith("data row 15 and 24 more")
