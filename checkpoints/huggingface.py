@@ -1,10 +1,9 @@
 """Reading and writing models in the Hugging Face layout, and what a run trained.
 
 Loading is strict: every tensor of the model is set exactly once and every tensor of the files is used or
-named in a drop rule (architectures.py). Tensors stream one at a time from the memory-mapped file -> cast or
+named in a drop rule (architectures/). Tensors stream one at a time from the memory-mapped file -> cast or
 quantise -> device, so the host never holds a second copy of the model. Linears that are quantised in the
-files are put together from their parts on the way (quant/). The files themselves: tensor_files.py; adapters:
-adapter_files.py; downloads: hub.py. Their public names can be had from here too.
+files are put together from their parts on the way (quant/).
 
     model = load_model("models/SmolLM2-135M-Instruct", dtype=torch.bfloat16)
     save_model(model, "out", source_folder="models/SmolLM2-135M-Instruct", shard_gigabytes=5)
@@ -35,22 +34,11 @@ from checkpoints.value_head import PREFIX as VALUE_HEAD_PREFIX
 from checkpoints.value_head import load_value_head, save_value_head
 from lora import lora_layers, replace_module
 from model import Decoder, initialize_weights
-from options.errors import UserError
+from options.errors import UserError, located
 from quant import Format, QuantLinear
+from text.tokenizer import TOKENIZER_FILES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-# Beside the weights a model folder holds these; they are copied when a model is saved.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-)
 
 
 # Reading
@@ -62,19 +50,16 @@ def load_config(folder: str | Path) -> ModelConfig:
     hf = read_json(path)
     if not isinstance(settings := hf.get("quantization_config") or {}, dict):
         raise UserError(f"{path}: quantization_config {settings!r} is not an object of keys and values")
-    try:
+    with located(str(folder)):
         return config_from_hf(hf)
-    except ValueError as error:
-        raise UserError(f"{Path(folder)}/{error}") from error  # the message starts with config.json
 
 
 def checkpoint_dtype(config: ModelConfig) -> torch.dtype:
     """The dtype that config.json names (`dtype` or the older `torch_dtype`); fp32 if it names none."""
     name = str(config.hf.get("dtype") or config.hf.get("torch_dtype") or "float32").removeprefix("torch.")
     if name not in DTYPES:
-        raise UserError(
-            f"config.json: dtype {name!r} is not one of {', '.join(DTYPES)}; choose one (infer_dtype)"
-        )
+        known = ", ".join(DTYPES)
+        raise UserError(f"config.json: dtype {name!r} is not one of {known}; choose one (infer_dtype)")
     return DTYPES[name]
 
 
@@ -104,9 +89,7 @@ def load_model(
         method = stored.get("quant_method")
         raise UserError(f"quantization_bit: {folder} is quantised already ({method}); drop quantization_bit")
     model = Decoder(config, dtype=dtype, device="meta")
-    inside = [
-        name for name, module in model.layers.named_modules(prefix="layers") if isinstance(module, nn.Linear)
-    ]
+    inside = block_linears(model)
     biases: dict[str, Tensor] = {}
     weights = stream_weights(folder, config, dtype)
     if quantization is not None:
@@ -115,9 +98,8 @@ def load_model(
     for name, value in weights:
         owner = name.rpartition(".")[0]
         if isinstance(value, QuantLinear) and name not in inside:
-            set_parameter(
-                model, f"{name}.weight", nn.Parameter(value.to(device).dequantize(dtype))
-            )  # head, embedding
+            dense = nn.Parameter(value.to(device).dequantize(dtype))  # head, embedding
+            set_parameter(model, f"{name}.weight", dense)
         elif isinstance(value, QuantLinear):
             replace_module(model, name, value.to(device))
         elif quantization is not None and owner in inside and name.endswith(".bias"):
@@ -129,15 +111,17 @@ def load_model(
                 raise UserError(f"{folder}: tensor {to_hf_name(config, name)}: {error}") from error
             replace_module(model, owner, layer)
         else:
-            chosen = norm_dtype if norm_dtype and _is_norm(model, owner) else dtype
+            chosen = norm_dtype if norm_dtype and isinstance(model.get_submodule(owner), RMSNorm) else dtype
             set_parameter(model, name, nn.Parameter(_own(value, chosen, device)))
     for name, bias in biases.items():
         model.get_submodule(name).bias = nn.Parameter(bias, requires_grad=False)
     return model.eval()
 
 
-def _is_norm(model: Decoder, module: str) -> bool:
-    return isinstance(model.get_submodule(module), RMSNorm)
+def block_linears(model: Decoder) -> list[str]:
+    """Names of the linears that are quantised: all of the blocks."""
+    modules = model.layers.named_modules(prefix="layers")
+    return [name for name, module in modules if isinstance(module, nn.Linear)]
 
 
 def chosen_quantization(folder: str | Path, wanted: Format | None) -> tuple[Format | None, str | None]:
@@ -146,11 +130,8 @@ def chosen_quantization(folder: str | Path, wanted: Format | None) -> tuple[Form
     settings = load_config(folder).hf.get("quantization_config")
     if wanted is None or not settings:
         return wanted, None
-    return (
-        None,
-        f"quantization_bit: ignored, {folder} is quantised already "
-        f"({quant.from_config(settings).describe()})",
-    )
+    stored = quant.from_config(settings).describe()
+    return None, f"quantization_bit: ignored, {folder} is quantised already ({stored})"
 
 
 def stream_weights(
@@ -165,9 +146,7 @@ def stream_weights(
     skeleton = Decoder(config, device="meta")
     known = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
     packed = _Packed(folder, config, known, dtype)
-    missing = dict(known)
-    for name in packed.waiting:
-        missing = {key: shape for key, shape in missing.items() if key.rpartition(".")[0] != name}
+    missing = {name: shape for name, shape in known.items() if name.rpartition(".")[0] not in packed.waiting}
     for file, hf_name, tensor in stream_tensors(folder):
         name = from_hf_name(config, hf_name)
         if name is None:
@@ -177,24 +156,9 @@ def stream_weights(
             if layer is not None:
                 yield owner, layer
             continue
-        if name not in missing:
-            fault = (
-                "stands twice in the files" if name in known else "has no place in the model of config.json"
-            )
+        expected = missing.pop(name, None)
+        if fault := _fault(tensor, expected, name in known, packed.format):
             raise UserError(f"{file}: tensor {hf_name} {fault}")
-        expected = missing.pop(name)
-        if tuple(tensor.shape) != expected:
-            found, more = tuple(tensor.shape), ""
-            if packed.format is not None and not tensor.is_floating_point():
-                more = f", or for a quantised one, whose {packed.format.marker} is missing"
-            raise UserError(
-                f"{file}: tensor {hf_name} has shape {found}, config.json asks for {expected}{more}"
-            )
-        if not tensor.is_floating_point():
-            raise UserError(
-                f"{file}: tensor {hf_name} is {tensor.dtype}, not floating point; config.json says nothing "
-                "of a quantised model (quantization_config), or not of this tensor"
-            )
         yield name, tensor
     missing |= {f"{name}.{part}": () for name, parts in packed.waiting.items() for part in parts}
     if missing:
@@ -203,16 +167,32 @@ def stream_weights(
         raise UserError(f"{folder}: tensors missing from the safetensors files: {', '.join(names[:4])}{more}")
 
 
+def _fault(
+    tensor: Tensor, expected: tuple[int, ...] | None, known: bool, format: Format | None
+) -> str | None:
+    """What is wrong with a tensor of the files that shall have the expected shape; None if nothing is."""
+    found = tuple(tensor.shape)
+    if expected is None:
+        return "stands twice in the files" if known else "has no place in the model of config.json"
+    if found != expected:
+        packed = format is not None and not tensor.is_floating_point()
+        more = f", or for a quantised one, whose {format.marker} is missing" if packed else ""
+        return f"has shape {found}, config.json asks for {expected}{more}"
+    if not tensor.is_floating_point():
+        return (
+            f"is {tensor.dtype}, not floating point; config.json says nothing of a quantised model "
+            "(quantization_config), or not of this tensor"
+        )
+    return None
+
+
 class _Packed:
-    """The linears that a folder's files hold in a quantised format: collects the tensors of each until it has
-    all.
+    """The linears that a folder's files hold in a quantised format: collects the tensors of each.
 
     waiting: our name of the linear -> the parts of its tensors' names that are still to come.
     """
 
-    def __init__(
-        self, folder: str | Path, config: ModelConfig, known: dict[str, tuple[int, ...]], dtype: torch.dtype
-    ):
+    def __init__(self, folder: str | Path, config: ModelConfig, known: dict[str, tuple], dtype: torch.dtype):
         self.config, self.known, self.dtype = config, known, dtype
         self.waiting: dict[str, set[str]] = {}
         self._held: dict[str, dict[str, Tensor]] = {}
@@ -225,8 +205,7 @@ class _Packed:
         marked = {name.removesuffix(f".{self.format.marker}") for name in names if name is not None}
         self.waiting = {name: set() for name in linears if name in marked}
         for name in names:
-            owner = None if name is None else self.owner(name)
-            if owner is not None:
+            if name is not None and (owner := self.owner(name)) is not None:
                 self.waiting[owner].add(name.removeprefix(f"{owner}."))
 
     def owner(self, name: str) -> str | None:
@@ -254,19 +233,14 @@ class _Packed:
 
     def _bias(self, owner: str, held: dict[str, Tensor], file: Path) -> Tensor | None:
         bias, expected = held.pop("bias", None), self.known.get(f"{owner}.bias")
-        if bias is None and expected is None:
-            return None
-        found = None if bias is None else tuple(bias.shape)
-        if expected is None and found is not None and not bias.any():
+        if expected is None and (bias is None or not bias.any()):
             return None  # some quantisers write a bias of zeros for every linear
+        found, place = None if bias is None else tuple(bias.shape), f"{to_hf_name(self.config, owner)}.bias"
         if found != expected:
             wanted = f"shape {expected}" if expected else "none"
-            raise UserError(
-                f"{file}: tensor {to_hf_name(self.config, owner)}.bias: {found}, expected {wanted}"
-            )
+            raise UserError(f"{file}: tensor {place}: {found}, expected {wanted}")
         if not bias.is_floating_point():
-            name = f"{to_hf_name(self.config, owner)}.bias"
-            raise UserError(f"{file}: tensor {name} is {bias.dtype}, not floating point")
+            raise UserError(f"{file}: tensor {place} is {bias.dtype}, not floating point")
         return bias.clone()
 
 
@@ -331,10 +305,8 @@ def model_tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
 def model_format(model: Decoder) -> Format | None:
     """The format of the quantised linears that model_tensors gives; None if it gives none."""
     inside = tuple(f"{name}." for name in lora_layers(model))
-    packed = [
-        m for name, m in model.named_modules() if isinstance(m, QuantLinear) and not name.startswith(inside)
-    ]
-    return packed[0].format if packed else None
+    modules = (module for name, module in model.named_modules() if not name.startswith(inside))
+    return next((module.format for module in modules if isinstance(module, QuantLinear)), None)
 
 
 def write_model_json(
@@ -386,13 +358,12 @@ def restore_trained(model: Decoder, folder: Path) -> None:
         targets = {to_hf_name(model.config, name): parameter for name, parameter in parameters.items()}
     for name, tensor in tensors:
         if name not in targets:
-            raise UserError(
-                f"{folder}: tensor {name} is nothing that this run trains; was another option changed?"
-            )
+            fault = "is nothing that this run trains"
+            raise UserError(f"{folder}: tensor {name} {fault}; was another option changed?")
         target = targets.pop(name)
         if target.shape != tensor.shape:
-            shapes = f"shape {tuple(tensor.shape)}, this run has {tuple(target.shape)}"
-            raise UserError(f"{folder}: tensor {name} has {shapes}; was another option changed?")
+            fault = f"has shape {tuple(tensor.shape)}, this run has {tuple(target.shape)}"
+            raise UserError(f"{folder}: tensor {name} {fault}; was another option changed?")
         target.copy_(tensor)
     if targets:
         raise UserError(f"{folder}: tensor {next(iter(targets))} is missing; was lora_target changed since?")

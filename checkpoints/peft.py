@@ -32,28 +32,18 @@ from lora import (
     stacked,
 )
 from model import Decoder
-from options.errors import UserError
+from options.errors import UserError, located
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
 
-# Settings of peft's LoRA that change the mathematics and are not built here: key -> the value that means
-# "off".
-UNSUPPORTED_ADAPTER_KEYS = {
-    "bias": "none",
-    "fan_in_fan_out": False,
-    "lora_bias": False,
-    "layer_replication": None,
-    "megatron_config": None,
-    "use_qalora": False,
-    "alora_invocation_tokens": None,
-    "target_parameters": None,
-    "trainable_token_indices": None,
-    "use_bdlora": None,
-    "arrow_config": None,
-    "kasa_config": None,
-    "monteclora_config": None,
-}
+# Settings of peft's LoRA that change the mathematics and are not built here.
+UNSUPPORTED_ADAPTER_KEYS = (
+    "bias", "fan_in_fan_out", "lora_bias", "layer_replication", "megatron_config", "use_qalora",
+    "alora_invocation_tokens", "target_parameters", "trainable_token_indices", "use_bdlora", "arrow_config",
+    "kasa_config", "monteclora_config",
+)  # fmt: skip
+OFF = ("none", None, False, [], {})  # what they say when they are not used
 # Ways to start A and B that take something out of the base weight; peft repeats that when it loads such an
 # adapter.
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -83,6 +73,7 @@ def adapter_config(model: Decoder, base_name: str) -> dict:
     """What adapter_config.json says of this model's adapter."""
     layers = lora_layers(model)
     first = next(iter(layers.values()))
+    named = {_hf_module(model.config, name): layer for name, layer in layers.items()}
     full = [_hf_module(model.config, name) for name in full_modules(model)]
     tied = model.config.tied_head and "embed_tokens" in full_modules(model)
     return {
@@ -95,10 +86,8 @@ def adapter_config(model: Decoder, base_name: str) -> dict:
         "target_modules": _peft_targets(model, layers),
         "modules_to_save": [*full, "lm_head"] if tied else full or None,
         "ensure_weight_tying": tied,
-        "rank_pattern": _differing(model, {name: layer.rank for name, layer in layers.items()}, first.rank),
-        "alpha_pattern": _differing(
-            model, {name: _whole(layer.alpha) for name, layer in layers.items()}, first.alpha
-        ),
+        "rank_pattern": {n: layer.rank for n, layer in named.items() if layer.rank != first.rank},
+        "alpha_pattern": {n: _whole(layer.alpha) for n, layer in named.items() if layer.alpha != first.alpha},
         "use_rslora": first.rslora,
         "use_dora": first.magnitude is not None,
         "bias": "none",
@@ -116,19 +105,12 @@ def _whole(alpha: float) -> float | int:
     return int(alpha) if alpha == int(alpha) else alpha  # readers of adapter_config.json expect an int
 
 
-def _differing(model: Decoder, values: dict[str, float], common: float) -> dict[str, float]:
-    return {_hf_module(model.config, name): value for name, value in values.items() if value != common}
-
-
 def _peft_targets(model: Decoder, layers: dict[str, LoraLinear]) -> list[str]:
     """The short names if every linear of that name has an adapter, else the full names of those that do."""
     short = {name.rpartition(".")[2] for name in layers}
     kinds = (torch.nn.Linear, LoraLinear)
-    linears = (
-        name for name, module in model.named_modules() if isinstance(module, kinds) or is_quantised(module)
-    )
-    same_name = {name for name in linears if name.rpartition(".")[2] in short}
-    if same_name == set(layers):
+    alike = {name: module for name, module in model.named_modules() if name.rpartition(".")[2] in short}
+    if {name for name, m in alike.items() if isinstance(m, kinds) or is_quantised(m)} == set(layers):
         return sorted(short)
     return [_hf_module(model.config, name) for name in layers]
 
@@ -164,9 +146,8 @@ class AdapterFile:
 
     folder: Path
     config: dict  # adapter_config.json
-    modules: dict[
-        str, dict[str, torch.Tensor]
-    ]  # our name of the module -> lora_A | lora_B | magnitude | weight | bias
+    # our name of the module -> lora_A | lora_B | magnitude | weight | bias -> tensor
+    modules: dict[str, dict[str, torch.Tensor]]
 
     def fault(self, text: str) -> UserError:
         base = self.config.get("base_model_name_or_path") or "an unnamed model"
@@ -189,12 +170,14 @@ def load_adapter(
 
     dtype is that of all that trains, the modules trained in full (modules_to_save) included. Other whole
     tensors in the file (peft adds the embedding and the head where the head has an adapter) replace the
-    model's and stay frozen. Raises UserError naming file and tensor when the adapter is of a kind that is
-    not built here, or of another model; the model is then unchanged.
+    model's and stay frozen. Raises UserError naming file and tensor when the adapter is of a kind that is not
+    built here, or of another model; the model is then unchanged.
     """
     file = read_adapter(folder, model.config)
     if lora_layers(model):
-        raise UserError(f"{folder}: the model has an adapter already; merge that first (lora.merge_for_good)")
+        raise ValueError(
+            f"{folder}: the model has an adapter already; merge that first (lora.merge_for_good)"
+        )
     adapted = [module for module, parts in file.modules.items() if "lora_A" in parts or "lora_B" in parts]
     whole = []  # (parameter, its new value, whether it trains)
     for module, parts in file.modules.items():
@@ -227,9 +210,8 @@ def read_adapter(folder: str | Path, model_config: ModelConfig) -> AdapterFile:
     for name in file.config.get("modules_to_save") or ():
         joined = name == "lm_head" and model_config.tied_head
         if not joined and not any(f"model.{module}".endswith(name) for module in file.modules):
-            raise file.fault(
-                f"{ADAPTER_CONFIG} lists {name} in modules_to_save, but the file has no tensor of it"
-            )
+            listed = f"{ADAPTER_CONFIG} lists {name} in modules_to_save"
+            raise file.fault(f"{listed}, but the file has no tensor of it")
     return file
 
 
@@ -237,11 +219,8 @@ def _refuse_other_depth(file: AdapterFile, num_layers: int) -> None:
     """A name in target_modules means every linear of that name: in a deeper model some would be left
     without."""
     targets = file.config.get("target_modules")
-    if (
-        not isinstance(targets, list)
-        or file.config.get("layers_to_transform")
-        or file.config.get("exclude_modules")
-    ):
+    chosen = file.config.get("layers_to_transform") or file.config.get("exclude_modules")
+    if not isinstance(targets, list) or chosen:
         return
     for name in targets:
         layers = sum(module.startswith("layers.") and module.endswith(f".{name}") for module in file.modules)
@@ -272,11 +251,9 @@ def read_adapter_config(folder: Path) -> dict:
     config = read_json(path)
     if config.get("peft_type") != "LORA":
         raise UserError(f"{path}: peft_type {config.get('peft_type')!r}; only LORA adapters are known")
-    for key, off in UNSUPPORTED_ADAPTER_KEYS.items():
-        if config.get(key, off) not in (off, None, False, [], {}):
-            raise UserError(
-                f"{path}: {key}={config[key]!r} is not supported; merge that adapter with peft first"
-            )
+    for key in UNSUPPORTED_ADAPTER_KEYS:
+        if (value := config.get(key)) not in OFF:
+            raise UserError(f"{path}: {key}={value!r} is not supported; merge that adapter with peft first")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(BASE_CHANGING_INITS):
         raise UserError(
@@ -305,9 +282,8 @@ def split_adapter_name(config: ModelConfig, key: str, folder: Path) -> tuple[str
     """PEFT's tensor name -> (our module name, lora_A | lora_B | magnitude | weight | bias)."""
     path = Path(folder) / ADAPTER_WEIGHTS
     if not key.startswith(PEFT_PREFIX):
-        raise UserError(
-            f"{path}: tensor {key} does not start with {PEFT_PREFIX}; is it of another kind of model?"
-        )
+        hint = "is it of another kind of model?"
+        raise UserError(f"{path}: tensor {key} does not start with {PEFT_PREFIX}; {hint}")
     name = key.removeprefix(PEFT_PREFIX).replace(".modules_to_save.", ".").replace(".base_layer.", ".")
     for ending, part in PARTS.items():
         if name.endswith(ending):
@@ -366,9 +342,8 @@ def adapted_linear(
         shapes["magnitude"] = (base.out_features,)
     for part in sorted(parts.keys() & ADAPTER_PARTS):
         if part not in shapes:
-            raise file.fault(
-                f"{module}.{part} does not belong to an adapter of this kind ({', '.join(shapes)})"
-            )
+            kinds = ", ".join(shapes)
+            raise file.fault(f"{module}.{part} does not belong to an adapter of this kind ({kinds})")
         _check_shape(f"{module}.{part}", parts[part], shapes[part], file)
     layer = LoraLinear(
         base,
@@ -441,9 +416,8 @@ def merge_adapters(model: Decoder, folders: Iterable[str | Path]) -> None:
         if lora_layers(model):
             merge_for_good(model)
         for name, parameter in model.named_parameters():
-            parameter.data = parameter.data.to(
-                dtypes.get(name, parameter.dtype)
-            )  # a quantised weight has become one
+            # a quantised weight has become one that has no dtype there
+            parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
     model.requires_grad_(False)
 
 
@@ -462,10 +436,8 @@ def apply_adapters(model: Decoder, folders: Iterable[str | Path]) -> None:
         for name, layer in lora_layers(model).items():
             replace_module(model, name, layer.base if is_quantised(layer.base) else layer.merged_base())
             if is_quantised(layer.base):
-                try:
+                with located(f"adapter_name_or_path: {folder}"):
                     beside[name] = stacked(beside.get(name), layer)
-                except ValueError as error:
-                    raise UserError(f"adapter_name_or_path: {folder}: {error}") from error
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(dtypes[name])
     for name, layer in beside.items():

@@ -19,11 +19,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from options.errors import UserError
+from parallel.atomic import flush_tree
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARDS = "model-*-of-*.safetensors"
 STAGING = ".incomplete"  # folder inside the target that holds the files while they are written
-
 PICKLE = "a pickle, which can run any code when it is read, so it is refused"
 
 
@@ -44,7 +44,7 @@ def read_json(path: Path) -> dict:
 
 
 def stream_tensors(folder: str | Path) -> Iterator[tuple[Path, str, torch.Tensor]]:
-    """(file, name, tensor) of every tensor in the folder's safetensors files; the tensors lean on the mapped
+    """(file, name, tensor) of every tensor in the folder's safetensors files; they lean on the mapped
     file."""
     for path in weight_files(Path(folder)):
         for name, tensor in file_tensors(path):
@@ -105,7 +105,7 @@ def _indexed_files(folder: Path) -> list[Path]:
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise UserError(
-            f"{folder / INDEX}: key weight_map missing or not a map of file names; fetch the file again"
+            f"{folder / INDEX}: key weight_map missing or not a map of file names; fetch it again"
         )
     names = sorted(set(weight_map.values()))
     for name in names:
@@ -121,21 +121,19 @@ def _indexed_files(folder: Path) -> list[Path]:
 
 @contextmanager
 def staged(folder: str | Path) -> Iterator[Path]:
-    """A fresh folder to write files into; on leaving they replace those of the same name in `folder`.
+    """A fresh folder to write files into; on leaving they replace those of the same name in `folder`, whose
+    other files stay (atomic_folder would replace them too).
 
     New weights replace all old ones, however many files either has. An error inside leaves `folder` as it
     was.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     staging = folder / STAGING
-    if staging.exists():
-        shutil.rmtree(staging)  # left by a process that was killed
-    staging.mkdir()
+    shutil.rmtree(staging, ignore_errors=True)  # left by a process that was killed
+    staging.mkdir(parents=True)
     try:
         yield staging
-        for path in staging.iterdir():
-            _flush(path)
+        flush_tree(staging)
         _publish(staging, folder)
     finally:
         shutil.rmtree(staging)
@@ -147,9 +145,9 @@ def _publish(staging: Path, folder: Path) -> None:
     names = {path.name for path in staging.iterdir()}
     shards = sorted(path.name for path in staging.glob(SHARDS))
     if any((folder / name).exists() for name in shards):
-        # shards of the same names: for the moment of the renames the folder has no index, which is a clear
-        # error
-        (folder / INDEX).unlink(missing_ok=True)
+        (folder / INDEX).unlink(
+            missing_ok=True
+        )  # for the moment of the renames no index, which is a clear error
     for name in [*shards, *(name for name in (SINGLE, INDEX) if name in names)]:
         os.replace(staging / name, folder / name)
     if SINGLE in names or INDEX in names:
@@ -159,15 +157,6 @@ def _publish(staging: Path, folder: Path) -> None:
                 stale.unlink()
     for path in sorted(staging.iterdir()):
         os.replace(path, folder / path.name)
-
-
-def _flush(path: Path) -> None:
-    """To the disk before its name is: or a power cut could leave the name of a file without its bytes."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], notes: dict[str, str] | None = None) -> None:

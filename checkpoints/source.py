@@ -1,4 +1,5 @@
-"""What to load for chat and export: a model folder, a hub id, an adapter, or the folder of a training run.
+"""What to load for chat and export: a model folder, a hub id, a .gguf file, an adapter, or the folder of a
+run.
 
 A run folder says by itself what it needs: adapter_config.json names the base model, run_config.yaml (the
 resolved options of the run) the chat template, the stretched rope, how the base was quantised and the
@@ -6,7 +7,7 @@ adapters that lay under the trained one. Options that the user gives beat those 
 
     source = find_source(ModelOptions(model_name_or_path="saves/demo"), TemplateOptions(), given=())
     model, tokenizer, template = load_source(source, dtype=None, device="cpu")
-    load_head(model, source)                # of a reward model: reward_model.score_dialogues(model, ...) needs it
+    load_head(model, source)    # of a reward model: stages.rm.score_dialogues(model, ...) needs it
 """
 
 from collections.abc import Container
@@ -30,9 +31,7 @@ from templates import TemplateOptions, get_template
 from text.tokenizer import Tokenizer
 
 RUN_CONFIG = "run_config.yaml"  # the resolved configuration of a run, beside its result
-EXPORT_RECORD = (
-    "export_info.json"  # marks a folder as an export, which the next export to the same place may replace
-)
+EXPORT_RECORD = "export_info.json"  # marks a folder as an export, which the next one there may replace
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def find_source(
                 f"adapter_name_or_path: {folder} holds no {ADAPTER_CONFIG}; give an adapter folder"
             )
     run_folder = adapters[-1] if adapters else Path(name or "")
-    run = read_run(run_folder)
+    run, said = read_run(run_folder), f"as {run_folder / RUN_CONFIG} says"
     notices = []
     expanded: list[Path] = []
     for folder in adapters:
@@ -77,42 +76,36 @@ def find_source(
         unnamed = [path for path in below if path not in adapters]
         notices += [f"{folder} was trained on top of {path}, which is merged first" for path in unnamed]
         expanded += [path for path in (*below, folder) if path not in expanded]
-    if not name and adapters:
+    if name or not adapters:
+        base = resolve_model(model)
+    else:
         name = str(read_json(expanded[0] / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
         notices.append(f"base model {name}, as {expanded[0]} says")
         base = _resolve_base(replace(model, model_name_or_path=name), expanded[0])
-    else:
-        base = resolve_model(model)
     beside = base / "adapter"  # what export.py keeps of a merge that 4 bits could not hold
     if not adapters and is_adapter(beside):
         notices.append(
             f"{beside} belongs to these codes and is left out; model_name_or_path={beside} takes both"
         )
-    if run:
-        for key in ("template", "default_system", "enable_thinking"):
-            if key not in given and run.get(key) is not None:
-                template = replace(template, **{key: run[key]})
-        if template.template and "template" not in given:
-            notices.append(f"template {template.template}, as {run_folder / RUN_CONFIG} says")
+    for key in ("template", "default_system", "enable_thinking"):
+        if key not in given and run.get(key) is not None:
+            template = replace(template, **{key: run[key]})
+    if run and template.template and "template" not in given:
+        notices.append(f"template {template.template}, {said}")
     if quantization is not None and adapters and not any(item.name in given for item in fields(QuantOptions)):
-        quantization = _quantization_of(run)
-        if quant.from_options(quantization) is not None:
-            kind = quant.from_options(quantization).describe()
-            notices.append(
-                f"the base is quantised to {kind}, as {run_folder / RUN_CONFIG} says (quantization_bit)"
-            )
+        known = {item.name: run[item.name] for item in fields(QuantOptions) if run.get(item.name) is not None}
+        quantization = QuantOptions(**known)
+        if (codes := quant.from_options(quantization)) is not None:
+            notices.append(f"the base is quantised to {codes.describe()}, {said} (quantization_bit)")
     scaling, cutoff_len = model.rope_scaling, None
-    if "rope_scaling" not in given and adapters and run.get("rope_scaling"):
-        scaling, cutoff_len = (
-            run["rope_scaling"],
-            run.get("cutoff_len"),
-        )  # a full model's config.json has it already
-    tokenizer = next((f for f in reversed(expanded) if (f / "tokenizer.json").is_file()), base)
+    if (
+        "rope_scaling" not in given and adapters and run.get("rope_scaling")
+    ):  # a full model's config.json has it
+        scaling, cutoff_len = run["rope_scaling"], run.get("cutoff_len")
     scaling = None if scaling == "none" else scaling
-    quantization = quantization or QuantOptions()
-    return Source(
-        base, tuple(expanded), tokenizer, template, scaling, cutoff_len, tuple(notices), quantization
-    )
+    tokenizer = next((f for f in reversed(expanded) if (f / "tokenizer.json").is_file()), base)
+    codes = quantization or QuantOptions()
+    return Source(base, tuple(expanded), tokenizer, template, scaling, cutoff_len, tuple(notices), codes)
 
 
 def load_source(
@@ -134,8 +127,7 @@ def load_source(
 
 
 def load_head(model: Decoder, source: Source) -> None:
-    """Give the model the value head that lies beside its last adapter with one, or beside the base. Raises
-    ValueError if there is none."""
+    """Give the model the value head that lies beside its last adapter with one, or beside the base."""
     folder = value_head_folder(source)
     if folder is None:
         names = ", ".join(map(str, (*source.adapters, source.base)))
@@ -148,9 +140,8 @@ def load_head(model: Decoder, source: Source) -> None:
 
 
 def value_head_folder(source: Source) -> Path | None:
-    return next(
-        (folder for folder in (*reversed(source.adapters), source.base) if has_value_head(folder)), None
-    )
+    folders = (*reversed(source.adapters), source.base)
+    return next((folder for folder in folders if has_value_head(folder)), None)
 
 
 def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig, source: Source) -> None:
@@ -178,24 +169,14 @@ def read_run(folder: Path) -> dict:
     path = folder / RUN_CONFIG
     if not path.is_file():
         return {}
+    remedy = "remove it and give template and adapters yourself"
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{path}: not YAML ({reason}); remove it and give template and adapters yourself"
-        ) from error
+        raise UserError(f"{path}: not YAML ({str(error).splitlines()[0]}); {remedy}") from error
     if not isinstance(values, dict):
-        raise UserError(
-            f"{path}: expected keys and values; remove it and give template and adapters yourself"
-        )
+        raise UserError(f"{path}: expected keys and values; {remedy}")
     return values
-
-
-def _quantization_of(run: dict) -> QuantOptions:
-    """How the run quantised its base while reading it."""
-    names = (item.name for item in fields(QuantOptions))
-    return QuantOptions(**{name: run[name] for name in names if run.get(name) is not None})
 
 
 def adapters_below(run: dict, base: Path | None = None) -> list[Path]:
@@ -251,15 +232,15 @@ def _same_place(one: str | Path | None, other: str | Path | None) -> bool:
 
 
 def _resolve_base(model: ModelOptions, adapter: Path) -> Path:
+    remedy = f"give model_name_or_path=BASE adapter_name_or_path={adapter}"
     if not model.model_name_or_path:
         raise UserError(
-            f"model_name_or_path: {adapter / ADAPTER_CONFIG} does not name its base model; give "
-            f"model_name_or_path=BASE adapter_name_or_path={adapter}"
+            f"model_name_or_path: {adapter / ADAPTER_CONFIG} does not name its base model; {remedy}"
         )
     try:
         return resolve_model(model)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(
-            f"{error}. That is the base model {adapter / ADAPTER_CONFIG} names; if it lies elsewhere, give "
-            f"model_name_or_path=BASE adapter_name_or_path={adapter}"
+            f"{error}. That is the base model {adapter / ADAPTER_CONFIG} names; if it lies elsewhere, "
+            f"{remedy}"
         ) from error

@@ -25,9 +25,7 @@ class ValueHead(nn.Module):
     ):
         super().__init__()
         self.summary = nn.Linear(hidden_size, 1, device=device)
-        bound = (
-            hidden_size**-0.5
-        )  # nn.Linear's own start, drawn on the CPU so that a seed gives the same everywhere
+        bound = hidden_size**-0.5  # nn.Linear's own start; drawn on the CPU: a seed gives the same everywhere
         for parameter in self.summary.parameters():
             drawn = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
             parameter.data.copy_(drawn)
@@ -60,9 +58,9 @@ def load_value_head(head: ValueHead, folder: Path) -> None:
         raise UserError(f"{path}: file not found; {folder} is no reward model")
     if "ending" in file_notes(path):
         raise UserError(
-            f"{path}: this value head was trained with rm_question, which is no more: it reads values behind a "
-            "question that is asked about each answer, so scores at the answers' ends would mean nothing; train "
-            "it again"
+            f"{path}: this value head was trained with rm_question, which is no more: it reads values behind "
+            "a question that is asked about each answer, so scores at the answers' ends would mean nothing; "
+            "train it again"
         )
     found = dict(file_tensors(path))
     for name, parameter in head.named_parameters():

@@ -1,9 +1,9 @@
 """GPTQ of a whole model on calibration text, block by block, in bounded memory (export_quantization_* of
 export.py).
 
-    windows = read_windows(options, tokenizer, HubAccess())                  # (nsamples, maxlen)
+    windows = read_windows(options, tokenizer, HubAccess())     # (nsamples, maxlen)
     calibration = Calibration(options, config, windows)
-    calibration.write(target, dense, shard_gigabytes=5.0)                    # dense: (Hugging Face name, tensor)
+    calibration.write(target, dense, shard_gigabytes=5.0)       # dense: (Hugging Face name, tensor)
 
 Windows of text run through the model once, one block after the other. Within a block the linears are taken in
 the order in which it computes: q; k and v; o; gate and up; down. Each is solved (quant/gptq_solver.py) for
@@ -21,16 +21,15 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from architectures.config import ModelConfig, to_hf_name
 from architectures.layers import ForwardContext
-from checkpoints.safetensors_files import weight_files, write_shards
+from checkpoints.safetensors_files import stream_tensors, write_shards
 from kernels.linear import matmul_transposed
 from model import Attention, Block, Decoder
-from options.errors import UserError
+from options.errors import UserError, located
 from options.option import COMMON, RESUMABLE, option
 from pipeline.formats import Dropped, check_stage, to_conversation, to_document
 from pipeline.sources import DatasetInfo, HubAccess, find_dataset, list_files, open_hub, read_rows
@@ -68,67 +67,55 @@ class CalibrationOptions:
         if self.export_quantization_bit is None:
             return
         if not self.export_quantization_dataset:
+            example = "export_quantization_dataset=c4_demo.jsonl"
             raise UserError(
-                "export_quantization_dataset: missing; name text to calibrate on, for example "
-                "export_quantization_dataset=c4_demo.jsonl"
+                f"export_quantization_dataset: missing; name text to calibrate on, for example {example}"
             )
         for key, least in (("export_quantization_nsamples", 1), ("export_quantization_maxlen", 2)):
             if getattr(self, key) < least:
                 raise UserError(f"{key}: {getattr(self, key)}; expected at least {least}")
         group = self.export_quantization_group_size
         if group != -1 and group < 1:
-            raise UserError(
-                f"export_quantization_group_size: {group}; expected a number above 0, or -1: whole rows"
-            )
+            expected = "expected a number above 0, or -1: whole rows"
+            raise UserError(f"export_quantization_group_size: {group}; {expected}")
         if not 0 < self.export_quantization_damp_percent < 1:
             damping = self.export_quantization_damp_percent
             raise UserError(f"export_quantization_damp_percent: {damping}; expected a share between 0 and 1")
 
     @property
     def solver(self) -> GPTQOptions:
-        return GPTQOptions(
-            bits=self.export_quantization_bit,
-            group_size=self.export_quantization_group_size,
-            symmetric=self.export_quantization_sym,
-            act_order=self.export_quantization_desc_act,
-            damping=self.export_quantization_damp_percent,
-        )
+        bits, group_size = self.export_quantization_bit, self.export_quantization_group_size
+        symmetric, act_order = self.export_quantization_sym, self.export_quantization_desc_act
+        return GPTQOptions(bits, group_size, symmetric, act_order, self.export_quantization_damp_percent)
 
     @property
     def format(self) -> GPTQFormat:
-        return GPTQFormat(
-            bits=self.export_quantization_bit,
-            group_size=self.export_quantization_group_size,
-            desc_act=self.export_quantization_desc_act,
-            sym=self.export_quantization_sym,
-        )
+        grid = self.solver
+        return GPTQFormat(grid.bits, grid.group_size, grid.act_order, grid.symmetric)
 
 
 # Text
 
 
 def read_windows(options: CalibrationOptions, tokenizer: Tokenizer, hub: HubAccess) -> Tensor:
-    """(nsamples, maxlen) int64: random windows of documents that are longer. Raises UserError naming the
-    key.
+    """(nsamples, maxlen) int64: random windows of documents that are longer. Raises UserError naming the key.
 
     Every long document gives one before any gives a second.
     """
     count, length = options.export_quantization_nsamples, options.export_quantization_maxlen
     name = options.export_quantization_dataset
+    chosen = random.Random(SEED)
     try:
         info = find_dataset(name, options.dataset_dir)
         check_stage(info, "sft")
-        chosen = random.Random(SEED)
         documents = _some_documents(info, hub, 4 * count, length, chosen)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"export_quantization_dataset: {str(error).removeprefix('dataset: ')}") from error
     long: list[list[int]] = []
     longest = 0
-    for text in documents:
-        ids = tokenizer.encode(text)
+    for ids in map(tokenizer.encode, documents):
         longest = max(longest, len(ids))
-        if len(ids) > length:
-            long.append(ids)
+        long += [ids] if len(ids) > length else []
         if len(long) == count:
             break
     if not long:
@@ -160,18 +147,14 @@ def _some_documents(
         if len(text) > most:
             start = chosen.randrange(len(text) - most + 1)
             text = text[start : start + most]
-        if len(text) > len(longest):
-            longest = text
+        longest = max(longest, text, key=len)
         if len(text.encode()) <= length:
             continue
         seen += 1
-        place = (
-            len(kept) if len(kept) < count else chosen.randrange(seen)
-        )  # algorithm R: every one is as likely
-        if place < len(kept):
-            kept[place] = text
-        elif place < count:
+        if len(kept) < count:
             kept.append(text)
+        elif (place := chosen.randrange(seen)) < count:  # algorithm R: every one is as likely
+            kept[place] = text
     chosen.shuffle(kept)
     return kept or [longest]
 
@@ -186,11 +169,10 @@ def _documents(info: DatasetInfo, hub: HubAccess, joined: int) -> Iterator[str]:
         if number == ROWS_READ:
             break
         try:
-            text = _text_of(row, info)
+            with located(place):
+                text = _text_of(row, info)
         except Dropped:
             continue
-        except ValueError as error:
-            raise UserError(f"{place}: {error}") from error
         if not lines:
             yield text
         elif len(pending := pending + text + "\n") >= joined:
@@ -235,9 +217,9 @@ class Calibration:
         self.options, self.config, self.windows, self.device = options, config, windows, device
         self.format, self.summary = options.format, Summary()
         if windows.shape[1] > config.max_positions:
+            most = config.max_positions
             raise UserError(
-                f"export_quantization_maxlen: {windows.shape[1]} tokens; the model is for texts of "
-                f"{config.max_positions}"
+                f"export_quantization_maxlen: {windows.shape[1]} tokens; the model is for texts of {most}"
             )
         block = Block(config, 0, device="meta")
         self.block_names = [name for name, _ in block.named_parameters()]
@@ -252,8 +234,8 @@ class Calibration:
     def told(self) -> str:
         """For the user, at the end."""
         error, rounded = 100 * self.summary.error, 100 * self.summary.rounded_error
-        lost = f"{error:.3g}% of what the linears put out is lost, {rounded:.3g}% if each weight were rounded alone"
-        return f"{self.format.describe()}: {lost} (squares, calibration text)"
+        lost = f"{self.format.describe()}: {error:.3g}% of what the linears put out is lost"
+        return f"{lost}, {rounded:.3g}% if each weight were rounded alone (squares, calibration text)"
 
     def record(self) -> dict:
         """How the integers were found, for whoever asks later."""
@@ -283,33 +265,29 @@ class Calibration:
 
         folder: for working files, which stay there. Raises UserError naming the layer whose numbers are bad.
         """
-        block_numbers = sum(
-            parameter.numel() for parameter in Block(self.config, 0, device="meta").parameters()
-        )
-        write_shards(
-            folder / "dense", dense, 4e-9 * block_numbers
-        )  # holds a shard at a time: the size of a block
-        weights = _Weights(folder / "dense")
-        inside = {
-            self._hf_name(layer, name) for layer in range(self.config.num_layers) for name in self.block_names
-        }
-        yield from ((name, weights.read(name)) for name in weights.names if name not in inside)
-        embedding = weights.read(to_hf_name(self.config, "embed_tokens.weight"))
+        numbers = sum(parameter.numel() for parameter in Block(self.config, 0, device="meta").parameters())
+        write_shards(folder / "dense", dense, 4e-9 * numbers)  # holds a shard at a time: the size of a block
+        weights = {
+            name: tensor for _, name, tensor in stream_tensors(folder / "dense")
+        }  # on the disk until read
+        layers = range(self.config.num_layers)
+        inside = {self._hf_name(layer, name) for layer in layers for name in self.block_names}
+        yield from ((name, tensor) for name, tensor in weights.items() if name not in inside)
+        embedding = weights[to_hf_name(self.config, "embed_tokens.weight")]
         dtype = _compute_dtype(embedding.dtype)
         text = _Text(self.config, self.windows, folder / "activations", dtype, self.device)
         text.embed(embedding)
-        bits = self.options.export_quantization_bit
-        linears = self.config.num_layers * sum(len(names) for _, names in STAGES)
-        with tqdm(total=linears, desc=f"GPTQ, {bits} bits", unit=" linears", smoothing=0) as progress:
-            for layer in range(self.config.num_layers):
+        linears, title = sum(len(names) for _, names in STAGES), f"GPTQ, {self.format.bits} bits"
+        with tqdm(total=len(layers) * linears, desc=title, unit=" linears", smoothing=0) as progress:
+            for layer in layers:
                 yield from self._block(layer, weights, text, progress)
 
     def _block(
-        self, layer: int, weights: "_Weights", text: "_Text", progress: tqdm
+        self, layer: int, weights: dict[str, Tensor], text: "_Text", progress: tqdm
     ) -> Iterator[tuple[str, Tensor]]:
         """The quantised tensors of one block; the text moves on to the next one."""
         block = Block(self.config, layer, dtype=text.dtype, device="meta")
-        values = {name: weights.read(self._hf_name(layer, name)) for name in self.block_names}
+        values = {name: weights[self._hf_name(layer, name)] for name in self.block_names}
         moved = {name: value.to(text.device, text.dtype, copy=True) for name, value in values.items()}
         block.load_state_dict(moved, assign=True)
         weight_names = {f"{part}.{name}.weight" for part, names in STAGES for name in names}
@@ -317,13 +295,15 @@ class Calibration:
             if name not in weight_names:
                 yield self._hf_name(layer, name), value
         for stage, (part, names) in enumerate(STAGES):
-            hessian = Hessian(block.get_submodule(f"{part}.{names[0]}").in_features, text.device)
-            for x in text.inputs(block, stage):
-                self._named(layer, part, names, hessian.add, x)
             linears = [block.get_submodule(f"{part}.{name}") for name in names]
+            hessian = Hessian(linears[0].in_features, text.device)
             # one product with the inverse for all: rows of a weight do not know each other
             stacked = torch.cat([values[f"{part}.{name}.weight"].to(text.device) for name in names])
-            integers = self._named(layer, part, names, solve, stacked, hessian, self.options.solver)
+            place = self._hf_name(layer, f"{part}.{names[0]}.weight").removesuffix(f"{names[0]}.weight")
+            with located(f"export_quantization_bit: {place}{'/'.join(names)}"):
+                for x in text.inputs(block, stage):
+                    hessian.add(x)
+                integers = solve(stacked, hessian, self.options.solver)
             self.summary.add(integers)
             packed = self._packed(integers, [linear.out_features for linear in linears], text.dtype)
             for name, linear, one in zip(names, linears, packed):
@@ -336,24 +316,13 @@ class Calibration:
 
     def _packed(self, integers: Integers, sizes: list[int], dtype: torch.dtype) -> list[GPTQLinear]:
         """The layers of linears that were solved together."""
-        parts = zip(
-            *(tensor.cpu().split(sizes) for tensor in (integers.codes, integers.scales, integers.zeros))
-        )
+        tensors = (integers.codes, integers.scales, integers.zeros)
+        parts = zip(*(tensor.cpu().split(sizes) for tensor in tensors))
         group_of = integers.group_of.cpu()
-        return [  # each with groups of its own: tensors of a file may not share memory
-            GPTQLinear.from_integers(self.format, codes, scales, zeros, group_of.clone(), None, dtype).to(
-                self.device
-            )
-            for codes, scales, zeros in parts
-        ]
-
-    def _named(self, layer: int, part: str, names: tuple[str, ...], function, *arguments):
-        """function(*arguments), and whose numbers it were if it refuses them."""
-        try:
-            return function(*arguments)
-        except ValueError as error:
-            place = self._hf_name(layer, f"{part}.{names[0]}.weight").removesuffix(f"{names[0]}.weight")
-            raise UserError(f"export_quantization_bit: {place}{'/'.join(names)}: {error}") from error
+        layers = (  # each with groups of its own: tensors of a file may not share memory
+            GPTQLinear.from_integers(self.format, *part, group_of.clone(), None, dtype) for part in parts
+        )
+        return [layer.to(self.device) for layer in layers]
 
     def _hf_name(self, layer: int, name: str) -> str:
         return to_hf_name(self.config, f"layers.{layer}.{name}")
@@ -378,24 +347,6 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def _inner_size(config: ModelConfig) -> int:
     """Numbers of the wider of what o and down get."""
     return max(config.num_heads * config.head_dim, config.intermediate_size)
-
-
-class _Weights:
-    """The tensors of a folder, by name; only what is asked for is read."""
-
-    def __init__(self, folder: Path):
-        self._file_of = {}
-        for path in weight_files(folder):
-            with safe_open(path, framework="pt") as file:
-                self._file_of |= dict.fromkeys(file.keys(), path)
-
-    @property
-    def names(self) -> Iterable[str]:
-        return self._file_of.keys()
-
-    def read(self, name: str) -> Tensor:
-        with safe_open(self._file_of[name], framework="pt") as file:
-            return file.get_tensor(name)
 
 
 class _Text:

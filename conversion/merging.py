@@ -16,23 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from architectures.config import ModelConfig, to_hf_name
-from checkpoints.huggingface import checkpoint_dtype, set_parameter, stream_weights
+from checkpoints.huggingface import block_linears, checkpoint_dtype, set_parameter, stream_weights
 from checkpoints.peft import ADAPTER_PARTS, adapted_linear, read_adapter, whole_parameter
 from conversion.requantise import Piece
 from lora import LoraLinear
 from model import Decoder
-from options.errors import UserError
+from options.errors import located
 from quant import Format, QuantLinear
 
 EMBEDDING, HEAD = "embed_tokens", "lm_head"
 
 
 class Adapter:
-    """A PEFT adapter, ready to be merged into one tensor at a time.
-
-    Reading it checks everything against the model's shapes: ValueError names the first tensor that does not
-    fit.
-    """
+    """A PEFT adapter, ready to be merged into one tensor at a time. Reading it checks everything against the
+    model's shapes: UserError names the first tensor that does not fit."""
 
     def __init__(self, config: ModelConfig, folder: Path):
         # read as if the head had a weight of its own: an adapter may give it one
@@ -50,9 +47,7 @@ class Adapter:
         """One of the model's tensors after this adapter; fp32 where an update was added."""
         module, _, part = name.rpartition(".")
         parts = self.file.modules.get(module, {})
-        if (
-            part in parts
-        ):  # trained in full; or, where the head has an adapter, the base that peft stores beside it
+        if part in parts:  # trained in full; or, where the head has an adapter, the base that peft stores
             tensor = parts[part].to(tensor.device)
         return self._merged(module, parts, tensor) if module in self.layers and part == "weight" else tensor
 
@@ -60,13 +55,9 @@ class Adapter:
         layer = self.layers[module]
         shape_only = layer.base.weight
         layer.base.weight = nn.Parameter(weight, requires_grad=False)
-        for part, name in (("lora_A", "lora_a"), ("lora_B", "lora_b"), ("magnitude", "magnitude")):
-            if part in parts:
-                setattr(
-                    layer,
-                    name,
-                    nn.Parameter(parts[part].to(weight.device, torch.float32), requires_grad=False),
-                )
+        for part in parts.keys() & ADAPTER_PARTS:
+            values = parts[part].to(weight.device, torch.float32)
+            setattr(layer, part.lower(), nn.Parameter(values, requires_grad=False))
         merged = layer.merged_weight()
         layer.base.weight = shape_only
         if not torch.isfinite(merged).all():
@@ -103,8 +94,9 @@ class Merge:
         self.config, self.adapters, self.dtype, self.device = config, adapters, dtype, device
         self.quantization = quantization
         self.unties = config.tied_head and any(adapter.unties for adapter in adapters)
-        self.shapes = _shapes(config)
-        self.linears = set(block_linears(config))
+        skeleton = Decoder(config, device="meta")
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
+        self.linears = set(block_linears(skeleton))
 
     def size_bytes(self) -> int:
         """What the files will take: an estimate by the checkpoint's own dtype where none is asked for."""
@@ -138,9 +130,8 @@ class Merge:
             if isinstance(value, QuantLinear):
                 value = value.to(self.device)
                 if value.bias is not None:
-                    yield Piece(
-                        f"{name}.bias", self._merged(f"{name}.bias", value.bias.detach()), value.dtype
-                    )
+                    bias = self._merged(f"{name}.bias", value.bias.detach())
+                    yield Piece(f"{name}.bias", bias, value.dtype)
                 # fp32 until the adapters are in, so that it is rounded once
                 weight = self._merged(f"{name}.weight", value.dequantize(torch.float32))
                 yield Piece(f"{name}.weight", weight, value.dtype, True, value)
@@ -158,24 +149,11 @@ class Merge:
         wanted."""
         if not self.adapters:
             return Piece(name, weight, weight.dtype, True)
-        try:
+        with located(name):
             base = self.quantization.quantise(weight, None, weight.dtype)
-        except ValueError as error:
-            raise UserError(f"{name}: {error}") from error
         return Piece(name, self._merged(name, base.dequantize(torch.float32)), weight.dtype, True, base)
 
     def _merged(self, name: str, tensor: Tensor) -> Tensor:
         for adapter in self.adapters:
             tensor = adapter.apply(name, tensor)
         return tensor
-
-
-def block_linears(config: ModelConfig) -> list[str]:
-    """The linears that are quantised, as checkpoint.load_model does: all of the blocks."""
-    layers = Decoder(config, device="meta").layers
-    return [name for name, module in layers.named_modules(prefix="layers") if isinstance(module, nn.Linear)]
-
-
-def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor of the model; nothing is allocated."""
-    return {name: tuple(p.shape) for name, p in Decoder(config, device="meta").named_parameters()}

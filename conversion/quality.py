@@ -59,9 +59,7 @@ class QualityOptions:
         if self.report_parent and not self.report:
             raise UserError("report_parent: nothing is compared without report=true")
         if self.export_sample_tokens < 2:
-            raise UserError(
-                f"export_sample_tokens: {self.export_sample_tokens}; a loss needs 2 tokens or more"
-            )
+            raise UserError(f"export_sample_tokens: {self.export_sample_tokens}; a loss needs 2 or more")
 
 
 # Text
@@ -123,20 +121,14 @@ def compare(parent: Decoder, child: Decoder, texts: list[Tensor]) -> Difference:
 
 @torch.no_grad()
 def _difference(
-    parent: Decoder,
-    child: Decoder,
-    texts: list[Tensor],
-    parent_states: list[Tensor],
-    child_states: list[Tensor],
+    parent: Decoder, child: Decoder, texts: list[Tensor], before: list[Tensor], after: list[Tensor]
 ) -> Difference:
     """Two heads on two sets of hidden states (T, E). KL is taken at every position, the last of a row too."""
     parent_loss = child_loss = divergence = 0.0
-    for tokens, reference, hidden in zip(texts, parent_states, child_states):
+    for tokens, reference, hidden in zip(texts, before, after):
         for rows in chunks(parent, len(tokens)):
-            expected, found = (
-                log_probabilities(parent, reference[rows]),
-                log_probabilities(child, hidden[rows]),
-            )
+            expected = log_probabilities(parent, reference[rows])
+            found = log_probabilities(child, hidden[rows])
             parent_loss -= _at(expected, tokens[1:][rows]).sum().item()
             child_loss -= _at(found, tokens[1:][rows]).sum().item()
             divergence += (expected.exp() * (expected - found)).sum().item()
@@ -195,17 +187,14 @@ class LinearQuality:
 def linear_quality(name: str, weight: Tensor, layer: nn.Module, stored_dtype: torch.dtype) -> LinearQuality:
     """weight: the parent's (out, in); layer: the child's linear, with or without an adapter, quantised or
     else stored in stored_dtype."""
-    adapter = layer if isinstance(layer, LoraLinear) else None
-    base = layer if adapter is None else adapter.base
+    base = layer.base if isinstance(layer, LoraLinear) else layer
     if isinstance(base, QuantLinear):
-        storage = base.storage_bytes
-        found = base.dequantize(torch.float32)
+        storage, found = base.storage_bytes, base.dequantize(torch.float32)
     else:
-        storage = base.weight.numel() * stored_dtype.itemsize
-        found = base.weight.detach().float()
-    if adapter is not None:
-        found = adapter.merged_weight()
-        storage += sum(p.numel() * p.element_size() for p in adapter.parameters(recurse=False))
+        storage, found = base.weight.numel() * stored_dtype.itemsize, base.weight.detach().float()
+    if isinstance(layer, LoraLinear):
+        found = layer.merged_weight()
+        storage += sum(p.numel() * p.element_size() for p in layer.parameters(recurse=False))
     exact = weight.detach().to(found.device, torch.float32)
     norm = torch.linalg.vector_norm(exact).item()
     error = torch.linalg.vector_norm(found - exact).item() / max(norm, torch.finfo(torch.float32).tiny)
@@ -257,34 +246,20 @@ class Report:
             change = f" {block.difference.kl:10.3e} {100 * block.difference.perplexity_change:+10.3f}%"
             yield numbers + change + "".join(f" {own.get(name, ''):>9}" for name in names)
         before, after = math.exp(self.difference.parent_loss), math.exp(self.difference.child_loss)
-        yield (
-            f"total: {total_bits(self.linears):.3f} bits a weight in linears, {self.model_bits:.3f} in all "
-            f"the model, error {total_error(self.linears):.5f}"
-        )
-        yield (
-            f"on {self.tokens:,} tokens: KL {self.difference.kl:.5f}, perplexity {before:.4f} -> {after:.4f} "
-            f"({100 * self.difference.perplexity_change:+.3f}%)"
-        )
+        bits, error = f"{total_bits(self.linears):.3f} bits a weight in linears", total_error(self.linears)
+        yield f"total: {bits}, {self.model_bits:.3f} in all the model, error {error:.5f}"
+        change = f"{before:.4f} -> {after:.4f} ({100 * self.difference.perplexity_change:+.3f}%)"
+        yield f"on {self.tokens:,} tokens: KL {self.difference.kl:.5f}, perplexity {change}"
 
     def as_dict(self) -> dict:
         """For machines."""
-        blocks = [
-            {
-                "bits": total_bits(block.linears),
-                "error": total_error(block.linears),
-                **asdict(block.difference),
-                "linears": {
-                    linear.name: {"bits": linear.bits, "error": linear.error} for linear in block.linears
-                },
-            }
-            for block in self.blocks
-        ]
-        total = {"tokens": self.tokens, "block_tokens": self.block_tokens}
-        total |= {
-            "bits": total_bits(self.linears),
-            "model_bits": self.model_bits,
-            "error": total_error(self.linears),
-        }
+        blocks = []
+        for block in self.blocks:
+            linears = {each.name: {"bits": each.bits, "error": each.error} for each in block.linears}
+            own = {"bits": total_bits(block.linears), "error": total_error(block.linears)}
+            blocks.append(own | asdict(block.difference) | {"linears": linears})
+        total = {"tokens": self.tokens, "block_tokens": self.block_tokens, "bits": total_bits(self.linears)}
+        total |= {"model_bits": self.model_bits, "error": total_error(self.linears)}
         return total | asdict(self.difference) | {"blocks": blocks}
 
 

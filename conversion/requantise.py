@@ -6,8 +6,8 @@ it away. Hence
 
 requantise   Q = Q(T), and the rank-R part of T - Q that is nearest in Frobenius norm stays as an adapter
              (its R largest singular triples: Eckart and Young, 1936)
-loftq        Q and the rank-R part in turns, each fitted to what the other leaves (LoftQ, arXiv 2310.08659, alg. 1);
-             where the base has the same format its own codes are a candidate too; the best of all is taken
+loftq        Q and the rank-R part in turns, each fitted to what the other leaves (LoftQ, arXiv 2310.08659,
+             alg. 1); where the base has the same format its own codes are a candidate too; the best counts
 
 Without an adapter T is the 16-bit weight, and the same two give a quantised model with LoftQ's start for
 training.
@@ -27,7 +27,7 @@ from architectures.config import ModelConfig, to_hf_name
 from checkpoints.peft import save_adapter
 from lora import LoraLinear, replace_module
 from model import Decoder
-from options.errors import UserError
+from options.errors import UserError, located
 from options.option import COMMON, option
 from quant import Format, QuantLinear
 
@@ -40,9 +40,8 @@ OVERSAMPLING, ROUNDS = 16, 6  # of that iteration: further columns, and products
 class MergeOptions:
     export_merge: Literal["dequantise", "requantise", "loftq"] | None = option(
         None,
-        "adapters on a quantised base: into 16 bit; or quantised again, what that loses kept as an "
-        "adapter of small rank; or both fitted in turns. Default dequantise, with quantization_bit "
-        "requantise",
+        "adapters on a quantised base: into 16 bit; or quantised again, what that loses kept as an adapter "
+        "of small rank; or both fitted in turns. Default dequantise, with quantization_bit requantise",
         COMMON,
     )
     export_merge_rank: int | None = option(
@@ -76,11 +75,8 @@ class Piece:
     def rounded(self, dtype: torch.dtype | None) -> Tensor:
         """On the CPU, in `dtype` or else its own. Raises UserError for numbers too large for it."""
         result = self.tensor.to(dtype or self.dtype)
-        if (
-            result.dtype is torch.float16
-            and not torch.isfinite(result).all()
-            and torch.isfinite(self.tensor).all()
-        ):
+        narrow = result.dtype is torch.float16 and not torch.isfinite(result).all()
+        if narrow and torch.isfinite(self.tensor).all():
             raise UserError(f"infer_dtype: {self.name} holds numbers too large for float16; use bfloat16")
         return result.cpu()
 
@@ -225,13 +221,11 @@ class Requantiser:
                 "give quantization_bit (and quantization_method) for the result, or export_merge=dequantise"
             )
         dtype = self.dtype or piece.dtype
-        try:
+        with located(module):
             if self.rounds is None:
                 fit = fit_once(piece.tensor, piece.base, self.format, dtype, self.rank)
             else:
                 fit = fit_in_turns(piece.tensor, piece.base, self.format, dtype, self.rank, self.rounds)
-        except ValueError as error:
-            raise UserError(f"{module}: {error}") from error
         kept = {} if fit.b is None else {"b": fit.b.cpu(), "a": fit.a.cpu()}
         self.fits[module] = replace(fit, layer=None, **kept)
         return fit.layer
@@ -241,9 +235,8 @@ class Requantiser:
         here)."""
         model = Decoder(self.config, device="meta")
         for module, fit in self.fits.items():
-            layer = LoraLinear(
-                model.get_submodule(module), len(fit.a), 2.0 * len(fit.a), generator=torch.Generator()
-            )
+            linear, rank = model.get_submodule(module), len(fit.a)
+            layer = LoraLinear(linear, rank, 2.0 * rank, generator=torch.Generator())
             share = 1 / math.sqrt(layer.scale)
             layer.lora_a = nn.Parameter((fit.a * share).to(self.dtype or torch.float32))
             layer.lora_b = nn.Parameter((fit.b * share).to(self.dtype or torch.float32))
@@ -260,7 +253,8 @@ class Requantiser:
         def total(part: str) -> float:
             return math.sqrt(sum((getattr(fit, part) * fit.norm) ** 2 for fit in fits) / whole)
 
-        text = f"{len(fits)} linears in {self.format.describe()}: relative error {total('naive_error'):.5f} quantised"
+        text = f"{len(fits)} linears in {self.format.describe()}: relative error "
+        text += f"{total('naive_error'):.5f} quantised"
         if self.rank:
             text += f", {total('error'):.5f} with the adapter of rank {self.rank} beside them"
         if all(fit.update is not None for fit in fits) and any(fit.update for fit in fits):

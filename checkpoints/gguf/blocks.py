@@ -3,14 +3,13 @@
 A row of a matrix is cut into blocks, each with its own scale d (fp16). With x the weights of one block:
 
     Q8_0   32 numbers in 34 bytes   x = d q, q in -127..127
-    Q4_0   32 numbers in 18 bytes   x = d (q - 8), q in 0..15; d = (the x of largest |x|) / -8, so it is met exactly
+    Q4_0   32 numbers in 18 bytes   x = d (q - 8), q in 0..15; d = (x of largest |x|) / -8, which is met
     Q5_0   32 numbers in 22 bytes   the same with q - 16 and 0..31: what rows get that Q4_K does not fit
     Q4_K   256 numbers in 144 bytes, 8 groups of 32   x = (d s) q - dmin m, with s, m in 0..63 of each group
 
 Q4_K's scale and minimum of a group minimise sum w (scale q + minimum - x)^2 over 21 roundings q, w = rms(x) +
 |x|: for given q that is a straight line fitted by least squares. Sources: llama.cpp's ggml-quants.c
-(quantize_row_*_ref, make_qkx2_quants) and https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Used by
-gguf_export.py, import_gguf.py.
+(quantize_row_*_ref, make_qkx2_quants) and https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
 from collections.abc import Iterator
@@ -33,7 +32,9 @@ BLOCK_NAMES = {  # GGUF's name of a part of a block -> Hugging Face's
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-QK_NORMS = ("attn_q_norm", "attn_k_norm")  # qwen3 has them
+WHOLE_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+DIVISORS = "rope_freqs.weight"  # of GGUF alone; Hugging Face has no such tensor
+PART_NAMES = {hf: name for name, hf in BLOCK_NAMES.items()}
 
 BLOCKS = {  # numbers and bytes of one block; file format
     "F32": (1, 4),
@@ -47,6 +48,17 @@ BLOCKS = {  # numbers and bytes of one block; file format
 GROUP = 32  # numbers per scale and minimum of a Q4_K block
 ROUNDINGS = 21  # tried per group, as llama.cpp: steps of 0.1 from 14 to 16 levels over the group's range
 CHUNK_NUMBERS = 1 << 18  # encoded at a time; 1 MiB of fp32 stays in the processor's cache
+
+
+def gguf_name(hf_name: str) -> str:
+    """`model.layers.3.mlp.up_proj.weight` -> `blk.3.ffn_up.weight`."""
+    stem, kind = hf_name.rsplit(".", 1)
+    if hf_name == DIVISORS:
+        return DIVISORS
+    if stem in WHOLE_NAMES:
+        return f"{WHOLE_NAMES[stem]}.{kind}"
+    _, _, layer, part = stem.split(".", 3)
+    return f"blk.{layer}.{PART_NAMES[part]}.{kind}"
 
 
 def row_bytes(numbers: int, kind: str) -> int:
@@ -73,9 +85,8 @@ def encode(numbers: Tensor, kind: str) -> Tensor:
     if kind == "F32":
         return numbers.contiguous().view(torch.uint8)
     if kind in ("F16", "BF16"):
-        return _fits(numbers.to(torch.float16 if kind == "F16" else torch.bfloat16), numbers).view(
-            torch.uint8
-        )
+        rounded = numbers.to(torch.float16 if kind == "F16" else torch.bfloat16)
+        return _fits(rounded, numbers).view(torch.uint8)
     blocks = numbers.reshape(-1, BLOCKS[kind][0])
     coder = {"Q8_0": _q8_0, "Q5_0": _q5_0, "Q4_0": _q4_0, "Q4_K": _q4_k}[kind]
     return coder(blocks).view(len(numbers), -1)
@@ -116,10 +127,8 @@ def _symmetric(blocks: Tensor, half: int) -> tuple[Tensor, Tensor]:
     """-> scale (N, 1) fp32, codes (N, 32) uint8 in 0 .. 2 half - 1."""
     largest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))
     scale = largest / -half
-    codes = (blocks * _reciprocal(scale) + (half + 0.5)).clamp_(
-        max=2 * half - 1
-    )  # the cast cuts the fraction off
-    return scale, codes.to(torch.uint8)
+    codes = (blocks * _reciprocal(scale) + (half + 0.5)).clamp_(max=2 * half - 1)
+    return scale, codes.to(torch.uint8)  # the cast cuts the fraction off
 
 
 def _q4_0(blocks: Tensor) -> Tensor:
@@ -130,9 +139,8 @@ def _q4_0(blocks: Tensor) -> Tensor:
 def _q5_0(blocks: Tensor) -> Tensor:
     scale, codes = _symmetric(blocks, 16)
     powers = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
-    fifth = ((codes >> 4).view(-1, 4, 8) * powers).sum(
-        2, dtype=torch.uint8
-    )  # bit i of 32: the fifth bit of code i
+    # bit i of 32: the fifth bit of code i
+    fifth = ((codes >> 4).view(-1, 4, 8) * powers).sum(2, dtype=torch.uint8)
     return _with_scale(scale, fifth, _nibbles(codes & 15))
 
 
@@ -158,8 +166,7 @@ def _q4_k(blocks: Tensor) -> Tensor:
 
 
 def _pack_6_bits(scales: Tensor, minima: Tensor) -> Tensor:
-    """Two (N, 8) of 0..63 -> (N, 12) uint8: groups 0-3 whole, with the two high bits of groups 4-7 above
-    them."""
+    """Two (N, 8) of 0..63 -> (N, 12) uint8: groups 0-3 whole, the two high bits of groups 4-7 above them."""
     low, high = scales[:, :4], scales[:, 4:]
     low_minimum, high_minimum = minima[:, :4], minima[:, 4:]
     first = low | (high >> 4) << 6
@@ -193,9 +200,8 @@ def _fit_groups(x: Tensor) -> tuple[Tensor, Tensor]:
         minimum = torch.where(above, 0, minimum)
         scale = torch.where(above, sum_xl / sum_ll, scale)
         # sum w (scale q + minimum - x)^2, multiplied out
-        error = scale * (scale * sum_ll + 2 * (minimum * sum_l - sum_xl)) + minimum * (
-            minimum * sum_w - 2 * sum_x
-        )
+        error = scale * (scale * sum_ll + 2 * (minimum * sum_l - sum_xl))
+        error = error + minimum * (minimum * sum_w - 2 * sum_x)
         error += sum_xx
         better = (determinant > 1e-5 * sum_w * sum_ll) & (error < best_error)
         best_error = torch.where(better, error, best_error)

@@ -25,9 +25,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoints.gguf.blocks import BLOCK_NAMES, QK_NORMS
+from architectures import config_from_hf
+from architectures.config import to_hf_name
+from checkpoints.gguf.blocks import DIVISORS, gguf_name
 from checkpoints.gguf.read_tokenizer import read_tokenizer, write_tokenizer
 from checkpoints.safetensors_files import write_json, write_shards
+from model import Decoder
 from options.errors import UserError, located
 from parallel.atomic import atomic_folder
 
@@ -81,15 +84,15 @@ def convert(gguf_file, folder, shard_gigabytes=1.0, pre=None):
         reader, metadata = open_gguf(gguf_file)
         tensors = {tensor.name: tensor for tensor in reader.tensors}
         config = read_config(metadata, tensors) | {"torch_dtype": "float32"}
-        names = tensor_names(config)
-        check_tensors(tensors, names, config)
+        class_name, expected = config["architectures"][0], model_tensors(config)
+        check_tensors(tensors, expected, class_name)
         tokenizer = read_tokenizer(metadata, pre)
         if len(tokenizer.tokens) > config["vocab_size"]:
             rows = config["vocab_size"]
             raise UserError(f"token_embd.weight has {rows} rows for {len(tokenizer.tokens)} tokens")
         kinds = Counter(tensor.tensor_type.name for tensor in reader.tensors).most_common()
         print(
-            f"converting {gguf_file} to {folder}: {config['architectures'][0]}, {len(tokenizer.tokens)} tokens, "
+            f"converting {gguf_file} to {folder}: {class_name}, {len(tokenizer.tokens)} tokens, "
             f"{len(tensors)} tensors ({', '.join(f'{count} {kind}' for kind, count in kinds)})",
             file=sys.stderr,
         )
@@ -101,8 +104,8 @@ def convert(gguf_file, folder, shard_gigabytes=1.0, pre=None):
             if len(tokenizer.end_ids) > 1:
                 ids["eos_token_id"] = tokenizer.end_ids  # generation may end at any of them
             write_json(temporary / "generation_config.json", ids)
-            progress = tqdm(names.items(), "weights", unit="tensor", leave=False)
-            weights = ((name, read_tensor(tensors[own], config)) for own, name in progress)
+            progress = tqdm(expected.items(), "weights", unit="tensor", leave=False)
+            weights = ((name, read_tensor(tensors[own], config)) for own, (name, _) in progress)
             write_shards(temporary, weights, shard_gigabytes)
     return folder
 
@@ -205,10 +208,10 @@ def read_rope_scaling(metadata, architecture, tensors, head_dim):
     """-> rope_scaling of config.json (None, linear, yarn or llama3)."""
     prefix = f"{architecture}.rope.scaling."
     kind = metadata.get(prefix + "type", "none")
-    if "rope_freqs.weight" in tensors:
+    if DIVISORS in tensors:
         if kind not in ("none", "llama3"):
             raise UserError(f"{prefix}type is '{kind}' and there is a rope_freqs tensor; expected only one")
-        return _llama3_scaling(tensors["rope_freqs.weight"], metadata, architecture, head_dim)
+        return _llama3_scaling(tensors[DIVISORS], metadata, architecture, head_dim)
     legacy = f"{architecture}.rope.scale_linear"
     if legacy in metadata:
         return {"rope_type": "linear", "factor": metadata[legacy]} if metadata[legacy] != 1 else None
@@ -257,66 +260,33 @@ def _llama3_scaling(tensor, metadata, architecture, head_dim):
         s = (original * inverse_wavelength - 1) / (high - 1)
         expected = 1 / ((1 - s.clip(0, 1)) / factor + s.clip(0, 1))
         if np.allclose(expected, divisors, rtol=1e-4):
-            return {
-                "rope_type": "llama3",
-                "factor": factor,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": high,
-                "original_max_position_embeddings": original,
-            }
+            borders = {"low_freq_factor": 1.0, "high_freq_factor": high}
+            borders["original_max_position_embeddings"] = original
+            return {"rope_type": "llama3", "factor": factor} | borders
     raise UserError("rope_freqs.weight does not follow Llama 3's rule, so no config.json can express it")
 
 
-def tensor_names(config):
-    """-> {GGUF name: Hugging Face name} of every weight that a model of this config has, in order."""
-    family = config["model_type"]
-    qkv = ("attn_q", "attn_k", "attn_v")
-    parts = [f"{part}.weight" for part in BLOCK_NAMES if family == "qwen3" or part not in QK_NORMS]
-    if family == "qwen2" or config.get("attention_bias"):
-        parts += [f"{part}.bias" for part in qkv + (() if family == "qwen2" else ("attn_output",))]
-    if config.get("mlp_bias"):
-        parts += [f"{part}.bias" for part in ("ffn_gate", "ffn_up", "ffn_down")]
-    names = {"token_embd.weight": "model.embed_tokens.weight"}
-    for layer in range(config["num_hidden_layers"]):
-        for part in parts:
-            stem, kind = part.split(".")
-            names[f"blk.{layer}.{part}"] = f"model.layers.{layer}.{BLOCK_NAMES[stem]}.{kind}"
-    names["output_norm.weight"] = "model.norm.weight"
-    if not config["tie_word_embeddings"]:
-        names["output.weight"] = "lm_head.weight"
-    return names
+def model_tensors(config):
+    """-> {GGUF name: (Hugging Face name, shape)} of every weight that a model of this config.json has."""
+    switches = config_from_hf(config)
+    parameters = Decoder(switches, device="meta").named_parameters()
+    shapes = {to_hf_name(switches, name): tuple(parameter.shape) for name, parameter in parameters}
+    return {gguf_name(name): (name, shape) for name, shape in shapes.items()}
 
 
-def check_tensors(tensors, names, config):
+def check_tensors(tensors, expected, class_name):
     """Every expected tensor is there in its shape, and no other. Raises UserError with what is wrong."""
-    missing = [name for name in names if name not in tensors]
-    # rope_freqs.weight has become rope_scaling
-    extra = [name for name in tensors if name not in names and name != "rope_freqs.weight"]
+    missing = [name for name in expected if name not in tensors]
+    # the divisors have become rope_scaling
+    extra = [name for name in tensors if name not in expected and name != DIVISORS]
     for word, some in (("lacks", missing), ("holds unexpected", extra)):
         if some:
             listed = ", ".join(some[:5]) + (f" and {len(some) - 5} more" if len(some) > 5 else "")
-            raise UserError(f"the file {word} {config['architectures'][0]} tensors: {listed}")
-    hidden, mlp, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
-    query, key_value = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
-    outputs = {
-        "attn_q": query,
-        "attn_k": key_value,
-        "attn_v": key_value,
-        "ffn_gate": mlp,
-        "ffn_up": mlp,
-        "attn_q_norm": head,
-        "attn_k_norm": head,
-        "token_embd": config["vocab_size"],
-        "output": config["vocab_size"],
-    }
-    inputs = {"attn_output": query, "ffn_down": mlp}
-    for name in names:
-        stem, kind = name.split(".")[-2:]
-        rows = outputs.get(stem, hidden)
-        expected = (rows,) if kind == "bias" or stem.endswith("norm") else (rows, inputs.get(stem, hidden))
+            raise UserError(f"the file {word} {class_name} tensors: {listed}")
+    for name, (_, shape) in expected.items():
         found = _shape(tensors[name])
-        if found != expected:
-            raise UserError(f"{name} has shape {found}, expected {expected} from the file's metadata")
+        if found != shape:
+            raise UserError(f"{name} has shape {found}, expected {shape} from the file's metadata")
 
 
 def read_tensor(tensor, config):

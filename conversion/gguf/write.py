@@ -11,8 +11,7 @@ into whole blocks the next one of Q4_K -> Q5_0 -> F16, as llama.cpp. `Layout.cou
 each.
 
 Sources: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; names, metadata and the order of q/k rows:
-llama.cpp's convert_hf_to_gguf.py. Numbers: gguf_format.py, tokenizer: gguf_vocabulary.py; the way back:
-import_gguf.py.
+llama.cpp's convert_hf_to_gguf.py. Numbers: checkpoints/gguf/blocks.py, which also reads.
 """
 
 import itertools
@@ -29,26 +28,22 @@ from tqdm import tqdm
 
 from architectures.config import ModelConfig
 from architectures.rope import Rope, inverse_frequencies
-from checkpoints.gguf.blocks import BLOCK_NAMES, BLOCKS, encode_rows, row_bytes
+from checkpoints.gguf.blocks import BLOCKS, DIVISORS, encode_rows, gguf_name, row_bytes
 from conversion.gguf.write_tokenizer import vocabulary_metadata
 from options.errors import UserError
 from text.render import ChatTemplate
 from text.tokenizer import Tokenizer
 
-# key export_gguf_type -> general.file_type, which programs show to people (Q4_K alone is what llama.cpp calls
-# Q4_K_S)
+# key export_gguf_type -> general.file_type, which programs show to people
 FILE_TYPES = {
     "F32": gguf.LlamaFileType.ALL_F32,
     "F16": gguf.LlamaFileType.MOSTLY_F16,
     "BF16": gguf.LlamaFileType.MOSTLY_BF16,
     "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
     "Q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
-    "Q4_K": gguf.LlamaFileType.MOSTLY_Q4_K_S,
+    "Q4_K": gguf.LlamaFileType.MOSTLY_Q4_K_S,  # Q4_K alone is what llama.cpp calls Q4_K_S
 }
 NARROWER_BLOCKS = {"Q4_K": "Q5_0", "Q5_0": "F16", "Q4_0": "F16", "Q8_0": "F16"}
-WHOLE_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-DIVISORS = "rope_freqs.weight"  # of GGUF alone; Hugging Face has no such tensor
-PART_NAMES = {hf: name for name, hf in BLOCK_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -63,17 +58,6 @@ class Entry:
     @property
     def size_bytes(self) -> int:
         return int(np.prod(self.shape[:-1], dtype=np.int64)) * row_bytes(self.shape[-1], self.kind)
-
-
-def gguf_name(hf_name: str) -> str:
-    """`model.layers.3.mlp.up_proj.weight` -> `blk.3.ffn_up.weight`."""
-    stem, kind = hf_name.rsplit(".", 1)
-    if hf_name == DIVISORS:
-        return DIVISORS
-    if stem in WHOLE_NAMES:
-        return f"{WHOLE_NAMES[stem]}.{kind}"
-    _, _, layer, part = stem.split(".", 3)
-    return f"blk.{layer}.{PART_NAMES[part]}.{kind}"
 
 
 @dataclass(frozen=True)
@@ -111,11 +95,8 @@ def lay_out(
     ValueError for what GGUF cannot express.
     """
     metadata, notices = model_metadata(config)
-    metadata |= {
-        "general.name": name,
-        "general.file_type": int(FILE_TYPES[kind]),
-        "general.quantization_version": gguf.GGML_QUANT_VERSION,
-    }
+    metadata |= {"general.name": name, "general.file_type": int(FILE_TYPES[kind])}
+    metadata["general.quantization_version"] = gguf.GGML_QUANT_VERSION
     text, ends = tokenizer.chat_template, []
     if template is not None:
         text = template.to_jinja()
@@ -153,9 +134,7 @@ def architecture(config: ModelConfig) -> str:
     if config.norm_offset or config.embedding_scale != 1.0:
         raise UserError("export_gguf_type: norms of 1 + weight and scaled embeddings are not written yet")
     if len(set(config.sliding_windows)) > 1:
-        raise UserError(
-            "export_gguf_type: layers with and without a sliding window cannot be told apart in GGUF"
-        )
+        raise UserError("export_gguf_type: GGUF cannot tell layers with and without a sliding window apart")
     if config.qk_norm:
         return "qwen3"
     return "qwen2" if config.qkv_bias and not config.out_bias else "llama"
@@ -182,10 +161,8 @@ def model_metadata(config: ModelConfig) -> tuple[dict, list[str]]:
     window = config.sliding_windows[0] if config.sliding_windows else None
     if window and window < config.max_positions:
         keys["attention.sliding_window"] = window
-        notices.append(
-            f"the sliding window of {window} tokens is written; llama.cpp ignores it, so longer texts differ "
-            "there"
-        )
+        written = f"the sliding window of {window} tokens is written"
+        notices.append(f"{written}; llama.cpp ignores it, so longer texts differ there")
     if arch == "qwen3" and config.qkv_bias:
         notices.append(
             "llama.cpp does not load qwen3 files with biases, which this model has; this project does"
@@ -210,9 +187,8 @@ def _rope_metadata(rope: Rope) -> tuple[dict, list[str]]:
         for name, value, usual in (("fast", rope.beta_fast, 32.0), ("slow", rope.beta_slow, 1.0)):
             if value != usual:
                 keys[f"rope.scaling.yarn_beta_{name}"] = value
-                notices.append(
-                    f"llama.cpp takes {usual:g} unless it is started with --yarn-beta-{name} {value:g}"
-                )
+                switch = f"--yarn-beta-{name} {value:g}"
+                notices.append(f"llama.cpp takes {usual:g} unless it is started with {switch}")
         # llama.cpp multiplies by 0.1 ln(factor) + 1 itself (arXiv 2309.00071, eq. 22)
         own = rope.attention_factor / (0.1 * np.log(rope.factor) + 1.0)
         if abs(own - 1) > 1e-6:
@@ -250,17 +226,10 @@ def write(path: Path, layout: Layout, tensors: Iterable[tuple[str, Tensor]]) -> 
 def _write_head(path: Path, layout: Layout) -> int:
     """Header, metadata, names and places of the tensors. -> where the tensors' data begins."""
     writer = gguf.GGUFWriter(path, architecture(layout.config))
+    unsigned = {gguf.GGUFValueType.INT32: gguf.GGUFValueType.UINT32}  # counts and ids
     for key, value in layout.metadata.items():
-        if isinstance(value, list):
-            writer.add_array(key, value)
-        elif isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, int):
-            writer.add_uint32(key, value)
-        elif isinstance(value, float):
-            writer.add_float32(key, value)
-        else:
-            writer.add_string(key, value)
+        kind = gguf.GGUFValueType.get_type(value)
+        writer.add_key_value(key, value, unsigned.get(kind, kind))
     for entry in layout.entries.values():
         kind = gguf.GGMLQuantizationType[entry.kind]
         writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.float32), entry.size_bytes, kind)
@@ -278,7 +247,7 @@ def _write_tensor(file: BinaryIO, entry: Entry, tensor: Tensor) -> int:
     try:
         for piece in encode_rows(tensor.reshape(-1, tensor.shape[-1]), entry.kind):
             written += file.write(piece.numpy())
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{entry.name} holds {error}; it cannot be written as {entry.kind}") from error
     return written
 

@@ -1,4 +1,5 @@
-"""A Hugging Face tokenizer as the tokenizer keys of a GGUF file: the other direction of checkpoints/gguf/read_tokenizer.py.
+"""A Hugging Face tokenizer as the tokenizer keys of a GGUF file: the other direction of
+checkpoints/gguf/read_tokenizer.py.
 
 Byte-level BPE becomes tokenizer.ggml.model = gpt2. GGUF names the rule that cuts text into words but does not
 hold it: the rule is found by cutting PROBE with the tokenizer's own and with every known one, and comparing

@@ -19,6 +19,7 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKEN
 import export
 from checkpoints.gguf import read as gguf_read
 from checkpoints.gguf import read_tokenizer
+from checkpoints.gguf.blocks import BLOCK_NAMES
 from checkpoints.hub import ModelOptions, resolve_folder, resolve_model
 from parallel.atomic import temporary_name
 
@@ -118,7 +119,7 @@ def swap_halves(weight, heads):
     return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
-GGUF_NAMES = {hf: name for name, hf in gguf_read.BLOCK_NAMES.items()}
+GGUF_NAMES = {hf: name for name, hf in BLOCK_NAMES.items()}
 
 
 def gguf_name(name):
