@@ -78,7 +78,8 @@ $(VENV)/.installed-tests: tests/requirements.txt requirements.txt | $(PYTHON)
 # The install comes first, but which of the two installs is the caller's choice, hence the make within make.
 $(MODEL)/config.json:
 	@$(MAKE) --no-print-directory $(VENV)/.installed .cache/smollm2.gguf
-	$(PYTHON) -m checkpoints.gguf.read .cache/smollm2.gguf $(MODEL)
+	$(PYTHON) export.py model_name_or_path=.cache/smollm2.gguf cache_dir=.cache/converted export_dir=$(MODEL)
+	rm -rf .cache/converted
 
 .cache/smollm2.gguf: | $(PYTHON)
 	mkdir -p .cache

@@ -347,9 +347,10 @@ def _prompt_sets(work: Tokeniser, train: Train, evaluation: Sets, report: DataRe
 
 
 def main(argv: list[str]) -> int:
+    from checkpoints.hub import TOKENIZER_ONLY, ModelOptions, resolve_folder
     from options import config
     from options.errors import exit_status
-    from pipeline.preview import PreviewOptions, in_colour, places_of_rows, token_table, tokenizer_folder
+    from pipeline.preview import PreviewOptions, in_colour, places_of_rows, token_table
     from templates import TemplateOptions, get_template
     from text.tokenizer import Tokenizer
 
@@ -363,7 +364,10 @@ def main(argv: list[str]) -> int:
         about = {"program": "data.py preview", "description": "Show a training batch token by token."}
         chosen = config.load(argv[1:], sections, reads_files_of_others=True, **about)
         run, options, named = (chosen[section] for section in sections)
-        tokenizer, template = Tokenizer.from_folder(tokenizer_folder(run)), None
+        access = ModelOptions(cache_dir=run.cache_dir, hf_hub_token=run.hf_hub_token)
+        name, revision = run.model_name_or_path, run.model_revision
+        folder = resolve_folder("model_name_or_path", name, revision, access, TOKENIZER_ONLY)
+        tokenizer, template = Tokenizer.from_folder(folder), None
         if run.stage != "pt":
             template = get_template(named.template, tokenizer.chat_template, named.default_system)
         hub = HubAccess(run.hf_hub_token, None, run.cache_dir)

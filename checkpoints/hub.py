@@ -14,6 +14,7 @@ from options.errors import UserError, located
 from options.option import COMMON, RESUMABLE, SECRET, option
 
 WANTED_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
+TOKENIZER_ONLY = ["tokenizer*", "special_tokens_map.json", "*.jinja", "*config.json"]
 UNWANTED_FILES = ["*/*", "consolidated*"]  # other layouts: original/, onnx/, Mistral's own second copy
 
 

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Literal
 
 from options.errors import UserError
@@ -113,20 +112,3 @@ def places_of_rows(names: list[str], sources: list[tuple[int, int]], dataset_dir
             rows = islice(numbered_rows(read_rows(info)), max(wanted) + 1)
             places |= {(k, number): place for number, place, _ in rows if number in wanted}
     return places
-
-
-def tokenizer_folder(run: PreviewOptions) -> Path:
-    """The folder of the checkpoint, or of its tokenizer's files alone, fetched from the hub."""
-    if Path(run.model_name_or_path).is_dir():
-        return Path(run.model_name_or_path)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        wanted = ["tokenizer*", "special_tokens_map.json", "*.jinja", "*config.json"]
-        where = {"revision": run.model_revision, "cache_dir": run.cache_dir, "token": run.hf_hub_token}
-        return Path(snapshot_download(run.model_name_or_path, allow_patterns=wanted, **where))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise UserError(
-            f"model_name_or_path: {run.model_name_or_path!r} is no folder and cannot be downloaded: {error}"
-        ) from error

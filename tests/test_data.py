@@ -833,7 +833,7 @@ def test_preview_command(home, run_file):
     [
         (["dataset=b"], "'b' is not in"),
         (["index=-1"], "index is -1"),
-        (["model_name_or_path=no/such"], "'no/such' is no folder and cannot be downloaded"),
+        (["model_name_or_path=no/such"], "no folder no/such here, and it could not be fetched"),
         (["dataset="], "none is named"),
         (["template=chatlm"], "chatml"),
     ],
