@@ -5,7 +5,7 @@ re-shard it).
     python export.py model_name_or_path=model.gguf export_dir=out                    # a GGUF file as a folder
     python export.py model_name_or_path=BASE quantization_bit=4 export_dir=out       # in bitsandbytes' layout
     python export.py model_name_or_path=NF4 adapter_name_or_path=A export_merge=loftq export_dir=out
-    python export.py model_name_or_path=saves/demo export_dir=out infer_dtype=bfloat16   # a run names its base
+    python export.py model_name_or_path=saves/demo export_dir=out infer_dtype=bfloat16  # a run names its base
     python export.py ... export_gguf_type=Q4_K     # one file for llama.cpp: export_dir/model-Q4_K.gguf
     python export.py ... export_quantization_bit=4 export_quantization_dataset=c4_demo.jsonl    # GPTQ
     python export.py ... export_hub_model_id=owner/name hf_hub_token=...

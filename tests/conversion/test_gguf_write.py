@@ -559,7 +559,7 @@ def test_bad_input_gives_one_clear_line_and_leaves_nothing(llama, tmp_path, caps
         ({"model": folder, "kind": "F16", "export_merge": "loftq"}, "codes of its own"),
         (
             {"model": folder, "kind": "F16", "report": "true", "export_sample_text": ROOT / "README.md"},
-            "model_name_or_path=model.gguf makes one",
+            "export.py makes one of the file",
         ),
         ({"model": tmp_path / "gelu", "kind": "F16"}, "use silu, the model gelu"),
         ({"model": tmp_path / "mixed", "kind": "F16"}, "layers with and without a sliding window"),
