@@ -135,8 +135,7 @@ class Request:
 
 
 def export(source: Source, options: ExportOptions, request: Request) -> None:
-    """Write the merged model to options.export_dir: complete, or not at all (StopRun when the disk is
-    full)."""
+    """Write the merged model to options.export_dir: complete, or not at all."""
     target = Path(options.export_dir)
     check_target(target, source)
     config, tokenizer, template = read_small_files(source)
@@ -207,8 +206,7 @@ def _parts(source: Source) -> str:
 
 
 def read_small_files(source: Source) -> tuple[ModelConfig, Tokenizer, ChatTemplate | None]:
-    """What can be wrong without reading weights. The template is the one asked for; None = the tokenizer's
-    own."""
+    """What can be wrong without reading weights. template: the one asked for, None = the tokenizer's own."""
     config = scaled_config(source)
     tokenizer = Tokenizer.from_folder(source.tokenizer)
     check_tokenizer(tokenizer, config, source)

@@ -74,8 +74,7 @@ def resolve_adapters(options: ModelOptions) -> list[Path]:
 def resolve_folder(
     key: str, name: str, revision: str, options: ModelOptions, wanted: list[str] = WANTED_FILES
 ) -> Path:
-    """The local folder of the model or adapter that `key` names: downloaded if it is an id, converted if a
-    GGUF file."""
+    """The local folder of what `key` names: downloaded if it is an id, converted if it is a GGUF file."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder

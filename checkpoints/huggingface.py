@@ -258,8 +258,7 @@ def set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
 
 
 def _own(tensor: Tensor, dtype: torch.dtype, device) -> Tensor:
-    """A tensor that does not lean on the mapped file: training in place must not write there, files may
-    vanish."""
+    """A tensor that does not lean on the mapped file: training writes in place, and files may vanish."""
     moved = tensor.to(device=device, dtype=dtype)
     return moved.clone() if moved.data_ptr() == tensor.data_ptr() else moved
 
@@ -312,8 +311,7 @@ def model_format(model: Decoder) -> Format | None:
 def write_model_json(
     folder: str | Path, hf: dict, dtype: torch.dtype, quantization: Format | None = None
 ) -> None:
-    """config.json with the dtype of the weights, under the older key too where the source had it, and how
-    they are quantised."""
+    """config.json with the weights' dtype, under the older key too where it was there, and their format."""
     name = str(dtype).removeprefix("torch.")
     hf = {key: value for key, value in hf.items() if key != "quantization_config"}
     if quantization is not None:

@@ -60,8 +60,7 @@ ADAPTER_PARTS = set(PARTS.values())  # every other part of a module is a tensor 
 
 
 def save_adapter(model: Decoder, folder: str | Path, base_name: str) -> None:
-    """Write adapter_config.json and adapter_model.safetensors as peft reads them; an old adapter stays until
-    then."""
+    """adapter_config.json and adapter_model.safetensors as peft reads them; an old one stays until then."""
     if not lora_layers(model):
         raise ValueError("save_adapter: the model has no adapter")
     with staged(folder) as staging:
@@ -158,8 +157,7 @@ class AdapterFile:
         return bool(self.config.get("use_dora"))
 
     def lists_in_full(self, module: str) -> bool:
-        """Whether modules_to_save names this module (our name): as peft, by the last letters ("norm": each
-        norm)."""
+        """Whether modules_to_save names this module (our name): as peft, by the last letters."""
         return any(f"model.{module}".endswith(name) for name in self.config.get("modules_to_save") or ())
 
 
@@ -175,9 +173,7 @@ def load_adapter(
     """
     file = read_adapter(folder, model.config)
     if lora_layers(model):
-        raise ValueError(
-            f"{folder}: the model has an adapter already; merge that first (lora.merge_for_good)"
-        )
+        raise ValueError(f"{folder}: the model has an adapter already; merge it first (merge_for_good)")
     adapted = [module for module, parts in file.modules.items() if "lora_A" in parts or "lora_B" in parts]
     whole = []  # (parameter, its new value, whether it trains)
     for module, parts in file.modules.items():
@@ -195,8 +191,7 @@ def load_adapter(
 
 
 def read_adapter(folder: str | Path, model_config: ModelConfig) -> AdapterFile:
-    """Configuration and tensors of a PEFT adapter, under our names. Raises UserError for what is not built
-    here."""
+    """Configuration and tensors of a PEFT adapter, under our names; UserError for what is not built here."""
     folder = Path(folder)
     file = AdapterFile(folder, read_adapter_config(folder), {})
     for key, tensor in read_adapter_tensors(folder).items():
@@ -216,8 +211,7 @@ def read_adapter(folder: str | Path, model_config: ModelConfig) -> AdapterFile:
 
 
 def _refuse_other_depth(file: AdapterFile, num_layers: int) -> None:
-    """A name in target_modules means every linear of that name: in a deeper model some would be left
-    without."""
+    """A name in target_modules means every linear of it: in a deeper model some would be left without."""
     targets = file.config.get("target_modules")
     chosen = file.config.get("layers_to_transform") or file.config.get("exclude_modules")
     if not isinstance(targets, list) or chosen:
@@ -408,8 +402,7 @@ def prepare_adapters(
 
 
 def merge_adapters(model: Decoder, folders: Iterable[str | Path]) -> None:
-    """Every adapter merged into the weights, in order, in the weights' own dtypes; nothing trains
-    afterwards."""
+    """Every adapter merged into the weights, in order, in the weights' own dtypes; nothing trains then."""
     for folder in folders:
         dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         load_adapter(model, folder)

@@ -44,8 +44,7 @@ def read_json(path: Path) -> dict:
 
 
 def stream_tensors(folder: str | Path) -> Iterator[tuple[Path, str, torch.Tensor]]:
-    """(file, name, tensor) of every tensor in the folder's safetensors files; they lean on the mapped
-    file."""
+    """(file, name, tensor) of every tensor in the folder's files; the tensors lean on the mapped file."""
     for path in weight_files(Path(folder)):
         for name, tensor in file_tensors(path):
             yield path, name, tensor
@@ -140,8 +139,7 @@ def staged(folder: str | Path) -> Iterator[Path]:
 
 
 def _publish(staging: Path, folder: Path) -> None:
-    """Move the files, in an order in which a reader finds the old weights, then the new ones; never a
-    mixture."""
+    """Move the files, in an order in which a reader finds the old weights or the new ones, no mixture."""
     names = {path.name for path in staging.iterdir()}
     shards = sorted(path.name for path in staging.glob(SHARDS))
     if any((folder / name).exists() for name in shards):
@@ -226,13 +224,10 @@ def _name_shards(staging: Path, names: list[list[str]], total_bytes: int) -> Non
 
 
 def read_plain(path: Path) -> object:
-    """What torch.save wrote: tensors and plain values. Raises UserError that says what is wrong with the
-    file."""
+    """What torch.save wrote: tensors and plain values. UserError says what is wrong with the file."""
     try:
-        with zipfile.ZipFile(
-            path
-        ) as archive:  # torch's format; torch.load itself does not look at the checksums
-            broken = archive.testzip()
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()  # torch.load itself does not look at the checksums
     except (zipfile.BadZipFile, OSError, EOFError, zlib.error) as error:
         raise UserError(str(error)) from error
     if broken:

@@ -164,8 +164,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 def read_run(folder: Path) -> dict:
-    """The resolved options of the run that wrote this folder, {} if no run did. Raises UserError naming the
-    file."""
+    """The resolved options of the run that wrote this folder, {} if no run did. UserError names the file."""
     path = folder / RUN_CONFIG
     if not path.is_file():
         return {}
@@ -180,8 +179,7 @@ def read_run(folder: Path) -> dict:
 
 
 def adapters_below(run: dict, base: Path | None = None) -> list[Path]:
-    """Adapters that the run merged into its base before it trained its own, without those that `base` already
-    holds."""
+    """Adapters that the run merged into its base before it trained its own, but for those in `base`."""
     names = run.get("adapter_name_or_path") or []
     names = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
     held = merged_into(base) if base is not None else []
@@ -241,6 +239,5 @@ def _resolve_base(model: ModelOptions, adapter: Path) -> Path:
         return resolve_model(model)
     except UserError as error:
         raise UserError(
-            f"{error}. That is the base model {adapter / ADAPTER_CONFIG} names; if it lies elsewhere, "
-            f"{remedy}"
+            f"{error}. That is the base model {adapter / ADAPTER_CONFIG} names; if it is elsewhere, {remedy}"
         ) from error

@@ -160,8 +160,7 @@ def _some_documents(
 
 
 def _documents(info: DatasetInfo, hub: HubAccess, joined: int) -> Iterator[str]:
-    """The text of each row; of conversations all turns. Lines of .txt files are joined up to this many
-    characters."""
+    """The text of each row; of conversations all turns; lines of .txt files joined up to so many letters."""
     opened = open_hub(info, hub, streaming=True) if info.kind != "file" else None
     lines = info.kind == "file" and all(file.suffix.lower() == ".txt" for file in list_files(info))
     pending = ""
@@ -194,8 +193,7 @@ def _text_of(row: dict, info: DatasetInfo) -> str:
 
 @dataclass
 class Summary:
-    """Mean over linears of the squared error of a layer's output over its squared size, on the calibration
-    text."""
+    """Mean over linears of the squared error of a layer's output over its squared size, on the text."""
 
     linears: int = 0
     error: float = 0.0
@@ -339,8 +337,7 @@ _, _KV, _O, _GATE_UP, _DOWN = range(len(STAGES))
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of the activations: bf16 for bf16 models, else fp32, since fp16 overflows where a model was not made
-    for it."""
+    """Of the activations: bf16 for bf16 models, else fp32, since fp16 may overflow."""
     return dtype if dtype is torch.bfloat16 else torch.float32
 
 
@@ -369,8 +366,7 @@ class _Text:
             self.stream[rows] = embedding[self.windows.view(-1)[rows]].to(self.dtype) * scale
 
     def inputs(self, block: Block, stage: int) -> Iterator[Tensor]:
-        """(T, in) batches of what the linears of a stage get when those before it are as they stand in the
-        block."""
+        """(T, in) batches of what the linears of a stage get when those before it are as they stand."""
         half, norm = (block.self_attn, block.input_layernorm), (block.mlp, block.post_attention_layernorm)
         half, norm = half if stage <= _O else norm
         inner_linear = "o_proj" if stage <= _O else "down_proj"

@@ -78,8 +78,7 @@ class Adapter:
 
 
 class Merge:
-    """The base model's dense tensors with every adapter applied, one at a time; a quantised base is
-    dequantised."""
+    """The base model's tensors with every adapter applied, dense, one at a time."""
 
     def __init__(
         self,
@@ -89,8 +88,7 @@ class Merge:
         device: str,
         quantization: Format | None = None,
     ):
-        """quantization: put a 16-bit base's linears into codes first, as training did with
-        quantization_bit."""
+        """quantization: put a 16-bit base's linears into codes first, as training did."""
         self.config, self.adapters, self.dtype, self.device = config, adapters, dtype, device
         self.quantization = quantization
         self.unties = config.tied_head and any(adapter.unties for adapter in adapters)
@@ -145,8 +143,7 @@ class Merge:
                 yield Piece(f"{HEAD}.weight", self._merged(f"{HEAD}.weight", tensor), value.dtype)
 
     def _first_quantised(self, name: str, weight: Tensor) -> Piece:
-        """The adapters were trained on the codes, so they belong on these; without any the weight itself is
-        wanted."""
+        """Adapters were trained on the codes, so they belong on these; without any the weight is wanted."""
         if not self.adapters:
             return Piece(name, weight, weight.dtype, True)
         with located(name):

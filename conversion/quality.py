@@ -327,8 +327,7 @@ def tell_quality(
     texts: list[Tensor] | None,
     target: Path,
 ) -> None:
-    """Print the losses on the sample and the report, measured on the files as written; both to
-    quality.json."""
+    """Print losses on the sample and the report, measured on the files as written; both to quality.json."""
     if texts is None:
         if packing is not None and source.adapters:
             print("note: export_sample_text=FILE would measure what this does to the loss on a text")

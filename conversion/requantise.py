@@ -199,8 +199,7 @@ class Requantiser:
     fits: dict[str, Fit] = field(default_factory=dict)  # by our name of the linear; without the codes
 
     def tensors(self, pieces: Iterable[Piece]) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, tensor on the CPU). Raises UserError naming the linear that cannot be
-        quantised."""
+        """(Hugging Face name, tensor on the CPU). UserError names the linear that cannot be quantised."""
         for piece in tqdm(pieces, desc="quantising", unit="tensor", disable=None, leave=False):
             if not piece.in_codes:
                 yield to_hf_name(self.config, piece.name), piece.rounded(self.dtype)
@@ -231,8 +230,7 @@ class Requantiser:
         return fit.layer
 
     def save_adapter(self, folder: Path, base_name: str) -> None:
-        """What the codes cannot hold, as a PEFT adapter of the scale 2 (alpha = 2 R, as LoRA's default
-        here)."""
+        """What the codes cannot hold, as a PEFT adapter of scale 2 (alpha = 2 R, LoRA's default here)."""
         model = Decoder(self.config, device="meta")
         for module, fit in self.fits.items():
             linear, rank = model.get_submodule(module), len(fit.a)

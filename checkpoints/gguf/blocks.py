@@ -175,8 +175,7 @@ def _pack_6_bits(scales: Tensor, minima: Tensor) -> Tensor:
 
 
 def _fit_groups(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (N, 32) fp32 -> scale, minimum (N,), both >= 0: x is about scale q - minimum, q in 0..15
-    (make_qkx2_quants)."""
+    """x (N, 32) fp32 -> scale, minimum (N,) >= 0 (make_qkx2_quants): x ~ scale q - minimum, q in 0..15."""
     weight = x.square().mean(1, keepdim=True).sqrt() + x.abs()
     low, high = x.amin(1).clamp_(max=0), x.amax(1)
     sum_w, weighted = weight.sum(1), weight * x

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from architectures import config_from_hf
 from architectures.config import to_hf_name
 from checkpoints.gguf.blocks import DIVISORS, gguf_name
-from checkpoints.gguf.read_tokenizer import read_tokenizer, write_tokenizer
+from checkpoints.gguf.read_tokenizer import need, read_tokenizer, write_tokenizer
 from checkpoints.safetensors_files import write_json, write_shards
 from model import Decoder
 from options.errors import UserError, located
@@ -138,7 +138,7 @@ def _plain(value):
 
 def read_config(metadata, tensors):
     """-> the dict of config.json, without token ids and dtype. Raises UserError naming the key at fault."""
-    architecture = _need(metadata, "general.architecture")
+    architecture = need(metadata, "general.architecture")
     if architecture not in ARCHITECTURES:
         raise UserError(
             f"general.architecture: '{architecture}' cannot be read; {', '.join(ARCHITECTURES)} can"
@@ -148,8 +148,8 @@ def read_config(metadata, tensors):
     def get(key, default=None):
         return metadata.get(f"{architecture}.{key}", default)
 
-    def need(key):
-        return _need(metadata, f"{architecture}.{key}")
+    def own(key):
+        return need(metadata, f"{architecture}.{key}")
 
     for key in ("expert_count", "attention.sliding_window_pattern"):
         if get(key):
@@ -157,7 +157,7 @@ def read_config(metadata, tensors):
             raise UserError(f"{found}; only dense models whose layers are alike can be read")
     if "token_embd.weight" not in tensors:
         raise UserError("the file has no tensor token_embd.weight: a vocabulary-only or an adapter file?")
-    heads, hidden = need("attention.head_count"), need("embedding_length")
+    heads, hidden = own("attention.head_count"), own("embedding_length")
     head_dim = get("attention.key_length", hidden // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if get(key, head_dim) != head_dim:
@@ -167,14 +167,14 @@ def read_config(metadata, tensors):
         "model_type": model_type,
         "vocab_size": _shape(tensors["token_embd.weight"])[0],  # rows of the table, padding included
         "hidden_size": hidden,
-        "intermediate_size": need("feed_forward_length"),
-        "num_hidden_layers": need("block_count"),
+        "intermediate_size": own("feed_forward_length"),
+        "num_hidden_layers": own("block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": get("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "hidden_act": "silu",
-        "max_position_embeddings": need("context_length"),
-        "rms_norm_eps": need("attention.layer_norm_rms_epsilon"),
+        "max_position_embeddings": own("context_length"),
+        "rms_norm_eps": own("attention.layer_norm_rms_epsilon"),
         "rope_theta": get("rope.freq_base", 10000.0),
         "rope_scaling": read_rope_scaling(metadata, architecture, tensors, head_dim),
         "tie_word_embeddings": "output.weight" not in tensors,
@@ -218,11 +218,11 @@ def read_rope_scaling(metadata, architecture, tensors, head_dim):
     if kind == "none":
         return None
     if kind == "linear":
-        return {"rope_type": "linear", "factor": _need(metadata, prefix + "factor")}
+        return {"rope_type": "linear", "factor": need(metadata, prefix + "factor")}
     if kind != "yarn":
         raise UserError(f"{prefix}type: '{kind}' is not one of none, linear, yarn")
-    scaling = {"rope_type": "yarn", "factor": _need(metadata, prefix + "factor")}
-    scaling["original_max_position_embeddings"] = _need(metadata, prefix + "original_context_length")
+    scaling = {"rope_type": "yarn", "factor": need(metadata, prefix + "factor")}
+    scaling["original_max_position_embeddings"] = need(metadata, prefix + "original_context_length")
     known = ("type", "factor", "original_context_length", "finetuned")
     for key in (key for key in metadata if key.startswith(prefix) and key.removeprefix(prefix) not in known):
         name = key.removeprefix(prefix).removeprefix("yarn_")
@@ -315,9 +315,3 @@ def read_tensor(tensor, config):
 
 def _shape(tensor):
     return tuple(int(size) for size in reversed(tensor.shape))  # GGUF counts the fastest dimension first
-
-
-def _need(metadata, key):
-    if key not in metadata:
-        raise UserError(f"the file's metadata lacks {key}")
-    return metadata[key]

@@ -114,8 +114,8 @@ def read_tokenizer(metadata, pre=None):
     pre: the pre-tokenizer to take instead of the one the file names. Raises UserError for a kind of
     vocabulary or a pre-tokenizer that is not known here.
     """
-    kind = _need(metadata, "tokenizer.ggml.model")
-    tokens = _need(metadata, "tokenizer.ggml.tokens")
+    kind = need(metadata, "tokenizer.ggml.model")
+    tokens = need(metadata, "tokenizer.ggml.tokens")
     types = metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
     vocabulary = _vocabulary(tokens, types)
     if kind == "gpt2":
@@ -181,7 +181,7 @@ def _byte_level_bpe(metadata, vocabulary, pre):
             "of them the model was trained with: checkpoints.gguf.read.convert(file, folder, pre=NAME)"
         )
     rule = PRE_TOKENIZERS[pre]
-    merges = [tuple(merge.split(" ")) for merge in _need(metadata, "tokenizer.ggml.merges")]
+    merges = [tuple(merge.split(" ")) for merge in need(metadata, "tokenizer.ggml.merges")]
     tokenizer = Tokenizer(_bpe(vocabulary, merges, ignore_merges=rule.whole_words))
     if rule.normal_form_c:
         tokenizer.normalizer = normalizers.NFC()
@@ -203,7 +203,7 @@ def _sentencepiece_bpe(metadata, vocabulary, types):
     if "tokenizer.ggml.merges" in metadata:
         merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
     else:
-        merges = merges_from_scores(vocabulary, _need(metadata, "tokenizer.ggml.scores"), types)
+        merges = merges_from_scores(vocabulary, need(metadata, "tokenizer.ggml.scores"), types)
     unknown = next((token for token, i in vocabulary.items() if types[i] == UNKNOWN), None)
     model = _bpe(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback="<0x00>" in vocabulary)
     tokenizer = Tokenizer(model)
@@ -302,7 +302,7 @@ def write_tokenizer(found, max_length, folder):
         (folder / name).write_text(text, encoding="utf-8")
 
 
-def _need(metadata, key):
+def need(metadata, key):
     if key not in metadata:
         raise UserError(f"the file's metadata lacks {key}")
     return metadata[key]

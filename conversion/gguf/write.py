@@ -197,8 +197,7 @@ def _rope_metadata(rope: Rope) -> tuple[dict, list[str]]:
 
 
 def rope_divisors(config: ModelConfig) -> Tensor:
-    """(D/2,) fp32: what Llama 3's rule divides every frequency by; GGUF keeps the numbers and not the
-    rule."""
+    """(D/2,) fp32: what Llama 3's rule divides every frequency by; GGUF keeps the numbers, not the rule."""
     plain = inverse_frequencies(Rope(theta=config.rope.theta), config.head_dim)
     return plain / inverse_frequencies(config.rope, config.head_dim)
 
