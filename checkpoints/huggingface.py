@@ -34,7 +34,7 @@ from checkpoints.value_head import PREFIX as VALUE_HEAD_PREFIX
 from checkpoints.value_head import load_value_head, save_value_head
 from lora import lora_layers, replace_module
 from model import Decoder, initialize_weights
-from options.errors import UserError, located
+from options.errors import UserError
 from quant import Format, QuantLinear
 from text.tokenizer import TOKENIZER_FILES
 
@@ -50,8 +50,10 @@ def load_config(folder: str | Path) -> ModelConfig:
     hf = read_json(path)
     if not isinstance(settings := hf.get("quantization_config") or {}, dict):
         raise UserError(f"{path}: quantization_config {settings!r} is not an object of keys and values")
-    with located(str(folder)):
+    try:
         return config_from_hf(hf)
+    except UserError as error:
+        raise UserError(f"{Path(folder)}/{error}") from error  # the message starts with config.json
 
 
 def checkpoint_dtype(config: ModelConfig) -> torch.dtype:

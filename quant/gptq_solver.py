@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from kernels.linear import matmul_transposed
+from options.errors import UserError
 
 # Scales are stored as fp16: below this a scale loses digits, above the other it is infinite.
 SMALLEST_SCALE, LARGEST_SCALE = torch.finfo(torch.float16).tiny, torch.finfo(torch.float16).max
@@ -75,7 +76,7 @@ class Hessian:
         x = x.to(self.matrix.dtype)
         product = matmul_transposed(x.T, x.T)  # (in, in)
         if not torch.isfinite(product.diagonal()).all():
-            raise ValueError(
+            raise UserError(
                 "the activations are not finite (NaN or too large); use bfloat16 or float32 (infer_dtype)"
             )
         before, self.tokens = self.tokens, self.tokens + x.shape[0]
@@ -92,7 +93,7 @@ def solve(weight: Tensor, hessian: Hessian, options: GPTQOptions) -> Integers:
     matrix = hessian.matrix
     columns = weight.to(matrix).T.contiguous()  # (in, out): what is worked on lies together
     if not torch.isfinite(columns).all():
-        raise ValueError("the weight holds NaN or infinity; the model is broken")
+        raise UserError("the weight holds NaN or infinity; the model is broken")
     order = None
     if options.act_order:
         order = matrix.diagonal().argsort(descending=True, stable=True)
@@ -124,7 +125,7 @@ def inverse_root(matrix: Tensor, damping: float) -> Tensor:
     damped.diagonal()[diagonal == 0] = 1.0
     lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
     if failed.item():
-        raise ValueError(
+        raise UserError(
             "the Hessian of the calibration text is not positive definite; raise "
             "export_quantization_damp_percent "
             f"(now {damping}) or give more text (export_quantization_nsamples)"
@@ -184,7 +185,7 @@ def _grid(columns: Tensor, options: GPTQOptions) -> tuple[Tensor, Tensor]:
     else:
         scale = torch.maximum((high - low) / most, high / (most - 1))
     if scale.max() > LARGEST_SCALE:
-        raise ValueError(
+        raise UserError(
             f"the weights are too large: a scale of {scale.max().item():.3g} does not fit GPTQ's fp16"
         )
     scale = scale.clamp_min(SMALLEST_SCALE).half().to(columns.dtype)

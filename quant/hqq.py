@@ -20,6 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from options.errors import UserError
 from quant.linear import NOT_FINITE, Format, QuantLinear, refuse_others, row_chunks, take, take_finite
 
 PACKED = {8: 1, 6: 1, 5: 1, 4: 2, 3: 10, 2: 4, 1: 8}  # bits: rows of codes in one row of W_q
@@ -70,7 +71,7 @@ class HQQFormat(Format):
 
     def quantise(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> "HQQLinear":
         if not weight.isfinite().all():
-            raise ValueError(f"the weight {NOT_FINITE}")
+            raise UserError(f"the weight {NOT_FINITE}")
         group, packed = self._fitting_group(weight.numel()), PACKED[self.bits]
         groups = weight.reshape(-1, group)
         codes = torch.zeros(
@@ -82,7 +83,7 @@ class HQQFormat(Format):
         for rows in row_chunks(groups):
             codes[rows][: len(groups[rows])], scale[rows], zero[rows] = fit(groups[rows].float(), self.bits)
         if not scale.isfinite().all():
-            raise ValueError("the weight has values that are too large for scales in fp16")
+            raise UserError("the weight has values that are too large for scales in fp16")
         layer = HQQFormat(self.bits, group, 1)
         return HQQLinear(self, layer, tuple(weight.shape), pack(codes, self.bits), scale, zero, bias, dtype)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import kernels
+from options.errors import UserError
 from quant.linear import SMALL_BATCH, Format, QuantLinear, refuse_others, row_chunks, take, take_finite
 
 LEVELS = 127  # the largest code; -128 is not used, so that codes are symmetric
@@ -47,7 +48,7 @@ class Int8Format(Format):
         absmax = take_finite(tensors, "SCB", shape[:1], [torch.float32])
         order = tensors.get("weight_format")
         if order is not None and (order.numel() != 1 or order.item() != ROW_MAJOR):
-            raise ValueError(
+            raise UserError(
                 f"weight_format is {order.tolist()}; only {ROW_MAJOR} (row major) is known, save it again"
             )
         refuse_others(tensors, ("weight", "SCB", "weight_format"))
@@ -96,7 +97,7 @@ class EETQFormat(Format):
     def parts(self, layer: "Int8Linear") -> dict[str, Tensor]:
         outputs, inputs = layer.codes.shape
         if inputs % TILE or outputs % 2:
-            raise ValueError(
+            raise UserError(
                 f"a linear with {inputs} inputs and {outputs} outputs does not fit EETQ's layout (multiples "
                 f"of {TILE} "
                 "and 2); save it with quantization_method=bitsandbytes"

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 import kernels
+from options.errors import UserError
 from quant.linear import NOT_FINITE, Format, QuantLinear, refuse_others, take, take_finite
 
 BLOCK = 64  # weights to a scale
@@ -227,7 +228,7 @@ def quantise_4bit(weight: Tensor, table: str) -> tuple[Tensor, Tensor]:
         blocks = flat[start:end].float().view(-1, BLOCK if whole else end - start)
         scales = blocks.abs().amax(1, keepdim=True)
         if not torch.isfinite(scales).all():
-            raise ValueError(f"the weight {NOT_FINITE}")
+            raise UserError(f"the weight {NOT_FINITE}")
         if (
             not whole
         ):  # bitsandbytes divides in the last block if it is not whole, which may round differently

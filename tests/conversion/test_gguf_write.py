@@ -525,7 +525,7 @@ def test_a_full_disk_leaves_nothing(llama, tmp_path):
     words = [f"model_name_or_path={llama[1]}", f"export_dir={tmp_path / 'out'}", "export_gguf_type=F32"]
     # files may not grow beyond this: the write fails as on a full disk
     child = fork(export.main, (words,), tmp_path / "printed", {}, file_limit=60_000)
-    assert child.wait() == 2 and "could not be written" in child.text() and "Traceback" not in child.text()
+    assert child.wait() == 1 and "could not be written" in child.text() and "Traceback" not in child.text()
     assert [path.name for path in tmp_path.iterdir()] == ["printed"]
 
 
