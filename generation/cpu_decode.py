@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from architectures.config import ModelConfig
 from architectures.layers import ForwardContext
 from generation.cache import KVCache
 from kernels.byte_linear import ByteTable
@@ -100,14 +101,7 @@ class OneRow:
     the modules serve.
     """
 
-    def __init__(
-        self,
-        layers: list[Layer],
-        places: list[tuple[nn.Module, str, nn.Module]],
-        adapters: list[nn.Module],
-        config,
-        dtype: torch.dtype,
-    ):
+    def __init__(self, layers: list[Layer], places, adapters, config: ModelConfig, dtype: torch.dtype):
         self.layers = layers
         self._places = [(module._modules, name, layer) for module, name, layer in places]
         self._adapters = [(layer, layer.lora_a._version, layer.lora_b._version) for layer in adapters]

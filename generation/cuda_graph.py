@@ -113,15 +113,7 @@ class TokenSteps:
         self.replay = Replay(self._forward, device)
         self.waits = any(module.waits(rows) for module in model.modules() if hasattr(module, "waits"))
 
-    def begin(
-        self,
-        last_tokens: list[int],
-        lengths: list[int],
-        choose: Callable[[Tensor, Tensor | None], Tensor],
-        *,
-        draws: Callable[[int, int], Tensor] | None = None,
-        capture: bool = True,
-    ) -> None:
+    def begin(self, last_tokens: list[int], lengths: list[int], choose, *, draws=None, capture=True) -> None:
         """last_tokens: per row, what its cache, filled to `lengths`, does not hold yet.
 
         choose(logits (B, V) fp32, uniforms (B,) fp64 or None) -> (B,) tokens, -1 for a row whose logits are

@@ -258,8 +258,8 @@ def context_limit(config: ModelConfig) -> int:
 
 
 def new_cache(model: Decoder, sequences: int, capacity: int) -> KVCache:
-    weight = model.embed_tokens.weight
-    return KVCache(model.config, sequences, capacity, model.compute_dtype, weight.device)
+    device = model.embed_tokens.weight.device
+    return KVCache(model.config, sequences, capacity, model.compute_dtype, device)
 
 
 def _check_prompt(number: int, prompt: list[int], vocab_size: int, limit: int) -> None:
