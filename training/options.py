@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from options.errors import UserError, refuse
+from options.errors import UserError, located, refuse
 from options.option import COMMON, RESUMABLE, option
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # of inductor
@@ -23,14 +23,8 @@ SCHEDULE_KEYS: dict[str, dict[str, Any]] = {
     "constant": {},
     "constant_with_warmup": {},
     "inverse_sqrt": {"timescale": None},
-    "warmup_stable_decay": {
-        "num_decay_steps": ...,
-        "num_stable_steps": None,
-        "warmup_type": "linear",
-        "decay_type": "cosine",
-        "min_lr_ratio": 0.0,
-        "num_cycles": 0.5,
-    },
+    "warmup_stable_decay": {"num_decay_steps": ..., "num_stable_steps": None, "min_lr_ratio": 0.0}
+    | {"num_cycles": 0.5, "warmup_type": "linear", "decay_type": "cosine"},
 }
 RAMPS = ("linear", "cosine", "1-sqrt")  # values of warmup_type and decay_type
 
@@ -152,34 +146,17 @@ class TrainOptions:
     )
 
     def __post_init__(self):
-        if not self.output_dir:
-            raise UserError(
-                "output_dir: missing; name a folder for the run, for example output_dir=saves/first"
-            )
-        for key in (
-            "per_device_train_batch_size",
-            "per_device_eval_batch_size",
-            "gradient_accumulation_steps",
-        ):
-            if getattr(self, key) < 1:
-                raise UserError(f"{key}: {getattr(self, key)} must be at least 1")
-        for key in ("logging_steps", "save_steps", "eval_steps", "early_stopping_steps", "save_total_limit"):
-            if getattr(self, key) is not None and getattr(self, key) < 1:
-                raise UserError(f"{key}: {getattr(self, key)} must be at least 1")
-        if self.do_train is False and not (self.do_eval or self.do_predict):
-            raise UserError(
-                "do_train: false, and neither do_eval nor do_predict is set, so there is nothing to do"
-            )
-        if self.compiles:
-            self._check_compilation()
-        if self.compiles and self.recomputation == "selective":
-            raise UserError(
-                "gradient_checkpointing: selective is of no use with torch_compile, which chooses by itself "
-                "what it "
-                "keeps; set it to none or full"
-            )
-        if self.max_steps <= 0 and not self.num_train_epochs > 0:
-            raise UserError(f"num_train_epochs: {self.num_train_epochs} must be above 0 (or set max_steps)")
+        missing = "missing; name a folder for the run, for example output_dir=saves/first"
+        refuse(not self.output_dir, f"output_dir: {missing}")
+        counts = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+        steps = ("logging_steps", "save_steps", "eval_steps", "early_stopping_steps", "save_total_limit")
+        for key in (*counts, *steps):
+            value = getattr(self, key)
+            refuse(value is not None and value < 1, f"{key}: {value} must be at least 1")
+        idle = self.do_train is False and not (self.do_eval or self.do_predict)
+        refuse(idle, "do_train: false, and neither do_eval nor do_predict is set, so there is nothing to do")
+        endless = self.max_steps <= 0 and not self.num_train_epochs > 0
+        refuse(endless, f"num_train_epochs: {self.num_train_epochs} must be above 0 (or set max_steps)")
         refuse(self.fp16 and self.bf16, "fp16: bf16 is set too; choose one precision")
         refuse(self.pure_bf16 and self.fp16, "pure_bf16: fp16 is set too; choose one precision")
         refuse(self.pure_bf16 and self.bf16, "pure_bf16: bf16 keeps trained weights in fp32; choose one")
@@ -188,6 +165,8 @@ class TrainOptions:
             f"neftune_noise_alpha: noise would change the probabilities that updates of stage {self.stage} "
             "compare with those of the rollout; drop it",
         )
+        if self.compiles:
+            self._check_compilation()
         self._check_prediction()
         self._check_evaluation()
 
@@ -231,26 +210,27 @@ class TrainOptions:
         return self.do_predict and not (self.trains or self.do_eval)
 
     def _check_compilation(self) -> None:
-        backends = torch.compiler.list_backends(exclude_tags=())
         backend, mode = self.torch_compile_backend or "inductor", self.torch_compile_mode
-        if backend not in backends:
-            usual = ", ".join(torch.compiler.list_backends())
-            raise UserError(f"torch_compile_backend: {backend} is unknown to torch; it has {usual}")
-        if mode is not None and backend != "inductor":
-            raise UserError(
-                f"torch_compile_mode: {mode} is for inductor, not for {backend}; drop one of the two"
-            )
-        if mode not in (None, *COMPILE_MODES):
-            raise UserError(f"torch_compile_mode: {mode} is not one of {', '.join(COMPILE_MODES)}")
+        known, usual = (
+            torch.compiler.list_backends(exclude_tags=()),
+            ", ".join(torch.compiler.list_backends()),
+        )
+        refuse(backend not in known, f"torch_compile_backend: {backend} is unknown to torch; it has {usual}")
+        of_another = f"torch_compile_mode: {mode} is for inductor, not for {backend}; drop one of the two"
+        refuse(mode is not None and backend != "inductor", of_another)
+        modes = ", ".join(COMPILE_MODES)
+        refuse(mode not in (None, *COMPILE_MODES), f"torch_compile_mode: {mode} is not one of {modes}")
+        refuse(
+            self.recomputation == "selective",
+            "gradient_checkpointing: selective is of no use with torch_compile, which chooses by itself what "
+            "it keeps; set it to none or full",
+        )
 
     @property
     def compiles(self) -> bool:
         """As in the Hugging Face trainer: a backend or a mode alone turns torch.compile on."""
-        return (
-            self.torch_compile
-            or self.torch_compile_backend is not None
-            or self.torch_compile_mode is not None
-        )
+        named = (self.torch_compile_backend, self.torch_compile_mode) != (None, None)
+        return self.torch_compile or named
 
     @property
     def recomputation(self) -> str:
@@ -297,18 +277,9 @@ class TrainOptions:
 @dataclass(frozen=True)
 class OptimOptions:
     optim: Literal[
-        "adamw_torch",
-        "adamw_torch_fused",
-        "sgd",
-        "adafactor",
-        "adamw_8bit",
-        "adamw_bnb_8bit",
-        "paged_adamw_32bit",
-        "paged_adamw_8bit",
-        "lion_8bit",
-        "lion_32bit",
-        "paged_lion_8bit",
-        "paged_lion_32bit",
+        Literal["adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "adamw_8bit", "adamw_bnb_8bit"],
+        Literal["paged_adamw_32bit", "paged_adamw_8bit", "lion_8bit", "lion_32bit"],
+        Literal["paged_lion_8bit", "paged_lion_32bit"],
     ] = option(
         "adamw_torch",
         "optimizer; adamw_torch takes the fused kernel where the device has one; 8bit, paged and lion "
@@ -323,17 +294,7 @@ class OptimOptions:
     max_grad_norm: float = option(
         1.0, "gradients are scaled down to this total norm; 0 = no clipping", COMMON
     )
-    lr_scheduler_type: Literal[
-        "linear",
-        "cosine",
-        "cosine_with_restarts",
-        "cosine_with_min_lr",
-        "polynomial",
-        "constant",
-        "constant_with_warmup",
-        "inverse_sqrt",
-        "warmup_stable_decay",
-    ] = option(
+    lr_scheduler_type: Literal[*SCHEDULE_KEYS] = option(
         "linear",
         "shape of the learning rate over the run; constant has no warm-up",
         COMMON,
@@ -346,57 +307,45 @@ class OptimOptions:
     def __post_init__(self):
         for key in ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps"):
             value = getattr(self, key)
-            if not (math.isfinite(value) and value >= 0):
-                raise UserError(f"{key}: {value} is not a finite number of at least 0")
+            finite = math.isfinite(value) and value >= 0
+            refuse(not finite, f"{key}: {value} is not a finite number of at least 0")
         for key in ("adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, key) < 1:
-                raise UserError(f"{key}: {getattr(self, key)} is not in [0, 1)")
-        if not 0 <= self.warmup_ratio <= 1:
-            raise UserError(
-                f"warmup_ratio: {self.warmup_ratio} is not in [0, 1]; warmup_steps counts updates"
-            )
-        if self.warmup_steps > 1 and self.warmup_steps != int(self.warmup_steps):
-            raise UserError(
-                f"warmup_steps: {self.warmup_steps} is not a whole number and not a share below 1"
-            )
-        both = self.warmup_steps and self.warmup_ratio
-        refuse(both, "warmup_steps: warmup_ratio says too how long to warm up; drop one of the two")
-        schedule_numbers(self)
+            refuse(not 0 <= getattr(self, key) < 1, f"{key}: {getattr(self, key)} is not in [0, 1)")
+        ratio, steps = self.warmup_ratio, self.warmup_steps
+        refuse(not 0 <= ratio <= 1, f"warmup_ratio: {ratio} is not in [0, 1]; warmup_steps counts updates")
+        broken = steps > 1 and steps != int(steps)
+        refuse(broken, f"warmup_steps: {steps} is not a whole number and not a share below 1")
+        refuse(
+            steps and ratio, "warmup_steps: warmup_ratio says too how long to warm up; drop one of the two"
+        )
+        with located("lr_scheduler_kwargs"):
+            schedule_numbers(self)
 
 
 def schedule_numbers(options: OptimOptions) -> dict[str, Any]:
     """lr_scheduler_kwargs over the schedule's defaults. Raises UserError for what it does not know."""
-    kind, text = options.lr_scheduler_type, options.lr_scheduler_kwargs
+    kind, text, example = options.lr_scheduler_type, options.lr_scheduler_kwargs, '{"num_cycles": 2}'
     try:
         given = json.loads(text) if text else {}
     except json.JSONDecodeError as error:
-        example = '{"num_cycles": 2}'
-        raise UserError(
-            f"lr_scheduler_kwargs: {text!r} is not JSON ({error.msg}); write {example}"
-        ) from error
-    if not isinstance(given, dict):
-        raise UserError(f'lr_scheduler_kwargs: {text!r} is not a JSON object; write {{"num_cycles": 2}}')
+        raise UserError(f"{text!r} is not JSON ({error.msg}); write {example}") from error
+    refuse(not isinstance(given, dict), f"{text!r} is not a JSON object; write {example}")
     known = SCHEDULE_KEYS[kind]
     for key, value in given.items():
-        if key not in known:
-            names = ", ".join(known) or "none"
-            raise UserError(f"lr_scheduler_kwargs: {kind} has no {key!r}; it knows {names}")
+        refuse(key not in known, f"{kind} has no {key!r}; it knows {', '.join(known) or 'none'}")
         if key.endswith("_type"):
-            if value not in RAMPS:
-                raise UserError(f"lr_scheduler_kwargs: {key}={value!r}; known are {', '.join(RAMPS)}")
-        elif isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-            raise UserError(f"lr_scheduler_kwargs: {key}={value!r} is not a number of at least 0")
+            refuse(value not in RAMPS, f"{key}={value!r}; known are {', '.join(RAMPS)}")
+        else:
+            number = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+            refuse(not number, f"{key}={value!r} is not a number of at least 0")
     numbers = {**known, **given}
-    missing = [key for key, value in numbers.items() if value is ...]
-    if missing:
-        raise UserError(f'lr_scheduler_kwargs: {kind} needs {missing[0]}; write {{"{missing[0]}": 100}}')
-    if kind == "cosine_with_min_lr" and (numbers["min_lr"] is None) == (numbers["min_lr_rate"] is None):
-        raise UserError("lr_scheduler_kwargs: cosine_with_min_lr needs min_lr or min_lr_rate, and not both")
-    if kind == "polynomial" and not numbers["lr_end"] < options.learning_rate:
-        end = numbers["lr_end"]
-        raise UserError(
-            f"lr_scheduler_kwargs: lr_end={end} must be below learning_rate={options.learning_rate}"
-        )
-    if kind == "inverse_sqrt" and numbers["timescale"] == 0:
-        raise UserError("lr_scheduler_kwargs: timescale=0 must be above 0")
+    for key, value in numbers.items():
+        refuse(value is ..., f'{kind} needs {key}; write {{"{key}": 100}}')
+    if kind == "cosine_with_min_lr":
+        one = (numbers["min_lr"] is None) != (numbers["min_lr_rate"] is None)
+        refuse(not one, "cosine_with_min_lr needs min_lr or min_lr_rate, and not both")
+    if kind == "polynomial":
+        end, rate = numbers["lr_end"], options.learning_rate
+        refuse(not end < rate, f"lr_end={end} must be below learning_rate={rate}")
+    refuse(kind == "inverse_sqrt" and numbers["timescale"] == 0, "timescale=0 must be above 0")
     return numbers
