@@ -7,9 +7,9 @@ the pieces. SentencePiece-like BPE (spaces written as U+2581) becomes llama, whe
 order of scores: minus the rank of the first merge that makes a token gives the same order wherever the merges
 came from such scores.
 
-What was found is read back with gguf_tokenizer.py and compared on PROBE, so that a difference is said and not
+What was found is read back with read_tokenizer.py and compared on PROBE, so that a difference is said and not
 silent. Sources: llama.cpp's convert_hf_to_gguf.py (token types, padding tokens, names of the rules);
-gguf_tokenizer.py.
+read_tokenizer.py.
 """
 
 import itertools

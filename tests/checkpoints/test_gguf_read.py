@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
+import data
 import export
 from checkpoints.gguf import read as gguf_read
 from checkpoints.gguf import read_tokenizer
@@ -789,6 +790,13 @@ def test_a_file_is_converted_once_until_it_changes(vocabulary, tmp_path, monkeyp
     write_gguf(path, tiny(intermediate_size=112), "llama", vocabulary)
     second = resolve_model(ModelOptions(model_name_or_path=str(path)))
     assert second != first and config_of(second)["intermediate_size"] == 112
+
+
+def test_the_preview_reads_its_tokenizer_from_the_file(whole_file, tmp_path, capsys):
+    words = {"model_name_or_path": whole_file, "cache_dir": tmp_path, "stage": "pt", "dataset": "c4_demo"}
+    words |= {"dataset_dir": ROOT / "data", "max_samples": 2, "cutoff_len": 64}
+    assert data.main(["preview", *(f"{key}={value}" for key, value in words.items())]) == 0
+    assert "segment 0: data set c4_demo" in capsys.readouterr().out
 
 
 def test_of_several_that_start_together_one_converts(whole_file, tmp_path):

@@ -1,4 +1,4 @@
-"""calibrate.py and export_quantization_*: which text is taken, what each linear is solved for, what is
+"""gptq_calibration.py and export_quantization_*: which text is taken, what each linear is solved for, what is
 written."""
 
 import copy
