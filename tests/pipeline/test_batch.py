@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from pipeline.batch import IGNORED, BatchLoader, Example, StreamingLoader, collate, shuffle_buffer
+from pipeline.batch import IGNORED, Batch, BatchLoader, Example, StreamingLoader, collate, shuffle_buffer
 from pipeline.mixing import choose_rows, examples_of_rows, hold_out, interleave
 from pipeline.packing import first_fit, group_by_length, pack
 
@@ -385,3 +385,22 @@ def test_rounding_adds_untrained_tokens_that_nothing_sees():
     assert torch.equal(rounded.tokens[:14], batch.tokens) and torch.equal(rounded.labels[:14], batch.labels)
     assert len(rounded.per_token["turns"]) == len(rounded.per_token["roles"]) == 16
     assert rounded.rounded(8) is rounded
+
+
+def test_what_a_stage_adds_goes_with_the_batch_to_a_device_and_into_a_checkpoint():
+    batch = collate([example(0, 5), example(1, 9)]).rounded(8)
+    batch.per_label["old"] = torch.arange(12.0)
+    assert batch.label_counts.tolist() == [4, 8] and batch.per_segment["tags"].tolist() == [0, 0]
+    moved = batch.to("meta")
+    assert moved.per_label["old"].is_meta and moved.label_counts.is_meta and moved.tokens.is_meta
+    assert moved.borders == batch.borders and moved.host is batch  # a device is not asked
+    assert moved.to("meta").rounded(32).borders == [0, 5, 14, 16, 32]
+    back = Batch(**batch.plain())
+    assert back.per_label["old"].equal(batch.per_label["old"]) and back.label_counts.tolist() == [4, 8]
+    assert back.per_token == {} and back.sources == batch.sources
+
+
+def test_a_loader_draws_what_its_collate_makes_of_the_examples():
+    loader = BatchLoader(Store([3, 4, 5]), rows_per_batch=2, shuffle=False, collate=list)
+    (whole, rest) = itertools.islice(loader.batches(), 2)
+    assert [each.source for each in whole] == [(0, 0), (0, 1)] and [each.source for each in rest] == [(0, 2)]

@@ -2,6 +2,8 @@
 
 import math
 import re
+import sys
+import typing
 
 import pytest
 from stage_runs import (
@@ -19,6 +21,7 @@ from tiny_runs import assert_same_weights, tiny_runs
 import chat
 import export
 from stages import STAGES, WRITES
+from training.options import TrainOptions
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +29,12 @@ def tiny(tmp_path_factory):
     with tiny_runs(tmp_path_factory.mktemp("grid")) as made:
         write_stage_data(made)
         yield made
+
+
+@pytest.mark.parametrize("stage", typing.get_args(typing.get_type_hints(TrainOptions)["stage"]))
+def test_the_value_of_stage_is_the_file_that_defines_it(stage):
+    defined = [name for name, value in vars(sys.modules[f"stages.{stage}"]).items() if value is STAGES[stage]]
+    assert STAGES[stage].__module__ == f"stages.{stage}" and defined == [STAGES[stage].__name__]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -116,6 +116,8 @@ def test_a_file_that_is_no_draw_cannot_be_replayed(tiny, capsys):
     with zipfile.ZipFile(files["archive"], "w") as archive:
         archive.writestr("a", "b")
     torch.save([1, 2], files["list"])
+    files["older"] = tiny.folder / "older"  # as it was before a batch had per_label
+    torch.save({"draws": 1, "drawn": {"kl_coef": 0.2, "batches": []}}, files["older"])
     for path in files.values():
         said = refused(tiny, capsys, "ppo", ppo_replay=path)
         assert f"ppo_replay: {path}" in said and "draws, which ppo_save_draws=true writes" in said
