@@ -8,7 +8,7 @@ batches, so that all ranks see the same number of them.
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,8 +20,7 @@ from pipeline.packing import group_by_length, pack
 IGNORED = -100  # label of a position that is not trained; torch's cross_entropy default
 ROLES = ("prefix", "system", "user", "assistant", "observation", "function", "text")  # caches keep the order
 ANSWER = 64  # bit in Example.roles
-# tokens; see Batch.rounded. A GPU's products work in tiles of 128 rows, so a smaller multiple would save
-# nothing.
+# tokens, see Batch.rounded; a GPU's products work in tiles of 128 rows, so less would save nothing
 ROW_MULTIPLE = {"cpu": 32, "cuda": 128}
 
 
@@ -97,12 +96,11 @@ class Batch:
                 return {name: done(part) for name, part in value.items()}
             return function(value) if torch.is_tensor(value) else value
 
-        return Batch(**{item.name: done(getattr(self, item.name)) for item in fields(self)})
+        return Batch(**{name: done(value) for name, value in vars(self).items()})
 
     def plain(self) -> dict:
         """For a checkpoint, and Batch(**plain): tensors and plain values."""
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        return values | {"per_token": {}, "host": None}
+        return vars(self) | {"per_token": {}, "host": None}
 
     def rounded(self, multiple: int) -> "Batch":
         """The same batch with one segment of untrained tokens behind it, so that T is a multiple of this.
@@ -116,6 +114,7 @@ class Batch:
             return self
         fill = torch.zeros(count, dtype=torch.int64, device=self.tokens.device)
         behind = {"turns": -1, "roles": 0}
+        per_token = self.per_token.items()
         return replace(
             self,
             tokens=torch.cat([self.tokens, fill]),
@@ -124,8 +123,7 @@ class Batch:
             max_seqlen=max(self.max_seqlen, count),
             labels=torch.cat([self.labels, fill + IGNORED]),
             per_token={
-                name: np.pad(values, (0, count), constant_values=behind[name])
-                for name, values in self.per_token.items()
+                name: np.pad(each, (0, count), constant_values=behind[name]) for name, each in per_token
             },
             host=None if self.host is None else self.host.rounded(multiple),
         )
@@ -167,11 +165,10 @@ def collate(examples: Sequence[Example]) -> Batch:
     if all(example.reference is not None for example in examples):
         known = [example.reference[number] for example, number in order]
         per_segment["reference"] = np.array(known, np.float32)
+    positions = (np.arange(len(tokens)) - np.repeat(borders[:-1], lengths)).astype(np.int32)
     return Batch(
         tokens=torch.from_numpy(tokens),
-        positions=torch.from_numpy(
-            (np.arange(len(tokens)) - np.repeat(borders[:-1], lengths)).astype(np.int32)
-        ),
+        positions=torch.from_numpy(positions),
         cu_seqlens=torch.from_numpy(borders.astype(np.int32)),
         max_seqlen=int(lengths.max()),
         labels=torch.from_numpy(labels),
@@ -195,46 +192,44 @@ class Store(Protocol):
     def example(self, i: int) -> Example: ...
 
 
-class BatchLoader:
+@dataclass(kw_only=True)
+class Loader:
+    """How examples become what is drawn, whether they are stored or streamed."""
+
+    rows_per_batch: int  # examples of a batch, or packed rows of `cutoff_len` tokens
+    packing: bool = False
+    cutoff_len: int = 0
+    shuffle: bool = True
+    seed: int = 0
+    rank: int = 0
+    world: int = 1
+    collate: Callable[[list[Example]], Any] = collate  # -> a Batch, or prompts (stages/rollouts.py)
+
+
+class BatchLoader(Loader):
     """Batches of a store, endless over epochs; batch i depends on (seed, i) alone.
 
-    rows_per_batch: examples of a batch, or packed rows of `cutoff_len` tokens with `packing`.
     group_by_length: megabatches of 50 batches sorted by length, longest first (needs packing off). The
-    packing plan is made once from `seed`; each epoch shuffles its rows anew. collate: examples -> what is
-    drawn, a Batch or (stages/rollouts.py) prompts.
+    packing plan is made once from `seed`; each epoch shuffles its rows anew.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        *,
-        rows_per_batch: int,
-        packing: bool = False,
-        cutoff_len: int = 0,
-        group_by_length: bool = False,
-        shuffle: bool = True,
-        seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
-        collate: Callable[[list[Example]], Any] = collate,
-    ):
+    def __init__(self, store: Store, *, group_by_length: bool = False, **layout):
+        super().__init__(**layout)
         if len(store) == 0:
             raise UserError(
                 "there is no example to train or evaluate on; the data report says what was dropped"
             )
-        if rows_per_batch < 1:
-            raise UserError(f"rows_per_batch is {rows_per_batch}, expected at least 1")
-        if packing and group_by_length:
+        if self.rows_per_batch < 1:
+            raise UserError(f"rows_per_batch is {self.rows_per_batch}, expected at least 1")
+        if self.packing and group_by_length:
             raise UserError("group_by_length: packing already fills rows; set one of the two to false")
-        self.store, self.rows_per_batch, self.shuffle, self.seed = store, rows_per_batch, shuffle, seed
-        self.group_by_length, self.rank, self.world, self.collate = group_by_length, rank, world, collate
+        self.store, self.group_by_length = store, group_by_length
         self.rows: list[np.ndarray] | None = None
-        if packing:
-            order = self._permutation(len(store), 0) if shuffle else np.arange(len(store))
-            self.rows = pack(np.asarray(store.lengths), cutoff_len, order)
+        if self.packing:
+            order = self._permutation(len(store), 0) if self.shuffle else np.arange(len(store))
+            self.rows = pack(np.asarray(store.lengths), self.cutoff_len, order)
         self.units = len(store) if self.rows is None else len(self.rows)
-        self.global_batches = -(-self.units // rows_per_batch)
-        self.batches_per_epoch = -(-self.global_batches // world)
+        self.batches_per_epoch = -(-self.units // (self.rows_per_batch * self.world))
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
     def examples_of(self, batch: int) -> list[int]:
@@ -283,20 +278,19 @@ class BatchLoader:
         if self._order[0] != epoch:
             order = self._permutation(self.units, 1, epoch) if self.shuffle else np.arange(self.units)
             if self.group_by_length:
-                order = group_by_length(
-                    order, np.asarray(self.store.lengths), self.rows_per_batch * self.world
-                )
+                lengths, size = np.asarray(self.store.lengths), self.rows_per_batch * self.world
+                order = group_by_length(order, lengths, size)
             self._order = (epoch, order)
         return self._order[1]
 
 
-class StreamingLoader:
+class StreamingLoader(Loader):
     """Batches of an endless stream, for data that is never stored.
 
     `open_epoch(epoch)` yields the rows of one pass in file order, `encode(row)` makes examples of one ([]
-    when the row is dropped). Rows go through a shuffle buffer, then into batches or packed rows. Every rank
-    makes all batches and keeps its own: exact sharding for the price of tokenising everywhere. Resuming
-    replays the stream.
+    when the row is dropped), `couple` other examples of the shuffled ones, for what needs several of them.
+    Rows go through a shuffle buffer, then into batches or packed rows. Every rank makes all batches and keeps
+    its own: exact sharding for the price of tokenising everywhere. Resuming replays the stream.
     """
 
     batches_per_epoch = None
@@ -306,22 +300,13 @@ class StreamingLoader:
         open_epoch: Callable[[int], Iterator],
         encode: Callable[[object], list[Example]],
         *,
-        rows_per_batch: int,
-        packing: bool = False,
-        cutoff_len: int = 0,
         buffer_size: int = 16384,
-        shuffle: bool = True,
-        seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
         couple: Callable[[Iterator[Example]], Iterator[Example]] = iter,
-        collate: Callable[[list[Example]], Any] = collate,
+        **layout,
     ):
-        """couple: makes other examples of the shuffled ones, for what needs several of them."""
+        super().__init__(**layout)
         self.open_epoch, self.encode, self.couple = open_epoch, encode, couple
-        self.rows_per_batch, self.packing, self.cutoff_len = rows_per_batch, packing, cutoff_len
-        self.buffer_size = buffer_size if shuffle else 1
-        self.seed, self.rank, self.world, self.collate = seed, rank, world, collate
+        self.buffer_size = buffer_size if self.shuffle else 1
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         mine = itertools.islice(self._global_batches(), self.rank, None, self.world)
@@ -341,8 +326,7 @@ class StreamingLoader:
         return self.rows_per_batch * self.cutoff_len
 
     def most_examples(self) -> int:
-        """Examples of the largest batch that may come, taking none of a packed row to be shorter than 16
-        tokens."""
+        """Examples of the largest batch that may come, if none in a packed row is shorter than 16 tokens."""
         return self.rows_per_batch * (max(1, self.cutoff_len // 16) if self.packing else 1)
 
     def _global_batches(self) -> Iterator[list[Example]]:
@@ -354,9 +338,7 @@ class StreamingLoader:
         return self.couple(self._encoded())
 
     def _encoded(self) -> Iterator[Example]:
-        numbers = (
-            itertools.count()
-        )  # any row may come again, in this pass or in the next, and is another copy
+        numbers = itertools.count()  # any row may come again, in this pass or the next, and is another copy
         for epoch in itertools.count():
             found = False
             for row in shuffle_buffer(self.open_epoch(epoch), self.buffer_size, [self.seed, epoch]):
@@ -380,8 +362,7 @@ class StreamingLoader:
 
 
 def shuffle_buffer(items: Iterator, size: int, seed: list[int]) -> Iterator:
-    """Yield the items in an order that depends on `seed` alone: each comes from a random place of a full
-    buffer."""
+    """The items in an order that depends on `seed` alone: each comes from a random place of a full buffer."""
     random = np.random.default_rng(seed)
     buffer: list = []
     for item in items:

@@ -15,10 +15,9 @@ GROUP_BATCHES = 50  # batches per length-sorted megabatch, as in transformers' L
 
 
 def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Put each item, in the given order, into the first bin that still has room; O(n log n) by a tree of
-    maxima.
+    """Put each item, in the given order, into the first bin that still has room: bins of item numbers.
 
-    Returns the bins as lists of item numbers. Raises UserError for an item longer than `capacity`.
+    O(n log n) by a tree of maxima. Raises UserError for an item longer than `capacity`.
     """
     leaves = 1
     while leaves < max(len(lengths), 1):
@@ -52,8 +51,7 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 def pack(
     lengths: np.ndarray, capacity: int, order: np.ndarray, window: int = PACK_WINDOW
 ) -> list[np.ndarray]:
-    """Pack the examples of `order` window by window, each window longest first. Returns rows of example
-    numbers."""
+    """Rows of example numbers: the examples of `order` window by window, each window longest first."""
     rows = []
     for start in range(0, len(order), window):
         part = order[start : start + window]
@@ -63,11 +61,8 @@ def pack(
 
 
 def group_by_length(order: np.ndarray, lengths: np.ndarray, batch: int) -> np.ndarray:
-    """transformers' rule: megabatches of up to 50 batches, each sorted longest first, the longest of all in
-    front.
-
-    The longest example comes first so that running out of memory shows at once.
-    """
+    """transformers' rule: megabatches of up to 50 batches, each sorted longest first. The longest example of
+    all comes first, so that running out of memory shows at once."""
     megabatch = max(1, min(len(order) // (batch * 4), GROUP_BATCHES)) * batch
     parts = [order[start : start + megabatch] for start in range(0, len(order), megabatch)]
     parts = [part[np.argsort(-lengths[part], kind="stable")] for part in parts]
