@@ -36,8 +36,8 @@ lint: $(VENV)/.installed-tests ## ruff
 	$(PYTHON) -m ruff check .
 
 bench: $(VENV)/.installed-tests $(MODEL)/config.json ## training and decoding against transformers + peft on this CPU
-	$(PYTHON) bench/train_cpu.py
-	$(PYTHON) bench/decode_cpu.py
+	$(PYTHON) bench/train.py device=cpu
+	$(PYTHON) bench/decode.py device=cpu
 
 stages: $(VENV)/.installed $(MODEL)/config.json ## reward model, DPO, SimPO, ORPO, KTO, PPO, GRPO on the real model, with thresholds
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON) bench/stages.py out=bench/results

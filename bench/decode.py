@@ -1,345 +1,290 @@
-"""Greedy decoding on a GPU beside transformers, one machine, one run, the same weights in the same memory.
+"""Greedy decoding: Anvil beside transformers generate (and llama.cpp), same weights and prompts, in one run.
 
+    python bench/decode.py                      # on the GPU, or the CPU where there is none (device=cuda|cpu)
+
+On a GPU, shapes of known models with random weights (decode_cases.py says how they are measured):
     python bench/decode.py                      # D1, D2 and D3 of the goals; writes a file in bench/results
-    python bench/decode.py quick=true           # fewer repeats, without the compiled rival of the batches
+    python bench/decode.py quick=true           # fewer repeats, without the compiled baseline of the batches
     python bench/decode.py cases=d1 repeats=9 systems=anvil,static
-    python bench/decode.py device=cpu           # smoke test at a tiny size: its numbers mean nothing
+    python bench/decode.py smoke=true           # tiny sizes on a CPU; the numbers mean nothing
 
-Cases: d1 = Llama-2-7B's shape, one sequence, prompt 128, 256 new tokens; d2 = the same in NF4 with double
-quantisation; d3-32 and d3-128 = Llama-3-8B's shape, that many sequences, prompt 128, 128 new. Weights are
-random, bf16. Systems: anvil; eager = transformers generate with its defaults (sdpa; d2: with bitsandbytes'
-layers around the same codes); static = the same with a static cache, which it compiles (reduce-overhead; not
-in d2); 16bit = for d2, anvil with the same numbers in bf16. The time is that of the whole call, prompt
-included; compilation and capture fall into the calls before the timed ones. Systems take turns, A-B-C-A-B-C.
-The bound: every weight and every filled slot of the cache is read once per step at the rate at which this run
-reads, and products run at the rate at which this run multiplies.
+On a CPU, a real model:
+    python bench/decode.py device=cpu prompt=64 new=128 threads=2 repeats=7 batch=1 out=result.json
+    python bench/decode.py device=cpu gguf=model.F16.gguf,model.Q8_0.gguf     (export.py writes them)
+    python bench/decode.py device=cpu prompt=512 new=1              prefill: the time of reading the prompt
+    python bench/decode.py device=cpu dtype=bfloat16 systems=anvil,anvil:int8,anvil:nf4,transformers:nf4
+Every system has a process of its own; they take turns, A-B-A-B, so a noisy neighbour meets all of them.
+transformers runs with its fastest plain settings (sdpa, cache). batch > 1: prompts of different lengths,
+which transformers pads on the left. The time is that of the whole call: prompt and new tokens. A system that
+cannot run here is listed as "not run". In fp32 all systems have to write the same tokens, or the run fails.
+The bound: every weight is read once per step, in the bytes it is stored in, at the speed at which this run
+reads a large tensor. After a colon: how the linears of the blocks are quantised, int8 (LLM.int8), eetq (int8,
+weights only), nf4 or fp4 (double quantisation); transformers takes bitsandbytes for that.
 """
 
 import importlib.util
+import json
 import statistics
 import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from architectures import config_from_hf  # noqa: E402
-from bench.four_bits import dense_twin, plain_tensors, random_decoder, take_linears  # noqa: E402
-from bench.measure import (  # noqa: E402
-    Session,
-    Timer,
-    describe_machine,
-    file_name,
-    is_on,
-    pick_device,
-    read_options,
-    save,
-    table,
-    take_ceilings,
-)
-from generation.generate import GenerateOptions, generate, new_cache  # noqa: E402
-from generation.layout import lay_out_for_decoding  # noqa: E402
-from model import Decoder, initialize_weights  # noqa: E402
-from quant import QuantLinear  # noqa: E402
+from bench import decode_systems, turns  # noqa: E402
+from bench.measure import commit, cpu_name, read_device_options  # noqa: E402
 
-DEFAULTS = {
-    "device": "auto",
-    "cases": "d1,d2,d3-32,d3-128",
-    "systems": "anvil,eager,static,16bit",
-    "repeats": "5",
-}
-DEFAULTS |= {"dtype": "", "quick": "false", "seconds": "400", "out": ""}
-
-LLAMA_2_7B = {
-    "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
-    "num_key_value_heads": 32, "vocab_size": 32000, "max_position_embeddings": 4096,
-}  # fmt: skip
-LLAMA_3_8B = {
-    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-    "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192,
-}  # fmt: skip
-TINY = {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": 301, "max_position_embeddings": 64, "initializer_range": 0.3,
-}  # fmt: skip
-COMMON = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "rms_norm_eps": 1e-5,
-    "hidden_act": "silu",
-}
-COMMON |= {"tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
-
-# name: (shape, sequences, tokens of the prompt, new tokens)
-CASES = {
-    "d1": (LLAMA_2_7B, 1, 128, 256),
-    "d2": (LLAMA_2_7B, 1, 128, 256),
-    "d3-32": (LLAMA_3_8B, 32, 128, 128),
-    "d3-128": (LLAMA_3_8B, 128, 128, 128),
-}
-IN_4_BITS = ("d2",)
-# bitsandbytes' product on a CPU is wrong where a row is no whole number of blocks
-TINY_CASES = {"d1": (TINY, 1, 9, 20), "d2": (TINY | {"intermediate_size": 128}, 1, 9, 20)}
-TINY_CASES |= {"d3-32": (TINY, 3, 9, 12), "d3-128": (TINY, 5, 9, 12)}
-NEEDS_SECONDS = {
-    "anvil": 8,
-    "eager": 20,
-    "static": 70,
-    "16bit": 8,
-}  # its first call and one turn, at 7B, guessed
-LOGITS_MAY_DIFFER = (
-    0.15  # relative, after the prompt: bf16 through 32 layers; 1.4 if they had nothing in common
-)
-
-
-def build(shape: dict, dtype: torch.dtype, device: torch.device, in_4_bits: bool) -> Decoder:
-    """A model of this shape with random weights, made on the device."""
-    if in_4_bits:
-        return random_decoder(config_from_hf(COMMON | shape), dtype, device)
-    model = Decoder(config_from_hf(COMMON | shape), dtype=dtype, device="meta").to_empty(device=device).eval()
-    model.requires_grad_(False)
-    initialize_weights(model, torch.Generator(device).manual_seed(0))
-    lay_out_for_decoding(model)
-    return model
-
-
-def build_rival(shape: dict, model: Decoder, in_4_bits: bool):
-    """transformers' model around the very same tensors; None where it, or bitsandbytes if needed, is not
-    installed."""
-    needed = ["transformers"] + ["bitsandbytes"] * in_4_bits
-    if any(importlib.util.find_spec(package) is None for package in needed):
-        return None
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    config = transformers.LlamaConfig(**(COMMON | shape))
-    weight = model.embed_tokens.weight
-    with torch.device("meta"):
-        rival = transformers.LlamaForCausalLM._from_config(
-            config, dtype=weight.dtype, attn_implementation="sdpa"
-        )
-    tensors = {
-        name if name == "lm_head.weight" else f"model.{name}": t for name, t in model.state_dict().items()
-    }
-    if in_4_bits:
-        take_linears(rival, model, weight.dtype)
-        kept = plain_tensors(model)
-        tensors = {name: tensor for name, tensor in tensors.items() if name.removeprefix("model.") in kept}
-    rival.load_state_dict(tensors, assign=True, strict=not in_4_bits)
-    # its angles are no parameters, so on the meta device they got no values
-    rival.model.rotary_emb = type(rival.model.rotary_emb)(config=config).to(weight.device)
-    assert not any(tensor.is_meta for tensor in rival.parameters())
-    return rival.eval()
-
-
-# The systems: each gives run(prompts, new) -> new tokens of every prompt
-
-
-def anvil(model: Decoder, rival, sequences: int, capacity: int):
-    cache = new_cache(model, sequences, capacity)  # kept, with the graphs captured for it
-
-    def run(prompts: list[list[int]], new: int) -> list[list[int]]:
-        cache.restart(len(prompts))
-        greedy = GenerateOptions(do_sample=False, max_new_tokens=new)
-        return [text.ids for text in generate(model, prompts, greedy, stop_ids=(), cache=cache)]
-
-    return run
-
-
-def transformers_generate(rival, **more):
-    @torch.inference_mode()
-    def run(prompts: list[list[int]], new: int) -> list[list[int]]:
-        ids = torch.tensor(prompts, device=rival.device)
-        greedy = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new, "pad_token_id": 0}
-        return rival.generate(ids, attention_mask=torch.ones_like(ids), **greedy, **more)[
-            :, ids.shape[1] :
-        ].tolist()
-
-    return run
-
-
-def laid_out(model: Decoder) -> Decoder:
-    lay_out_for_decoding(model)
-    return model
-
-
-SYSTEMS = {
-    "anvil": anvil,
-    "eager": lambda model, rival, *_: transformers_generate(rival),
-    "16bit": lambda model, rival, *sizes: anvil(laid_out(dense_twin(model)), rival, *sizes),
-    "static": lambda model, rival, *_: transformers_generate(rival, cache_implementation="static"),
-}
-
-
-def least_seconds(model: Decoder, case: tuple, ceilings) -> float:
-    """What the whole call takes at least: the steps at the bound of memory or arithmetic, and the prompt's
-    products."""
-    shape, sequences, prompt, new = case
-    config, weight = model.config, model.head_weight()
-    numbers = sum(p.numel() for name, p in model.named_parameters() if name != "embed_tokens.weight")
-    packed = [layer for layer in model.modules() if isinstance(layer, QuantLinear)]
-    weight_bytes = numbers * weight.itemsize + sum(layer.storage_bytes for layer in packed)
-    numbers += sum(layer.in_features * layer.out_features for layer in packed)
-    slot = (
-        2 * config.num_layers * config.num_kv_heads * config.head_dim * weight.itemsize
-    )  # bytes of one token's keys
-    read, burst = ceilings.read_gb_per_second * 1e9, ceilings.burst_tflops * 1e12
-    total = 2 * (numbers - weight.numel()) * sequences * prompt / burst
-    for context in range(prompt, prompt + new):
-        step_bytes = weight_bytes + sequences * context * slot
-        total += max(step_bytes / read, 2 * numbers * sequences / burst)
-    return total
-
-
-def logits_difference(model: Decoder, rival, prompt: list[int]) -> float:
-    """Relative difference of the logits after one prompt."""
-    device = model.embed_tokens.weight.device
-    ids, size = torch.tensor(prompt, device=device), len(prompt)
-    with torch.inference_mode():
-        borders = torch.tensor([0, size], dtype=torch.int32, device=device)
-        ours = model.logits(model(ids, torch.arange(size, device=device), borders, size)[-1:]).double()
-        theirs = rival(ids[None]).logits[0, -1:].double()
-    return ((ours - theirs).norm() / theirs.norm()).item()
-
-
-def measure(name: str, case: tuple, systems: dict, repeats: int, session: Session) -> dict:
-    """Seconds and tokens of every system's calls; the first call of each is not timed. Fewer turns if time is
-    out.
-
-    Every run() ends with its tokens on the host, so the host's clock is right.
-    """
-    _, sequences, prompt, new = case
-    vocabulary = case[0]["vocab_size"]
-    generator = torch.Generator().manual_seed(1)
-    prompts = torch.randint(2, vocabulary, (sequences, prompt), generator=generator).tolist()
-    seconds, tokens = {system: [] for system in systems}, {}
-    for turn in range(1 + repeats):
-        if turn > 1 and session.left < sum(times[-1] for times in seconds.values()):
-            print(f"{name}: {turn - 1} turns of {repeats}, for time")
-            break
-        for system, run in systems.items():
-            start = time.perf_counter()
-            tokens[system] = run(prompts, new)
-            seconds[system].append(time.perf_counter() - start)
-            if turn == 0:
-                print(f"{name}, {system}: first call {seconds[system][0]:.1f} s", flush=True)
-    return {
-        system: {"first": found[0], "seconds": found[1:], "tokens": tokens[system]}
-        for system, found in seconds.items()
-    }
-
-
-def row_of(name: str, case: tuple, system: str, found: dict, reference: list, least: float) -> dict:
-    _, sequences, _, new = case
-    count = sequences * new
-    pairs = [pair for ours, theirs in zip(found["tokens"], reference) for pair in zip(ours, theirs)]
-    median = statistics.median(found["seconds"])
-    return {
-        "case": name,
-        "system": system,
-        "tokens_per_second": count / median,
-        "slowest": count / max(found["seconds"]),
-        "fastest": count / min(found["seconds"]),
-        "first_call_seconds": found["first"],
-        "share_of_bound": least / median,
-        "equal_tokens": sum(a == b for a, b in pairs) / count,
-    }
-
-
-def run_case(
-    name: str, case: tuple, model: Decoder, rival, session: Session, options: dict, ceilings
-) -> None:
-    _, sequences, prompt, new = case
-    device = model.embed_tokens.weight.device
-    chosen, needed = {}, 0
-    for system in options["systems"].split(","):
-        if system == ("static" if name in IN_4_BITS else "16bit"):
-            continue
-        if system in ("eager", "static") and rival is None:
-            packages = "transformers or bitsandbytes" if name in IN_4_BITS else "transformers"
-            session.left_out.append(f"{name} {system} ({packages} is not installed)")
-        elif is_on(options["quick"]) and system == "static" and sequences > 1:
-            session.left_out.append(f"{name} {system} (quick)")
-        elif device.type == "cpu" or session.allows(f"{name} {system}", needed + NEEDS_SECONDS[system]):
-            needed += NEEDS_SECONDS[system]
-            chosen[system] = SYSTEMS[system](model, rival, sequences, prompt + new)
-    if not chosen:
-        return
-    found = measure(name, case, chosen, int(options["repeats"]), session)
-    least = least_seconds(model, case, ceilings)
-    reference = next(iter(found.values()))["tokens"]
-    session.rows += [row_of(name, case, system, result, reference, least) for system, result in found.items()]
-
-
-def check(name: str, model: Decoder, rival, prompt_length: int, report: dict) -> None:
-    difference = logits_difference(model, rival, list(range(2, 2 + prompt_length)))
-    report[name] = difference
-    print(f"{name}: logits after a prompt differ from transformers' by {difference:.1e} of their size")
-    if difference > LOGITS_MAY_DIFFER:
-        raise ValueError(f"the logits differ by {difference:.1e}; the systems do not compute the same")
-
-
-def print_rows(rows: list[dict]) -> None:
-    ours = {row["case"]: row["tokens_per_second"] for row in rows if row["system"] == "anvil"}
-    print(table([
-        {
-            "case": row["case"],
-            "system": row["system"],
-            "tokens/s": f"{row['tokens_per_second']:.1f}",
-            "slowest..fastest": f"{row['slowest']:.1f}..{row['fastest']:.1f}",
-            "of the bound": f"{row['share_of_bound']:.1%}",
-            "anvil is": f"{ours[row['case']] / row['tokens_per_second']:.2f}x" if row["case"] in ours else "",
-            "equal tokens": f"{row['equal_tokens']:.0%}",
-        }
-        for row in rows
-    ]))  # fmt: skip
+ON_GPU = {"cases": "", "systems": "", "repeats": "5", "dtype": ""}  # nothing: all of them, bf16
+ON_GPU |= {"quick": "false", "seconds": "400", "out": ""}
+ON_CPU = {"model": str(ROOT / "models/SmolLM2-135M-Instruct"), "systems": "anvil,transformers,llama.cpp"}
+ON_CPU |= {"prompt": "64", "new": "128", "batch": "1", "repeats": "7", "threads": "2", "dtype": "float32"}
+ON_CPU |= {"gguf": "", "out": str(ROOT / "bench/results/decode_cpu.json")}
+WARMUP_RUNS = 1
+SEED = 0
 
 
 def main(argv: list[str]) -> int:
-    options = read_options(argv, DEFAULTS, __doc__)
-    device = pick_device(options["device"])
-    cases = CASES if device.type == "cuda" else TINY_CASES
-    unknown = set(options["cases"].split(",")) - set(cases) | set(options["systems"].split(",")) - set(
-        SYSTEMS
-    )
-    if unknown:
+    if argv[:1] == ["--worker"]:
+        worker(argv[1], json.loads(argv[2]))
+        return 0
+    options, device = read_device_options(argv, ON_GPU, ON_CPU, __doc__)
+    command = "python bench/decode.py " + " ".join(argv)
+    if "cases" in options:
+        from bench import decode_cases
+
+        return decode_cases.run(options, device, command)
+    return run_real_model(options, command)
+
+
+# A real model on a CPU
+
+
+def make_prompts(folder: str, length: int, batch: int) -> list[list[int]]:
+    """Pieces of a text in the model's own tokens; in a batch of lengths from half to all of `length`."""
+    from text.tokenizer import Tokenizer
+
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    ids = Tokenizer.from_folder(folder).encode(text)
+    lengths = [length - i * length // (2 * batch) for i in range(batch)]
+    generator = torch.Generator().manual_seed(SEED)
+    starts = torch.randint(0, len(ids) - length, (batch,), generator=generator).tolist()
+    return [ids[start : start + size] for start, size in zip(starts, lengths)]
+
+
+QUANTISED = {  # name after the colon -> our options, arguments of transformers' BitsAndBytesConfig
+    "int8": ({"quantization_bit": 8}, {"load_in_8bit": True}),
+    "eetq": ({"quantization_bit": 8, "quantization_method": "eetq"}, None),
+    "nf4": ({"quantization_bit": 4}, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
+    "fp4": (
+        {"quantization_bit": 4, "quantization_type": "fp4"},
+        {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+    ),
+}
+
+
+def quantisation(name: str):
+    """The format of this name, None for ''."""
+    import quant
+
+    return quant.from_options(quant.QuantOptions(**QUANTISED[name][0])) if name else None
+
+
+def anvil(options: dict, quantised: str, _):
+    from checkpoints.huggingface import load_model
+    from generation.layout import lay_out_for_decoding
+
+    dtype = getattr(torch, options["dtype"])
+    model = load_model(options["model"], dtype=dtype, quantization=quantisation(quantised))
+    lay_out_for_decoding(model)
+    return decode_systems.anvil(model)
+
+
+def transformers_generate(options: dict, quantised: str, _):
+    import transformers
+
+    settings = {"dtype": getattr(torch, options["dtype"]), "attn_implementation": "sdpa"}
+    if quantised:
+        chosen = QUANTISED[quantised][1]
+        if "load_in_4bit" in chosen:
+            chosen = chosen | {"bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": settings["dtype"]}
+        quantization = transformers.BitsAndBytesConfig(**chosen)
+        settings |= {"quantization_config": quantization, "device_map": "cpu"}
+    model = transformers.AutoModelForCausalLM.from_pretrained(options["model"], **settings).eval()
+    return decode_systems.transformers_generate(model)
+
+
+def llama_cpp(options: dict, _, file: str):
+    (path,) = (name for name in options["gguf"].split(",") if Path(name).name == file)
+    return decode_systems.llama_cpp(path, int(options["threads"]))
+
+
+# (options, how it is quantised, name of its file) -> run, as in decode_systems.py
+SYSTEMS = {"anvil": anvil, "transformers": transformers_generate, "llama.cpp": llama_cpp}
+
+
+def why_not(system: str, options: dict) -> str | None:
+    """Why this system cannot run here, or None."""
+    kind, quantised = _parts(system)
+    modules = [{"anvil": "torch", "transformers": "transformers", "llama.cpp": "llama_cpp"}[kind]]
+    if quantised and kind == "transformers":
+        if QUANTISED[quantised][1] is None:
+            return f"bitsandbytes has no {quantised}"
+        modules.append("bitsandbytes")
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            return f"{module} is not installed"
+    if system == "llama.cpp":
+        return "no gguf=FILE given"
+    return None
+
+
+def _parts(system: str) -> tuple[str, str]:
+    """(kind, how it is quantised or '') of a system's name."""
+    kind, _, quantised = system.split()[0].partition(":")
+    if kind not in SYSTEMS or (quantised and (quantised not in QUANTISED or kind == "llama.cpp")):
         raise SystemExit(
-            f"unknown: {', '.join(sorted(unknown))}; cases: {', '.join(cases)}; {', '.join(SYSTEMS)}"
+            f"systems: {system}; known are {', '.join(SYSTEMS)}, after a colon {', '.join(QUANTISED)}"
         )
-    if is_on(options["quick"]):
-        options["repeats"] = str(min(3, int(options["repeats"])))
-    dtype = getattr(torch, options["dtype"] or ("bfloat16" if device.type == "cuda" else "float32"))
-    session, timer = Session(float(options["seconds"])), Timer(device)
-    machine = describe_machine(device, "python bench/decode.py " + " ".join(argv))
-    with timer.stream():
-        ceilings = take_ceilings(timer, sustained_seconds=0.5)
-    print(ceilings.text, flush=True)
-    differences: dict[str, float] = {}
-    model = rival = built = None
-    for name in options["cases"].split(","):
-        with session.part(name):
-            in_4_bits = name in IN_4_BITS
-            if (cases[name][0], in_4_bits) != built:
-                model = rival = None  # the last shape's memory is needed
-                model = build(cases[name][0], dtype, device, in_4_bits)
-                rival = build_rival(cases[name][0], model, in_4_bits)
-                built = cases[name][0], in_4_bits
-                if rival is not None:
-                    check(name, model, rival, cases[name][2], differences)
-            run_case(name, cases[name], model, rival, session, options, ceilings)
-    print_rows(session.rows)
+    return kind, quantised
+
+
+def systems_of(options: dict) -> list[str]:
+    """The systems asked for; llama.cpp once for each of its files."""
+    files = [f"llama.cpp {Path(name).name}" for name in options["gguf"].split(",") if name]
+    asked = options["systems"].split(",")
+    return [name for system in asked for name in (files * (system == "llama.cpp") or [system])]
+
+
+def worker(system: str, options: dict) -> None:
+    """Takes prompts, answers {seconds, tokens}."""
+    torch.set_num_threads(int(options["threads"]))
+    kind, quantised = _parts(system)
+    run = SYSTEMS[kind](options, quantised, system.partition(" ")[2])
+
+    def timed(prompts) -> dict:
+        start = time.perf_counter()
+        tokens = run(prompts, int(options["new"]))
+        return {"seconds": time.perf_counter() - start, "tokens": tokens}
+
+    turns.serve(timed)
+
+
+def read_rate(threads: int) -> float:
+    """GB/s at which a tensor of 512 MB is summed: median of 9."""
+    torch.set_num_threads(threads)
+    tensor = torch.ones(128 * 2**20)
+    times = []
+    for _ in range(9):
+        start = time.perf_counter()
+        tensor.sum()
+        times.append(time.perf_counter() - start)
+    return tensor.numel() * 4 / statistics.median(times) / 1e9
+
+
+def weight_bytes(options: dict, quantised: str) -> int:
+    """What one step reads: every weight once. A tied head reads the embedding whole; an untied embedding a
+    few rows."""
+    from checkpoints.huggingface import load_config
+    from model import Decoder
+
+    model = Decoder(load_config(options["model"]), device="meta")
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    if not model.config.tied_head:
+        del sizes["embed_tokens.weight"]
+    width = getattr(torch, options["dtype"]).itemsize
+    bits = 8 * width
+    if quantised:
+        linear = model.layers[0].mlp.down_proj
+        sample = torch.randn(linear.weight.shape)
+        bits = quantisation(quantised).quantise(sample, None, torch.float32).bits_per_weight
+    linears = [name for name in sizes if name.startswith("layers.") and name.endswith("proj.weight")]
+    inside = sum(sizes[name] for name in linears)
+    return round((sum(sizes.values()) - inside) * width + inside * bits / 8)
+
+
+def measure(options: dict) -> tuple[dict, dict]:
+    """Rates of every system that runs, and why the others do not."""
+    systems = systems_of(options)
+    not_run = {system: reason for system in systems if (reason := why_not(system, options))}
+    prompts = make_prompts(options["model"], int(options["prompt"]), int(options["batch"]))
+    workers = turns.start_workers(__file__, [system for system in systems if system not in not_run], options)
+    answers = turns.take_turns(workers, [prompts] * (WARMUP_RUNS + int(options["repeats"])))
+    count = int(options["new"]) * len(prompts)
+    reference = next(iter(answers.values()))[0]["tokens"]
+    result = {}
+    for system, runs in answers.items():
+        rates = [count / run["seconds"] for run in runs[WARMUP_RUNS:]]
+        pairs = zip(sum(runs[-1]["tokens"], []), sum(reference, []))
+        result[system] = {
+            "tokens_per_second": statistics.median(rates),
+            "spread": [min(rates), max(rates)],
+            "equal_tokens": sum(a == b for a, b in pairs) / count,
+            "weight_gb_per_step": weight_bytes(options, _parts(system)[1]) / 1e9,
+        }
+    return result, not_run
+
+
+def run_real_model(options: dict, command: str) -> int:
+    """Measure, print, write. Gives the exit status: 1 if systems that compute the same write other tokens."""
+    before = read_rate(int(options["threads"]))
+    result, not_run = measure(options)
+    import transformers
+
     report = {
-        "dtype": str(dtype).removeprefix("torch."),
-        "repeats": int(options["repeats"]),
-        "ceilings": ceilings,
+        "command": command,
+        "commit": commit(),
+        "machine": cpu_name(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        **{key: int(options[key]) for key in ("threads", "prompt", "new", "batch", "repeats")},
+        "dtype": options["dtype"],
+        "read_gb_per_second": [before, read_rate(int(options["threads"]))],
+        "weight_gb_per_step": weight_bytes(options, "") / 1e9,
+        "systems": result,
+        "not_run": not_run,
     }
-    report |= {"logits_differ_by": differences, "rows": session.rows}
-    report |= {"left_out": session.left_out, "failed": session.failed}
-    partial = ",".join(options[key] for key in ("cases", "systems") if options[key] != DEFAULTS[key])
-    save(file_name("decode", is_on(options["quick"]), partial), machine, report, options["out"])
-    return session.finish()
+    print_table(report)
+    turns.write_report(report, options["out"])
+    alike = [name for name in result if not name.startswith("llama.cpp") and not _parts(name)[1]]
+    different = [name for name in alike if result[name]["equal_tokens"] < 1]
+    if different and options["dtype"] == "float32":
+        print(f"the tokens differ: {', '.join(different)}")
+        return 1
+    return 0
+
+
+def print_table(report: dict) -> None:
+    reading = statistics.mean(report["read_gb_per_second"])
+    bound = reading / report["weight_gb_per_step"]  # steps per second
+    first, last = report["read_gb_per_second"]
+    print(
+        f"{report['machine']}, {report['threads']} threads, torch {report['torch']}, {report['dtype']}, "
+        f"prompt {report['prompt']}, {report['new']} new tokens, batch {report['batch']}, "
+        f"{report['repeats']} runs each\n"
+        f"reading a tensor: {first:.0f} GB/s before and {last:.0f} after; a step reads "
+        f"{report['weight_gb_per_step']:.2f} GB, so at most {bound:.0f} steps/s"
+    )
+    print(f"{'system':32} {'tok/s':>8} {'min..max':>16} {'of bound':>9} {'equal tokens':>13}")
+    for system, row in report["systems"].items():
+        low, high = row["spread"]
+        share = row["tokens_per_second"] / report["batch"] / reading * row["weight_gb_per_step"]
+        rate, equal = row["tokens_per_second"], row["equal_tokens"]
+        print(f"{system:32} {rate:8.1f} {low:7.1f}..{high:<7.1f} {share:9.0%} {equal:13.0%}")
+    for system, reason in report["not_run"].items():
+        print(f"{system:32} not run: {reason}")
+    systems = report["systems"]
+    for ours in (name for name in systems if name.startswith("anvil")):
+        for baseline in (name for name in systems if name != ours):
+            ratio = systems[ours]["tokens_per_second"] / systems[baseline]["tokens_per_second"]
+            print(f"{ours} is {ratio:.2f} times as fast as {baseline}")
+    if report["new"] == 1:
+        rates = [
+            f"{system} {row['tokens_per_second'] * report['prompt']:.0f}" for system, row in systems.items()
+        ]
+        print("tokens of the prompt per second: " + ", ".join(rates))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python bench/document.py            # writes docs/benchmarks.md
     python bench/document.py check      # exit status 1 if it is not what the results say
 
-A result file has a renderer by the beginning of its name (RENDERERS); one without is an error: no result stays
-unsaid. Tables give ratios first: the machine is shared, and only numbers of one run compare.
+A result file has a renderer by the beginning of its name (RENDERERS); one without is an error: no result
+stays unsaid. The machine is shared, so only numbers of one run compare.
 """
 
 import json
@@ -17,7 +17,8 @@ HEAD = """# Benchmarks
 
 Written by `python bench/document.py` from [bench/results](../bench/results); do not edit. Each section is one
 run of one command on one machine, systems taking turns; machines are shared, so only ratios within a section
-mean something. How time is taken: [bench/README.md](../bench/README.md). There is no result of a GPU yet: no file, no claim.
+mean something. How time is taken: [bench/README.md](../bench/README.md). There is no result of a GPU yet: no
+file, no claim.
 """
 
 
@@ -48,7 +49,7 @@ def training(result: dict) -> list[str]:
                 baseline = ours if not name.startswith("anvil") else None
                 rows.append([
                     shape or "equal", name, number(system["tokens_per_second"]),
-                    f"{number(system['spread'][0])} to {number(system['spread'][1])}", number(system["peak_gb"]),
+                    " to ".join(map(number, system["spread"])), number(system["peak_gb"]),
                     ratio(ours["tokens_per_second"], system["tokens_per_second"]) if baseline else "",
                     ratio(ours["peak_gb"], system["peak_gb"]) if baseline else "",
                 ])  # fmt: skip
@@ -73,12 +74,9 @@ def decoding(result: dict) -> list[str]:
         + [ratio(ours, system["tokens_per_second"]), f"{system['equal_tokens']:.0%}"]
         for name, system in result["systems"].items()
     ]
-    work = f"Prompt of {result['prompt']}, {result['new']} new tokens, batch {result['batch']}, {result['dtype']}."
-    return [
-        work,
-        "",
-        *table(["system", "answers' tokens/s", "spread", "Anvil's speed", "equal tokens"], rows),
-    ]
+    work = f"Prompt of {result['prompt']}, {result['new']} new tokens, batch {result['batch']}, "
+    columns = ["system", "answers' tokens/s", "spread", "Anvil's speed", "equal tokens"]
+    return [f"{work}{result['dtype']}.", "", *table(columns, rows)]
 
 
 def quality(result: dict) -> list[str]:

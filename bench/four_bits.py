@@ -74,14 +74,14 @@ def packed_bytes(model: Decoder) -> int:
     return sum(module.storage_bytes for module in model.modules() if isinstance(module, QuantLinear))
 
 
-def take_linears(rival: nn.Module, model: Decoder, dtype: torch.dtype) -> None:
+def take_linears(baseline: nn.Module, model: Decoder, dtype: torch.dtype) -> None:
     """Put bitsandbytes' layers, around the codes of ours, into transformers' model; dtype: of their
     products."""
     for name, layer in model.named_modules():
         if isinstance(layer, NF4Linear):
             path = to_hf_name(model.config, f"{without_base(name)}.weight").removesuffix(".weight")
-            replace_module(rival, path, linear_4bit(layer, dtype))
-    rival.is_loaded_in_4bit = True  # how peft finds out
+            replace_module(baseline, path, linear_4bit(layer, dtype))
+    baseline.is_loaded_in_4bit = True  # how peft finds out
 
 
 def codes_and_state(layer: NF4Linear) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -5,9 +5,9 @@
     python bench/gpu.py parts=tests,kernels out=/some/folder
     python bench/gpu.py device=cpu          # the benchmarks' smoke test
 
-Needs torch with CUDA, Triton and pytest; transformers and peft for the rivals; no network. Every part has its
-seconds and says itself what it left out for time; one that takes much longer is ended. A failing part does
-not stop the next. The table of parts is printed last, and the exit status is 1 if any part failed.
+Needs torch with CUDA, Triton and pytest; transformers and peft for the baselines; no network. Every part
+has its seconds and says itself what it left out for time; one that takes much longer is ended. A failing part
+does not stop the next. The table of parts is printed last, and the exit status is 1 if any part failed.
 """
 
 import importlib.util
@@ -53,11 +53,9 @@ def main(argv: list[str]) -> int:
         seconds = part.quick_seconds if quick else part.seconds
         if device.type == "cpu" and part.name == "tests":
             continue  # make test runs them there
-        words = ["quick=true"] * quick + [
-            f"device={device}",
-            f"seconds={seconds:.0f}",
-            f"out={options['out']}",
-        ]
+        on_cpu = ["device=cpu"] if part.name == "kernels" else ["smoke=true"]
+        words = [f"device={device}"] if device.type == "cuda" else on_cpu
+        words += ["quick=true"] * quick + [f"seconds={seconds:.0f}", f"out={options['out']}"]
         command = test_command(seconds) if part.name == "tests" else [f"bench/{part.name}.py", *words]
         print(f"\n=== {part.name}: python {' '.join(command)}", flush=True)
         start = time.monotonic()
@@ -69,22 +67,12 @@ def main(argv: list[str]) -> int:
 
 
 def test_command(seconds: float) -> list[str]:
-    files = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_triton_*.py")) + [
-        "tests/gpu"
-    ]
-    command = [
-        "-m",
-        "pytest",
-        "-q",
-        "-rs",
-        "-p",
-        "bench.pytest_budget",
-        "--until",
-        f"{time.time() + seconds:.0f}",
-    ]
+    files = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/**/test_triton_*.py"))
+    until = f"{time.time() + seconds:.0f}"
+    command = ["-m", "pytest", "-q", "-rs", "-p", "bench.pytest_budget", "--until", until]
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(TEST_PROCESSES)]
-    return [*command, *files]
+    return [*command, *files, "tests/gpu"]
 
 
 def run(command: list[str], seconds: float | None) -> str:

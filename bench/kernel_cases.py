@@ -627,7 +627,7 @@ def dequantise_4bit(sizes: Sizes, double: bool) -> Case:
         dequantise_reference(layer.for_kernels(), out)
         return out
 
-    def rival(out, layer, codes, state):
+    def baseline(out, layer, codes, state):
         from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(codes, state, out=out if out.is_cuda else None)  # its CPU build takes none
@@ -646,7 +646,7 @@ def dequantise_4bit(sizes: Sizes, double: bool) -> Case:
         inputs,
         {
             "anvil": System(ours),
-            "bitsandbytes": System(rival, lambda out, layer: bitsandbytes_state(layer)),
+            "bitsandbytes": System(baseline, lambda out, layer: bitsandbytes_state(layer)),
             "eager": System(plain),
             "copy of 16 bit": System(copy, lambda out, layer: {"dense": layer.dequantize()}),
         },
@@ -680,7 +680,7 @@ def small_batch_4bit(sizes: Sizes, rows: int, inputs: int, outputs: int, rank: i
         return lora_linear_reference(x, layer, None, lora_a, lora_b, 0.5)
 
     @torch.no_grad()
-    def rival(x, layer, lora_a, lora_b, codes, state):
+    def baseline(x, layer, lora_a, lora_b, codes, state):
         import bitsandbytes
 
         result = bitsandbytes.matmul_4bit(x, codes.t(), quant_state=state)
@@ -697,7 +697,7 @@ def small_batch_4bit(sizes: Sizes, rows: int, inputs: int, outputs: int, rank: i
         draw,
         {
             "anvil": System(ours),
-            "bitsandbytes": System(rival, lambda x, layer, *_: bitsandbytes_state(layer)),
+            "bitsandbytes": System(baseline, lambda x, layer, *_: bitsandbytes_state(layer)),
             "16 bit": System(dense, lambda x, layer, *_: {"dense": layer.dequantize()}),
         },
         (),

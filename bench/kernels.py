@@ -1,4 +1,4 @@
-"""Every kernel on this GPU: error against fp64, time, GB/s or TF, share of the ceilings of this run, rivals.
+"""Every kernel on this GPU: error against fp64, time, GB/s or TF, share of this run's ceilings, baselines.
 
     python bench/kernels.py                         # under 130 s
     python bench/kernels.py quick=true              # under 50 s
@@ -10,7 +10,7 @@ Times are replays of a CUDA graph over several sets of random tensors, so neithe
 cache flatters anyone; systems that wait for the GPU inside are timed as the host starts them (column `how`).
 Share is the time that the least possible work would take at the ceilings of this run, over the time taken.
 Error is the largest of the outputs and gradients against fp64; more than twice the plain reference's is a
-failure. A rival that cannot run is listed with its reason. Results: bench/results/kernels_<gpu>.json.
+failure. A baseline that cannot run is listed with its reason. Results: bench/results/kernels_<gpu>.json.
 """
 
 import gc
@@ -97,7 +97,7 @@ def measure_case(case: Case, slow: bool, timer: Timer, ceilings: Ceilings, sessi
         else:
             try:
                 rows = measure_system(case, system, timer, ceilings)
-            except Exception as error:  # a rival may raise what it likes; its row then says so
+            except Exception as error:  # a baseline may raise what it likes; its row then says so
                 text = str(error).splitlines()[0] if str(error) else ""
                 rows = [{"pass": "", "not_run": f"{type(error).__name__}: {text}"}]
         session.rows += [{"place": (case_place(session, case), place), **label, **row} for row in rows]

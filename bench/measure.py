@@ -5,7 +5,7 @@
         timing = timer.time([lambda: torch.mm(a, b)])          # Timing: median seconds of one call, spread
         ceilings = take_ceilings(timer)                    # what this machine can do at all, in this run
 
-A benchmark runs the same code on a CPU (device=cpu, at tiny sizes): that is its smoke test; its numbers mean
+A benchmark of a GPU runs the same code on a CPU at tiny sizes: that is its smoke test; its numbers mean
 nothing.
 """
 
@@ -64,7 +64,7 @@ def is_on(text: str) -> bool:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto`: the GPU. A benchmark goes to the CPU only when it is told to: its numbers there mean
+    """`auto`: the GPU. A benchmark of kernels goes to the CPU only when it is told to: its numbers there mean
     nothing."""
     if name == "auto":
         name = "cuda"
@@ -72,6 +72,30 @@ def pick_device(name: str) -> torch.device:
         raise SystemExit("there is no CUDA GPU here; device=cpu makes a smoke test at tiny sizes")
     device = torch.device(name)
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def read_device_options(
+    argv: Sequence[str], on_gpu: dict[str, str], on_cpu: dict[str, str], usage: str
+) -> tuple[dict[str, str], torch.device]:
+    """The options of a benchmark that does different work on a GPU and on a CPU, and the device.
+
+    on_gpu, on_cpu: option -> default; those of the other device are refused. smoke=true takes the GPU's
+    options on the CPU, at tiny sizes.
+    """
+    words = dict(word.split("=", 1) for word in argv if "=" in word)
+    common = {"device": "auto", "smoke": "false"}
+    smoke, name = is_on(words.get("smoke", "false")), words.get("device", "auto")
+    if name == "auto" and (smoke or not torch.cuda.is_available()):
+        name = "cpu"
+    if smoke and name != "cpu":
+        raise SystemExit("smoke=true runs at tiny sizes on the CPU; leave device away")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise SystemExit(
+            "there is no CUDA GPU here; device=cpu measures a real model, smoke=true makes a smoke test"
+        )
+    more = on_cpu if name == "cpu" and not smoke else on_gpu
+    options = read_options(argv, common | more, usage)
+    return options, pick_device(name)
 
 
 # The machine
@@ -189,7 +213,7 @@ class Timer:
         return min(8, max(2, math.ceil(4 * self.cache_bytes / max(bytes_per_call, 1)))) if self.on_gpu else 2
 
     def time(self, calls: Sequence[Callable[[], Any]], graph: bool = True) -> Timing:
-        for _ in range(3):  # compilation, handles, cuDNN's plans, autotuning of rivals
+        for _ in range(3):  # compilation, handles, cuDNN's plans, autotuning of baselines
             for call in calls:
                 call()
         if not self.on_gpu:
@@ -383,7 +407,7 @@ class Session:
         """A part whose failure is printed and noted, and does not stop the next."""
         try:
             yield
-        except Exception as error:  # whatever a rival or a kernel raises, the other rows are still wanted
+        except Exception as error:  # whatever a baseline or a kernel raises, the other rows are still wanted
             traceback.print_exc()
             self.failed.append(
                 f"{name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

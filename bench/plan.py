@@ -27,7 +27,8 @@ COMMON += ["packing=true", "cutoff_len=256"]
 CASES = {
     "lora, 4 rows": "finetuning_type=lora per_device_train_batch_size=4",
     "lora, 1 row": "finetuning_type=lora per_device_train_batch_size=1",
-    "lora, 8 rows, checkpointing": "finetuning_type=lora per_device_train_batch_size=8 gradient_checkpointing=full",
+    "lora, 8 rows, checkpointing": "finetuning_type=lora per_device_train_batch_size=8 "
+    "gradient_checkpointing=full",
     "lora bf16, 8 rows": "finetuning_type=lora per_device_train_batch_size=8 bf16=true",
     "full, 4 rows": "finetuning_type=full per_device_train_batch_size=4",
     "freeze, 4 rows": "finetuning_type=freeze per_device_train_batch_size=4",

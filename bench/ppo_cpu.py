@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from bench import rivals  # noqa: E402
+from bench import baselines, turns  # noqa: E402
 from bench.measure import commit, cpu_name, read_options  # noqa: E402
 
 DEFAULTS = {"model": str(ROOT / "models/SmolLM2-135M-Instruct"), "draws": "2", "texts": "8", "prompt": "64"}
@@ -65,15 +65,15 @@ def anvil(options: dict, adapter: str, turn) -> None:
         def scores(self, samples):
             return torch.zeros(len(samples))
 
-    model = rivals.our_model(options["model"], adapter, torch.float32)
+    model = turns.our_model(options["model"], adapter, torch.float32)
     model.v_head = ValueHead(model.config.hidden_size)
-    update = rivals.our_update(model)
+    update = turns.our_update(model)
     size, prompts = int(options["batch"]), make_prompts(options)
     generation = GenerateOptions(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=int(options["new"]))
     stage = PPO(
-        PPOOptions(ppo_epochs=EPOCHS), generation, NoReward(), tokenizer=Tokenizer.from_folder(options["model"]),
-        stop_ids=(), reference=Reference(), seed=0, world=World(0, 1, 0, torch.device("cpu")),
-        group_size=len(prompts) // size, output_dir=Path("."),
+        PPOOptions(ppo_epochs=EPOCHS), generation, NoReward(),
+        tokenizer=Tokenizer.from_folder(options["model"]), stop_ids=(), reference=Reference(), seed=0,
+        world=World(0, 1, 0, torch.device("cpu")), group_size=len(prompts) // size, output_dir=Path("."),
     )  # fmt: skip
 
     def example(number: int, ids: list[int]) -> Example:
@@ -113,7 +113,7 @@ def trl(options: dict, adapter: str, turn) -> None:
         def on_step_end(self, *others, **values):
             turn()
 
-    policy = rivals.peft_model(options["model"], adapter, torch.float32)
+    policy = baselines.peft_model(options["model"], adapter, torch.float32)
     value = transformers.AutoModelForSequenceClassification.from_pretrained(
         options["model"], num_labels=1, dtype=torch.float32
     )
@@ -124,10 +124,11 @@ def trl(options: dict, adapter: str, turn) -> None:
     with tempfile.TemporaryDirectory() as output:
         arguments = PPOConfig(
             output_dir=output, use_cpu=True, bf16=False, report_to=[], save_strategy="no", disable_tqdm=True,
-            logging_strategy="no", per_device_train_batch_size=size, gradient_accumulation_steps=len(prompts) // size,
-            num_ppo_epochs=EPOCHS, num_mini_batches=1, total_episodes=len(prompts) * (int(options["draws"]) + 1),
-            response_length=int(options["new"]), local_rollout_forward_batch_size=len(prompts), temperature=1.0,
-            num_sample_generations=0, gradient_checkpointing=False, learning_rate=rivals.LEARNING_RATE, stop_token=None,
+            logging_strategy="no", per_device_train_batch_size=size, gradient_checkpointing=False,
+            gradient_accumulation_steps=len(prompts) // size, num_ppo_epochs=EPOCHS, num_mini_batches=1,
+            total_episodes=len(prompts) * (int(options["draws"]) + 1), num_sample_generations=0,
+            response_length=int(options["new"]), local_rollout_forward_batch_size=len(prompts),
+            stop_token=None, temperature=1.0, learning_rate=turns.LEARNING_RATE,
         )  # fmt: skip
         trainer = PPOTrainer(
             args=arguments,
@@ -154,9 +155,9 @@ def worker(system: str, options: dict, adapter: str) -> None:
 
     def turn() -> bool:
         if started:
-            answer = json.dumps({"seconds": time.perf_counter() - started.pop(), "peak_gb": rivals.peak_gb()})
+            answer = json.dumps({"seconds": time.perf_counter() - started.pop(), "peak_gb": turns.peak_gb()})
         else:
-            answer = rivals.READY
+            answer = turns.READY
         print(answer, file=answers, flush=True)
         goes_on = bool(sys.stdin.readline())
         started.append(time.perf_counter())
@@ -166,8 +167,8 @@ def worker(system: str, options: dict, adapter: str) -> None:
 
 
 def measure(options: dict, adapter: str) -> dict:
-    workers = rivals.start_workers(__file__, options["systems"].split(","), options, adapter)
-    answers = rivals.take_turns(workers, ["go"] * (int(options["draws"]) + 1))
+    workers = turns.start_workers(__file__, options["systems"].split(","), options, adapter)
+    answers = turns.take_turns(workers, ["go"] * (int(options["draws"]) + 1))
     result = {}
     for system, lines in answers.items():
         seconds = [line["seconds"] for line in lines[1:]]
@@ -202,13 +203,13 @@ def main(argv: list[str]) -> None:
         "threads": int(options["threads"]),
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
         | {"trl": "1.0.0"},
-        "lora": {"rank": rivals.RANK, "alpha": rivals.ALPHA},
-        "matmul_gflops": rivals.matmul_rates(int(options["threads"]), torch.float32),
+        "lora": {"rank": baselines.RANK, "alpha": baselines.ALPHA},
+        "matmul_gflops": turns.matmul_rates(int(options["threads"]), torch.float32),
     }
-    with rivals.fresh_adapter(options["model"]) as adapter:
+    with baselines.fresh_adapter(options["model"]) as adapter:
         report["systems"] = measure(options, adapter)
     print_table(report)
-    rivals.write_report(report, options["out"])
+    turns.write_report(report, options["out"])
     return None
 
 

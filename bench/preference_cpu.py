@@ -1,17 +1,17 @@
 """DPO on a CPU: Anvil beside trl's DPOTrainer, same weights, same adapters, same pairs, in one run.
 
     python bench/preference_cpu.py
-    python bench/preference_cpu.py steps=6 pairs=4 longest=320 threads=2 systems=anvil,trl,anvil:cached,trl:cached
+    python bench/preference_cpu.py steps=6 pairs=4 longest=320 threads=2 systems=anvil,trl
 
 Pairs of data/dpo_en_demo.json of at most `longest` tokens a side, LoRA r=8 on all linears, fp32, AdamW, beta
 0.1, no checkpointing on either side (trl's own default would compute each block twice). What a step holds:
-anvil         the reference's log-probabilities of these pairs, then the update: what a pair costs in a run of one epoch
+anvil         the reference's log-probabilities of these pairs, then the update: a pair in a run of one epoch
 anvil:cached  the update alone: further epochs, and every later run on the same data
 trl           trl's default: the reference inside each step
 trl:cached    trl with precompute_ref_log_probs: the update alone
-Each system lives in its own process (so peak memory is its own) and they take turns step by step. trl's part is its
-collator and its compute_loss with the same optimizer calls as ours, without the overhead of its Trainer. trl pads; only
-real tokens count. The losses of all steps are compared.
+Each system lives in its own process (so peak memory is its own) and they take turns step by step. trl's part
+is its collator and its compute_loss with the same optimizer calls as ours, without the overhead of its
+Trainer. trl pads; only real tokens count. The losses of all steps are compared.
 """
 
 import json
@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from bench import rivals  # noqa: E402
+from bench import baselines, turns  # noqa: E402
 from bench.measure import commit, cpu_name, read_options  # noqa: E402
 
 DEFAULTS = {"model": str(ROOT / "models/SmolLM2-135M-Instruct"), "steps": "6", "threads": "2", "pairs": "4"}
@@ -35,7 +35,7 @@ BETA = 0.1
 
 def make_groups(model_folder: str, options: dict, count: int) -> list[list[dict]]:
     """Micro-batches of {prompt_ids, chosen_ids, rejected_ids}."""
-    encode, longest, pairs = rivals.encoder(model_folder), int(options["longest"]), []
+    encode, longest, pairs = turns.encoder(model_folder), int(options["longest"]), []
     for row in json.loads((ROOT / "data/dpo_en_demo.json").read_text(encoding="utf-8")):
         sides = {}
         for side in ("chosen", "rejected"):
@@ -64,8 +64,8 @@ def anvil(folder: str, adapter: str, cached: bool):
     from stages.dpo import PairPreference, PreferenceOptions
     from stages.reference import Reference
 
-    model = rivals.our_model(folder, adapter, torch.float32)
-    update = rivals.our_update(model)
+    model = turns.our_model(folder, adapter, torch.float32)
+    update = turns.our_update(model)
     world = World(0, 1, 0, torch.device("cpu"))
     stage = PairPreference(PreferenceOptions(pref_beta=BETA), Reference(), world)
 
@@ -97,17 +97,17 @@ def trl(folder: str, adapter: str, cached: bool):
     from transformers import AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
-    model = rivals.peft_model(folder, adapter, torch.float32)
+    model = baselines.peft_model(folder, adapter, torch.float32)
     dummy = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
     with tempfile.TemporaryDirectory() as output:
         arguments = DPOConfig(
-            output_dir=output, beta=BETA, use_cpu=True, bf16=False, report_to=[], gradient_checkpointing=False,
-            max_length=None,
+            output_dir=output, beta=BETA, use_cpu=True, bf16=False, report_to=[], max_length=None,
+            gradient_checkpointing=False,
         )  # fmt: skip
         tokenizer = AutoTokenizer.from_pretrained(folder)
         trainer = DPOTrainer(model, args=arguments, train_dataset=dummy, processing_class=tokenizer)
     model = trainer.model.train()
-    update = rivals.torch_update(model)
+    update = baselines.torch_update(model)
 
     def step(pairs: list[dict]) -> dict[str, float]:
         trainer.precompute_ref_logps = False
@@ -129,23 +129,23 @@ def worker(system: str, options: dict, adapter: str) -> None:
     """Takes micro-batches, answers {seconds, loss, peak_gb}."""
     torch.set_num_threads(int(options["threads"]))
     name, _, kind = system.partition(":")
-    rivals.serve({"anvil": anvil, "trl": trl}[name](options["model"], adapter, kind == "cached"))
+    turns.serve({"anvil": anvil, "trl": trl}[name](options["model"], adapter, kind == "cached"))
 
 
 def measure(options: dict, adapter: str) -> dict:
-    groups = make_groups(options["model"], options, int(options["steps"]) + rivals.WARMUP_STEPS)
-    answers = rivals.take_turns(
-        rivals.start_workers(__file__, options["systems"].split(","), options, adapter), groups
+    groups = make_groups(options["model"], options, int(options["steps"]) + turns.WARMUP_STEPS)
+    answers = turns.take_turns(
+        turns.start_workers(__file__, options["systems"].split(","), options, adapter), groups
     )
     names = ("chosen_ids", "rejected_ids")
     tokens = [
         sum(2 * len(pair["prompt_ids"]) + sum(len(pair[name]) for name in names) for pair in pairs)
         for pairs in groups
-    ][rivals.WARMUP_STEPS :]
+    ][turns.WARMUP_STEPS :]
     result = {}
     for system, lines in answers.items():
         result[system] = {
-            **rivals.speeds(tokens, [line["seconds"] for line in lines[rivals.WARMUP_STEPS :]]),
+            **turns.speeds(tokens, [line["seconds"] for line in lines[turns.WARMUP_STEPS :]]),
             "peak_gb": lines[-1]["peak_gb"],
             "losses": [round(line["loss"], 6) for line in lines],
         }
@@ -166,12 +166,12 @@ def main(argv: list[str]) -> None:
         "machine": cpu_name(),
         "threads": int(options["threads"]),
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "peft", "trl")},
-        "matmul_gflops": rivals.matmul_rates(int(options["threads"]), torch.float32),
+        "matmul_gflops": turns.matmul_rates(int(options["threads"]), torch.float32),
     }
-    with rivals.fresh_adapter(options["model"]) as adapter:
+    with baselines.fresh_adapter(options["model"]) as adapter:
         report |= measure(options, adapter)
     print_table(report)
-    rivals.write_report(report, options["out"])
+    turns.write_report(report, options["out"])
     return None
 
 

@@ -1,7 +1,7 @@
 """What each quantised format costs in quality and saves in memory: perplexity, KL and bits a weight on a
 text.
 
-    python bench/quality.py                                  # SmolLM2-135M on wiki_demo.txt, all formats, minutes
+    python bench/quality.py                             # SmolLM2-135M on wiki_demo.txt, all formats, minutes
     python bench/quality.py only=nf4 tokens=2048 out=bench/results
 
 The parent is the model in fp32. Each format quantises it while it is read, GPTQ by export.py (calibrated on

@@ -1,8 +1,8 @@
 """Every stage beyond supervised training at work on a real model: what is measured on held-out data before
 and after.
 
-    python bench/stages.py                          # the recipes of configs/, about half an hour on one CPU core
-    python bench/stages.py only=dpo,kto out=bench/results     # takes the place of these cases' rows in stages_cpu.json
+    python bench/stages.py                      # the recipes of configs/, about half an hour on one CPU core
+    python bench/stages.py only=dpo,kto out=bench/results      # replaces these cases' rows in stages_cpu.json
     python bench/stages.py only=rm more="max_steps=5 seed=1"
 
 Each case is a recipe, evaluated as it starts (do_train=false), then trained and evaluated, in processes of

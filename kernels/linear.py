@@ -2,7 +2,7 @@
 
 Why a file for one matrix product: on x86 machines that are not Intel's, torch sends fp32 products to MKL,
 which there stays on its 256-bit path; oneDNN (already inside torch) runs the same product with 512-bit
-registers, measured 2.2 times as fast (bench/train_cpu.py prints both). The product is still true fp32. bf16
+registers, measured 2.2 times as fast (bench/train.py prints both). The product is still true fp32. bf16
 and fp16 go to oneDNN in any case.
 
 Casting here instead of under autocast keeps precision visible: parameters may be fp32 masters while x is

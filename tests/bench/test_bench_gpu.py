@@ -52,6 +52,12 @@ def test_all_parts_together_keep_the_promise():
     assert sum(part.quick_seconds + gpu.GRACE_SECONDS for part in gpu.PARTS) < 4 * 60
 
 
+def test_the_tests_of_all_kernels_are_run():
+    """A file of tests that moves is still found."""
+    files = {str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_triton_*.py")}
+    assert len(files) > 5 and files | {"tests/gpu"} <= set(gpu.test_command(9))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_make_gpu_says_so_and_fails():
     done = subprocess.run(["make", "gpu"], cwd=ROOT, capture_output=True, text=True)

@@ -1,8 +1,7 @@
-"""What the comparisons on a CPU share: systems in processes of their own that take turns, and the rivals'
-model.
+"""What the comparisons on a CPU share: systems in processes of their own that take turns, and our model.
 
-    workers = start_workers(__file__, ["anvil", "peft"], options, adapter)     # each runs worker(system, options, ...)
-    answers = take_turns(workers, requests)                                    # system -> one answer a request
+    workers = start_workers(__file__, ["anvil", "peft"], options, adapter)     # each: worker(system, ...)
+    answers = take_turns(workers, requests)                              # system -> one answer a request
     speeds(tokens, seconds)
 
 A script starts itself once more for each system (`--worker SYSTEM OPTIONS ...`), so the peak memory of each
@@ -16,16 +15,14 @@ import resource
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-RANK, ALPHA, LEARNING_RATE = 8, 16.0, 1e-4
+LEARNING_RATE = 1e-4  # of all systems
 WARMUP_STEPS = 2  # of a training; not counted
 READY = "ready"
 
@@ -138,7 +135,7 @@ def encoder(folder: str) -> Callable[[str, str], Any]:
     return encode
 
 
-# The model of both, and what follows a backward pass: gradients clipped to norm 1, AdamW
+# Our model, and what follows a backward pass: gradients clipped to norm 1, AdamW
 
 
 def our_model(folder: str, adapter: str, dtype: torch.dtype):
@@ -166,54 +163,6 @@ def our_update(model) -> Callable[[], None]:
 
     def update() -> None:
         clip_gradients(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return update
-
-
-@contextmanager
-def fresh_adapter(folder: str) -> Iterator[str]:
-    """A folder with a new adapter on this model, as peft starts and saves it."""
-    with tempfile.TemporaryDirectory() as adapter:
-        torch.manual_seed(0)
-        _new_peft_model(folder, torch.float32).save_pretrained(adapter)
-        yield adapter
-
-
-def peft_model(folder: str, adapter: str, dtype: torch.dtype):
-    """As our_model, in transformers and peft."""
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    if not adapter:
-        return _transformers_model(folder, dtype).train()
-    model = _new_peft_model(folder, dtype)
-    set_peft_model_state_dict(model, load_file(f"{adapter}/adapter_model.safetensors"))
-    return model.train()
-
-
-def _new_peft_model(folder: str, dtype: torch.dtype):
-    import peft
-
-    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    options = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=names)
-    return peft.get_peft_model(_transformers_model(folder, dtype), options)
-
-
-def _transformers_model(folder: str, dtype: torch.dtype):
-    import transformers
-
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
-
-
-def torch_update(model) -> Callable[[], None]:
-    """As our_update, in plain torch."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
-
-    def update() -> None:
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
