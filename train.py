@@ -28,7 +28,7 @@ from checkpoints.huggingface import restore_trained
 from data import DataOptions, TokenizedDataSaved
 from model import Decoder
 from options import config as configuration
-from options.errors import EXPECTED, StopRun, UserError, tell
+from options.errors import EXPECTED, StopRun, tell
 from parallel.world import GradientSum, World, clip_gradients
 from pipeline.batch import Batch
 from pipeline.prefetch import ahead
@@ -76,8 +76,6 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:  # in the loop a signal is noted, and ends it with a checkpoint
         print("train.py: interrupted before the first update; nothing was trained", file=sys.stderr)
         return 128 + signal.SIGINT
-    except ValueError as error:  # until every file of the rooms raises UserError for what a user causes
-        return tell(parallel.world.name_of_rank("train.py"), UserError(str(error)))
     except EXPECTED as error:
         return tell(parallel.world.name_of_rank("train.py"), error)
     finally:

@@ -56,7 +56,7 @@ def test_what_is_no_mistake_of_the_user_keeps_its_traceback(capsys):
     assert exit_status("train.py", lambda: 7) == 7
 
 
-@pytest.mark.parametrize("program", ["chat", "export", "data"])
+@pytest.mark.parametrize("program", ["chat", "export", "data", "train"])
 def test_a_bug_in_the_way_of_a_program_keeps_its_traceback(program, monkeypatch, tmp_path):
     """numpy's own ValueError, planted where the program begins to work; and a mistake there is told."""
     place, words = {
