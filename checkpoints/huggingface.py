@@ -109,7 +109,7 @@ def load_model(
         elif quantization is not None and owner in inside:
             try:
                 layer = quantization.quantise(value.to(device), None, dtype)
-            except ValueError as error:
+            except UserError as error:
                 raise UserError(f"{folder}: tensor {to_hf_name(config, name)}: {error}") from error
             replace_module(model, owner, layer)
         else:
@@ -230,7 +230,7 @@ class _Packed:
         bias = self._bias(owner, held, file)
         try:
             return self.format.read(held, self.known[f"{owner}.weight"], bias, self.dtype)
-        except ValueError as error:
+        except UserError as error:
             raise UserError(f"{file}: tensor {to_hf_name(self.config, owner)}.{error}") from error
 
     def _bias(self, owner: str, held: dict[str, Tensor], file: Path) -> Tensor | None:

@@ -37,7 +37,7 @@ def _bitsandbytes(settings: dict) -> Format:
         return int8.from_config(settings)
     if settings.get("load_in_4bit"):
         return nf4.from_config(settings)
-    raise ValueError("load_in_4bit and load_in_8bit are not true; use a 4-bit, 8-bit or 16-bit release")
+    raise UserError("load_in_4bit and load_in_8bit are not true; use a 4-bit, 8-bit or 16-bit release")
 
 
 METHODS = {  # quant_method of config.json: quantization_config -> Format, ValueError starting with the key
@@ -107,7 +107,7 @@ class QuantOptions:
 
 
 def from_options(options: QuantOptions) -> Format | None:
-    """The format that the options ask for, None for a model that is not quantised. Raises ValueError."""
+    """The format that the options ask for, None for a model that is not quantised. Raises UserError."""
     return in_bits(options.quantization_bit, options, "quantization_bit")
 
 
@@ -123,19 +123,19 @@ def in_bits(bits: int | None, options: QuantOptions, key: str) -> Format | None:
 
 
 def from_config(settings: dict) -> Format:
-    """The format of a checkpoint with this quantization_config. Raises ValueError naming the key."""
+    """The format of a checkpoint with this quantization_config. Raises UserError naming the key."""
     method = settings.get("quant_method", "unknown")
     if "quant_method" not in settings and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
         method = NF4Format.method  # older files do not say
     try:
         if not isinstance(method, str) or method not in METHODS:
-            raise ValueError(f"quant_method {method!r} is not known; use a 16-bit release")
+            raise UserError(f"quant_method {method!r} is not known; use a 16-bit release")
         _check_kinds(settings, method)
         return METHODS[method](settings)
     except KeyError as error:
-        raise ValueError(f"config.json: quantization_config.{error.args[0]} is missing") from error
-    except ValueError as error:
-        raise ValueError(f"config.json: quantization_config.{error}") from error
+        raise UserError(f"config.json: quantization_config.{error.args[0]} is missing") from error
+    except UserError as error:
+        raise UserError(f"config.json: quantization_config.{error}") from error
 
 
 def _check_kinds(settings: dict, method: str) -> None:
@@ -143,6 +143,6 @@ def _check_kinds(settings: dict, method: str) -> None:
         if key in WHOLE_NUMBERS:
             all_in_one = value is None and key == "group_size" and method == "hqq"
             if not all_in_one and (isinstance(value, bool) or not isinstance(value, int)):
-                raise ValueError(f"{key}: {value!r} is not a whole number")
+                raise UserError(f"{key}: {value!r} is not a whole number")
         elif isinstance(value, dict):
             _check_kinds(value, method)

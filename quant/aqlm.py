@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from options.errors import UserError
 from quant.linear import Format, QuantLinear, refuse_others, row_chunks, take, take_finite
 
 
@@ -30,7 +31,7 @@ class AQLMFormat(Format):
 
     def __post_init__(self):
         if not 1 <= self.code_bits <= 16:
-            raise ValueError(f"nbits_per_codebook: {self.code_bits} is not from 1 to 16")
+            raise UserError(f"nbits_per_codebook: {self.code_bits} is not from 1 to 16")
         sizes = {
             "num_codebooks": self.codebooks,
             "in_group_size": self.in_group,
@@ -38,14 +39,14 @@ class AQLMFormat(Format):
         }
         for key, value in sizes.items():
             if value < 1:
-                raise ValueError(f"{key}: {value} is not at least 1")
+                raise UserError(f"{key}: {value} is not at least 1")
 
     def read(self, tensors, shape, bias, dtype) -> "AQLMLinear":
         outputs, inputs = shape
         refuse_others(tensors, ("codes", "codebooks", "scales"))
         if outputs % self.out_group or inputs % self.in_group:
             vector = f"{self.out_group} x {self.in_group}"
-            raise ValueError(f"codes: {outputs} x {inputs} weights do not divide into vectors of {vector}")
+            raise UserError(f"codes: {outputs} x {inputs} weights do not divide into vectors of {vector}")
         shape = (outputs // self.out_group, inputs // self.in_group, self.codebooks)
         codes = take(tensors, "codes", shape, [torch.int8 if self.code_bits <= 8 else torch.int16])
         vectors = (self.codebooks, 2**self.code_bits, self.out_group, self.in_group)
@@ -53,7 +54,7 @@ class AQLMFormat(Format):
         scales = take_finite(tensors, "scales", (shape[0], 1, 1, 1))
         low, high = int(codes.min()), int(codes.max())
         if low < -(2 ** (self.code_bits - 1)) or high >= 2**self.code_bits:
-            raise ValueError(
+            raise UserError(
                 f"codes holds {low} to {high}, more than the {self.code_bits} bits of config.json"
             )
         return AQLMLinear(self, codes.clone(), books.clone(), scales.clone(), bias, dtype)
@@ -104,7 +105,7 @@ def _unsigned(codes: Tensor, bits: int) -> Tensor:
 
 
 def from_config(settings: dict) -> AQLMFormat:
-    """The format of a checkpoint's quantization_config. Raises ValueError starting with the key."""
+    """The format of a checkpoint's quantization_config. Raises UserError starting with the key."""
     return AQLMFormat(
         codebooks=settings.get("num_codebooks", 1),
         code_bits=settings.get("nbits_per_codebook", 16),

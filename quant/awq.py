@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from options.errors import UserError
 from quant.grouped import GroupedLinear, pack, unpack
 from quant.linear import Format, refuse_others, take, take_finite
 
@@ -31,13 +32,13 @@ class AWQFormat(Format):
 
     def __post_init__(self):
         if self.group_size != -1 and self.group_size < 1:
-            raise ValueError(f"group_size: {self.group_size} is neither -1 nor above 0")
+            raise UserError(f"group_size: {self.group_size} is neither -1 nor above 0")
 
     def read(self, tensors, shape, bias, dtype) -> "AWQLinear":
         outputs, inputs = shape
         refuse_others(tensors, ("qweight", "qzeros", "scales"))
         if inputs % 8 or outputs % 8:
-            raise ValueError(f"qweight: 4-bit codes of {outputs} x {inputs} weights do not fill 32-bit words")
+            raise UserError(f"qweight: 4-bit codes of {outputs} x {inputs} weights do not fill 32-bit words")
         groups = 1 if self.group_size == -1 else math.ceil(inputs / self.group_size)
         words = take(tensors, "qweight", (inputs, outputs // 8), [torch.int32])
         zeros = take(tensors, "qzeros", (groups, outputs // 8), [torch.int32])
@@ -81,7 +82,7 @@ def _reordered(values: Tensor, order: tuple[int, ...]) -> Tensor:
 
 
 def from_config(settings: dict) -> AWQFormat:
-    """The format of a checkpoint's quantization_config. Raises ValueError starting with the key."""
+    """The format of a checkpoint's quantization_config. Raises UserError starting with the key."""
     wanted = {"bits": 4, "version": "gemm", "zero_point": True}
     found = {
         "bits": settings.get("bits", settings.get("w_bit", 4)),
@@ -90,5 +91,5 @@ def from_config(settings: dict) -> AWQFormat:
     }
     for key, value in wanted.items():
         if found[key] != value:
-            raise ValueError(f"{key}: {found[key]!r} is not read, {value!r} is")
+            raise UserError(f"{key}: {found[key]!r} is not read, {value!r} is")
     return AWQFormat(settings.get("group_size", settings.get("q_group_size", 128)))

@@ -21,6 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from options.errors import UserError
 from quant.grouped import GroupedLinear, pack, unpack
 from quant.linear import Format, refuse_others, take, take_finite
 
@@ -45,11 +46,11 @@ class GPTQFormat(Format):
 
     def __post_init__(self):
         if self.bits not in BITS:
-            raise ValueError(f"bits: {self.bits}; GPTQ has 2, 3, 4 and 8")
+            raise UserError(f"bits: {self.bits}; GPTQ has 2, 3, 4 and 8")
         if self.group_size != -1 and self.group_size < 1:
-            raise ValueError(f"group_size: {self.group_size} is neither -1 nor above 0")
+            raise UserError(f"group_size: {self.group_size} is neither -1 nor above 0")
         if self.version not in ("gptq", "gptq_v2"):
-            raise ValueError(f"checkpoint_format: {self.version!r} is not read; gptq and gptq_v2 are")
+            raise UserError(f"checkpoint_format: {self.version!r} is not read; gptq and gptq_v2 are")
 
     def groups(self, in_features: int) -> int:
         return 1 if self.group_size == -1 else math.ceil(in_features / self.group_size)
@@ -58,7 +59,7 @@ class GPTQFormat(Format):
         outputs, inputs = shape
         refuse_others(tensors, ("qweight", "qzeros", "scales", "g_idx"))
         if inputs * self.bits % 32 or outputs * self.bits % 32:
-            raise ValueError(
+            raise UserError(
                 f"qweight: {self.bits}-bit codes of {outputs} x {inputs} weights do not fill 32-bit words"
             )
         groups = self.groups(inputs)
@@ -70,11 +71,9 @@ class GPTQFormat(Format):
             group_of = take(tensors, "g_idx", (inputs,), [torch.int32, torch.int64]).int()
             low, high = int(group_of.min()), int(group_of.max())
             if low < 0 or high >= groups:
-                raise ValueError(
-                    f"g_idx names groups {low} to {high}; config.json asks for 0 to {groups - 1}"
-                )
+                raise UserError(f"g_idx names groups {low} to {high}; config.json asks for 0 to {groups - 1}")
         elif self.desc_act and groups > 1:
-            raise ValueError(
+            raise UserError(
                 "g_idx is missing, which says the order of inputs (desc_act); fetch the checkpoint again"
             )
         if self.version == "gptq":
@@ -92,7 +91,7 @@ class GPTQFormat(Format):
         for zeros in (one_by_one, by_words):
             if (unpack(zeros, 3) == 4).all():
                 return zeros
-        raise ValueError(
+        raise UserError(
             "qzeros is not that of a symmetric 3-bit layer (sym in config.json): not all zeros are 4"
         )
 
@@ -134,12 +133,12 @@ class GPTQLinear(GroupedLinear):
         group_of (in,): the group of each input, None for groups in a row. zeros None: symmetric, the middle,
         2^(bits - 1).
 
-        Scales are kept in fp16, as GPTQ's loaders hold them. Raises ValueError where the numbers do not fit.
+        Scales are kept in fp16, as GPTQ's loaders hold them. Raises UserError where the numbers do not fit.
         """
         outputs, inputs = codes.shape
         groups, bits = format.groups(inputs), format.bits
         if inputs % 32 or outputs % 32:
-            raise ValueError(
+            raise UserError(
                 f"GPTQ packs multiples of 32 inputs and outputs; this linear has {inputs} and {outputs}"
             )
         if zeros is None:
@@ -157,7 +156,7 @@ class GPTQLinear(GroupedLinear):
                 )
         scales = scales.T.to(torch.float16).contiguous()
         if not scales.isfinite().all():
-            raise ValueError("scales: too large for fp16, in which a GPTQ checkpoint holds them")
+            raise UserError("scales: too large for fp16, in which a GPTQ checkpoint holds them")
         group_of = None if group_of is None else group_of.int()
         return cls(format, pack(codes, bits), pack(zeros.T, bits), scales, group_of, bias, dtype)
 
@@ -179,13 +178,11 @@ class GPTQLinear(GroupedLinear):
 
 
 def from_config(settings: dict) -> GPTQFormat:
-    """The format of a checkpoint's quantization_config. Raises ValueError starting with the key."""
+    """The format of a checkpoint's quantization_config. Raises UserError starting with the key."""
     if settings.get("dynamic"):
-        raise ValueError(
-            "dynamic: settings of single modules are not read; quantise with one setting for all"
-        )
+        raise UserError("dynamic: settings of single modules are not read; quantise with one setting for all")
     if settings.get("pack_dtype", "int32") != "int32":
-        raise ValueError(f"pack_dtype: {settings['pack_dtype']} is not read; int32 is")
+        raise UserError(f"pack_dtype: {settings['pack_dtype']} is not read; int32 is")
     maker = (settings.get("meta") or {}).get("quantizer") or ()
     return GPTQFormat(
         bits=settings["bits"],

@@ -72,7 +72,7 @@ class Hessian:
 
     @torch.no_grad()
     def add(self, x: Tensor) -> None:
-        """x (T, in). Raises ValueError for NaN and infinity."""
+        """x (T, in). Raises UserError for NaN and infinity."""
         x = x.to(self.matrix.dtype)
         product = matmul_transposed(x.T, x.T)  # (in, in)
         if not torch.isfinite(product.diagonal()).all():
@@ -87,7 +87,7 @@ class Hessian:
 def solve(weight: Tensor, hessian: Hessian, options: GPTQOptions) -> Integers:
     """weight (out, in) of any float dtype -> integers, computed in the Hessian's dtype on its device.
 
-    Raises ValueError for weights that are not finite or too large for an fp16 scale, and for a Hessian that
+    Raises UserError for weights that are not finite or too large for an fp16 scale, and for a Hessian that
     cannot be factored.
     """
     matrix = hessian.matrix

@@ -63,11 +63,11 @@ class HQQFormat(Format):
 
     def __post_init__(self):
         if self.bits not in PACKED:
-            raise ValueError(f"nbits: {self.bits}; HQQ has 8, 6, 5, 4, 3, 2 and 1")
+            raise UserError(f"nbits: {self.bits}; HQQ has 8, 6, 5, 4, 3, 2 and 1")
         if self.axis not in (0, 1):
-            raise ValueError(f"axis: {self.axis} is neither 0 nor 1")
+            raise UserError(f"axis: {self.axis} is neither 0 nor 1")
         if self.group_size is not None and self.group_size < 1:
-            raise ValueError(f"group_size: {self.group_size} is not above 0")
+            raise UserError(f"group_size: {self.group_size} is not above 0")
 
     def quantise(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> "HQQLinear":
         if not weight.isfinite().all():
@@ -95,17 +95,15 @@ class HQQFormat(Format):
         for group in (wanted, 32, 16, 8):
             if group <= wanted and size % (group * count) == 0:
                 return group
-        raise ValueError(f"its {size} weights do not divide into groups of 8 that pack at {self.bits} bits")
+        raise UserError(f"its {size} weights do not divide into groups of 8 that pack at {self.bits} bits")
 
     def read(self, tensors, shape, bias, dtype) -> "HQQLinear":
         refuse_others(tensors, ("W_q", "scale", "zero", *SETTINGS))
         for name in ("quant_scale", "quant_zero"):
             if _number(tensors, name, 0):
-                raise ValueError(
-                    f"{name} is set: scales and zeros that are quantised themselves are not read"
-                )
+                raise UserError(f"{name} is set: scales and zeros that are quantised themselves are not read")
         if "shape" in tensors and tuple(tensors["shape"].tolist()) != shape:
-            raise ValueError(f"shape holds {tuple(tensors['shape'].tolist())}, config.json asks for {shape}")
+            raise UserError(f"shape holds {tuple(tensors['shape'].tolist())}, config.json asks for {shape}")
         layer = HQQFormat(
             _number(tensors, "nbits", self.bits),
             _number(tensors, "group_size", self.group_size),
@@ -114,7 +112,7 @@ class HQQFormat(Format):
         group = layer.group_size or shape[layer.axis]
         layer, count = HQQFormat(layer.bits, group, layer.axis), math.prod(shape) // group
         if count * group != math.prod(shape):
-            raise ValueError(f"group_size: {shape} weights do not divide into groups of {group}")
+            raise UserError(f"group_size: {shape} weights do not divide into groups of {group}")
         codes = tensors.get("W_q")
         if (
             codes is not None and codes.is_floating_point()
@@ -127,7 +125,7 @@ class HQQFormat(Format):
         wanted = (math.ceil(rows / PACKED[layer.bits]), columns)
         codes = take(tensors, "W_q", wanted, [torch.int32 if layer.bits == 3 else torch.uint8])
         if layer.bits != 3 and rows % PACKED[layer.bits]:
-            raise ValueError(f"W_q: {rows} rows of codes do not pack at {layer.bits} bits")
+            raise UserError(f"W_q: {rows} rows of codes do not pack at {layer.bits} bits")
         place = (count, 1) if layer.axis == 1 else (1, count)
         scale, zero = (take_finite(tensors, name, place).clone() for name in ("scale", "zero"))
         return HQQLinear(self, layer, shape, codes.clone(), scale, zero, bias, dtype)
@@ -257,18 +255,18 @@ def _number(tensors: dict[str, Tensor], name: str, default: int | None) -> int |
     if name not in tensors:
         return default
     if tensors[name].numel() != 1:
-        raise ValueError(f"{name} is of shape {tuple(tensors[name].shape)}, not one number")
+        raise UserError(f"{name} is of shape {tuple(tensors[name].shape)}, not one number")
     return int(tensors[name])
 
 
 def from_config(settings: dict) -> HQQFormat:
-    """The format of a checkpoint's quantization_config. Raises ValueError starting with the key."""
+    """The format of a checkpoint's quantization_config. Raises UserError starting with the key."""
     given = settings["quant_config"]
     if isinstance(given, dict) and "weight_quant_params" not in given:
         given = next(iter(given.values()), {})  # one for each kind of layer, which the layers' tensors repeat
     if not isinstance(given, dict):
-        raise ValueError(f"quant_config: {given!r} is not an object of keys and values")
+        raise UserError(f"quant_config: {given!r} is not an object of keys and values")
     weights = given["weight_quant_params"]
     if not isinstance(weights, dict):
-        raise ValueError(f"quant_config.weight_quant_params: {weights!r} is not an object of keys and values")
+        raise UserError(f"quant_config.weight_quant_params: {weights!r} is not an object of keys and values")
     return HQQFormat(weights["nbits"], weights.get("group_size", 64), weights.get("axis", 1))

@@ -88,7 +88,7 @@ class EETQFormat(Format):
         scales = take_finite(tensors, "weight_scales", (outputs,), [torch.float16, torch.float32])
         refuse_others(tensors, ("weight", "weight_scales"))
         if inputs % TILE or outputs % 2:
-            raise ValueError(
+            raise UserError(
                 f"weight has {inputs} inputs and {outputs} outputs; EETQ's are multiples of {TILE} and 2"
             )
         absmax = _positive("weight_scales", scales.float() * LEVELS)
@@ -178,9 +178,9 @@ def from_config(settings: dict) -> Int8Format:
     """Of bitsandbytes' quantization_config with load_in_8bit. ValueError starting with the key."""
     threshold = settings.get("llm_int8_threshold", 6.0)
     if not isinstance(threshold, int | float) or threshold < 0:
-        raise ValueError(f"llm_int8_threshold: {threshold!r} is no number of at least 0")
+        raise UserError(f"llm_int8_threshold: {threshold!r} is no number of at least 0")
     if settings.get("llm_int8_has_fp16_weight"):
-        raise ValueError(
+        raise UserError(
             "llm_int8_has_fp16_weight is true: the weights are 16 bit; take quantization_config out"
         )
     return Int8Format(float(threshold))
@@ -196,7 +196,7 @@ def quantise_rows(weight: Tensor, scale_dtype: torch.dtype = torch.float32) -> t
     if scale_dtype is not torch.float32:
         absmax = (absmax / LEVELS).to(scale_dtype).float() * LEVELS
     if not torch.isfinite(absmax).all():
-        raise ValueError(
+        raise UserError(
             "the weight holds numbers that are not finite (or too large for fp16); it cannot be quantised"
         )
     factor = torch.where(absmax > 0, LEVELS / absmax, 0.0)[:, None]  # rows of zeros: codes 0
@@ -281,5 +281,5 @@ def from_eetq_order(order: Tensor) -> Tensor:
 
 def _positive(name: str, scales: Tensor) -> Tensor:
     if (scales < 0).any():
-        raise ValueError(f"{name} holds negative scales; the file is damaged, fetch it again")
+        raise UserError(f"{name} holds negative scales; the file is damaged, fetch it again")
     return scales

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import kernels
+from options.errors import UserError
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)  # what scales of a checkpoint may be
 NOT_FINITE = "holds NaN or infinity; the file is damaged, fetch it again"
@@ -153,7 +154,7 @@ class Format:
     def quantise(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> QuantLinear:
         """A layer from the dense weight (out, in), on its device; dtype is that of the values. ValueError if
         it cannot be."""
-        raise ValueError(f"quantization_method: {self.method} needs a checkpoint that is quantised already")
+        raise UserError(f"quantization_method: {self.method} needs a checkpoint that is quantised already")
 
     def read(
         self, tensors: dict[str, Tensor], shape: tuple[int, int], bias: Tensor | None, dtype: torch.dtype
@@ -192,12 +193,12 @@ def take(
     """The tensor of this name, with this shape and one of these dtypes; ValueError says what was found
     instead."""
     if name not in tensors:
-        raise ValueError(f"{name} is missing; the checkpoint is incomplete, fetch it again")
+        raise UserError(f"{name} is missing; the checkpoint is incomplete, fetch it again")
     tensor, shape, dtypes = tensors[name], tuple(shape), tuple(dtypes)
     if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
         wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         found = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
-        raise ValueError(f"{name} is {found}; config.json asks for {wanted} {shape}")
+        raise UserError(f"{name} is {found}; config.json asks for {wanted} {shape}")
     return tensor
 
 
@@ -207,7 +208,7 @@ def take_finite(
     """`take`, and ValueError for NaN and infinity."""
     tensor = take(tensors, name, shape, dtypes)
     if not tensor.isfinite().all():
-        raise ValueError(f"{name} {NOT_FINITE}")
+        raise UserError(f"{name} {NOT_FINITE}")
     return tensor
 
 
@@ -215,7 +216,7 @@ def refuse_others(tensors: Iterable[str], known: Iterable[str]) -> None:
     """ValueError for a tensor that is no part of a layer of this format."""
     for name in tensors:
         if name not in known:
-            raise ValueError(f"{name} has no place in a layer that is quantised as config.json says")
+            raise UserError(f"{name} has no place in a layer that is quantised as config.json says")
 
 
 def row_chunks(out: Tensor) -> Iterator[slice]:

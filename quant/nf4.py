@@ -105,10 +105,10 @@ def from_config(settings: dict) -> NF4Format:
     key."""
     table = settings.get("bnb_4bit_quant_type", "fp4")  # transformers' default
     if not isinstance(table, str) or table not in TABLES:
-        raise ValueError(f"bnb_4bit_quant_type {table!r} is not one of nf4, fp4")
+        raise UserError(f"bnb_4bit_quant_type {table!r} is not one of nf4, fp4")
     dense = settings.get("llm_int8_skip_modules")
     if dense is not None and not (isinstance(dense, list) and all(isinstance(name, str) for name in dense)):
-        raise ValueError(f"llm_int8_skip_modules {dense!r} is not a list of names")
+        raise UserError(f"llm_int8_skip_modules {dense!r} is not a list of names")
     double = bool(settings.get("bnb_4bit_use_double_quant", False))
     return NF4Format(table, double, None if dense is None else tuple(dict.fromkeys([*dense, HEAD])))
 
@@ -218,7 +218,7 @@ def quantise_4bit(weight: Tensor, table: str) -> tuple[Tensor, Tensor]:
     """weight -> codes (ceil(numel / 2),) uint8 and absmax (blocks,) fp32: each weight's nearest entry of the
     table.
 
-    Raises ValueError if a weight is not finite.
+    Raises UserError if a weight is not finite.
     """
     flat, count, device = weight.reshape(-1), weight.numel(), weight.device
     codes = torch.empty((count + 1) // 2, dtype=torch.uint8, device=device)
@@ -388,14 +388,14 @@ def read_layer(
     states = [name for name in tensors if name.startswith(STATE)]
     if len(states) != 1 or states[0].removeprefix(STATE) not in TABLES:
         found = ", ".join(states) or "none"
-        raise ValueError(f"{STATE}nf4 or ...fp4: found {found}, expected one; the checkpoint is incomplete")
+        raise UserError(f"{STATE}nf4 or ...fp4: found {found}, expected one; the checkpoint is incomplete")
     state, table = _read_state(states[0], tensors[states[0]], shape), states[0].removeprefix(STATE)
     if "weight" not in tensors:
-        raise ValueError("weight is missing; the checkpoint is incomplete, fetch it again")
+        raise UserError("weight is missing; the checkpoint is incomplete, fetch it again")
     codes = _read_codes(tensors["weight"], count)
     found = take(tensors, "weight.quant_map", (16,), [torch.float32])
     if not torch.allclose(found, table_tensor(table, found.device), rtol=0, atol=1e-6):
-        raise ValueError(f"weight.quant_map holds other levels than those of {table}")
+        raise UserError(f"weight.quant_map holds other levels than those of {table}")
     double = "weight.absmax" in tensors and tensors["weight.absmax"].dtype is torch.uint8
     absmax = take_finite(
         tensors, "weight.absmax", (blocks,), [torch.uint8 if double else torch.float32]
@@ -407,7 +407,7 @@ def read_layer(
         ).clone()
         numbers = take_finite(tensors, "weight.nested_quant_map", (256,), [torch.float32])
         if "nested_offset" not in state:
-            raise ValueError(f"{states[0]}: nested_offset is missing, which scales in 8 bits need")
+            raise UserError(f"{states[0]}: nested_offset is missing, which scales in 8 bits need")
         offset = torch.tensor(state["nested_offset"], dtype=torch.float32, device=absmax.device)
         scales = Scales(absmax, nested, offset, numbers.numpy().tobytes())
         known += ["weight.nested_absmax", "weight.nested_quant_map"]
@@ -420,33 +420,33 @@ def _read_codes(weight: Tensor, count: int) -> Tensor:
     found = f"{str(weight.dtype).removeprefix('torch.')} {tuple(weight.shape)}"
     wanted = f"{(count + 1) // 2} bytes of codes, two weights each"
     if weight.dtype not in STORAGE:
-        raise ValueError(f"weight is {found}, expected {wanted}")
+        raise UserError(f"weight is {found}, expected {wanted}")
     codes = weight.reshape(-1).view(torch.uint8)
     if len(codes) != (count + 1) // 2:
-        raise ValueError(f"weight is {found}: {len(codes)} bytes; config.json asks for {wanted}")
+        raise UserError(f"weight is {found}: {len(codes)} bytes; config.json asks for {wanted}")
     return codes.clone()
 
 
 def _read_state(name: str, packed: Tensor, shape: tuple[int, int]) -> dict:
     """The settings that bitsandbytes stores as JSON in a tensor of bytes."""
     if packed.dtype is not torch.uint8 or packed.dim() != 1:
-        raise ValueError(
+        raise UserError(
             f"{name} is {packed.dtype} {tuple(packed.shape)}, expected the bytes of a JSON object"
         )
     try:
         state = json.loads(packed.numpy().tobytes().decode("utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{name} is not JSON ({error}); the file is damaged, fetch it again") from error
+        raise UserError(f"{name} is not JSON ({error}); the file is damaged, fetch it again") from error
     if not isinstance(state, dict):
-        raise ValueError(f"{name} holds a {type(state).__name__}, expected an object")
+        raise UserError(f"{name} holds a {type(state).__name__}, expected an object")
     expected = {"quant_type": name.removeprefix(STATE), "blocksize": BLOCK, "shape": list(shape)}
     if "nested_blocksize" in state:
         expected |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32"}
     for key, value in expected.items():
         if state.get(key) != value:
-            raise ValueError(f"{name}: {key} is {state.get(key)!r}; only {value!r} fits here")
+            raise UserError(f"{name}: {key} is {state.get(key)!r}; only {value!r} fits here")
     if "nested_blocksize" in state:
         offset = state.get("nested_offset")
         if not isinstance(offset, float | int) or not math.isfinite(offset):
-            raise ValueError(f"{name}: nested_offset is {offset!r}, expected a number")
+            raise UserError(f"{name}: nested_offset is {offset!r}, expected a number")
     return state
