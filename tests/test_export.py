@@ -257,8 +257,12 @@ def test_a_run_folder_alone_from_the_command_line(untied, tmp_path):
     ]
     done = subprocess.run(
         [*command, "--export_legacy_format", "False", "finetuning_type=lora"],
-        cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     with torch.no_grad():
         assert_equal_logits(logits_of(tmp_path / "out"), adapted(TOKENS).logits)
@@ -302,11 +306,22 @@ def test_a_full_disk_leaves_the_earlier_export_and_no_rest(untied, tmp_path):
     before = {path.name: path.read_bytes() for path in target.iterdir()}
     code = "import sys, export; sys.exit(export.main(sys.argv[1:]))"
     done = subprocess.run(
-        [sys.executable, "-c", code, f"model_name_or_path={folder}", f"export_dir={target}", "export_size=1e-4"],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
+        [
+            sys.executable,
+            "-c",
+            code,
+            f"model_name_or_path={folder}",
+            f"export_dir={target}",
+            "export_size=1e-4",
+        ],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
         # files may not grow beyond this: the write fails as on a full disk
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)),
-    )  # fmt: skip
+    )
     assert done.returncode == 1, done.stderr
     assert (
         "could not be written" in done.stderr
@@ -375,8 +390,8 @@ def test_the_model_is_never_held_as_a_whole(untied, tmp_path):
     assert model_bytes > 150e6
 
     def words(model, adapter, target) -> str:
-        paths = f"model_name_or_path={model} adapter_name_or_path={tmp_path / adapter} export_dir={tmp_path / target}"
-        return f"{paths} export_size={shard_gigabytes}"
+        paths = f"model_name_or_path={model} adapter_name_or_path={tmp_path / adapter}"
+        return f"{paths} export_dir={tmp_path / target} export_size={shard_gigabytes}"
 
     small_export, large_export = (
         words(folder, "small-adapter", "small"),
@@ -384,8 +399,12 @@ def test_the_model_is_never_held_as_a_whole(untied, tmp_path):
     )
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, small_export, large_export],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     growth = int(done.stdout.split("GROWTH")[1])
     # a shard, its bytes on the way to the file, and one tensor being merged

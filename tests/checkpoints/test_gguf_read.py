@@ -167,9 +167,16 @@ def write_gguf(path, model, architecture, vocabulary, *, kind=Kind.F32, extra=No
 
 
 SIZES = {
-    "vocab_size": 304, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "initializer_range": 0.2,
-}  # fmt: skip
+    "vocab_size": 304,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+}
 
 
 def tiny(family="Llama", **changes):
@@ -277,15 +284,25 @@ SCALINGS = {
     "linear, old key": ({"rope_type": "linear", "factor": 2.0}, {"llama.rope.scale_linear": 2.0}),
     "yarn": (
         {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
-        {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0,
-         "llama.rope.scaling.original_context_length": 128, "llama.rope.scaling.attn_factor": 1.0},
+        {
+            "llama.rope.scaling.type": "yarn",
+            "llama.rope.scaling.factor": 4.0,
+            "llama.rope.scaling.original_context_length": 128,
+            "llama.rope.scaling.attn_factor": 1.0,
+        },
     ),
     "llama3": ({"rope_type": "llama3", **LLAMA3}, {}),
     "llama3, unusual": (
-        {"rope_type": "llama3", "factor": 5.0, "low_freq_factor": 2.0, "high_freq_factor": 16.0,
-         "original_max_position_embeddings": 3000}, {},
+        {
+            "rope_type": "llama3",
+            "factor": 5.0,
+            "low_freq_factor": 2.0,
+            "high_freq_factor": 16.0,
+            "original_max_position_embeddings": 3000,
+        },
+        {},
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", SCALINGS)
@@ -424,7 +441,7 @@ def split(regex):
 
 
 def published(pre):
-    """The splitting rule of a family as transformers and tokenizers have it, not as gguf_tokenizer.py has
+    """The splitting rule of a family as transformers and tokenizers have it, not as read_tokenizer.py has
     it."""
     if pre == "gpt-2":
         return gpt2_split()
@@ -495,11 +512,20 @@ def train_sentencepiece(folder, prefix):
         "\n".join([TEXTS[0], TEXTS[2], TEXTS[3], TEXTS[6]] * 4), encoding="utf-8"
     )
     sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text.txt"), model_prefix=str(folder / "m"), model_type="bpe", vocab_size=420,
-        byte_fallback=True, character_coverage=1.0, normalization_rule_name="identity", add_dummy_prefix=prefix,
-        remove_extra_whitespaces=False, user_defined_symbols=["<tool>"], control_symbols=["<turn>"],
-        minloglevel=2, num_threads=1,
-    )  # fmt: skip
+        input=str(folder / "text.txt"),
+        model_prefix=str(folder / "m"),
+        model_type="bpe",
+        vocab_size=420,
+        byte_fallback=True,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        add_dummy_prefix=prefix,
+        remove_extra_whitespaces=False,
+        user_defined_symbols=["<tool>"],
+        control_symbols=["<turn>"],
+        minloglevel=2,
+        num_threads=1,
+    )
     return sentencepiece.SentencePieceProcessor(model_file=str(folder / "m.model"))
 
 
@@ -634,9 +660,13 @@ def test_an_empty_folder_and_what_a_killed_one_left_are_fine(whole_file, tmp_pat
     (temporary_name(folder) / "config.json").write_text("half")
     gguf_read.convert(whole_file, folder)
     assert sorted(file.name for file in folder.iterdir()) == [
-        "config.json", "generation_config.json", "model.safetensors", "special_tokens_map.json", "tokenizer.json",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "special_tokens_map.json",
+        "tokenizer.json",
         "tokenizer_config.json",
-    ]  # fmt: skip
+    ]
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
@@ -666,11 +696,13 @@ BAD_KEYS = {
     "'longrope' is not one of none, linear, yarn": {"llama.rope.scaling.type": "longrope"},
     "lacks llama.rope.scaling.factor": {"llama.rope.scaling.type": "linear"},
     "yarn_log_multiplier: 0.1": {
-        "llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 2.0,
-        "llama.rope.scaling.original_context_length": 64, "llama.rope.scaling.yarn_log_multiplier": 0.1,
+        "llama.rope.scaling.type": "yarn",
+        "llama.rope.scaling.factor": 2.0,
+        "llama.rope.scaling.original_context_length": 64,
+        "llama.rope.scaling.yarn_log_multiplier": 0.1,
     },
     "one of 3 parts": {"split.count": 3},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("match", BAD_KEYS)

@@ -40,7 +40,7 @@ VOCABULARY = {
 }  # the tokenizers have ids of their own
 LLAMA_CPP = pytest.mark.skipif(
     util.find_spec("llama_cpp") is None,
-    reason="llama.cpp is not there; `pip install llama-cpp-python` builds it (cmake, a C++ compiler, some minutes)",
+    reason="llama.cpp is not there; `pip install llama-cpp-python` builds it (cmake, a C++ compiler)",
 )
 
 
@@ -176,17 +176,26 @@ def test_what_a_block_cannot_hold_is_refused(kind):
 FAMILIES = {
     "llama": ("Llama", {}),
     "llama, tied": ("Llama", {"tie_word_embeddings": True}),
-    "llama, odd": ("Llama", {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 22, "hidden_size": 51}),
+    "llama, odd": (
+        "Llama",
+        {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 22, "hidden_size": 51},
+    ),
     "llama, all biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
     "mistral": ("Mistral", {"sliding_window": None}),
     "mistral, window": ("Mistral", {"sliding_window": 7}),
     "qwen2": ("Qwen2", {}),
     "qwen2, window, tied": (
-        "Qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0, "tie_word_embeddings": True},
+        "Qwen2",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 7,
+            "max_window_layers": 0,
+            "tie_word_embeddings": True,
+        },
     ),
     "qwen3": ("Qwen3", {"head_dim": 24}),
     "qwen3, biases": ("Qwen3", {"attention_bias": True}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", FAMILIES)
@@ -261,10 +270,21 @@ ORIGINAL = {"original_max_position_embeddings": 128}
 SCALINGS = {
     "linear": {"rope_type": "linear", "factor": 4.0},
     "yarn": {"rope_type": "yarn", "factor": 4.0, **ORIGINAL},
-    "yarn, other betas": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 24.0, "beta_slow": 2.0, **ORIGINAL},
-    "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_max_position_embeddings": 8192},
-}  # fmt: skip
+    "yarn, other betas": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "beta_fast": 24.0,
+        "beta_slow": 2.0,
+        **ORIGINAL,
+    },
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
 
 
 @pytest.mark.parametrize("case", SCALINGS)

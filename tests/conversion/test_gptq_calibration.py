@@ -26,8 +26,14 @@ from quant.gptq_solver import GPTQOptions, Hessian, solve
 from text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
-SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "head_dim": 16}  # fmt: skip
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
 LINEARS = [f"{part}.{name}" for part, names in STAGES for name in names]
 
 
@@ -201,7 +207,7 @@ SLIDING = {
         ({"bit": 2, "group_size": 48, "desc_act": True}, QWEN3 | SLIDING),
     ],
     ids=["4 bits", "3 bits, biases", "2 bits, act-order, q and k norms, a sliding window"],
-)  # fmt: skip
+)
 def test_every_linear_is_solved_for_what_it_gets_once_those_before_are_quantised(tiny, keys, changes):
     """Against the whole model run window by window with hooks, and solve on what they saw."""
     name = f"solved-{len(keys)}"
@@ -219,9 +225,12 @@ def test_every_linear_is_solved_for_what_it_gets_once_those_before_are_quantised
     )
     windows = windows_of(tiny)
     options = GPTQOptions(
-        bits=keys.get("bit", 4), group_size=keys.get("group_size", 32), symmetric=keys.get("sym", True),
-        act_order=keys.get("desc_act", False), damping=keys.get("damp_percent", 0.1),
-    )  # fmt: skip
+        bits=keys.get("bit", 4),
+        group_size=keys.get("group_size", 32),
+        symmetric=keys.get("sym", True),
+        act_order=keys.get("desc_act", False),
+        damping=keys.get("damp_percent", 0.1),
+    )
     same = []
     for layer in range(2):
         for stage, (part, names) in enumerate(STAGES):
@@ -355,13 +364,14 @@ def test_a_quantised_base_is_dequantised_and_its_result_chats(tiny):
 
 def test_bad_options_and_text_are_refused_before_anything_is_written(tiny, capsys):
     (tiny.folder / "short.json").write_text(json.dumps([{"text": "short"}, {"text": "an anvil"}]))
-    (tiny.folder / "odd.json").write_text(json.dumps([{"words": "no column is known"}]))
+    short = tiny.folder / "short.json"
+    short.write_text(json.dumps([{"text": "short"}, {"text": "an anvil"}]))
     (tiny.folder / "bad.json").write_text('[{"text": 3}]')
     narrow = tiny.make_model("narrow", seed=1)
     cases = {
         "dataset=none": "export_quantization_dataset: missing",
         "dataset=nowhere.json": "export_quantization_dataset: 'nowhere.json' is",
-        f"dataset={tiny.folder / 'short.json'}": "is longer than export_quantization_maxlen=40 tokens (the longest",
+        f"dataset={short}": "is longer than export_quantization_maxlen=40 tokens (the longest",
         f"dataset={tiny.folder / 'odd.json'}": "has the columns words",
         f"dataset={tiny.folder / 'bad.json'}": "bad.json:1",
         "bit=5": "export_quantization_bit",
