@@ -363,9 +363,9 @@ def test_a_quantised_base_is_dequantised_and_its_result_chats(tiny):
 
 
 def test_bad_options_and_text_are_refused_before_anything_is_written(tiny, capsys):
-    (tiny.folder / "short.json").write_text(json.dumps([{"text": "short"}, {"text": "an anvil"}]))
     short = tiny.folder / "short.json"
     short.write_text(json.dumps([{"text": "short"}, {"text": "an anvil"}]))
+    (tiny.folder / "odd.json").write_text(json.dumps([{"words": "no column is known"}]))
     (tiny.folder / "bad.json").write_text('[{"text": 3}]')
     narrow = tiny.make_model("narrow", seed=1)
     cases = {
