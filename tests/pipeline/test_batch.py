@@ -342,9 +342,11 @@ def test_interleaving_is_that_of_the_datasets_library(under, probabilities):
     lengths = [5, 9, 3]
     sets = [datasets.Dataset.from_dict({"k": [k] * n, "i": list(range(n))}) for k, n in enumerate(lengths)]
     wanted = datasets.interleave_datasets(
-        sets, probabilities=list(probabilities) or None, seed=3,
+        sets,
+        probabilities=list(probabilities) or None,
+        seed=3,
         stopping_strategy="first_exhausted" if under else "all_exhausted",
-    )  # fmt: skip
+    )
     found = interleave(lengths, probabilities, under, 3)
     assert found.tolist() == [[row["k"], row["i"]] for row in wanted]
 

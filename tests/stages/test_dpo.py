@@ -113,10 +113,18 @@ def assert_same(mine, theirs, inputs, tolerance=1e-12):
 
 
 @pytest.mark.parametrize("ld_alpha", [None, 0.3])
-@pytest.mark.parametrize("loss, smoothing", [
-    ("sigmoid", 0.0), ("robust", 0.1), ("robust", 0.0), ("hinge", 0.0), ("ipo", 0.0),
-    ("exo_pair", 0.1), ("exo_pair", 1e-3),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "loss, smoothing",
+    [
+        ("sigmoid", 0.0),
+        ("robust", 0.1),
+        ("robust", 0.0),
+        ("hinge", 0.0),
+        ("ipo", 0.0),
+        ("exo_pair", 0.1),
+        ("exo_pair", 1e-3),
+    ],
+)
 def test_a_loss_against_the_reference_is_trls(loss, smoothing, ld_alpha):
     batch = collate(EXAMPLES)
     logprobs, reference = draw(batch, 1).requires_grad_(), draw(batch, 2)
@@ -131,8 +139,13 @@ def test_the_smoothed_sigmoid_is_trls():
     """trl has it in CPO only, of log-probabilities in place of ratios."""
     batch = collate(EXAMPLES)
     logprobs, reference = draw(batch, 1).requires_grad_(), draw(batch, 2)
-    trl = SimpleNamespace(alpha=0.0, beta=0.23, label_smoothing=0.2, loss_type="sigmoid",
-                          accelerator=SimpleNamespace(device="cpu"))  # fmt: skip
+    trl = SimpleNamespace(
+        alpha=0.0,
+        beta=0.23,
+        label_smoothing=0.2,
+        loss_type="sigmoid",
+        accelerator=SimpleNamespace(device="cpu"),
+    )
     theirs = CPOTrainer.cpo_loss(trl, *answer_sums(logprobs - reference, batch).split(batch.pairs))[0]
     stage = stage_of("sigmoid", pref_beta=0.23, dpo_label_smoothing=0.2)
     assert_same(ours(stage, logprobs, reference, batch).mean(), theirs.mean(), logprobs)
@@ -158,9 +171,14 @@ def test_a_loss_without_reference_is_trls(loss, smoothing):
     batch = collate(EXAMPLES)
     logprobs = draw(batch, 1).requires_grad_()
     stage = stage_of(loss, pref_beta=1.7, simpo_gamma=0.6, dpo_label_smoothing=smoothing)
-    trl = SimpleNamespace(alpha=0.0, beta=1.7, simpo_gamma=0.6, label_smoothing=smoothing,
-                          loss_type="simpo" if loss == "simpo" else "sigmoid",
-                          accelerator=SimpleNamespace(device="cpu"))  # fmt: skip
+    trl = SimpleNamespace(
+        alpha=0.0,
+        beta=1.7,
+        simpo_gamma=0.6,
+        label_smoothing=smoothing,
+        loss_type="simpo" if loss == "simpo" else "sigmoid",
+        accelerator=SimpleNamespace(device="cpu"),
+    )
     sums, counts = answer_sums(logprobs, batch), batch.label_counts
     chosen, rejected = (sums / counts if loss == "simpo" else sums).split(batch.pairs)
     theirs = CPOTrainer.cpo_loss(trl, chosen, rejected)[0]
@@ -247,9 +265,14 @@ GROUPS = {
     "and an empty batch": [EXAMPLES[:3], [], EXAMPLES[3:]],
 }
 LOSSES = {
-    "sigmoid": {"ld_alpha": 0.5, "pref_ftx": 0.3}, "kto_pair": {}, "bco_pair": {}, "ipo": {"pref_bco_weight": 0.7},
-    "orpo": {}, "simpo": {"ld_alpha": 0.2}, "cpo": {},
-}  # fmt: skip
+    "sigmoid": {"ld_alpha": 0.5, "pref_ftx": 0.3},
+    "kto_pair": {},
+    "bco_pair": {},
+    "ipo": {"pref_bco_weight": 0.7},
+    "orpo": {},
+    "simpo": {"ld_alpha": 0.2},
+    "cpo": {},
+}
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -353,11 +376,16 @@ def test_metrics_are_those_of_full_logits(base, kind):  # noqa: F811
     policy, base_sums = np.array(sums).reshape(2, 5), known.double().numpy().reshape(2, 5)
     rewards = 0.3 * (policy - base_sums)
     expected = {
-        "rewards/chosen": rewards[0].mean(), "rewards/rejected": rewards[1].mean(),
-        "rewards/accuracies": (rewards[0] > rewards[1]).mean(), "rewards/margins": (rewards[0] - rewards[1]).mean(),
-        "logps/chosen": policy[0].mean(), "logps/rejected": policy[1].mean(), "logits/chosen": kinds[0].mean().item(),
-        "logits/rejected": kinds[1].mean().item(), "sft_loss": -(policy[0] / counts[:5]).mean(),
-    }  # fmt: skip
+        "rewards/chosen": rewards[0].mean(),
+        "rewards/rejected": rewards[1].mean(),
+        "rewards/accuracies": (rewards[0] > rewards[1]).mean(),
+        "rewards/margins": (rewards[0] - rewards[1]).mean(),
+        "logps/chosen": policy[0].mean(),
+        "logps/rejected": policy[1].mean(),
+        "logits/chosen": kinds[0].mean().item(),
+        "logits/rejected": kinds[1].mean().item(),
+        "sft_loss": -(policy[0] / counts[:5]).mean(),
+    }
     for name, value in expected.items():
         total, count = metrics[name].tolist()
         assert total / count == pytest.approx(value, rel=2e-5, abs=1e-6), name
@@ -417,20 +445,23 @@ def test_the_sum_of_a_batch_is_preference_and_own_loss(base, loss, weight):  # n
 # Options
 
 
-@pytest.mark.parametrize("words, key", [
-    (["pref_beta=0"], "pref_beta"),
-    (["pref_beta=inf"], "pref_beta"),
-    (["simpo_gamma=-1"], "simpo_gamma"),
-    (["dpo_label_smoothing=0.5"], "dpo_label_smoothing"),
-    (["pref_loss=hinge", "dpo_label_smoothing=0.1"], "dpo_label_smoothing"),
-    (["ld_alpha=1.5"], "ld_alpha"),
-    (["pref_loss=simpo", "pref_bco_weight=0.3"], "pref_bco_weight"),
-    (["pref_loss=bco_pair", "pref_bco_weight=0.3"], "pref_bco_weight"),
-    (["stage=orpo", "pref_loss=ipo"], "pref_loss"),
-    (["stage=orpo", "dpo_label_smoothing=0.1"], "dpo_label_smoothing"),
-    (["stage=orpo", "pref_bco_weight=1"], "pref_bco_weight"),
-    (["pref_loss=slic"], "pref_loss"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, key",
+    [
+        (["pref_beta=0"], "pref_beta"),
+        (["pref_beta=inf"], "pref_beta"),
+        (["simpo_gamma=-1"], "simpo_gamma"),
+        (["dpo_label_smoothing=0.5"], "dpo_label_smoothing"),
+        (["pref_loss=hinge", "dpo_label_smoothing=0.1"], "dpo_label_smoothing"),
+        (["ld_alpha=1.5"], "ld_alpha"),
+        (["pref_loss=simpo", "pref_bco_weight=0.3"], "pref_bco_weight"),
+        (["pref_loss=bco_pair", "pref_bco_weight=0.3"], "pref_bco_weight"),
+        (["stage=orpo", "pref_loss=ipo"], "pref_loss"),
+        (["stage=orpo", "dpo_label_smoothing=0.1"], "dpo_label_smoothing"),
+        (["stage=orpo", "pref_bco_weight=1"], "pref_bco_weight"),
+        (["pref_loss=slic"], "pref_loss"),
+    ],
+)
 def test_a_pair_of_options_that_means_nothing_is_refused(words, key):
     words = ["output_dir=out", *(words if any("stage" in word for word in words) else ["stage=dpo", *words])]
     with pytest.raises(UserError, match=key):
@@ -464,8 +495,14 @@ def test_names_of_other_systems_are_understood():
 def tiny(tmp_path_factory):
     with tiny_runs(tmp_path_factory.mktemp("preference")) as made:
         rows = zip(make_rows(17), make_rows(17, seed=4))
-        pairs = [{"instruction": one["instruction"], "chosen": one["output"] + " sparks",
-                  "rejected": other["output"] + " 12"} for one, other in rows]  # fmt: skip
+        pairs = [
+            {
+                "instruction": one["instruction"],
+                "chosen": one["output"] + " sparks",
+                "rejected": other["output"] + " 12",
+            }
+            for one, other in rows
+        ]
         (made.folder / "pairs.json").write_text(json.dumps(pairs))
         columns = {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}
         info = {"pairs": {"file_name": "pairs.json", "ranking": True, "columns": columns}}
@@ -479,9 +516,9 @@ def train(tiny, name, **keys):
     )
 
 
-@pytest.mark.parametrize("loss", [
-    "sigmoid", "robust", "hinge", "ipo", "exo_pair", "kto_pair", "bco_pair", "orpo", "simpo", "cpo",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "loss", ["sigmoid", "robust", "hinge", "ipo", "exo_pair", "kto_pair", "bco_pair", "orpo", "simpo", "cpo"]
+)
 def test_each_loss_raises_the_margin_from_the_command_line(tiny, loss):
     keys = (
         {"pref_beta": 2.0, "simpo_gamma": 0.5}

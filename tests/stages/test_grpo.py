@@ -89,20 +89,39 @@ def trl_loss(numbers: dict[str, torch.Tensor], options: GRPOOptions) -> tuple[to
     mask = torch.arange(max(COUNTS)) < torch.tensor(COUNTS)[:, None]
     logprobs = padded(numbers["logprobs"])
     trainer = SimpleNamespace(
-        _get_per_token_logps_and_entropies=lambda *words, **names: (logprobs, torch.zeros_like(logprobs), None),
+        _get_per_token_logps_and_entropies=lambda *words, **names: (
+            logprobs,
+            torch.zeros_like(logprobs),
+            None,
+        ),
         args=SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1),
-        accelerator=OneProcess(), model=SimpleNamespace(training=True), current_gradient_accumulation_steps=1,
-        top_entropy_quantile=1.0, off_policy_mask_threshold=None, use_vllm=False, aux_loss_enabled=False,
-        _entropy_bonus_enabled=False, importance_sampling_level=options.importance_sampling_level,
-        beta=options.beta, loss_type=options.loss_type, epsilon_low=options.epsilon, epsilon_high=options.upper,
-        max_completion_length=LONGEST, _metrics={"train": defaultdict(list)},
-    )  # fmt: skip
+        accelerator=OneProcess(),
+        model=SimpleNamespace(training=True),
+        current_gradient_accumulation_steps=1,
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        use_vllm=False,
+        aux_loss_enabled=False,
+        _entropy_bonus_enabled=False,
+        importance_sampling_level=options.importance_sampling_level,
+        beta=options.beta,
+        loss_type=options.loss_type,
+        epsilon_low=options.epsilon,
+        epsilon_high=options.upper,
+        max_completion_length=LONGEST,
+        _metrics={"train": defaultdict(list)},
+    )
     ids = torch.zeros(mask.shape, dtype=torch.int64)
     inputs = {
-        "prompt_ids": ids[:, :1], "prompt_mask": ids[:, :1] + 1, "completion_ids": ids, "completion_mask": mask.int(),
-        "advantages": numbers["advantages"], "old_per_token_logps": padded(numbers["old"]),
-        "ref_per_token_logps": padded(numbers["reference"]), "num_items_in_batch": mask.sum(),
-    }  # fmt: skip
+        "prompt_ids": ids[:, :1],
+        "prompt_mask": ids[:, :1] + 1,
+        "completion_ids": ids,
+        "completion_mask": mask.int(),
+        "advantages": numbers["advantages"],
+        "old_per_token_logps": padded(numbers["old"]),
+        "ref_per_token_logps": padded(numbers["reference"]),
+        "num_items_in_batch": mask.sum(),
+    }
     kind = GRPOTrainer
     if options.loss_type == "rloo":
         kind, inputs["old_logps"] = RLOOTrainer, (inputs["old_per_token_logps"] * mask).sum(1)
@@ -262,9 +281,16 @@ def tiny(tmp_path_factory):
             "def vowels(completions):\n    return [float(text.count('e')) for text in completions]\n"
         )
         made.keys = {
-            "stage": "grpo", "dataset": folder / "sums.json", "reward_file": folder / "letters.py", "top_p": 1,
-            "top_k": 0, "temperature": 1, "max_new_tokens": 7, "num_generations": 4, "lora_rank": 4,
-        }  # fmt: skip
+            "stage": "grpo",
+            "dataset": folder / "sums.json",
+            "reward_file": folder / "letters.py",
+            "top_p": 1,
+            "top_k": 0,
+            "temperature": 1,
+            "max_new_tokens": 7,
+            "num_generations": 4,
+            "lora_rank": 4,
+        }
         yield made
 
 
@@ -301,13 +327,30 @@ def written_stage(tiny, **keys):
             parameter.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(3))
     stage = Written(
         GRPOOptions(num_generations=3, num_iterations=2, beta=0.2, **keys),
-        GenerateOptions(max_new_tokens=7, temperature=0.7), ByLength(), tokenizer=Tokenizer.from_folder(tiny.model),
-        stop_ids=(), reference=Reference(), seed=1, world=ALONE,
-    )  # fmt: skip
+        GenerateOptions(max_new_tokens=7, temperature=0.7),
+        ByLength(),
+        tokenizer=Tokenizer.from_folder(tiny.model),
+        stop_ids=(),
+        reference=Reference(),
+        seed=1,
+        world=ALONE,
+    )
     nothing = np.zeros(6, bool)
-    asked = [Example(np.arange(3, 9, dtype=np.int32) + row, nothing, nothing.astype(np.int16),
-                     nothing.astype(np.uint8), (0, row)) for row in range(3)]  # fmt: skip
-    return stage, model.train(), [prompts_of(asked[:2], stage.tokenizer), prompts_of(asked[2:], stage.tokenizer)]
+    asked = [
+        Example(
+            np.arange(3, 9, dtype=np.int32) + row,
+            nothing,
+            nothing.astype(np.int16),
+            nothing.astype(np.uint8),
+            (0, row),
+        )
+        for row in range(3)
+    ]
+    return (
+        stage,
+        model.train(),
+        [prompts_of(asked[:2], stage.tokenizer), prompts_of(asked[2:], stage.tokenizer)],
+    )
 
 
 @pytest.mark.parametrize("kl_in_reward", [False, True])
@@ -369,10 +412,19 @@ def test_every_answer_is_sampled_with_a_seed_of_its_own_and_evaluations_are_gree
 
 def test_training_raises_the_reward_and_evaluation_measures_greedy_answers(tiny):
     keys = tiny.keys | {
-        "num_generations": 8, "reward_weights": "1.0,0.0", "val_size": 2, "evaluation_strategy": "steps",
-        "eval_steps": 10, "max_steps": 20, "learning_rate": 3e-2, "finetuning_type": "full", "save_strategy": "steps",
-        "save_steps": 10, "lr_scheduler_type": "constant", "load_best_model_at_end": True,
-    }  # fmt: skip
+        "num_generations": 8,
+        "reward_weights": "1.0,0.0",
+        "val_size": 2,
+        "evaluation_strategy": "steps",
+        "eval_steps": 10,
+        "max_steps": 20,
+        "learning_rate": 3e-2,
+        "finetuning_type": "full",
+        "save_strategy": "steps",
+        "save_steps": 10,
+        "lr_scheduler_type": "constant",
+        "load_best_model_at_end": True,
+    }
     assert tiny.train("rises", **keys) == 0
     rewards = list(tiny.losses("rises", "reward").values())
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.2
@@ -455,9 +507,17 @@ def test_a_bent_distribution_is_announced(tiny, capsys):
 def test_log_probabilities_are_those_of_the_sampling_temperature(tiny):
     """Against log_softmax(logits / temperature), through the logit-free head."""
     model = load_model(tiny.model).eval()
-    batch = collate([Example(
-        np.arange(3, 12, dtype=np.int32), np.arange(9) > 3, np.zeros(9, np.int16), np.zeros(9, np.uint8), (0, 0)
-    )])  # fmt: skip
+    batch = collate(
+        [
+            Example(
+                np.arange(3, 12, dtype=np.int32),
+                np.arange(9) > 3,
+                np.zeros(9, np.int16),
+                np.zeros(9, np.uint8),
+                (0, 0),
+            )
+        ]
+    )
     with torch.no_grad():
         logits = model.logits(model(batch.tokens, batch.positions, batch.cu_seqlens, batch.max_seqlen))
         expected = torch.log_softmax(logits.double() / 0.6, -1)[batch.label_rows]

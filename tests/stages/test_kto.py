@@ -70,16 +70,29 @@ def trl_loss(policy, mask, reference, kl, kl_reference, good, loss, beta, weight
     same = SimpleNamespace(device=torch.device("cpu"), gather_for_metrics=lambda value: value)
     outputs = SimpleNamespace(log_probs=policy, entropy=policy * 0, mean_logits=policy * 2)
     trainer = SimpleNamespace(
-        model=torch.nn.Module(), accelerator=same, precompute_ref_logps=True, calculate_KL=loss == "kto",
-        _compute_kl_logps=lambda model, batch: kl, aux_loss_enabled=False, loss_type=loss, beta=beta,
-        desirable_weight=weights[0], undesirable_weight=weights[1], _total_train_tokens=0, _tp_size=1,
+        model=torch.nn.Module(),
+        accelerator=same,
+        precompute_ref_logps=True,
+        calculate_KL=loss == "kto",
+        _compute_kl_logps=lambda model, batch: kl,
+        aux_loss_enabled=False,
+        loss_type=loss,
+        beta=beta,
+        desirable_weight=weights[0],
+        undesirable_weight=weights[1],
+        _total_train_tokens=0,
+        _tp_size=1,
         _metrics={"train": defaultdict(list)},
-    )  # fmt: skip
+    )
     full = F.pad(mask, (1, 0)).long()
     inputs = {
-        "input_ids": full, "completion_mask": full, "attention_mask": full, "label": good, "ref_logps": reference,
+        "input_ids": full,
+        "completion_mask": full,
+        "attention_mask": full,
+        "label": good,
+        "ref_logps": reference,
         "ref_KL_logps": kl_reference,
-    }  # fmt: skip
+    }
     value = KTOTrainer._compute_loss(trainer, lambda **_: outputs, inputs, False)
     return value, {name: values[0] for name, values in trainer._metrics["train"].items()}
 
@@ -103,8 +116,16 @@ def test_loss_gradient_and_metrics_equal_trls(loss, seed):
         torch.autograd.grad(value, policy)[0] / len(good), gradient, rtol=1e-10, atol=1e-14
     )
     means = ours.summary({name: (total / count).item() for name, (total, count) in metrics.items()})
-    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected",
-                 "logits/chosen", "logits/rejected", "kl"):  # fmt: skip
+    for name in (
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margins",
+        "logps/chosen",
+        "logps/rejected",
+        "logits/chosen",
+        "logits/rejected",
+        "kl",
+    ):
         assert means[name] == pytest.approx(theirs[name], rel=1e-6), name
     assert set(ours.evaluation_names) == {"loss", "rewards/margins"} | set(metrics)
 
@@ -164,12 +185,21 @@ def test_halves_of_a_batch_are_batches_of_their_segments(tiny):
     examples = [both.example(i) for i in (4, 0, 11)]
     batch = collate(examples).rounded(32)
     for number in (0, 1):
-        alone = collate([
-            Example(*(getattr(example, name)[example.segments[number]] for name in ("tokens", "trained", "turns",
-                                                                                    "roles")),
-                    example.source, 0, example.tag, (example.reference[number],))
-            for example in examples
-        ])  # fmt: skip
+        alone = collate(
+            [
+                Example(
+                    *(
+                        getattr(example, name)[example.segments[number]]
+                        for name in ("tokens", "trained", "turns", "roles")
+                    ),
+                    example.source,
+                    0,
+                    example.tag,
+                    (example.reference[number],),
+                )
+                for example in examples
+            ]
+        )
         mine, expected = vars(half(batch, number == 1)), vars(alone.rounded(ROW_MULTIPLE["cpu"]))
         assert mine["per_segment"].keys() == expected["per_segment"].keys() == {"labels", "tags", "reference"}
         for name in mine.keys() - {"per_token"}:  # what people look at

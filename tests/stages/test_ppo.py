@@ -117,8 +117,17 @@ def trl_advantages(scores, kl, values, mask, kl_coef, whiten_rewards, gamma, lam
     advantages = torch.stack(reversed_advantages[::-1]).T
     return masked_whiten(advantages, mask), advantages + values
 
+
 METRICS = (
-    *("reward", "kl", "kl_coef", "completions/mean_length", "completions/clipped_ratio", "policy_loss", "value_loss"),
+    *(
+        "reward",
+        "kl",
+        "kl_coef",
+        "completions/mean_length",
+        "completions/clipped_ratio",
+        "policy_loss",
+        "value_loss",
+    ),
     *("values", "returns", "clip_ratio", "value_clip_ratio", "approx_kl", "skipped"),
 )
 
@@ -149,10 +158,17 @@ def tiny(tmp_path_factory):
 def make_stage(tiny, **options) -> PPO:
     tokenizer = Tokenizer.from_folder(tiny.model)
     return PPO(
-        PPOOptions(**options), GenerateOptions(max_new_tokens=7, temperature=0.7), RewardSource(),
-        tokenizer=tokenizer, stop_ids=(),
-        reference=Reference(), seed=1, world=ALONE, group_size=2, output_dir=tiny.folder,
-    )  # fmt: skip
+        PPOOptions(**options),
+        GenerateOptions(max_new_tokens=7, temperature=0.7),
+        RewardSource(),
+        tokenizer=tokenizer,
+        stop_ids=(),
+        reference=Reference(),
+        seed=1,
+        world=ALONE,
+        group_size=2,
+        output_dir=tiny.folder,
+    )
 
 
 def make_model(tiny):
@@ -192,8 +208,10 @@ def test_a_draw_has_the_advantages_and_returns_of_trl(tiny, options):
     seen = []
     for _ in range(2):  # the second draw meets the coefficient and the moments of the first
         stage.kl_coef = coefficient = stage.controller.value
-        noted = [{name: torch.randn(count, generator=generator) for name in ("logprobs", "values", "kl")}
-                 for count in counts]  # fmt: skip
+        noted = [
+            {name: torch.randn(count, generator=generator) for name in ("logprobs", "values", "kl")}
+            for count in counts
+        ]
         noted[0]["kl"] += 3.0  # a mean sum of KL above 0, so the coefficient moves by less than it may
         stage.controller.target = 1.1 * sum(text["kl"].double().sum().item() for text in noted) / 4
         scores = torch.randn(4, generator=generator)
@@ -232,10 +250,13 @@ def test_a_draw_has_the_advantages_and_returns_of_trl(tiny, options):
 def known_batch(prompts, completions, spread: float = 0.3):
     """A batch, and how far its old numbers are to be from the model's own: enough to clip some of them."""
     generator = torch.Generator().manual_seed(6)
-    draws = {name: [torch.randn(len(c.ids), generator=generator) for c in completions]
-             for name in ("advantages", "returns", "kl", "score", "cut")}  # fmt: skip
-    return completions_batch(prompts, completions, draws), [spread * torch.randn(len(c.ids), generator=generator)
-                                                            for c in completions]  # fmt: skip
+    draws = {
+        name: [torch.randn(len(c.ids), generator=generator) for c in completions]
+        for name in ("advantages", "returns", "kl", "score", "cut")
+    }
+    return completions_batch(prompts, completions, draws), [
+        spread * torch.randn(len(c.ids), generator=generator) for c in completions
+    ]
 
 
 def whole_logprobs(model, batch) -> tuple[Tensor, Tensor]:
@@ -407,8 +428,17 @@ def test_a_batch_without_texts_has_loss_zero_and_gradients(tiny):
 
 # Runs
 
-KEYS = {"stage": "ppo", "max_new_tokens": 6, "top_k": 0, "top_p": 1.0, "temperature": 1.0, "ppo_epochs": 2,
-        "ppo_buffer_size": 2, "max_steps": 6, "learning_rate": 3e-3}  # fmt: skip
+KEYS = {
+    "stage": "ppo",
+    "max_new_tokens": 6,
+    "top_k": 0,
+    "top_p": 1.0,
+    "temperature": 1.0,
+    "ppo_epochs": 2,
+    "ppo_buffer_size": 2,
+    "max_steps": 6,
+    "learning_rate": 3e-3,
+}
 
 
 def keys_of(tiny, **keys) -> dict:
@@ -460,9 +490,19 @@ def test_ppo_raises_the_reward(tiny):
         "def low(completions, completion_ids):\n    return [sum(i < 360 for i in ids) for ids in "
         "completion_ids]\n"
     )
-    keys = keys_of(tiny, reward_file=tiny.folder / "token.py", max_steps=80, per_device_train_batch_size=19,
-                   ppo_buffer_size=1, ppo_epochs=4, learning_rate=1e-2, lr_scheduler_type="constant", logging_steps=8,
-                   init_kl_coef=0.01, finetuning_type="full")  # fmt: skip
+    keys = keys_of(
+        tiny,
+        reward_file=tiny.folder / "token.py",
+        max_steps=80,
+        per_device_train_batch_size=19,
+        ppo_buffer_size=1,
+        ppo_epochs=4,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        logging_steps=8,
+        init_kl_coef=0.01,
+        finetuning_type="full",
+    )
     assert tiny.train("learns", **keys) == 0
     rewards = [entry["reward"] for entry in tiny.log("learns") if "reward" in entry]
     assert rewards[0] < 3.6 and rewards[-1] > 5  # of 6

@@ -51,9 +51,11 @@ def dpo(tiny, name: str, **keys) -> int:
 
 def store_of(tiny, name: str = "pairs", cutoff_len: int = 128):
     options = configuration.load(
-        tiny.words("x", dataset=name, dataset_dir=tiny.folder, cutoff_len=cutoff_len, stage="dpo"), setup.SECTIONS,
-        program="", description="",
-    )[setup.DataOptions]  # fmt: skip
+        tiny.words("x", dataset=name, dataset_dir=tiny.folder, cutoff_len=cutoff_len, stage="dpo"),
+        setup.SECTIONS,
+        program="",
+        description="",
+    )[setup.DataOptions]
     tokenizer = Tokenizer.from_folder(tiny.model)
     return load_datasets(options, get_template("chatml", None, None), tokenizer, "dpo", seed=1).train
 

@@ -139,8 +139,10 @@ def test_what_cannot_be_scored_on_the_policys_base_is_refused(tiny):
 
 
 def test_a_model_of_its_own_scores_with_the_head_of_its_last_adapter_that_has_one(tiny):
-    first, second = (write_reward_adapter(tiny, f"own-{number}", lora_target=(target,))
-                     for number, target in enumerate(("q_proj", "v_proj")))  # fmt: skip
+    first, second = (
+        write_reward_adapter(tiny, f"own-{number}", lora_target=(target,))
+        for number, target in enumerate(("q_proj", "v_proj"))
+    )
     (second / VALUE_HEAD).unlink()
     model = load_model(tiny.model)
     apply_adapters(model, [first, second])
@@ -242,8 +244,14 @@ def test_no_server_stops_the_run(tiny):
 
 # The command line
 
-RUN = {"stage": "grpo", "num_generations": 2, "max_new_tokens": 4, "max_steps": 1, "beta": 0.0,
-       "per_device_train_batch_size": 2}  # fmt: skip
+RUN = {
+    "stage": "grpo",
+    "num_generations": 2,
+    "max_new_tokens": 4,
+    "max_steps": 1,
+    "beta": 0.0,
+    "per_device_train_batch_size": 2,
+}
 
 
 @pytest.mark.parametrize(

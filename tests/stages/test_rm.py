@@ -99,8 +99,14 @@ def test_the_loss_of_a_pair_by_hand():
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     with tiny_runs(tmp_path_factory.mktemp("rm")) as made:
-        pairs = [{"instruction": WORDS[i % 12], "chosen": " ".join(WORDS[: 1 + i % 5]) + " good",
-                  "rejected": " ".join(WORDS[6 : 7 + i % 7]) + " bad"} for i in range(23)]  # fmt: skip
+        pairs = [
+            {
+                "instruction": WORDS[i % 12],
+                "chosen": " ".join(WORDS[: 1 + i % 5]) + " good",
+                "rejected": " ".join(WORDS[6 : 7 + i % 7]) + " bad",
+            }
+            for i in range(23)
+        ]
         (made.folder / "pairs.json").write_text(json.dumps(pairs))
         columns = {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}
         info = {"pairs": {"file_name": "pairs.json", "ranking": True, "columns": columns}}
@@ -170,8 +176,12 @@ def test_the_loss_at_the_last_tokens_is_that_of_transformers_classifier_as_trl_t
     assert loss == pytest.approx(expected.item(), rel=1e-6)
     assert metrics["rewards/margins"][0].item() == pytest.approx((chosen - rejected).sum().item(), rel=1e-4)
     assert loss != pytest.approx(gradients(model, [batch], "span")[0], rel=1e-3)
-    pairs = {"embed_tokens.weight": "model.embed_tokens.weight", "layers.0.mlp.gate_proj.weight": None,
-             "layers.1.self_attn.q_proj.weight": None, "v_head.summary.weight": "score.weight"}  # fmt: skip
+    pairs = {
+        "embed_tokens.weight": "model.embed_tokens.weight",
+        "layers.0.mlp.gate_proj.weight": None,
+        "layers.1.self_attn.q_proj.weight": None,
+        "v_head.summary.weight": "score.weight",
+    }
     others = dict(theirs.named_parameters())
     for name, other in pairs.items():
         expected = others[other or f"model.{name}"].grad
@@ -243,11 +253,20 @@ def test_the_head_is_saved_as_trl_and_llama_factory_name_it_and_read_in_any_dtyp
     [
         ({"v_head.summary.weight": torch.ones(1, 7)}, "v_head.summary.bias is missing, expected"),
         ({"v_head.summary.weight": torch.ones(2, 7)}, r"has shape \(2, 7\), expected \(1, 7\)"),
-        ({"v_head.summary.weight": torch.ones(1, 7), "v_head.summary.bias": torch.full((1,), torch.nan)}, "not finite"),
-        ({"v_head.summary.weight": torch.ones(1, 7), "v_head.summary.bias": torch.ones(1), "x": torch.ones(1)},
-         "x belongs to no value head"),
+        (
+            {"v_head.summary.weight": torch.ones(1, 7), "v_head.summary.bias": torch.full((1,), torch.nan)},
+            "not finite",
+        ),
+        (
+            {
+                "v_head.summary.weight": torch.ones(1, 7),
+                "v_head.summary.bias": torch.ones(1),
+                "x": torch.ones(1),
+            },
+            "x belongs to no value head",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_file_that_is_no_value_head_is_refused(tmp_path, tensors, reason):
     save_file(tensors, tmp_path / "value_head.safetensors")
     with pytest.raises(ValueError, match=reason):
@@ -265,8 +284,14 @@ def test_a_pickled_value_head_is_refused_with_the_way_out(tmp_path):
 # The command line
 
 
-KEYS = {"stage": "rm", "dataset": "pairs", "eval_dataset": "pairs", "evaluation_strategy": "epoch",
-        "num_train_epochs": 6, "learning_rate": 1e-2}  # fmt: skip
+KEYS = {
+    "stage": "rm",
+    "dataset": "pairs",
+    "eval_dataset": "pairs",
+    "evaluation_strategy": "epoch",
+    "num_train_epochs": 6,
+    "learning_rate": 1e-2,
+}
 
 
 def test_a_reward_model_learns_which_answer_is_better_and_scores_single_dialogues(tiny):
@@ -276,8 +301,9 @@ def test_a_reward_model_learns_which_answer_is_better_and_scores_single_dialogue
     assert next(entry for entry in log if "accuracy" in entry)["loss"] == pytest.approx(np.log(2), abs=0.3)
     last = [entry for entry in log if "eval_accuracy" in entry][-1]
     assert last["eval_accuracy"] >= 0.95
-    assert last["eval_rewards/margins"] == pytest.approx(last["eval_rewards/chosen"] - last["eval_rewards/rejected"],
-                                                         abs=1e-4)  # fmt: skip
+    assert last["eval_rewards/margins"] == pytest.approx(
+        last["eval_rewards/chosen"] - last["eval_rewards/rejected"], abs=1e-4
+    )
     model = load_model(tiny.model)
     load_adapter(model, tiny.folder / "lora")
     model.v_head = ValueHead(model.config.hidden_size)
@@ -331,8 +357,11 @@ def test_a_value_head_that_lies_there_is_the_start(tiny, finetuning_type, capsys
     keys = KEYS | {"dataset_dir": tiny.folder, "finetuning_type": finetuning_type, "num_train_epochs": 1}
     first, second = f"first-{finetuning_type}", f"second-{finetuning_type}"
     assert tiny.train(first, **keys) == 0
-    start = {"adapter_name_or_path": tiny.folder / first} if finetuning_type == "lora" else {
-        "model_name_or_path": tiny.folder / first}  # fmt: skip
+    start = (
+        {"adapter_name_or_path": tiny.folder / first}
+        if finetuning_type == "lora"
+        else {"model_name_or_path": tiny.folder / first}
+    )
     assert tiny.train(second, **(keys | start | {"learning_rate": 1e-12})) == 0
     assert "the value head starts from" in capsys.readouterr().out
     mine, theirs = (load_file(tiny.folder / name / "value_head.safetensors") for name in (first, second))

@@ -108,8 +108,13 @@ def test_seeds_differ_by_run_draw_row_copy_and_number():
     prompts = [
         replace(first, source=source, copy=copy) for source in ((0, 0), (0, 1), (1, 0)) for copy in range(3)
     ]
-    seeds = [seed_of(run, draw, prompt, number, 4) for run in (42, 43) for draw in (1, 2) for prompt in prompts
-             for number in range(4)]  # fmt: skip
+    seeds = [
+        seed_of(run, draw, prompt, number, 4)
+        for run in (42, 43)
+        for draw in (1, 2)
+        for prompt in prompts
+        for number in range(4)
+    ]
     assert len(set(seeds)) == 2 * 2 * 9 * 4
     assert seeds[0] == seed_of(42, 1, first) < 2**62
 

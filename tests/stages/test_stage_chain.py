@@ -44,8 +44,10 @@ def test_all_but_the_last_adapter_are_merged_and_the_last_trains_on(tiny, merged
     assert tiny.train(f"{stage}-direct", **keys, **last) == 0
     assert_same_weights(tiny.weights(f"{stage}-chained"), tiny.weights(f"{stage}-direct"), tolerance=1e-5)
     assert tiny.weights(f"{stage}-chained").keys() == tiny.weights("second").keys()
-    assert any(not tensor.equal(tiny.weights("second")[name])
-               for name, tensor in tiny.weights(f"{stage}-chained").items())  # fmt: skip
+    assert any(
+        not tensor.equal(tiny.weights("second")[name])
+        for name, tensor in tiny.weights(f"{stage}-chained").items()
+    )
 
 
 @pytest.mark.parametrize("stage", all_stages())

@@ -41,15 +41,28 @@ RUNS |= {
     "ipo with bco": ("dpo", {"pref_loss": "ipo", "pref_bco_weight": 0.5, "ld_alpha": 0.3, "pref_ftx": 0.2}),
     "bco": ("kto", {"kto_loss": "bco"}),
     "apo": ("kto", {"kto_loss": "apo_zero_unpaired", "kto_rejected_weight": 0.7, "pref_ftx": 0.2}),
-    "ppo normalised": ("ppo", {"ppo_whiten_rewards": True, "ppo_score_norm": True, "ppo_epochs": 1, "horizon": 50}),
+    "ppo normalised": (
+        "ppo",
+        {"ppo_whiten_rewards": True, "ppo_score_norm": True, "ppo_epochs": 1, "horizon": 50},
+    ),
     "dapo filtered": ("grpo", {"mask_truncated_completions": True, "stop": "e", "scale_rewards": "batch"}),
-    "dr_grpo": ("grpo", {"loss_type": "dr_grpo", "scale_rewards": "none", "temperature": 0.7, "beta": 0.2,
-                         "stop": "e"}),
+    "dr_grpo": (
+        "grpo",
+        {"loss_type": "dr_grpo", "scale_rewards": "none", "temperature": 0.7, "beta": 0.2, "stop": "e"},
+    ),
     "gspo": ("grpo", {"loss_type": "grpo", "importance_sampling_level": "sequence", "stop": "e"}),
     # a draw each, so that the KL of the second is not 0
-    "rloo": ("grpo", {"loss_type": "rloo", "advantage_estimator": "rloo", "beta": 0.2, "kl_in_reward": True,
-                      "num_iterations": 1}),
-}  # fmt: skip
+    "rloo": (
+        "grpo",
+        {
+            "loss_type": "rloo",
+            "advantage_estimator": "rloo",
+            "beta": 0.2,
+            "kl_in_reward": True,
+            "num_iterations": 1,
+        },
+    ),
+}
 TWO_RANKS = {
     "per_device_train_batch_size": 1,
     "gradient_accumulation_steps": 4,
@@ -95,10 +108,13 @@ def assert_same_training(tiny, one: str, other: str) -> None:
         assert (mine[name] - others[name]).norm() <= 2e-5 * max(change, 0.05 * whole) + rounding, name
     for entry, twin in zip(tiny.log(one), tiny.log(other), strict=True):
         names = entry.keys() - {"tokens_per_second", "peak_memory", "elapsed_time", "remaining_time"}
-        assert {name: twin[name] for name in names} == pytest.approx({name: entry[name] for name in names}, rel=1e-4,
-                                                                     abs=2e-5)  # fmt: skip
-    results = [{name: value for name, value in tiny.results(run).items() if name.startswith("eval_")}
-               for run in (one, other)]  # fmt: skip
+        assert {name: twin[name] for name in names} == pytest.approx(
+            {name: entry[name] for name in names}, rel=1e-4, abs=2e-5
+        )
+    results = [
+        {name: value for name, value in tiny.results(run).items() if name.startswith("eval_")}
+        for run in (one, other)
+    ]
     for each in results:
         del each["eval_runtime"], each["eval_samples_per_second"]
     assert results[1] == pytest.approx(results[0], rel=1e-4, abs=2e-5)

@@ -128,8 +128,10 @@ def test_a_seed_fixes_a_run(tiny, stage):
         assert tiny.train(f"{stage}-{name}", **keys) == 0
     assert_same_weights(tiny.weights(f"{stage}-first"), tiny.weights(f"{stage}-second"))
     assert tiny.train(f"{stage}-other", seed=1, **keys) == 0
-    assert any(not tensor.equal(tiny.weights(f"{stage}-other")[key])
-               for key, tensor in tiny.weights(f"{stage}-first").items())  # fmt: skip
+    assert any(
+        not tensor.equal(tiny.weights(f"{stage}-other")[key])
+        for key, tensor in tiny.weights(f"{stage}-first").items()
+    )
 
 
 @pytest.mark.parametrize("stage", all_stages())

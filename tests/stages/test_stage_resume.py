@@ -64,9 +64,10 @@ def test_a_run_is_not_continued_on_files_that_have_changed(tiny, capsys):
     keys |= {"adapter_name_or_path": tiny.folder / "below"}
     assert tiny.train("changed", **keys | {"max_steps": 1}) == 0
     for key, file in (
-        ("reward_file", program), ("ref_model", other / "model.safetensors"),
+        ("reward_file", program),
+        ("ref_model", other / "model.safetensors"),
         ("adapter_name_or_path", tiny.folder / "below" / "adapter_model.safetensors"),
-    ):  # fmt: skip
+    ):
         content = file.read_bytes()
         file.write_bytes(content + b"\n" if file == program else content[:-1] + bytes([content[-1] ^ 1]))
         capsys.readouterr()
