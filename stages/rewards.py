@@ -116,18 +116,12 @@ class RewardOptions:
                 )
         twice = next((name for name in self.reward_funcs if self.reward_funcs.count(name) > 1), None)
         if twice is not None:
-            raise UserError(
-                f"reward_funcs: {twice} is named twice; name it once, with a weight in reward_weights"
-            )
+            raise UserError(f"reward_funcs: {twice} is named twice; name it once, and use reward_weights")
         if not all(map(math.isfinite, self.reward_weights)):
-            raise UserError(
-                f"reward_weights: {', '.join(map(str, self.reward_weights))} must be finite numbers"
-            )
+            raise UserError(f"reward_weights: {self.reward_weights} must be finite numbers")
         named, given = len(self.reward_funcs), len(self.reward_weights)
         if named and given and named != given:
-            raise UserError(
-                f"reward_weights: {given} numbers for {named} functions of reward_funcs; give as many"
-            )
+            raise UserError(f"reward_weights: {given} numbers for {named} functions in reward_funcs")
 
 
 @dataclass(frozen=True)
@@ -194,10 +188,9 @@ class FunctionReward(RewardSource):
         self.functions, self.names = tuple(found.values()), tuple(found)
         self.weights = tuple(map(float, weights)) or (1.0,) * len(found)
         if len(self.weights) != len(found):
-            raise UserError(
-                f"reward_weights: {len(self.weights)} numbers for the {len(found)} functions of {self.path} "
-                f"({', '.join(found)}); give one for each"
-            )
+            given, names = len(self.weights), ", ".join(found)
+            where = f"the {len(found)} functions of {self.path} ({names})"
+            raise UserError(f"reward_weights: {given} numbers for {where}; give one for each")
 
     def measure(self, samples: Sequence[Sample]) -> Tensor:
         given = {name: [getattr(sample, field) for sample in samples] for name, field in ARGUMENTS.items()}
@@ -205,8 +198,7 @@ class FunctionReward(RewardSource):
         return torch.tensor(columns).T.contiguous()
 
     def _call(self, name: str, function: Callable, given: dict[str, list]) -> list[float]:
-        """The function's numbers, one for each completion. Raises RewardError that names function and
-        line."""
+        """The function's numbers, one a completion. Raises RewardError that names function and line."""
         where = f"reward_file: {self.path}: {name}"
         parameters = inspect.signature(function).parameters.values()
         takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
@@ -225,17 +217,16 @@ class FunctionReward(RewardSource):
         except (TypeError, ValueError) as error:
             found = _short(" ".join(repr(values).split()))  # the repr of a tensor has lines
             raise RewardError(f"{where} returned {found}, expected a list of numbers ({error})") from error
-        if len(numbers) != len(given["completions"]):
+        found, wanted = len(numbers), len(given["completions"])
+        if found != wanted:
             raise RewardError(
-                f"{where} returned {len(numbers)} numbers for {len(given['completions'])} completions; "
-                "return one for each, in their order"
+                f"{where} returned {found} numbers for {wanted} completions; return one for each"
             )
         return numbers
 
 
 def _reward_functions(path: Path, names: Sequence[str]) -> dict[str, Callable]:
-    """The reward functions of this file by name, in the order of `names`, or of the file. Raises
-    UserError."""
+    """The reward functions of this file, in the order of `names`, or of the file. Raises UserError."""
     module = _load_module(path)
     rewards = {
         name: value
