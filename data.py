@@ -278,11 +278,8 @@ def _prepare_stored(options: DataOptions, work: Tokeniser) -> tuple[Train, Sets,
         reports.append(report)
     train, evaluation = None, {}
     if parts:
-        train = ExampleStore(
-            parts,
-            options.dataset,
-            mix_sets(orders, options.dataset, options.mix_strategy, options.interleave_probs, work.seed),
-        )
+        how = (options.mix_strategy, options.interleave_probs, work.seed)
+        train = ExampleStore(parts, options.dataset, mix_sets(orders, options.dataset, *how))
         if options.val_size > 0:
             train, evaluation["validation"] = train.split(options.val_size, work.seed)
     for name, info in evals.items():

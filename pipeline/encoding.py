@@ -14,8 +14,6 @@ the prompt gives way before the answers do. A prompt for generation is never cut
 """
 
 import contextlib
-import hashlib
-import json
 import multiprocessing
 import os
 from collections import deque
@@ -26,7 +24,7 @@ from itertools import chain, islice
 
 import numpy as np
 
-from options.errors import UserError, located
+from options.errors import located
 from pipeline.batch import ANSWER, ROLES, Example
 from pipeline.formats import Conversation, Dropped, to_conversation, to_document, to_pair, to_prompt, to_rated
 from pipeline.sources import DatasetInfo
@@ -147,15 +145,12 @@ class ChunkEncoder:
         label = np.array(self.tokenizer.encode(text) if text else [], np.int32)
         notes = ("label cut to cutoff_len tokens",) if len(label) > self.options.cutoff_len else ()
         label = label[: self.options.cutoff_len]
-        role = ROLE_NUMBER[answer.role if answer is not None else "assistant"] + ANSWER
-        example = Example(
-            np.concatenate([tokens, label]),
-            np.arange(len(tokens) + len(label)) >= len(tokens),
-            np.concatenate([turns, np.full(len(label), len(conversation.turns), np.int16)]),
-            np.concatenate([roles, np.full(len(label), role, np.uint8)]),
-            (self.part, number),
-        )
-        return example, notes
+        count, role = len(label), ROLE_NUMBER[answer.role if answer is not None else "assistant"] + ANSWER
+        turn = np.full(count, len(conversation.turns), np.int16)
+        behind = [label, np.ones(count, bool), turn, np.full(count, role, np.uint8)]
+        before = [tokens, np.zeros(len(tokens), bool), turns, roles]
+        arrays = [np.concatenate(pair) for pair in zip(before, behind)]
+        return Example(*arrays, (self.part, number)), notes
 
     def _label(self, conversation: Conversation, answer: Message) -> str:
         """The text of an answer; a call of a tool as the template, and so the model, is to write it."""
@@ -370,40 +365,3 @@ def _start_worker(encoder: ChunkEncoder) -> None:
 
 def _encode(rows: list[Row]) -> TokenArrays:
     return _worker_encoder[0](rows)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# cache keys
-
-
-def template_key(template, enable_thinking: bool = True) -> str:
-    """A hash of what the template does, its spans for a few probe dialogues: code and data are in it."""
-    user, reply, more = Message("user", "a?"), Message("assistant", "b."), Message("user", "c?")
-    thought = Message("assistant", "<think>\nt\n</think>\n\nb.")
-    call, result = Message("function", "f"), Message("observation", "o")
-    last = Message("assistant", "d.")
-    probes = [[user, reply, more, last], [Message("system", "s"), user, thought], [user, call, result, reply]]
-    tool = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}
-    ways = [(probe, {}) for probe in probes]
-    ways += [(probe[:-1], {"generation_prompt": True}) for probe in probes]
-    ways += [(probes[2], {"tools": [{"type": "function", "function": tool}]})]
-    seen = []
-    for probe, way in ways:
-        try:
-            spans = template.render(probe, "<bos>", "<eos>", enable_thinking=enable_thinking, **way)
-            seen.append([[span.text, span.answer, span.turn, span.role] for span in spans])
-        except UserError as error:  # a template without tools or system: that is what it does
-            seen.append(str(error))
-    return hashlib.blake2b(json.dumps(seen).encode(), digest_size=16).hexdigest()
-
-
-def tokenizer_key(tokenizer) -> str:
-    """A hash of tokenizer.json, of the special tokens, and of the ids of a probe text."""
-    digest = hashlib.blake2b(digest_size=16)
-    folder = getattr(tokenizer, "folder", None)
-    if folder is not None and (folder / "tokenizer.json").is_file():
-        digest.update((folder / "tokenizer.json").read_bytes())
-    probe = tokenizer.encode("Hello, w\u00f6rld!  123\n\u4f60\u597d \U0001f642", add_special=True)
-    known = [probe, tokenizer.bos_token, tokenizer.eos_token, tokenizer.vocab_size]
-    digest.update(json.dumps(known).encode())
-    return digest.hexdigest()

@@ -23,16 +23,8 @@ from text.render import PRODUCED, Message, parsed
 
 LATER = {"images": "pictures", "videos": "videos", "audios": "sound"}
 # what a stage makes of a row: the stages of one kind train on the same tokens
-KINDS = {
-    "pt": "document",
-    "sft": "dialogue",
-    "rm": "pair",
-    "dpo": "pair",
-    "orpo": "pair",
-    "kto": "rated",
-    "ppo": "prompt",
-    "grpo": "prompt",
-}
+KINDS = {"pt": "document", "sft": "dialogue", "kto": "rated"}
+KINDS |= dict.fromkeys(("rm", "dpo", "orpo"), "pair") | dict.fromkeys(("ppo", "grpo"), "prompt")
 ASKED = ("user", "observation")  # roles that PRODUCED ones answer
 
 
@@ -374,9 +366,8 @@ def _check_calls(text: str, where: str) -> str:
 
 def _tool_calls(calls, where: str) -> str:
     """OpenAI's `tool_calls`, where the arguments are a JSON string, as the text of a function turn."""
-    if not isinstance(calls, list) or not all(
-        isinstance(call, dict) and "function" in call for call in calls
-    ):
+    known = isinstance(calls, list) and all(isinstance(call, dict) and "function" in call for call in calls)
+    if not known:
         raise _wrong(f"{where}.tool_calls", "a list of objects with 'function'", calls)
     texts = [call["function"] for call in calls]
     for i, call in enumerate(texts):

@@ -38,6 +38,17 @@ ARRAYS = {
 SETS_FILE = "anvil_tokenised.json"
 CHECK_BYTES = 1 << 24  # read this much at a time for checksums
 
+SUMMED = (
+    "read",
+    "used",
+    "cut",
+    "examples",
+    "tokens",
+    "tokens_cut",
+    "tokens_trained",
+    "desirable",
+)  # of a Tally
+
 
 @dataclass
 class Tally:
@@ -57,16 +68,7 @@ class Tally:
     desirable: int = 0  # examples tagged 1: KTO's good answers
 
     def add(self, other: "Tally") -> None:
-        for name in (
-            "read",
-            "used",
-            "cut",
-            "examples",
-            "tokens",
-            "tokens_cut",
-            "tokens_trained",
-            "desirable",
-        ):
+        for name in SUMMED:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.longest = max(self.longest, other.longest)
         for mine, theirs in ((self.dropped, other.dropped), (self.notes, other.notes)):
@@ -157,7 +159,9 @@ class ExampleStore:
             index = np.array(pairs, np.int64).reshape(-1, 2)
         self.parts, self.datasets, self.index = list(parts), list(datasets), index
         self.lengths = self._gather("lengths", np.int32)
-        self.reference: np.ndarray | None = None  # (n, segments) fp32, see Example; filled by stages/reference.py
+        self.reference: np.ndarray | None = (
+            None  # (n, segments) fp32, see Example; filled by stages/reference.py
+        )
 
     @classmethod
     def from_examples(cls, examples: Sequence[Example], datasets: Sequence[str]) -> "ExampleStore":

@@ -18,15 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from options.errors import UserError
-from pipeline.encoding import (
-    ChunkEncoder,
-    EncodeOptions,
-    Row,
-    encode_chunks,
-    numbered_rows,
-    template_key,
-    tokenizer_key,
-)
+from pipeline.encoding import ChunkEncoder, EncodeOptions, Row, encode_chunks, numbered_rows
 from pipeline.formats import check_stage
 from pipeline.mixing import choose_rows, examples_of_rows
 from pipeline.report import DataReport, DatasetReport
@@ -40,6 +32,7 @@ from pipeline.sources import (
     read_rows,
 )
 from pipeline.store import ExampleStore, StoreWriter, Tally, TokenArrays, load_sets, locked, partial_folder
+from text.render import Message
 
 CACHE_VERSION = 3  # raise it when the tokens of an unchanged row change, or the layout of the files
 
@@ -189,3 +182,36 @@ class Tokeniser:
             shutil.rmtree(writer.partial)
             raise
         writer.finish()
+
+
+def template_key(template, enable_thinking: bool = True) -> str:
+    """A hash of what the template does, its spans for a few probe dialogues: code and data are in it."""
+    user, reply, more = Message("user", "a?"), Message("assistant", "b."), Message("user", "c?")
+    thought = Message("assistant", "<think>\nt\n</think>\n\nb.")
+    call, result = Message("function", "f"), Message("observation", "o")
+    last = Message("assistant", "d.")
+    probes = [[user, reply, more, last], [Message("system", "s"), user, thought], [user, call, result, reply]]
+    tool = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}
+    ways = [(probe, {}) for probe in probes]
+    ways += [(probe[:-1], {"generation_prompt": True}) for probe in probes]
+    ways += [(probes[2], {"tools": [{"type": "function", "function": tool}]})]
+    seen = []
+    for probe, way in ways:
+        try:
+            spans = template.render(probe, "<bos>", "<eos>", enable_thinking=enable_thinking, **way)
+            seen.append([[span.text, span.answer, span.turn, span.role] for span in spans])
+        except UserError as error:  # a template without tools or system: that is what it does
+            seen.append(str(error))
+    return hashlib.blake2b(json.dumps(seen).encode(), digest_size=16).hexdigest()
+
+
+def tokenizer_key(tokenizer) -> str:
+    """A hash of tokenizer.json, of the special tokens, and of the ids of a probe text."""
+    digest = hashlib.blake2b(digest_size=16)
+    folder = getattr(tokenizer, "folder", None)
+    if folder is not None and (folder / "tokenizer.json").is_file():
+        digest.update((folder / "tokenizer.json").read_bytes())
+    probe = tokenizer.encode("Hello, w\u00f6rld!  123\n\u4f60\u597d \U0001f642", add_special=True)
+    known = [probe, tokenizer.bos_token, tokenizer.eos_token, tokenizer.vocab_size]
+    digest.update(json.dumps(known).encode())
+    return digest.hexdigest()

@@ -24,11 +24,12 @@ from data import DataOptions, TokenizedDataSaved, load_datasets
 from options.errors import UserError
 from pipeline import encoding, store
 from pipeline.batch import ANSWER, ROLES
-from pipeline.encoding import EncodeOptions, keep_tokens, pieces, ratio_keep, ratio_lengths, template_key
+from pipeline.encoding import EncodeOptions, keep_tokens, pieces, ratio_keep, ratio_lengths
 from pipeline.mixing import interleave
 from pipeline.preview import token_table
 from pipeline.report import describe_example
 from pipeline.store import ExampleStore, StoreWriter, TokenArrays
+from pipeline.tokenise import template_key
 from templates import get_template
 from text.render import Message, encode_dialogue
 from text.tokenizer import Tokenizer

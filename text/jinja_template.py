@@ -158,13 +158,10 @@ class _Probe:
 
 @functools.lru_cache(maxsize=64)
 def _probe(source: str, bos: str | None, eos: str | None, enable_thinking: bool) -> _Probe:
-    values, question = (
-        _Values(source, bos or "", eos or "", enable_thinking),
-        {"role": "user", "content": "question"},
-    )
-    texts = [
-        values.text([question, {"role": "assistant", "content": content}]) for content in ("alpha", "omega")
-    ]
+    values = _Values(source, bos or "", eos or "", enable_thinking)
+    question = {"role": "user", "content": "question"}
+    answers = [{"role": "assistant", "content": content} for content in ("alpha", "omega")]
+    texts = [values.text([question, answer]) for answer in answers]
     texts = [text.replace(ANSWER_BEGINS, "").replace(ANSWER_ENDS, "") for text in texts]
     plain, prompt, missing = values.text([question]), values.text([question], True), ""
     header = os.path.commonprefix(texts)[len(plain) :]
