@@ -125,6 +125,17 @@ def llamafactory(result: dict) -> list[str]:
     return [result["work"], "", *table(columns, rows)]
 
 
+def examples(result: dict) -> list[str]:
+    """LLaMA-Factory's example files whose options are refused, and the first reason."""
+    revision = f" at {result['revision']}" if result["revision"] else ""
+    text = (
+        f"The options of {result['accepted']} of {result['total']} example files of LLaMA-Factory{revision} "
+    )
+    text += "for text are accepted as they are. The others:"
+    rows = [[name, reason] for name, reason in result["files"].items() if reason]
+    return [text, "", *table(["file", "first reason"], rows)]
+
+
 RENDERERS = {
     "train_": training,
     "preference_": training,
@@ -134,6 +145,7 @@ RENDERERS = {
     "quality_": quality,
     "plan_": planned,
     "stages_": stages,
+    "llamafactory_examples": examples,  # before the next, which begins the same
     "llamafactory": llamafactory,
 }
 
@@ -145,18 +157,14 @@ def section(path: Path) -> list[str]:
     if renderer is None:
         raise SystemExit(f"{path}: no renderer in bench/document.py for results of this name")
     about = result if "command" in result else result["machine"]
-    machine = about.get("machine") or about.get("cpu") or about.get("gpu")
-    facts = (
-        f"`{about['command']}` at commit {about['commit'][:12]}, {machine}, torch {about.get('torch', '-')}"
-    )
-    if "versions" in about:
-        facts = facts.removesuffix("torch -") + ", ".join(
-            f"{name} {v}" for name, v in about["versions"].items()
-        )
+    facts = [f"`{about['command']}` at commit {about['commit'][:12]}"]
+    facts += [about[key] for key in ("machine", "cpu", "gpu") if about.get(key)]
+    versions = about.get("versions") or {key: about[key] for key in ("torch",) if key in about}
+    facts += [f"{name} {version}" for name, version in versions.items()]
     title = path.stem.replace("_", " ")
     note = [about["note"], ""] if about.get("note") else []
     link = f"[{path.name}](../bench/results/{path.name})"
-    return [f"## {title}", "", f"{facts}. Raw: {link}.", "", *note, *renderer(result), ""]
+    return [f"## {title}", "", f"{', '.join(facts)}. Raw: {link}.", "", *note, *renderer(result), ""]
 
 
 def render() -> str:

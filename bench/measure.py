@@ -136,11 +136,11 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def commit() -> str:
+def commit(tree: Path = ROOT) -> str:
     """The commit measured: git's answer, else COMMIT in the environment (a copy without .git), else
     `unknown`."""
     try:
-        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+        command = ["git", "-C", str(tree), "describe", "--always", "--dirty", "--abbrev=12"]
         done = subprocess.run(command, capture_output=True, text=True)
         answer = done.stdout.strip() if done.returncode == 0 else ""
     except FileNotFoundError:
