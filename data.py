@@ -107,7 +107,9 @@ class DataOptions:
         if val_size and self.eval_dataset:
             raise UserError("val_size: there is an eval_dataset too; drop one of the two")
         if val_size and not self.dataset and not self.tokenized_path:
-            raise UserError("val_size: it is split off dataset, which is not given; name one, or drop it")
+            raise UserError(
+                "val_size: it is taken from dataset, which is not given; name one, or drop val_size"
+            )
         if self.mix_strategy == "concat" and shares:
             raise UserError("interleave_probs needs mix_strategy interleave_under or interleave_over")
         if shares and len(shares) != len(self.dataset):
@@ -123,9 +125,13 @@ class DataOptions:
         if self.tokenized_path is not None:
             raise UserError("tokenized_path cannot be combined with streaming, which stores nothing")
         if self.max_samples is not None:
-            raise UserError("max_samples: it is for data sets that are read whole; use max_steps instead")
+            raise UserError(
+                "max_samples: it is for data sets that are read whole; use max_steps, or drop streaming"
+            )
         if 0 < val_size < 1:
-            raise UserError("val_size: a share of a stream is unknown; give a number of rows")
+            raise UserError(
+                "val_size: a share of a stream is unknown; give a number of rows, or drop streaming"
+            )
         if self.group_by_length:
             raise UserError("group_by_length: lengths in a stream are not known ahead; drop it, or streaming")
 

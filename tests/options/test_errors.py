@@ -62,7 +62,7 @@ def test_a_bug_in_the_way_of_a_program_keeps_its_traceback(program, monkeypatch,
     place, words = {
         "chat": ("chat.find_source", ["model_name_or_path=x"]),
         "export": ("export.find_source", ["model_name_or_path=x", f"export_dir={tmp_path}"]),
-        "data": ("pipeline.preview.tokenizer_folder", ["preview", "model_name_or_path=x", "dataset=a"]),
+        "data": ("checkpoints.hub.resolve_folder", ["preview", "model_name_or_path=x", "dataset=a"]),
         "train": ("training.setup.read", [f"output_dir={tmp_path}/run", "dataset=a", "device=cpu"]),
     }[program]
     main = {"chat": chat, "export": export, "data": data, "train": train}[program].main
