@@ -29,12 +29,12 @@ from generation.cache import KVCache
 from generation.generate import TextStream, split_stop_words
 from generation.layout import lay_out_for_decoding
 from generation.sampling import GenerateOptions
-from lora import quantised_linears
 from model import Decoder
 from options import config as configuration
 from options.errors import UserError, exit_status, refuse
 from options.option import COMMON, RESUMABLE, option
 from quant import QuantOptions
+from quant.linear import quantisation_report, quantised_linears
 from templates import TemplateOptions
 from text.render import Message, encode_dialogue
 from text.tokenizer import Tokenizer
@@ -95,7 +95,7 @@ def open_conversation(config: configuration.Config) -> "Conversation":
     kernels.require_attention(named.flash_attn, device, dtype)
     model.runtime.flash_attn = named.flash_attn
     if quantised_linears(model):
-        _say(quant.report(model))
+        _say(quantisation_report(model))
     if options.score is None:
         lay_out_for_decoding(model)
     else:

@@ -52,7 +52,8 @@ from options.errors import StopRun, UserError, exit_status
 from options.option import COMMON, option
 from parallel.atomic import atomic_file, atomic_folder
 from pipeline.sources import HubAccess
-from quant import Format, QuantOptions
+from quant import QuantOptions
+from quant.linear import Format
 from templates import TemplateOptions, get_template
 from text.render import ChatTemplate
 from text.tokenizer import Tokenizer

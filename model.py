@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import kernels
 from architectures import rope
 from architectures.config import ModelConfig
-from architectures.layers import MLP, ForwardContext, Linear, RMSNorm, project_together
+from architectures.layers import MLP, ForwardContext, Linear, RMSNorm
 from kernels.recompute import Plan
 
 
@@ -50,25 +50,13 @@ class Attention(nn.Module):
         self.head_dim, self.scale = size, 1.0 / math.sqrt(size)
         self.window = config.sliding_windows[layer]  # tokens; None = all
         self.layer = layer  # its place in a cache
-        self.joined = None  # generation/layout.py may join q, k and v for decoding
 
     def project(
         self, x: Tensor, cos: Tensor, sin: Tensor, context: ForwardContext
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x (T, E) -> q (T, H, D), k and v (T, K, D), q and k normalised and rotated."""
-        if self.joined is not None and self.joined.serve(self):
-            heads = self.joined(x).view(x.shape[0], -1, self.head_dim)  # (T, H + 2K, D)
-            queries, keys, _ = (size // self.head_dim for size in self.joined.sizes)
-            if (
-                context.tables is not None and not self.qk_norm
-            ):  # q and k stand side by side: one rotation for both
-                v = heads.narrow(1, queries + keys, keys)
-                heads = kernels.rotate(heads.narrow(1, 0, queries + keys), *context.tables)
-                return heads.narrow(1, 0, queries), heads.narrow(1, queries, keys), v
-            q, k, v = heads.split([queries, keys, keys], dim=1)
-        else:
-            heads = project_together(x, [self.q_proj, self.k_proj, self.v_proj])
-            q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in heads)
+        heads = kernels.linears(x, [self.q_proj.part(), self.k_proj.part(), self.v_proj.part()])
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in heads)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         return *kernels.rope(q, k, cos, sin), v
@@ -168,8 +156,6 @@ class Decoder(nn.Module):
         cos, sin = self.rotation(positions, context, x.dtype)
         if x.dtype is torch.float16:
             x = x.float()  # see layers.FP16_ROW_LIMIT
-        if cache is not None and not torch.is_grad_enabled() and x.device.type == "cpu":
-            context.tables = kernels.rotation_tables(cos, sin)
         delta = None  # what the last block adds to x: the next norm does it
         recomputed = runtime.recompute.full + runtime.recompute.selective if torch.is_grad_enabled() else 0
         for number, block in enumerate(self.layers):

@@ -8,14 +8,24 @@ from torch import Tensor, nn
 
 import kernels
 from architectures.config import ModelConfig
+from kernels.linear import LinearLayer, Part, Table
 
 
-class Linear(nn.Linear):
+class Linear(LinearLayer, nn.Linear):
     """nn.Linear that casts its weight to the input's dtype where it is used: fp32 masters under bf16
     compute."""
 
+    table: Table | None = None  # that generation/layout.py has put the weight into
+
+    def part(self) -> Part:
+        return Part(self.weight, self.bias, table=self.table, layer=self)
+
+    def dequantize(self, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
+        weight = self.weight.detach()
+        return weight.to(dtype or weight.dtype) if out is None else out.copy_(weight)
+
     def forward(self, x: Tensor) -> Tensor:
-        return kernels.linear(x, self.weight, self.bias)
+        return kernels.linears(x, [self.part()])[0]
 
 
 class RMSNorm(nn.Module):
@@ -40,17 +50,6 @@ class RMSNorm(nn.Module):
         return kernels.add_rms_norm(x, delta, self.weight, self.eps, self.offset, dtype)
 
 
-def project_together(x: Tensor, layers: list[nn.Module]) -> list[Tensor]:
-    """[layer(x) for layer in layers]. A kind of layer that gains from one input for several (an adapter: it
-    saves and reads x once) says so by a static method `fused(x, layers)`, which then does it; its results
-    are the same."""
-    for layer in layers:
-        fused = getattr(type(layer), "fused", None)
-        if fused is not None:
-            return fused(x, layers)
-    return [layer(x) for layer in layers]
-
-
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, **factory):
         super().__init__()
@@ -59,13 +58,9 @@ class MLP(nn.Module):
         self.up_proj = Linear(hidden, size, bias=bias, **factory)
         self.down_proj = Linear(size, hidden, bias=bias, **factory)
         self.activation = config.activation
-        self.joined = None  # generation/layout.py may join gate and up for decoding
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.joined is not None and self.joined.serve(self):
-            gate, up = self.joined(x).chunk(2, dim=-1)
-        else:
-            gate, up = project_together(x, [self.gate_proj, self.up_proj])
+        gate, up = kernels.linears(x, [self.gate_proj.part(), self.up_proj.part()])
         if x.dtype is torch.float16:
             scale = _row_scale(gate, up)
             gated = kernels.gated_mlp(gate, up * scale.to(up.dtype), self.activation)
@@ -103,7 +98,6 @@ class ForwardContext:
     cache: Any  # keys and values of what came before (generation/), or None
     flash_attn: str  # which attention, one of kernels.ATTENTION
     dtype: torch.dtype  # of the products
-    tables: tuple[Tensor, Tensor] | None = None  # of the rotation, when decoding on a CPU
     borders: list[int] | None = None  # cu_seqlens on the host
     lengths: Any = None  # per sequence, tokens once the row is stored: on the host, or (N,) on the device
     is_whole: bool = False  # whether the cache was empty, so that the row holds all there is

@@ -24,7 +24,7 @@ from bench.measure import Session, Timer, is_on, table
 from generation.generate import new_cache
 from generation.layout import lay_out_for_decoding
 from model import Decoder, initialize_weights
-from quant import QuantLinear
+from quant.linear import QuantLinear
 
 LLAMA_2_7B = {
     "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,

@@ -11,7 +11,7 @@ from torch import nn
 from architectures.config import ModelConfig, to_hf_name
 from lora import replace_module
 from model import Decoder
-from quant import QuantLinear
+from quant.linear import QuantLinear
 from quant.nf4 import NF4Format, NF4Linear
 
 FORMAT = NF4Format("nf4", True)

@@ -26,7 +26,8 @@ from kernels.cross_entropy import (
 from kernels.decode_attention import decode_attention_reference
 from kernels.gated_mlp import gated_mlp_reference
 from kernels.layer_norm import layer_norm_reference
-from kernels.lora_linear import lora_linear_reference
+from kernels.linear import Part
+from kernels.lora_linear import lora_linears_reference
 from kernels.nf4 import dequantise_reference
 from kernels.rms_norm import add_rms_norm_reference, rms_norm_reference
 from kernels.rope import rope_reference
@@ -572,14 +573,14 @@ def lora_linear(sizes: Sizes, outputs: int) -> Case:
         f"{tokens}x{size} -> {outputs}, rank {rank}",
         inputs,
         {
-            "anvil": System(kernels.lora_linear),
+            "anvil": System(lambda x, *part: kernels.linears(x, [Part(*part)])[0]),
             "eager": System(as_peft),
             "compile": compiled(as_peft),
             "base only": System(base_only),
         },
         (0, 3, 4),
         {"forward": Work(0, base + branch), "backward": Work(0, base + 2 * branch)},
-        lora_linear_reference,
+        lambda x, *part: lora_linears_reference(x, [Part(*part)])[0],
     )
 
 
@@ -672,12 +673,12 @@ def small_batch_4bit(sizes: Sizes, rows: int, inputs: int, outputs: int, rank: i
 
     @torch.no_grad()
     def ours(x, layer, lora_a, lora_b):
-        result = layer.small_batch(x, lora_a, lora_b, 0.5)
-        return lora_linear_reference(x, layer, None, lora_a, lora_b, 0.5) if result is None else result
+        part = Part(layer, None, lora_a, lora_b, 0.5)
+        return (layer.from_codes(x, [part]) or lora_linears_reference(x, [part]))[0]
 
     @torch.no_grad()
     def plain(x, layer, lora_a, lora_b):
-        return lora_linear_reference(x, layer, None, lora_a, lora_b, 0.5)
+        return lora_linears_reference(x, [Part(layer, None, lora_a, lora_b, 0.5)])[0]
 
     @torch.no_grad()
     def baseline(x, layer, lora_a, lora_b, codes, state):

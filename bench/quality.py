@@ -25,7 +25,8 @@ import quant  # noqa: E402
 from bench import measure  # noqa: E402
 from checkpoints.huggingface import load_model  # noqa: E402
 from conversion import quality  # noqa: E402
-from quant import QuantLinear, QuantOptions  # noqa: E402
+from quant import QuantOptions  # noqa: E402
+from quant.linear import QuantLinear  # noqa: E402
 from text.tokenizer import Tokenizer  # noqa: E402
 
 FORMATS = {  # options of quantisation while reading

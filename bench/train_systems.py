@@ -19,6 +19,7 @@ from architectures.config import ModelConfig, to_hf_name
 from bench import baselines, four_bits
 from bench.baselines import Baseline, Document, MicroBatch, Recipe
 from bench.turns import LEARNING_RATE
+from checkpoints import trainable
 from checkpoints.peft import adapter_state
 from model import Decoder, initialize_weights
 from pipeline.batch import Example, collate
@@ -129,7 +130,7 @@ def random_decoder(setting: Setting) -> Decoder:
 def anvil_on(setting: Setting, model: Decoder, unused_bytes: int = 0) -> Anvil:
     """Puts new adapters on the model itself."""
     options = lora.LoraOptions("lora" if setting.rank else "full", lora_rank=max(1, setting.rank))
-    lora.prepare_trainable(model, options, torch.Generator().manual_seed(0))
+    trainable.prepare_trainable(model, options, torch.Generator().manual_seed(0))
     return Anvil(model, setting.device, setting.policy, unused_bytes)
 
 

@@ -35,7 +35,7 @@ from checkpoints.value_head import load_value_head, save_value_head
 from lora import lora_layers, replace_module
 from model import Decoder, initialize_weights
 from options.errors import UserError
-from quant import Format, QuantLinear
+from quant.linear import Format, QuantLinear
 from text.tokenizer import TOKENIZER_FILES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -19,20 +19,21 @@ import torch
 
 from architectures.config import ModelConfig, from_hf_name, to_hf_name
 from checkpoints.safetensors_files import PICKLE, file_tensors, read_json, staged, write_json, write_tensors
+from checkpoints.trainable import prepare_trainable
+from kernels.linear import LinearLayer
 from lora import (
     LoraLinear,
     LoraOptions,
     full_modules,
-    is_quantised,
+    is_linear,
     lora_layers,
     merge_for_good,
-    prepare_trainable,
-    quantised_linears,
     replace_module,
     stacked,
 )
 from model import Decoder
 from options.errors import UserError, located
+from quant.linear import QuantLinear, quantised_linears
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
@@ -107,9 +108,8 @@ def _whole(alpha: float) -> float | int:
 def _peft_targets(model: Decoder, layers: dict[str, LoraLinear]) -> list[str]:
     """The short names if every linear of that name has an adapter, else the full names of those that do."""
     short = {name.rpartition(".")[2] for name in layers}
-    kinds = (torch.nn.Linear, LoraLinear)
     alike = {name: module for name, module in model.named_modules() if name.rpartition(".")[2] in short}
-    if {name for name, m in alike.items() if isinstance(m, kinds) or is_quantised(m)} == set(layers):
+    if {name for name, m in alike.items() if isinstance(m, torch.nn.Linear | LinearLayer)} == set(layers):
         return sorted(short)
     return [_hf_module(model.config, name) for name in layers]
 
@@ -328,7 +328,7 @@ def adapted_linear(
         base = model.get_submodule(module)
     except AttributeError as error:
         raise file.fault(f"adapts {module}, which this model does not have") from error
-    if not hasattr(base, "in_features"):
+    if not is_linear(base):
         raise file.fault(f"adapts {module}, a {type(base).__name__}; only linears are supported")
     rank = int(_by_pattern(file.config, "rank_pattern", "r", module))
     shapes = {"lora_A": (rank, base.in_features), "lora_B": (base.out_features, rank)}
@@ -385,7 +385,7 @@ def prepare_adapters(
     """Set what trains, starting from the given adapters: all but the last are merged, the last trains on.
 
     With options.create_new_adapter all are merged and a fresh one is added; without folders see
-    lora.prepare_trainable. Raises UserError if something would have to be merged into quantised weights.
+    checkpoints.trainable.prepare_trainable. Raises UserError if something would have to be merged into quantised weights.
     """
     folders = list(folders)
     trained = folders[-1:] if options.finetuning_type == "lora" and not options.create_new_adapter else []
@@ -427,8 +427,9 @@ def apply_adapters(model: Decoder, folders: Iterable[str | Path]) -> None:
         dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         load_adapter(model, folder)
         for name, layer in lora_layers(model).items():
-            replace_module(model, name, layer.base if is_quantised(layer.base) else layer.merged_base())
-            if is_quantised(layer.base):
+            quantised = isinstance(layer.base, QuantLinear)
+            replace_module(model, name, layer.base if quantised else layer.merged_base())
+            if quantised:
                 with located(f"adapter_name_or_path: {folder}"):
                     beside[name] = stacked(beside.get(name), layer)
         for name, parameter in model.named_parameters():

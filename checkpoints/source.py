@@ -26,7 +26,8 @@ from checkpoints.safetensors_files import read_json
 from checkpoints.value_head import VALUE_HEAD, ValueHead, has_value_head, load_value_head
 from model import Decoder
 from options.errors import UserError
-from quant import Format, QuantOptions
+from quant import QuantOptions
+from quant.linear import Format
 from templates import TemplateOptions, get_template
 from text.tokenizer import Tokenizer
 

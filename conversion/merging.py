@@ -22,7 +22,7 @@ from conversion.requantise import Piece
 from lora import LoraLinear
 from model import Decoder
 from options.errors import located
-from quant import Format, QuantLinear
+from quant.linear import Format, QuantLinear
 
 EMBEDDING, HEAD = "embed_tokens", "lm_head"
 

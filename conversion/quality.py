@@ -26,11 +26,12 @@ from checkpoints.safetensors_files import weight_files, write_json
 from checkpoints.source import Source
 from conversion.merging import Merge
 from conversion.requantise import Requantiser
+from kernels.linear import LinearLayer
 from lora import LoraLinear, replace_module
 from model import Decoder
 from options.errors import UserError
 from options.option import option
-from quant import QuantLinear
+from quant.linear import QuantLinear
 from text.tokenizer import Tokenizer
 
 REMAINDER = "adapter"  # folder inside an export: what its codes cannot hold, an adapter in PEFT's format
@@ -306,7 +307,7 @@ def _linears(parent: Decoder, child: Decoder, number: int) -> list[LinearQuality
     return [
         linear_quality(name, exact[name].weight, layer, stored_dtype)
         for name, layer in found
-        if isinstance(exact.get(name), nn.Linear) and hasattr(layer, "in_features")
+        if isinstance(exact.get(name), nn.Linear) and isinstance(layer, LinearLayer)
     ]
 
 

@@ -29,7 +29,7 @@ from lora import LoraLinear, replace_module
 from model import Decoder
 from options.errors import UserError, located
 from options.option import COMMON, option
-from quant import Format, QuantLinear
+from quant.linear import Format, QuantLinear
 
 RANK = 16  # of the kept part, where the user names none: LoftQ's and LLaMA-Factory's scripts' default
 EXACT_SIDE = 2048  # up to this many rows singular vectors are computed exactly, above by iteration

@@ -122,7 +122,7 @@ class OneRow:
 
     def _unchanged(self) -> bool:
         return all(modules[name] is layer for modules, name, layer in self._places) and all(
-            layer.lora_a._version == a and layer.lora_b._version == b and not (layer.off or layer.merged)
+            layer.lora_a._version == a and layer.lora_b._version == b and not layer.off
             for layer, a, b in self._adapters
         )
 

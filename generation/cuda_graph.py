@@ -20,6 +20,7 @@ from torch import Tensor
 import kernels
 from architectures.layers import ForwardContext
 from generation.cache import KVCache
+from kernels.linear import LinearLayer
 from model import Decoder
 
 # steps on their way at once: the host's hiccups are shorter; so many are in vain after the last text's end
@@ -111,7 +112,7 @@ class TokenSteps:
         self.results = [torch.zeros(rows, dtype=torch.int64, pin_memory=pinned) for _ in range(AHEAD)]
         self.arrivals = [torch.cuda.Event() if pinned else None for _ in range(AHEAD)]
         self.replay = Replay(self._forward, device)
-        self.waits = any(module.waits(rows) for module in model.modules() if hasattr(module, "waits"))
+        self.waits = any(module.waits(rows) for module in model.modules() if isinstance(module, LinearLayer))
 
     def begin(self, last_tokens: list[int], lengths: list[int], choose, *, draws=None, capture=True) -> None:
         """last_tokens: per row, what its cache, filled to `lengths`, does not hold yet.

@@ -39,8 +39,8 @@ from kernels import rope as _rope
 from kernels.attention import attention_reference, attention_sdpa, cached_attention_reference
 from kernels.byte_linear import Bytes, ByteTable
 from kernels.decode_attention import MAX_NEW
-from kernels.lora_linear import Part as LoraPart
-from kernels.nf4 import Codes, CodesPart
+from kernels.linear import SMALL_BATCH, LinearLayer, Part
+from kernels.nf4 import Codes
 from kernels.recompute import BOOK, remember
 from options.errors import UserError
 
@@ -50,8 +50,6 @@ __all__ = [
     "ByteTable",
     "Bytes",
     "Codes",
-    "CodesPart",
-    "LoraPart",
     "add_rms_norm",
     "attention",
     "cached_attention",
@@ -63,15 +61,12 @@ __all__ = [
     "gated_mlp",
     "layer_norm",
     "linear",
+    "linears",
     "linear_cross_entropy",
     "linear_logprobs",
-    "lora_linear",
-    "lora_linears",
     "require_attention",
     "rms_norm",
     "rope",
-    "rotate",
-    "rotation_tables",
     "shared_buffers",
     "shares_of_rows",
     "store_in_cache",
@@ -251,7 +246,6 @@ def rope(q, k, cos, sin, interleaved: bool = False) -> tuple[torch.Tensor, torch
 
 shared_buffers = _lora_linear.shared_buffers
 shares_of_rows = _linear.shares_of_rows
-rotate, rotation_tables = _rope.rotate, _rope.rotation_tables  # the same in two steps, for decoding
 
 
 def gated_mlp(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
@@ -292,18 +286,74 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return _linear.linear_reference(x, weight, bias)
 
 
-def lora_linear(x, weight, bias, lora_a, lora_b, scale: float) -> torch.Tensor:
-    """Base product and low-rank branch in one. See kernels/lora_linear.py."""
-    separate = _REFERENCE or (isinstance(weight, torch.Tensor) and weight.requires_grad)
-    chosen = _lora_linear.lora_linear_reference if separate else _lora_linear.lora_linear
-    return chosen(x, weight, bias, lora_a, lora_b, scale)
+def linears(x: torch.Tensor, parts: list[Part]) -> list[torch.Tensor]:
+    """Linear layers with one input: x (..., in) -> [(..., out)] in x's dtype, one for each part.
+
+    Several go together where they gain from it: weights that lie in one table are one product; a few rows go
+    straight through codes; adapters on frozen weights save and read x once. The others go one by one.
+    """
+    if x.dim() != 2:
+        results = linears(x.reshape(-1, x.shape[-1]), parts)
+        return [result.reshape(*x.shape[:-1], result.shape[-1]) for result in results]
+    if len(parts) == 1 and parts[0].weight is not None:
+        return [_one_linear(x, parts[0])]
+    table = parts[0].table
+    if table is not None and len(parts) == table.layers and all(_is_only(table, part) for part in parts):
+        return list(linear(x, table.weight, table.bias).split([part.weight.shape[0] for part in parts], 1))
+    results = _from_codes(x, parts)
+    if results is not None:
+        return results
+    known = [place for place, part in enumerate(parts) if _lora_linear_knows(part)]
+    results = [None] * len(parts)
+    if len(known) > 1 and any(parts[place].lora_a is not None for place in known):
+        for place, result in zip(known, _lora_linears(x, [parts[place] for place in known])):
+            results[place] = result
+    return [_alone(x, part) if result is None else result for part, result in zip(parts, results)]
 
 
-def lora_linears(x: torch.Tensor, parts: list[LoraPart]) -> list[torch.Tensor]:
-    """Several frozen linears with adapters and one input, which is saved and read once. See
-    kernels/lora_linear.py."""
-    chosen = _lora_linear.lora_linears_reference if _REFERENCE else _lora_linear.lora_linears
-    return chosen(x, parts)
+def _alone(x: torch.Tensor, part: Part) -> torch.Tensor:
+    return _one_linear(x, part) if part.layer is None else part.layer(x)
+
+
+def _one_linear(x: torch.Tensor, part: Part) -> torch.Tensor:
+    """x (T, in) through one part whose weight is given."""
+    results = _from_codes(x, [part])
+    if results is not None:
+        return results[0]
+    if part.lora_a is None and isinstance(part.weight, torch.Tensor):
+        return linear(x, part.weight, part.bias)
+    if _lora_linear_knows(part):
+        return _lora_linears(x, [part])[0]
+    result = _one_linear(x, part._replace(lora_a=None, lora_b=None))
+    return result + _lora_linear.low_rank(x, part).to(result.dtype)
+
+
+def _is_only(table, part: Part) -> bool:
+    """Whether a part is nothing but its share of this table."""
+    return part.table is table and part.lora_a is None
+
+
+def _from_codes(x: torch.Tensor, parts: list[Part]) -> list[torch.Tensor] | None:
+    """Products straight from the codes, of a few rows without a gradient; None where no format does that."""
+    first = parts[0].weight
+    small = 0 < x.shape[0] <= SMALL_BATCH and not torch.is_grad_enabled()
+    if small and isinstance(first, LinearLayer) and all(type(part.weight) is type(first) for part in parts):
+        return first.from_codes(x, parts)
+    return None
+
+
+def _lora_linear_knows(part: Part) -> bool:
+    """Frozen dense weights; and codes, made dense once forward and once backward, but without a backward pass
+    their own product beside the adapter may be cheaper."""
+    if isinstance(part.weight, LinearLayer):
+        return part.lora_a is None or torch.is_grad_enabled()
+    frozen = part.weight is not None and not part.weight.requires_grad
+    return frozen and not (part.bias is not None and part.bias.requires_grad)
+
+
+def _lora_linears(x: torch.Tensor, parts: list[Part]) -> list[torch.Tensor]:
+    """Frozen weights with or without adapters and one input. See kernels/lora_linear.py."""
+    return (_lora_linear.lora_linears_reference if _REFERENCE else _lora_linear.lora_linears)(x, parts)
 
 
 def dequantise_4bit(weight: Codes, out: torch.Tensor) -> bool:
@@ -315,7 +365,7 @@ def dequantise_4bit(weight: Codes, out: torch.Tensor) -> bool:
     return True
 
 
-def small_batch_4bit(x: torch.Tensor, parts: list[CodesPart]) -> list[torch.Tensor] | None:
+def small_batch_4bit(x: torch.Tensor, parts: list[Part]) -> list[torch.Tensor] | None:
     """x (1 to 16 rows, in) through linears in 4 bits with their adapters, straight from the codes, no
     gradient; None where no kernel does that, and then the dense weight is the way. See kernels/nf4.py."""
     if not _triton_serves("products with weights in 4 bits", x.device, _nf4.unsupported, x):

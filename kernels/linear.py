@@ -1,4 +1,4 @@
-"""y = x W^T + b, with the weight cast to the compute dtype at the place of use.
+"""y = x W^T + b, with the weight cast to the compute dtype at the place of use; and what a linear layer is.
 
 Why a file for one matrix product: on x86 machines that are not Intel's, torch sends fp32 products to MKL,
 which there stays on its 256-bit path; oneDNN (already inside torch) runs the same product with 512-bit
@@ -10,17 +10,84 @@ bf16, and the backward pass casts again instead of holding a second copy of ever
 """
 
 import functools
+from typing import TYPE_CHECKING, NamedTuple, Union
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from kernels.byte_linear import Bytes
+
+SMALL_BATCH = 16  # rows: up to here a product reads the codes themselves, where a kernel for that exists
 
 
-def linear_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+class Table(NamedTuple):
+    """Linear layers with one input as one product for decoding; the layers' weights are views of it."""
+
+    weight: Tensor  # (sum of out, in)
+    bias: Tensor | None  # (sum of out,)
+    layers: int  # how many
+
+
+class Part(NamedTuple):
+    """What one linear layer computes, x W^T + bias + scale (x A^T) B^T, as kernels.linears takes it."""
+
+    weight: Union[Tensor, "LinearLayer", None]  # (out, in), or the quantised layer itself; None: ask `layer`
+    bias: Tensor | None = None  # (out,)
+    lora_a: Tensor | None = None  # (R, in); None: no adapter
+    lora_b: Tensor | None = None  # (out, R)
+    scale: float = 0.0
+    table: Table | None = None  # that the weight lies in
+    layer: nn.Module | None = None  # that computes this part alone
+
+
+class LinearLayer(nn.Module):
+    """A linear layer as model, adapters and kernels know it: in_features, out_features, bias (out,) or None.
+
+    Three kinds: architectures/layers.Linear, quant/linear.QuantLinear, and lora.LoraLinear around one of them.
+    A layer says by part() what it computes and kernels.linears chooses how: forward is
+    `kernels.linears(x, [self.part()])[0]`, and layers with one input go there together. The rest is what a
+    layer of codes may do better than by its dense weight; None says that it does not.
+    """
+
+    in_features: int
+    out_features: int
+    bias: Tensor | None
+
+    def part(self) -> Part:
+        """What forward computes, as the layer is now."""
+        raise NotImplementedError
+
+    def dequantize(self, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
+        """The weight (out, in) in `dtype` (None: its own), written into `out` if that is given."""
+        raise NotImplementedError
+
+    def product(self, x: Tensor) -> Tensor | None:
+        """x (T, in) -> x W^T (T, out) in x's dtype, for any T, in training too: the backward pass takes the
+        dense weight."""
+        return None
+
+    def from_codes(self, x: Tensor, parts: list[Part]) -> list[Tensor] | None:
+        """x of 1 to SMALL_BATCH rows through parts whose weights are layers of this class; no gradient."""
+        return None
+
+    def bytes_for_decoding(self, dtype: torch.dtype) -> "Bytes | None":
+        """The weight in one byte a number, for one row at a time on a CPU, where that is as good as dense
+        numbers in `dtype`."""
+        return None
+
+    def waits(self, rows: int) -> bool:
+        """Whether a product of so many rows waits for a GPU, so that no CUDA graph can hold it."""
+        return False
+
+
+def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (T, in) in the compute dtype, weight (out, in), bias (out,) or None -> (T, out) in x's dtype."""
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-def matmul_transposed(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def matmul_transposed(a: Tensor, b: Tensor) -> Tensor:
     """a (M, K) times b (N, K) transposed -> (M, N), no autograd; fp32 on a CPU goes to oneDNN.
 
     a is copied unless it is contiguous; b may be contiguous either way round (a weight or its transpose).
@@ -60,7 +127,7 @@ class _Linear(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias
 
 
-def linear_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def linear_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """linear_reference with fp32 products on oneDNN, forward and backward. x must be (T, in)."""
     trained = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     if trained and torch.is_grad_enabled():
@@ -75,7 +142,7 @@ def linear_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     return F.linear(x, weight.to(x.dtype), bias)
 
 
-def matvec_by_rows(x: torch.Tensor, table: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def matvec_by_rows(x: Tensor, table: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (1, in) times table (in, out), rows contiguous -> (1, out): the product of decoding, bound by memory
     speed.
 
@@ -87,17 +154,17 @@ def matvec_by_rows(x: torch.Tensor, table: torch.Tensor, bias: torch.Tensor | No
     rows, starts = shares_of_rows(table.shape[0], min(torch.get_num_threads(), table.shape[0]))
     # detached: where a gradient could be asked for, the operation also builds what its backward pass would
     # need
-    result = torch.embedding_bag(table.detach(), rows, starts, mode=0, per_sample_weights=x[0])[
+    bags = torch.embedding_bag(table.detach(), rows, starts, mode=0, per_sample_weights=x[0])[
         0
     ]  # (bags, out)
-    result = result.sum(0, keepdim=True)
+    result = bags.sum(0, keepdim=True)
     return result if bias is None else result.add_(bias)
 
 
 @functools.lru_cache(
     maxsize=64
-)  # one entry per input size of a model: two small tensors less to make on every call
-def shares_of_rows(inputs: int, bags: int) -> tuple[torch.Tensor, torch.Tensor]:
+)  # an entry per input size of a model: two small tensors less to make on every call
+def shares_of_rows(inputs: int, bags: int) -> tuple[Tensor, Tensor]:
     """Row numbers 0..inputs-1, and where each bag's share of them starts."""
     with torch.inference_mode(False):
         return torch.arange(inputs), torch.arange(bags) * inputs // bags

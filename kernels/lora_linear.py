@@ -20,58 +20,41 @@ CPU the base comes first (oneDNN's fp32 product does not accumulate). What a ker
 of two reads of dy in the backward pass (dy B and dy^T low), 2 T out bytes: left until it can be measured.
 """
 
-from typing import Any, NamedTuple
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.linear import matmul_transposed
+from kernels.linear import LinearLayer, Part, matmul_transposed
 
 
-class Part(NamedTuple):
-    """One linear of several with the same input."""
-
-    weight: (
-        Any  # (out, in) tensor, frozen; or a quantised layer: its sizes, device, dequantize(out=), product(x)
-    )
-    bias: Tensor | None  # (out,), frozen
-    lora_a: Tensor | None  # (R, in); None: no adapter
-    lora_b: Tensor | None  # (out, R)
-    scale: float
-
-
-def lora_linear_reference(x, weight, bias, lora_a, lora_b, scale: float) -> Tensor:
-    """x (T, in), weight (out, in), bias (out,) or None, lora_a (R, in), lora_b (out, R) -> (T, out) in x's
-    dtype."""
-    # autograd may keep it, so not in the shared buffer
-    weight = weight.to(x.dtype) if isinstance(weight, Tensor) else weight.dequantize(x.dtype)
-    result = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
-    if lora_a is None:
-        return result
-    return result + (x @ lora_a.to(x.dtype).T) @ lora_b.to(x.dtype).T * scale
+def low_rank(x: Tensor, part: Part) -> Tensor:
+    """scale (x A^T) B^T in x's dtype, plain, with autograd."""
+    return F.linear(F.linear(x, part.lora_a.to(x.dtype)), part.lora_b.to(x.dtype)) * part.scale
 
 
 def lora_linears_reference(x: Tensor, parts: list[Part]) -> list[Tensor]:
-    """lora_linears, one after the other."""
-    return [lora_linear_reference(x, *part) for part in parts]
-
-
-def lora_linear(x, weight, bias, lora_a, lora_b, scale: float) -> Tensor:
-    """The same as lora_linear_reference for a frozen weight and bias; gradients for x, lora_a and lora_b."""
-    return lora_linears(x, [Part(weight, bias, lora_a, lora_b, scale)])[0]
+    """lora_linears in plain torch, one part after the other; weights may be trained too."""
+    results = []
+    for part in parts:
+        # a new one each time, not the shared buffer: autograd may keep it
+        weight = part.weight if isinstance(part.weight, Tensor) else part.weight.dequantize(x.dtype)
+        bias = None if part.bias is None else part.bias.to(x.dtype)
+        result = F.linear(x, weight.to(x.dtype), bias)
+        results.append(result if part.lora_a is None else result + low_rank(x, part))
+    return results
 
 
 def lora_linears(x: Tensor, parts: list[Part]) -> list[Tensor]:
     """x (T, in) through several frozen linears with adapters -> [(T, out)] in x's dtype, one for each part.
 
-    Gradients for x and every lora_a and lora_b, each in its own dtype; adapters are cast to x's dtype where
-    they are used. Weights and biases get none: the caller sees to it that they are frozen.
+    Gradients for x and every lora_a and lora_b that asks for one, each in its own dtype; adapters are cast to
+    x's dtype where they are used. Weights and biases get none: the caller sees to it that they are frozen.
     """
     tensors, others = [], []
-    for weight, bias, lora_a, lora_b, scale in parts:
-        dense = isinstance(weight, Tensor)
-        tensors += [weight if dense else None, bias, lora_a, lora_b]
-        others.append((None if dense else weight, scale))
+    for part in parts:
+        dense = isinstance(part.weight, Tensor)
+        tensors += [part.weight if dense else None, part.bias, part.lora_a, part.lora_b]
+        others.append((None if dense else part.weight, part.scale))
     return list(_LoraLinears.apply(x, tuple(others), *tensors))
 
 
@@ -84,7 +67,7 @@ def shared_buffers() -> list[Tensor]:
     return list(_shared.values())
 
 
-def _dense(weight, dtype: torch.dtype) -> Tensor:
+def _dense(weight: Tensor | LinearLayer, dtype: torch.dtype) -> Tensor:
     """The weight (out, in) in `dtype`. A quantised one stands in the shared buffer, until the next call."""
     if isinstance(weight, Tensor):
         return weight.to(dtype)
@@ -109,21 +92,23 @@ def _merge_is_cheaper(rows: int, weight: Tensor, dtype: torch.dtype) -> bool:
 
 
 class _LoraLinears(torch.autograd.Function):
-    """tensors: weight (None if quantised), bias, lora_a, lora_b of every part; others: (quantised weight,
-    scale)."""
+    """tensors: weight (None if quantised), bias, lora_a, lora_b of each part; others: quantised weight, scale.
+
+    x is kept for the gradients of A alone; where every A is frozen (LoRA-FA, arXiv 2308.03303) only x A^T is.
+    """
 
     @staticmethod
     def forward(ctx, x, others, *tensors):
         parts = _unpack(others, tensors)
         merged = [_merged(x, part) for part in parts]
         stacked, low = _stacked(parts, x.dtype), None
-        if not all(one or part.lora_a is None for one, part in zip(merged, parts)):
-            low = matmul_transposed(
-                x, stacked
-            )  # (T, sum of R); if all are merged it waits for the backward pass
+        trained, trains_a = any(ctx.needs_input_grad), any(ctx.needs_input_grad[4::4])
+        needed = not all(one or part.lora_a is None for one, part in zip(merged, parts))
+        if needed or (stacked is not None and trained and not trains_a):
+            low = matmul_transposed(x, stacked)  # (T, sum of R); else it waits for the backward pass
         results = [_forward(x, *each) for each in zip(parts, merged, _columns(low, parts))]
-        ctx.save_for_backward(x, low, *tensors)
-        ctx.others, ctx.merged = others, merged
+        ctx.save_for_backward(x if trains_a else None, low, *tensors)
+        ctx.others, ctx.merged, ctx.dtype = others, merged, x.dtype
         return tuple(results)
 
     @staticmethod
@@ -131,22 +116,23 @@ class _LoraLinears(torch.autograd.Function):
         x, low, *tensors = ctx.saved_tensors
         parts = _unpack(ctx.others, tensors)
         gradients, grad_low = [None] * len(tensors), None
-        stacked = _stacked(parts, x.dtype)
+        stacked = _stacked(parts, ctx.dtype)
         if stacked is not None:
             low = matmul_transposed(x, stacked) if low is None else low
             grad_low = torch.empty_like(low)  # (T, sum of R)
             columns = _columns(low, parts), _columns(grad_low, parts)
             for place, (part, grad, one, grad_one) in enumerate(zip(parts, grads, *columns)):
                 if part.lora_a is not None:
-                    _scaled_product(grad, part.lora_b.to(x.dtype), part.scale, grad_one)
+                    _scaled_product(grad, part.lora_b.to(ctx.dtype), part.scale, grad_one)
                     gradients[4 * place + 3] = _grad_b(grad, one, part)
-            grad_a = matmul_transposed(grad_low.T, x.T).T  # (in, sum of R): all of them from one pass over x
-            for place, (part, grad) in enumerate(zip(parts, _columns(grad_a, parts))):
-                if part.lora_a is not None:
-                    gradients[4 * place + 2] = grad.T.to(part.lora_a.dtype)
+            if x is not None:
+                grad_a = matmul_transposed(grad_low.T, x.T).T  # (in, sum of R): all from one pass over x
+                for place, (part, grad) in enumerate(zip(parts, _columns(grad_a, parts))):
+                    if part.lora_a is not None and ctx.needs_input_grad[4 * place + 4]:
+                        gradients[4 * place + 2] = grad.T.to(part.lora_a.dtype)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = _grad_x(x, grads, parts, ctx.merged, stacked, grad_low)
+            grad_x = _grad_x(grads, parts, ctx.merged, stacked, grad_low, ctx.dtype)
         return grad_x, None, *gradients
 
 
@@ -222,17 +208,17 @@ def _grad_b(grad: Tensor, low: Tensor, part: Part) -> Tensor:
     return grad_b.to(part.lora_b.dtype)
 
 
-def _grad_x(x, grads, parts: list[Part], merged: list[bool], stacked, grad_low) -> Tensor:
+def _grad_x(grads, parts: list[Part], merged: list[bool], stacked, grad_low, dtype: torch.dtype) -> Tensor:
     """sum over parts of dy W + grad_low A (T, in), in one buffer."""
-    total = None
-    branch_first = grad_low is not None and _branch_first(x.device)
+    on_cpu, total = grads[0].device.type == "cpu", None
+    branch_first = grad_low is not None and _branch_first(grads[0].device)
     if branch_first:
         total = grad_low @ stacked
     for part, grad, one in zip(parts, grads, merged):
-        weight = _updated(part) if one else _dense(part.weight, x.dtype)  # (out, in)
+        weight = _updated(part) if one else _dense(part.weight, dtype)  # (out, in)
         if total is None:
             total = matmul_transposed(grad, weight.T)
-        elif x.device.type == "cpu" and x.dtype is torch.float32:
+        elif on_cpu and dtype is torch.float32:
             total += matmul_transposed(grad, weight.T)  # oneDNN's fp32 product does not accumulate
         else:
             total.addmm_(grad, weight)
@@ -242,5 +228,5 @@ def _grad_x(x, grads, parts: list[Part], merged: list[bool], stacked, grad_low) 
         return total.addmm_(grad_low, stacked)
     for part, one, columns in zip(parts, merged, _columns(grad_low, parts)):
         if columns is not None and not one:
-            total.addmm_(columns, part.lora_a.to(x.dtype))
+            total.addmm_(columns, part.lora_a.to(dtype))
     return total

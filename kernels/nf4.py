@@ -19,16 +19,18 @@ product. Linears with one input share their launches. Nothing here waits for the
 captured in a graph.
 """
 
+import itertools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels.launch import ceil_divide, jit, next_power_of_2, processors, run, tl
+from kernels.linear import SMALL_BATCH, Part
+from kernels.lora_linear import low_rank
 
 BLOCK = 64  # weights per scale, the format's
 NESTED_BLOCK = 256  # scales per scale of scales
-MOST_ROWS = 16  # of x
 MOST_PARTS = 3  # linears in one launch: q, k, v
 # of codes that a program of the one-row kernel has on their way: 32 a thread, and with it so few registers
 # (128) that four programs fit a multiprocessor, 528 an H100: 4,096 outputs are 512, 8 each
@@ -47,17 +49,6 @@ class Codes(NamedTuple):
     mean: Tensor | None = None  # () fp32
 
 
-class CodesPart(NamedTuple):
-    """One linear of several with the same input."""
-
-    weight: Codes
-    bias: Tensor | None  # (out,)
-    lora_a: Tensor | None  # (R, in); None: no adapter
-    lora_b: Tensor | None  # (out, R)
-    scale: float
-    out_features: int
-
-
 def dequantise_reference(weight: Codes, out: Tensor) -> None:
     """Write the weight into out (out, in): fp32 arithmetic, rounded to out's dtype. The plain form, for tests
     and benchmarks; on a CPU quant/nf4.dequantise_by_pairs serves."""
@@ -74,14 +65,16 @@ def scales_reference(weight: Codes) -> Tensor:
     return weight.nested_table[weight.absmax.int()] * nested + weight.mean
 
 
-def small_batch_reference(x: Tensor, part: CodesPart) -> Tensor:
-    """x (T, in) -> x W^T + bias + scale (x A^T) B^T (T, out) in x's dtype."""
-    dense = torch.empty(part.out_features, x.shape[1], dtype=x.dtype, device=x.device)
+def small_batch_reference(x: Tensor, part: Part) -> Tensor:
+    """x (T, in) -> x W^T + bias + scale (x A^T) B^T (T, out) in x's dtype; part.weight is Codes."""
+    dense = torch.empty(outputs_of(x, part), x.shape[1], dtype=x.dtype, device=x.device)
     dequantise_reference(part.weight, dense)
     result = torch.nn.functional.linear(x, dense, None if part.bias is None else part.bias.to(x.dtype))
-    if part.lora_a is None:
-        return result
-    return result + (x @ part.lora_a.to(x.dtype).T) @ part.lora_b.to(x.dtype).T * part.scale
+    return result if part.lora_a is None else result + low_rank(x, part)
+
+
+def outputs_of(x: Tensor, part: Part) -> int:
+    return 2 * part.weight.codes.numel() // x.shape[1]
 
 
 def unsupported_fill(out: Tensor) -> str | None:
@@ -97,7 +90,7 @@ def unsupported(x: Tensor) -> str | None:
         return f"{x.dtype}"
     if x.shape[1] % BLOCK:
         return f"rows of {x.shape[1]} weights, so that scales of {BLOCK} cross from one to the next"
-    return None if 0 < x.shape[0] <= MOST_ROWS else f"{x.shape[0]} rows; 1 to {MOST_ROWS}"
+    return None if 0 < x.shape[0] <= SMALL_BATCH else f"{x.shape[0]} rows; 1 to {SMALL_BATCH}"
 
 
 # Writing the weight out (K5)
@@ -105,24 +98,12 @@ def unsupported(x: Tensor) -> str | None:
 
 def dequantise_triton(weight: Codes, out: Tensor) -> None:
     """dequantise_reference as one kernel, to the bit: what it rounds it rounds in the same order."""
-    groups, steps = (
-        16,
-        4,
-    )  # with 4 warps: 4 bytes of codes a thread and step, so 16 bytes of bf16, side by side
+    # with 4 warps: 4 bytes of codes a thread and step, so 16 bytes of bf16, side by side
+    groups, steps = 16, 4
     each = groups * BLOCK * steps
-    run(
-        _dequantise_kernel,
-        (ceil_divide(out.numel(), each),),
-        weight.codes,
-        *weight[1:],
-        out,
-        out.numel(),
-        GROUPS=groups,
-        STEPS=steps,
-        WHOLE=out.numel() % each == 0,
-        num_warps=4,
-        enable_fp_fusion=False,
-    )
+    shape = {"GROUPS": groups, "STEPS": steps, "WHOLE": out.numel() % each == 0, "num_warps": 4}
+    grid = (ceil_divide(out.numel(), each),)
+    run(_dequantise_kernel, grid, *weight, out, out.numel(), enable_fp_fusion=False, **shape)
 
 
 @jit
@@ -137,18 +118,9 @@ def _scales(absmax, nested_absmax, nested_table, mean, block, inside):
 
 @jit
 def _dequantise_kernel(
-    codes,
-    absmax,
-    table,
-    nested_absmax,
-    nested_table,
-    mean,
-    out,
-    numel,
-    GROUPS: tl.constexpr,
-    STEPS: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
+    codes, absmax, table, nested_absmax, nested_table, mean, out, numel,
+    GROUPS: tl.constexpr, STEPS: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
     """WHOLE: every program has all of its weights. Masks of single bytes would forbid loads of several."""
     levels = tl.load(table + tl.arange(0, 16))
     for step in tl.static_range(STEPS):
@@ -171,137 +143,82 @@ def _dequantise_kernel(
 # The product of a few rows (K6)
 
 
-def small_batch_triton(x: Tensor, parts: list[CodesPart]) -> list[Tensor]:
+def small_batch_triton(x: Tensor, parts: list[Part]) -> list[Tensor]:
     """small_batch_reference for several linears; no gradient. Results may be columns of one tensor."""
     if len(parts) > MOST_PARTS or len({_kind(part) for part in parts}) > 1:
         return [result for part in parts for result in small_batch_triton(x, [part])]
     x = x if x.stride(1) == 1 else x.contiguous()
-    sizes = [part.out_features for part in parts]
+    sizes = [outputs_of(x, part) for part in parts]
     result = torch.empty(x.shape[0], sum(sizes), dtype=x.dtype, device=x.device)
-    low = _low(x, parts)
     multiply = _one_row if x.shape[0] == 1 else _some_rows
-    multiply(x, parts, low, result)
+    multiply(x, parts, sizes, _low(x, parts), result)
     return list(result.split(sizes, dim=1))
 
 
-def _kind(part: CodesPart) -> tuple:
+def _kind(part: Part) -> tuple:
     """What the parts of one launch have in common."""
     bias, lora_b = (None if x is None else x.dtype for x in (part.bias, part.lora_b))
     return id(part.weight.table), id(part.weight.nested_table), bias, lora_b, _rank(part)
 
 
-def _rank(part: CodesPart) -> int:
+def _rank(part: Part) -> int:
     return 0 if part.lora_a is None else part.lora_a.shape[0]
 
 
-def _low(x: Tensor, parts: list[CodesPart]) -> Tensor | None:
+def _low(x: Tensor, parts: list[Part]) -> Tensor | None:
     """x A^T of all parts side by side, (T, sum of R) fp32."""
-    rank = _rank(parts[0])
+    rank, columns = _rank(parts[0]), _rank(parts[0]) * len(parts)
     if rank == 0:
         return None
-    low = torch.empty(x.shape[0], rank * len(parts), dtype=torch.float32, device=x.device)
+    low = torch.empty(x.shape[0], columns, dtype=torch.float32, device=x.device)
     tables = [part.lora_a.contiguous() for part in parts]
     tables += tables[:1] * (MOST_PARTS - len(tables))  # of parts that are not there: never read
     rows = max(2, next_power_of_2(x.shape[0]))
-    run(
-        _low_kernel,
-        (low.shape[1],),
-        x,
-        *tables,
-        low,
-        x.stride(0),
-        x.shape[0],
-        x.shape[1],
-        rank,
-        low.shape[1],
-        ROWS=rows,
-        BLOCK=max(128, 4096 // rows),
-        num_warps=4,
-    )
+    shape = {"ROWS": rows, "BLOCK": max(128, 4096 // rows), "num_warps": 4}
+    run(_low_kernel, (columns,), x, *tables, low, x.stride(0), *x.shape, rank, columns, **shape)
     return low
 
 
-def _arguments(parts: list[CodesPart], block: int) -> tuple[list, int]:
+def _arguments(parts: list[Part], sizes: list[int], block: int) -> tuple[list, int]:
     """What the kernels take of the parts, missing ones as the first, and the number of blocks of outputs."""
-    firsts, sizes, blocks, outputs = [], [], 0, 0
-    for part in parts:
-        blocks += ceil_divide(part.out_features, block)
-        firsts.append(blocks)  # the first block of the next one
-        sizes.append(outputs)
-        outputs += part.out_features
-    given = [*parts, *parts[:1] * (MOST_PARTS - len(parts))]
-    firsts += [blocks] * (MOST_PARTS - len(parts))
-    sizes += [0] * (MOST_PARTS - len(parts))
+    missing = MOST_PARTS - len(parts)
+    firsts = list(itertools.accumulate(ceil_divide(size, block) for size in sizes))  # of the next part
+    blocks = firsts[-1]
+    columns = [0, *itertools.accumulate(sizes[:-1])] + [0] * missing
     tensors = []
-    for part in given:
+    for part in [*parts, *parts[:1] * missing]:
         weight = part.weight
-        tensors += [
-            weight.codes.view(torch.int32),
-            weight.absmax,
-            weight.nested_absmax,
-            weight.mean,
-            part.bias,
-        ]
-        tensors.append(None if part.lora_b is None else part.lora_b.contiguous())
-    numbers = [part.out_features for part in given] + [float(part.scale) for part in given]
-    return [*tensors, *numbers, *firsts[:-1], *sizes[1:]], blocks
+        tensors += [weight.codes.view(torch.int32), weight.absmax, weight.nested_absmax, weight.mean]
+        tensors += [part.bias, None if part.lora_b is None else part.lora_b.contiguous()]
+    numbers = [*sizes, *sizes[:1] * missing, *(float(part.scale) for part in [*parts, *parts[:1] * missing])]
+    return [*tensors, *numbers, *(firsts + [blocks] * missing)[:-1], *columns[1:]], blocks
 
 
-def _one_row(x: Tensor, parts: list[CodesPart], low: Tensor | None, result: Tensor) -> None:
+def _one_row(x: Tensor, parts: list[Part], sizes: list[int], low: Tensor | None, result: Tensor) -> None:
     groups = x.shape[1] // BLOCK
     tile = min(16, max(8, next_power_of_2(groups)))
-    rows = TILE_BYTES // (tile * BLOCK // 2)
-    arguments, blocks = _arguments(parts, rows)
-    run(
-        _one_row_kernel,
-        (blocks,),
-        x,
-        parts[0].weight.table,
-        parts[0].weight.nested_table,
-        low,
-        result,
-        *arguments,
-        groups,
-        RANK=_rank(parts[0]),
-        RANKS=next_power_of_2(max(2, _rank(parts[0]))),
-        ROWS=rows,
-        GROUPS=tile,
-        num_warps=4,
-    )
+    shape = {"ROWS": TILE_BYTES // (tile * BLOCK // 2), "GROUPS": tile, "num_warps": 4}
+    shape |= {"RANK": _rank(parts[0]), "RANKS": next_power_of_2(max(2, _rank(parts[0])))}
+    arguments, blocks = _arguments(parts, sizes, shape["ROWS"])
+    tables = parts[0].weight.table, parts[0].weight.nested_table
+    run(_one_row_kernel, (blocks,), x, *tables, low, result, *arguments, groups, **shape)
 
 
-def _some_rows(x: Tensor, parts: list[CodesPart], low: Tensor | None, result: Tensor) -> None:
-    groups, rows, tile = x.shape[1] // BLOCK, 64, 2
-    arguments, blocks = _arguments(parts, rows)
-    turns = ceil_divide(groups, tile)  # of the loop; four and more each, so that copies run ahead
+def _some_rows(x: Tensor, parts: list[Part], sizes: list[int], low: Tensor | None, result: Tensor) -> None:
+    groups, rank = x.shape[1] // BLOCK, _rank(parts[0])
+    shape = {"ROWS": 64, "GROUPS": 2, "RANK": rank, "RANKS": next_power_of_2(max(16, rank))}
+    precision = "ieee" if x.dtype is torch.float32 else "tf32"
+    arguments, blocks = _arguments(parts, sizes, shape["ROWS"])
+    turns = ceil_divide(groups, shape["GROUPS"])  # of the loop; four and more each, so that copies run ahead
     splits = max(1, min(ceil_divide(4 * processors(x.device), blocks), turns // 4, 16))
     splits = ceil_divide(turns, ceil_divide(turns, splits))  # without empty ones
     target = result
     if splits > 1:
         target = torch.empty(splits, *result.shape, dtype=torch.float32, device=x.device)
-    run(
-        _some_rows_kernel,
-        (blocks, splits),
-        x,
-        parts[0].weight.table,
-        parts[0].weight.nested_table,
-        low,
-        target,
-        *arguments,
-        groups,
-        splits,
-        x.stride(0),
-        x.shape[0],
-        result.shape[1],
-        _rank(parts[0]) * len(parts),
-        RANK=_rank(parts[0]),
-        RANKS=next_power_of_2(max(16, _rank(parts[0]))),
-        ROWS=rows,
-        GROUPS=tile,
-        PRECISION="ieee" if x.dtype is torch.float32 else "tf32",
-        num_warps=4,
-        num_stages=4,
-    )
+    tables = parts[0].weight.table, parts[0].weight.nested_table
+    numbers = groups, splits, x.stride(0), x.shape[0], result.shape[1], rank * len(parts)
+    grid, options = (blocks, splits), {"PRECISION": precision, "num_warps": 4, "num_stages": 4}
+    run(_some_rows_kernel, grid, x, *tables, low, target, *arguments, *numbers, **shape, **options)
     if splits > 1:
         count = result.numel()
         run(_add_kernel, (ceil_divide(count, 512),), target, result, count, splits, BLOCK=512, num_warps=4)
@@ -336,13 +253,10 @@ def _low_kernel(
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, inputs, BLOCK):
         place = start + tl.arange(0, BLOCK)
-        values = tl.load(table + row.to(tl.int64) * inputs + place, mask=place < inputs, other=0.0).to(
-            tl.float32
-        )
+        values = tl.load(table + row.to(tl.int64) * inputs + place, mask=place < inputs, other=0.0)
         inside = (token < tokens)[:, None] & (place < inputs)
-        total += (
-            tl.load(x + token[:, None] * x_stride + place, mask=inside, other=0.0).to(tl.float32) * values
-        )
+        rows = tl.load(x + token[:, None] * x_stride + place, mask=inside, other=0.0)
+        total += rows.to(tl.float32) * values.to(tl.float32)
     tl.store(low + token * columns + column, tl.sum(total, 1), mask=token < tokens)
 
 
@@ -369,45 +283,13 @@ def _words(codes, place, inside):
 
 @jit
 def _one_row_kernel(
-    x,
-    table,
-    nested_table,
-    low,
-    result,
-    codes0,
-    absmax0,
-    nested0,
-    mean0,
-    bias0,
-    lora_b0,
-    codes1,
-    absmax1,
-    nested1,
-    mean1,
-    bias1,
-    lora_b1,
-    codes2,
-    absmax2,
-    nested2,
-    mean2,
-    bias2,
-    lora_b2,
-    outs0,
-    outs1,
-    outs2,
-    scale0,
-    scale1,
-    scale2,
-    block1,
-    block2,
-    column1,
-    column2,
-    groups,
-    RANK: tl.constexpr,
-    RANKS: tl.constexpr,
-    ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
-):
+    x, table, nested_table, low, result,
+    codes0, absmax0, nested0, mean0, bias0, lora_b0,
+    codes1, absmax1, nested1, mean1, bias1, lora_b1,
+    codes2, absmax2, nested2, mean2, bias2, lora_b2,
+    outs0, outs1, outs2, scale0, scale1, scale2, block1, block2, column1, column2,
+    groups, RANK: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
     """ROWS outputs of one linear. x (1, in); result (1, sum of out); groups: blocks of 64 in a row of the
     weight."""
     block = tl.program_id(0)
@@ -427,9 +309,8 @@ def _one_row_kernel(
         group = start + tl.arange(0, GROUPS)
         inside, place = (row < outs)[:, None] & (group < groups), row[:, None] * groups + group
         scales = _scales(absmax, nested, nested_table, mean, place, inside)
-        values = tl.load(
-            x + group[:, None] * 64 + tl.arange(0, 64), mask=(group < groups)[:, None], other=0.0
-        )
+        here = group[:, None] * 64 + tl.arange(0, 64)
+        values = tl.load(x + here, mask=(group < groups)[:, None], other=0.0)
         # the next codes are on their way while these are multiplied
         inside = (row < outs)[:, None] & (group + GROUPS < groups)
         following = _words(codes, place + GROUPS, inside)
@@ -440,9 +321,8 @@ def _one_row_kernel(
         rank = tl.arange(0, RANKS)
         narrow = tl.load(low + part * RANK + rank, mask=rank < RANK, other=0.0)
         inside = (row < outs)[:, None] & (rank < RANK)
-        wide = tl.load(
-            _of(part, lora_b0, lora_b1, lora_b2) + row[:, None] * RANK + rank, mask=inside, other=0.0
-        )
+        lora_b = _of(part, lora_b0, lora_b1, lora_b2)
+        wide = tl.load(lora_b + row[:, None] * RANK + rank, mask=inside, other=0.0)
         sums += _number(part, scale0, scale1, scale2) * tl.sum(wide.to(tl.float32) * narrow, 1)
     if bias0 is not None:
         sums += tl.load(_of(part, bias0, bias1, bias2) + row, mask=row < outs, other=0.0).to(tl.float32)
@@ -451,51 +331,14 @@ def _one_row_kernel(
 
 @jit
 def _some_rows_kernel(
-    x,
-    table,
-    nested_table,
-    low,
-    result,
-    codes0,
-    absmax0,
-    nested0,
-    mean0,
-    bias0,
-    lora_b0,
-    codes1,
-    absmax1,
-    nested1,
-    mean1,
-    bias1,
-    lora_b1,
-    codes2,
-    absmax2,
-    nested2,
-    mean2,
-    bias2,
-    lora_b2,
-    outs0,
-    outs1,
-    outs2,
-    scale0,
-    scale1,
-    scale2,
-    block1,
-    block2,
-    column1,
-    column2,
-    groups,
-    splits,
-    x_stride,
-    tokens,
-    columns,
-    low_columns,
-    RANK: tl.constexpr,
-    RANKS: tl.constexpr,
-    ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    x, table, nested_table, low, result,
+    codes0, absmax0, nested0, mean0, bias0, lora_b0,
+    codes1, absmax1, nested1, mean1, bias1, lora_b1,
+    codes2, absmax2, nested2, mean2, bias2, lora_b2,
+    outs0, outs1, outs2, scale0, scale1, scale2, block1, block2, column1, column2,
+    groups, splits, x_stride, tokens, columns, low_columns, RANK: tl.constexpr, RANKS: tl.constexpr,
+    ROWS: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """ROWS outputs of one linear over one split of the inputs. x (T, in); result (T, sum of out), or that per
     split."""
     block, split = tl.program_id(0), tl.program_id(1)
@@ -528,18 +371,16 @@ def _some_rows_kernel(
         if RANK > 0:
             rank = tl.arange(0, RANKS)
             inside = (row < outs)[:, None] & (rank < RANK)
-            wide = tl.load(
-                _of(part, lora_b0, lora_b1, lora_b2) + row[:, None] * RANK + rank, mask=inside, other=0.0
-            )
+            lora_b = _of(part, lora_b0, lora_b1, lora_b2)
+            wide = tl.load(lora_b + row[:, None] * RANK + rank, mask=inside, other=0.0)
             place = token[None] * low_columns + part * RANK + rank[:, None]
             inside = (token < tokens)[None] & (rank < RANK)[:, None]
             narrow = tl.load(low + place, mask=inside, other=0.0) * _number(part, scale0, scale1, scale2)
             kind = x.dtype.element_ty
             total = tl.dot(wide.to(kind), narrow.to(kind), total, input_precision=PRECISION)
         if bias0 is not None:
-            total += tl.load(_of(part, bias0, bias1, bias2) + row, mask=row < outs, other=0.0).to(tl.float32)[
-                :, None
-            ]
+            bias = tl.load(_of(part, bias0, bias1, bias2) + row, mask=row < outs, other=0.0)
+            total += bias.to(tl.float32)[:, None]
     target = (split.to(tl.int64) * tokens + token[None]) * columns + column + row[:, None]
     mask = (row < outs)[:, None] & (token < tokens)[None]
     tl.store(result + target, total.to(result.dtype.element_ty), mask=mask)

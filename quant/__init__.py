@@ -17,19 +17,8 @@ from options.option import COMMON, option
 from quant import aqlm, awq, gptq, hqq, int8, nf4
 from quant.hqq import HQQFormat
 from quant.int8 import EETQFormat, Int8Format
-from quant.linear import SMALL_BATCH, Format, QuantLinear, report
+from quant.linear import Format
 from quant.nf4 import NF4Format
-
-__all__ = [
-    "SMALL_BATCH",
-    "Format",
-    "QuantLinear",
-    "QuantOptions",
-    "from_config",
-    "from_options",
-    "in_bits",
-    "report",
-]
 
 
 def _bitsandbytes(settings: dict) -> Format:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 import kernels
+from kernels.linear import SMALL_BATCH, Part
 from options.errors import UserError
-from quant.linear import SMALL_BATCH, Format, QuantLinear, refuse_others, row_chunks, take, take_finite
+from quant.linear import Format, QuantLinear, refuse_others, row_chunks, take, take_finite
 
 LEVELS = 127  # the largest code; -128 is not used, so that codes are symmetric
 ROW_MAJOR = 0  # weight_format of bitsandbytes; 1 to 3 are orders of its old CUDA kernels
@@ -147,24 +148,24 @@ class Int8Linear(QuantLinear):
         # most
         return getattr(self.format, "threshold", None) is not None and rows > SMALL_BATCH
 
-    def from_codes(
-        self, x: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scale: float
-    ) -> Tensor | None:
-        fits = self.in_features % PACKED_SIZES[0] == 0 and self.out_features % PACKED_SIZES[1] == 0
-        if (
-            x.device.type != "cpu"
-            or x.dtype is not torch.bfloat16
-            or not 0 < x.shape[0] <= PACKED_ROWS
-            or not fits
-        ):
-            return None
+    def from_codes(self, x: Tensor, parts: list[Part]) -> list[Tensor] | None:
+        known = x.device.type == "cpu" and x.dtype is torch.bfloat16 and 0 < x.shape[0] <= PACKED_ROWS
+        if known and all(part.weight._fits_packed for part in parts):
+            return [part.weight._packed_product(x, part) for part in parts]
+        return None
+
+    @property
+    def _fits_packed(self) -> bool:
+        return self.in_features % PACKED_SIZES[0] == 0 and self.out_features % PACKED_SIZES[1] == 0
+
+    def _packed_product(self, x: Tensor, part: Part) -> Tensor:
         # a scale of 1: torch's product takes scales in bf16, which would round them
         result = torch._weight_int8pack_mm(x, self.codes, x.new_ones(self.out_features))
         result = (result * self._scale()).to(x.dtype)
-        if lora_a is not None:
-            low = (x @ lora_a.to(x.dtype).T) * scale
-            result = result.addmm_(low, lora_b.to(x.dtype).T)
-        return result if self.bias is None else result.add_(self.bias)
+        if part.lora_a is not None:
+            low = (x @ part.lora_a.to(x.dtype).T) * part.scale
+            result = result.addmm_(low, part.lora_b.to(x.dtype).T)
+        return result if part.bias is None else result.add_(part.bias)
 
     def bytes_for_decoding(self, dtype: torch.dtype) -> kernels.Bytes:
         codes = (self.codes.view(torch.uint8) ^ 128).T  # plus 128

@@ -1,10 +1,9 @@
 """What every quantised linear layer is, whatever its format, and what a format is.
 
-A layer stands in the place of an nn.Linear: in_features, out_features, bias, forward; and dequantize(), which
-is all that adapters, merges and exports ask of it. Its numbers are buffers, so that no cast of parameters
-touches them, and `dtype` is that of the values it stands for. A product for training writes the dense weight
-into one buffer that all layers share, uses it and forgets it, forward and once more in the backward pass: it
-is never saved.
+A layer stands in the place of an nn.Linear (kernels/linear.LinearLayer); dequantize() is all that adapters,
+merges and exports ask of it. Its numbers are buffers, so that no cast of parameters touches them, and `dtype`
+is that of the values it stands for. A product for training writes the dense weight into one buffer that all
+layers share, uses it and forgets it, forward and once more in the backward pass: it is never saved.
 
 A format is what the layers of one model have in common: how they are made from 16-bit weights or from a
 checkpoint's tensors, and what config.json says of them. Each file of this folder has one of each.
@@ -18,27 +17,31 @@ import torch
 from torch import Tensor, nn
 
 import kernels
+from kernels.linear import LinearLayer, Part
 from options.errors import UserError
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)  # what scales of a checkpoint may be
 NOT_FINITE = "holds NaN or infinity; the file is damaged, fetch it again"
-SMALL_BATCH = 16  # up to here a product reads the codes themselves, where a kernel for that exists
 
 
-class QuantLinear(nn.Module):
+class QuantLinear(LinearLayer):
     """A frozen linear layer whose weight (out, in) is held in another form than numbers one by one.
 
-    bias (out,) or None stays a parameter in `dtype`. A format implements `fill` and `tensors`; `product` and
-    `from_codes` where it has a faster way than the dense weight.
+    bias (out,) or None stays a parameter in `dtype`. A format implements `fill` and `tensors`; and what
+    LinearLayer offers, where it has a faster way than the dense weight.
     """
 
-    def __init__(self, out_features: int, in_features: int, bias: Tensor | None, dtype: torch.dtype):
+    def __init__(
+        self, out_features: int, in_features: int, bias: Tensor | None, dtype: torch.dtype, **buffers
+    ):
         super().__init__()
         self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
         self.bias = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)
+        for name, buffer in buffers.items():
+            self.register_buffer(name, buffer)
 
     def fill(self, out: Tensor) -> None:
-        """Write the weight that the codes stand for into out (out, in), computed in fp32 and rounded to its
+        """Write the weight that the codes stand for into out (out, in), computed in fp32, rounded to its
         dtype."""
         raise NotImplementedError
 
@@ -47,64 +50,8 @@ class QuantLinear(nn.Module):
         module's."""
         raise NotImplementedError
 
-    def product(self, x: Tensor) -> Tensor | None:
-        """x (T, in) -> x W^T (T, out) in x's dtype without the dense weight, for any T, in training too (the
-        backward pass takes the dense weight); None: the dense way."""
-        return None
-
-    def waits(self, rows: int) -> bool:
-        """Whether a product of so many rows waits for a GPU, so that no CUDA graph can hold it."""
-        return False
-
-    def from_codes(
-        self, x: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scale: float
-    ) -> Tensor | None:
-        """small_batch of the rows that it serves; None where this format has no faster way than the dense
-        weight."""
-        return None
-
-    def bytes_for_decoding(self, dtype: torch.dtype) -> kernels.Bytes | None:
-        """The weight in one byte a number, for one row at a time on a CPU, where that is as good as dense
-        numbers in `dtype`; None: it is expanded."""
-        return None
-
-    def small_batch(
-        self, x: Tensor, lora_a: Tensor | None = None, lora_b: Tensor | None = None, scale: float = 0.0
-    ) -> Tensor | None:
-        """x (T, in) with T <= SMALL_BATCH -> x W^T + bias + scale (x A^T) B^T (T, out), straight from the codes.
-
-        None where a gradient may be asked for, for more rows, and where the dense weight is the faster way.
-        """
-        if torch.is_grad_enabled() or x.dim() != 2 or x.shape[0] > SMALL_BATCH:
-            return None
-        return self.from_codes(x, lora_a, lora_b, scale)
-
-    @classmethod
-    def several_from_codes(cls, x: Tensor, parts: list[kernels.LoraPart]) -> list[Tensor] | None:
-        """from_codes for several layers of this format, with one input, in fewer launches; None: one by
-        one."""
-        return None
-
-    @staticmethod
-    def small_batch_of(x: Tensor, parts: list[kernels.LoraPart]) -> list[Tensor] | None:
-        """small_batch for several layers with one input; None where that is no faster than one by one."""
-        kinds = {type(part.weight) for part in parts}
-        if torch.is_grad_enabled() or x.dim() != 2 or x.shape[0] > SMALL_BATCH or len(kinds) > 1:
-            return None
-        return kinds.pop().several_from_codes(x, parts)
-
-    @staticmethod
-    def fused(x: Tensor, layers: list[nn.Module]) -> list[Tensor]:
-        """[layer(x) for layer in layers], see model.project_together. An adapter among them sees to all of
-        them."""
-        for layer in layers:
-            if not isinstance(layer, QuantLinear) and hasattr(layer, "fused"):
-                return layer.fused(x, layers)
-        results = None
-        if all(isinstance(layer, QuantLinear) for layer in layers):
-            parts = [kernels.LoraPart(layer, layer.bias, None, None, 0.0) for layer in layers]
-            results = QuantLinear.small_batch_of(x, parts)
-        return [layer(x) for layer in layers] if results is None else results
+    def part(self) -> Part:
+        return Part(self, self.bias, layer=self)
 
     def dequantize(self, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
         """The weight (out, in) in `dtype` (None: self.dtype); written into `out` if that is given."""
@@ -117,11 +64,7 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out) in x's dtype; gradient for x alone."""
-        rows = x.reshape(-1, self.in_features)
-        result = self.small_batch(rows)
-        if result is None:
-            result = kernels.lora_linear(rows, self, self.bias, None, None, 0.0)
-        return result.view(*x.shape[:-1], self.out_features)
+        return kernels.linears(x, [self.part()])[0]
 
     @property
     def device(self) -> torch.device:
@@ -177,9 +120,14 @@ class Format:
         raise NotImplementedError
 
 
-def report(model: nn.Module) -> str:
+def quantised_linears(model: nn.Module) -> dict[str, QuantLinear]:
+    """Quantised layers by name, also those under an adapter."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+def quantisation_report(model: nn.Module) -> str:
     """'base: 210 linears in nf4, double quantisation, 4.127 bits a weight, 0.05 GiB'."""
-    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    layers = quantised_linears(model).values()
     formats = dict.fromkeys(layer.format.describe() for layer in layers)
     size = sum(layer.storage_bytes for layer in layers)
     weights = sum(layer.in_features * layer.out_features for layer in layers)

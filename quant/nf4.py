@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 import kernels
+from kernels.linear import Part
+from kernels.nf4 import Codes
 from options.errors import UserError
 from quant.linear import NOT_FINITE, Format, QuantLinear, refuse_others, take, take_finite
 
@@ -145,27 +147,18 @@ class NF4Linear(QuantLinear):
         """(blocks,) fp32."""
         return dense_scales(Scales(self.absmax, self.nested_absmax, self.offset, self.nested_map))
 
-    def for_kernels(self) -> kernels.Codes:
+    def for_kernels(self) -> Codes:
         """What the kernels take of this layer."""
         table = table_tensor(self.format.table, self.codes.device)
         if self.nested_map is None:
-            return kernels.Codes(self.codes, self.absmax, table)
+            return Codes(self.codes, self.absmax, table)
         numbers = map_tensor(self.nested_map, self.codes.device)
-        return kernels.Codes(self.codes, self.absmax, table, self.nested_absmax, numbers, self.offset)
+        return Codes(self.codes, self.absmax, table, self.nested_absmax, numbers, self.offset)
 
-    def from_codes(
-        self, x: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scale: float
-    ) -> Tensor | None:
-        results = self.several_from_codes(x, [kernels.LoraPart(self, self.bias, lora_a, lora_b, scale)])
-        return None if results is None else results[0]
-
-    @classmethod
-    def several_from_codes(cls, x: Tensor, parts: list[kernels.LoraPart]) -> list[Tensor] | None:
-        given = [
-            kernels.CodesPart(part.weight.for_kernels(), *part[1:], part.weight.out_features)
-            for part in parts
-        ]
-        return kernels.small_batch_4bit(x, given)
+    def from_codes(self, x: Tensor, parts: list[Part]) -> list[Tensor] | None:
+        return kernels.small_batch_4bit(
+            x, [part._replace(weight=part.weight.for_kernels()) for part in parts]
+        )
 
     def fill(self, out: Tensor) -> None:
         if kernels.dequantise_4bit(self.for_kernels(), out):

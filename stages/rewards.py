@@ -48,10 +48,11 @@ from torch import Tensor
 from checkpoints.peft import ADAPTER_PARTS, AdapterFile, adapted_linear, read_adapter, whole_parameter
 from checkpoints.value_head import ValueHead, has_value_head, load_value_head
 from generation.generate import Completion
-from lora import full_modules, is_quantised, lora_layers, replace_module
+from lora import full_modules, lora_layers, replace_module
 from model import Decoder
 from options.errors import StopRun, UserError
 from options.option import COMMON, RESUMABLE, option
+from quant.linear import QuantLinear
 from stages.rm import score_texts
 from stages.rollouts import Prompt
 from text.tokenizer import Tokenizer
@@ -321,13 +322,11 @@ class AdapterReward(RewardSource):
                 if parts.keys() & ADAPTER_PARTS:
                     layer = adapted_linear(policy, module, file, torch.float32, 0.0)
                     base = layer.base
-                    layer.freeze_adapter(base.dtype if is_quantised(base) else base.weight.dtype)
+                    layer.freeze_adapter(base.dtype if isinstance(base, QuantLinear) else base.weight.dtype)
                     self.layers[module] = layer.requires_grad_(False).eval()
 
     @torch.no_grad()
     def measure(self, samples: Sequence[Sample]) -> Tensor:
-        if any(layer.merged for layer in lora_layers(self.policy).values()):
-            raise ValueError("the policy's adapters are merged into the base that the reward adapter needs")
         kept, weights = self.policy.v_head, [parameter.data for parameter, _ in self.whole]
         try:
             self.policy.v_head = self.head

@@ -10,10 +10,11 @@ from torch import nn
 
 import lora
 from architectures import config_from_hf
+from checkpoints import trainable
 from kernels.recompute import Plan
 from lora import LoraLinear, LoraOptions
 from model import Decoder, initialize_weights
-from quant import QuantLinear
+from quant.linear import QuantLinear
 
 KINDS = [
     {},
@@ -284,25 +285,20 @@ def test_scales_and_starting_values():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_merge_equals_peft_and_unmerge_restores_every_bit(kind, dtype):
+def test_merge_equals_peft(kind, dtype):
     ours, twin = pair(kind, dtype)
     x = torch.randn(31, 17).to(dtype)
-    before = copy.deepcopy(ours.state_dict())
     unmerged = ours.eval()(x)
-    lora.merge_lora(ours)
+    lora.merge_for_good(ours)
     plain = twin.merge_and_unload()
     tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype is torch.float32 else {"rtol": 1 / 64, "atol": 1e-3}
     for name in ("q_proj", "o_proj"):
         torch.testing.assert_close(
-            ours.get_submodule(name).base.weight, plain.get_submodule(name).weight, **tolerance
+            ours.get_submodule(name).weight, plain.get_submodule(name).weight, **tolerance
         )
     torch.testing.assert_close(
         ours(x), unmerged, rtol=tolerance["rtol"] * 4, atol=0.03 if dtype is not torch.float32 else 1e-5
     )
-    lora.unmerge_lora(ours)
-    for name, tensor in ours.state_dict().items():
-        assert torch.equal(tensor, before[name]), name
-    assert torch.equal(ours(x), unmerged)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -331,23 +327,11 @@ def test_several_adapters_merge_one_after_the_other():
 
 def test_merging_errors():
     ours, _ = pair({})
-    with pytest.raises(ValueError, match="not merged"):
-        lora.unmerge_lora(ours)
-    lora.merge_lora(ours)
-    with pytest.raises(ValueError, match="already merged"):
-        lora.merge_lora(ours)
-    with pytest.raises(ValueError, match="merged, so they get no gradient; call lora.unmerge_lora"):
-        ours.train()(torch.randn(2, 17))
-    with torch.no_grad():
-        ours(torch.randn(2, 17))
-    with pytest.raises(ValueError, match="merged, so they cannot be switched off"), lora.lora_off(ours):
-        pass
-    lora.unmerge_lora(ours)
     ours.o_proj.lora_a.data[0, 0] = math.nan
     with pytest.raises(ValueError, match="o_proj: the merged weight is not finite"):
         lora.merge_for_good(ours)
     with pytest.raises(ValueError, match="the model has no adapters"):
-        lora.merge_lora(Net())
+        lora.merge_for_good(Net())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -373,11 +357,9 @@ def test_quantised_base_behaves_as_its_dequantised_weight(kind, dropout):
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
     for a, b in zip(gradients_of(net.q_proj), gradients_of(plain.q_proj), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="a Packed cannot be merged in place; use lora.merge_for_good"):
-        lora.merge_lora(net)
     expected = net.eval()(x)
     lora.merge_for_good(net)
-    assert type(net.q_proj) is nn.Linear
+    assert isinstance(net.q_proj, nn.Linear)
     torch.testing.assert_close(net(x), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -556,7 +538,7 @@ def test_additional_targets_train_in_full_and_are_listed():
     options = LoraOptions(
         lora_target=("q_proj",), additional_target=("embed_tokens", "lm_head", "layers.1.mlp")
     )
-    lora.prepare_trainable(model, options)
+    trainable.prepare_trainable(model, options)
     inside = [f"layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")]
     assert lora.full_modules(model) == ["embed_tokens", *inside, "lm_head"]
     assert (
@@ -584,7 +566,7 @@ def trained(model: nn.Module) -> set[str]:
 @pytest.mark.parametrize("count, layers", [(2, (1, 2)), (-2, (0, 1)), (1, (2,)), (-1, (0,)), (3, (0, 1, 2))])
 def test_freeze_takes_the_last_or_first_layers(count, layers):
     model = decoder()
-    lora.prepare_trainable(model, LoraOptions(finetuning_type="freeze", num_layer_trainable=count))
+    trainable.prepare_trainable(model, LoraOptions(finetuning_type="freeze", num_layer_trainable=count))
     prefixes = tuple(f"layers.{i}." for i in layers)
     assert trained(model) == {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
 
@@ -597,14 +579,14 @@ def test_freeze_takes_named_modules_and_extras():
         name_module_trainable=("mlp", "q_proj"),
         freeze_extra_modules=("embed_tokens", "norm"),
     )
-    lora.prepare_trainable(model, options)
+    trainable.prepare_trainable(model, options)
     mlp = {f"layers.2.mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
     attention = {"layers.2.self_attn.q_proj.weight", "layers.2.self_attn.q_proj.bias"}
     assert trained(model) == mlp | attention | {"embed_tokens.weight", "norm.weight"}
 
     model = decoder()
     options = LoraOptions(finetuning_type="freeze", num_layer_trainable=0, freeze_extra_modules=("lm_head",))
-    lora.prepare_trainable(model, options)
+    trainable.prepare_trainable(model, options)
     assert trained(model) == {"lm_head.weight"}
 
 
@@ -629,33 +611,33 @@ def test_freeze_takes_named_modules_and_extras():
 def test_freeze_errors_say_what_is_there(tied, values, message):
     model = decoder(tied)
     with pytest.raises(ValueError, match=message):
-        lora.prepare_trainable(model, LoraOptions(finetuning_type="freeze", **values))
+        trainable.prepare_trainable(model, LoraOptions(finetuning_type="freeze", **values))
     with pytest.raises(ValueError, match="ModuleList called 'layers'"):
-        lora.prepare_trainable(Net(), LoraOptions(finetuning_type="freeze"))
+        trainable.prepare_trainable(Net(), LoraOptions(finetuning_type="freeze"))
 
 
 def test_full_trains_everything_and_unknown_types_are_refused():
     model = decoder().requires_grad_(False)
-    lora.prepare_trainable(model, LoraOptions(finetuning_type="full"))
+    trainable.prepare_trainable(model, LoraOptions(finetuning_type="full"))
     assert len(trained(model)) == len(list(model.parameters()))
     with pytest.raises(
         ValueError, match="finetuning_type: 'galore' is unknown; known are lora, full, freeze"
     ):
-        lora.prepare_trainable(model, LoraOptions(finetuning_type="galore"))
+        trainable.prepare_trainable(model, LoraOptions(finetuning_type="galore"))
 
 
 def test_report_counts_elements_also_of_quantised_weights():
     net = Net()
-    assert lora.trainable_report(net) == "trainable 529 of 529 parameters (100.00 %)"
+    assert trainable.trainable_report(net) == "trainable 529 of 529 parameters (100.00 %)"
     lora.add_lora(net, LoraOptions(lora_rank=2))
     adapters = 2 * (17 + 23) + 2 * (23 + 5)
-    assert lora.trainable_report(net) == f"trainable {adapters} of {529 + adapters} parameters (20.45 %)"
+    assert trainable.trainable_report(net) == f"trainable {adapters} of {529 + adapters} parameters (20.45 %)"
     net = Net()
     net.q_proj, net.o_proj = Packed(net.q_proj), Packed(net.o_proj)
     lora.add_lora(net, LoraOptions(lora_rank=2))
-    assert lora.trainable_report(net) == f"trainable {adapters} of {529 + adapters} parameters (20.45 %)"
-    assert lora.trainable_report(nn.Linear(1000, 1000)).startswith("trainable 1,001,000 of 1,001,000")
-    assert "q_proj.base.bias  (23,)  float32  cpu  frozen" in lora.parameter_status(net)
+    assert trainable.trainable_report(net) == f"trainable {adapters} of {529 + adapters} parameters (20.45 %)"
+    assert trainable.trainable_report(nn.Linear(1000, 1000)).startswith("trainable 1,001,000 of 1,001,000")
+    assert "q_proj.base.bias  (23,)  float32  cpu  frozen" in trainable.parameter_status(net)
 
 
 def test_the_model_of_the_issue_has_the_published_count():

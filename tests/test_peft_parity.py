@@ -25,7 +25,8 @@ from checkpoints.peft import (
     prepare_adapters,
     save_adapter,
 )
-from lora import LoraOptions, lora_layers, prepare_trainable
+from checkpoints.trainable import prepare_trainable
+from lora import LoraOptions, lora_layers
 from parallel.world import clip_gradients
 from pipeline.batch import Example, collate
 from stages.sft import TokenLoss

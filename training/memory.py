@@ -21,8 +21,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from kernels.recompute import CudaTransfers, Offload, Plan
-from lora import lora_layers, quantised_linears
+from lora import lora_layers
 from model import Decoder
+from quant.linear import quantised_linears
 from training.optimizers import state_per_byte
 
 LOGIT_BYTES = 2 * 256 * 2**20  # two buffers of the chunked loss at its largest

@@ -33,7 +33,7 @@ from generation.generate import FIRST_ROOM
 from kernels import recompute
 from lora import lora_layers, replace_module
 from model import Decoder
-from quant import Format, QuantLinear
+from quant.linear import Format, QuantLinear
 from training import memory
 
 GIB = 2**30

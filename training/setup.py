@@ -22,10 +22,11 @@ from checkpoints.hub import ModelOptions, resolve_adapters, resolve_model
 from checkpoints.huggingface import chosen_quantization, load_config, load_model, random_model, save_trained
 from checkpoints.peft import prepare_adapters, read_adapter_config
 from checkpoints.source import RUN_CONFIG, check_adapters, is_adapter
+from checkpoints.trainable import parameter_status, trainable_report
 from checkpoints.value_head import ValueHead, has_value_head, load_value_head
 from data import DataOptions, Prepared, load_datasets
 from generation.sampling import GenerateOptions
-from lora import LoraOptions, parameter_status, quantised_linears, trainable_report
+from lora import LoraOptions
 from model import Decoder
 from options.config import Config
 from options.errors import UserError
@@ -35,6 +36,7 @@ from pipeline.report import describe_example
 from pipeline.sources import HubAccess
 from pipeline.store import ExampleStore
 from quant import QuantOptions
+from quant.linear import quantisation_report, quantised_linears
 from stages import STAGES, WRITES
 from stages.dpo import PreferenceOptions
 from stages.grpo import GRPOOptions
@@ -356,7 +358,7 @@ def describe_model(config: Config, model: Decoder, world: World) -> str:
     lines = parameter_status(model) if config[LoraOptions].print_param_status else []
     lines.append(trainable_report(model))
     if quantised_linears(model):
-        lines.append(quant.report(model))
+        lines.append(quantisation_report(model))
     return "\n".join([*lines, kernels.choices(world.device, config[ModelOptions].flash_attn)])
 
 

@@ -23,7 +23,8 @@ from checkpoints.hub import ModelOptions, resolve_adapters, resolve_model
 from checkpoints.huggingface import load_model, random_model, restore_trained, save_model, save_trained
 from checkpoints.peft import adapter_parameters
 from checkpoints.safetensors_files import stream_tensors
-from lora import LoraOptions, prepare_trainable
+from checkpoints.trainable import prepare_trainable
+from lora import LoraOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

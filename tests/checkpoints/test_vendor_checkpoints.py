@@ -16,8 +16,8 @@ import export
 import quant
 from checkpoints.huggingface import load_model, save_model
 from lora import replace_module
-from quant import QuantLinear
 from quant.hqq import HQQFormat
+from quant.linear import QuantLinear
 
 LINEAR = "model.layers.1.mlp.up_proj"
 

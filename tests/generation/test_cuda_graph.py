@@ -258,7 +258,7 @@ def test_the_step_asks_nothing_of_the_host(case, options):
     config = getattr(transformers, family + "Config")(**{**SIZES, **more})
     model = Decoder(config_from_hf(config.to_dict()), device="meta").eval()
     lay_out_for_decoding(model)  # as on a GPU
-    assert model.layers[0].self_attn.joined is not None
+    assert model.layers[0].self_attn.q_proj.table is not None
     cache = new_cache(model, 3, 50)
     cache.lengths = [7, 1, 40]
     seen = torch.zeros(3, 97, dtype=torch.bool, device="meta")

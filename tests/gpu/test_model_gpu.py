@@ -15,6 +15,7 @@ import sys, torch
 sys.path.insert(0, ".")
 from architectures import config_from_hf
 from model import Decoder, initialize_weights
+from checkpoints import trainable
 import kernels, lora
 
 torch.backends.cuda.matmul.allow_tf32 = False
@@ -24,7 +25,7 @@ hf |= dict(vocab_size=1000, num_hidden_layers=3, num_attention_heads=4, num_key_
 model = Decoder(config_from_hf(hf))
 initialize_weights(model, torch.Generator().manual_seed(0))
 options = lora.LoraOptions("lora" if rank else "full", lora_rank=max(rank, 1))
-lora.prepare_trainable(model, options, torch.Generator().manual_seed(0))
+trainable.prepare_trainable(model, options, torch.Generator().manual_seed(0))
 generator = torch.Generator().manual_seed(1)
 for name, parameter in model.named_parameters():
     if name.endswith("lora_b"):

@@ -14,7 +14,8 @@ from architectures import config_from_hf
 from bench import four_bits
 from generation.generate import Decoding
 from generation.sampling import GenerateOptions
-from kernels.nf4 import CodesPart, dequantise_reference, small_batch_reference
+from kernels.linear import Part
+from kernels.nf4 import dequantise_reference, small_batch_reference
 from quant.nf4 import NF4Format
 
 SHAPES = [(4096, 11008), (11008, 4096), (1024, 3584), (28672, 8192)]
@@ -63,11 +64,11 @@ def test_a_gpu_quantises_as_a_cpu():
 def test_products_of_a_few_rows_at_real_sizes(shape, rows, dtype):
     layer = layer_of(*shape, True, dtype)
     low = random(16, shape[1], scale=shape[1] ** -0.5), random(shape[0], 16)
-    part = CodesPart(layer.for_kernels(), None, *low, 0.5, shape[0])
+    part = Part(layer.for_kernels(), None, *low, 0.5)
 
     def kernel(x):
         with torch.no_grad():
-            return layer.small_batch(x, *low, 0.5)
+            return layer.from_codes(x, [part._replace(weight=layer)])[0]
 
     def reference(x):
         wide = (
@@ -115,10 +116,10 @@ def test_nothing_waits_for_the_gpu():
     with torch.no_grad():
         attention = model.layers[0].self_attn
         layers = [attention.q_proj, attention.k_proj, attention.v_proj]
-        expected = type(layers[0]).fused(x, layers)  # compiles
+        expected = kernels.linears(x, [layer.part() for layer in layers])  # compiles
         torch.cuda.set_sync_debug_mode("error")
         try:
-            found = type(layers[0]).fused(x, layers)
+            found = kernels.linears(x, [layer.part() for layer in layers])
             dense = layers[0].base.dequantize()
         finally:
             torch.cuda.set_sync_debug_mode("default")
@@ -129,9 +130,9 @@ def test_the_memory_of_a_product_is_that_of_its_result():
     """The dense weight is not made."""
     layer, x = layer_of(11008, 4096, True), random(4, 4096).bfloat16()
     with torch.no_grad():
-        layer.small_batch(x)
+        layer.from_codes(x, [layer.part()])
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        layer.small_batch(x)
+        layer.from_codes(x, [layer.part()])
         assert torch.cuda.max_memory_allocated() - before < 2**22 < 2 * 11008 * 4096
     assert "Triton" in kernels.choices("cuda")

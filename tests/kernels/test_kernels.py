@@ -19,8 +19,8 @@ import kernels
 from kernels.attention import attention_reference, cached_attention_reference
 from kernels.cross_entropy import linear_cross_entropy_reference
 from kernels.gated_mlp import ACTIVATIONS, gated_mlp_reference
-from kernels.linear import linear_onednn, linear_reference, onednn_fp32_available
-from kernels.lora_linear import lora_linear_reference
+from kernels.linear import Part, linear_onednn, linear_reference, onednn_fp32_available
+from kernels.lora_linear import lora_linears, lora_linears_reference
 from kernels.rms_norm import rms_norm_reference
 from kernels.rope import rope_reference
 
@@ -38,7 +38,7 @@ def test_references_in_fp64_are_the_formulas():
     torch.testing.assert_close(linear_reference(x, weight, bias), x @ weight.T + bias)
     a, b = random(2, 7, seed=1).double(), random(3, 2, seed=2).double()
     expected = x @ (weight + 0.5 * b @ a).T + bias
-    torch.testing.assert_close(lora_linear_reference(x, weight, bias, a, b, 0.5), expected)
+    torch.testing.assert_close(one(lora_linears_reference)(x, weight, bias, a, b, 0.5), expected)
     torch.testing.assert_close(rms_norm_reference(x, x[0], 1e-3), F.rms_norm(x, (7,), x[0], 1e-3))
     torch.testing.assert_close(gated_mlp_reference(x, x * 2, "silu"), x * torch.sigmoid(x) * x * 2)
     angle = random(5, 4, seed=3).double()
@@ -77,7 +77,7 @@ def test_linear_gives_the_gradients_that_are_asked_for(trained):
 
 @pytest.mark.parametrize("rows", [1, 6])
 def test_linear_reads_weights_in_any_layout(rows):
-    """As a table for decoding (model.Joined) or a slice of one; with and without gradients."""
+    """As a table for decoding (generation/layout.py) or a slice of one; with and without gradients."""
     table, x = random(40, 100), random(rows, 40, seed=1)
     for weight in (table.T, table[:, 13:64].T, random(51, 80, seed=2)[:, ::2]):
         with torch.no_grad():
@@ -105,10 +105,15 @@ def test_products_without_rows():
     with torch.no_grad():
         assert kernels.linear(torch.zeros(0, 10), weight).shape == (0, 11)
     kernels.linear(torch.zeros(0, 10), weight).sum().backward()
-    kernels.lora_linear(
+    one(kernels.linears)(
         torch.zeros(0, 10, requires_grad=True), weight.detach(), None, a, b, 2.0
     ).sum().backward()
     assert all(tensor.grad.eq(0).all() for tensor in (weight, a, b))
+
+
+def one(function):
+    """A function of several parts as one of the tensors of one part."""
+    return lambda x, *part: function(x, [Part(*part)])[0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -118,8 +123,9 @@ def test_lora_linear(rows, with_bias, dtype):
     bias = random(77, seed=2) if with_bias else None
     low = [random(5, 60, seed=3, scale=0.3), random(77, 5, seed=4, scale=0.3)]
     operands = [random(rows, 60), random(77, 60, seed=1), bias, *low, 1.7]
-    assert_as_exact_as(kernels.lora_linear, lora_linear_reference, operands, dtype, (0, 3, 4))
-    assert_as_exact_as(kernels.lora_linear, lora_linear_reference, operands, dtype, (3, 4))  # the first layer
+    kernel, reference = one(kernels.linears), one(lora_linears_reference)
+    assert_as_exact_as(kernel, reference, operands, dtype, (0, 3, 4))
+    assert_as_exact_as(kernel, reference, operands, dtype, (3, 4))  # the first layer
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -127,8 +133,7 @@ def test_both_orders_of_lora_linear_agree(merged, monkeypatch):
     """Whatever the size at which the one becomes cheaper than the other."""
     monkeypatch.setattr(lora_linear, "_merge_is_cheaper", lambda *_: merged)
     operands = [random(31, 20), random(24, 20, seed=1), random(24, seed=2), random(3, 20), random(24, 3), 0.6]
-    kernel = lora_linear.lora_linear
-    assert_as_exact_as(kernel, lora_linear_reference, operands, torch.float32, (0, 3, 4))
+    assert_as_exact_as(one(lora_linears), one(lora_linears_reference), operands, torch.float32, (0, 3, 4))
 
 
 def test_lora_linear_over_a_weight_that_trains():
@@ -138,14 +143,14 @@ def test_lora_linear_over_a_weight_that_trains():
         leaves = [x.clone().requires_grad_(True) for x in operands[:5]]
         return torch.autograd.grad(function(*leaves, 0.6).square().sum(), leaves)
 
-    for one, other in zip(run(kernels.lora_linear), run(lora_linear_reference)):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
+    for found, expected in zip(run(one(kernels.linears)), run(one(lora_linears_reference))):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
 
 
 def test_fp32_adapters_beside_a_bf16_base_get_fp32_gradients():
     x, weight = random(31, 20).bfloat16(), random(24, 20, seed=1).bfloat16()
     a, b = random(3, 20).requires_grad_(True), random(24, 3).requires_grad_(True)
-    result = kernels.lora_linear(x, weight, None, a, b, 0.5)
+    result = one(kernels.linears)(x, weight, None, a, b, 0.5)
     assert result.dtype == torch.bfloat16
     result.float().square().sum().backward()
     assert a.grad.dtype == b.grad.dtype == torch.float32

@@ -12,9 +12,9 @@ from torch import nn
 
 import kernels
 import lora
-import model as decoder_file
-from architectures import layers as layers_file
-from kernels.lora_linear import Part, lora_linears_reference
+from architectures.layers import Linear
+from kernels.linear import Part
+from kernels.lora_linear import lora_linears_reference
 from lora import LoraLinear, LoraOptions
 
 lora_linear = importlib.import_module("kernels.lora_linear")
@@ -58,7 +58,7 @@ TRAINED = [0, *(4 * place + offset for place, (_, rank) in enumerate(SHAPES) if 
 @pytest.mark.parametrize("rows", [1, 20, 123])  # in fp32: no part merged, some, all
 @pytest.mark.parametrize("trained", [TRAINED, TRAINED[1:]], ids=["x too", "first layer"])
 def test_together_equals_the_reference(rows, dtype, trained, branch_first):
-    together, reference = flat(kernels.lora_linears), flat(lora_linears_reference)
+    together, reference = flat(kernels.linears), flat(lora_linears_reference)
     assert_as_exact_as(together, reference, operands(rows), dtype, trained)
 
 
@@ -75,7 +75,7 @@ def test_all_three_orders_are_taken(monkeypatch):
 
 def test_no_rows(branch_first):
     tensors = [x if x is None else x.requires_grad_(True) for x in operands(0)]
-    results = flat(kernels.lora_linears)(*tensors)
+    results = flat(kernels.linears)(*tensors)
     assert [tuple(result.shape) for result in results] == [(0, outputs) for outputs, _ in SHAPES]
     sum(result.sum() for result in results).backward()
     assert all(tensors[place].grad.eq(0).all() for place in TRAINED)
@@ -85,7 +85,7 @@ def test_fp32_adapters_beside_a_bf16_base_get_fp32_gradients(branch_first):
     tensors = [x if x is None else x.bfloat16() for x in operands(31)]
     for place in TRAINED[1:]:
         tensors[place] = tensors[place].float().requires_grad_(True)
-    results = flat(kernels.lora_linears)(*tensors)
+    results = flat(kernels.linears)(*tensors)
     assert all(result.dtype is torch.bfloat16 for result in results)
     sum(result.float().square().sum() for result in results).backward()
     assert all(tensors[place].grad.dtype is torch.float32 for place in TRAINED[1:])
@@ -112,13 +112,13 @@ def saved_bytes(function):
 def test_x_is_saved_once_for_q_k_and_v_and_nothing_else_of_its_size(dtype):
     """Beside x: the weights that exist anyway, and (T, R) numbers. Separately, x is saved three times."""
     torch.manual_seed(0)
-    layers = [LoraLinear(nn.Linear(IN, size, dtype=dtype), 4, 8.0).to(DEVICE) for size in (80, 40, 40)]
+    layers = [LoraLinear(Linear(IN, size, dtype=dtype), 4, 8.0).to(DEVICE) for size in (80, 40, 40)]
     for layer in layers:
         layer.base.requires_grad_(False)
     x = random(123, IN).to(dtype).requires_grad_(True)
     fixed = {p.untyped_storage().data_ptr() for layer in layers for p in layer.parameters()}
     own = x.untyped_storage().data_ptr()
-    seen, counts, _ = saved_bytes(lambda: LoraLinear.fused(x, layers))
+    seen, counts, _ = saved_bytes(lambda: kernels.linears(x, [layer.part() for layer in layers]))
     assert counts[own] == 1
     rest = sum(size for pointer, size in seen.items() if pointer not in fixed and pointer != own)
     assert rest <= 123 * 3 * 4 * x.element_size()  # x A^T of three adapters of rank 4
@@ -135,7 +135,7 @@ class Counted(Packed):
 def frozen(kind, **settings):
     """Three linears with one input. kind: what is special about the second."""
     torch.manual_seed(5)
-    linears = [nn.Linear(17, size, bias=size != 12).requires_grad_(False) for size in (23, 12, 9)]
+    linears = [Linear(17, size, bias=size != 12).requires_grad_(False) for size in (23, 12, 9)]
     layers = [LoraLinear(linear, 3, 6.0, **settings) for linear in linears]
     if kind == "rank":
         layers[1] = LoraLinear(linears[1], 7, 6.0, rslora=True)
@@ -155,24 +155,21 @@ def frozen(kind, **settings):
         layers[1] = LoraLinear(linears[1], 3, 6.0, dropout_probability=0.4)
     net = nn.ModuleList(layers).to(DEVICE)
     randomize(net)
-    if kind == "merged":
-        layers[1].merge()
-        net.eval()
     layers[1].off = kind == "off"
     return net
 
 
-ALONE = {"trained", "trained base", "DoRA", "dropout", "merged", "off"}
-KINDS = ["usual", "rank", "no adapter", "bf16 adapter", "quantised", *sorted(ALONE)]
+ALONE = {"trained", "trained base", "DoRA", "dropout"}
+KINDS = ["usual", "rank", "no adapter", "bf16 adapter", "quantised", "off", *sorted(ALONE)]
 
 
 @pytest.mark.parametrize("rows", [1, 31])
 @pytest.mark.parametrize("kind", KINDS)
 def test_together_equals_one_after_the_other(kind, rows, monkeypatch):
     net, groups = frozen(kind), []
-    chosen = kernels.lora_linears
+    chosen = kernels._lora_linears
     monkeypatch.setattr(
-        kernels, "lora_linears", lambda x, parts: groups.append(len(parts)) or chosen(x, parts)
+        kernels, "_lora_linears", lambda x, parts: groups.append(len(parts)) or chosen(x, parts)
     )
     trained = [p for p in net.parameters() if p.requires_grad]
 
@@ -185,9 +182,10 @@ def test_together_equals_one_after_the_other(kind, rows, monkeypatch):
         return [*results, *torch.autograd.grad(total, [x, *trained], allow_unused=True)]
 
     expected = outcome(lambda x: [layer(x) for layer in net])
-    found = outcome(lambda x: LoraLinear.fused(x, list(net)))
+    groups.clear()
+    found = outcome(lambda x: kernels.linears(x, [layer.part() for layer in net]))
     if "reference" not in kernels.choices(DEVICE):
-        assert groups == [2 if kind in ALONE else 3]
+        assert groups[0] == (2 if kind in ALONE else 3)
     for one, other in zip(found, expected, strict=True):
         assert (one is None) == (other is None)
         if one is not None:
@@ -201,7 +199,7 @@ def test_a_quantised_weight_is_made_again_in_the_backward_pass_and_not_kept():
     net = frozen("quantised")
     base = net[1].base
     x = random(31, 17).requires_grad_(True)
-    seen, _, results = saved_bytes(lambda: LoraLinear.fused(x, list(net)))
+    seen, _, results = saved_bytes(lambda: kernels.linears(x, [layer.part() for layer in net]))
     assert base.calls == 1
     assert 4 * 12 * 17 not in {seen[pointer] for pointer in seen if pointer not in pointers(net)}
     sum(result.sum() for result in results).backward()
@@ -217,10 +215,8 @@ def test_the_reference_trains_several_quantised_linears():
 
     def chain(one, other):
         x = random(7, 40).requires_grad_(True)
-        function = lora_linear.lora_linear_reference
-        function(
-            function(x, one, None, None, None, 0.0), other, None, None, None, 0.0
-        ).square().sum().backward()
+        function = lora_linears_reference
+        function(function(x, [Part(one)])[0], [Part(other)])[0].square().sum().backward()
         return x.grad
 
     assert torch.equal(chain(first, second), chain(first.dequantize(), second.dequantize()))
@@ -240,13 +236,13 @@ def test_a_quantised_base_gets_the_gradients_of_its_dense_twin():
         inputs = [x.to(dtype) for x in inputs]
 
         def function(x, a, b, kernel):
-            return kernel(x, packed, bias, a, b, 1.7)
+            return kernel(x, [Part(packed, bias, a, b, 1.7)])[0]
 
         def kernel(*values):
-            return function(*values, kernels.lora_linear)
+            return function(*values, kernels.linears)
 
         def reference(*values):
-            return function(*values, lora_linear.lora_linear_reference)
+            return function(*values, lora_linears_reference)
 
         exact = evaluate(reference, inputs, torch.float64, (0, 1, 2))
         plain = evaluate(reference, inputs, dtype, (0, 1, 2))
@@ -262,14 +258,15 @@ def test_the_decoder_takes_them_together_and_nothing_else_changes(options, monke
     lora.add_lora(net, LoraOptions(lora_rank=3, **options), torch.Generator().manual_seed(1))
     randomize(net)
     separate, sizes = copy.deepcopy(net), []
-    together = LoraLinear.fused
-    monkeypatch.setattr(
-        LoraLinear, "fused", staticmethod(lambda x, layers: sizes.append(len(layers)) or together(x, layers))
-    )
+    together = kernels.linears
+    monkeypatch.setattr(kernels, "linears", lambda x, parts: sizes.append(len(parts)) or together(x, parts))
     run(net).square().sum().backward()
-    assert sizes == [3, 2] * 3  # q k v and gate up of three layers
-    for file in (decoder_file, layers_file):
-        monkeypatch.setattr(file, "project_together", lambda x, layers: [layer(x) for layer in layers])
+    assert [size for size in sizes if size > 1] == [3, 2] * 3  # q k v and gate up of three layers
+    monkeypatch.setattr(
+        kernels,
+        "linears",
+        lambda x, parts: [part.layer(x) for part in parts] if len(parts) > 1 else together(x, parts),
+    )
     run(separate).square().sum().backward()
     for one, other in zip(net.parameters(), separate.parameters()):
         if one.requires_grad:

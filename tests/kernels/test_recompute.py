@@ -9,6 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import lora
 from architectures import config_from_hf
+from checkpoints import trainable
 from kernels import recompute
 from kernels.recompute import Offload, Plan
 from lora import LoraOptions
@@ -63,7 +64,7 @@ def make_model(method: str = "lora", dtype=torch.float32, **shape) -> Decoder:
     initialize_weights(model, torch.Generator().manual_seed(0))
     if method != "full":
         options = LoraOptions(lora_dropout=0.2 if method == "dropout" else 0.0, use_dora=method == "dora")
-        lora.prepare_trainable(model, options, torch.Generator().manual_seed(1))
+        trainable.prepare_trainable(model, options, torch.Generator().manual_seed(1))
         for layer in lora.lora_layers(model).values():
             torch.nn.init.normal_(layer.lora_b, std=0.1, generator=torch.Generator().manual_seed(2))
     model.runtime.compute_dtype = dtype

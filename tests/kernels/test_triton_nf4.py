@@ -9,9 +9,9 @@ import kernels
 import lora
 from architectures import config_from_hf
 from kernels import nf4
+from kernels.linear import Part
 from kernels.nf4 import (
     Codes,
-    CodesPart,
     dequantise_reference,
     dequantise_triton,
     small_batch_reference,
@@ -42,7 +42,7 @@ def part_of(outputs, inputs, double, rank, bias, seed=0):
         (random(rank, inputs, seed=seed + 5), random(outputs, rank, seed=seed + 6)) if rank else (None, None)
     )
     vector = random(outputs, seed=seed + 7) if bias else None
-    return CodesPart(codes_of(outputs * inputs, double, seed), vector, *low, 0.7, outputs)
+    return Part(codes_of(outputs * inputs, double, seed), vector, *low, 0.7)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -103,7 +103,7 @@ def cast(part, dtype):
     if dtype is not torch.float64:
         return part._replace(bias=None if part.bias is None else part.bias.to(dtype))
     wide = [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in part]
-    return CodesPart(*wide)._replace(weight=part.weight)
+    return Part(*wide)._replace(weight=part.weight)
 
 
 @pytest.mark.parametrize("differs", ["table", "rank", "double", "bias", "adapter dtype", "four of them"])

@@ -17,9 +17,11 @@ from tiny_runs import tiny_runs
 import chat
 import quant
 from checkpoints.huggingface import load_model, save_model
+from kernels.linear import Part
 from lora import LoraLinear
-from quant import QuantLinear, QuantOptions
+from quant import QuantOptions
 from quant.int8 import EETQFormat, Int8Format, int8_product, llm_int8, to_eetq_order
+from quant.linear import QuantLinear
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FORMATS = [Int8Format(), EETQFormat()]
@@ -126,17 +128,13 @@ def test_few_rows_are_read_with_the_activations_as_they_are(rows, chosen):
     layer = chosen.quantise(matrix(48, 192), matrix(1, 48)[0], torch.bfloat16)
     x = activations(rows, 192, torch.bfloat16)
     lora_a, lora_b = matrix(3, 192, seed=4), matrix(48, 3, seed=5)
-    with torch.no_grad():
-        found = layer.small_batch(x, lora_a, lora_b, 0.5)
+    found = layer.from_codes(x, [Part(layer, layer.bias, lora_a, lora_b, 0.5)])[0]
     exact = x.double() @ (layer.dequantize(torch.float64) + lora_b.double() @ lora_a.double() * 0.5).T
     assert relative_error(found, exact + layer.bias.double()) <= 3 * EPSILON[torch.bfloat16]
-    assert layer.small_batch(x) is None  # where a gradient may be asked for
     odd = chosen.quantise(matrix(31, 123), None, torch.bfloat16)
     with torch.no_grad():  # torch's product would read past the end
-        assert odd.small_batch(activations(rows, 123, torch.bfloat16)) is None and odd(x[:, :123]).shape == (
-            rows,
-            31,
-        )
+        assert odd.from_codes(activations(rows, 123, torch.bfloat16), [odd.part()]) is None
+        assert odd(x[:, :123]).shape == (rows, 31)
 
 
 # Checkpoints

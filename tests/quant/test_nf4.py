@@ -20,7 +20,8 @@ import chat
 import export
 import quant
 from checkpoints.huggingface import load_model, save_model
-from quant import QuantLinear, QuantOptions
+from quant import QuantOptions
+from quant.linear import QuantLinear
 from quant.nf4 import NF4Format, dynamic_map, map_tensor
 
 CPU = torch.device("cpu")
@@ -247,7 +248,7 @@ PEAK = """
 import sys, threading, torch
 sys.path.insert(0, {root!r})
 from checkpoints.huggingface import load_model
-from quant import QuantLinear
+from quant.linear import QuantLinear
 from quant.nf4 import NF4Format
 
 def anonymous_bytes():

@@ -15,10 +15,12 @@ from checkpoints.hub import ModelOptions
 from checkpoints.huggingface import load_model, save_model
 from checkpoints.peft import apply_adapters, load_adapter, merge_adapters, save_adapter
 from checkpoints.source import find_source
-from lora import LoraOptions, lora_layers, prepare_trainable, quantised_linears
+from checkpoints.trainable import prepare_trainable
+from lora import LoraOptions, lora_layers
 from options import config as configuration
 from parallel.world import World
-from quant import QuantLinear, QuantOptions, from_options
+from quant import QuantOptions, from_options
+from quant.linear import QuantLinear, quantised_linears
 from templates import TemplateOptions
 from tests.training.test_resume import halves
 from training import memory, setup

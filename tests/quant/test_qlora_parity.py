@@ -10,7 +10,8 @@ from test_peft_parity import assert_equal_gradients, examples, our_losses, shake
 
 from checkpoints.huggingface import load_model
 from checkpoints.peft import apply_adapters, load_adapter, save_adapter
-from lora import LoraOptions, lora_layers, prepare_trainable
+from checkpoints.trainable import prepare_trainable
+from lora import LoraOptions, lora_layers
 from pipeline.batch import collate
 from quant import QuantOptions, from_options
 from training.options import OptimOptions

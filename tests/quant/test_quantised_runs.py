@@ -8,7 +8,7 @@ from vendor_checkpoints import FORMATS, write_pair
 import chat
 import export
 from checkpoints.huggingface import load_model
-from quant import QuantLinear
+from quant.linear import QuantLinear
 from tests.training.test_resume import halves
 
 WHILE_READING = {

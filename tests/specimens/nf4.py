@@ -1,6 +1,7 @@
 import torch
 
-from kernels.nf4 import Codes, CodesPart, dequantise_triton, small_batch_triton
+from kernels.linear import Part
+from kernels.nf4 import Codes, dequantise_triton, small_batch_triton
 
 MATRIX: set[str] = set()
 SMALL_MATRIX = {"_some_rows_kernel"}  # up to 16 rows of x: too few for wgmma's side of 64 where it counts
@@ -32,7 +33,7 @@ def specimens(dtype):
         if rank:
             low = torch.empty(rank, inputs, device="meta"), torch.empty(outputs, rank, device="meta")
         vector = torch.empty(outputs, dtype=dtype, device="meta") if bias else None
-        return CodesPart(weight(outputs, inputs, double), vector, *low, 0.5, outputs)
+        return Part(weight(outputs, inputs, double), vector, *low, 0.5)
 
     for name, (inputs, sizes, rank, double, bias) in SHAPES.items():
 

@@ -12,9 +12,10 @@ from tiny_runs import assert_same_weights, tiny_runs
 from trl import GRPOTrainer, RLOOTrainer
 
 from checkpoints.huggingface import load_model
+from checkpoints.trainable import prepare_trainable
 from generation.generate import Completion
 from generation.sampling import GenerateOptions
-from lora import LoraOptions, lora_off, prepare_trainable
+from lora import LoraOptions, lora_off
 from parallel.world import World
 from pipeline.batch import Example, collate
 from stages.grpo import (

@@ -14,8 +14,9 @@ from tiny_runs import tiny_runs
 from trl import KTOTrainer
 
 from checkpoints.huggingface import load_model
+from checkpoints.trainable import prepare_trainable
 from data import load_datasets
-from lora import LoraOptions, prepare_trainable
+from lora import LoraOptions
 from options import config as configuration
 from parallel.world import World
 from pipeline.batch import ROW_MULTIPLE, Example, collate

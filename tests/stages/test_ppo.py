@@ -9,10 +9,11 @@ from tiny_runs import assert_same_weights, tiny_runs
 from torch import Tensor
 
 from checkpoints.huggingface import load_model
+from checkpoints.trainable import prepare_trainable
 from checkpoints.value_head import ValueHead
 from generation.generate import Completion
 from generation.sampling import GenerateOptions
-from lora import LoraOptions, lora_off, prepare_trainable
+from lora import LoraOptions, lora_off
 from parallel.world import World
 from pipeline.batch import collate
 from stages import ppo

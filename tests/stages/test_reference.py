@@ -10,8 +10,9 @@ import torch
 from tiny_runs import assert_same_weights, make_rows, start_ranks, tiny_runs
 
 from checkpoints.huggingface import load_model
+from checkpoints.trainable import prepare_trainable
 from data import default_cache_dir, load_datasets
-from lora import LoraOptions, lora_layers, prepare_trainable
+from lora import LoraOptions, lora_layers
 from options import config as configuration
 from parallel.world import World
 from pipeline.batch import collate

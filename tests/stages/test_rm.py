@@ -17,8 +17,9 @@ from checkpoints.hub import ModelOptions
 from checkpoints.huggingface import load_model
 from checkpoints.peft import load_adapter
 from checkpoints.source import find_source, load_head, load_source
+from checkpoints.trainable import prepare_trainable
 from checkpoints.value_head import ValueHead, load_value_head, save_value_head
-from lora import LoraOptions, prepare_trainable
+from lora import LoraOptions
 from options.errors import UserError
 from pipeline.batch import Example, collate
 from stages.rm import RewardModel, RewardModelOptions, pair_scores, score_dialogues, score_texts, span_loss

@@ -11,6 +11,7 @@ import torch
 from tiny_runs import tiny_runs
 
 import lora
+from checkpoints import trainable
 from checkpoints.huggingface import load_model
 from generation.sampling import GenerateOptions
 from lora import LoraOptions
@@ -42,7 +43,7 @@ def model(tiny, request):
     quantization = from_options(QuantOptions(quantization_bit=4)) if request.param == "qlora" else None
     model = load_model(tiny.model, torch.float32, quantization=quantization)
     kind = "full" if request.param == "full" else "lora"
-    lora.prepare_trainable(
+    trainable.prepare_trainable(
         model, LoraOptions(finetuning_type=kind, lora_rank=3), torch.Generator().manual_seed(0)
     )
     for layer in lora.lora_layers(model).values():

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from test_model import oracle
 
 from checkpoints.huggingface import load_model
-from lora import LoraOptions, lora_off, merge_lora, prepare_trainable
+from checkpoints.trainable import prepare_trainable
+from lora import LoraOptions, lora_off
 from pipeline.batch import Example, collate
 from stages import logprobs
 from stages.logprobs import head_loss
@@ -209,9 +210,7 @@ def test_the_weight_of_an_adapted_head_is_what_the_layer_computes(base, dora):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
     with lora_off(model):
         assert torch.equal(model.head_weight(), head.base.weight)
-    merged = head.merged_weight()
-    merge_lora(model)
-    assert torch.equal(model.head_weight(), merged)
+    assert torch.equal(model.head_weight(), head.merged_weight())
 
 
 def test_with_dropout_an_adapted_head_is_no_matrix(base):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import lora
 from architectures import config_from_hf
+from checkpoints import trainable
 from kernels.recompute import Plan
 from lora import LoraOptions
 from model import Decoder
@@ -24,7 +24,9 @@ CPU = torch.device("cpu")
 def large(method: str) -> Decoder:
     """Llama-2-7B without its numbers, as train.py prepares it under bf16."""
     model = Decoder(config_from_hf(LLAMA_7B), dtype=torch.bfloat16, device="meta")
-    lora.prepare_trainable(model, LoraOptions(finetuning_type=method, lora_rank=16, num_layer_trainable=2))
+    trainable.prepare_trainable(
+        model, LoraOptions(finetuning_type=method, lora_rank=16, num_layer_trainable=2)
+    )
     if method != "lora":
         model.float()
     model.runtime.compute_dtype = torch.bfloat16

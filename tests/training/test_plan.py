@@ -9,9 +9,9 @@ import pytest
 import torch
 from tiny_runs import tiny_runs
 
-import lora
 import quant
 from architectures import config_from_hf
+from checkpoints import trainable
 from checkpoints.huggingface import load_config, load_model
 from generation.cache import KVCache
 from generation.generate import generate
@@ -19,7 +19,8 @@ from generation.sampling import GenerateOptions
 from kernels.recompute import Plan
 from lora import LoraOptions
 from model import Decoder
-from quant import QuantLinear, QuantOptions
+from quant import QuantOptions
+from quant.linear import QuantLinear
 from tests.training.test_memory import LLAMA_7B
 from training import memory, plan
 
@@ -35,7 +36,7 @@ def tiny(tmp_path_factory):
 
 def llama(method: str, **options) -> Decoder:
     model = Decoder(config_from_hf(LLAMA_7B), dtype=torch.bfloat16, device="meta")
-    lora.prepare_trainable(model, LoraOptions(finetuning_type=method, lora_rank=16, **options))
+    trainable.prepare_trainable(model, LoraOptions(finetuning_type=method, lora_rank=16, **options))
     return model
 
 
@@ -125,7 +126,7 @@ def test_the_texts_are_written_beside_everything_but_the_update(tiny):
 def test_the_buffer_of_quantised_layers_counts_once(tiny):
     folder = tiny.make_model("buffered", seed=3, hidden_size=128, intermediate_size=192, head_dim=32)
     model = plan.skeleton(folder, load_config(folder), torch.float32, quant.from_options(QuantOptions(4)))
-    lora.prepare_trainable(model, LoraOptions(lora_rank=4))
+    trainable.prepare_trainable(model, LoraOptions(lora_rank=4))
     need = dataclasses.replace(memory.need(model, 64), head=0.0)
     peak = plan.predict_peak(model, Plan(), need, file_bytes=0.0, device=torch.device("cuda"))
     assert peak.parts["buffers"] == 128 * 192 * 4

@@ -58,7 +58,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not named:
-        raise ValueError("the model has no trainable parameter; call lora.prepare_trainable first")
+        raise ValueError(
+            "the model has no trainable parameter; call checkpoints.trainable.prepare_trainable first"
+        )
     decayed = [(name, p) for name, p in named if _decays(name, p)]
     spared = [(name, p) for name, p in named if not _decays(name, p)]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]

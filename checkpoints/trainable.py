@@ -1,0 +1,101 @@
+"""What trains: adapters (lora.py), some layers (freeze) or everything (full); and what to say of it.
+
+prepare_trainable(model, LoraOptions(lora_rank=16), torch.Generator().manual_seed(42))
+print(trainable_report(model))
+"""
+
+import torch
+from torch import nn
+
+from lora import LoraOptions, add_lora, ends_with, find_modules, inside, last_name
+from options.errors import UserError
+from quant.linear import quantised_linears
+
+
+def prepare_trainable(
+    model: nn.Module,
+    options: LoraOptions,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Set what trains, by options.finetuning_type. dtype is that of new adapters (bf16 under pure_bf16)."""
+    quantised = quantised_linears(model)
+    if quantised and options.finetuning_type != "lora":
+        raise UserError(
+            f"finetuning_type: {options.finetuning_type}, but the base is quantised "
+            f"({next(iter(quantised))}, ...): "
+            "codes have no gradient; set finetuning_type=lora, or start from a 16-bit model"
+        )
+    if options.finetuning_type == "lora":
+        add_lora(model, options, generator, dtype)
+    elif options.finetuning_type == "freeze":
+        freeze(model, options)
+    elif options.finetuning_type == "full":
+        model.requires_grad_(True)
+    else:
+        raise ValueError(
+            f"finetuning_type: {options.finetuning_type!r} is unknown; known are lora, full, freeze"
+        )
+
+
+def freeze(model: nn.Module, options: LoraOptions) -> None:
+    """Train name_module_trainable in num_layer_trainable layers and freeze_extra_modules; freeze the rest.
+
+    Raises UserError when there are fewer layers or a name matches nothing.
+    """
+    stack_name, stack = _layer_stack(model)
+    count = options.num_layer_trainable
+    if abs(count) > len(stack):
+        raise UserError(f"num_layer_trainable: {count}, but the model has {len(stack)} layers")
+    blocks = list(stack)[-count:] if count > 0 else list(stack)[:-count]
+    outside = [
+        name
+        for name, _ in model.named_modules()
+        if name and not inside(name, [stack_name]) and not inside(stack_name, [name])
+    ]
+    extra = find_modules(model, options.freeze_extra_modules, "freeze_extra_modules", outside)
+    model.requires_grad_(False)
+    for name in options.name_module_trainable if blocks else ():
+        matched = [module for block in blocks for module in _modules_called(block, name)]
+        if not matched:
+            known = ", ".join(sorted({last_name(path) for path, _ in blocks[0].named_modules() if path}))
+            raise UserError(
+                f"name_module_trainable: no module of a layer is called {name!r}; there are all, {known}"
+            )
+        for module in matched:
+            module.requires_grad_(True)
+    for name in extra:
+        model.get_submodule(name).requires_grad_(True)
+
+
+def _layer_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and ends_with(name, "layers"):
+            return name, module
+    raise UserError("finetuning_type: freeze needs a model whose layers are an nn.ModuleList called 'layers'")
+
+
+def _modules_called(block: nn.Module, name: str) -> list[nn.Module]:
+    if name == "all":
+        return [block]
+    return [module for path, module in block.named_modules() if ends_with(path, name)]
+
+
+def trainable_report(model: nn.Module) -> str:
+    """'trainable 2,442,240 of 136,957,632 parameters (1.78 %)'; quantised weights by element."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    packed = quantised_linears(model)
+    total = sum(p.numel() for name, p in model.named_parameters() if not inside(name, packed))
+    for module in packed.values():
+        total += module.in_features * module.out_features
+        total += 0 if module.bias is None else module.out_features
+    return f"trainable {trainable:,} of {total:,} parameters ({100 * trainable / max(1, total):.2f} %)"
+
+
+def parameter_status(model: nn.Module) -> list[str]:
+    """One line per parameter: name, shape, dtype, device, trained or frozen."""
+    return [
+        f"{name}  {tuple(p.shape)}  {str(p.dtype).removeprefix('torch.')}  {p.device}  "
+        f"{'trained' if p.requires_grad else 'frozen'}"
+        for name, p in model.named_parameters()
+    ]
