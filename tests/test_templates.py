@@ -1,4 +1,4 @@
-"""templates.py, text/render.py and text/jinja_template.py against transformers' apply_chat_template, on tiny tokenizers.
+"""The templates, text/render.py and text/jinja_template.py against transformers, on tiny tokenizers.
 
 The jinja texts in fixtures/templates are the published formats of well-known models (see the README there).
 """
@@ -18,10 +18,20 @@ from text.tokenizer import Tokenizer
 
 FIXTURES = Path(__file__).parent / "fixtures" / "templates"
 SAME_AS = {
-    "chatml": "chatml", "smollm2": "smollm2", "qwen": "qwen25", "qwen3": "qwen3", "qwen3_nothink": "qwen3_2507",
-    "llama2": "llama2", "llama3": "llama3", "llama31": "llama31", "mistral": "mistral", "zephyr": "zephyr",
-    "yi": "yi15", "deepseek": "deepseek_llm", "vicuna": "vicuna_v11",
-}  # fmt: skip
+    "chatml": "chatml",
+    "smollm2": "smollm2",
+    "qwen": "qwen25",
+    "qwen3": "qwen3",
+    "qwen3_nothink": "qwen3_2507",
+    "llama2": "llama2",
+    "llama3": "llama3",
+    "llama31": "llama31",
+    "mistral": "mistral",
+    "zephyr": "zephyr",
+    "yi": "yi15",
+    "deepseek": "deepseek_llm",
+    "vicuna": "vicuna_v11",
+}
 SYSTEM = Message("system", "You are Anvil.")
 USER, ANSWER = Message("user", "Hello, who are you?"), Message("assistant", "I am Anvil,\nan assistant.")
 MORE, LAST = (
@@ -193,9 +203,12 @@ def test_the_template_written_as_jinja_gives_the_same_text_in_transformers(pairs
         for end, prompt in ((len(messages), False), (len(messages) - 1, True)):
             for thinking in (True, False):
                 got = theirs.apply_chat_template(
-                    dicts(messages[:end]), chat_template=source, tokenize=False,
-                    add_generation_prompt=prompt, enable_thinking=thinking,
-                )  # fmt: skip
+                    dicts(messages[:end]),
+                    chat_template=source,
+                    tokenize=False,
+                    add_generation_prompt=prompt,
+                    enable_thinking=thinking,
+                )
                 spans = render(TEMPLATES[name], messages[:end], ours, generation_prompt=prompt)
                 if TEMPLATES[name].thinking and not thinking:
                     spans = render(
@@ -246,8 +259,9 @@ def test_generic_tool_text_and_calls():
 
 def test_tool_calls_are_read_from_json_only():
     assert tool_calls('[{"name": "f", "arguments": "{\\"a\\": 1}"}, {"name": "g", "arguments": "x"}]') == [
-        ("f", {"a": 1}), ("g", "x"),
-    ]  # fmt: skip
+        ("f", {"a": 1}),
+        ("g", "x"),
+    ]
     for text in ("f(1)", "3", '{"name": "f"}', "[]", '["name", "arguments"]'):
         assert tool_calls(text) is None
 
@@ -260,16 +274,20 @@ EXPECTED = {
     "vanilla": ("SU", "A</s>", "V", ("</s>",)),
     "fewshot": ("SU", "A\n\n", "V", ("\n\n", "</s>")),
     "alpaca": (
-        "S\n\n### Instruction:\nU\n\n### Response:\n", "A</s>", "\n\n### Instruction:\nV\n\n### Response:\n",
+        "S\n\n### Instruction:\nU\n\n### Response:\n",
+        "A</s>",
+        "\n\n### Instruction:\nV\n\n### Response:\n",
         ("### Instruction:", "</s>"),
     ),
     "vicuna": ("<s>S USER: U ASSISTANT:", " A</s>", "USER: V ASSISTANT:", ("</s>",)),
     "llama2": ("<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nU [/INST]", " A </s>", "<s>[INST] V [/INST]", ("</s>",)),
     "chatml": (
-        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n", "A<|im_end|>",
-        "\n<|im_start|>user\nV<|im_end|>\n<|im_start|>assistant\n", ("<|im_end|>", "<|im_start|>", "</s>"),
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n",
+        "A<|im_end|>",
+        "\n<|im_start|>user\nV<|im_end|>\n<|im_start|>assistant\n",
+        ("<|im_end|>", "<|im_start|>", "</s>"),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -345,8 +363,8 @@ def test_names_and_missing_templates():
     ):
         get_template(None, None)
     assert isinstance(get_template(None, "x"), JinjaTemplate)
-    wanted = "default empty vanilla fewshot alpaca vicuna chatml qwen qwen3 llama2 llama3 mistral zephyr yi deepseek"
-    assert set(wanted.split()) <= set(TEMPLATES)
+    wanted = "default empty vanilla fewshot alpaca vicuna chatml qwen qwen3 llama2 llama3 mistral zephyr yi"
+    assert {*wanted.split(), "deepseek"} <= set(TEMPLATES)
 
 
 def test_bad_dialogues_are_refused():

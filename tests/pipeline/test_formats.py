@@ -133,7 +133,7 @@ def test_csv_fields_may_be_long_and_hold_line_breaks(tmp_path):
         ("a.parquet", "no", r"a\.parquet: not a parquet file"),
         ("a.arrow", "no such thing", r"a\.arrow: not an arrow file"),
     ],
-)  # fmt: skip
+)
 def test_a_broken_file_names_file_and_line(tmp_path, name, text, message):
     with pytest.raises(ValueError, match=message):
         rows_of(write(tmp_path / name, text))
@@ -165,10 +165,18 @@ def test_a_file_that_is_not_utf8_is_refused(tmp_path):
 
 def test_all_fields_of_an_entry(tmp_path):
     entry = {
-        "hf_hub_url": "a/b", "subset": "s", "split": "validation", "folder": "f", "revision": "r", "num_samples": 7,
-        "formatting": "sharegpt", "ranking": False, "file_sha1": "00",
-        "columns": {"messages": "m", "system": "sys", "tools": "t"}, "tags": {"role_tag": "who", "user_tag": "me"},
-    }  # fmt: skip
+        "hf_hub_url": "a/b",
+        "subset": "s",
+        "split": "validation",
+        "folder": "f",
+        "revision": "r",
+        "num_samples": 7,
+        "formatting": "sharegpt",
+        "ranking": False,
+        "file_sha1": "00",
+        "columns": {"messages": "m", "system": "sys", "tools": "t"},
+        "tags": {"role_tag": "who", "user_tag": "me"},
+    }
     info = parse_entry("x", entry, tmp_path)
     assert (info.kind, info.location, info.subset, info.split) == ("hf_hub", "a/b", "s", "validation")
     assert (info.folder, info.revision, info.num_samples) == ("f", "r", 7)
@@ -183,8 +191,10 @@ def test_columns_name_all_that_is_used(tmp_path):
     )
     assert info.columns == {"prompt": "question", "response": "answer"}
     assert parse_entry("x", {"file_name": "a.json"}, tmp_path).columns == {
-        "prompt": "instruction", "query": "input", "response": "output",
-    }  # fmt: skip
+        "prompt": "instruction",
+        "query": "input",
+        "response": "output",
+    }
 
 
 def test_hub_is_chosen_as_llama_factory_does(tmp_path, monkeypatch):
@@ -251,9 +261,10 @@ def test_the_registry_that_comes_with_the_project_is_valid():
             assert list(read_rows(info)), name
 
 
-OPENAI, ANSWER, WORSE = ([{"role": role, "content": text}] for role, text in (
-    ("user", "a"), ("assistant", "b"), ("assistant", "c"),
-))  # fmt: skip
+OPENAI, ANSWER, WORSE = (
+    [{"role": role, "content": text}]
+    for role, text in (("user", "a"), ("assistant", "b"), ("assistant", "c"))
+)
 
 
 def test_a_path_is_a_dataset_and_its_format_is_read_off_the_first_row(tmp_path):
@@ -289,7 +300,7 @@ def test_a_path_is_a_dataset_and_its_format_is_read_off_the_first_row(tmp_path):
             {"messages", "response", "kto_tag"},
         ),
     ]
-    # fmt: skip
+
     for row, formatting, columns in cases:
         path = write(tmp_path / "one.jsonl", json.dumps(row))
         info = find_dataset(str(path), tmp_path)
@@ -419,9 +430,14 @@ def test_alpaca_turns():
         "system": "s",
     }
     assert to_conversation(row, info).turns == [
-        ("system", "s"), ("user", "u1"), ("assistant", "a1"), ("user", "u2"), ("assistant", "a2"),
-        ("user", "i\nq"), ("assistant", "o"),
-    ]  # fmt: skip
+        ("system", "s"),
+        ("user", "u1"),
+        ("assistant", "a1"),
+        ("user", "u2"),
+        ("assistant", "a2"),
+        ("user", "i\nq"),
+        ("assistant", "o"),
+    ]
     for empty in (
         {"instruction": "i", "input": "", "output": "o"},
         {"instruction": "i", "output": "o", "input": None},
@@ -465,9 +481,13 @@ def test_alpaca_rows_with_nothing_to_train_are_dropped():
 
 
 def test_sharegpt_turns():
-    row = say(("system", "s"), ("human", "u"),
-              ("function_call", '{"name": "f", "arguments": {}}'), ("observation", "r"),
-              ("gpt", "a")) | {"sys": "column", "tools": '[{"name": "f"}]'}  # fmt: skip
+    row = say(
+        ("system", "s"),
+        ("human", "u"),
+        ("function_call", '{"name": "f", "arguments": {}}'),
+        ("observation", "r"),
+        ("gpt", "a"),
+    ) | {"sys": "column", "tools": '[{"name": "f"}]'}
     conversation = to_conversation(row, sharegpt(system="sys", tools="tools"))
     assert [role for role, _ in conversation.turns] == [
         "system",
@@ -504,12 +524,18 @@ def test_sharegpt_rows_with_nothing_to_train_are_dropped():
         (say(("human", 3), ("gpt", "b")), r"\[0\]\.value: expected text, found int 3"),
         ({"conversations": [{"from": "human", "content": "a"}]}, r"\[0\]: no 'value' \(content_tag\)"),
         (say(("human", "a"), ("function_call", "f(x)")), r"\[1\]: a function call is not JSON"),
-        (say(("human", "a"), ("function_call", "[1]")), r"\[1\]: expected an object with 'name' and 'arguments'"),
+        (
+            say(("human", "a"), ("function_call", "[1]")),
+            r"\[1\]: expected an object with 'name' and 'arguments'",
+        ),
         (say(("human", "a"), ("gpt", "b")) | {"tools": "{"}, r"column 'tools' \(tools\): not JSON"),
         (say(("human", "a"), ("gpt", "b")) | {"tools": '{"a": 1}'}, "expected a list of objects"),
-        (say(("human", "a"), ("gpt", "b")) | {"tools": '[{"a": 1}]'}, r"\[0\]: expected an object with a 'name'"),
+        (
+            say(("human", "a"), ("gpt", "b")) | {"tools": '[{"a": 1}]'},
+            r"\[0\]: expected an object with a 'name'",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_sharegpt_row_names_the_message(row, message):
     with pytest.raises(ValueError, match=message):
         to_conversation(row, sharegpt(tools="tools"))
@@ -517,13 +543,16 @@ def test_a_wrong_sharegpt_row_names_the_message(row, message):
 
 def test_openai_messages():
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
-    row = {"conversations": [
-        {"role": "system", "content": "s"},
-        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
-        {"role": "assistant", "content": None, "tool_calls": [call, call]},
-        {"role": "tool", "content": "r1"}, {"role": "tool", "content": "r2"},
-        {"role": "assistant", "content": "done"},
-    ]}  # fmt: skip
+    row = {
+        "conversations": [
+            {"role": "system", "content": "s"},
+            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+            {"role": "assistant", "content": None, "tool_calls": [call, call]},
+            {"role": "tool", "content": "r1"},
+            {"role": "tool", "content": "r2"},
+            {"role": "assistant", "content": "done"},
+        ]
+    }
     turns = to_conversation(row, sharegpt(OPENAI_TAGS)).turns
     assert [role for role, _ in turns] == ["system", "user", "function", "observation", "assistant"]
     assert turns[1][1] == "ab"

@@ -30,52 +30,92 @@ def say(*turns):
 
 PAIRS = {
     "alpaca, output": (
-        alpaca(), {"instruction": "q", "output": ["c", "r"]}, QUESTION, ("assistant", "c"), ("assistant", "r"),
+        alpaca(),
+        {"instruction": "q", "output": ["c", "r"]},
+        QUESTION,
+        ("assistant", "c"),
+        ("assistant", "r"),
     ),
     "alpaca, columns": (
         alpaca(**RANKED, system="s", history="h"),
         {"instruction": "q", "input": "i", "chosen": "c", "rejected": "r", "s": "S", "h": [["a", "b"]]},
-        [("system", "S"), ("user", "a"), ("assistant", "b"), ("user", "q\ni")], ("assistant", "c"), ("assistant", "r"),
+        [("system", "S"), ("user", "a"), ("assistant", "b"), ("user", "q\ni")],
+        ("assistant", "c"),
+        ("assistant", "r"),
     ),
     "sharegpt, messages": (
         sharegpt(**RANKED),
-        {"conversations": say(("system", "S"), ("human", "q")), "chosen": {"from": "gpt", "value": "c"},
-         "rejected": {"from": "gpt", "value": "r"}},
-        [("system", "S"), *QUESTION], ("assistant", "c"), ("assistant", "r"),
+        {
+            "conversations": say(("system", "S"), ("human", "q")),
+            "chosen": {"from": "gpt", "value": "c"},
+            "rejected": {"from": "gpt", "value": "r"},
+        },
+        [("system", "S"), *QUESTION],
+        ("assistant", "c"),
+        ("assistant", "r"),
     ),
     "sharegpt, texts": (
-        sharegpt(**RANKED), {"conversations": say(("human", "q")), "chosen": "c", "rejected": "r"},
-        QUESTION, ("assistant", "c"), ("assistant", "r"),
+        sharegpt(**RANKED),
+        {"conversations": say(("human", "q")), "chosen": "c", "rejected": "r"},
+        QUESTION,
+        ("assistant", "c"),
+        ("assistant", "r"),
     ),
     "sharegpt, response": (
-        sharegpt(response="answers"), {"conversations": say(("human", "q")), "answers": ["c", say(("gpt", "r"))]},
-        QUESTION, ("assistant", "c"), ("assistant", "r"),
+        sharegpt(response="answers"),
+        {"conversations": say(("human", "q")), "answers": ["c", say(("gpt", "r"))]},
+        QUESTION,
+        ("assistant", "c"),
+        ("assistant", "r"),
     ),
     "calls of tools": (
         sharegpt(**RANKED),
-        {"conversations": say(("human", "q")), "chosen": {"from": "function_call", "value": CALL},
-         "rejected": {"from": "gpt", "value": "r"}},
-        QUESTION, ("function", CALL), ("assistant", "r"),
+        {
+            "conversations": say(("human", "q")),
+            "chosen": {"from": "function_call", "value": CALL},
+            "rejected": {"from": "gpt", "value": "r"},
+        },
+        QUESTION,
+        ("function", CALL),
+        ("assistant", "r"),
     ),
     "after an observation": (
         sharegpt(**RANKED),
-        {"conversations": say(("human", "q"), ("function_call", CALL), ("observation", "7")), "chosen": "c",
-         "rejected": "r"},
-        [*QUESTION, ("function", CALL), ("observation", "7")], ("assistant", "c"), ("assistant", "r"),
+        {
+            "conversations": say(("human", "q"), ("function_call", CALL), ("observation", "7")),
+            "chosen": "c",
+            "rejected": "r",
+        },
+        [*QUESTION, ("function", CALL), ("observation", "7")],
+        ("assistant", "c"),
+        ("assistant", "r"),
     ),
     "openai": (
         sharegpt(OPENAI_TAGS, **RANKED),
-        {"conversations": [{"role": "user", "content": "q"}], "chosen": [{"role": "assistant", "content": "c"}],
-         "rejected": {"role": "assistant", "content": None, "tool_calls": [{"function": json.loads(CALL)}]}},
-        QUESTION, ("assistant", "c"), ("function", CALL),
+        {
+            "conversations": [{"role": "user", "content": "q"}],
+            "chosen": [{"role": "assistant", "content": "c"}],
+            "rejected": {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [{"function": json.loads(CALL)}],
+            },
+        },
+        QUESTION,
+        ("assistant", "c"),
+        ("function", CALL),
     ),
     "openai, the conversation in both": (
         sharegpt(OPENAI_TAGS, **RANKED),
-        {"chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "c"}],
-         "rejected": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]},
-        QUESTION, ("assistant", "c"), ("assistant", "r"),
+        {
+            "chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "c"}],
+            "rejected": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}],
+        },
+        QUESTION,
+        ("assistant", "c"),
+        ("assistant", "r"),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -88,22 +128,34 @@ def test_a_pair_of_every_format(name):
 
 RATED = {
     "alpaca": (
-        alpaca(kto_tag="ok"), {"instruction": "q", "output": "a", "ok": True}, QUESTION, ("assistant", "a"), 1,
+        alpaca(kto_tag="ok"),
+        {"instruction": "q", "output": "a", "ok": True},
+        QUESTION,
+        ("assistant", "a"),
+        1,
     ),
     "sharegpt": (
         sharegpt(kto_tag="ok"),
         {"conversations": say(("human", "p"), ("gpt", "b"), ("human", "q"), ("gpt", "a")), "ok": False},
-        [("user", "p"), ("assistant", "b"), *QUESTION], ("assistant", "a"), 0,
+        [("user", "p"), ("assistant", "b"), *QUESTION],
+        ("assistant", "a"),
+        0,
     ),
     "sharegpt, response": (
         sharegpt(kto_tag="ok", response="answer"),
         {"conversations": say(("human", "q")), "answer": {"from": "function_call", "value": CALL}, "ok": 1},
-        QUESTION, ("function", CALL), 1,
+        QUESTION,
+        ("function", CALL),
+        1,
     ),
     "a table": (
-        alpaca(kto_tag="ok"), {"instruction": "q", "output": "a", "ok": "False"}, QUESTION, ("assistant", "a"), 0,
+        alpaca(kto_tag="ok"),
+        {"instruction": "q", "output": "a", "ok": "False"},
+        QUESTION,
+        ("assistant", "a"),
+        0,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", RATED)
@@ -136,22 +188,48 @@ def test_a_prompt_keeps_the_answer_of_its_row_as_the_label(info, row, label):
 @pytest.mark.parametrize(
     ("take", "info", "row", "reason"),
     [
-        (to_pair, alpaca(**RANKED), {"instruction": "q", "chosen": "a", "rejected": "a"}, "identical answers"),
-        (to_pair, alpaca(**RANKED), {"instruction": "q", "chosen": "a", "rejected": " "}, "empty rejected answer"),
-        (to_pair, alpaca(**RANKED), {"instruction": "q", "chosen": None, "rejected": "a"}, "empty chosen answer"),
+        (
+            to_pair,
+            alpaca(**RANKED),
+            {"instruction": "q", "chosen": "a", "rejected": "a"},
+            "identical answers",
+        ),
+        (
+            to_pair,
+            alpaca(**RANKED),
+            {"instruction": "q", "chosen": "a", "rejected": " "},
+            "empty rejected answer",
+        ),
+        (
+            to_pair,
+            alpaca(**RANKED),
+            {"instruction": "q", "chosen": None, "rejected": "a"},
+            "empty chosen answer",
+        ),
         (to_pair, alpaca(**RANKED), {"instruction": "", "chosen": "b", "rejected": "a"}, "empty prompt"),
-        (to_pair, sharegpt(**RANKED),
-         {"conversations": say(("human", "q"), ("gpt", "x")), "chosen": "b", "rejected": "a"}, "no question before"),
-        (to_pair, sharegpt(**RANKED),
-         {"chosen": say(("human", "q"), ("gpt", "a")), "rejected": say(("human", "p"), ("gpt", "b"))},
-         "chosen and rejected differ before the last answer"),
+        (
+            to_pair,
+            sharegpt(**RANKED),
+            {"conversations": say(("human", "q"), ("gpt", "x")), "chosen": "b", "rejected": "a"},
+            "no question before",
+        ),
+        (
+            to_pair,
+            sharegpt(**RANKED),
+            {"chosen": say(("human", "q"), ("gpt", "a")), "rejected": say(("human", "p"), ("gpt", "b"))},
+            "chosen and rejected differ before the last answer",
+        ),
         (to_rated, alpaca(kto_tag="ok"), {"instruction": "q", "output": "", "ok": True}, "empty answer"),
         (to_rated, alpaca(kto_tag="ok"), {"instruction": "q", "output": "a", "ok": None}, "no kto_tag"),
-        (to_rated, sharegpt(kto_tag="ok"),
-         {"conversations": say(("human", "q"), ("gpt", "a"), ("human", "thanks")), "ok": True}, "empty answer"),
+        (
+            to_rated,
+            sharegpt(kto_tag="ok"),
+            {"conversations": say(("human", "q"), ("gpt", "a"), ("human", "thanks")), "ok": True},
+            "empty answer",
+        ),
         (to_prompt, sharegpt(), {"conversations": say(("system", "s"))}, "no question before"),
     ],
-)  # fmt: skip
+)
 def test_rows_with_nothing_to_learn_from_are_dropped(take, info, row, reason):
     with pytest.raises(Dropped, match=reason):
         take(row, info)
@@ -160,27 +238,74 @@ def test_rows_with_nothing_to_learn_from_are_dropped(take, info, row, reason):
 @pytest.mark.parametrize(
     ("take", "info", "row", "message"),
     [
-        (to_pair, alpaca(**RANKED), {"instruction": "q", "chosen": "a"}, "column 'rejected' is missing; the row has"),
-        (to_pair, alpaca(**RANKED), {"instruction": "q", "chosen": 3, "rejected": "a"},
-         "column 'chosen': expected text or a message, found int 3"),
-        (to_pair, alpaca(), {"instruction": "q", "output": "a"}, r"'output': expected \[chosen, rejected\] \(ranking"),
+        (
+            to_pair,
+            alpaca(**RANKED),
+            {"instruction": "q", "chosen": "a"},
+            "column 'rejected' is missing; the row has",
+        ),
+        (
+            to_pair,
+            alpaca(**RANKED),
+            {"instruction": "q", "chosen": 3, "rejected": "a"},
+            "column 'chosen': expected text or a message, found int 3",
+        ),
+        (
+            to_pair,
+            alpaca(),
+            {"instruction": "q", "output": "a"},
+            r"'output': expected \[chosen, rejected\] \(ranking",
+        ),
         (to_pair, alpaca(), {"instruction": "q", "output": ["a"]}, r"expected \[chosen, rejected\]"),
         (to_pair, alpaca(), {"instruction": "q", "output": ["a", 5]}, r"column 'output'\[1\]: expected text"),
-        (to_pair, sharegpt(**RANKED),
-         {"conversations": say(("human", "q")), "chosen": {"from": "human", "value": "x"}, "rejected": "a"},
-         "column 'chosen': expected an answer, found a message of role user"),
-        (to_pair, sharegpt(**RANKED),
-         {"conversations": say(("human", "q")), "chosen": {"from": "function_call", "value": "f(x)"}, "rejected": "a"},
-         "column 'chosen': a function call is not JSON"),
-        (to_pair, sharegpt(**RANKED), {"chosen": "a", "rejected": "b"}, r"column 'conversations' \(messages\) is miss"),
-        (to_rated, alpaca(kto_tag="ok"), {"instruction": "q", "output": "a"}, r"column 'ok' \(kto_tag\) is missing"),
-        (to_rated, alpaca(kto_tag="ok"), {"instruction": "q", "output": "a", "ok": "good"},
-         r"'ok' \(kto_tag\): expected true or false, found str 'good'"),
-        (to_rated, alpaca(kto_tag="ok"), {"instruction": "q", "output": "a", "ok": 2}, "expected true or false"),
+        (
+            to_pair,
+            sharegpt(**RANKED),
+            {
+                "conversations": say(("human", "q")),
+                "chosen": {"from": "human", "value": "x"},
+                "rejected": "a",
+            },
+            "column 'chosen': expected an answer, found a message of role user",
+        ),
+        (
+            to_pair,
+            sharegpt(**RANKED),
+            {
+                "conversations": say(("human", "q")),
+                "chosen": {"from": "function_call", "value": "f(x)"},
+                "rejected": "a",
+            },
+            "column 'chosen': a function call is not JSON",
+        ),
+        (
+            to_pair,
+            sharegpt(**RANKED),
+            {"chosen": "a", "rejected": "b"},
+            r"column 'conversations' \(messages\) is miss",
+        ),
+        (
+            to_rated,
+            alpaca(kto_tag="ok"),
+            {"instruction": "q", "output": "a"},
+            r"column 'ok' \(kto_tag\) is missing",
+        ),
+        (
+            to_rated,
+            alpaca(kto_tag="ok"),
+            {"instruction": "q", "output": "a", "ok": "good"},
+            r"'ok' \(kto_tag\): expected true or false, found str 'good'",
+        ),
+        (
+            to_rated,
+            alpaca(kto_tag="ok"),
+            {"instruction": "q", "output": "a", "ok": 2},
+            "expected true or false",
+        ),
         (to_rated, alpaca(kto_tag="ok"), {"instruction": "q", "ok": True}, "column 'output' is missing"),
         (to_prompt, alpaca(), {"instruction": "q", "output": 7}, "column 'output': expected text"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_row_names_the_field(take, info, row, message):
     with pytest.raises(ValueError, match=message):
         take(row, info)

@@ -109,8 +109,13 @@ def test_rated_rows_have_one_segment_a_tag_and_one_trained_answer(home, tokenize
 
 
 # the template, its jinja twin in tests/fixtures, and the kind of tokenizer it belongs to
-ORACLES = [("qwen", "qwen25", "chatml"), ("qwen3", "qwen3", "chatml"), ("llama3", "llama3", "llama3"),
-           ("zephyr", "zephyr", "metaspace"), ("mistral", "mistral", "llama2")]  # fmt: skip
+ORACLES = [
+    ("qwen", "qwen25", "chatml"),
+    ("qwen3", "qwen3", "chatml"),
+    ("llama3", "llama3", "llama3"),
+    ("zephyr", "zephyr", "metaspace"),
+    ("mistral", "mistral", "llama2"),
+]
 
 
 @pytest.mark.parametrize(("name", "jinja", "kind"), ORACLES)
@@ -130,8 +135,10 @@ def test_the_tokens_of_a_pair_are_those_of_trl(home, tmp_path_factory, name, jin
     earlier = "<think>\nhm\n</think>\n\nyes." if name == "qwen3" else "yes."
     texts = [("system", "Be brief."), ("user", "Are you?"), ("assistant", earlier), ("user", "Who, then?")]
     prompt = [{"role": role, "content": text} for role, text in texts]
-    answers = {key: [{"role": "assistant", "content": text}] for key, text in
-               (("chosen", "I am Anvil,\nan assistant."), ("rejected", "Nobody."))}  # fmt: skip
+    answers = {
+        key: [{"role": "assistant", "content": text}]
+        for key, text in (("chosen", "I am Anvil,\nan assistant."), ("rejected", "Nobody."))
+    }
     put(
         home,
         "chat",
@@ -166,8 +173,14 @@ def test_pairs_with_tools_calls_and_the_thinking_switch(home, tmp_path_factory, 
     mine, theirs = Tokenizer.from_folder(folder), transformers.AutoTokenizer.from_pretrained(folder)
     tools = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}]
     prompt = [{"role": "user", "content": "Add."}]
-    answers = [{"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": json.loads(CALL)}]},
-               {"role": "assistant", "content": "No."}]  # fmt: skip
+    answers = [
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"type": "function", "function": json.loads(CALL)}],
+        },
+        {"role": "assistant", "content": "No."},
+    ]
     row = {"messages": prompt, "chosen": answers[0], "rejected": answers[1], "tools": json.dumps(tools)}
     put(
         home, "calls", [row], formatting="openai", columns={"messages": "messages", "tools": "tools"} | RANKED
@@ -223,9 +236,12 @@ def test_cutting_by_hand(strategy, prompt, answers, cutoff_len, kept):
 
 
 @given(
-    st.integers(1, 40), st.tuples(st.integers(1, 40), st.integers(1, 40)), st.integers(2, 60),
-    st.sampled_from(["ratio", "left", "right"]), st.integers(0, 1),
-)  # fmt: skip
+    st.integers(1, 40),
+    st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    st.integers(2, 60),
+    st.sampled_from(["ratio", "left", "right"]),
+    st.integers(0, 1),
+)
 def test_cutting_keeps_the_same_prompt_and_never_more_than_fits(
     prompt, answers, cutoff_len, strategy, prefix
 ):
@@ -285,11 +301,19 @@ def test_what_cannot_be_learned_from_is_counted(home, tokenizer):
     put(home, "pairs", [{"instruction": "q", "output": list(pair)} for pair in pairs], ranking=True)
     prepared = load(home, tokenizer, "pairs", cutoff_len=30)
     assert len(prepared.train) == 1
-    for reason in ("identical answers (first:", "empty rejected answer", "identical answers after cutting",
-                   "empty chosen answer"):  # fmt: skip
+    for reason in (
+        "identical answers (first:",
+        "empty rejected answer",
+        "identical answers after cutting",
+        "empty chosen answer",
+    ):
         assert f"dropped 1: {reason}" in str(prepared.report)
-    put(home, "votes", [{"instruction": "q", "output": "a", "ok": True}] * 2,
-        columns={"prompt": "instruction", "response": "output", "kto_tag": "ok"})  # fmt: skip
+    put(
+        home,
+        "votes",
+        [{"instruction": "q", "output": "a", "ok": True}] * 2,
+        columns={"prompt": "instruction", "response": "output", "kto_tag": "ok"},
+    )
     assert "all answers have the same kto_tag" in str(load(home, tokenizer, "votes", stage="kto").report)
     assert "columns.kto_tag is not used" in str(load(home, tokenizer, "votes", stage="sft").report)
 
@@ -327,9 +351,12 @@ def pairs_of(batch):
 
 
 WAYS = {
-    "plain": {}, "packed": {"packing": True, "cutoff_len": 40}, "grouped": {"group_by_length": True},
-    "streamed": {"streaming": True}, "streamed, packed": {"streaming": True, "packing": True, "cutoff_len": 40},
-}  # fmt: skip
+    "plain": {},
+    "packed": {"packing": True, "cutoff_len": 40},
+    "grouped": {"group_by_length": True},
+    "streamed": {"streaming": True},
+    "streamed, packed": {"streaming": True, "packing": True, "cutoff_len": 40},
+}
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -15,10 +15,38 @@ from options.errors import UserError
 from text.tokenizer import Tokenizer
 
 FRAGMENTS = (
-    "Hello", " who", "  ", "\n", "\n\n", " ", "a", "12", "345", "'t", "!", "?\n", "caf\u00e9", "e", "\u0301",
-    "\u65e5\u672c", "\U0001f600", "\U0001f468\u200d\U0001f469", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|im_",
-    "end|>", "<|eot_id|>", "<think>", "\u2581", "[INST]", "\x00", "\u1100", "\u1161",
-)  # fmt: skip
+    "Hello",
+    " who",
+    "  ",
+    "\n",
+    "\n\n",
+    " ",
+    "a",
+    "12",
+    "345",
+    "'t",
+    "!",
+    "?\n",
+    "caf\u00e9",
+    "e",
+    "\u0301",
+    "\u65e5\u672c",
+    "\U0001f600",
+    "\U0001f468\u200d\U0001f469",
+    "<s>",
+    "</s>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|im_",
+    "end|>",
+    "<|eot_id|>",
+    "<think>",
+    "\u2581",
+    "[INST]",
+    "\x00",
+    "\u1100",
+    "\u1161",
+)
 PIECES = st.lists(st.sampled_from(FRAGMENTS), max_size=4).map("".join) | st.text(max_size=8)
 QUICK = settings(max_examples=120, deadline=None, derandomize=True)
 
