@@ -80,7 +80,7 @@ def load_model(
     quantization: quantise the linears of the blocks while they are read; `dtype` is then that of the values
     they stand for. A checkpoint that is quantised stays in its format, but for its head. norm_dtype: that of
     the norms' weights; None = `dtype`. rope_scaling, cutoff_len: see architectures.scale_rope. Raises
-    ValueError for missing, extra, misshapen tensors, and for quantising what is quantised.
+    UserError for missing, extra, misshapen tensors, and for quantising what is quantised.
     """
     config = load_config(folder)
     if rope_scaling:
