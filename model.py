@@ -64,16 +64,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, context: ForwardContext) -> Tensor:
         q, k, v = self.project(x, cos, sin, context)
         if context.cache is None:
-            out = kernels.attention(
-                q,
-                k,
-                v,
-                context.cu_seqlens,
-                context.max_seqlen,
-                self.window,
-                self.scale,
-                flash_attn=context.flash_attn,
-            )
+            row = context.cu_seqlens, context.max_seqlen
+            out = kernels.attention(q, k, v, *row, self.window, self.scale, flash_attn=context.flash_attn)
         else:
             out = context.cache.attend(self.layer, q, k, v, context, self.window, self.scale)
         return self.o_proj(out.flatten(-2))  # (T, H, D) -> (T, E)

@@ -45,12 +45,13 @@ class RMSNorm(nn.Module):
         return weight + self.offset if self.offset else weight
 
     def of_sum(self, x: Tensor, delta: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """x, delta (T, E) -> the norm of x + delta in `dtype`, and x + delta: one kernel on a GPU. delta
-        None: nothing to add."""
+        """x, delta (T, E) or None -> the norm of x + delta in `dtype`, and x + delta: one kernel on a GPU."""
         return kernels.add_rms_norm(x, delta, self.weight, self.eps, self.offset, dtype)
 
 
 class MLP(nn.Module):
+    """down(act(gate(x)) * up(x)): F numbers between.  Shazeer, arXiv 2002.05202."""
+
     def __init__(self, config: ModelConfig, layer: int, **factory):
         super().__init__()
         hidden, size, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
@@ -77,11 +78,9 @@ FP16_ROW_LIMIT = 64.0  # of |act(gate) * up|: sums of 11,008 such values times w
 
 @torch.no_grad()
 def _row_scale(gate: Tensor, up: Tensor) -> Tensor:
-    """(T, 1) fp32, powers of two up to 1: by which each row of act(gate) * up, (T, F), stays within the
-    limit."""
-    bound = (
-        gate.abs().amax(-1, keepdim=True).float() * up.abs().amax(-1, keepdim=True).float()
-    )  # |act(x)| <= |x|
+    """(T, 1) fp32, powers of two up to 1: by which rows of act(gate) * up (T, F) stay within the limit."""
+    largest_gate, largest_up = (x.abs().amax(-1, keepdim=True).float() for x in (gate, up))
+    bound = largest_gate * largest_up  # |act(x)| <= |x|
     exponent = torch.floor(torch.log2(FP16_ROW_LIMIT / bound.clamp_min(FP16_ROW_LIMIT)))
     return torch.exp2(exponent.clamp_min(-24))  # the smallest that fp16 has
 
