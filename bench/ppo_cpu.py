@@ -49,14 +49,12 @@ def make_prompts(options: dict) -> list[list[int]]:
 
 
 def anvil(options: dict, adapter: str, turn) -> None:
-    import numpy as np
-
     from checkpoints.value_head import ValueHead
     from generation.sampling import GenerateOptions
     from parallel.world import World
-    from pipeline.batch import Example, collate
     from stages.ppo import PPO, PPOOptions
     from stages.reference import Reference
+    from stages.rollouts import Prompt
     from text.tokenizer import Tokenizer
 
     class NoReward:
@@ -76,12 +74,8 @@ def anvil(options: dict, adapter: str, turn) -> None:
         world=World(0, 1, 0, torch.device("cpu")), group_size=len(prompts) // size, output_dir=Path("."),
     )  # fmt: skip
 
-    def example(number: int, ids: list[int]) -> Example:
-        zeros = np.zeros(len(ids), np.int16)
-        return Example(np.array(ids, np.int32), zeros > 0, zeros, zeros.astype(np.uint8), (0, number))
-
-    examples = [example(number, ids) for number, ids in enumerate(prompts)]
-    drawn = [collate(examples[start : start + size]) for start in range(0, len(examples), size)]
+    asked = [Prompt(ids, "", None, (0, number)) for number, ids in enumerate(prompts)]
+    drawn = [asked[start : start + size] for start in range(0, len(asked), size)]
     while turn():
         for group in stage.groups(model, drawn, 0):
             total = sum(stage.weight(batch) for batch in group)
