@@ -135,8 +135,7 @@ def lookup(table: Mapping[str, str], name: str) -> tuple[str | None, list[str]]:
 
 
 def is_off(raw: object, off: list[str]) -> bool:
-    """Whether this value switches the key off; `off`: values that do so besides null, false, none, no and
-    0."""
+    """Whether this value switches the key off; `off`: values that do so besides null, false, none, no, 0."""
     if raw is None or raw == [] or raw == {}:
         return True
     text = str(raw).lower()
@@ -190,10 +189,8 @@ def _negated(ours):
     return lambda raw, given, keys: {ours: truth_word(not _truth(raw))}
 
 
-def _no_recomputation(raw, given, keys):
-    return (
-        {"gradient_checkpointing": Plain("none")} if _truth(raw) else {}
-    )  # false leaves the choice to memory
+def _no_recomputation(raw, given, keys):  # false leaves the choice to memory
+    return {"gradient_checkpointing": Plain("none")} if _truth(raw) else {}
 
 
 # key elsewhere -> function(raw value, all raw values beside it, keys of this script) -> {our key: raw value}

@@ -15,9 +15,7 @@ import yaml
 
 from options.errors import UserError
 
-BOOLEANS = {"true": True, "yes": True, "on": True, "1": True} | dict.fromkeys(
-    ("false", "no", "off", "0"), False
-)
+BOOLEANS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
 NULLS = ("null", "none", "~")
 
 
