@@ -1,12 +1,19 @@
 """Quantised base layers: which formats there are, and which one the options or a checkpoint ask for.
 
-    quantization = quant.from_options(QuantOptions(quantization_bit=4))          # quantise 16-bit weights on loading
-    quantization = quant.from_config(hf["quantization_config"])                  # a checkpoint that is quantised
-    layer = quantization.quantise(weight, bias, torch.bfloat16)                  # stands in the place of nn.Linear
-    layer.dequantize()                                                           # (out, in)
+    quantization = quant.from_options(QuantOptions(quantization_bit=4))    # 16-bit weights on loading
+    quantization = quant.from_config(hf["quantization_config"])            # a checkpoint that is quantised
+    layer = quantization.quantise(weight, bias, torch.bfloat16)            # stands in the place of a Linear
+    layer.dequantize()                                                     # (out, in)
 
-One file per format. Adding one: a file with a Format and a QuantLinear (quant/linear.py says what they are),
-and a line in METHODS or from_options below.
+    linear        the contract: Format, QuantLinear (a kernels.linear.LinearLayer); taking tensors from a file
+    bitsandbytes  4 bits: nf4 (nf4 or fp4), 8 bits: int8 (LLM.int8)
+    eetq          8 bits, weights only
+    hqq           1 to 8 bits, zeros fitted without data
+    gptq, awq     checkpoints of groups with zeros (grouped); gptq_solver makes GPTQ's integers
+    aqlm          checkpoints of sums of codebook vectors
+
+To add one: copy hqq.py (a Format, a QuantLinear, from_config; BITS and in_bits where 16-bit weights can be
+quantised), add it to METHODS, and to QUANTISERS if it has BITS.
 """
 
 from dataclasses import dataclass
@@ -14,49 +21,24 @@ from typing import Literal
 
 from options.errors import UserError
 from options.option import COMMON, option
-from quant import aqlm, awq, gptq, hqq, int8, nf4
-from quant.hqq import HQQFormat
-from quant.int8 import EETQFormat, Int8Format
+from quant import aqlm, awq, bitsandbytes, eetq, gptq, hqq
 from quant.linear import Format
 from quant.nf4 import NF4Format
 
-
-def _bitsandbytes(settings: dict) -> Format:
-    if settings.get("load_in_8bit"):
-        return int8.from_config(settings)
-    if settings.get("load_in_4bit"):
-        return nf4.from_config(settings)
-    raise UserError("load_in_4bit and load_in_8bit are not true; use a 4-bit, 8-bit or 16-bit release")
-
-
-METHODS = {  # quant_method of config.json: quantization_config -> Format, ValueError starting with the key
+# quantization_method and config.json's quant_method -> quantization_config -> Format; errors begin with the
+# key
+METHODS = {
     "aqlm": aqlm.from_config,
     "awq": awq.from_config,
-    "bitsandbytes": _bitsandbytes,
-    "eetq": lambda settings: EETQFormat(),
+    "bitsandbytes": bitsandbytes.from_config,
+    "eetq": eetq.from_config,
     "gptq": gptq.from_config,
     "hqq": hqq.from_config,
 }
-WHOLE_NUMBERS = {  # keys of quantization_config, at any depth
-    "bits",
-    "w_bit",
-    "nbits",
-    "nbits_per_codebook",
-    "num_codebooks",
-    "axis",
-    "group_size",
-    "q_group_size",
-    "in_group_size",
-    "out_group_size",
-}
-QUANTISERS = {  # quantization_method -> bits -> (QuantOptions, bits) -> Format
-    "bitsandbytes": {
-        4: lambda options, bits: NF4Format(options.quantization_type, options.double_quantization),
-        8: lambda options, bits: Int8Format(),
-    },
-    "eetq": {8: lambda options, bits: EETQFormat()},
-    "hqq": dict.fromkeys((8, 6, 5, 4, 3, 2, 1), lambda options, bits: HQQFormat(bits)),
-}
+QUANTISERS = {"bitsandbytes": bitsandbytes, "eetq": eetq, "hqq": hqq}  # those that quantise 16-bit weights
+# keys of quantization_config, at any depth
+WHOLE_NUMBERS = {"bits", "w_bit", "nbits", "nbits_per_codebook", "num_codebooks", "axis"}
+WHOLE_NUMBERS |= {"group_size", "q_group_size", "in_group_size", "out_group_size"}
 
 
 @dataclass(frozen=True)
@@ -104,11 +86,11 @@ def in_bits(bits: int | None, options: QuantOptions, key: str) -> Format | None:
     """from_options, but of so many bits, as option `key` asks for another model."""
     if bits in (None, 0, 16, 32):
         return None
-    quantisers = QUANTISERS[options.quantization_method]
-    if bits not in quantisers:
-        known = " and ".join(map(str, quantisers))
+    quantiser = QUANTISERS[options.quantization_method]
+    if bits not in quantiser.BITS:
+        known = " and ".join(map(str, quantiser.BITS))
         raise UserError(f"{key}: {bits}; quantization_method={options.quantization_method} has {known}")
-    return quantisers[bits](options, bits)
+    return quantiser.in_bits(bits, options)
 
 
 def from_config(settings: dict) -> Format:

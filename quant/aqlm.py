@@ -74,8 +74,8 @@ class AQLMFormat(Format):
 
 
 class AQLMLinear(QuantLinear):
-    """codes (out / og, in / ig, codebooks) int8 or int16; codebooks (codebooks, 2^bits, og, ig); scales
-    (out / og, 1, 1, 1)."""
+    """codes (out / og, in / ig, codebooks) int8 or int16; codebooks (codebooks, 2^bits, og, ig); scales (out
+    / og, 1, 1, 1)."""
 
     def __init__(self, format: AQLMFormat, codes: Tensor, codebooks: Tensor, scales: Tensor, bias, dtype):
         outputs, inputs = codes.shape[0] * format.out_group, codes.shape[1] * format.in_group

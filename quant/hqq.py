@@ -23,6 +23,7 @@ from torch import Tensor
 from options.errors import UserError
 from quant.linear import NOT_FINITE, Format, QuantLinear, refuse_others, row_chunks, take, take_finite
 
+BITS = (8, 6, 5, 4, 3, 2, 1)
 PACKED = {8: 1, 6: 1, 5: 1, 4: 2, 3: 10, 2: 4, 1: 8}  # bits: rows of codes in one row of W_q
 PACKINGS = {8: "8bit_u8", 6: "8bit_u8", 5: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8", 1: "1bit_u8"}
 NORM, BETA, GROWTH, TURNS = 0.7, 10.0, 1.01, 20  # p, and the schedule of beta, as the authors have them
@@ -62,7 +63,7 @@ class HQQFormat(Format):
     axis: int = 1
 
     def __post_init__(self):
-        if self.bits not in PACKED:
+        if self.bits not in BITS:
             raise UserError(f"nbits: {self.bits}; HQQ has 8, 6, 5, 4, 3, 2 and 1")
         if self.axis not in (0, 1):
             raise UserError(f"axis: {self.axis} is neither 0 nor 1")
@@ -257,6 +258,10 @@ def _number(tensors: dict[str, Tensor], name: str, default: int | None) -> int |
     if tensors[name].numel() != 1:
         raise UserError(f"{name} is of shape {tuple(tensors[name].shape)}, not one number")
     return int(tensors[name])
+
+
+def in_bits(bits: int, options) -> HQQFormat:
+    return HQQFormat(bits)
 
 
 def from_config(settings: dict) -> HQQFormat:

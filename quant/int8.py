@@ -1,13 +1,12 @@
-"""8-bit weights with one scale per output row: LLM.int8 (Dettmers et al., arXiv 2208.07339) and weight-only
-int8.
+"""8-bit weights with one scale per output row: LLM.int8 (Dettmers et al., arXiv 2208.07339), bitsandbytes' 8
+bits.
 
-Both hold W[o, i] = codes[o, i] * absmax[o] / 127. They differ in the product of many rows and in their files:
-    bitsandbytes  LLM.int8, sec. 3: activations in int8 with one scale per row too; the input columns in which any value
-                  reaches the threshold (6.0) go through in 16 bit. Tensors weight, SCB (absmax), weight_format.
-    eetq          activations stay as they are. Tensors weight (in the order in which EETQ's CUDA kernel reads) and
-                  weight_scales (absmax / 127, fp16).
-The backward pass takes the dense weight, as bitsandbytes' does. Decoding reads the codes with the activations as they
-are in both formats: memory bounds it, so int8 activations would lose digits and win nothing.
+W[o, i] = codes[o, i] * absmax[o] / 127. For many rows (sec. 3) activations are in int8 with one scale per row
+too; the input columns in which any value reaches the threshold (6.0) go through in 16 bit. Files hold weight,
+SCB (absmax) and weight_format. eetq.py has the same layer with activations as they are.
+
+The backward pass takes the dense weight, as bitsandbytes' does. Decoding reads the codes with the activations
+as they are: memory bounds it, so int8 activations would lose digits and win nothing.
 """
 
 from dataclasses import dataclass
@@ -27,8 +26,6 @@ PACKED_ROWS = (
     8  # up to here torch's int8 product is faster on a CPU than one with a dense bf16 weight (measured)
 )
 PACKED_SIZES = 64, 16  # it reads past the end of rows that are not multiples of this: inputs, outputs
-TILE = 64  # inputs that EETQ's kernel reads of one output before it turns to its neighbour
-EETQ_INPUTS = (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)  # their order in each group of 16
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ class Int8Format(Format):
                 f"weight_format is {order.tolist()}; only {ROW_MAJOR} (row major) is known, save it again"
             )
         refuse_others(tensors, ("weight", "SCB", "weight_format"))
-        return Int8Linear(self, codes.clone(), _positive("SCB", absmax.clone()), bias, dtype)
+        return Int8Linear(self, codes.clone(), positive("SCB", absmax.clone()), bias, dtype)
 
     def parts(self, layer: "Int8Linear") -> dict[str, Tensor]:
         order = torch.tensor(ROW_MAJOR, dtype=torch.uint8)
@@ -74,51 +71,10 @@ class Int8Format(Format):
         return "int8 (LLM.int8)"
 
 
-@dataclass(frozen=True)
-class EETQFormat(Format):
-    method: ClassVar[str] = "eetq"
-    marker: ClassVar[str] = "weight_scales"
-
-    def quantise(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> "Int8Linear":
-        codes, absmax = quantise_rows(weight, scale_dtype=torch.float16)
-        return Int8Linear(self, codes, absmax, bias, dtype)
-
-    def read(self, tensors, shape, bias, dtype) -> "Int8Linear":
-        outputs, inputs = shape
-        order = take(tensors, "weight", (inputs, outputs), [torch.int8])
-        scales = take_finite(tensors, "weight_scales", (outputs,), [torch.float16, torch.float32])
-        refuse_others(tensors, ("weight", "weight_scales"))
-        if inputs % TILE or outputs % 2:
-            raise UserError(
-                f"weight has {inputs} inputs and {outputs} outputs; EETQ's are multiples of {TILE} and 2"
-            )
-        absmax = _positive("weight_scales", scales.float() * LEVELS)
-        return Int8Linear(self, from_eetq_order(order), absmax, bias, dtype)
-
-    def parts(self, layer: "Int8Linear") -> dict[str, Tensor]:
-        outputs, inputs = layer.codes.shape
-        if inputs % TILE or outputs % 2:
-            raise UserError(
-                f"a linear with {inputs} inputs and {outputs} outputs does not fit EETQ's layout (multiples "
-                f"of {TILE} "
-                "and 2); save it with quantization_method=bitsandbytes"
-            )
-        return {
-            "weight": to_eetq_order(layer.codes),
-            "weight_scales": (layer.absmax / LEVELS).to(torch.float16),
-        }
-
-    def config(self) -> dict:
-        return {"quant_method": "eetq", "weights": "int8", "modules_to_not_convert": ["lm_head"]}
-
-    def describe(self) -> str:
-        return "int8, weights only"
-
-
 class Int8Linear(QuantLinear):
     """codes (out, in) int8, absmax (out,) fp32: weight = codes * absmax / 127."""
 
-    def __init__(self, format: Int8Format | EETQFormat, codes: Tensor, absmax: Tensor, bias, dtype):
+    def __init__(self, format: Format, codes: Tensor, absmax: Tensor, bias, dtype):
         super().__init__(*codes.shape, bias, dtype)
         self.format = format
         self.register_buffer("codes", codes)
@@ -136,7 +92,7 @@ class Int8Linear(QuantLinear):
         return self.format.parts(self)
 
     def product(self, x: Tensor) -> Tensor | None:
-        threshold = getattr(self.format, "threshold", None)
+        threshold = self.format.threshold
         if threshold is None or x.shape[0] == 0 or not int8_products_are_fast(x.device):
             return None
         if x.device.type != "cpu" and not self.waits(x.shape[0]):
@@ -146,7 +102,7 @@ class Int8Linear(QuantLinear):
     def waits(self, rows: int) -> bool:
         # the host learns which columns have outliers; not for the few rows of decoding, where that costs the
         # most
-        return getattr(self.format, "threshold", None) is not None and rows > SMALL_BATCH
+        return self.format.threshold is not None and rows > SMALL_BATCH
 
     def from_codes(self, x: Tensor, parts: list[Part]) -> list[Tensor] | None:
         known = x.device.type == "cpu" and x.dtype is torch.bfloat16 and 0 < x.shape[0] <= PACKED_ROWS
@@ -251,36 +207,7 @@ def int8_product(a: Tensor, b: Tensor) -> Tensor:
     return wide[: a.shape[0], : b.shape[0]]
 
 
-def to_eetq_order(codes: Tensor) -> Tensor:
-    """codes (out, in) int8 -> (in, out) int8 as EETQ's CUDA kernel reads them.
-
-    The order of FasterTransformer's mixed products for sm_75 and later: inputs permuted within groups of 16
-    (below), outputs in pairs that take turns every 64 inputs, codes plus 128, the middle two of four bytes
-    exchanged.
-    """
-    outputs, inputs = codes.shape
-    order = torch.tensor(EETQ_INPUTS)
-    turned = codes.reshape(outputs, inputs // 16, 16)[:, :, order]
-    pairs = turned.reshape(outputs // 2, 2, inputs // TILE, TILE).transpose(1, 2)
-    fours = pairs.reshape(-1, 4)[:, [0, 2, 1, 3]]
-    return (fours.view(torch.uint8) ^ 128).view(torch.int8).view(inputs, outputs)
-
-
-def from_eetq_order(order: Tensor) -> Tensor:
-    """The inverse of to_eetq_order: (in, out) -> (out, in)."""
-    inputs, outputs = order.shape
-    fours = (order.contiguous().view(torch.uint8) ^ 128).view(torch.int8).view(-1, 4)[:, [0, 2, 1, 3]]
-    turned = (
-        fours.reshape(outputs // 2, inputs // TILE, 2, TILE)
-        .transpose(1, 2)
-        .reshape(outputs, inputs // 16, 16)
-    )
-    codes = torch.empty_like(turned)
-    codes[:, :, torch.tensor(EETQ_INPUTS)] = turned
-    return codes.view(outputs, inputs)
-
-
-def _positive(name: str, scales: Tensor) -> Tensor:
+def positive(name: str, scales: Tensor) -> Tensor:
     if (scales < 0).any():
         raise UserError(f"{name} holds negative scales; the file is damaged, fetch it again")
     return scales

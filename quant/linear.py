@@ -88,7 +88,7 @@ class Format:
     """The settings that all quantised layers of a model share. Equal settings are equal formats.
 
     method   config.json's quantization_config.quant_method
-    marker   the part of a tensor's name, after the module's, that only a layer of this format has in a checkpoint
+    marker   the part of a tensor's name, after the module's, that only a layer of this format has in a file
     """
 
     method: ClassVar[str]

@@ -131,7 +131,7 @@ class NF4Linear(QuantLinear):
     absmax         (blocks,) fp32, or uint8 with double quantisation; blocks = ceil(out * in / 64)
     nested_absmax  (ceil(blocks / 256),) fp32, None without double quantisation
     offset         () fp32, None without
-    nested_map     the 256 fp32 that 8-bit scales point into, as bytes; layers with the same one share its tensor
+    nested_map     the 256 fp32 that 8-bit scales point into, as bytes; layers with the same one share it
     """
 
     def __init__(self, format: NF4Format, shape: tuple[int, int], codes: Tensor, scales: Scales, bias, dtype):

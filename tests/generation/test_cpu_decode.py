@@ -15,8 +15,9 @@ from generation.cache import KVCache
 from generation.layout import lay_out_for_decoding
 from lora import LoraLinear, lora_off
 from model import Decoder, initialize_weights
+from quant.eetq import EETQFormat
 from quant.gptq import GPTQFormat, GPTQLinear
-from quant.int8 import EETQFormat, Int8Format
+from quant.int8 import Int8Format
 from quant.nf4 import NF4Format
 
 SIZES = {"vocab_size": 97, "hidden_size": 60, "intermediate_size": 77, "num_layers": 3, "max_positions": 96}

@@ -22,8 +22,9 @@ from generation.generate import Decoding, generate, new_cache
 from generation.layout import lay_out_for_decoding
 from generation.sampling import GenerateOptions, choose
 from model import Decoder
+from quant.eetq import EETQFormat
 from quant.hqq import HQQFormat
-from quant.int8 import EETQFormat, Int8Format
+from quant.int8 import Int8Format
 from quant.nf4 import NF4Format
 
 SIZES = {

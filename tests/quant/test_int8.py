@@ -20,7 +20,8 @@ from checkpoints.huggingface import load_model, save_model
 from kernels.linear import Part
 from lora import LoraLinear
 from quant import QuantOptions
-from quant.int8 import EETQFormat, Int8Format, int8_product, llm_int8, to_eetq_order
+from quant.eetq import EETQFormat, to_eetq_order
+from quant.int8 import Int8Format, int8_product, llm_int8
 from quant.linear import QuantLinear
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
