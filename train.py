@@ -41,7 +41,7 @@ from training.monitor import Monitor, write_json
 from training.optimizers import load_optimizer, make_optimizer, set_learning_rate
 from training.options import OptimOptions, TrainOptions
 from training.predict import PREDICTIONS, write_predictions
-from training.run_folder import Progress, load_best
+from training.run_folder import Progress, load_best, wants_checkpoint
 from training.schedules import schedule
 from training.setup import SECTIONS
 
@@ -116,11 +116,12 @@ def run(config: configuration.Config, world: World) -> int:
 def train(this: Run) -> int:
     """Update until total_steps; log, evaluate, save when due. The exit status: 128 + n after signal n."""
     inputs, data, monitor, progress = this.inputs, this.data, this.monitor, this.progress
-    options, optim_options, world = inputs.options, inputs.config[OptimOptions], inputs.world
+    options, optim_options = inputs.options, inputs.config[OptimOptions]
+    output_dir, world = inputs.output_dir, inputs.world
     early = progress.out_of_patience(options.early_stopping_steps)
     steps_left = 0 if early else max(0, data.total_steps - progress.step)
-    if steps_left == 0 and (inputs.output_dir / run_folder.RESULTS).exists():
-        world.print(f"note: {inputs.output_dir} {progress.already_trained}")
+    if steps_left == 0 and (output_dir / run_folder.RESULTS).exists():
+        world.print(f"note: {output_dir} {progress.already_trained}")
         return 0
     monitor.begin(progress.step, data.total_steps, run_folder.read_history(inputs.resume), progress.seconds)
     health = Health(world, data.names)
@@ -139,8 +140,7 @@ def train(this: Run) -> int:
             monitor.advance(progress.step)
             # under fp16 an infinite gradient only means that the scaler skipped it and halves its scale
             health.watch(progress.step, [loss] if options.fp16 else [loss, norm], group)
-            asked = run_folder.wants_checkpoint(inputs.output_dir, world)
-            stop, asked = world.max_over_ranks(max(received, default=0), asked)
+            stop, asked = world.max_over_ranks(max(received, default=0), wants_checkpoint(output_dir, world))
             due = options.what_is_due(progress.step, data.total_steps, data.steps_per_epoch)
             if due.log or due.evaluate or due.save or asked or stop:
                 health.check(this.scaler.get_scale())
@@ -230,8 +230,7 @@ def update(
 def evaluate(this: Run) -> dict[str, float]:
     """What the stage measures on every evaluation set, of generated texts too if asked for, and the speed."""
     predictor = this.data.predictor if this.inputs.options.predict_with_generate else None
-    parts = this.model, this.stage, this.data.eval_loaders
-    results, rows = measure(*parts, predictor, this.inputs.world)
+    results, rows = measure(this.model, this.stage, this.data.eval_loaders, predictor, this.inputs.world)
     this.monitor.show_samples(this.progress.step, rows)
     return results
 

@@ -33,8 +33,7 @@ SLACK = 1.05  # of everything that is estimated
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that training adds to those of the weights. `blocks`: how many of the last have a backward
-    pass."""
+    """Bytes that training adds to the weights' own. `blocks`: how many of the last have a backward pass."""
 
     blocks: int
     gradients: float
@@ -106,8 +105,7 @@ def need(model: Decoder, tokens: int, optimizer: str = "adamw_torch", ranks: int
 
 
 def first_trained(model: Decoder) -> int:
-    """Number of the first block with a backward pass. Blocks below it have no backward pass, so they keep
-    nothing."""
+    """Number of the first block with a backward pass. The blocks below it keep nothing."""
     if model.embed_tokens.weight.requires_grad:
         return 0
     trains = [any(p.requires_grad for p in block.parameters()) for block in model.layers]
@@ -115,8 +113,7 @@ def first_trained(model: Decoder) -> int:
 
 
 def _of_adapters(model: Decoder, tokens: int, size: int) -> float:
-    """The narrow products x A^T, inputs that dropout made different with their masks, DoRA's outputs before
-    scaling."""
+    """The narrow products x A^T, inputs after dropout with their masks, DoRA's outputs before scaling."""
     total = 0
     for layer in lora_layers(model).values():
         total += tokens * layer.rank * size
@@ -128,16 +125,14 @@ def _of_adapters(model: Decoder, tokens: int, size: int) -> float:
 
 
 def _shared_weight(model: Decoder, size: int) -> float:
-    """The dense weight that a quantised layer is used through; all share the largest. DoRA's norms take
-    another."""
+    """The dense weight that quantised layers are used through, the largest; DoRA's norms take another."""
     layers = quantised_linears(model).values()
     largest = max((layer.in_features * layer.out_features * size for layer in layers), default=0)
     return largest * (1 + any(layer.magnitude is not None for layer in lora_layers(model).values()))
 
 
 def _cast_weights(model: Decoder, compute: torch.dtype) -> float:
-    """A weight of another dtype than the compute dtype is cast where it is used; the copy stays until the
-    backward."""
+    """Weights of another dtype than the compute dtype are cast where used; copies stay until the backward."""
     total = 0
     for name, parameter in model.layers.named_parameters():
         if parameter.dtype != compute and parameter.dim() == 2 and not name.endswith(("lora_a", "lora_b")):

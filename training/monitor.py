@@ -12,7 +12,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from parallel.atomic import atomic_file
-from training.instruments import MetricWindow
 from training.plot import plot_history
 from training.trackers import TRACKERS
 
@@ -51,15 +50,8 @@ IN_FILES_ONLY = frozenset(
 class Monitor:
     """Collects the numbers of one run. `history` is the Hugging Face trainer's log_history."""
 
-    def __init__(
-        self,
-        folder: Path,
-        services: tuple[str, ...],
-        run_name: str,
-        active: bool,
-        window: MetricWindow | None = None,
-    ):
-        """services: of trackers.TRACKERS.  window: what was done since the last log line."""
+    def __init__(self, folder: Path, services: tuple[str, ...], run_name: str, active: bool, window=None):
+        """services: of trackers.TRACKERS.  window: a MetricWindow, what was done since the last log line."""
         self.folder, self.active, self.run_name, self.window = folder, active, run_name, window
         self.service_names = services
         self.services: list = []

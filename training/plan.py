@@ -229,8 +229,7 @@ def bound_speed(
 
 
 def mean_context(lengths: np.ndarray) -> float:
-    """Tokens of its own segment that a token meets on average, whole segments counted: sum len^2 / sum
-    len."""
+    """Tokens of its own segment that a token meets on average, all counted: sum len^2 / sum len."""
     lengths = lengths.astype(np.float64)
     return float((lengths**2).sum() / lengths.sum())
 

@@ -39,24 +39,10 @@ STATE_FILE, TRAINER_STATE = "training_state.pt", "trainer_state.json"
 RESULTS = "train_results.json"  # written last: a run that has it is finished
 SAVE_REQUEST = "SAVE"  # `touch output_dir/SAVE` asks a running training for a checkpoint
 # what an overwriting run removes beside the checkpoints; weights stay until the new ones replace them
-LOGS = (
-    "trainer_log.jsonl",
-    TRAINER_STATE,
-    RESULTS,
-    "eval_results.json",
-    "predict_results.json",
-    "all_results.json",
-    "training_loss.png",
-    "generated_samples.jsonl",
-    "generated_predictions.jsonl",
-)
-WEIGHTS = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "value_head.safetensors",
-)
+LOGS = (TRAINER_STATE, RESULTS, "eval_results.json", "predict_results.json", "all_results.json")
+LOGS += ("trainer_log.jsonl", "training_loss.png", "generated_samples.jsonl", "generated_predictions.jsonl")
+WEIGHTS = ("adapter_config.json", "adapter_model.safetensors", "value_head.safetensors")
+WEIGHTS += ("model*.safetensors", "model.safetensors.index.json")
 PIECES, PIECE_BYTES = 256, 2**16  # 16 MiB of each file: some ms, where all of a large model takes minutes
 _NAME = re.compile(r"checkpoint-(\d+)")
 AS_START = "give its weights as adapter_name_or_path or model_name_or_path"
@@ -312,8 +298,7 @@ def writing_result(output_dir: Path, world: World) -> Iterator[Path]:
 
 @contextmanager
 def _of_all_ranks(final: Path, temporary: Path, world: World) -> Iterator[Path]:
-    """The folder `temporary`, on the disk when the block ends; where a rank fails, StopRun on all, no
-    folder."""
+    """The folder `temporary`, on the disk when the block ends; where a rank fails, no folder and StopRun."""
     failure: Exception | None = None
     try:
         if world.is_main:
@@ -420,8 +405,7 @@ def digest(paths: Iterable[Path]) -> str:
 
 
 def check_fingerprint(folder: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """UserError that names each setting in which a resumed run differs. Keys new in this version are let
-    pass."""
+    """UserError that names each setting in which a resumed run differs; keys new in this version may."""
     changed = [
         f"{key} was {before[key]}, is {now[key]}" for key in now if before.get(key, now[key]) != now[key]
     ]
@@ -451,8 +435,7 @@ def restore_random_state(state: dict, device: torch.device) -> None:
 
 @contextmanager
 def catch_signals() -> Iterator[list[int]]:
-    """SIGTERM and SIGINT are noted in the list, for a checkpoint after the current step; a repeated one
-    kills."""
+    """SIGTERM and SIGINT are noted in the list, for a checkpoint after this step; a repeated one kills."""
     received: list[int] = []
     first_at = 0.0
 

@@ -264,8 +264,7 @@ def prepare_data(inputs: Inputs) -> Prepared:
 
 
 def describe_inputs(config: Config, source: Path, prepared: Prepared) -> dict[str, str]:
-    """What the run is made from, where a name in the options does not say it: data, weights, the reward's
-    program."""
+    """What the run is made from where the options' names do not say it: data, weights, reward's program."""
     output_dir, described = Path(config[TrainOptions].output_dir).resolve(), {"training data": "streamed"}
     if isinstance(prepared.train, ExampleStore):
         tokens = int(prepared.train.lengths.sum())
@@ -273,15 +272,10 @@ def describe_inputs(config: Config, source: Path, prepared: Prepared) -> dict[st
         described["content of training data"] = prepared.train.digest()
     folders = {"model_name_or_path": [source], "adapter_name_or_path": resolve_adapters(config[ModelOptions])}
     for key, named in (folders | folders_beside(config)).items():
-        named = [
-            folder for folder in named if folder.resolve() != output_dir
-        ]  # what a run trains on in its place
-        described[f"content of {key}"] = run_folder.digest(
-            path
-            for folder in named
-            for pattern in (*run_folder.WEIGHTS, "config.json")
-            for path in folder.glob(pattern)
-        )
+        others = [folder for folder in named if folder.resolve() != output_dir]  # not what it trains in place
+        patterns = (*run_folder.WEIGHTS, "config.json")
+        files = (path for folder in others for pattern in patterns for path in folder.glob(pattern))
+        described[f"content of {key}"] = run_folder.digest(files)
     program = config[RewardOptions].reward_file
     if program is not None and Path(program).expanduser().is_file():
         described["content of reward_file"] = run_folder.digest([Path(program).expanduser()])
@@ -290,19 +284,13 @@ def describe_inputs(config: Config, source: Path, prepared: Prepared) -> dict[st
 
 def make_predictor(inputs: Inputs, prepared: Prepared) -> Predictor | None:
     """What answers the rows of the evaluation sets; None if the run asks for no such thing."""
-    options, rows = inputs.options, inputs.options.per_device_eval_batch_size
+    options = inputs.options
+    shared = {"rows_per_batch": options.per_device_eval_batch_size, "world": inputs.world}
     if options.predict_with_generate and prepared.prompts:
-        return TextPredictor(
-            prepared.prompts,
-            inputs.tokenizer,
-            inputs.template,
-            inputs.config[GenerateOptions],
-            seed=options.seed,
-            rows_per_batch=rows,
-            world=inputs.world,
-        )
+        texts = prepared.prompts, inputs.tokenizer, inputs.template, inputs.config[GenerateOptions]
+        return TextPredictor(*texts, seed=options.seed, **shared)
     if options.do_predict and options.stage == "rm":
-        return ScorePredictor(prepared.eval, rows_per_batch=rows, world=inputs.world)
+        return ScorePredictor(prepared.eval, **shared)
     return None
 
 
