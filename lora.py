@@ -289,16 +289,10 @@ def add_lora(
     seed = int(torch.randint(2**31, (), generator=generator))
     model.requires_grad_(False)
     for name in names:
-        layer = LoraLinear(
-            model.get_submodule(name),
-            options.lora_rank,
-            options.alpha,
-            dropout_probability=options.lora_dropout,
-            rslora=options.use_rslora,
-            dora=options.use_dora,
-            dtype=dtype,
-            generator=torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode())),
-        )
+        own = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+        kind = {"rslora": options.use_rslora, "dora": options.use_dora, "dtype": dtype, "generator": own}
+        kind["dropout_probability"] = options.lora_dropout
+        layer = LoraLinear(model.get_submodule(name), options.lora_rank, options.alpha, **kind)
         replace_module(model, name, layer.train(model.training))
     for name in full:
         model.get_submodule(name).requires_grad_(True)
@@ -362,23 +356,6 @@ def find_modules(
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
     """Adapted linears by the name of the linear they replaced, in the model's order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
-
-
-def stacked(first: LoraLinear | None, second: LoraLinear) -> LoraLinear:
-    """One adapter that does what two on the same base do together: s1 B1 A1 + s2 B2 A2 = [s1 B1, s2 B2] [A1;
-    A2]."""
-    if first is None:
-        return second
-    if first.magnitude is not None or second.magnitude is not None:
-        raise UserError(
-            "DoRA's row lengths are of the whole weight, so such an adapter cannot lie beside another one on a "
-            "quantised base; merge them with export.py first, or load the base in 16 bit (quantization_bit=null)"
-        )
-    rank = first.rank + second.rank
-    both = LoraLinear(second.base, rank, rank, dtype=second.lora_a.dtype, generator=torch.Generator())
-    both.lora_a.data = torch.cat([first.lora_a.data, second.lora_a.data])
-    both.lora_b.data = torch.cat([first.scale * first.lora_b.data, second.scale * second.lora_b.data], dim=1)
-    return both.train(second.training)
 
 
 def full_modules(model: nn.Module) -> list[str]:

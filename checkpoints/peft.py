@@ -21,16 +21,7 @@ from architectures.config import ModelConfig, from_hf_name, to_hf_name
 from checkpoints.safetensors_files import PICKLE, file_tensors, read_json, staged, write_json, write_tensors
 from checkpoints.trainable import prepare_trainable
 from kernels.linear import LinearLayer
-from lora import (
-    LoraLinear,
-    LoraOptions,
-    full_modules,
-    is_linear,
-    lora_layers,
-    merge_for_good,
-    replace_module,
-    stacked,
-)
+from lora import LoraLinear, LoraOptions, full_modules, is_linear, lora_layers, merge_for_good, replace_module
 from model import Decoder
 from options.errors import UserError, located
 from quant.linear import QuantLinear, quantised_linears
@@ -385,7 +376,7 @@ def prepare_adapters(
     """Set what trains, starting from the given adapters: all but the last are merged, the last trains on.
 
     With options.create_new_adapter all are merged and a fresh one is added; without folders see
-    checkpoints.trainable.prepare_trainable. Raises UserError if something would have to be merged into quantised weights.
+    trainable.prepare_trainable. Raises UserError if something would have to be merged into quantised weights.
     """
     folders = list(folders)
     trained = folders[-1:] if options.finetuning_type == "lora" and not options.create_new_adapter else []
@@ -438,3 +429,21 @@ def apply_adapters(model: Decoder, folders: Iterable[str | Path]) -> None:
         layer.freeze_adapter(layer.base.dtype)
         replace_module(model, name, layer.eval())
     model.requires_grad_(False)
+
+
+def stacked(first: LoraLinear | None, second: LoraLinear) -> LoraLinear:
+    """One adapter that does what two on the same base do together: s1 B1 A1 + s2 B2 A2 = [s1 B1, s2 B2] [A1;
+    A2]."""
+    if first is None:
+        return second
+    if first.magnitude is not None or second.magnitude is not None:
+        raise UserError(
+            "DoRA's row lengths are of the whole weight, so such an adapter cannot lie beside another one on "
+            "a quantised base; merge them with export.py first, or load the base in 16 bit "
+            "(quantization_bit=null)"
+        )
+    rank = first.rank + second.rank
+    both = LoraLinear(second.base, rank, rank, dtype=second.lora_a.dtype, generator=torch.Generator())
+    both.lora_a.data = torch.cat([first.lora_a.data, second.lora_a.data])
+    both.lora_b.data = torch.cat([first.scale * first.lora_b.data, second.scale * second.lora_b.data], dim=1)
+    return both.train(second.training)

@@ -2,22 +2,19 @@
 
 Why a file for one matrix product: on x86 machines that are not Intel's, torch sends fp32 products to MKL,
 which there stays on its 256-bit path; oneDNN (already inside torch) runs the same product with 512-bit
-registers, measured 2.2 times as fast (bench/train.py prints both). The product is still true fp32. bf16
-and fp16 go to oneDNN in any case.
+registers, measured 2.2 times as fast (bench/train.py prints both). The product is still true fp32. bf16 and
+fp16 go to oneDNN in any case.
 
 Casting here instead of under autocast keeps precision visible: parameters may be fp32 masters while x is
 bf16, and the backward pass casts again instead of holding a second copy of every weight.
 """
 
 import functools
-from typing import TYPE_CHECKING, NamedTuple, Union
+from typing import NamedTuple, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from kernels.byte_linear import Bytes
 
 SMALL_BATCH = 16  # rows: up to here a product reads the codes themselves, where a kernel for that exists
 
@@ -43,10 +40,10 @@ class Part(NamedTuple):
 
 
 class LinearLayer(nn.Module):
-    """A linear layer as model, adapters and kernels know it: in_features, out_features, bias (out,) or None.
+    """A linear layer as model, adapters and kernels know it; in_features, out_features, bias (out,) or None.
 
-    Three kinds: architectures/layers.Linear, quant/linear.QuantLinear, and lora.LoraLinear around one of them.
-    A layer says by part() what it computes and kernels.linears chooses how: forward is
+    Three kinds: architectures/layers.Linear, quant/linear.QuantLinear, and lora.LoraLinear around one of
+    them. A layer says by part() what it computes and kernels.linears chooses how: forward is
     `kernels.linears(x, [self.part()])[0]`, and layers with one input go there together. The rest is what a
     layer of codes may do better than by its dense weight; None says that it does not.
     """
@@ -72,9 +69,9 @@ class LinearLayer(nn.Module):
         """x of 1 to SMALL_BATCH rows through parts whose weights are layers of this class; no gradient."""
         return None
 
-    def bytes_for_decoding(self, dtype: torch.dtype) -> "Bytes | None":
-        """The weight in one byte a number, for one row at a time on a CPU, where that is as good as dense
-        numbers in `dtype`."""
+    def bytes_for_decoding(self, dtype: torch.dtype) -> tuple | None:
+        """The weight in one byte a number (byte_linear.Bytes), for one row at a time on a CPU, where that is
+        as good as dense numbers in `dtype`."""
         return None
 
     def waits(self, rows: int) -> bool:

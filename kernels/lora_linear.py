@@ -92,7 +92,7 @@ def _merge_is_cheaper(rows: int, weight: Tensor, dtype: torch.dtype) -> bool:
 
 
 class _LoraLinears(torch.autograd.Function):
-    """tensors: weight (None if quantised), bias, lora_a, lora_b of each part; others: quantised weight, scale.
+    """tensors: weight (None if quantised), bias, lora_a, lora_b of each part; others: codes, scale.
 
     x is kept for the gradients of A alone; where every A is frozen (LoRA-FA, arXiv 2308.03303) only x A^T is.
     """

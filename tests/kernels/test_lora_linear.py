@@ -126,6 +126,30 @@ def test_x_is_saved_once_for_q_k_and_v_and_nothing_else_of_its_size(dtype):
     assert counts[own] == 3
 
 
+@not_reference
+@pytest.mark.parametrize("rows", [1, 123])  # both orders of the product
+def test_a_frozen_a_costs_no_gradient_and_x_is_not_kept(rows):
+    """LoRA-FA: only B trains, and its gradient needs x A^T alone."""
+    layers = [LoraLinear(Linear(IN, size).requires_grad_(False), 4, 8.0).to(DEVICE) for size in (80, 40)]
+    net, x = nn.ModuleList(layers), random(rows, IN).requires_grad_(True)
+    randomize(net)
+    weights = [random(rows, layer.out_features, seed=3) for layer in layers]
+
+    def gradients():
+        seen, _, results = saved_bytes(lambda: kernels.linears(x, [layer.part() for layer in layers]))
+        total = sum((result * weight).sum() for result, weight in zip(results, weights))
+        trained = [x, *(layer.lora_b for layer in layers)]
+        return x.untyped_storage().data_ptr() in seen, torch.autograd.grad(total, trained)
+
+    kept, expected = gradients()
+    for layer in layers:
+        layer.lora_a.requires_grad_(False)
+    kept_frozen, found = gradients()
+    assert kept and not kept_frozen
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one, other)
+
+
 class Counted(Packed):
     def dequantize(self, dtype=None, out=None):
         self.calls = getattr(self, "calls", 0) + 1
