@@ -54,7 +54,7 @@ class Unread(QuantLinear):
 
 
 def skeleton(folder: Path, config: ModelConfig, dtype: torch.dtype, quantization: Format | None) -> Decoder:
-    """The decoder that checkpoint.load_model would give for this folder, on the meta device."""
+    """The decoder that checkpoints.huggingface.load_model would give for this folder, on the meta device."""
     model = Decoder(config, dtype=dtype, device="meta")
     settings = config.hf.get("quantization_config")
     if settings:
