@@ -21,7 +21,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
-from kernel_checks import evaluate, relative_error  # noqa: E402
 
 from bench.kernel_cases import Case, System, Work, all_cases, sizes_for  # noqa: E402
 from bench.measure import (  # noqa: E402
@@ -38,6 +37,7 @@ from bench.measure import (  # noqa: E402
     table,
     take_ceilings,
 )
+from tests.kernel_checks import evaluate, relative_error  # noqa: E402
 
 DEFAULTS = {"device": "auto", "quick": "false", "seconds": "", "only": "", "out": "", "list": "false"}
 SECONDS = {False: 130.0, True: 50.0}
