@@ -6,7 +6,7 @@ leading "model.".
 
     config.py    ModelConfig; what is read from config.json alike; weight names; the user's rope_scaling
     rope.py      rotary embedding: switches, reading, angles
-    layers.py    Linear, RMSNorm, MLP, ForwardContext
+    layers.py    Linear, RMSNorm, MLP, ForwardContext     find.py     modules by the end of their names
     llama.py     Llama, Yi and all that is called so        qwen.py    Qwen 2, 2.5, 3
     mistral.py   Mistral
 

@@ -18,10 +18,11 @@ from pathlib import Path
 import torch
 
 from architectures.config import ModelConfig, from_hf_name, to_hf_name
+from architectures.find import is_linear
 from checkpoints.safetensors_files import PICKLE, file_tensors, read_json, staged, write_json, write_tensors
 from checkpoints.trainable import prepare_trainable
 from kernels.linear import LinearLayer
-from lora import LoraLinear, LoraOptions, full_modules, is_linear, lora_layers, merge_for_good, replace_module
+from lora import LoraLinear, LoraOptions, full_modules, lora_layers, merge_for_good, replace_module
 from model import Decoder
 from options.errors import UserError, located
 from quant.linear import QuantLinear, quantised_linears

@@ -7,7 +7,8 @@ print(trainable_report(model))
 import torch
 from torch import nn
 
-from lora import LoraOptions, add_lora, ends_with, find_modules, inside, last_name
+from architectures.find import ends_with, find_modules, inside, last_name
+from lora import LoraOptions, add_lora
 from options.errors import UserError
 from quant.linear import quantised_linears
 
