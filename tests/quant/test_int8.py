@@ -21,7 +21,7 @@ from kernels.linear import Part
 from lora import LoraLinear
 from quant import QuantOptions
 from quant.eetq import EETQFormat, to_eetq_order
-from quant.int8 import Int8Format, int8_product, llm_int8
+from quant.int8 import Int8Format, int8_product, int8_products_are_fast, llm_int8
 from quant.linear import QuantLinear
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -92,7 +92,8 @@ def test_product_of_many_rows_is_that_of_the_paper_and_of_bitsandbytes(columns, 
         theirs = theirs.to("cpu")
         with torch.no_grad():
             assert relative_error(found, theirs(x)) <= 2 * EPSILON[dtype]
-            assert torch.equal(layer(x), found)  # the layer takes it
+            # the layer takes it where the processor is fast at it
+            assert not int8_products_are_fast(x.device) or torch.equal(layer(x), found)
 
 
 def test_a_row_that_is_not_a_number_spoils_no_other():
@@ -116,10 +117,11 @@ def test_the_gradient_is_that_of_the_dense_weight(chosen, dtype):
     weight, low = layer.dequantize(torch.float64), adapted.lora_b.double() @ adapted.lora_a.double() * 2
     assert relative_error(x.grad, dy.double() @ (weight + low)) <= 3 * EPSILON[dtype]
     exact = x.double() @ (weight + low).T + layer.bias.double()
-    rounding = 0.02 if chosen.method == "bitsandbytes" else 0  # of the activations
+    in_int8 = chosen.method == "bitsandbytes" and int8_products_are_fast(x.device)
+    rounding = 0.02 if in_int8 else 0  # of the activations
     assert relative_error(adapted(x.detach()), exact) <= rounding + 4 * EPSILON[dtype]
     expected = by_formula(x.detach(), layer, 6.0) + x.detach().double() @ low.T + layer.bias.double()
-    if chosen.method == "bitsandbytes":
+    if in_int8:
         assert relative_error(adapted(x.detach()), expected) <= 4 * EPSILON[dtype]
 
 

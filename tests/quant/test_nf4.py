@@ -188,7 +188,8 @@ def test_checkpoints_go_both_ways(chosen, tmp_path):
     model = load_model(saved)
     assert len(quantised(model)) == 7 * model.config.num_layers
     assert all(layer.format.describe() == chosen.describe() for layer in quantised(model).values())
-    torch.testing.assert_close(logits(model, tokens), expected, atol=1e-5, rtol=1e-5)
+    # processors differ in bitsandbytes' products: 1.4e-5 without AVX-512
+    torch.testing.assert_close(logits(model, tokens), expected, atol=3e-5, rtol=1e-5)
 
     save_model(model, tmp_path / "again", saved)
     one, other = load_file(saved / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
