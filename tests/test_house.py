@@ -174,7 +174,10 @@ def accepted_values():
         yield "recipe", recipe.stem, STAGES[yaml.safe_load(recipe.read_text())["stage"]].__module__
     for name, function in vars(kernels).items():
         if callable(function) and not name.startswith("_") and function.__module__ == "kernels":
-            if name not in ("choices", "require_attention"):  # these two tell and refuse, they compute nothing
+            if name not in (
+                "choices",
+                "require_attention",
+            ):  # these two tell and refuse, they compute nothing
                 yield "kernel", name, None
 
 
