@@ -173,12 +173,9 @@ def accepted_values():
     for recipe in ROOT.glob("configs/*.yaml"):
         yield "recipe", recipe.stem, STAGES[yaml.safe_load(recipe.read_text())["stage"]].__module__
     for name, function in vars(kernels).items():
-        if callable(function) and not name.startswith("_") and function.__module__ == "kernels":
-            if name not in (
-                "choices",
-                "require_attention",
-            ):  # these two tell and refuse, they compute nothing
-                yield "kernel", name, None
+        own = callable(function) and not name.startswith("_") and function.__module__ == "kernels"
+        if own and name not in ("choices", "require_attention"):  # these two tell and refuse
+            yield "kernel", name, None
 
 
 def test_the_value_you_type_is_the_file_you_open():
@@ -287,7 +284,7 @@ def test_the_environment_is_read_when_asked_not_at_import(path):
 
 WATCH = """
 import importlib, json, os, random, sys, threading, warnings
-import numpy, safetensors.torch, tokenizers, torch, tqdm, yaml, jinja2, gguf, huggingface_hub  # theirs is not looked at
+import numpy, safetensors.torch, tokenizers, torch, tqdm, yaml, jinja2, gguf, huggingface_hub  # not looked at
 
 seen, allowed = [], ("__pycache__", ".pyc")
 WATCHED = ("socket.", "subprocess.", "shutil.", "os.system", "os.fork", "os.mkdir", "os.rename", "os.remove")

@@ -24,7 +24,8 @@ SIZES = {
 CONFIGS = {
     "llama": {"model_type": "llama", **SIZES},
     "llama with biases, gelu": {
-        "model_type": "llama", **SIZES, "attention_bias": True, "mlp_bias": True, "hidden_act": "gelu_pytorch_tanh",
+        "model_type": "llama", **SIZES, "attention_bias": True, "mlp_bias": True,
+        "hidden_act": "gelu_pytorch_tanh",
     },
     "qwen3, norms of q and k, a window in the second layer": {
         "model_type": "qwen3", **SIZES, "head_dim": 10, "tie_word_embeddings": True,

@@ -28,7 +28,8 @@ from quant.int8 import Int8Format
 from quant.nf4 import NF4Format
 
 SIZES = {
-    "vocab_size": 97, "hidden_size": 60, "intermediate_size": 77, "num_hidden_layers": 3, "num_attention_heads": 6,
+    "vocab_size": 97, "hidden_size": 60, "intermediate_size": 77, "num_hidden_layers": 3,
+    "num_attention_heads": 6,
     "num_key_value_heads": 2, "max_position_embeddings": 96, "initializer_range": 0.5, "bos_token_id": 1,
     "eos_token_id": 96, "pad_token_id": 0,
 }  # fmt: skip

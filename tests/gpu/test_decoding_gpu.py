@@ -16,8 +16,10 @@ from generation.sampling import GenerateOptions
 from model import Decoder, initialize_weights
 
 SHAPE = {
-    "model_type": "llama", "vocab_size": 1001, "hidden_size": 128, "intermediate_size": 176, "num_hidden_layers": 3,
-    "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.3,
+    "model_type": "llama", "vocab_size": 1001, "hidden_size": 128, "intermediate_size": 176,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 512,
+    "initializer_range": 0.3,
     "rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": False,
 }  # fmt: skip
 GREEDY = GenerateOptions(do_sample=False, max_new_tokens=70)

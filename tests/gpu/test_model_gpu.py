@@ -21,7 +21,8 @@ import kernels, lora
 torch.backends.cuda.matmul.allow_tf32 = False
 dtype, rank = getattr(torch, sys.argv[1]), int(sys.argv[2])
 hf = dict(architectures=["LlamaForCausalLM"], model_type="llama", hidden_size=256, intermediate_size=384)
-hf |= dict(vocab_size=1000, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1)
+hf |= dict(vocab_size=1000, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
+hf |= dict(initializer_range=0.1)
 model = Decoder(config_from_hf(hf))
 initialize_weights(model, torch.Generator().manual_seed(0))
 options = lora.LoraOptions("lora" if rank else "full", lora_rank=max(rank, 1))

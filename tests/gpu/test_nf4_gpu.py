@@ -20,8 +20,10 @@ from quant.nf4 import NF4Format
 
 SHAPES = [(4096, 11008), (11008, 4096), (1024, 3584), (28672, 8192)]
 SHAPE = {
-    "model_type": "llama", "vocab_size": 1001, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 3,
-    "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.2,
+    "model_type": "llama", "vocab_size": 1001, "hidden_size": 256, "intermediate_size": 704,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 512,
+    "initializer_range": 0.2,
     "rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": False,
 }  # fmt: skip
 

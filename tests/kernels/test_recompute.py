@@ -19,7 +19,8 @@ LAYERS = 5
 SHAPE = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 97, "hidden_size": 48,
     "intermediate_size": 72, "num_hidden_layers": LAYERS, "num_attention_heads": 3, "num_key_value_heads": 1,
-    "head_dim": 16, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 1e4, "hidden_act": "silu",
+    "head_dim": 16, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 1e4,
+    "hidden_act": "silu",
 }  # fmt: skip
 
 

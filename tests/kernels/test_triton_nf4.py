@@ -151,8 +151,10 @@ def test_what_the_kernels_do_not_serve():
 # The layers of quant/ on these kernels
 
 CONFIG = {
-    "model_type": "llama", "vocab_size": 61, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2,
+    "model_type": "llama", "vocab_size": 61, "hidden_size": 64, "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    "initializer_range": 0.2,
     "attention_bias": True,
 }  # fmt: skip
 
