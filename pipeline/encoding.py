@@ -127,11 +127,12 @@ class ChunkEncoder:
 
     def _render(self, conversation: Conversation, *answer: Message, prompt: bool = False) -> list[np.ndarray]:
         """tokens, produced, turns, roles, each (n,). prompt: up to where an answer begins."""
-        encoded = encode_dialogue(self.tokenizer, self._spans(conversation, *answer, prompt=prompt))
-        produced = np.array(encoded.answer, bool)
-        roles = np.array([ROLE_NUMBER.get(role, 0) for role in encoded.role], np.uint8)
-        roles += produced * np.uint8(ANSWER)
-        return [np.array(encoded.ids, np.int32), produced, np.array(encoded.turn, np.int16), roles]
+        spans = self._spans(conversation, *answer, prompt=prompt)
+        ids, produced, counts = encode_dialogue(self.tokenizer, spans)
+        produced = np.array(produced, bool)
+        turns = np.repeat(np.array([span.turn for span in spans], np.int16), counts)
+        roles = np.repeat(np.array([ROLE_NUMBER.get(span.role, 0) for span in spans], np.uint8), counts)
+        return [np.array(ids, np.int32), produced, turns, roles + produced * np.uint8(ANSWER)]
 
     def _prompt(
         self, number: int, conversation: Conversation, answer: Message | None
@@ -204,9 +205,8 @@ class ChunkEncoder:
         keep = keep_tokens(answer, turns, self.options)
         if keep is not None:
             tokens, trained, turns, roles = tokens[keep], trained[keep], turns[keep], roles[keep]
-        trained = trained & (
-            np.arange(len(tokens)) > 0
-        )  # nothing stands before the first token that predicts it
+        trained = trained.copy()
+        trained[:1] = False  # nothing stands before the first token that could predict it
         if not trained.any():
             raise Dropped("no trained token")
         return Example(tokens, trained, turns, roles, (self.part, number)), len(answer) - len(tokens)

@@ -12,8 +12,10 @@ import functools
 import json
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from typing import NamedTuple
 
 import jinja2
 import jinja2.ext
@@ -32,20 +34,13 @@ class JinjaTemplate:
     name: str = "checkpoint"
 
     def render(
-        self,
-        messages: list[Message],
-        bos: str | None,
-        eos: str | None,
-        *,
-        generation_prompt: bool = False,
-        enable_thinking: bool = True,
-        tools: list[dict] | None = None,
+        self, messages: list[Message], bos, eos, *, generation_prompt=False, enable_thinking=True, tools=None
     ) -> list[Span]:
         """Spans of the dialogue. An answer is trained where the prompt that generation would be given is what
         stands before it, and later turns leave it unchanged. UserError when not so for the last answer."""
-        values = _Values(self.source, bos, eos, enable_thinking, tools)
+        written = _writer(self.source, bos, eos, enable_thinking, tools)
         dialogue = self._dialogue(messages, enable_thinking)
-        whole = values.text(dialogue, generation_prompt)
+        whole = written(dialogue, generation_prompt)
         probe = _probe(self.source, bos, eos, enable_thinking)
         if generation_prompt:
             whole += probe.missing_header
@@ -58,12 +53,12 @@ class JinjaTemplate:
         for turn, message in enumerate(messages):
             before, upto = dialogue[: turn + inserted], dialogue[: turn + inserted + 1]
             if message.role not in PRODUCED:
-                end = _end_of(values, upto, whole)
+                end = _end_of(written, upto, whole)
                 if end > cursor:
                     spans.append(Span(whole[cursor:end], False, turn, message.role))
                     cursor = end
                 continue
-            prompt, finished = values.text(before, True), values.text(upto)
+            prompt, finished = written(before, True), written(upto)
             header = prompt + probe.missing_header
             begin, text = len(header), finished.removesuffix(probe.after_end)
             fits = cursor <= begin <= len(text) and text.startswith(header)
@@ -84,8 +79,7 @@ class JinjaTemplate:
         return tuple(dict.fromkeys(word for word in (end, eos) if word))
 
     def content(self, text: str) -> str:
-        """A generated text as the content of an assistant message: without the space that some templates
-        begin with."""
+        """A generated text as an assistant's content: without the space that some templates begin with."""
         return text.removeprefix(_probe(self.source, "", "", True).lead)
 
     def to_jinja(self) -> str:
@@ -102,8 +96,8 @@ class JinjaTemplate:
             calls = tool_calls(content) if role == "function" and "tool_calls" in self.source else None
             if calls is not None:
                 functions = [{"name": name, "arguments": arguments} for name, arguments in calls]
-                entry["content"] = ""
-                entry["tool_calls"] = [{"type": "function", "function": function} for function in functions]
+                calls = [{"type": "function", "function": function} for function in functions]
+                entry |= {"content": "", "tool_calls": calls}
             if role in PRODUCED and not enable_thinking and "enable_thinking" in self.source:
                 entry["content"] = split_thought(entry["content"])[1]
             dialogue.append(entry)
@@ -114,40 +108,29 @@ class JinjaTemplate:
 ANSWER_BEGINS, ANSWER_ENDS = "\U000f1000", "\U000f1001"
 
 
-@dataclass(frozen=True)
-class _Values:
-    """A template and what it is given beside the dialogue."""
+TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError)
 
-    source: str
-    bos: str | None
-    eos: str | None
-    enable_thinking: bool
-    tools: list[dict] | None = None
 
-    def text(self, dialogue: list[dict], generation_prompt: bool = False) -> str:
-        template, tokens = _compile(self.source), {"bos_token": self.bos, "eos_token": self.eos}
+def _writer(source: str, bos, eos, enable_thinking: bool, tools=None) -> Callable[..., str]:
+    """(dialogue, generation_prompt) -> text, for given values of all that a template reads beside them."""
+    template, shared = _compile(source), {"tools": tools, "documents": None}
+    shared |= {"enable_thinking": enable_thinking}
+    shared |= {name: text for name, text in (("bos_token", bos), ("eos_token", eos)) if text is not None}
+
+    def written(dialogue: list[dict], generation_prompt: bool = False) -> str:
         try:
-            return template.render(
-                messages=dialogue,
-                tools=self.tools,
-                documents=None,
-                add_generation_prompt=generation_prompt,
-                enable_thinking=self.enable_thinking,
-                **{key: value for key, value in tokens.items() if value is not None},
-            )
+            return template.render(messages=dialogue, add_generation_prompt=generation_prompt, **shared)
         except TEMPLATE_FAULTS as error:  # such as a missing value, or a range too long
             roles = ", ".join(message["role"] for message in dialogue) or "no message"
             raise UserError(
                 f"the checkpoint's chat_template refuses a dialogue of {roles}: {error}. Change the "
-                f"dialogue, or choose a built-in template, for example `template: {_closest(self.source)}`."
+                f"dialogue, or choose a built-in template, for example `template: {_closest(source)}`."
             ) from error
 
+    return written
 
-TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError)
 
-
-@dataclass(frozen=True)
-class _Probe:
+class _Probe(NamedTuple):
     """What a template does around an answer, found with a sample dialogue."""
 
     missing_header: str  # header of an answer that add_generation_prompt fails to give
@@ -158,12 +141,12 @@ class _Probe:
 
 @functools.lru_cache(maxsize=64)
 def _probe(source: str, bos: str | None, eos: str | None, enable_thinking: bool) -> _Probe:
-    values = _Values(source, bos or "", eos or "", enable_thinking)
+    written = _writer(source, bos or "", eos or "", enable_thinking)
     question = {"role": "user", "content": "question"}
     answers = [{"role": "assistant", "content": content} for content in ("alpha", "omega")]
-    texts = [values.text([question, answer]) for answer in answers]
+    texts = [written([question, answer]) for answer in answers]
     texts = [text.replace(ANSWER_BEGINS, "").replace(ANSWER_ENDS, "") for text in texts]
-    plain, prompt, missing = values.text([question]), values.text([question], True), ""
+    plain, prompt, missing = written([question]), written([question], True), ""
     header = os.path.commonprefix(texts)[len(plain) :]
     if prompt == plain and header.strip() and texts[0].startswith(plain):
         missing = header.rstrip(" ")  # the space belongs to the answer's first word
@@ -174,10 +157,10 @@ def _probe(source: str, bos: str | None, eos: str | None, enable_thinking: bool)
     return _Probe(missing, lead if lead.isspace() else "", end_mark or tail, after_end)
 
 
-def _end_of(values: _Values, dialogue: list[dict], whole: str) -> int:
+def _end_of(written: Callable[..., str], dialogue: list[dict], whole: str) -> int:
     """Where the text of these first messages ends in the whole text; 0 when it is no prefix of it."""
     try:
-        text = values.text(dialogue)
+        text = written(dialogue)
     except UserError:  # many refuse a dialogue that is not complete, such as a system message alone
         return 0
     return len(text) if whole.startswith(text) else 0
@@ -185,10 +168,10 @@ def _end_of(values: _Values, dialogue: list[dict], whole: str) -> int:
 
 def _explain(source: str, prompt: str, finished: str) -> str:
     same = len(os.path.commonprefix([prompt, finished]))
+    one, other = prompt[same : same + 40], finished[same : same + 40]
     return (
         "the checkpoint's chat_template does not show where the answer begins: the prompt for generation "
-        f"continues with {prompt[same : same + 40]!r}, the finished dialogue with "
-        f"{finished[same : same + 40]!r}. "
+        f"continues with {one!r}, the finished dialogue with {other!r}. "
         f"Choose a built-in template, for example `template: {_closest(source)}`."
     )
 
@@ -211,19 +194,11 @@ def _marked_spans(whole: str, messages: list[Message]) -> list[Span]:
 
 def _closest(source: str) -> str:
     """The built-in template that looks most like a jinja text."""
-    signs = (
-        ("<think>", "qwen3"),
-        ("<|im_start|>", "chatml"),
-        ("Cutting Knowledge", "llama31"),
-        ("<|start_header_id|>", "llama3"),
-        ("<<SYS>>", "llama2"),
-        ("[INST]", "mistral"),
-        ("<|assistant|>", "zephyr"),
-        ("ASSISTANT", "vicuna"),
-        ("### Response", "alpaca"),
-        ("Assistant:", "deepseek"),
-    )
-    return next((name for sign, name in signs if sign in source), "default")
+    signs = {"<think>": "qwen3", "<|im_start|>": "chatml", "Cutting Knowledge": "llama31"}
+    signs |= {"<|start_header_id|>": "llama3", "<<SYS>>": "llama2", "[INST]": "mistral"}
+    signs |= {"<|assistant|>": "zephyr", "ASSISTANT": "vicuna", "### Response": "alpaca"}
+    signs |= {"Assistant:": "deepseek"}
+    return next((name for sign, name in signs.items() if sign in source), "default")
 
 
 class _Generation(jinja2.ext.Extension):
@@ -244,25 +219,18 @@ def _raise_exception(message: str):
     raise jinja2.TemplateError(message)
 
 
-def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    # jinja's own tojson escapes HTML characters, which would change the text
-    layout = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
-    return json.dumps(value, ensure_ascii=ensure_ascii, **layout)
-
-
 @functools.lru_cache(maxsize=16)
 def _compile(source: str) -> jinja2.Template:
     """In the environment of transformers' apply_chat_template: sandboxed, for strangers wrote the code."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
+    extensions = [_Generation, jinja2.ext.loopcontrols]
+    layout = {"trim_blocks": True, "lstrip_blocks": True}
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(extensions=extensions, **layout)
+    # jinja's own tojson escapes HTML characters, which would change the text
+    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     try:
         return environment.from_string(source)
     except jinja2.TemplateError as error:
-        raise UserError(
-            f"the checkpoint's chat_template is not valid jinja ({error}); choose a built-in one by "
-            "`template`"
-        ) from error
+        why = f"is not valid jinja ({error}); choose a built-in one by `template`"
+        raise UserError(f"the checkpoint's chat_template {why}") from error

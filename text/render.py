@@ -7,35 +7,28 @@ keep one promise: the text before a trained answer is exactly the text that gene
 Run: python -c "from text.render import *; print(ChatTemplate('a').render([Message('user', 'Hi')], '', ''))"
 """
 
+import itertools
 import json
 import re
-from bisect import bisect_left
-from collections import namedtuple
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from options.errors import UserError
 from text.tools import TOOL_TEXTS, qwen_tools
 
-ROLES = ("system", "user", "assistant", "observation", "function")
 PRODUCED = ("assistant", "function")  # roles whose text the model writes
 SLOT = re.compile(r"\{\{(content|bos|eos|name|arguments)\}\}")
 NO_THOUGHT = "<think>\n\n</think>\n\n"
 
 
-class Message(namedtuple("Message", ("role", "content"))):
-    """One turn. function: the assistant's call of a tool (trained); observation: the tool's result (not
-    trained)."""
+class Message(NamedTuple):
+    """One turn. function: the assistant's call of a tool (trained); observation: the tool's result (not)."""
 
-    __slots__ = ()
-
-    def __new__(cls, role: str, content: str):
-        if role not in ROLES:
-            raise ValueError(f"message role: found {role!r}, expected one of {', '.join(ROLES)}")
-        return super().__new__(cls, role, content)
+    role: str  # system, user, assistant, observation, function
+    content: str
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """A piece of the rendered text. turn: index of the message; -1 = what stands before the first one."""
 
     text: str
@@ -66,20 +59,20 @@ class ChatTemplate:
     stop: tuple[str, ...] = ()
 
     def render(
-        self,
-        messages: list[Message],
-        bos: str | None,
-        eos: str | None,
-        *,
-        generation_prompt: bool = False,
-        enable_thinking: bool = True,
-        tools: list[dict] | None = None,
+        self, messages: list[Message], bos, eos, *, generation_prompt=False, enable_thinking=True, tools=None
     ) -> list[Span]:
         """Spans of the dialogue; with generation_prompt, the text up to where the next answer begins.
 
-        tools: definitions as JSON-like dicts; their description is appended to the system text.
+        bos, eos: the tokenizer's, or None. tools: [dict] or None; described at the end of the system text.
         """
-        self._check(messages, eos)
+        late = [turn for turn, message in enumerate(messages) if turn and message.role == "system"]
+        if late:
+            raise UserError(f"message {late[0]} is a system message; only the first one can be one")
+        if eos is None and "{{eos}}" in self.answer:
+            raise UserError(
+                f"template {self.name!r} ends an answer with the tokenizer's eos token, but the tokenizer "
+                "has none; name eos_token in tokenizer_config.json, or choose one with its own end as chatml"
+            )
         tokens = {"bos": bos or "", "eos": eos or ""}
         spans = [Span(_fill(self.prefix, tokens), False, -1, "prefix")]
         system, system_turn, first = self.default_system, -1, 0
@@ -92,31 +85,27 @@ class ChatTemplate:
             trim = self.trim and not self.system_in_first_user  # there the user turn is trimmed with it
             text = _fill(self.system, tokens, content=system.strip() if trim else system)
             if self.system_in_first_user:
-                if len(messages) == first or messages[first].role != "user":
-                    raise UserError(
-                        f"template {self.name!r} writes the system text into the first user turn, so a "
-                        "system message needs a user message after it"
-                    )
                 before_user = text
+                if len(messages) == first or messages[first].role != "user":
+                    why = "writes the system text into the first user turn, so a system message needs"
+                    raise UserError(f"template {self.name!r} {why} a user message after it")
             else:
                 spans.append(Span(text, False, system_turn, "system"))
+        slots = {"user": self.user, "observation": self.observation or self.user}
         last_query = max((i for i, message in enumerate(messages) if message.role == "user"), default=-1)
         for turn, (role, content) in enumerate(messages[first:], start=first):
             if role in PRODUCED:
                 spans += self._answer(messages, turn, last_query, tokens, enable_thinking)
                 continue
             content, before_user = before_user + content, ""
-            slot = self.user if role == "user" or self.observation is None else self.observation
-            text = _fill(slot, tokens, content=content.strip() if self.trim else content)
+            text = _fill(slots[role], tokens, content=content.strip() if self.trim else content)
             spans.append(Span(text, False, turn, role))
         if generation_prompt:
             text = _fill(self.header, tokens) + (NO_THOUGHT if self.thinking and not enable_thinking else "")
             spans.append(Span(text, False, len(messages), "assistant"))
         return [span for span in spans if span.text]
 
-    def _answer(
-        self, messages, turn: int, last_query: int, tokens: dict, enable_thinking: bool
-    ) -> list[Span]:
+    def _answer(self, messages, turn, last_query, tokens: dict, enable_thinking: bool) -> list[Span]:
         role, content = messages[turn]
         header, trained, last = _fill(self.header, tokens), True, turn == len(messages) - 1
         if role == "function":
@@ -139,26 +128,12 @@ class ChatTemplate:
             Span(_fill(self.turn_end, tokens), False, turn, role),
         ]
 
-    def _check(self, messages: list[Message], eos: str | None) -> None:
-        for turn, message in enumerate(messages):
-            if message.role == "system" and turn > 0:
-                raise UserError(
-                    f"message {turn} is a system message; a system message can only be the first one"
-                )
-        if eos is None and "{{eos}}" in self.answer:
-            raise UserError(
-                f"template {self.name!r} ends an answer with the tokenizer's eos token, but the tokenizer "
-                "has none; name eos_token in tokenizer_config.json, or choose a template with its own end "
-                "token like chatml"
-            )
-
     def stop_words(self, eos: str | None) -> tuple[str, ...]:
         """Texts that end an answer in generation."""
         return tuple(dict.fromkeys([*self.stop, *([eos] if eos else [])]))
 
     def content(self, text: str) -> str:
-        """A generated text as the content of an assistant message: without the space that some templates
-        begin with."""
+        """A generated text as an assistant's content: without the space that some templates begin with."""
         return text.removeprefix(self.answer.partition("{{content}}")[0])
 
     def to_jinja(self) -> str:
@@ -167,7 +142,7 @@ class ChatTemplate:
 
 
 def _fill(slot: str, tokens: dict[str, str], **values: str) -> str:
-    values = {**tokens, **values}
+    values = tokens | values
     return SLOT.sub(lambda match: values[match.group(1)], slot)
 
 
@@ -176,10 +151,8 @@ def _function_text(content: str, slot: str) -> str:
     calls = tool_calls(content)
     if calls is None:
         return content
-    filled = [
-        _fill(slot, {}, name=name, arguments=json.dumps(arguments, ensure_ascii=False), content=content)
-        for name, arguments in calls
-    ]
+    texts = [(name, json.dumps(arguments, ensure_ascii=False)) for name, arguments in calls]
+    filled = [_fill(slot, {"name": name, "arguments": text}, content=content) for name, text in texts]
     return "\n".join(filled)
 
 
@@ -196,11 +169,8 @@ def tool_calls(content: str) -> list[tuple[str, dict]] | None:
     """[(name, arguments)] of a JSON call {"name": ..., "arguments": ...} or a list of them; else None."""
     calls = parsed(content)
     calls = calls if isinstance(calls, list) else [calls]
-    if not calls or not all(
-        isinstance(call, dict) and {"name", "arguments"} <= call.keys() for call in calls
-    ):
-        return None
-    return [(call["name"], parsed(call["arguments"])) for call in calls]
+    known = all(isinstance(call, dict) and {"name", "arguments"} <= call.keys() for call in calls)
+    return [(call["name"], parsed(call["arguments"])) for call in calls] if calls and known else None
 
 
 def parsed(value):
@@ -214,43 +184,30 @@ def parsed(value):
 # ------------------------------------------------------------------------------------------------ tokens
 
 
-@dataclass(frozen=True)
-class EncodedDialogue:
-    """A dialogue as tokens. All four lists have one entry per token."""
+class EncodedDialogue(NamedTuple):
+    """A dialogue as tokens."""
 
     ids: list[int]
-    answer: list[bool]  # the model has to produce this token
-    turn: list[int]  # index of the message, -1 = before the first
-    role: list[str]
+    answer: list[bool]  # of each token: the model has to produce it
+    counts: list[int]  # of each span: its tokens
 
 
 def encode_dialogue(tokenizer, spans: list[Span]) -> EncodedDialogue:
     """Tokens of rendered spans. Neighbouring spans with the same `answer` are joined first, so that the
     tokens are those of the whole text; a token belongs to the span in which it begins."""
-    parts, flags, starts = [], [], []
-    position = 0
+    parts, flags = [], []
     for span in spans:
         if flags and flags[-1] == span.answer:
             parts[-1] += span.text
         else:
             parts.append(span.text)
             flags.append(span.answer)
-        starts.append(position)
-        position += len(span.text)
-    ids, answer, turn, role = [], [], [], []
-    owner = 0
-    for flag, (part_ids, part_starts) in zip(flags, tokenizer.encode_parts_with_starts(parts)):
-        ids += part_ids
-        answer += [flag] * len(part_ids)
-        begin = 0
-        while begin < len(part_ids):
-            last = owner + 1 == len(spans)
-            end = len(part_ids) if last else bisect_left(part_starts, starts[owner + 1], begin)
-            turn += [spans[owner].turn] * (end - begin)
-            role += [spans[owner].role] * (end - begin)
-            begin = end
-            owner += begin < len(part_ids)
-    return EncodedDialogue(ids, answer, turn, role)
+    begins = list(itertools.accumulate((len(span.text) for span in spans), initial=0))[:-1]
+    part_ids, firsts = tokenizer.encode_parts_at(parts, begins)
+    ids, answer = list(itertools.chain.from_iterable(part_ids)), []
+    for flag, of_part in zip(flags, part_ids):
+        answer += [flag] * len(of_part)
+    return EncodedDialogue(ids, answer, [b - a for a, b in itertools.pairwise([*firsts, len(ids)])])
 
 
 # ------------------------------------------------------------------------------------------------ as jinja
@@ -294,9 +251,8 @@ JINJA = """
 {{- @header@ }}
 @no_thought@
 {%- endif %}"""
-JINJA_NO_TOOLS = (
-    "{%- if tools %}{{- raise_exception('this template has no form for tool definitions') }}{%- endif %}"
-)
+JINJA_NO_TOOLS = """\
+{%- if tools %}{{- raise_exception('this template has no form for tool definitions') }}{%- endif %}"""
 JINJA_QWEN_TOOLS = """\
 {%- if tools %}
 {%- set system_message = (system_message + '\\n\\n' if system_message else '') + @before_tools@ %}
@@ -316,23 +272,21 @@ JINJA_NO_THOUGHT = """\
 
 
 def _as_jinja(template: ChatTemplate) -> str:
-    system = _expression(template.system, "system_message")
-    trim = " | trim" if template.trim else ""
+    trim, merged = " | trim" if template.trim else "", template.system_in_first_user
+    before, after = ("{%- set state.before = ", " %}") if merged else ("{{- ", " }}")
     before_tools, after_tools = qwen_tools("", ["here"]).split('\n"here"')
     answer = [slot for slot in (template.header, template.answer, template.turn_end) if slot]
     values = {
         "default": "none" if template.default_system is None else _literal(template.default_system),
         "prefix": f"{{{{- {_expression(template.prefix)} }}}}" if template.prefix else "",
-        "system": f"{{%- set state.before = {system} %}}"
-        if template.system_in_first_user
-        else f"{{{{- {system} }}}}",
+        "system": before + _expression(template.system, "system_message") + after,
         "user": _expression(template.user),
         "observation": _expression(template.observation or template.user),
         "header": _expression(template.header),
         "answer": " + ".join(map(_expression, answer)),
         "call": _expression(template.function, name="call['name']", arguments="(call['arguments'] | tojson)"),
         "trim": trim,
-        "trim_system": "" if template.system_in_first_user else trim,
+        "trim_system": "" if merged else trim,
         "before_tools": _literal(before_tools),
         "after_tools": _literal(after_tools),
         "empty_thought": _literal(NO_THOUGHT),

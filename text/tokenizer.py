@@ -23,16 +23,8 @@ import tokenizers
 from options.errors import UserError
 from text.stream import StreamDecoder, readable
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES += ("chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt")
 SHORT_TAIL = 256  # characters; texts up to this length between a special token and a border are remembered
 REMEMBERED_TAILS = 4096  # entries; bounds the memory of that table to a few MB
 
@@ -40,9 +32,7 @@ REMEMBERED_TAILS = 4096  # entries; bounds the memory of that table to a few MB
 class Tokenizer:
     """One checkpoint's tokenizer. Make it with `Tokenizer.from_folder`."""
 
-    def __init__(
-        self, backend: tokenizers.Tokenizer, special: dict[str, str | None], folder: Path | None = None
-    ):
+    def __init__(self, backend: tokenizers.Tokenizer, special: dict, folder: Path | None = None):
         """backend: the loaded tokenizer.json.  special: bos/eos/pad/unk -> a token that it knows or None."""
         backend.no_truncation()
         backend.no_padding()
@@ -57,20 +47,16 @@ class Tokenizer:
         self.chat_template: str | None = None
         self.stop_ids: tuple[int, ...] = ()
 
-        self.bos_token = special.get("bos")
-        self.eos_token = special.get("eos")
+        self.bos_token, self.eos_token, self.unk_token = (special.get(name) for name in ("bos", "eos", "unk"))
         if self.eos_token is None and backend.token_to_id("<|endoftext|>") is not None:
             self.eos_token = "<|endoftext|>"
         self.pad_token = special.get("pad") or self.eos_token
-        self.unk_token = special.get("unk")
-        self.bos_id = self._id(self.bos_token)
-        self.eos_id = self._id(self.eos_token)
-        self.pad_id = self._id(self.pad_token)
-        self.unk_id = self._id(self.unk_token)
+        named = (self.bos_token, self.eos_token, self.pad_token, self.unk_token)
+        ids = [None if token is None else backend.token_to_id(token) for token in named]
+        self.bos_id, self.eos_id, self.pad_id, self.unk_id = ids
 
         added = backend.get_added_tokens_decoder()
-        named = {self.bos_id, self.eos_id, self.pad_id, self.unk_id} - {None}
-        self.special_ids = frozenset(i for i, t in added.items() if t.special) | named
+        self.special_ids = frozenset(i for i, t in added.items() if t.special) | (set(ids) - {None})
         self._added_ids = frozenset(added)
         # Texts are cut at these tokens first, so what is left of them cannot change what is right.
         self._anchor_ids = frozenset(i for i, t in added.items() if not t.normalized)
@@ -121,25 +107,21 @@ class Tokenizer:
         alone; otherwise a new text starts there, without SentencePiece's prefix space. The fast path encodes
         the joined text once and proves at every border that the definition gives the same.
         """
-        return [ids for ids, _ in self.encode_parts_with_starts(parts)]
+        return self.encode_parts_at(parts, [])[0]
 
-    def encode_parts_with_starts(self, parts: list[str]) -> list[tuple[list[int], list[int]]]:
-        """As encode_parts, and for every token the index of its first character in "".join(parts)."""
-        if not parts:
-            return []
+    def encode_parts_at(self, parts: list[str], places: list[int]) -> tuple[list[list[int]], list[int]]:
+        """As encode_parts; beside it, for each of these characters of "".join(parts), the number of the first
+        token that begins at it or later."""
         text = "".join(parts)
-        borders = list(itertools.accumulate(len(part) for part in parts))[:-1]
         encoding = self._backend.encode(text, add_special_tokens=False)
-        ids, offsets = encoding.ids, encoding.offsets
-        cuts = [0]
-        for border in borders:
+        ids, offsets, cuts = encoding.ids, encoding.offsets, [0]
+        for border in itertools.accumulate(map(len, parts[:-1])):
             cut = bisect.bisect_left(offsets, (border, -1))
             if not self._left_is_independent(text[:border], ids[:cut], offsets[:cut]):
-                return self._encode_one_by_one(parts)
+                return self._encode_one_by_one(parts, places)
             cuts.append(cut)
-        cuts.append(len(ids))
-        starts = [start for start, _ in offsets]
-        return [(ids[a:b], starts[a:b]) for a, b in itertools.pairwise(cuts)]
+        firsts = [bisect.bisect_left(offsets, (place, -1)) for place in places]
+        return [ids[a:b] for a, b in itertools.pairwise([*cuts, len(ids)])] if parts else [], firsts
 
     def _left_is_independent(self, text: str, ids: list[int], offsets: list[tuple[int, int]]) -> bool:
         """Whether `text` alone encodes to `ids`, its share of a longer text. Only what follows the last
@@ -151,31 +133,30 @@ class Tokenizer:
 
     def _remembered(self, text: str) -> list[int]:
         """encode(text); short texts such as "<|im_start|>assistant\\n" come in every example and are kept."""
-        if len(text) > SHORT_TAIL:
-            return self._backend.encode(text, add_special_tokens=False).ids
-        ids = self._tail_ids.get(text)
-        if ids is None:
-            ids = self._backend.encode(text, add_special_tokens=False).ids
+        if text in self._tail_ids:
+            return self._tail_ids[text]
+        ids = self._backend.encode(text, add_special_tokens=False).ids
+        if len(text) <= SHORT_TAIL:
             if len(self._tail_ids) >= REMEMBERED_TAILS:
                 self._tail_ids.clear()
             self._tail_ids[text] = ids
         return ids
 
-    def _encode_one_by_one(self, parts: list[str]) -> list[tuple[list[int], list[int]]]:
-        result = []
-        text, ids, begin = "", [], 0
-        position = 0
+    def _encode_one_by_one(self, parts: list[str], places: list[int]) -> tuple[list[list[int]], list[int]]:
+        result, text, ids, starts, begin, position = [], "", [], [], 0, 0
         for part in parts:
-            joined_ids, starts = self._encode_piece(text + part, begin)
+            joined_ids, joined_starts = self._encode_piece(text + part, begin)
             if joined_ids[: len(ids)] == ids:
-                result.append((joined_ids[len(ids) :], starts[len(ids) :]))
+                result.append(joined_ids[len(ids) :])
+                starts += joined_starts[len(ids) :]
                 text, ids = text + part, joined_ids
             else:
                 text, begin = part, position
-                ids, starts = self._encode_piece(part, begin)
-                result.append((ids, starts))
+                ids, piece_starts = self._encode_piece(part, begin)
+                result.append(ids)
+                starts += piece_starts
             position += len(part)
-        return result
+        return result, [bisect.bisect_left(starts, place) for place in places]
 
     def _encode_piece(self, text: str, begin: int) -> tuple[list[int], list[int]]:
         """Ids and first characters of `text`, which starts at character `begin` of a longer one. Where begin
@@ -198,9 +179,7 @@ class Tokenizer:
         token = self._backend.id_to_token(token_id)
         if token is None:
             return f"<no token {token_id}>"
-        if token_id in self._added_ids:
-            return token
-        return readable(self._backend, token)
+        return token if token_id in self._added_ids else readable(self._backend, token)
 
     def token(self, token_id: int) -> str | None:
         """The vocabulary's own spelling of a token, or None when there is no such id."""
@@ -239,9 +218,6 @@ class Tokenizer:
             text = json.dumps(config, indent=2, ensure_ascii=False)
             (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
 
-    def _id(self, token: str | None) -> int | None:
-        return None if token is None else self._backend.token_to_id(token)
-
 
 def _without_prefix_space(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer | None:
     """The same model without the space that SentencePiece puts before the first word; None if it puts none
@@ -278,26 +254,22 @@ def _drop_prefix(entry: dict | None) -> dict | None:
 def _load_backend(folder: Path) -> tokenizers.Tokenizer:
     path = folder / "tokenizer.json"
     if not folder.is_dir():
-        raise UserError(
-            f"{folder}: there is no such folder; expected a checkpoint folder with tokenizer.json"
-        )
+        raise UserError(f"{folder}: there is no such folder; expected a checkpoint with tokenizer.json")
     if path.exists():
         try:
             return tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception for every kind of damage
-            raise UserError(
-                f"{path}: the tokenizers library {tokenizers.__version__} cannot read it ({error}). "
-                "Download the file again, or update the library if the file is newer."
-            ) from error
+            why = f"the tokenizers library {tokenizers.__version__} cannot read it ({error})"
+            way_out = "Download the file again, or update the library if the file is newer."
+            raise UserError(f"{path}: {why}. {way_out}") from error
     present = sorted(p.name for p in folder.iterdir() if "token" in p.name or p.name in TOKENIZER_FILES)
     found = f"found {', '.join(present)}" if present else "no tokenizer file at all is there"
     if (folder / "tokenizer.model").exists():
         raise UserError(
             f"{folder}: there is tokenizer.model but no tokenizer.json. The SentencePiece file has to be "
-            "converted once, in any environment with transformers and sentencepiece: python -c "
-            f"\"from transformers import AutoTokenizer; AutoTokenizer.from_pretrained('{folder}')"
-            f".save_pretrained('{folder}')\"; or take a GGUF file of the model "
-            "(model_name_or_path=model.gguf), which brings its own."
+            'converted once, in any environment with transformers and sentencepiece: python -c "from '
+            f"transformers import AutoTokenizer; AutoTokenizer.from_pretrained('{folder}').save_pretrained("
+            f"'{folder}')\"; or take a GGUF file of the model (model_name_or_path=model.gguf) with its own."
         )
     raise UserError(
         f"{folder}: tokenizer.json is missing ({found}). Copy it from the model's page, or write it with "

@@ -1,5 +1,6 @@
 """tokenizer.py against transformers and tokenizers, on four tiny tokenizers (see tiny_tokenizers.py)."""
 
+import itertools
 import json
 import pickle
 import time
@@ -181,17 +182,15 @@ def test_clean_borders_are_cut_from_one_encoding(folders, kind, monkeypatch):
     assert in_one(ours, CLEAN_PARTS[kind]) == ours.encode("".join(CLEAN_PARTS[kind]))
 
 
-def test_starts_of_tokens_are_indices_into_the_joined_text(pair):
+def test_the_first_token_at_a_place_is_an_index_into_the_joined_ids(pair):
     ours, _ = pair
     parts = ["Hello who", " are you?", "\n", "", "\u65e5\u672c fine", "ly"]
-    text = "".join(parts)
-    position = 0
-    for part, (ids, starts) in zip(parts, ours.encode_parts_with_starts(parts)):
-        assert len(ids) == len(starts)
-        assert all(position <= start < position + len(part) for start in starts)
-        assert starts == sorted(starts)
-        position += len(part)
-    assert position == len(text)
+    length = len("".join(parts))
+    encoded, firsts = ours.encode_parts_at(parts, list(range(length + 1)))
+    assert encoded == ours.encode_parts(parts)
+    assert firsts == sorted(firsts) and firsts[0] == 0 and firsts[-1] == sum(map(len, encoded))
+    borders = [0, *itertools.accumulate(map(len, parts))]
+    assert [firsts[place] for place in borders] == [0, *itertools.accumulate(map(len, encoded))]
 
 
 def test_no_parts_and_empty_parts(pair):
