@@ -26,6 +26,13 @@ def refuse(wrong: object, text: str) -> None:
         raise UserError(text)
 
 
+def require(section: object, keys: str, allowed: Callable[[float], bool], text: str) -> None:
+    """UserError `key: value text` where one of these numbers of a section is not allowed; None always is."""
+    for key in keys.split():
+        value = getattr(section, key)
+        refuse(value is not None and not allowed(value), f"{key}: {value} {text}")
+
+
 class StopRun(Exception):
     """The run cannot go on; the text is for the user."""
 

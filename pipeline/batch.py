@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from options.errors import UserError
+from options.errors import UserError, refuse
 from pipeline.packing import group_by_length, pack
 
 IGNORED = -100  # label of a position that is not trained; torch's cross_entropy default
@@ -36,9 +36,7 @@ class Example:
     source: tuple[int, int]
     split: int = 0  # where the second segment begins; 0 = there is one segment
     tag: int = 0  # KTO: 1 = desirable, 0 = undesirable
-    reference: tuple[float, ...] | None = (
-        None  # log-probability of each segment's labels, see stages/reference.py
-    )
+    reference: tuple[float, ...] | None = None  # log-probability of each segment's labels
     copy: int = 0  # how often the data set's order repeated the same example before
 
     def __len__(self) -> int:
@@ -47,9 +45,8 @@ class Example:
     @property
     def segments(self) -> list[slice]:
         """Where its segments lie in the arrays."""
-        if not self.split:
-            return [slice(0, len(self.tokens))]
-        return [slice(0, self.split), slice(self.split, len(self.tokens))]
+        borders = (0, self.split, len(self.tokens)) if self.split else (0, len(self.tokens))
+        return list(itertools.starmap(slice, itertools.pairwise(borders)))
 
 
 @dataclass
@@ -112,21 +109,17 @@ class Batch:
         count = -len(self.tokens) % multiple
         if count == 0:
             return self
-        fill = torch.zeros(count, dtype=torch.int64, device=self.tokens.device)
-        behind = {"turns": -1, "roles": 0}
-        per_token = self.per_token.items()
-        return replace(
-            self,
-            tokens=torch.cat([self.tokens, fill]),
-            positions=torch.cat([self.positions, torch.arange(count, dtype=torch.int32, device=fill.device)]),
-            cu_seqlens=torch.cat([self.cu_seqlens, self.cu_seqlens[-1:] + count]),
-            max_seqlen=max(self.max_seqlen, count),
-            labels=torch.cat([self.labels, fill + IGNORED]),
-            per_token={
-                name: np.pad(each, (0, count), constant_values=behind[name]) for name, each in per_token
-            },
-            host=None if self.host is None else self.host.rounded(multiple),
-        )
+        places = torch.arange(count, dtype=torch.int32, device=self.tokens.device)
+        zeros = torch.zeros(count, dtype=torch.int64, device=places.device)
+        behind = {"tokens": zeros, "positions": places, "labels": zeros + IGNORED}
+        behind["cu_seqlens"] = self.cu_seqlens[-1:] + count
+        longer = {name: torch.cat([getattr(self, name), more]) for name, more in behind.items()}
+        longer["per_token"] = {
+            name: np.pad(each, (0, count), constant_values={"turns": -1, "roles": 0}[name])
+            for name, each in self.per_token.items()
+        }
+        host = None if self.host is None else self.host.rounded(multiple)
+        return replace(self, **longer, max_seqlen=max(self.max_seqlen, count), host=host)
 
     def __len__(self) -> int:
         """Examples; a pair is one."""
@@ -141,8 +134,7 @@ def collate(examples: Sequence[Example]) -> Batch:
     pairs = sum(example.split > 0 for example in examples)
     if pairs not in (0, len(examples)):
         raise ValueError("collate: some examples are pairs and some are not; a batch holds one kind")
-    # (example, number of its segment)
-    order = [(example, number) for number in range(2 if pairs else 1) for example in examples]
+    order = [(example, number) for number in range(2 if pairs else 1) for example in examples]  # of segment
     spans = [(example, example.segments[number]) for example, number in order]
     if not examples:
         one = np.zeros(1, np.int64)
@@ -166,18 +158,13 @@ def collate(examples: Sequence[Example]) -> Batch:
         known = [example.reference[number] for example, number in order]
         per_segment["reference"] = np.array(known, np.float32)
     positions = (np.arange(len(tokens)) - np.repeat(borders[:-1], lengths)).astype(np.int32)
-    return Batch(
-        tokens=torch.from_numpy(tokens),
-        positions=torch.from_numpy(positions),
-        cu_seqlens=torch.from_numpy(borders.astype(np.int32)),
-        max_seqlen=int(lengths.max()),
-        labels=torch.from_numpy(labels),
-        label_rows=torch.from_numpy(label_rows),
-        sources=[example.source for example, _ in order],
-        pairs=pairs,
-        per_segment={name: torch.from_numpy(values) for name, values in per_segment.items()},
-        per_token={"turns": flat("turns"), "roles": flat("roles")},
-    )
+    row = {"tokens": tokens, "positions": positions, "labels": labels, "label_rows": label_rows}
+    row["cu_seqlens"] = borders.astype(np.int32)
+    row = {name: torch.from_numpy(array) for name, array in row.items()}
+    known = {name: torch.from_numpy(array) for name, array in per_segment.items()}
+    beside = {"per_segment": known, "per_token": {name: flat(name) for name in ("turns", "roles")}}
+    sources = [example.source for example, _ in order]
+    return Batch(**row, max_seqlen=int(lengths.max()), sources=sources, pairs=pairs, **beside)
 
 
 # Loaders
@@ -215,14 +202,11 @@ class BatchLoader(Loader):
 
     def __init__(self, store: Store, *, group_by_length: bool = False, **layout):
         super().__init__(**layout)
-        if len(store) == 0:
-            raise UserError(
-                "there is no example to train or evaluate on; the data report says what was dropped"
-            )
-        if self.rows_per_batch < 1:
-            raise UserError(f"rows_per_batch is {self.rows_per_batch}, expected at least 1")
-        if self.packing and group_by_length:
-            raise UserError("group_by_length: packing already fills rows; set one of the two to false")
+        nothing = "there is no example to train or evaluate on"
+        refuse(len(store) == 0, f"{nothing}; the data report says what was dropped")
+        refuse(self.rows_per_batch < 1, f"rows_per_batch is {self.rows_per_batch}, expected at least 1")
+        both = self.packing and group_by_length
+        refuse(both, "group_by_length: packing already fills rows; set one of the two to false")
         self.store, self.group_by_length = store, group_by_length
         self.rows: list[np.ndarray] | None = None
         if self.packing:
@@ -236,10 +220,8 @@ class BatchLoader(Loader):
         """Example numbers of this rank's batch `batch`, counted over epochs; [] for an empty batch."""
         epoch, k = divmod(batch, self.batches_per_epoch)
         start = (k * self.world + self.rank) * self.rows_per_batch
-        units = self._epoch_order(epoch)[start : start + self.rows_per_batch]
-        if self.rows is None:
-            return units.tolist()
-        return [int(i) for unit in units for i in self.rows[unit]]
+        units = self._epoch_order(epoch)[start : start + self.rows_per_batch].tolist()
+        return units if self.rows is None else [int(i) for unit in units for i in self.rows[unit]]
 
     def batch(self, i: int) -> Batch:
         return self.collate([self.store.example(example) for example in self.examples_of(i)])
@@ -295,15 +277,8 @@ class StreamingLoader(Loader):
 
     batches_per_epoch = None
 
-    def __init__(
-        self,
-        open_epoch: Callable[[int], Iterator],
-        encode: Callable[[object], list[Example]],
-        *,
-        buffer_size: int = 16384,
-        couple: Callable[[Iterator[Example]], Iterator[Example]] = iter,
-        **layout,
-    ):
+    def __init__(self, open_epoch, encode, *, buffer_size: int = 16384, couple=iter, **layout):
+        """open_epoch: (int) -> Iterator; encode: (row) -> list[Example]; couple: Iterator -> Iterator."""
         super().__init__(**layout)
         self.open_epoch, self.encode, self.couple = open_epoch, encode, couple
         self.buffer_size = buffer_size if self.shuffle else 1
@@ -330,12 +305,10 @@ class StreamingLoader(Loader):
         return self.rows_per_batch * (max(1, self.cutoff_len // 16) if self.packing else 1)
 
     def _global_batches(self) -> Iterator[list[Example]]:
-        units = self._packed_rows() if self.packing else ([example] for example in self._examples())
+        examples = self.couple(self._encoded())
+        units = self._packed_rows(examples) if self.packing else ([example] for example in examples)
         while True:
             yield [example for unit in itertools.islice(units, self.rows_per_batch) for example in unit]
-
-    def _examples(self) -> Iterator[Example]:
-        return self.couple(self._encoded())
 
     def _encoded(self) -> Iterator[Example]:
         numbers = itertools.count()  # any row may come again, in this pass or the next, and is another copy
@@ -348,9 +321,8 @@ class StreamingLoader(Loader):
             if not found:
                 raise UserError("the streamed data holds no example to train on")
 
-    def _packed_rows(self) -> Iterator[list[Example]]:
+    def _packed_rows(self, examples: Iterator[Example]) -> Iterator[list[Example]]:
         # windows hold about 64 rows' worth of tokens, so that the first batch does not wait for 8192 examples
-        examples = self._examples()
         while True:
             window, total = [], 0
             while total < 64 * self.cutoff_len:

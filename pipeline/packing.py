@@ -19,19 +19,15 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
     O(n log n) by a tree of maxima. Raises UserError for an item longer than `capacity`.
     """
-    leaves = 1
-    while leaves < max(len(lengths), 1):
-        leaves *= 2
-    # room[1] is the root; a node holds the most room of any bin below it. Bins not opened yet have full room,
-    # and stand behind the open ones, so "the leftmost leaf with room" is first-fit and opens a bin only when
-    # it must.
+    leaves = 1 << max(len(lengths) - 1, 0).bit_length()  # the next power of 2
+    # room[1] is the root; a node holds the most room of any bin below it. Bins not opened yet have full room
+    # and stand behind the open ones: "the leftmost leaf with room" is first-fit, and opens one if it must.
     room = [capacity] * (2 * leaves)
     bins: list[list[int]] = []
     for item, length in enumerate(lengths):
         if length > capacity:
-            raise UserError(
-                f"example {item} has {length} tokens, more than the {capacity} of a packed row (cutoff_len)"
-            )
+            limit = f"the {capacity} of a packed row (cutoff_len)"
+            raise UserError(f"example {item} has {length} tokens, more than {limit}")
         node = 1
         while node < leaves:
             node *= 2
@@ -48,9 +44,7 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def pack(
-    lengths: np.ndarray, capacity: int, order: np.ndarray, window: int = PACK_WINDOW
-) -> list[np.ndarray]:
+def pack(lengths: np.ndarray, capacity: int, order: np.ndarray, window=PACK_WINDOW) -> list[np.ndarray]:
     """Rows of example numbers: the examples of `order` window by window, each window longest first."""
     rows = []
     for start in range(0, len(order), window):

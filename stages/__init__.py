@@ -25,14 +25,6 @@ from stages.rm import RewardModel
 from stages.sft import TokenLoss
 from stages.stage import RolloutStage, Stage
 
-STAGES: dict[str, type[Stage]] = {
-    "pt": DocumentLoss,
-    "sft": TokenLoss,
-    "rm": RewardModel,
-    "dpo": PairPreference,
-    "orpo": OddsRatio,
-    "kto": RatedPreference,
-    "ppo": PPO,
-    "grpo": GroupPolicy,
-}
+STAGES: dict[str, type[Stage]] = {"pt": DocumentLoss, "sft": TokenLoss, "rm": RewardModel}
+STAGES |= {"dpo": PairPreference, "orpo": OddsRatio, "kto": RatedPreference, "ppo": PPO, "grpo": GroupPolicy}
 WRITES = tuple(name for name, kind in STAGES.items() if issubclass(kind, RolloutStage))  # texts of their own

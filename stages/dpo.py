@@ -32,18 +32,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import Decoder
-from options.errors import UserError
+from options.errors import UserError, refuse, require
 from options.option import COMMON, option
 from parallel.world import World
 from pipeline.batch import Batch
-from stages.logprobs import MeanLogits, answer_sums, batch_logprobs, label_logprobs, label_states
-from stages.metrics import Metrics, summed
+from stages.logprobs import (
+    MeanLogits,
+    answer_sums,
+    batch_logprobs,
+    in_eval_mode,
+    label_logprobs,
+    label_states,
+)
+from stages.metrics import ANSWER_METRICS, Metrics, by_kind, summed
 from stages.reference import Reference
 from stages.stage import Stage
 
+PairLoss = Literal[
+    "sigmoid", "robust", "hinge", "ipo", "exo_pair", "kto_pair", "bco_pair", "orpo", "simpo", "cpo"
+]
 WITHOUT_REFERENCE = ("orpo", "simpo", "cpo")
 AVERAGED = ("ipo", "orpo", "simpo")  # over the answer's tokens
 SMOOTHED = ("sigmoid", "robust", "exo_pair", "simpo", "cpo")  # these know dpo_label_smoothing
+PAIRS = "dpo orpo"  # stages that learn from pairs
 EXO_SMOOTHING = 1e-3  # with e = 0 the loss is infinite; trl's value
 
 
@@ -51,58 +62,34 @@ EXO_SMOOTHING = 1e-3  # with e = 0 the loss is infinite; trl's value
 class PreferenceOptions:
     STAGES = "dpo orpo kto"
 
-    pref_loss: Literal[
-        "sigmoid", "robust", "hinge", "ipo", "exo_pair", "kto_pair", "bco_pair", "orpo", "simpo", "cpo"
-    ] = option(
-        "sigmoid",
-        "dpo: loss of a pair; orpo, simpo and cpo have no reference (stage orpo always takes orpo)",
-        also="dpo_loss",
-        stages="dpo orpo",
+    pref_loss: PairLoss = option(
+        "sigmoid", "dpo: loss of a pair; orpo, simpo and cpo have no reference", also="dpo_loss", stages=PAIRS
     )
     pref_beta: float = option(
-        0.1,
-        "how strongly a difference counts; simpo wants about 2",
-        COMMON,
-        also="dpo_beta orpo_beta kto_beta",
+        0.1, "how strongly a difference counts; simpo: about 2", COMMON, also="dpo_beta orpo_beta kto_beta"
     )
     pref_ftx: float | None = option(
         None,
         "weight of the chosen answer's loss per token; none = 1 for cpo, else 0",
         also="dpo_ftx kto_ftx rpo_alpha cpo_alpha",
     )
-    pref_bco_weight: float = option(
-        0.0, "weight of bco_pair's loss mixed into the loss of the pair", stages="dpo orpo"
-    )
+    pref_bco_weight: float = option(0.0, "weight of bco_pair's loss beside the pair's own", stages=PAIRS)
     dpo_label_smoothing: float = option(
-        0.0,
-        "probability that chosen and rejected are exchanged; below 0.5",
-        also="label_smoothing",
-        stages="dpo orpo",
+        0.0, "chance that chosen and rejected are exchanged; below 0.5", also="label_smoothing", stages=PAIRS
     )
-    simpo_gamma: float = option(0.5, "margin that simpo asks of the rewards", stages="dpo orpo")
-    ld_alpha: float | None = option(
-        None, "LD-DPO: weight of tokens beyond the pair's shorter answer; none = 1", stages="dpo orpo"
-    )
+    simpo_gamma: float = option(0.5, "margin that simpo asks of the rewards", stages=PAIRS)
+    ld_alpha: float | None = option(None, "LD-DPO: weight past the shorter answer; none = 1", stages=PAIRS)
 
     def __post_init__(self):
         loss, smoothing = self.pref_loss, self.dpo_label_smoothing
-        if not (math.isfinite(self.pref_beta) and self.pref_beta > 0):
-            raise UserError(f"pref_beta: {self.pref_beta} must be above 0")
-        for key in ("pref_ftx", "pref_bco_weight", "simpo_gamma"):
-            value = getattr(self, key)
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise UserError(f"{key}: {value} must be 0 or more")
-        if not 0 <= smoothing < 0.5:
-            raise UserError(
-                f"dpo_label_smoothing: {smoothing} is not in [0, 0.5); at 0.5 the labels say nothing"
-            )
-        if smoothing and loss not in SMOOTHED:
-            raise UserError(
-                f"dpo_label_smoothing: {smoothing}, but pref_loss {loss} has no smoothing; drop it, or "
-                f"choose one of {', '.join(SMOOTHED)}"
-            )
-        if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
-            raise UserError(f"ld_alpha: {self.ld_alpha} is not in [0, 1]")
+        require(self, "pref_beta", lambda value: 0 < value < math.inf, "must be above 0")
+        weights = "pref_ftx pref_bco_weight simpo_gamma"
+        require(self, weights, lambda value: 0 <= value < math.inf, "must be 0 or more")
+        text = "is not in [0, 0.5); at 0.5 the labels say nothing"
+        require(self, "dpo_label_smoothing", lambda value: 0 <= value < 0.5, text)
+        require(self, "ld_alpha", lambda value: 0 <= value <= 1, "is not in [0, 1]")
+        why = f"pref_loss {loss} has no smoothing; drop it, or choose one of {', '.join(SMOOTHED)}"
+        refuse(smoothing and loss not in SMOOTHED, f"dpo_label_smoothing: {smoothing}, but {why}")
         if self.pref_bco_weight and loss in ("bco_pair", *WITHOUT_REFERENCE):
             why = "is bco's loss itself" if loss == "bco_pair" else "has no reference, which bco's loss needs"
             raise UserError(f"pref_bco_weight: {self.pref_bco_weight}, but pref_loss {loss} {why}; drop it")
@@ -165,10 +152,7 @@ def divergence(ratio_sums: Tensor) -> Tensor:
 class PairPreference(Stage):
     """In ratios (2, P) the chosen answers come first; without a reference they are log-probabilities."""
 
-    evaluation_names = (
-        *("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"),
-        *("logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected", "sft_loss"),
-    )
+    evaluation_names = ("loss", *ANSWER_METRICS, "rewards/accuracies", "rewards/margins", "sft_loss")
     uses_dropout = False
 
     def __init__(self, options: PreferenceOptions, reference: Reference | None, world: World):
@@ -195,9 +179,8 @@ class PairPreference(Stage):
         """For kto_pair and bco, which hold answers against a mean over the group: one more forward pass."""
         if not (model.training and (self.follows_rewards or self.options.pref_loss == "kto_pair")):
             return
-        model.eval()
-        sums = self.ratio_sums(model, group)
-        model.train()
+        with in_eval_mode(model):
+            sums = self.ratio_sums(model, group)
         self.kl = divergence(sums)
         if self.follows_rewards:
             new = torch.stack([self.options.pref_beta * sums[:2].sum(), 2 * sums[2]])
@@ -239,7 +222,7 @@ class PairPreference(Stage):
     def losses(self, ratios: Tensor) -> Tensor:
         """ratios (2, P) -> (P,), without the chosen answer's own loss."""
         options, (chosen, rejected) = self.options, ratios
-        beta, smoothing, delta = options.pref_beta, options.dpo_label_smoothing, ratios[0] - ratios[1]
+        beta, smoothing, delta = options.pref_beta, options.dpo_label_smoothing, chosen - rejected
         match options.pref_loss:
             case "sigmoid" | "cpo":
                 losses = sigmoid_loss(beta * delta, smoothing)
@@ -256,16 +239,12 @@ class PairPreference(Stage):
                 losses = exo_loss(beta * delta, smoothing or EXO_SMOOTHING)
             case "kto_pair":
                 losses = kto_pair_loss(chosen, rejected, self.kl, beta)
-            case "bco_pair":
-                losses = bco_loss(beta * chosen, beta * rejected, self.baseline(ratios))
-        if options.pref_bco_weight:
-            second = bco_loss(beta * chosen, beta * rejected, self.baseline(ratios))
-            losses = (losses + options.pref_bco_weight * second) / (1 + options.pref_bco_weight)
+        if self.follows_rewards:
+            # mean reward of all answers seen in training, this group's among them
+            baseline = (self.rewards[0] / self.rewards[1].clamp(min=1)).to(ratios)  # ()
+            second, weight = bco_loss(beta * chosen, beta * rejected, baseline), options.pref_bco_weight
+            losses = (losses + weight * second) / (1 + weight) if weight else second
         return losses
-
-    def baseline(self, ratios: Tensor) -> Tensor:
-        """(): mean reward of all answers seen in training, this group's among them."""
-        return (self.rewards[0] / self.rewards[1].clamp(min=1)).to(ratios)
 
     def loss(self, model: Decoder, batch: Batch) -> tuple[Tensor, Metrics]:
         """Sum over the pairs."""
@@ -281,18 +260,11 @@ class PairPreference(Stage):
         with torch.no_grad():
             rewards = self.options.pref_beta * ratios
             logits = answer_sums(self.mean_logits(model, rows), batch).view(2, batch.pairs).sum(1)  # (2,)
-            logits = torch.stack(
-                [logits, counts.view(2, batch.pairs).sum(1).to(logits)], dim=1
-            )  # (2 kinds, 2)
-            metrics = {
-                "rewards/chosen": rewards[0],
-                "rewards/rejected": rewards[1],
-                "rewards/accuracies": (rewards[0] > rewards[1]).float(),
-                "rewards/margins": rewards[0] - rewards[1],
-                "logps/chosen": policy[0],
-                "logps/rejected": policy[1],
-            }
-            sums = summed(metrics, batch.pairs) | dict(zip(("logits/chosen", "logits/rejected"), logits))
+            tokens = counts.view(2, batch.pairs).sum(1).to(logits)
+            better, margins = (rewards[0] > rewards[1]).float(), rewards[0] - rewards[1]
+            metrics = by_kind("rewards", rewards) | {"rewards/accuracies": better, "rewards/margins": margins}
+            sums = summed(metrics | by_kind("logps", policy), batch.pairs)
+            sums |= by_kind("logits", torch.stack([logits, tokens], dim=1))
             sums |= summed({"sft_loss": own, **self.own_metrics(preference)}, batch.pairs)
         return losses.sum(), sums
 

@@ -22,11 +22,11 @@ from torch import Tensor
 from evaluation.answers import same_answer
 from generation.generate import Completion
 from model import Decoder
-from options.errors import UserError
+from options.errors import UserError, refuse, require
 from options.option import option
 from parallel.world import World
 from pipeline.batch import IGNORED, ROW_MULTIPLE, Batch
-from stages.logprobs import batch_logprobs, segment_sums, spread
+from stages.logprobs import batch_logprobs, in_eval_mode, segment_sums, spread
 from stages.metrics import Metrics, means_over_ranks, summed
 from stages.rewards import samples_of
 from stages.rollouts import Prompt, clipped_losses, completions_batch, roll_out, seed_of
@@ -48,22 +48,18 @@ class GRPOOptions:
     )
     scale_rewards: Literal["auto", "group", "batch", "none", "true", "false"] = option(
         "auto",
-        "grpo: advantages are divided by the standard deviation of their group (true), of all rewards at "
-        "once, or not (false); auto = group with advantage_estimator=grpo, none with rloo",
+        "grpo: advantages are divided by the deviation of group (true), batch, none; auto: none with rloo",
     )
     loss_type: Literal["dapo", "bnpo", "grpo", "dr_grpo", "rloo"] = option(
         "dapo",
-        "grpo: mean over all tokens (dapo, bnpo), over answers of their tokens' mean (grpo), over "
-        "answers of their tokens' sum / max_new_tokens (dr_grpo), over answers with one ratio each, that "
-        "of their whole text (rloo)",
+        "grpo: mean over all tokens (dapo, bnpo), over answers of their tokens' mean (grpo) or of their "
+        "sum / max_new_tokens (dr_grpo), over answers with one ratio each, that of their whole text (rloo)",
     )
     importance_sampling_level: Literal["token", "sequence"] = option(
         "token", "grpo: a ratio for each token, or one for each answer, of mean log-probabilities"
     )
     epsilon: float = option(0.2, "grpo: ratios below 1 - epsilon get no gradient from a bad answer")
-    epsilon_high: float | None = option(
-        None, "grpo: those above 1 + this none from a good one; none = epsilon"
-    )
+    epsilon_high: float | None = option(None, "grpo: above 1 + this none from a good one; none = epsilon")
     beta: float = option(0.0, "grpo: weight of the KL divergence from the reference; 0 = no reference")
     kl_in_reward: bool = option(False, "grpo: take the KL divergence off the rewards, not add it to the loss")
     mask_truncated_completions: bool = option(
@@ -71,23 +67,19 @@ class GRPOOptions:
     )
 
     def __post_init__(self):
-        if self.num_generations < 2:
-            raise UserError(f"num_generations: {self.num_generations}; a group needs at least 2 to compare")
-        if self.num_iterations < 1:
-            raise UserError(f"num_iterations: {self.num_iterations} must be at least 1")
-        if not 0 < self.epsilon < 1:
-            raise UserError(f"epsilon: {self.epsilon} is not between 0 and 1")
-        if self.epsilon_high is not None and not self.epsilon_high > 0:
-            raise UserError(f"epsilon_high: {self.epsilon_high} must be above 0")
-        if not self.beta >= 0:
-            raise UserError(f"beta: {self.beta} must be 0 (no reference) or more")
-        if self.kl_in_reward and self.beta == 0:
-            raise UserError("kl_in_reward: true, but beta is 0, so there is no KL; set beta, or drop the key")
+        size = self.num_generations
+        refuse(size < 2, f"num_generations: {size}; a group needs at least 2 to compare")
+        require(self, "num_iterations", lambda value: value >= 1, "must be at least 1")
+        require(self, "epsilon", lambda value: 0 < value < 1, "is not between 0 and 1")
+        require(self, "epsilon_high", lambda value: value > 0, "must be above 0")
+        require(self, "beta", lambda value: value >= 0, "must be 0 (no reference) or more")
+        text = "true, but beta is 0, so there is no KL; set beta, or drop the key"
+        refuse(self.kl_in_reward and self.beta == 0, f"kl_in_reward: {text}")
         if self.loss_type == "rloo" and self.importance_sampling_level == "sequence":
-            raise UserError(
-                "importance_sampling_level: sequence, but loss_type=rloo has one ratio per answer already, "
-                "that of the summed log-probabilities; drop one of the two"
+            already = (
+                "one ratio per answer already, that of the summed log-probabilities; drop one of the two"
             )
+            raise UserError(f"importance_sampling_level: sequence, but loss_type=rloo has {already}")
 
     groups_per_rollout = 1
 
@@ -135,12 +127,7 @@ def k3_divergence(logprobs: Tensor, reference: Tensor) -> Tensor:
 
 
 def policy_loss(
-    logprobs: Tensor,
-    old: Tensor,
-    advantages: Tensor,
-    reference: Tensor | None,
-    counts: Tensor,
-    options: GRPOOptions,
+    logprobs: Tensor, old: Tensor, advantages: Tensor, reference, counts: Tensor, options: GRPOOptions
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of `options.loss_type` as a SUM, () in the dtype given, and sums over tokens for the metrics.
 
@@ -152,15 +139,18 @@ def policy_loss(
     whole = options.loss_type == "rloo"  # losses of answers, not of tokens
     if whole:
         losses = clipped_losses(segment_sums(log_ratio, counts), advantages, *clip)
-        # an answer that is left out has ratio 1, and would still add its advantage
-        losses = losses * (counts > 0)
+        losses = losses * (counts > 0)  # one that is left out has ratio 1, and would still add its advantage
         log_ratio = spread(segment_sums(log_ratio.detach(), counts), counts, len(logprobs))
     else:
         if options.importance_sampling_level == "sequence":
             means = segment_sums(log_ratio, counts) / counts.clamp(min=1)
             log_ratio = spread(means, counts, len(logprobs))
         losses = clipped_losses(log_ratio, by_token, *clip)
-    sums = _clip_sums(log_ratio.detach(), by_token, options)
+    # tokens whose gradient the clipping takes away, as trl counts them
+    ratio = torch.exp(log_ratio.detach())
+    low, high = (ratio < 1 - clip[0]) & (by_token < 0), (ratio > 1 + clip[1]) & (by_token > 0)
+    clipped = {"low": low, "high": high, "region": low | high}
+    sums = {f"clip_ratio/{name}_mean": each.to(ratio.dtype).sum() for name, each in clipped.items()}
     if reference is not None:
         divergence = k3_divergence(logprobs, reference)
         sums["kl"] = divergence.detach().sum()
@@ -168,15 +158,6 @@ def policy_loss(
     if options.loss_type == "grpo":
         losses = segment_sums(losses, counts) / counts.clamp(min=1)
     return losses.sum(), sums
-
-
-def _clip_sums(log_ratio: Tensor, advantages: Tensor, options: GRPOOptions) -> dict[str, Tensor]:
-    """Tokens whose gradient the clipping takes away, as trl counts them."""
-    ratio = torch.exp(log_ratio)
-    low = (ratio < 1 - options.epsilon) & (advantages < 0)
-    high = (ratio > 1 + options.upper) & (advantages > 0)
-    named = {"low": low, "high": high, "region": low | high}
-    return {f"clip_ratio/{name}_mean": clipped.to(log_ratio.dtype).sum() for name, clipped in named.items()}
 
 
 def loss_weight(options: GRPOOptions, answers: int, tokens: int, max_new_tokens: int) -> float:
@@ -195,14 +176,13 @@ class GroupPolicy(RolloutStage):
 
     evaluation_names = ("reward", "exact_match", "completions/mean_length", "completions/clipped_ratio")
 
-    # Drawing
-
     def write_texts(self, model: Decoder, prompts: list[list[Prompt]]) -> list[Batch]:
         size = self.options.num_generations
         asked = [[prompt for prompt in each for _ in range(size)] for each in prompts]
         flat = [prompt for each in asked for prompt in each]
-        numbered = enumerate(flat)
-        seeds = [seed_of(self.seed, self.draws, prompt, number % size, size) for number, prompt in numbered]
+        seeds = [
+            seed_of(self.seed, self.draws, each, number % size, size) for number, each in enumerate(flat)
+        ]
         completions = self._write(model, flat, seeds, self.generation)
         parts = self.reward.parts(samples_of(flat, completions)).double()  # (N, K)
         rewards = parts @ torch.tensor(self.reward.weights, dtype=torch.float64)  # (N,)
@@ -213,12 +193,12 @@ class GroupPolicy(RolloutStage):
             begin = rows.stop
             batch = completions_batch(each, completions[rows])
             if self.options.mask_truncated_completions:
-                batch = without_labels(batch, [c.finish_reason == "length" for c in completions[rows]])
+                batch = without_labels(batch, [text.finish_reason == "length" for text in completions[rows]])
             batch = self._known(model, batch.rounded(ROW_MULTIPLE[self.world.device.type]))
             batch.per_segment |= {name: values[rows] for name, values in measured.items()}
             batches.append(batch)
         if self.options.kl_in_reward:
-            divergences = [_summed_divergence(batch) for batch in batches]
+            divergences = [summed_divergence(batch) for batch in batches]
             rewards = rewards - self.options.beta * torch.cat(divergences)
         advantages = self._advantages(rewards.view(-1, size)).flatten().float()
         for batch, values in zip(batches, advantages.split([len(each) for each in asked])):
@@ -233,29 +213,21 @@ class GroupPolicy(RolloutStage):
         """(N,) fp32 of every answer by metric; what is said of a group is said of each answer in it."""
         size = self.options.num_generations
         deviation = group_deviation(rewards.view(-1, size)).expand(-1, size).reshape(-1)
-        measured = {
-            "reward": rewards,
-            "reward_std": deviation,
-            "frac_reward_zero_std": deviation == 0,
-            "completions/mean_length": torch.tensor([len(each.ids) for each in completions]),
-            "completions/clipped_ratio": torch.tensor(
-                [each.finish_reason == "length" for each in completions]
-            ),
-        }
+        measured = {"reward": rewards, "reward_std": deviation, "frac_reward_zero_std": deviation == 0}
+        cut_off = [text.finish_reason == "length" for text in completions]
+        measured["completions/mean_length"] = torch.tensor([len(text.ids) for text in completions])
+        measured["completions/clipped_ratio"] = torch.tensor(cut_off)
         if len(self.reward.names) > 1:
-            measured |= {
-                f"rewards/{name}/mean": part for name, part in zip(self.reward.names, parts.unbind(1))
-            }
+            measured |= {f"rewards/{name}/mean": part for name, part in zip(self.reward.names, parts.T)}
         return {name: values.float() for name, values in measured.items()}
 
     @torch.no_grad()
     def _known(self, model: Decoder, batch: Batch) -> Batch:
         """What is asked of the policies before the first update: log-probabilities of each label, (L,)."""
-        on_device, was_training, known = batch.to(self.world.device), model.training, {}
+        on_device, known = batch.to(self.world.device), {}
         if self.options.num_iterations > 1 or self.options.kl_in_reward:
-            model.eval()
-            known["old"] = batch_logprobs(model, on_device, self.temperature).cpu()
-            model.train(was_training)
+            with in_eval_mode(model):
+                known["old"] = batch_logprobs(model, on_device, self.temperature).cpu()
         if self.reference is not None:
             known["reference"] = self.reference.logprobs(model, on_device, self.temperature).cpu()
         return replace(batch, per_label=known)
@@ -263,14 +235,13 @@ class GroupPolicy(RolloutStage):
     def _advantages(self, rewards: Tensor) -> Tensor:
         """(P, G) fp64 -> (P, G). Every rank has to call."""
         baseline = leave_one_out if self.options.advantage_estimator == "rloo" else mean_baseline
-        advantages = baseline(rewards)
-        if self.options.scale == "group":
-            advantages = advantages / (group_deviation(rewards) + SCALE_EPS)
-        if self.options.scale == "batch":
-            advantages = advantages / (deviation_over_ranks(rewards, self.world) + SCALE_EPS)
-        return advantages
-
-    # Learning
+        advantages, scale = baseline(rewards), self.options.scale
+        if scale == "none":
+            return advantages
+        deviation = (
+            group_deviation(rewards) if scale == "group" else deviation_over_ranks(rewards, self.world)
+        )
+        return advantages / (deviation + SCALE_EPS)
 
     def weight(self, batch: Batch) -> float:
         tokens = batch.label_rows.shape[0]
@@ -289,11 +260,8 @@ class GroupPolicy(RolloutStage):
         return total, summed(measured, len(counts)) | summed(sums, len(logprobs))
 
     def evaluate(self, model: Decoder, prompts: Iterator[list[Prompt]], world: World) -> dict[str, float]:
-        """One answer to each prompt, the likeliest tokens: its reward, and whether it is the row's own
-        answer.
-
-        exact_match counts rows that have an answer; it is 0 where none has.
-        """
+        """One answer to each prompt, the likeliest tokens: its reward, and whether it is the row's own answer
+        (exact_match, of the rows that have one; 0 where none has)."""
         asked = [prompt for each in prompts for prompt in each]
         greedy = replace(self.generation, do_sample=False)
         samples = samples_of(asked, self._write(model, asked, [0] * len(asked), greedy))
@@ -326,6 +294,6 @@ def deviation_over_ranks(rewards: Tensor, world: World) -> Tensor:
     return (world.sum(squares).cpu() / max(count - 1, 1)).sqrt()
 
 
-def _summed_divergence(batch: Batch) -> Tensor:
+def summed_divergence(batch: Batch) -> Tensor:
     """(N,) fp64: log policy - log reference of each whole answer, as trl's RLOO takes it off the reward."""
     return segment_sums((batch.per_label["old"] - batch.per_label["reference"]).double(), batch.label_counts)

@@ -31,13 +31,20 @@ from torch import Tensor
 
 from data import Prepared
 from model import Decoder
-from options.errors import UserError
+from options.errors import UserError, refuse, require
 from options.option import option
 from parallel.world import World
 from pipeline.batch import ROW_MULTIPLE, Batch, Example
 from pipeline.store import ExampleStore
-from stages.logprobs import MeanLogits, batch_logprobs, label_logprobs, label_states, segment_sums
-from stages.metrics import Metrics, means_over_ranks
+from stages.logprobs import (
+    MeanLogits,
+    batch_logprobs,
+    in_eval_mode,
+    label_logprobs,
+    label_states,
+    segment_sums,
+)
+from stages.metrics import ANSWER_METRICS, Metrics, means_over_ranks
 from stages.reference import Reference
 from stages.stage import Stage
 
@@ -51,11 +58,10 @@ class KTOOptions:
     kto_rejected_weight: float = option(1.0, "weight of answers called bad", also="undesirable_weight")
 
     def __post_init__(self):
-        for key in ("kto_chosen_weight", "kto_rejected_weight"):
-            if not (math.isfinite(getattr(self, key)) and getattr(self, key) >= 0):
-                raise UserError(f"{key}: {getattr(self, key)} must be 0 or more")
-        if not self.kto_chosen_weight + self.kto_rejected_weight > 0:
-            raise UserError("kto_chosen_weight: both weights are 0, so nothing is learned; raise one")
+        weights = "kto_chosen_weight kto_rejected_weight"
+        require(self, weights, lambda value: 0 <= value < math.inf, "must be 0 or more")
+        idle = self.kto_chosen_weight == self.kto_rejected_weight == 0
+        refuse(idle, "kto_chosen_weight: both weights are 0, so nothing is learned; raise one")
 
     @property
     def needs_mismatches(self) -> bool:
@@ -96,8 +102,7 @@ class MismatchedStore(ExampleStore):
 
 def mismatched(example: Example, other: Example, cutoff_len: int) -> Example:
     """The example with a second segment: its question with the other's answer, as much as fits cutoff_len."""
-    question = int(np.argmax(example.trained))
-    start = int(np.argmax(other.trained))
+    question, start = int(np.argmax(example.trained)), int(np.argmax(other.trained))
     stop = min(len(other), start + cutoff_len - question)
 
     def joined(name: str) -> np.ndarray:
@@ -134,20 +139,15 @@ class Measured:
 class RatedPreference(Stage):
     """Stage kto. Of an example's two segments (loss kto) the second one is read without gradient only."""
 
-    evaluation_names = (
-        *("loss", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"),
-        *("logits/chosen", "logits/rejected", "kl", "sft_loss", "rewards/margins"),
-    )
+    evaluation_names = ("loss", *ANSWER_METRICS, "kl", "sft_loss", "rewards/margins")
     uses_dropout = False
 
     def __init__(self, options: KTOOptions, beta: float, ftx: float, reference: Reference, world: World):
         """beta: pref_beta.  ftx: pref_ftx."""
         self.options, self.beta, self.ftx = options, beta, ftx
-        self.reference, self.world = reference, world
-        self.mean_logits = MeanLogits()
+        self.reference, self.world, self.mean_logits = reference, world, MeanLogits()
         self.kl = torch.zeros((), device=world.device)  # z of the current group
-        # sum of b r so far, number of answers
-        self.rewards = torch.zeros(2, dtype=torch.float64, device=world.device)
+        self.rewards = torch.zeros(2).double().to(world.device)  # sum of b r so far, number of answers
 
     def weight(self, batch: Batch) -> int:
         return len(batch)
@@ -163,10 +163,8 @@ class RatedPreference(Stage):
         """For kto and bco, which hold answers against a mean over the group: one more forward pass."""
         if self.options.kto_loss == "apo_zero_unpaired":
             return
-        was_training = model.training
-        model.eval()
-        sums = sum(self.ratio_sums(model, batch, self.options.needs_mismatches) for batch in group)
-        model.train(was_training)
+        with in_eval_mode(model):
+            sums = sum(self.ratio_sums(model, batch, self.options.needs_mismatches) for batch in group)
         self.world.sum(sums)
         if self.options.needs_mismatches:
             self.kl = self.divergence(sums)
@@ -210,17 +208,12 @@ class RatedPreference(Stage):
         if self.ftx:
             losses = losses + self.ftx * torch.where(good, own, 0.0)
         with torch.no_grad():
-            kinds = {"chosen": good.float(), "rejected": 1 - good.float()}
-            ones = torch.ones_like(rewards)
-            measured = {"rewards": (rewards, ones), "logps": (answers.logprobs, ones)}
-            measured["logits"] = (answers.logits, answers.tokens)
-            metrics = {
-                f"{name}/{kind}": torch.stack([(mask * values).sum(), (mask * number).sum()])
-                for name, (values, number) in measured.items()
-                for kind, mask in kinds.items()
-            }
+            masks, ones = torch.stack([good, ~good]).float(), torch.ones_like(rewards)  # (2, n), (n,)
+            pairs = ((rewards, ones), (answers.logprobs, ones), (answers.logits, answers.tokens))
+            sums = [torch.stack([(mask * each).sum() for each in pair]) for pair in pairs for mask in masks]
+            metrics = dict(zip(ANSWER_METRICS, sums))
             metrics["kl"] = torch.stack([self.kl, torch.ones_like(self.kl)]) * len(good)
-            metrics["sft_loss"] = torch.stack([(kinds["chosen"] * own).sum(), kinds["chosen"].sum()])
+            metrics["sft_loss"] = torch.stack([(masks[0] * own).sum(), masks[0].sum()])
         return losses.sum(), metrics
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:

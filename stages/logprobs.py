@@ -3,6 +3,9 @@
 All heads run on the rows that need them only, and the (T, V) logits never exist: design of every loss here.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +15,17 @@ import kernels
 from kernels.cross_entropy import CHUNK_BYTES
 from model import Decoder
 from pipeline.batch import Batch
+
+
+@contextmanager
+def in_eval_mode(model: Decoder) -> Iterator[None]:
+    """Without dropout; afterwards the model's mode is what it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def hidden_states(model: Decoder, batch: Batch) -> Tensor:
@@ -25,8 +39,7 @@ def label_states(model: Decoder, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def head_loss(model: Decoder, rows: Tensor, labels: Tensor) -> Tensor:
-    """Sum of -log p(label) for hidden rows (L, E) and labels (L,), () fp32; all (L, V) logits never exist at
-    once."""
+    """Sum of -log p(label) for hidden rows (L, E) and labels (L,), () fp32."""
     if is_one_matrix(model):
         return kernels.linear_cross_entropy(rows, model.head_weight(), labels)
     return sum(chunk.sum() for chunk in _chunked_losses(model, rows, labels))
@@ -58,8 +71,7 @@ def _chunked_losses(model: Decoder, rows: Tensor, labels: Tensor) -> list[Tensor
 def batch_logprobs(model: Decoder, batch: Batch, temperature: float = 1.0) -> Tensor:
     """(L,) fp32: log-probability of each label of the batch, in the order of label_rows.
 
-    temperature: of the sampling that these are the probabilities of; it divides the logits, which are linear
-    in rows.
+    temperature: of the sampling that these are the probabilities of; it divides the logits, linear in rows.
     """
     rows, labels = label_states(model, batch)
     return label_logprobs(model, rows if temperature == 1 else rows / temperature, labels)
@@ -111,17 +123,12 @@ def answer_sums(values: Tensor, batch: Batch, ld_alpha: float | None = None) -> 
     ld_alpha (pairs only): labels beyond the length of the shorter answer of the pair count this much. LD-DPO,
     arXiv 2409.06411; for policy and reference alike.
     """
-    counts = batch.label_counts
+    counts, labels = batch.label_counts, len(values)
     if ld_alpha is not None:
-        values = torch.where(_in_both(batch, counts), values, ld_alpha * values)
+        shared = counts.view(2, batch.pairs).amin(0).repeat(2)  # (N,) labels that both answers of a pair have
+        starts = counts.cumsum(0) - counts
+        place = torch.arange(labels, device=counts.device) - spread(
+            starts, counts, labels
+        )  # (L,) in its answer
+        values = torch.where(place < spread(shared, counts, labels), values, ld_alpha * values)
     return segment_sums(values, counts)
-
-
-def _in_both(batch: Batch, counts: Tensor) -> Tensor:
-    """(L,) bool: whether the label's place in its answer is one that the other answer of the pair has too."""
-    labels = batch.label_rows.shape[0]
-    shared = counts.view(2, batch.pairs).amin(0).repeat(2)
-    starts = counts.cumsum(0) - counts
-    return torch.arange(labels, device=counts.device) - spread(starts, counts, labels) < spread(
-        shared, counts, labels
-    )

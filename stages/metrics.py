@@ -5,7 +5,10 @@ from torch import Tensor
 
 from parallel.world import World
 
+KINDS = ("chosen", "rejected")
 Metrics = dict[str, Tensor]  # name -> (2,): a sum, and the number of things it is a sum over
+
+ANSWER_METRICS = tuple(f"{name}/{kind}" for name in ("rewards", "logps", "logits") for kind in KINDS)
 
 
 def summed(values: dict[str, Tensor], number: float) -> Metrics:
@@ -16,6 +19,11 @@ def summed(values: dict[str, Tensor], number: float) -> Metrics:
         return torch.stack([value.sum(), torch.full((), float(number), device=value.device)])
 
     return {name: pair(value) for name, value in values.items()}
+
+
+def by_kind(name: str, values: Tensor) -> dict[str, Tensor]:
+    """values (2, ...), the chosen answers first."""
+    return {f"{name}/{kind}": each for kind, each in zip(KINDS, values)}
 
 
 def means_over_ranks(sums: Metrics, world: World) -> dict[str, float]:

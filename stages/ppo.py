@@ -34,11 +34,11 @@ from torch import Tensor
 from checkpoints.safetensors_files import read_plain
 from generation.generate import Completion
 from model import Decoder
-from options.errors import StopRun, UserError
+from options.errors import StopRun, UserError, refuse, require
 from options.option import RESUMABLE, option
 from parallel.world import World
 from pipeline.batch import ROW_MULTIPLE, Batch
-from stages.logprobs import batch_logprobs, label_logprobs, label_states, segment_sums, spread
+from stages.logprobs import batch_logprobs, in_eval_mode, label_logprobs, label_states, segment_sums, spread
 from stages.metrics import Metrics, means_over_ranks, summed
 from stages.rewards import samples_of
 from stages.rollouts import Prompt, clipped_losses, completions_batch, roll_out, seed_of
@@ -66,26 +66,17 @@ class PPOOptions:
     vf_coef: float = option(0.1, "ppo: weight of the value loss")
     ratio_threshold: float = option(10.0, "ppo: a text whose mean probability ratio is above it is left out")
     ppo_value_warmup: int = option(0, "ppo: draws at the start that train the value head alone")
-    ppo_save_draws: bool = option(
-        False, "ppo: keep every draw in output_dir/draws, for ppo_replay", RESUMABLE
-    )
-    ppo_replay: str | None = option(
-        None, "ppo: file of output_dir/draws, in place of the first draw", RESUMABLE
-    )
+    ppo_save_draws: bool = option(False, "ppo: keep each draw in output_dir/draws, for ppo_replay", RESUMABLE)
+    ppo_replay: str | None = option(None, "ppo: a file of output_dir/draws as the first draw", RESUMABLE)
 
     def __post_init__(self):
-        for key in ("ppo_buffer_size", "ppo_epochs"):
-            if getattr(self, key) < 1:
-                raise UserError(f"{key}: {getattr(self, key)} must be at least 1")
-        for key in ("ppo_target", "horizon", "cliprange", "cliprange_value", "ratio_threshold"):
-            if not getattr(self, key) > 0:
-                raise UserError(f"{key}: {getattr(self, key)} must be above 0")
-        for key in ("init_kl_coef", "vf_coef", "ppo_value_warmup"):
-            if not getattr(self, key) >= 0:
-                raise UserError(f"{key}: {getattr(self, key)} must not be negative")
-        for key in ("gamma", "lam"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise UserError(f"{key}: {getattr(self, key)} is not between 0 and 1")
+        require(self, "ppo_buffer_size ppo_epochs", lambda value: value >= 1, "must be at least 1")
+        above_zero = "ppo_target horizon cliprange cliprange_value ratio_threshold"
+        require(self, above_zero, lambda value: value > 0, "must be above 0")
+        require(
+            self, "init_kl_coef vf_coef ppo_value_warmup", lambda value: value >= 0, "must not be negative"
+        )
+        require(self, "gamma lam", lambda value: 0 <= value <= 1, "is not between 0 and 1")
 
     @property
     def groups_per_rollout(self) -> int:
@@ -112,7 +103,7 @@ def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> Tensor:
     A_t = delta_t + gamma lam A_(t+1),  delta_t = r_t + gamma V_(t+1) - V_t,  0 behind the end.
     """
     advantages, advantage, value_after = [], 0.0, 0.0
-    for reward, value in zip(reversed(rewards.tolist()), reversed(values.tolist())):
+    for reward, value in zip(rewards.flip(0).tolist(), values.flip(0).tolist()):
         advantage = reward + gamma * value_after - value + gamma * lam * advantage
         advantages.append(advantage)
         value_after = value
@@ -123,8 +114,8 @@ def mean_and_variance(values: Tensor, world: World) -> tuple[float, float, int]:
     """Of the values (n,) of all ranks: mean, unbiased variance (0 of less than two), how many."""
 
     def over_ranks(*numbers: float) -> list[float]:
-        device = world.device  # a GPU's group reduces what is on GPUs
-        return world.sum(torch.tensor(numbers, dtype=torch.float64).to(device)).tolist()
+        # on the device: a GPU's group reduces what is on GPUs
+        return world.sum(torch.tensor(numbers, dtype=torch.float64).to(world.device)).tolist()
 
     values = values.double()
     total, count = over_ranks(values.sum().item(), len(values))
@@ -192,15 +183,12 @@ class PPO(RolloutStage):
     def __init__(self, options: PPOOptions, *parts, group_size: int, output_dir: Path, **shared):
         """parts, shared: as RolloutStage has them; the reference is needed."""
         super().__init__(options, *parts, **shared)
-        self.group_size, self.output_dir = group_size, output_dir
+        self.group_size, self.output_dir, self.replay = group_size, output_dir, options.ppo_replay
         self.controller = KLController(options.init_kl_coef, options.ppo_target, options.horizon)
         self.moments = RunningMoments()
         self.kl_coef = options.init_kl_coef  # that the drawn texts were rewarded with
-        self.replay = options.ppo_replay
-        if self.replay is not None and not Path(self.replay).is_file():
-            raise UserError(
-                f"ppo_replay: {self.replay}: file not found; ppo_save_draws=true writes such files"
-            )
+        missing = self.replay is not None and not Path(self.replay).is_file()
+        refuse(missing, f"ppo_replay: {self.replay}: file not found; ppo_save_draws=true writes such files")
 
     # What the loop asks for
 
@@ -224,23 +212,19 @@ class PPO(RolloutStage):
         value = value_loss(values, known["values"], known["returns"], options.cliprange_value) * kept_tokens
         loss = options.vf_coef * value.sum() + policy.sum() * (0.0 if warming else 1.0)
         with torch.no_grad():
-            change = (values - known["values"]).abs()
             by_token = {
                 "policy_loss": policy,
                 "value_loss": value,
                 "values": values,
                 "returns": known["returns"],
-                "clip_ratio": (log_ratio.exp() - 1).abs() > options.cliprange,
-                "value_clip_ratio": change > options.cliprange_value,
-                "approx_kl": 0.5 * log_ratio.square(),
             }
-            of_texts = {
-                "reward": known["score"],
-                "kl": known["kl"],
-                "kl_coef": torch.full_like(loss, self.kl_coef * len(counts)),
-                "completions/mean_length": torch.full_like(loss, len(labels)),
-                "completions/clipped_ratio": known["cut"],
-            }
+            by_token["clip_ratio"] = (log_ratio.exp() - 1).abs() > options.cliprange
+            by_token["value_clip_ratio"] = (values - known["values"]).abs() > options.cliprange_value
+            by_token["approx_kl"] = 0.5 * log_ratio.square()
+            of_texts = {"reward": known["score"], "kl": known["kl"]}
+            of_texts["kl_coef"] = torch.full_like(loss, self.kl_coef * len(counts))
+            of_texts["completions/mean_length"] = torch.full_like(loss, len(labels))
+            of_texts["completions/clipped_ratio"] = known["cut"]
             metrics = summed(of_texts, len(counts)) | summed(by_token, len(labels))
             return loss, metrics | summed({"skipped": ~kept}, len(counts))
 
@@ -264,9 +248,9 @@ class PPO(RolloutStage):
             reference = self.reference.logprobs(model, batch, self.temperature)
             kl += (batch_logprobs(model, batch, self.temperature) - reference).double().sum().cpu()
         texts = [text for each in completions for text in each]
-        lengths = torch.tensor([float(len(text.ids)) for text in texts])
-        cut = torch.tensor([float(text.finish_reason == "length") for text in texts])
-        columns = (scores.double(), kl, lengths.double(), cut.double())
+        lengths = torch.tensor([len(text.ids) for text in texts]).double()
+        cut = torch.tensor([text.finish_reason == "length" for text in texts]).double()
+        columns = (scores.double(), kl, lengths, cut)
         sums = summed(dict(zip(self.evaluation_names, columns)), len(texts))
         return means_over_ranks({name: pair.to(world.device) for name, pair in sums.items()}, world)
 
@@ -275,30 +259,24 @@ class PPO(RolloutStage):
     @torch.no_grad()
     def write_texts(self, model: Decoder, prompts: list[list[Prompt]]) -> list[Batch]:
         """Roll out, score, and note for every token what the updates need."""
+        number = self.draws + 1
         if self.replay is not None:
-            draws = self.draws
             self._take_over(Path(self.replay))
-            self.replay, self.draws = None, draws + 1
+            self.replay, self.draws = None, number
             return self.drawn
         self.kl_coef = self.controller.value
-        completions, scores = self._texts(model, prompts, self.draws + 1)
-        self.draws += 1  # not before: where the reward fails, the draw has not been
-        was_training = model.training
-        model.eval()
+        completions, scores = self._texts(model, prompts, number)
+        self.draws = number  # not before: where the reward fails, the draw has not been
         batches = [self._batch(*each) for each in zip(prompts, completions)]
-        noted = [self._note(model, batch.to(self.world.device)) for batch in batches]
-        model.train(was_training)
+        with in_eval_mode(model):
+            noted = [self._note(model, batch.to(self.world.device)) for batch in batches]
         texts = [text for each in completions for text in each]
         flat = {name: torch.cat([each[name] for each in noted]) for name in noted[0]}
         flat |= self._taught(flat, [len(text.ids) for text in texts], scores)
         flat["cut"] = _at_the_ends([float(text.finish_reason == "length") for text in texts], texts)
         flat["score"] = _at_the_ends(scores, texts)
-        sizes = [len(batch.label_rows) for batch in batches]
-        split = {name: values.split(sizes) for name, values in flat.items()}
-        self.drawn = [
-            replace(batch, per_label={name: parts[number] for name, parts in split.items()})
-            for number, batch in enumerate(batches)
-        ]
+        parts = zip(*(values.split([len(batch.label_rows) for batch in batches]) for values in flat.values()))
+        self.drawn = [replace(batch, per_label=dict(zip(flat, part))) for batch, part in zip(batches, parts)]
         if self.options.ppo_save_draws:
             self._keep_draw(self.output_dir / "draws" / f"draw-{self.draws}-rank-{self.world.rank}.pt")
         return self.drawn
@@ -318,7 +296,7 @@ class PPO(RolloutStage):
         remedy = "name a file of output_dir/draws, which ppo_save_draws=true writes"
         try:
             state = read_plain(path)
-        except ValueError as error:
+        except UserError as error:
             raise UserError(f"ppo_replay: {path}: {error}; {remedy}") from error
         if not isinstance(state, dict) or not isinstance(state.get("drawn"), list):
             raise UserError(f"ppo_replay: {path} holds no draw of this version; {remedy}")
@@ -327,10 +305,8 @@ class PPO(RolloutStage):
     def _batch(self, prompts: list[Prompt], completions: list[Completion]) -> Batch:
         return completions_batch(prompts, completions).rounded(ROW_MULTIPLE[self.world.device.type])
 
-    def _texts(
-        self, model: Decoder, prompts: list[list[Prompt]], draw: int
-    ) -> tuple[list[list[Completion]], Tensor]:
-        """What the policy writes to each micro-batch's prompts, and the score of each text in that order."""
+    def _texts(self, model: Decoder, prompts: list[list[Prompt]], draw: int) -> tuple[list, Tensor]:
+        """The Completions to each micro-batch's prompts, and the score of each text in that order."""
         flat = [prompt for each in prompts for prompt in each]
         seeds = [seed_of(self.seed, draw, prompt) for prompt in flat]
         common = {"stop_ids": self.stop_ids, "tokenizer": self.tokenizer}

@@ -26,13 +26,13 @@ from tqdm import tqdm
 from checkpoints.safetensors_files import write_tensors
 from lora import full_modules, lora_layers, lora_off
 from model import Decoder
-from options.errors import UserError
+from options.errors import UserError, refuse
 from options.option import option
 from parallel.atomic import atomic_file
 from parallel.world import World
 from pipeline.batch import ROW_MULTIPLE, Batch, BatchLoader
 from pipeline.store import ExampleStore, locked
-from stages.logprobs import answer_sums, batch_logprobs
+from stages.logprobs import answer_sums, batch_logprobs, in_eval_mode
 
 CACHE_VERSION = 1  # raise it when the same weights and tokens give other numbers
 TENSOR = "logprobs"
@@ -41,20 +41,17 @@ ADAPTER_PARTS = ("lora_a", "lora_b", "magnitude")  # of an adapted linear, which
 
 @dataclass(frozen=True)
 class ReferenceOptions:
-    ref_model: str | None = option(
-        None, "model that the policy is held to; default: what the run starts from"
-    )
+    ref_model: str | None = option(None, "model to which the policy is held; default: the start of the run")
     ref_model_adapters: tuple[str, ...] = option((), "adapters on ref_model, in this order")
     ref_model_quantization_bit: int | None = option(None, "quantise ref_model to this many bits")
     precompute_ref_log_probs: bool | None = option(
-        None,
-        "reference log-probabilities once before training, kept in the cache; default: if that saves work",
+        None, "reference log-probabilities before training, kept in the cache; default: if it saves work"
     )
 
     def __post_init__(self):
         for key in ("ref_model_adapters", "ref_model_quantization_bit"):
-            if getattr(self, key) and not self.ref_model:
-                raise UserError(f"{key}: it belongs to ref_model, which is not given; name it, or drop {key}")
+            text = f"{key}: it belongs to ref_model, which is not given; name it, or drop {key}"
+            refuse(getattr(self, key) and not self.ref_model, text)
 
 
 class Reference:
@@ -68,12 +65,8 @@ class Reference:
     def logprobs(self, model: Decoder, batch: Batch, temperature: float = 1.0) -> Tensor:
         """(L,) fp32: log-probability of each label, in the order of label_rows."""
         policy = model if self.policy is None else self.policy
-        was_training = policy.training
-        policy.eval()
-        with lora_off(policy) if self.policy is None else nullcontext():
-            values = batch_logprobs(policy, batch, temperature)
-        policy.train(was_training)
-        return values
+        with in_eval_mode(policy), lora_off(policy) if self.policy is None else nullcontext():
+            return batch_logprobs(policy, batch, temperature)
 
     def sums(self, model: Decoder, batch: Batch) -> Tensor:
         """(N,) fp32: log-probability of each segment's labels; known ahead, or computed now."""
@@ -110,13 +103,13 @@ def frozen_copy(model: Decoder) -> Decoder:
 def precompute(
     reference: Reference,
     model: Decoder,
-    stores: dict[str, ExampleStore],
+    stores: dict,
     rows_per_batch: int,
     cache: Path,
     world: World,
-    afresh: bool = False,
+    afresh=False,
 ) -> None:
-    """Fill `reference` of every store (name -> store), from the cache where it has these weights and tokens.
+    """Fill `reference` of the stores (name -> ExampleStore), from the cache where it has just this.
 
     afresh: compute in any case.  All ranks have to call; they share the work, and rank 0 alone reads and
     writes files. Raises UserError for numbers that are not finite.
@@ -178,8 +171,7 @@ def _compute(
 
 def weights_key(model: Decoder, adapters: bool) -> str:
     """A hash of everything that decides what a model computes; adapters: whether they take part."""
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(repr((model.config, model.runtime.compute_dtype)).encode())
+    digest = hashlib.blake2b(repr((model.config, model.runtime.compute_dtype)).encode(), digest_size=16)
     for name, tensor in sorted(itertools.chain(model.named_parameters(), model.named_buffers())):
         if name.startswith("v_head.") or (not adapters and name.rpartition(".")[2] in ADAPTER_PARTS):
             continue
@@ -204,8 +196,8 @@ def _alone(path: Path):
     try:
         return locked(path.with_suffix(".lock"))
     except OSError as error:
-        text = f"cache_dir: {path.parent} cannot be written ({error.strerror}); name another"
-        raise UserError(text) from error
+        why = f"{path.parent} cannot be written ({error.strerror})"
+        raise UserError(f"cache_dir: {why}; name another") from error
 
 
 def _read(path: Path, key: dict, store: ExampleStore) -> Tensor | None:

@@ -50,23 +50,16 @@ from checkpoints.value_head import ValueHead, has_value_head, load_value_head
 from generation.generate import Completion
 from lora import full_modules, lora_layers, replace_module
 from model import Decoder
-from options.errors import StopRun, UserError
+from options.errors import StopRun, UserError, refuse, require
 from options.option import COMMON, RESUMABLE, option
 from quant.linear import QuantLinear
 from stages.rm import score_texts
 from stages.rollouts import Prompt
 from text.tokenizer import Tokenizer
 
-ARGUMENTS = {
-    "prompts": "prompt",
-    "completions": "completion",
-    "answers": "answer",
-    "prompt_ids": "prompt_ids",
-}
-ARGUMENTS |= {
-    "completion_ids": "completion_ids",
-    "finish_reasons": "finish_reason",
-}  # name -> field of Sample
+# name -> field of Sample
+ARGUMENTS = {"prompts": "prompt", "completions": "completion", "answers": "answer"}
+ARGUMENTS |= {each: each for each in ("prompt_ids", "completion_ids")} | {"finish_reasons": "finish_reason"}
 API_TRIES = 3  # a server that is being restarted must not end a run of hours
 API_PAUSE = 2.0  # seconds before the second try; twice that before the third
 
@@ -77,52 +70,37 @@ class RewardOptions:
 
     reward_model: str | None = option(None, "adapter of stage rm, model folder, hub id or address")
     reward_model_type: Literal["lora", "full", "api"] = option(
-        "lora",
-        "what reward_model is: an adapter on the same base, a model of its own, or the address of a server",
+        "lora", "what reward_model is: an adapter on the same base, a model of its own, a server's address"
     )
     reward_model_adapters: tuple[str, ...] = option((), "adapters of a reward model of type full")
     reward_model_quantization_bit: int | None = option(None, "quantise a reward model of type full")
-    reward_api_timeout: float = option(
-        60.0, "seconds that an answer of the reward server may take", RESUMABLE
-    )
-    reward_file: str | None = option(
-        None, "Python file with reward functions; runs as your own program", COMMON
-    )
-    reward_funcs: tuple[str, ...] = option(
-        (), "which functions of reward_file; default: all with `completions`"
-    )
+    reward_api_timeout: float = option(60.0, "seconds that the reward server may take", RESUMABLE)
+    reward_file: str | None = option(None, "Python file with reward functions; runs as your program", COMMON)
+    reward_funcs: tuple[str, ...] = option((), "functions of reward_file; default: all with `completions`")
     reward_weights: tuple[float, ...] = option((), "weight of each reward function; default: 1 each")
 
     def __post_init__(self):
-        if self.reward_model and self.reward_file:
-            raise UserError("reward_file: there is a reward_model too; give one of the two")
-        is_address = (self.reward_model or "").startswith(("http://", "https://"))
-        if self.reward_model and is_address != (self.reward_model_type == "api"):
-            raise UserError(
-                f"reward_model: {self.reward_model} with reward_model_type={self.reward_model_type}: lora "
-                "and full name a folder or a hub id, api an address (http://...)"
-            )
-        full = self.reward_model and self.reward_model_type == "full"
+        model, kind, weights = self.reward_model, self.reward_model_type, self.reward_weights
+        refuse(model and self.reward_file, "reward_file: there is a reward_model too; give one of the two")
+        is_address = (model or "").startswith(("http://", "https://"))
+        text = "lora and full name a folder or a hub id, api an address (http://...)"
+        wrong = model and is_address != (kind == "api")
+        refuse(wrong, f"reward_model: {model} with reward_model_type={kind}: {text}")
         for key in ("reward_model_adapters", "reward_model_quantization_bit"):
-            if getattr(self, key) and not full:
-                raise UserError(
-                    f"{key}: it belongs to a reward_model of type full; drop it, or set that type"
-                )
-        if not self.reward_api_timeout > 0:
-            raise UserError(f"reward_api_timeout: {self.reward_api_timeout} must be above 0 (seconds)")
+            lonely = getattr(self, key) and not (model and kind == "full")
+            refuse(lonely, f"{key}: it belongs to a reward_model of type full; drop it, or set that type")
+        require(self, "reward_api_timeout", lambda value: value > 0, "must be above 0 (seconds)")
         for key in ("reward_funcs", "reward_weights"):
-            if getattr(self, key) and not self.reward_file:
-                raise UserError(
-                    f"{key}: it belongs to reward_file, which is not given; name it, or drop {key}"
-                )
-        twice = next((name for name in self.reward_funcs if self.reward_funcs.count(name) > 1), None)
-        if twice is not None:
-            raise UserError(f"reward_funcs: {twice} is named twice; name it once, and use reward_weights")
-        if not all(map(math.isfinite, self.reward_weights)):
-            raise UserError(f"reward_weights: {self.reward_weights} must be finite numbers")
-        named, given = len(self.reward_funcs), len(self.reward_weights)
-        if named and given and named != given:
-            raise UserError(f"reward_weights: {given} numbers for {named} functions in reward_funcs")
+            lonely = getattr(self, key) and not self.reward_file
+            refuse(lonely, f"{key}: it belongs to reward_file, which is not given; name it, or drop {key}")
+        for name in self.reward_funcs:
+            twice = self.reward_funcs.count(name) > 1
+            refuse(twice, f"reward_funcs: {name} is named twice; name it once, and use reward_weights")
+        finite = all(map(math.isfinite, weights))
+        refuse(not finite, f"reward_weights: {weights} must be finite numbers")
+        named, given = len(self.reward_funcs), len(weights)
+        wrong = named and given and named != given
+        refuse(wrong, f"reward_weights: {given} numbers for {named} functions in reward_funcs")
 
 
 @dataclass(frozen=True)
@@ -168,10 +146,8 @@ class RewardSource:
         if len(bad):
             row, part = bad[0].tolist()
             prompt, answer = _short(samples[row].prompt), _short(samples[row].completion)
-            raise RewardError(
-                f"the reward ({self.names[part]}) of an answer is {values[row, part]}, expected a finite "
-                f"number; the answer is {answer!r}, to {prompt!r}"
-            )
+            found = f"the reward ({self.names[part]}) of an answer is {values[row, part]}"
+            raise RewardError(f"{found}, expected a finite number; the answer is {answer!r}, to {prompt!r}")
         return values
 
     def scores(self, samples: Sequence[Sample]) -> Tensor:
@@ -188,10 +164,8 @@ class FunctionReward(RewardSource):
         found = _reward_functions(self.path, names)
         self.functions, self.names = tuple(found.values()), tuple(found)
         self.weights = tuple(map(float, weights)) or (1.0,) * len(found)
-        if len(self.weights) != len(found):
-            given, names = len(self.weights), ", ".join(found)
-            where = f"the {len(found)} functions of {self.path} ({names})"
-            raise UserError(f"reward_weights: {given} numbers for {where}; give one for each")
+        given, where = len(self.weights), f"the {len(found)} functions of {self.path} ({', '.join(found)})"
+        refuse(given != len(found), f"reward_weights: {given} numbers for {where}; give one for each")
 
     def measure(self, samples: Sequence[Sample]) -> Tensor:
         given = {name: [getattr(sample, field) for sample in samples] for name, field in ARGUMENTS.items()}
@@ -218,11 +192,9 @@ class FunctionReward(RewardSource):
         except (TypeError, ValueError) as error:
             found = _short(" ".join(repr(values).split()))  # the repr of a tensor has lines
             raise RewardError(f"{where} returned {found}, expected a list of numbers ({error})") from error
-        found, wanted = len(numbers), len(given["completions"])
-        if found != wanted:
-            raise RewardError(
-                f"{where} returned {found} numbers for {wanted} completions; return one for each"
-            )
+        found, wanted = f"{len(numbers)} numbers", len(given["completions"])
+        if len(numbers) != wanted:
+            raise RewardError(f"{where} returned {found} for {wanted} completions; return one for each")
         return numbers
 
 
@@ -236,30 +208,22 @@ def _reward_functions(path: Path, names: Sequence[str]) -> dict[str, Callable]:
         and value.__module__ == module.__name__  # not imported
         and "completions" in inspect.signature(value).parameters
     }
-    if not rewards:
-        raise UserError(
-            f"reward_file: {path}: no function has a parameter `completions`, so there is no reward in it"
-        )
+    where = f"reward_file: {path}"
+    refuse(not rewards, f"{where}: no function has a parameter `completions`, so there is no reward in it")
     for name in names:
-        if name not in rewards:
-            raise UserError(
-                f"reward_funcs: {path} has no reward function {name!r}; it has {', '.join(rewards)}"
-            )
+        has = f"it has {', '.join(rewards)}"
+        refuse(name not in rewards, f"reward_funcs: {path} has no reward function {name!r}; {has}")
     chosen = {name: rewards[name] for name in names} or rewards
     for name, function in chosen.items():
-        if inspect.iscoroutinefunction(function):
-            raise UserError(
-                f"reward_file: {path}: {name} is async, but nothing waits for it; write `def {name}`"
-            )
+        waits = inspect.iscoroutinefunction(function)
+        refuse(waits, f"{where}: {name} is async, but nothing waits for it; write `def {name}`")
         for parameter in inspect.signature(function).parameters.values():
             named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
             optional = parameter.default is not parameter.empty
             bundle = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-            if not bundle and not optional and not (named and parameter.name in ARGUMENTS):
-                raise UserError(
-                    f"reward_file: {path}: {name} has a parameter {parameter.name!r}; a reward function can "
-                    f"have {', '.join(ARGUMENTS)} and **others"
-                )
+            known = bundle or optional or (named and parameter.name in ARGUMENTS)
+            can = f"a reward function can have {', '.join(ARGUMENTS)} and **others"
+            refuse(not known, f"{where}: {name} has a parameter {parameter.name!r}; {can}")
     return chosen
 
 
@@ -267,11 +231,9 @@ def _load_module(path: Path) -> ModuleType:
     """Run the user's file, as an import would. Raises UserError naming file and line."""
     if not path.is_file():
         found = "this is a folder" if path.is_dir() else "file not found"
-        raise UserError(
-            f"reward_file: {path}: {found}; name a Python file of reward functions (see data/rewards)"
-        )
-    if path.suffix != ".py":
-        raise UserError(f"reward_file: {path}: expected a Python file (.py)")
+        what = "a Python file of reward functions (see data/rewards)"
+        raise UserError(f"reward_file: {path}: {found}; name {what}")
+    refuse(path.suffix != ".py", f"reward_file: {path}: expected a Python file (.py)")
     spec = importlib.util.spec_from_file_location(f"reward_file_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # as importlib's recipe: dataclasses look their module up there
@@ -307,11 +269,9 @@ class AdapterReward(RewardSource):
 
     def __init__(self, policy: Decoder, folder: Path):
         """Raises UserError when the folder is no adapter of this base, or has no value head."""
-        if full_modules(policy):
-            raise UserError(
-                f"reward_model_type: lora uses the policy's base, but {full_modules(policy)[0]} trains "
-                "in full; set reward_model_type=full, or train adapters alone"
-            )
+        whole, remedy = full_modules(policy), "set reward_model_type=full, or train adapters alone"
+        found = f"lora uses the policy's base, but {', '.join(whole[:1])} trains in full"
+        refuse(whole, f"reward_model_type: {found}; {remedy}")
         self.policy, self.head = policy, _read_head(policy, [Path(folder)])
         file = read_adapter(folder, policy.config)
         self.whole = list(_whole_tensors(policy, file))
@@ -361,10 +321,9 @@ class ApiReward(RewardSource):
         except (ValueError, TypeError, KeyError) as error:  # not JSON is a ValueError too
             text = _short(answer.decode("utf-8", "replace"))
             raise RewardError(f'{where} answered {text!r}, expected {{"scores": [number, ...]}}') from error
-        if len(scores) != len(samples):
-            raise RewardError(
-                f"{where} gave {len(scores)} scores for {len(samples)} texts; give one for each"
-            )
+        found, wanted = len(scores), len(samples)
+        if found != wanted:
+            raise RewardError(f"{where} gave {found} scores for {wanted} texts; give one for each")
         return scores[:, None]
 
     def _ask(self, body: bytes) -> bytes:
@@ -384,9 +343,8 @@ class ApiReward(RewardSource):
                 problem = getattr(error, "reason", error)  # of a URLError, which wraps another
                 if isinstance(problem, TimeoutError):
                     problem = f"no answer within {self.timeout_seconds:g} seconds (reward_api_timeout)"
-        raise RewardError(
-            f"reward_model: {self.address}: {problem}; does the server run, and is this where it scores?"
-        )
+        question = "does the server run, and is this where it scores?"
+        raise RewardError(f"reward_model: {self.address}: {problem}; {question}")
 
 
 def _texts(samples: Sequence[Sample]) -> list[list[int]]:

@@ -30,8 +30,8 @@ from model import Decoder
 from options.errors import UserError
 from options.option import option
 from pipeline.batch import ROW_MULTIPLE, Batch, Example, collate
-from stages.logprobs import hidden_states
-from stages.metrics import Metrics, summed
+from stages.logprobs import hidden_states, in_eval_mode
+from stages.metrics import Metrics, by_kind, summed
 from stages.stage import Stage
 from text.render import Message, encode_dialogue
 from text.tokenizer import Tokenizer
@@ -61,8 +61,7 @@ def span_loss(values: Tensor, tokens: Tensor, starts: Tensor, ends: Tensor, long
 
 def answer_ends(batch: Batch) -> Tensor:
     """(N,) int64: the row behind the last trained token of each segment with a source; all have labels."""
-    # a label belongs to the token behind its row
-    return batch.label_rows[batch.label_counts.cumsum(0) - 1] + 2
+    return batch.label_rows[batch.label_counts.cumsum(0) - 1] + 2  # a label is the token behind its row
 
 
 @dataclass(frozen=True)
@@ -94,13 +93,9 @@ class RewardModel(Stage):
         else:
             starts = batch.cu_seqlens[: len(ends)].long()
             losses = span_loss(values, batch.tokens, starts, ends, batch.max_seqlen)
-        chosen, rejected = scores.detach()
-        metrics = {
-            "accuracy": (chosen > rejected).float(),
-            "rewards/chosen": chosen,
-            "rewards/rejected": rejected,
-            "rewards/margins": chosen - rejected,
-        }
+        scores = scores.detach()
+        metrics = {"accuracy": (scores[0] > scores[1]).float()} | by_kind("rewards", scores)
+        metrics["rewards/margins"] = scores[0] - scores[1]
         return losses.sum(), summed(metrics, batch.pairs)
 
 
@@ -116,33 +111,26 @@ def pair_scores(model: Decoder, batch: Batch) -> tuple[list[float], list[float]]
 def score_texts(model: Decoder, texts: Sequence[Sequence[int]], most_tokens: int = SCORE_TOKENS) -> Tensor:
     """(n,) fp32 on the CPU: the value at the last token of each text. The model's mode and what trains stay.
 
-    texts: token ids up to the end of the answer, at least one each. Each is scored by itself, whatever lies
-    beside it.
+    texts: token ids up to the end of the answer, at least one each; what lies beside one changes nothing.
     """
     if model.v_head is None:
         raise ValueError("the model has no value head, so it gives no scores (checkpoints/value_head.py)")
-    was_training, device = model.training, model.embed_tokens.weight.device
-    model.eval()
-    scores = torch.empty(len(texts))
-    try:
+    device, scores = model.embed_tokens.weight.device, torch.empty(len(texts))
+    with in_eval_mode(model):
         for numbers in _together(texts, most_tokens):
             batch = collate([_example(texts[number]) for number in numbers])
             batch = batch.rounded(ROW_MULTIPLE[device.type]).to(device)
             ends = torch.tensor(batch.borders[1 : len(numbers) + 1])
             hidden = hidden_states(model, batch)[(ends - 1).to(device)]  # (n, E)
             scores[numbers] = model.v_head(hidden).cpu()
-    finally:
-        model.train(was_training)
     return scores
 
 
-def score_dialogues(
-    model: Decoder, tokenizer: Tokenizer, template, dialogues: Sequence[Sequence[Message]]
-) -> Tensor:
+def score_dialogues(model: Decoder, tokenizer: Tokenizer, template, dialogues: list[list[Message]]) -> Tensor:
     """(n,) fp32: the scores of the last answers of these dialogues. Raises UserError if one has none."""
     texts = []
     for number, messages in enumerate(dialogues):
-        spans = template.render(list(messages), tokenizer.bos_token, tokenizer.eos_token)
+        spans = template.render(messages, tokenizer.bos_token, tokenizer.eos_token)
         encoded = encode_dialogue(tokenizer, spans)
         if not messages or messages[-1].role not in ("assistant", "function") or not any(encoded.answer):
             raise UserError(f"dialogue {number} does not end with an answer, so there is nothing to score")

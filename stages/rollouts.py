@@ -3,7 +3,7 @@
     prompts = prompts_of(examples, tokenizer)             # what a loader draws for ppo and grpo, not a Batch
     seeds = [seed_of(run_seed, draw, prompt) for prompt in prompts]
     completions = roll_out(model, prompts, seeds, options, stop_ids=tokenizer.stop_ids, tokenizer=tokenizer)
-    batch = completions_batch(prompts, completions, {"advantages": [...]})  # labels: the completions' tokens
+    batch = completions_batch(prompts, completions)                         # labels: the completions' tokens
 
 A text depends on the weights, its prompt and its seed only, and the seed is a pure function of what the text
 is for: batch 8, 8 x 1 accumulated and 2 ranks x 1 x 4 sample the same texts, and a resumed run needs no
@@ -22,6 +22,7 @@ from generation.generate import Completion, generate
 from generation.sampling import GenerateOptions
 from model import Decoder
 from pipeline.batch import ROLES, Batch, Example, collate
+from stages.logprobs import in_eval_mode
 
 TOGETHER = 64  # sequences decoded at once: more share each read of the weights, and hold a cache each
 PROMPT, COMPLETION = ROLES.index("user"), ROLES.index("assistant")
@@ -62,51 +63,36 @@ def seed_of(seed: int, draw: int, prompt: Prompt, number: int = 0, texts: int = 
 
 
 def roll_out(
-    model: Decoder,
-    prompts: list[Prompt],
-    seeds: list[int],
-    options: GenerateOptions,
-    *,
-    stop_ids: Iterable[int],
-    tokenizer,
-    together: int = TOGETHER,
+    model: Decoder, prompts: list[Prompt], seeds: list[int], options: GenerateOptions, *, stop_ids, tokenizer
 ) -> list[Completion]:
     """A completion for each prompt, with its text. The model's mode stays; nothing has a gradient.
 
-    seeds: one for each prompt; the same prompt may come several times, with a seed each. Raises UserError for
-    a prompt that leaves the model no room for an answer.
+    seeds: one for each prompt; the same prompt may come several times, with a seed each. stop_ids: token ids.
+    Raises UserError for a prompt that leaves the model no room for an answer.
     """
     # Merging the adapters first would save a fifth of a step (8 texts of a 135M model in fp32 on one core),
     # but costs as long as five steps, and the weights twice; in 16 bit the policy that writes would not be
     # the one that trains.
-    was_training = model.training
-    model.eval()
     common = {"stop_ids": stop_ids, "tokenizer": tokenizer}
     completions: list[Completion] = []
-    try:
-        for start in range(0, len(prompts), together):
-            part = slice(start, start + together)
+    with in_eval_mode(model):
+        for start in range(0, len(prompts), TOGETHER):
+            part = slice(start, start + TOGETHER)
             ids = [prompt.ids for prompt in prompts[part]]
             completions += generate(model, ids, options, seeds=seeds[part], **common)
-    finally:
-        model.train(was_training)
     return completions
 
 
-def completions_batch(
-    prompts: list[Prompt], completions: list[Completion], per_label: dict[str, list[Tensor]] | None = None
-) -> Batch:
+def completions_batch(prompts: list[Prompt], completions: list[Completion]) -> Batch:
     """Each prompt with its completion as one segment; its labels are the completion's tokens, with the stop
-    token. per_label: tensors (tokens,) of each completion, for the batch. No prompts: the empty batch."""
+    token. No prompts: the empty batch."""
     examples = []
     for prompt, completion in zip(prompts, completions, strict=True):
         trained = np.arange(len(prompt.ids) + len(completion.ids)) >= len(prompt.ids)
         tokens = np.array([*prompt.ids, *completion.ids], np.int32)
         roles = np.where(trained, COMPLETION, PROMPT).astype(np.uint8)
         examples.append(Example(tokens, trained, trained.astype(np.int16), roles, prompt.source))
-    nothing = torch.zeros(0)
-    known = {name: torch.cat([nothing, *each]) for name, each in (per_label or {}).items()}
-    return replace(collate(examples), per_label=known)
+    return collate(examples)
 
 
 def clipped_losses(log_ratio: Tensor, advantages: Tensor, lower: float, upper: float) -> Tensor:

@@ -74,9 +74,8 @@ class RolloutStage(Stage):
         self.options, self.generation, self.reward = options, generation, reward
         self.tokenizer, self.stop_ids, self.reference = tokenizer, tuple(stop_ids), reference
         self.seed, self.world = seed, world
-        self.temperature = (
-            generation.temperature if generation.do_sample else 1.0
-        )  # of writing, so of learning
+        # of writing, so of learning
+        self.temperature = generation.temperature if generation.do_sample else 1.0
         self.draws = 0  # rolled out so far
         self.drawn: list[Batch] = []  # micro-batches of the rollout that updates are being made of
 
@@ -92,9 +91,7 @@ class RolloutStage(Stage):
         for number in range(first, updates):
             if number == updates - 1:
                 self.drawn = []  # a checkpoint after the last update needs none of it
-            yield groups[
-                number % len(groups)
-            ]  # the last rollout of an epoch may hold fewer: they come more often
+            yield groups[number % len(groups)]  # an epoch's last rollout may hold fewer: they come more often
 
     def state(self) -> dict:
         return {"draws": self.draws, "drawn": [batch.plain() for batch in self.drawn]}

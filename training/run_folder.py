@@ -361,7 +361,7 @@ def read_state(path: Path) -> dict:
         raise UserError(f"{path}: missing; the checkpoint was written by fewer processes than run now")
     try:
         return read_plain(path)
-    except ValueError as error:
+    except UserError as error:
         others = [other.name for other in list_checkpoints(path.parent.parent) if other != path.parent]
         there = f" (there are {', '.join(others)})" if others else ""
         raise UserError(

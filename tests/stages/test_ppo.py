@@ -251,13 +251,11 @@ def test_a_draw_has_the_advantages_and_returns_of_trl(tiny, options):
 def known_batch(prompts, completions, spread: float = 0.3):
     """A batch, and how far its old numbers are to be from the model's own: enough to clip some of them."""
     generator = torch.Generator().manual_seed(6)
-    draws = {
-        name: [torch.randn(len(c.ids), generator=generator) for c in completions]
-        for name in ("advantages", "returns", "kl", "score", "cut")
-    }
-    return completions_batch(prompts, completions, draws), [
-        spread * torch.randn(len(c.ids), generator=generator) for c in completions
-    ]
+    batch = completions_batch(prompts, completions)
+    for name in ("advantages", "returns", "kl", "score", "cut"):
+        draws = [torch.randn(len(c.ids), generator=generator) for c in completions]
+        batch.per_label[name] = torch.cat(draws)
+    return batch, [spread * torch.randn(len(c.ids), generator=generator) for c in completions]
 
 
 def whole_logprobs(model, batch) -> tuple[Tensor, Tensor]:
@@ -394,9 +392,8 @@ def test_a_text_whose_mean_ratio_is_too_large_teaches_nothing_even_at_infinity(t
             name: list(each.split([len(c.ids) for c in make_texts()[1]]))
             for name, each in batch.per_label.items()
         }
-        batch = completions_batch(
-            prompts, completions, {name: each[: len(prompts)] for name, each in known.items()}
-        )
+        batch = completions_batch(prompts, completions)
+        batch.per_label |= {name: torch.cat(each[: len(prompts)]) for name, each in known.items()}
         logprobs, values = whole_logprobs(model, batch)
         batch.per_label["logprobs"] = (logprobs - torch.cat(changes)).detach()
         batch.per_label["values"] = values.detach()
@@ -419,7 +416,8 @@ def test_a_text_whose_mean_ratio_is_too_large_teaches_nothing_even_at_infinity(t
 def test_a_batch_without_texts_has_loss_zero_and_gradients(tiny):
     stage, model = make_stage(tiny), make_model(tiny)
     names = ("logprobs", "values", "kl", "returns", "advantages", "score", "cut")
-    batch = completions_batch([], [], {name: [] for name in names})
+    batch = completions_batch([], [])
+    batch.per_label |= {name: torch.zeros(0) for name in names}
     assert stage.weight(batch) == 0 and batch.tokens.equal(collate([]).tokens)
     loss, metrics = stage.loss(model, batch)
     loss.backward()

@@ -17,6 +17,7 @@ from generation.sampling import GenerateOptions
 from lora import LoraOptions
 from pipeline.batch import IGNORED, ROW_MULTIPLE, Example, StreamingLoader
 from pipeline.store import ExampleStore
+from stages import rollouts
 from stages.logprobs import batch_logprobs
 from stages.rollouts import Prompt, completions_batch, prompts_of, roll_out, seed_of
 from text.tokenizer import Tokenizer
@@ -78,8 +79,7 @@ def test_a_prompt_is_what_stands_before_the_answer_and_the_answer_is_kept_as_tex
 def test_the_labels_of_a_rollout_are_its_new_tokens_and_only_these(model, tokenizer):
     prompts = prompts_of(batch_of(tokenizer, ROWS), tokenizer)
     completions = roll_out(model, prompts, [3, 4, 5], SAMPLED, stop_ids=[], tokenizer=tokenizer)
-    old = [torch.arange(len(completion.ids)) + 10.0 * number for number, completion in enumerate(completions)]
-    batch = completions_batch(prompts, completions, {"old": old}).rounded(ROW_MULTIPLE["cpu"])
+    batch = completions_batch(prompts, completions).rounded(ROW_MULTIPLE["cpu"])
     assert batch.sources == [(1, 0), (1, 1), (1, 2)]
     for number, (prompt, completion) in enumerate(zip(prompts, completions)):
         span = slice(*batch.borders[number : number + 2])
@@ -88,16 +88,18 @@ def test_the_labels_of_a_rollout_are_its_new_tokens_and_only_these(model, tokeni
         assert labels[labels != IGNORED].tolist() == completion.ids
         assert len(completion.ids) == 7 and completion.finish_reason == "length"
         assert completion.text == tokenizer.decode(completion.ids)
-    assert torch.equal(batch.per_label["old"], torch.cat(old)) and len(batch.label_rows) == 21
+    assert len(batch.label_rows) == 21
 
 
-def test_a_text_depends_on_its_prompt_and_seed_alone(model, tokenizer):
+def test_a_text_depends_on_its_prompt_and_seed_alone(model, tokenizer, monkeypatch):
     prompts = prompts_of(batch_of(tokenizer, ROWS), tokenizer)
     prompts, seeds = prompts + prompts[:1], [seed_of(42, 1, prompt) for prompt in prompts]
     seeds.append(seed_of(42, 1, prompts[0], 1, 2))
     common = {"stop_ids": tokenizer.stop_ids, "tokenizer": tokenizer}
     together = roll_out(model, prompts, seeds, SAMPLED, **common)
-    in_twos = roll_out(model, prompts, seeds, SAMPLED, together=2, **common)
+    with monkeypatch.context() as patch:
+        patch.setattr(rollouts, "TOGETHER", 2)
+        in_twos = roll_out(model, prompts, seeds, SAMPLED, **common)
     torch.manual_seed(123)  # the global generator has no say
     backwards = roll_out(model, prompts[::-1], seeds[::-1], SAMPLED, **common)[::-1]
     assert together == in_twos == backwards
@@ -155,6 +157,6 @@ def test_greedy_texts_are_the_likeliest_tokens_of_the_policy_that_trains(model, 
 
 
 def test_no_prompts_make_the_empty_batch():
-    batch = completions_batch([], [], {"old": []})
+    batch = completions_batch([], [])
     assert batch.sources == [] and len(batch) == 0
-    assert batch.per_label["old"].shape == (0,) and len(batch.label_rows) == 0
+    assert len(batch.label_rows) == 0
