@@ -7,12 +7,13 @@ leading "model.".
     config.py    ModelConfig; what is read from config.json alike; weight names; the user's rope_scaling
     rope.py      rotary embedding: switches, reading, angles
     layers.py    Linear, RMSNorm, MLP, ForwardContext     find.py     modules by the end of their names
-    llama.py     Llama, Yi and all that is called so        qwen.py    Qwen 2, 2.5, 3
+    llama.py     Llama, Yi and all that is called so
     mistral.py   Mistral
+    qwen.py      Qwen 2, 2.5, 3
 
-To add a line of models: copy llama.py; its `switches` gives the fields of ModelConfig that differ,
-its FAMILIES the class names; add it to LINES. A kind of layer: a file beside layers.py, and its name in a
-table of model.py.
+To add a line of models: copy llama.py; its `switches` gives the fields of ModelConfig that differ (config.py
+lists them: norm_offset, embedding_scale, qk_norm, biases, windows, ...), its FAMILIES the class names; add it
+to LINES. Only a new switch needs model.py. A new kind of layer: a file here, and a name in model.py's tables.
 """
 
 import difflib

@@ -11,6 +11,7 @@ what learning from texts of its own needs. The loop divides by the weights of al
     kto.py            answers called good or bad    metrics.py    what is logged beside a loss
     ppo.py, grpo.py   reinforcement learning
 
+A loss of pairs: a row, a name and a case in dpo.py.
 To add one: copy the nearest file, add its class to STAGES below and its name to `stage` in
 training/options.py; training/make_stage.py builds it from its options.
 """
