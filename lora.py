@@ -7,7 +7,9 @@ DoRA    y = m (W + s B A) x / ||W + s B A||   Liu et al., arXiv 2402.09353, eq. 
 W (out, in) is any frozen base layer: an nn.Linear or a kernels.linear.LinearLayer, dense or quantised. A (R,
 in) starts uniform (kaiming, a = sqrt(5)), B (out, R) at zero and m at ||W||, so training starts at the base
 model. Adapters are fp32 unless asked otherwise and are cast to x's dtype where they are used; norms and
-merged weights are computed in fp32. What trains beside adapters (freeze, full) is checkpoints/trainable.py's.
+merged weights are computed in fp32. What of an adapter trains is decided in LoraLinear alone: new adapters
+(add_lora) and given ones (checkpoints/peft.py, prepare_adapters) are both made by it, and an A or B that is
+frozen there costs no gradient. freeze and full tuning: checkpoints/trainable.py.
 
     lora.add_lora(model, LoraOptions(lora_rank=16), torch.Generator().manual_seed(42))
     with lora.lora_off(model): ...          # the base model, without a second copy
