@@ -71,7 +71,7 @@ class Attention(nn.Module):
         return self.o_proj(out.flatten(-2))  # (T, H, D) -> (T, E)
 
 
-# The kinds of layers, of which config.kinds(layer) names one each; a new kind lives in a file of architectures/.
+# The kinds of layers, of which config.kinds(layer) names one each; a new kind is a file of architectures/.
 # attention: x (T, E), cos, sin (T, D/2), context -> (T, E); feed-forward: x (T, E) -> (T, E)
 ATTENTION = {"attention": Attention}
 FEED_FORWARD = {"mlp": MLP}
