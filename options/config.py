@@ -67,12 +67,7 @@ class Config:
 
 
 def load(
-    argv: list[str],
-    sections: list[type],
-    *,
-    program: str,
-    description: str,
-    reads_files_of_others: bool = False,
+    argv: list[str], sections: list[type], *, program: str, description: str, reads_files_of_others=False
 ) -> Config:
     """Read files and command line into `sections`. --help prints keys and exits with 0 (options/help.py).
 
@@ -142,11 +137,9 @@ def _read_words(argv: list[str], is_flag: Callable[[str], bool | None]) -> tuple
         if is_key and word.startswith("--"):
             text = text if equals else _next_value(key, rest, False if key == "config" else is_flag(key))
         elif not (is_key and equals):
-            if word.startswith("-") or not word.lower().endswith(_FILES):
-                raise UserError(
-                    f"{word!r} on the command line is neither a configuration file ({', '.join(_FILES)}) nor "
-                    "key=value, --key value or --flag. --help lists the keys."
-                )
+            found = f"{word!r} on the command line is neither a configuration file ({', '.join(_FILES)})"
+            wrong = word.startswith("-") or not word.lower().endswith(_FILES)
+            refuse(wrong, f"{found} nor key=value, --key value or --flag. --help lists the keys.")
             key, text = "config", word
         if key == "config":
             files.append(text)
@@ -158,8 +151,8 @@ def _read_words(argv: list[str], is_flag: Callable[[str], bool | None]) -> tuple
 def _next_value(key: str, rest: list[str], flag: bool | None) -> str:
     """The value of `--key`, from the words behind it. flag: True boolean key, False not, None unknown."""
     following = rest[0] if rest and not rest[0].startswith("--") else None
-    if flag is False and following is None:
-        raise UserError(f"--{key} needs a value behind it; write {key}=VALUE if the value starts with '--'")
+    missing = flag is False and following is None
+    refuse(missing, f"--{key} needs a value behind it; write {key}=VALUE if the value starts with '--'")
     if flag is True and (following or "").lower() not in (*BOOLEANS, *NULLS):
         return "true"
     if flag is None and (following is None or "=" in following):
@@ -171,20 +164,18 @@ def _next_value(key: str, rest: list[str], flag: bool | None) -> str:
 
 
 def _read_file(name: str) -> list[_Setting]:
-    path = Path(name)
-    if path.suffix.lower() not in _FILES:
-        raise UserError(f"configuration file {name}: expected a name that ends in {', '.join(_FILES)}")
-    if not path.is_file():
-        raise UserError(f"configuration file {name}: there is no such file (looked in {Path.cwd()})")
+    path, where = Path(name), f"configuration file {name}"
+    strange = path.suffix.lower() not in _FILES
+    refuse(strange, f"{where}: expected a name that ends in {', '.join(_FILES)}")
+    refuse(not path.is_file(), f"{where}: there is no such file (looked in {Path.cwd()})")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"configuration file {name}: not UTF-8 text that can be read ({error})") from error
+        raise UserError(f"{where}: not UTF-8 text that can be read ({error})") from error
     seen: dict[str, _Setting] = {}
     for setting in _settings(name, text):
-        if setting.key in seen:
-            twice = f"{seen[setting.key]} and {setting}"
-            raise UserError(f"{name}: {setting.key} is there twice, {twice}. Keep one.")
+        twice = f"{seen.get(setting.key)} and {setting}"
+        refuse(setting.key in seen, f"{name}: {setting.key} is there twice, {twice}. Keep one.")
         seen[setting.key] = setting
     return list(seen.values())
 
@@ -202,13 +193,12 @@ def _settings(name: str, text: str) -> Iterator[_Setting]:
         place = f"{name} line {mark.line + 1}" if mark else name
         problem = getattr(error, "problem", None) or error
         raise UserError(f"{place}: not valid {language} ({problem})") from error
-    if not isinstance(root, yaml.MappingNode):
-        found = "nothing" if root is None else f"a {root.id}"
-        raise UserError(f"{name}: expected lines of the form 'key: value', found {found}")
+    found = "nothing" if root is None else f"a {root.id}"
+    wrong = not isinstance(root, yaml.MappingNode)
+    refuse(wrong, f"{name}: expected lines of the form 'key: value', found {found}")
     for key, value in root.value:
-        line = key.start_mark.line + 1
-        if not isinstance(key, yaml.ScalarNode):
-            raise UserError(f"{name} line {line}: expected a key such as lora_rank, found a {key.id}")
+        line, wrong = key.start_mark.line + 1, not isinstance(key, yaml.ScalarNode)
+        refuse(wrong, f"{name} line {line}: expected a key such as lora_rank, found a {key.id}")
         with located(f"{name} line {line}: {key.value}"):
             yield _Setting(key.value.replace("-", "_"), node_value(value), name, line)
 
@@ -315,18 +305,16 @@ class _Reader:
         by_reason: dict[str, list[str]] = {}
         for key, reason in self.harmless.items():
             by_reason.setdefault(reason, []).append(key)
-        lines = []
-        if by_reason:
-            groups = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in by_reason.items())
-            lines.append(f"accepted without effect: {groups}")
-        if self.renamed:
-            pairs = ", ".join(f"{theirs} -> {ours}" for theirs, ours in self.renamed.items())
-            lines.append(f"read as: {pairs}")
-        if self.unused:
-            lines.append(f"not used by this script: {', '.join(self.unused)}")
-        for key, last in self.repeated.items():
-            lines.append(f"{key} is given more than once, the last counts: {last}")
-        return tuple(lines)
+        lists = {
+            "accepted without effect": "; ".join(
+                f"{', '.join(keys)} ({why})" for why, keys in by_reason.items()
+            ),
+            "read as": ", ".join(f"{theirs} -> {ours}" for theirs, ours in self.renamed.items()),
+            "not used by this script": ", ".join(self.unused),
+        }
+        lines = [f"{what}: {those}" for what, those in lists.items() if those]
+        twice = "is given more than once, the last counts"
+        return (*lines, *(f"{key} {twice}: {last}" for key, last in self.repeated.items()))
 
 
 # Text for people, and files

@@ -61,20 +61,12 @@ def exit_status(program: str, body: Callable[[], int]) -> int:
 def tell(program: str, error: BaseException) -> int:
     """In the `except` of EXPECTED: say it on stderr and give the exit status; a bug goes on its way with its
     traceback, and with ANVIL_TRACEBACK=1 in the environment everything does."""
-    status, text = _verdict(error)
-    if status is None or os.environ.get("ANVIL_TRACEBACK"):
+    full = isinstance(error, OSError) and error.errno in DISK_FULL
+    is_bug = not (full or isinstance(error, UserError | StopRun | KeyboardInterrupt))
+    if is_bug or os.environ.get("ANVIL_TRACEBACK"):
         raise error
+    interrupted = isinstance(error, KeyboardInterrupt)
+    text = "interrupted" if interrupted else str(error)
+    text += "; make room and run the same command again" if full else ""
     print(f"{program}: {text}", file=sys.stderr, flush=True)
-    return status
-
-
-def _verdict(error: BaseException) -> tuple[int | None, str]:
-    """-> exit status, None for a bug; what to say."""
-    if isinstance(error, UserError):
-        return 2, str(error)
-    if isinstance(error, StopRun):
-        return 1, str(error)
-    if isinstance(error, KeyboardInterrupt):
-        return 130, "interrupted"
-    full = error.errno in DISK_FULL
-    return (1, f"{error}; make room and run the same command again") if full else (None, "")
+    return 130 if interrupted else 2 if isinstance(error, UserError) else 1

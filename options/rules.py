@@ -29,37 +29,36 @@ def broken(values: Mapping[str, object], places: Mapping[str, str]) -> list[str]
     return problems
 
 
-def _trains(do_train: bool | None, do_eval: bool, do_predict: bool) -> bool:
+def _trains(run: SimpleNamespace) -> bool:
     """As TrainOptions.trains."""
-    return not (do_eval or do_predict) if do_train is None else do_train
+    return not (run.do_eval or run.do_predict) if run.do_train is None else run.do_train
 
 
-def _quantised(bits: int | None) -> bool:
+def _holds_out(run: SimpleNamespace) -> bool:
+    """Whether there are rows to evaluate on, or may be some in tokenized_path."""
+    return bool(run.val_size or run.eval_dataset or run.tokenized_path)
+
+
+def _quantised(run: SimpleNamespace) -> bool:
     """Whether quantization_bit asks for anything, as quant.from_options reads it."""
-    return bits not in (None, 0, 16, 32)
+    return run.quantization_bit not in (None, 0, 16, 32)
 
 
 RULES = (
     Rule("no data", "do_train dataset tokenized_path",
          lambda run: run.do_train and not run.dataset and not run.tokenized_path,
          "there is nothing to train on; name a dataset"),
-    Rule("endless stream", "streaming max_steps",
-         lambda run: run.streaming and run.max_steps <= 0,
+    Rule("endless stream", "streaming max_steps", lambda run: run.streaming and run.max_steps <= 0,
          "a stream has no known end; set max_steps"),
     Rule("grpo draws", "stage do_sample do_train do_eval do_predict",
-         lambda run: run.stage == "grpo" and not run.do_sample
-         and _trains(run.do_train, run.do_eval, run.do_predict),
+         lambda run: run.stage == "grpo" and not run.do_sample and _trains(run),
          "the answers to one prompt would all be the same; set do_sample=true"),
     Rule("ppo draws", "stage do_sample do_train do_eval do_predict",
-         lambda run: run.stage == "ppo" and not run.do_sample
-         and _trains(run.do_train, run.do_eval, run.do_predict),
-         "texts that are no samples of the policy cannot say how to change its probabilities; "
-         "set do_sample=true"),
-    Rule("beta of grpo", "stage beta",
-         lambda run: run.stage != "grpo" and run.beta != 0,
+         lambda run: run.stage == "ppo" and not run.do_sample and _trains(run),
+         "texts that are no samples of the policy cannot say how to change it; set do_sample=true"),
+    Rule("beta of grpo", "stage beta", lambda run: run.stage != "grpo" and run.beta != 0,
          "beta is the KL weight of stage grpo; that of dpo, orpo and kto is pref_beta"),
-    Rule("loss of grpo", "stage loss_type",
-         lambda run: run.stage != "grpo" and run.loss_type != "dapo",
+    Rule("loss of grpo", "stage loss_type", lambda run: run.stage != "grpo" and run.loss_type != "dapo",
          "loss_type is of stage grpo; the loss of dpo is pref_loss"),
     Rule("prompts are trained on", "stage train_on_prompt",
          lambda run: run.train_on_prompt and run.stage not in ("pt", "sft"),
@@ -71,25 +70,21 @@ RULES = (
          lambda run: bool(run.adapter_name_or_path) and run.finetuning_type != "lora",
          "only LoRA continues adapters; set finetuning_type=lora, or merge them first with export.py"),
     Rule("quantised weights train", "quantization_bit finetuning_type",
-         lambda run: _quantised(run.quantization_bit) and run.finetuning_type != "lora",
-         "quantised weights have no gradient, only adapters beside them train; set finetuning_type=lora, "
-         "or drop quantization_bit"),
+         lambda run: _quantised(run) and run.finetuning_type != "lora",
+         "quantised weights have no gradient, adapters train; set finetuning_type=lora, or drop the bits"),
     Rule("random weights in few bits", "quantization_bit train_from_scratch",
-         lambda run: _quantised(run.quantization_bit) and run.train_from_scratch,
+         lambda run: _quantised(run) and run.train_from_scratch,
          "random weights would be frozen in few bits; drop one of the two"),
     Rule("new adapter on merged codes", "quantization_bit create_new_adapter",
-         lambda run: _quantised(run.quantization_bit) and run.create_new_adapter,
-         "the given adapters would have to be merged into quantised weights; merge them with export.py "
-         "first and train on the result"),
+         lambda run: _quantised(run) and run.create_new_adapter,
+         "the given adapters would be merged into quantised weights; merge them with export.py first"),
     # finetuning_type: for training alone, at inference several adapters lie beside quantised weights
     Rule("adapters merged into codes", "quantization_bit adapter_name_or_path finetuning_type",
-         lambda run: _quantised(run.quantization_bit) and len(run.adapter_name_or_path) > 1,
-         "all but the last adapter would have to be merged into quantised weights; give one, or merge them "
-         "with export.py"),
+         lambda run: _quantised(run) and len(run.adapter_name_or_path) > 1,
+         "all but the last would be merged into quantised weights; give one, or merge them with export.py"),
     Rule("new adapter on none", "create_new_adapter adapter_name_or_path",
          lambda run: run.create_new_adapter and not run.adapter_name_or_path,
-         "there is no adapter to put a new one on; name it in adapter_name_or_path, or drop "
-         "create_new_adapter"),
+         "there is no adapter to put a new one on; name it, or drop create_new_adapter"),
     Rule("codes in GGUF", "export_gguf_type export_merge",
          lambda run: run.export_gguf_type != "none" and run.export_merge in ("requantise", "loftq"),
          "a GGUF file has codes of its own, made from the dequantised merge; drop export_merge"),
@@ -97,14 +92,13 @@ RULES = (
          lambda run: run.export_gguf_type != "none" and bool(run.export_sample_text),
          "losses are measured on Hugging Face folders; export.py makes one of the file. Drop one"),
     Rule("nothing to evaluate", "do_eval val_size eval_dataset tokenized_path",
-         lambda run: run.do_eval and not (run.val_size or run.eval_dataset or run.tokenized_path),
+         lambda run: run.do_eval and not _holds_out(run),
          "there is nothing to evaluate on; set val_size or eval_dataset"),
     Rule("nothing to predict", "do_predict val_size eval_dataset tokenized_path",
-         lambda run: run.do_predict and not (run.val_size or run.eval_dataset or run.tokenized_path),
+         lambda run: run.do_predict and not _holds_out(run),
          "there is nothing to predict; set val_size or eval_dataset"),
     Rule("nothing to evaluate on the way", "evaluation_strategy val_size eval_dataset tokenized_path",
-         lambda run: run.evaluation_strategy != "no"
-         and not (run.val_size or run.eval_dataset or run.tokenized_path),
+         lambda run: run.evaluation_strategy != "no" and not _holds_out(run),
          "there is nothing to evaluate on; set val_size or eval_dataset, or eval_strategy=no"),
     Rule("reference without use", "ref_model stage",
          lambda run: run.ref_model is not None and run.stage not in ("dpo", "kto", "ppo", "grpo"),
@@ -117,13 +111,11 @@ RULES = (
          "the texts are written during the training; drop precompute_ref_log_probs"),
     Rule("no reward", "stage reward_model reward_file do_train do_eval do_predict",
          lambda run: run.stage in ("ppo", "grpo") and not run.reward_model and not run.reward_file
-         and (run.do_eval or _trains(run.do_train, run.do_eval, run.do_predict)),
+         and (run.do_eval or _trains(run)),
          "answers need a reward; name a reward_file (functions) or a reward_model"),
     Rule("reward adapter on changing base", "reward_model reward_model_type finetuning_type",
-         lambda run: bool(run.reward_model) and run.reward_model_type == "lora"
-         and run.finetuning_type != "lora",
-         "an adapter can only score on a base that stays as it is; set reward_model_type=full, or "
-         "finetuning_type=lora"),
+         lambda run: bool(run.reward_model) and run.reward_model_type == "lora" != run.finetuning_type,
+         "an adapter scores on a base that stays; set reward_model_type=full, or finetuning_type=lora"),
     Rule("loss of orpo", "stage pref_loss",
          lambda run: run.stage == "orpo" and run.pref_loss not in ("sigmoid", "orpo"),
          "stage orpo has a loss of its own; drop pref_loss, or set stage=dpo"),
@@ -137,7 +129,6 @@ RULES = (
          lambda run: run.stage == "grpo" and run.beta == 0 and run.ref_model is not None,
          "with beta 0, the default, grpo has no reference; set beta, or drop ref_model"),
     Rule("loss without reference", "stage pref_loss ref_model",
-         lambda run: run.stage == "dpo" and run.pref_loss in ("orpo", "simpo", "cpo")
-         and run.ref_model is not None,
+         lambda run: run.stage == "dpo" and run.pref_loss in ("orpo", "simpo", "cpo") and bool(run.ref_model),
          "this loss has no reference; drop ref_model, or choose another pref_loss"),
 )  # fmt: skip

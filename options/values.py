@@ -13,7 +13,7 @@ from types import NoneType, UnionType
 
 import yaml
 
-from options.errors import UserError
+from options.errors import UserError, refuse
 
 BOOLEANS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
 NULLS = ("null", "none", "~")
@@ -128,32 +128,22 @@ def convert_scalar(raw: object, kind: type):
     if kind is str:
         return str(raw)
     if kind is bool:
-        if raw.lower() not in BOOLEANS:
-            raise UserError("expected true or false")
+        refuse(raw.lower() not in BOOLEANS, "expected true or false")
         return BOOLEANS[raw.lower()]
     try:
         exact = kind is int and re.fullmatch(r"\s*[-+]?[\d_]+\s*", raw)  # a float would round above 2 ** 53
         number = int(raw) if exact else float(raw.replace(".inf", "inf"))
     except ValueError as error:
         raise UserError(f"expected {type_name(kind)}") from error
-    if number != number:
-        raise UserError("expected a number, and nan is none")
-    if kind is int and number != number // 1:
-        raise UserError("expected a whole number")
+    refuse(number != number, "expected a number, and nan is none")
+    refuse(kind is int and number != number // 1, "expected a whole number")
     return kind(number)
 
 
 def type_name(kind: object) -> str:
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
-    parts = []
-    for member in members_of(kind):
-        if typing.get_origin(member) is tuple:
-            parts.append("a list (a,b,c)")
-        elif typing.get_origin(member) is typing.Literal:
-            parts.append("one of " + ", ".join(map(str, typing.get_args(member))))
-        else:
-            parts.append(names[member])
-    return " or ".join(parts)
+    names |= {tuple: "a list (a,b,c)", typing.Literal: f"one of {', '.join(map(str, choices_of(kind)))}"}
+    return " or ".join(names[typing.get_origin(member) or member] for member in members_of(kind))
 
 
 def show(key: str, value: object) -> str:
