@@ -164,7 +164,7 @@ def _documents(info: DatasetInfo, hub: HubAccess, joined: int) -> Iterator[str]:
     opened = open_hub(info, hub, streaming=True) if info.kind != "file" else None
     lines = info.kind == "file" and all(file.suffix.lower() == ".txt" for file in list_files(info))
     pending = ""
-    for number, (place, row) in enumerate(read_rows(info, opened)):
+    for number, place, row in read_rows(info, opened):
         if number == ROWS_READ:
             break
         try:

@@ -9,7 +9,7 @@ batches, so that all ranks see the same number of them.
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -170,15 +170,6 @@ def collate(examples: Sequence[Example]) -> Batch:
 # Loaders
 
 
-class Store(Protocol):
-    """What a BatchLoader needs; pipeline.store.ExampleStore is one."""
-
-    lengths: np.ndarray
-
-    def __len__(self) -> int: ...
-    def example(self, i: int) -> Example: ...
-
-
 @dataclass(kw_only=True)
 class Loader:
     """How examples become what is drawn, whether they are stored or streamed."""
@@ -196,11 +187,12 @@ class Loader:
 class BatchLoader(Loader):
     """Batches of a store, endless over epochs; batch i depends on (seed, i) alone.
 
-    group_by_length: megabatches of 50 batches sorted by length, longest first (needs packing off). The
-    packing plan is made once from `seed`; each epoch shuffles its rows anew.
+    store: a pipeline.store.ExampleStore, or what else has lengths, len() and example(i). group_by_length:
+    megabatches of 50 batches sorted by length, longest first (needs packing off). The packing plan is made
+    once from `seed`; each epoch shuffles its rows anew.
     """
 
-    def __init__(self, store: Store, *, group_by_length: bool = False, **layout):
+    def __init__(self, store, *, group_by_length: bool = False, **layout):
         super().__init__(**layout)
         nothing = "there is no example to train or evaluate on"
         refuse(len(store) == 0, f"{nothing}; the data report says what was dropped")
@@ -260,8 +252,8 @@ class BatchLoader(Loader):
         if self._order[0] != epoch:
             order = self._permutation(self.units, 1, epoch) if self.shuffle else np.arange(self.units)
             if self.group_by_length:
-                lengths, size = np.asarray(self.store.lengths), self.rows_per_batch * self.world
-                order = group_by_length(order, lengths, size)
+                size = self.rows_per_batch * self.world
+                order = group_by_length(order, np.asarray(self.store.lengths), size)
             self._order = (epoch, order)
         return self._order[1]
 
@@ -313,10 +305,10 @@ class StreamingLoader(Loader):
     def _encoded(self) -> Iterator[Example]:
         numbers = itertools.count()  # any row may come again, in this pass or the next, and is another copy
         for epoch in itertools.count():
-            found = False
+            found = 0
             for row in shuffle_buffer(self.open_epoch(epoch), self.buffer_size, [self.seed, epoch]):
                 examples = self.encode(row)
-                found = found or bool(examples)
+                found += len(examples)
                 yield from (replace(example, copy=number) for example, number in zip(examples, numbers))
             if not found:
                 raise UserError("the streamed data holds no example to train on")

@@ -27,14 +27,13 @@ import numpy as np
 from options.errors import located
 from pipeline.batch import ANSWER, ROLES, Example
 from pipeline.formats import Conversation, Dropped, to_conversation, to_document, to_pair, to_prompt, to_rated
-from pipeline.sources import DatasetInfo
+from pipeline.sources import DatasetInfo, Row
 from pipeline.store import Tally, TokenArrays
 from text.render import Message, Span, encode_dialogue
 
 CHUNK_ROWS = 256  # rows handed to a worker at once: a fraction of a second of work
 PARALLEL_CHUNKS = 16  # less work than this is done here: starting processes would take longer
 ROLE_NUMBER = {role: number for number, role in enumerate(ROLES)}
-Row = tuple[int, str, dict]  # row number, place for messages, columns
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,7 @@ class ChunkEncoder:
 
     def _prompt(
         self, number: int, conversation: Conversation, answer: Message | None
-    ) -> tuple[Example, tuple[str, ...]]:
+    ) -> tuple[Example, tuple]:
         """What generation is given, as chat.py gives it; behind it the row's own answer as the label, if it
         has one: its text alone, not what the template puts around it; for comparing, never for reading."""
         tokens, _, turns, roles = self._render(conversation, prompt=True)
@@ -164,9 +163,7 @@ class ChunkEncoder:
             written = written.removesuffix(word)
         return written
 
-    def _answers(
-        self, number: int, conversation: Conversation, answers: list[Message], tag: int
-    ) -> tuple[Example, int]:
+    def _answers(self, number: int, conversation: Conversation, answers, tag: int) -> tuple[Example, int]:
         """prompt + answer for each answer, as segments. All keep the same tokens of the prompt."""
         segments = []
         for answer in answers:
@@ -303,7 +300,8 @@ def ratio_lengths(source: int, target: int, budget: int, reserved: int) -> tuple
 
 def encode_chunks(rows: Iterable[Row], encoder: ChunkEncoder, workers: int) -> Iterator[TokenArrays]:
     """Chunks in row order, the same for any number of workers. At most 2 chunks a worker are in flight."""
-    chunks = _chunks(rows)
+    rows = iter(rows)
+    chunks = iter(lambda: list(islice(rows, CHUNK_ROWS)), [])
     head = list(islice(chunks, PARALLEL_CHUNKS)) if workers > 1 else []
     if len(head) < PARALLEL_CHUNKS:
         yield from map(encoder, chain(head, chunks))
@@ -323,29 +321,12 @@ def encode_chunks(rows: Iterable[Row], encoder: ChunkEncoder, workers: int) -> I
                 future.cancel()
 
 
-def numbered_rows(rows: Iterable[tuple[str, dict]]) -> Iterator[Row]:
-    for number, (place, row) in enumerate(rows):
-        yield number, place, row
-
-
 def refuse_unguarded_worker() -> None:
     """A spawned worker imports the script again; without a guard there it would come here and wait for its
     parent."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):
-        raise RuntimeError(
-            "preprocessing_num_workers: put the code of your script under `if __name__ == '__main__':`"
-        )
-
-
-def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    chunk: list[Row] = []
-    for row in rows:
-        chunk.append(row)
-        if len(chunk) == CHUNK_ROWS:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
+        where = "under `if __name__ == '__main__':`"
+        raise RuntimeError(f"preprocessing_num_workers: put the code of your script {where}")
 
 
 def _context():

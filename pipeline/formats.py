@@ -52,10 +52,8 @@ def check_stage(info: DatasetInfo, stage: str, kind: str | None = None) -> None:
             needs = "single answers" if ranked else "pairs (ranking: true)"
             raise UserError(f"it holds {holds}, but stage {stage} needs {needs}")
         if kind == "rated" and "kto_tag" not in info.columns:
-            raise UserError(
-                f"stage {stage} needs to know which answers are good; name the column of true and false in "
-                'its entry: columns: {"kto_tag": "<column>"}'
-            )
+            way_out = 'name the column of true and false in its entry: columns: {"kto_tag": "<column>"}'
+            raise UserError(f"stage {stage} needs to know which answers are good; {way_out}")
         if ("chosen" in info.columns) != ("rejected" in info.columns):
             given, other = ("chosen", "rejected") if "chosen" in info.columns else ("rejected", "chosen")
             raise UserError(f"columns.{given} is given without columns.{other}")
@@ -63,10 +61,8 @@ def check_stage(info: DatasetInfo, stage: str, kind: str | None = None) -> None:
             if column in info.columns:
                 raise UserError(f"columns.{column}: {what} cannot be used by stage {stage}")
         if kind == "document" and info.formatting != "alpaca":
-            raise UserError(
-                f"stage pt reads one text column, but formatting is {info.formatting!r}; "
-                'give it columns: {"prompt": "<the text column>"} and no formatting'
-            )
+            found = f"stage pt reads one text column, but formatting is {info.formatting!r}"
+            raise UserError(f'{found}; give it columns: {{"prompt": "<the text column>"}} and no formatting')
 
 
 def to_document(row: dict, info: DatasetInfo) -> str:
@@ -169,9 +165,7 @@ def _split_answer(row: dict, info: DatasetInfo, required: bool = True) -> tuple[
 
 def _response_column(info: DatasetInfo) -> str:
     if "response" not in info.columns:
-        raise UserError(
-            "columns.response is not given, so there is no answer to train on (stage pt reads plain text)"
-        )
+        raise UserError("columns.response is not given: no answer to train on (stage pt reads plain text)")
     return info.columns["response"]
 
 
@@ -281,11 +275,10 @@ def _message(entry, where: str, roles: dict[str, str], tags: dict[str, str]) -> 
         raise UserError(f"{where}: no {content!r} (content_tag); the message has {_names(entry)}")
     text = entry[content]
     if isinstance(text, list):  # OpenAI's list of parts
-        if not all(isinstance(part, dict) and part.get("type") == "text" for part in text) or not all(
-            isinstance(part.get("text"), str) for part in text
-        ):
+        parts = [part for part in text if isinstance(part, dict) and part.get("type") == "text"]
+        if len(parts) < len(text) or not all(isinstance(part.get("text"), str) for part in parts):
             raise UserError(f"{where}: a part of the content is not text: {_show(text)}")
-        text = "".join(part["text"] for part in text)
+        text = "".join(part["text"] for part in parts)
     if not isinstance(text, str):
         raise _wrong(f"{where}.{content}", "text", text)
     return Message(role, _check_calls(text, where) if role == "function" else text)
@@ -344,9 +337,7 @@ def _tools(row: dict, column: str | None) -> tuple[dict, ...]:
     if not isinstance(value, list):
         raise _wrong(where, "a list of objects", value)
     for i, tool in enumerate(value):
-        about = (
-            tool.get("function", tool) if isinstance(tool, dict) else None
-        )  # OpenAI wraps it in "function"
+        about = tool.get("function", tool) if isinstance(tool, dict) else None  # OpenAI wraps it
         if not isinstance(about, dict) or not isinstance(about.get("name"), str):
             raise _wrong(f"{where}[{i}]", "an object with a 'name'", tool)
     return tuple(value)

@@ -13,10 +13,10 @@ from typing import Literal
 from options.errors import UserError
 from options.option import COMMON, REQUIRED, RESUMABLE, SECRET, option
 from pipeline.batch import ANSWER, IGNORED, ROLES, Batch
-from pipeline.encoding import numbered_rows
 from pipeline.report import segment_name
 from pipeline.sources import find_dataset, read_rows
 
+Stage = Literal["pt", "sft", "rm", "dpo", "orpo", "kto", "ppo", "grpo"]
 Places = dict[tuple[int, int], str]  # (data set, row) -> file:line
 BOLD, GREEN, DIM, PLAIN = "\033[1m", "\033[32m", "\033[2m", "\033[0m"
 
@@ -25,14 +25,12 @@ BOLD, GREEN, DIM, PLAIN = "\033[1m", "\033[32m", "\033[2m", "\033[0m"
 class PreviewOptions:
     model_name_or_path: str = option(
         REQUIRED,
-        "folder or hub id of the checkpoint; only its tokenizer is read",
+        "folder or hub id; only the tokenizer is read",
         COMMON,
         also="model_id_or_path model model_path base_model",
     )
     index: int = option(0, "which batch", COMMON)
-    stage: Literal["pt", "sft", "rm", "dpo", "orpo", "kto", "ppo", "grpo"] = option(
-        "sft", "what the data is for", COMMON
-    )
+    stage: Stage = option("sft", "what the data is for", COMMON)
     per_device_train_batch_size: int = option(
         8, "examples, or packed rows, of a batch", COMMON, also="batch_size per_gpu_train_batch_size"
     )
@@ -69,15 +67,10 @@ def token_table(
         for t, token in enumerate(tokens[start:end]):
             role, answer = ROLES[roles[start + t] % ANSWER], roles[start + t] >= ANSWER
             turn = int(batch.per_token["turns"][start + t])
-            fields = (
-                f"{t:6d} {token:7d}",
-                f"{tokenizer.piece(token)!r:<24}",
-                f"turn {turn}" if turn >= 0 else "      ",
-                f"{role:<11}",
-                ("label" if kind == "prompt" else "train") if trained[t] else "  -  ",
-                reason(t, role, answer, trained[t], kind),
-            )
-            line = "  ".join(fields)
+            shown = f"turn {turn}" if turn >= 0 else "      "
+            mark = ("label" if kind == "prompt" else "train") if trained[t] else "  -  "
+            line = f"{t:6d} {token:7d}  {tokenizer.piece(token)!r:<24}  {shown}  {role:<11}  {mark}  "
+            line += reason(t, role, answer, trained[t], kind)
             yield f"{GREEN if trained[t] else DIM}{line}{PLAIN}" if colour else line
 
 
@@ -109,6 +102,6 @@ def places_of_rows(names: list[str], sources: list[tuple[int, int]], dataset_dir
         info = find_dataset(names[k], dataset_dir, split)
         wanted = {row for part, row in sources if part == k}
         if info.kind == "file":
-            rows = islice(numbered_rows(read_rows(info)), max(wanted) + 1)
+            rows = islice(read_rows(info), max(wanted) + 1)
             places |= {(k, number): place for number, place, _ in rows if number in wanted}
     return places

@@ -16,10 +16,7 @@ from pathlib import Path
 
 from options.errors import UserError
 
-FILE_TYPES = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".txt")
-READ_CHARACTERS = (
-    1 << 20
-)  # how much of a .json file is held while one object is parsed; grows for longer ones
+READ_CHARACTERS = 1 << 20  # of a .json file held while one object is parsed; grows for longer ones
 
 
 def read_file(path: Path) -> Iterator[tuple[str, dict]]:
@@ -49,17 +46,15 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
         try:
             row = json.loads(text)
         except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path}:{line}: not JSON ({error.msg}, column {error.colno}). One object per line."
-            ) from error
+            why = f"not JSON ({error.msg}, column {error.colno}). One object per line."
+            raise UserError(f"{path}:{line}: {why}") from error
         yield f"{path}:{line}", _object(row, f"{path}:{line}")
 
 
 def _object(row, place: str) -> dict:
     if not isinstance(row, dict):
-        raise UserError(
-            f"{place}: expected an object with named columns, found {type(row).__name__} {str(row)[:60]!r}"
-        )
+        found = f"{type(row).__name__} {str(row)[:60]!r}"
+        raise UserError(f"{place}: expected an object with named columns, found {found}")
     return row
 
 
@@ -192,11 +187,6 @@ def _arrow_rows(path: Path, batches) -> Iterator[tuple[str, dict]]:
         yield f"{path} row {number}", row
 
 
-_READERS = {
-    ".json": _read_json,
-    ".jsonl": _read_jsonl,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-    ".arrow": _read_arrow,
-    ".txt": _read_lines,
-}
+_READERS = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
+_READERS |= {".arrow": _read_arrow, ".txt": _read_lines}
+FILE_TYPES = tuple(_READERS)

@@ -6,7 +6,7 @@ plus `subset`, `split`, `folder`, `revision`, `num_samples`, `file_sha1`, `forma
 row. Files are read row by row (readers.py), so memory does not grow with the file. A dataset's own code
 (`script_url`) is never run.
 
-Run from Python: for number, row in read_rows(find_dataset("identity", "data")): ...
+Run from Python: for number, place, row in read_rows(find_dataset("identity", "data")): ...
 """
 
 import difflib
@@ -15,9 +15,10 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
-from options.errors import UserError, located
+from options.errors import UserError, located, refuse
 from pipeline.readers import FILE_TYPES, read_file
 
 TEXT_COLUMNS = ("prompt", "query", "response", "history", "messages", "system", "tools")
@@ -25,25 +26,16 @@ COLUMN_NAMES = (*TEXT_COLUMNS, "images", "videos", "audios", "chosen", "rejected
 ALPACA_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output"}
 PROMPT_NAMES, RESPONSE_NAMES = ("instruction", "prompt"), ("output", "completion", "response", "answer")
 MESSAGES_COLUMNS = {"sharegpt": {"messages": "conversations"}, "openai": {"messages": "messages"}}
-SHAREGPT_TAGS = {
-    "role_tag": "from",
-    "content_tag": "value",
-    "user_tag": "human",
-    "assistant_tag": "gpt",
-    "observation_tag": "observation",
-    "function_tag": "function_call",
-    "system_tag": "system",
-}
-OPENAI_TAGS = SHAREGPT_TAGS | {
-    "role_tag": "role",
-    "content_tag": "content",
-    "user_tag": "user",
-    "assistant_tag": "assistant",
-    "observation_tag": "tool",
-}
+SHAREGPT_TAGS = {"role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt"}
+SHAREGPT_TAGS |= {"observation_tag": "observation", "function_tag": "function_call", "system_tag": "system"}
+OPENAI_TAGS = SHAREGPT_TAGS | {"role_tag": "role", "content_tag": "content", "user_tag": "user"}
+OPENAI_TAGS |= {"assistant_tag": "assistant", "observation_tag": "tool"}
 SOURCES = ("hf_hub_url", "ms_hub_url", "file_name", "script_url")
 TEXTS = ("subset", "split", "folder", "revision", "file_sha1")
 OTHERS = ("om_hub_url", "cloud_file_name", "num_samples", "ranking", "formatting", "columns", "tags")
+
+
+Row = tuple[int, str, dict]  # number; place, "file:line" or "file row n", for messages; columns
 
 
 @dataclass(frozen=True)
@@ -110,23 +102,16 @@ def find_dataset(name: str, dataset_dir: str | Path, default_split: str = "train
     if not listing.is_file():
         raise UserError(f"dataset: {name!r} is no file or folder, and {listing} does not exist (dataset_dir)")
     near = difflib.get_close_matches(name, entries, n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(repr(match) for match in near)}?" if near else "."
-    known = ", ".join(list(entries)[:12]) + (", ..." if len(entries) > 12 else "")
-    raise UserError(
-        f"dataset: {name!r} is not in {listing} and is no path of a file or folder{hint} Known: {known}"
-    )
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
+    hint += f" Known: {', '.join(list(entries)[:12])}{', ...' if len(entries) > 12 else ''}"
+    raise UserError(f"dataset: {name!r} is not in {listing} and is no path of a file or folder{hint}")
 
 
 def parse_entry(name: str, entry: dict, dataset_dir: str | Path, default_split: str = "train") -> DatasetInfo:
     """One entry of dataset_info.json -> DatasetInfo, every field checked."""
     with located(f"{Path(dataset_dir) / 'dataset_info.json'}: dataset {name!r}"):
-        if not isinstance(entry, dict):
-            raise UserError(f"expected an object, found {type(entry).__name__}")
-        known = (*SOURCES, *TEXTS, *OTHERS)
-        for key in entry:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
-                raise UserError(f"unknown field {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        refuse(not isinstance(entry, dict), f"expected an object, found {type(entry).__name__}")
+        _check_names(entry, (*SOURCES, *TEXTS, *OTHERS), "unknown field")
         kind, location = _source(entry, dataset_dir)
         formatting = entry.get("formatting", "alpaca")
         if formatting not in ("alpaca", "sharegpt", "openai"):
@@ -134,11 +119,9 @@ def parse_entry(name: str, entry: dict, dataset_dir: str | Path, default_split: 
         num_samples, ranking = entry.get("num_samples"), entry.get("ranking", False)
         if num_samples is not None and (type(num_samples) is not int or num_samples < 1):
             raise UserError(f"num_samples is {num_samples!r}, expected a whole number of at least 1")
-        if ranking not in (True, False):
-            raise UserError(f"ranking is {ranking!r}, expected true or false")
+        refuse(ranking not in (True, False), f"ranking is {ranking!r}, expected true or false")
         for key in TEXTS:
-            if entry.get(key) is not None and not isinstance(entry[key], str):
-                raise UserError(f"{key} is {entry[key]!r}, expected text")
+            refuse(not isinstance(entry.get(key), str | None), f"{key} is {entry.get(key)!r}, expected text")
         columns, tags = _columns(entry, formatting), _tags(entry, formatting)
     texts = {key: entry.get(key) for key in TEXTS} | {"split": entry.get("split") or default_split}
     shared = {"columns": columns, "tags": tags, "num_samples": num_samples, "ranking": bool(ranking)}
@@ -150,10 +133,9 @@ def _source(entry: dict, dataset_dir: str | Path) -> tuple[str, str]:
     for key in SOURCES:
         if key in entry and (not isinstance(entry[key], str) or not entry[key]):
             raise UserError(f"{key} is {entry[key]!r}, expected text")
-    kinds = [kind for kind in ("hf_hub", "ms_hub") if f"{kind}_url" in entry]
-    if kinds:
-        kind = _hub_kind() if _hub_kind() in kinds else kinds[0]
-        return kind, entry[f"{kind}_url"]
+    for kind in sorted(("hf_hub", "ms_hub"), key=lambda kind: kind != _hub_kind()):
+        if f"{kind}_url" in entry:
+            return kind, entry[f"{kind}_url"]
     if "script_url" in entry:
         raise UserError(
             "script_url is not supported: it would run Python code that came with the data. Convert the "
@@ -199,28 +181,29 @@ def _tags(entry: dict, formatting: str) -> dict[str, str]:
 
 def _checked_mapping(given, known: tuple[str, ...], where: str) -> dict[str, str]:
     """What is given, without what is null."""
-    if not isinstance(given, dict):
-        raise UserError(f"{where} is {given!r}, expected an object")
+    refuse(not isinstance(given, dict), f"{where} is {given!r}, expected an object")
+    _check_names(given, known, f"{where}: unknown key")
     for key, value in given.items():
+        refuse(not isinstance(value, str | None), f"{where}.{key} is {value!r}, expected text")
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def _check_names(given: dict, known: tuple[str, ...], what: str) -> None:
+    for key in given:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-            raise UserError(f"{where}: unknown key {key!r}; {hint}")
-        if value is not None and not isinstance(value, str):
-            raise UserError(f"{where}.{key} is {value!r}, expected text")
-    return {key: value for key, value in given.items() if value is not None}
+            raise UserError(f"{what} {key!r}; {hint}")
 
 
 def _guess_format(info: DatasetInfo) -> DatasetInfo:
     """Format of a dataset given by path, from the columns of its first row."""
-    first = next(iter(read_rows(info)), None)
-    if first is None:
+    row = next((row for _, _, row in read_rows(info)), None)
+    if row is None:
         raise UserError(f"dataset: {info.location} holds no rows")
-    row = first[1]
     ranked = "chosen" in row and "rejected" in row
     columns = {key: key for key in ("system", "tools", "history", "kto_tag") if key in row}
-    if ranked:
-        columns |= {"chosen": "chosen", "rejected": "rejected"}
+    columns |= {key: key for key in ("chosen", "rejected") if ranked}
     if isinstance(row.get("label"), bool):  # trl's name
         columns["kto_tag"] = "label"
     listed = ("messages", "conversations", "prompt")
@@ -245,8 +228,7 @@ def _guess_format(info: DatasetInfo) -> DatasetInfo:
         return replace(info, columns={"prompt": "text"})
     raise UserError(
         f"dataset: {info.location} has the columns {', '.join(map(str, row))}; expected 'instruction' or "
-        "'prompt' (alpaca), 'conversations' (sharegpt), 'messages' (OpenAI) or 'text'. "
-        "Name its columns in an entry of dataset_info.json instead."
+        "'prompt' (alpaca), 'conversations' (sharegpt), 'messages' (OpenAI) or 'text'; or an entry for it"
     )
 
 
@@ -263,16 +245,12 @@ def list_files(info: DatasetInfo) -> list[Path]:
         if path.is_file():
             files = [path]
         elif path.is_dir():
-            files = sorted(
-                child
-                for child in path.iterdir()
-                if child.is_file() and not child.name.startswith(".") and child.name != "dataset_info.json"
-            )
+            names = sorted(child.name for child in path.iterdir() if child.is_file())
+            files = [path / name for name in names if name[0] != "." and name != "dataset_info.json"]
         else:
             raise UserError(f"{path} does not exist")
         endings = {file.suffix.lower() for file in files}
-        if not files:
-            raise UserError(f"the folder {path} is empty")
+        refuse(not files, f"the folder {path} is empty")
         if not endings <= set(FILE_TYPES):
             wrong = next(file for file in files if file.suffix.lower() not in FILE_TYPES)
             raise UserError(f"{wrong} is of no known type; known: {', '.join(FILE_TYPES)}")
@@ -281,17 +259,14 @@ def list_files(info: DatasetInfo) -> list[Path]:
     return files
 
 
-def read_rows(info: DatasetInfo, opened: Iterable[dict] | None = None) -> Iterator[tuple[str, dict]]:
-    """Yield (place, row) in a fixed order; `place` is "file:line" or "file row n", for error messages.
-
-    opened: what open_hub returned, for a hub data set.
-    """
-    if info.kind != "file":
-        for number, row in enumerate(opened):
-            yield f"{info.location} row {number}", row
-        return
-    for path in list_files(info):
-        yield from read_file(path)
+def read_rows(info: DatasetInfo, opened: Iterable[dict] | None = None) -> Iterator[Row]:
+    """Every row in a fixed order. opened: what open_hub returned, for a hub data set."""
+    if info.kind == "file":
+        rows = chain.from_iterable(map(read_file, list_files(info)))
+    else:
+        rows = ((f"{info.location} row {number}", row) for number, row in enumerate(opened))
+    for number, (place, row) in enumerate(rows):
+        yield number, place, row
 
 
 def open_hub(info: DatasetInfo, hub: HubAccess, streaming: bool):
@@ -301,9 +276,8 @@ def open_hub(info: DatasetInfo, hub: HubAccess, streaming: bool):
         try:
             from modelscope import MsDataset
         except ImportError as error:
-            raise UserError(
-                f"dataset {info.name!r} comes from ModelScope; run `pip install modelscope` first"
-            ) from error
+            why = "comes from ModelScope; run `pip install modelscope` first"
+            raise UserError(f"dataset {info.name!r} {why}") from error
         named = {"dataset_name": info.location, "subset_name": info.subset, "token": hub.ms_token}
         rows = MsDataset.load(**named, **shared, use_streaming=streaming)
         return rows.to_hf_dataset() if hasattr(rows, "to_hf_dataset") else rows
@@ -313,13 +287,11 @@ def open_hub(info: DatasetInfo, hub: HubAccess, streaming: bool):
     try:
         return load_dataset(info.location, **named, **shared, streaming=streaming)
     except (OSError, RuntimeError, ValueError) as error:  # not found, offline, script refused, unknown split
-        raise UserError(
-            f"dataset {info.name!r}: the hub id {info.location!r} (split {info.split!r}) cannot be read: "
-            f"{error}"
-        ) from error
+        where = f"dataset {info.name!r}: the hub id {info.location!r} (split {info.split!r})"
+        raise UserError(f"{where} cannot be read: {error}") from error
 
 
-def content_key(info: DatasetInfo, rows=None) -> str:
+def data_key(info: DatasetInfo, rows=None) -> str:
     """A hash of what the rows are made of: the bytes of the files, or the hub dataset's own fingerprint."""
     digest = hashlib.blake2b(digest_size=20)
     if info.kind != "file":

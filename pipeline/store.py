@@ -25,29 +25,16 @@ from parallel.atomic import TEMPORARY, atomic_file, atomic_folder, remove_folder
 from pipeline.batch import Example
 from pipeline.mixing import hold_out
 
-ARRAYS = {
-    "tokens": ("tokens.i32", np.dtype("<i4")),
-    "trained": ("trained.u8", np.dtype("bool")),
-    "turns": ("turns.i16", np.dtype("<i2")),
-    "roles": ("roles.u8", np.dtype("u1")),
-    "lengths": ("lengths.i32", np.dtype("<i4")),
-    "rows": ("rows.i64", np.dtype("<i8")),
-    "splits": ("splits.i32", np.dtype("<i4")),
-    "tags": ("tags.i8", np.dtype("i1")),
-}
+PER_TOKEN = {"tokens": "<i4", "trained": "bool", "turns": "<i2", "roles": "u1"}
+PER_EXAMPLE = {"lengths": "<i4", "rows": "<i8", "splits": "<i4", "tags": "i1"}
+ENDINGS = {"<i8": "i64", "<i4": "i32", "<i2": "i16", "i1": "i8", "u1": "u8", "bool": "u8"}
+ARRAYS = PER_TOKEN | PER_EXAMPLE  # name -> file and dtype
+ARRAYS = {name: (f"{name}.{ENDINGS[kind]}", np.dtype(kind)) for name, kind in ARRAYS.items()}
 SETS_FILE = "anvil_tokenised.json"
 CHECK_BYTES = 1 << 24  # read this much at a time for checksums
 
-SUMMED = (
-    "read",
-    "used",
-    "cut",
-    "examples",
-    "tokens",
-    "tokens_cut",
-    "tokens_trained",
-    "desirable",
-)  # of a Tally
+# of a Tally
+SUMMED = ("read", "used", "cut", "examples", "tokens", "tokens_cut", "tokens_trained", "desirable")
 
 
 @dataclass
@@ -105,14 +92,11 @@ class TokenArrays:
             parts = [getattr(example, name) for example in examples]
             return np.concatenate(parts or [np.empty(0)]).astype(ARRAYS[name][1], copy=False)
 
-        return cls(
-            *(flat(name) for name in ("tokens", "trained", "turns", "roles")),
-            lengths=np.array([len(example) for example in examples], np.int32),
-            rows=np.array([example.source[1] for example in examples], np.int64),
-            splits=np.array([example.split for example in examples], np.int32),
-            tags=np.array([example.tag for example in examples], np.int8),
-            tally=tally,
-        )
+        found = [(len(example), example.source[1], example.split, example.tag) for example in examples]
+        columns = np.array(found, np.int64).reshape(-1, 4).T
+        arrays = {name: flat(name) for name in PER_TOKEN}
+        arrays |= {name: each.astype(PER_EXAMPLE[name]) for name, each in zip(PER_EXAMPLE, columns)}
+        return cls(**arrays, tally=tally)
 
     @classmethod
     def open(cls, folder: str | Path, check: bool = True) -> "TokenArrays":
@@ -141,27 +125,17 @@ class TokenArrays:
         """(n + 1,) where each example begins; the last one where all end."""
         return np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
 
-    @cached_property
-    def questions(self) -> np.ndarray:
-        """(n,) tokens in front of the first trained one."""
-        trained = np.flatnonzero(self.trained)
-        return trained[np.searchsorted(trained, self.offsets[:-1])] - self.offsets[:-1]
-
 
 class ExampleStore:
     """Examples of several datasets in one order. index: (n, 2), part and example of that part; None = all."""
 
-    def __init__(
-        self, parts: Sequence[TokenArrays], datasets: Sequence[str], index: np.ndarray | None = None
-    ):
+    def __init__(self, parts: Sequence[TokenArrays], datasets: Sequence[str], index=None):
         if index is None:
             pairs = [(k, j) for k, part in enumerate(parts) for j in range(len(part))]
             index = np.array(pairs, np.int64).reshape(-1, 2)
         self.parts, self.datasets, self.index = list(parts), list(datasets), index
         self.lengths = self._gather("lengths", np.int32)
-        self.reference: np.ndarray | None = (
-            None  # (n, segments) fp32, see Example; filled by stages/reference.py
-        )
+        self.reference: np.ndarray | None = None  # (n, segments) fp32; filled by stages/reference.py
 
     @classmethod
     def from_examples(cls, examples: Sequence[Example], datasets: Sequence[str]) -> "ExampleStore":
@@ -261,10 +235,6 @@ class StoreWriter:
                 raise UserError(f"{path} is shorter than progress.json says; delete {self.partial}")
             handle.truncate(self.sizes[name])  # what was written after the last progress.json does not count
 
-    @property
-    def rows_done(self) -> int:
-        return self.tally.read
-
     def append(self, chunk: TokenArrays) -> None:
         for name, (_, dtype) in ARRAYS.items():
             data = getattr(chunk, name).astype(dtype, copy=False).tobytes()
@@ -315,10 +285,8 @@ def load_sets(folder: Path) -> tuple[dict, dict[str, ExampleStore]]:
     """What save_sets wrote. Raises UserError for a folder of something else or damaged files."""
     meta = _read_json(folder / SETS_FILE)
     if meta is None:
-        raise UserError(
-            f"tokenized_path: {folder} exists but holds no tokenised data of Anvil ({SETS_FILE} is missing); "
-            "name another folder, and the data will be written there"
-        )
+        why = f"exists but holds no tokenised data of Anvil ({SETS_FILE} is missing); name another folder"
+        raise UserError(f"tokenized_path: {folder} {why}, and the data will be written there")
     used = sorted({part for entry in meta["sets"] for part in entry["parts"]})
     opened = {part: TokenArrays.open(folder / f"part-{part}") for part in used}
     sets = {}

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 
 from options.errors import UserError
 from pipeline.batch import Example
-from pipeline.encoding import ChunkEncoder, Row, numbered_rows
+from pipeline.encoding import ChunkEncoder
 from pipeline.mixing import mixing_ends, turns
-from pipeline.sources import read_rows
+from pipeline.sources import Row, read_rows
 from pipeline.store import Tally
 
 
@@ -41,7 +41,7 @@ class RowStream:
         return self.encoders[part].encode(row, self.tallies[part])
 
     def _read(self, part: int) -> Iterator[Row]:
-        return numbered_rows(read_rows(self.encoders[part].info, self.opened[part]))
+        return read_rows(self.encoders[part].info, self.opened[part])
 
     def _mixed(self, epoch: int) -> Iterator[tuple[int, Row]]:
         parts = range(len(self.encoders))

@@ -18,19 +18,12 @@ import numpy as np
 from tqdm import tqdm
 
 from options.errors import UserError
-from pipeline.encoding import ChunkEncoder, EncodeOptions, Row, encode_chunks, numbered_rows
+from pipeline import sources
+from pipeline.encoding import ChunkEncoder, EncodeOptions, encode_chunks
 from pipeline.formats import check_stage
 from pipeline.mixing import choose_rows, examples_of_rows
 from pipeline.report import DataReport, DatasetReport
-from pipeline.sources import (
-    DatasetInfo,
-    HubAccess,
-    check_sha1,
-    content_key,
-    find_dataset,
-    open_hub,
-    read_rows,
-)
+from pipeline.sources import DatasetInfo, HubAccess, Row, find_dataset, open_hub, read_rows
 from pipeline.store import ExampleStore, StoreWriter, Tally, TokenArrays, load_sets, locked, partial_folder
 from text.render import Message
 
@@ -90,10 +83,8 @@ class Tokeniser:
                 if isinstance(then, dict) and isinstance(now, dict):
                     differing = [key for key in {**then, **now} if then.get(key) != now.get(key)]
                     then, now = ({key: each.get(key) for key in differing} for each in (then, now))
-                raise UserError(
-                    f"tokenized_path: the data in {folder} was made with another {name} ({then}, now {now}). "
-                    "Give the options it was made with, or another tokenized_path."
-                )
+                made = f"the data in {folder} was made with another {name} ({then}, now {now})"
+                raise UserError(f"tokenized_path: {made}. Give its options, or another tokenized_path.")
         reports = [DatasetReport(**(entry | {"tally": Tally(**entry["tally"])})) for entry in meta["report"]]
         return sets.pop("train", None), sets, DataReport(reports)
 
@@ -104,7 +95,7 @@ class Tokeniser:
 
         only: numbers of the rows to read, in place of num_samples and max_samples.
         """
-        warning = check_sha1(info)
+        warning = sources.check_sha1(info)
         opened = None if info.kind == "file" else open_hub(info, self.hub, streaming=False)
         limit, chosen, total = self.max_samples, None, 0
         if only is not None:
@@ -114,14 +105,14 @@ class Tokeniser:
             chosen = choose_rows(total, info.num_samples, self.seed)[:limit]
         left = ("name", "location", "file_sha1")
         described = {name: value for name, value in asdict(info).items() if name not in left}
-        key = self.keys() | {"data": content_key(info, opened), "info": described}
+        key = self.keys() | {"data": sources.data_key(info, opened), "info": described}
         key |= {"limit": limit, "chosen": None if chosen is None else [total, self.seed]}
         if only is not None:
             key["only"] = hashlib.blake2b(only.astype("<i8").tobytes(), digest_size=16).hexdigest()
         name = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest()
 
         def rows() -> Iterator[Row]:
-            everything = numbered_rows(read_rows(info, opened))
+            everything = read_rows(info, opened)
             if chosen is None:
                 return islice(everything, limit)
             wanted = set(chosen.tolist())
@@ -164,16 +155,11 @@ class Tokeniser:
         except UserError:  # what a killed run left does not fit together
             shutil.rmtree(partial_folder(folder))
             writer = StoreWriter(folder)
-        todo, done = islice(rows(), writer.rows_done, None), writer.rows_done
+        done = writer.tally.read
+        todo = islice(rows(), done, None)
         try:
-            # delay: short work shows no bar
-            with _Bar(
-                desc=f"tokenising {encoder.info.name}",
-                unit=" rows",
-                initial=done,
-                delay=2,
-                disable=not self.is_main,
-            ) as bar:
+            shown = {"desc": f"tokenising {encoder.info.name}", "unit": " rows", "initial": done}
+            with _Bar(**shown, delay=2, disable=not self.is_main) as bar:  # delay: short work shows no bar
                 for chunk in encode_chunks(todo, encoder, self.workers):
                     writer.append(chunk)
                     bar.update(chunk.tally.read)

@@ -18,7 +18,7 @@ from pipeline.sources import (
     DatasetInfo,
     HubAccess,
     check_sha1,
-    content_key,
+    data_key,
     find_dataset,
     list_files,
     open_hub,
@@ -329,7 +329,7 @@ def test_a_folder_is_read_in_name_order_and_holds_one_type(tmp_path):
         write(folder / f"{name}.jsonl", json.dumps({"instruction": name, "output": "x"}))
     write(folder / ".hidden", "x")
     info = find_dataset("many", tmp_path)
-    assert [row["instruction"] for _, row in read_rows(info)] == ["a", "b"]
+    assert [row["instruction"] for _, _, row in read_rows(info)] == ["a", "b"]
     write(folder / "c.csv", "x\n1\n")
     with pytest.raises(ValueError, match=r"mixes \.csv, \.jsonl"):
         list_files(info)
@@ -359,14 +359,14 @@ def test_sha1_is_a_warning_only(tmp_path):
     assert check_sha1(DatasetInfo("x", "file", str(path))) is None
 
 
-def test_content_key_follows_the_bytes(tmp_path):
+def test_data_key_follows_the_bytes(tmp_path):
     path = write(tmp_path / "x.txt", "hello")
     info = DatasetInfo("x", "file", str(path))
-    before = content_key(info)
+    before = data_key(info)
     write(path, "hello")
-    assert content_key(info) == before
+    assert data_key(info) == before
     write(path, "hullo")
-    assert content_key(info) != before
+    assert data_key(info) != before
 
 
 def test_hub_data_is_read_through_datasets(tmp_path, monkeypatch):
@@ -377,7 +377,7 @@ def test_hub_data_is_read_through_datasets(tmp_path, monkeypatch):
     info = parse_entry("x", {"hf_hub_url": "someone/things"}, tmp_path)
     for streaming in (False, True):
         opened = open_hub(info, HubAccess(cache_dir=str(tmp_path / "cache")), streaming)
-        assert [row for _, row in read_rows(info, opened)] == ROWS
+        assert [row for _, _, row in read_rows(info, opened)] == ROWS
     bad = parse_entry("x", {"hf_hub_url": "someone/things", "split": "test"}, tmp_path)
     with pytest.raises(
         ValueError, match=r"dataset 'x': the hub id 'someone/things' \(split 'test'\) cannot be read"
