@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from options.errors import UserError, located
+from options.errors import UserError, located, refuse
 from options.option import COMMON, RESUMABLE, SECRET, option
 
 WANTED_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
 TOKENIZER_ONLY = ["tokenizer*", "special_tokens_map.json", "*.jinja", "*config.json"]
 UNWANTED_FILES = ["*/*", "consolidated*"]  # other layouts: original/, onnx/, Mistral's own second copy
+TOKEN = (RESUMABLE, SECRET)
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,8 @@ class ModelOptions:
     )
     model_revision: str = option("main", "branch, tag or commit of a hub model", also="revision")
     cache_dir: str | None = option(None, "where hub downloads are kept", RESUMABLE)
-    hf_hub_token: str | None = option(
-        None, "token for gated Hugging Face models", RESUMABLE, SECRET, also="hub_token"
-    )
-    ms_hub_token: str | None = option(
-        None, "token for ModelScope (with USE_MODELSCOPE_HUB=1)", RESUMABLE, SECRET
-    )
+    hf_hub_token: str | None = option(None, "token for gated Hugging Face models", *TOKEN, also="hub_token")
+    ms_hub_token: str | None = option(None, "token for ModelScope (with USE_MODELSCOPE_HUB=1)", *TOKEN)
     rope_scaling: Literal["none", "linear", "dynamic", "yarn", "llama3"] | None = option(
         None, "stretch the rotary embedding to longer texts"
     )
@@ -57,23 +54,17 @@ class ModelOptions:
 def resolve_model(options: ModelOptions) -> Path:
     """The local folder of `model_name_or_path`."""
     name = options.model_name_or_path
-    if not name:
-        raise UserError(
-            "model_name_or_path: missing; give a model folder or a hub id such as Qwen/Qwen2.5-0.5B"
-        )
+    refuse(not name, "model_name_or_path: missing; give a model folder or a hub id such as Qwen/Qwen2.5-0.5B")
     return resolve_folder("model_name_or_path", name, options.model_revision, options)
 
 
 def resolve_adapters(options: ModelOptions) -> list[Path]:
     """The local folders of `adapter_name_or_path`; hub ids at their main revision."""
-    return [
-        resolve_folder("adapter_name_or_path", name, "main", options) for name in options.adapter_name_or_path
-    ]
+    names = options.adapter_name_or_path
+    return [resolve_folder("adapter_name_or_path", name, "main", options) for name in names]
 
 
-def resolve_folder(
-    key: str, name: str, revision: str, options: ModelOptions, wanted: list[str] = WANTED_FILES
-) -> Path:
+def resolve_folder(key: str, name: str, revision: str, options: ModelOptions, wanted=WANTED_FILES) -> Path:
     """The local folder of what `key` names: downloaded if it is an id, converted if it is a GGUF file."""
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -88,51 +79,43 @@ def resolve_folder(
         raise UserError(f"{key}: {name} is a file; give the folder that holds {holds}")
     if name.startswith((".", "/", "~")) or name.count("/") != 1 or name.endswith(("/", ".gguf")):
         raise UserError(f"{key}: no folder {name}, and it is not a hub id (owner/name) either")
-    if os.environ.get("USE_MODELSCOPE_HUB", "0").lower() in ("1", "true"):
-        return _download_modelscope(key, name, revision, options)
-    return _download_hugging_face(key, name, revision, options, wanted)
+    with located(key):
+        if os.environ.get("USE_MODELSCOPE_HUB", "0").lower() in ("1", "true"):
+            return _download_modelscope(name, revision, options)
+        return _download_hugging_face(name, revision, options, wanted)
 
 
-def _download_hugging_face(
-    key: str, name: str, revision: str, options: ModelOptions, wanted: list[str]
-) -> Path:
+def _download_hugging_face(name: str, revision: str, options: ModelOptions, wanted: list[str]) -> Path:
     import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, HFValidationError
 
     places = {"revision": revision, "cache_dir": options.cache_dir, "token": options.hf_hub_token}
     files = {"allow_patterns": wanted, "ignore_patterns": UNWANTED_FILES}
     try:
         return Path(huggingface_hub.snapshot_download(name, **places, **files))
-    except (
-        OSError,
-        huggingface_hub.errors.HFValidationError,
-    ) as error:  # every error of the hub or the network
-        gated = isinstance(error, huggingface_hub.errors.GatedRepoError)
+    except (OSError, HFValidationError) as error:  # every error of the hub or the network
+        gated = isinstance(error, GatedRepoError)
         remedy = "it is gated: give hf_hub_token" if gated else "check the spelling and the network"
-        raise _not_fetched(key, name, "the Hugging Face hub", revision, error, f"; {remedy}") from error
+        raise _not_fetched(name, "the Hugging Face hub", revision, error, f"; {remedy}") from error
 
 
-def _download_modelscope(key: str, name: str, revision: str, options: ModelOptions) -> Path:
+def _download_modelscope(name: str, revision: str, options: ModelOptions) -> Path:
     try:
         from modelscope import snapshot_download
         from modelscope.hub.api import HubApi
     except ImportError as error:
-        raise UserError(
-            f"{key}: USE_MODELSCOPE_HUB is set and {name} is no local folder: pip install modelscope"
-        ) from error
+        found = f"USE_MODELSCOPE_HUB is set and {name} is no local folder"
+        raise UserError(f"{found}: pip install modelscope") from error
     if options.ms_hub_token:
         HubApi().login(options.ms_hub_token)
     revision = "master" if revision == "main" else revision  # ModelScope's name of the default branch
     try:
         return Path(snapshot_download(name, revision=revision, cache_dir=options.cache_dir))
     except (OSError, ValueError) as error:
-        raise _not_fetched(key, name, "ModelScope", revision, error) from error
+        raise _not_fetched(name, "ModelScope", revision, error) from error
 
 
-def _not_fetched(
-    key: str, name: str, hub: str, revision: str, error: Exception, remedy: str = ""
-) -> UserError:
+def _not_fetched(name: str, hub: str, revision: str, error: Exception, remedy: str = "") -> UserError:
     reason = next((line for line in str(error).splitlines() if line.strip()), "no message")
-    return UserError(
-        f"{key}: no folder {name} here, and it could not be fetched from {hub} at revision {revision} "
-        f"({type(error).__name__}: {reason}){remedy}"
-    )
+    missing = f"no folder {name} here, and it could not be fetched from {hub} at revision {revision} "
+    return UserError(f"{missing}({type(error).__name__}: {reason}){remedy}")

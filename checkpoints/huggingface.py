@@ -22,19 +22,12 @@ from architectures import config_from_hf
 from architectures.config import ModelConfig, from_hf_name, scale_rope, to_hf_name
 from architectures.layers import RMSNorm
 from checkpoints.peft import adapter_parameters, read_adapter_tensors, save_adapter
-from checkpoints.safetensors_files import (
-    read_json,
-    staged,
-    stream_tensors,
-    tensor_names,
-    write_json,
-    write_shards,
-)
+from checkpoints.safetensors_files import read_json, staged, stream_tensors, write_json, write_shards
 from checkpoints.value_head import PREFIX as VALUE_HEAD_PREFIX
 from checkpoints.value_head import load_value_head, save_value_head
 from lora import lora_layers, replace_module
 from model import Decoder, initialize_weights
-from options.errors import UserError
+from options.errors import UserError, located, refuse
 from quant.linear import Format, QuantLinear
 from text.tokenizer import TOKENIZER_FILES
 
@@ -74,8 +67,7 @@ def load_model(
     quantization: Format | None = None,
     norm_dtype: torch.dtype | None = None,
 ) -> Decoder:
-    """The decoder in this folder with weights in `dtype` (None = the checkpoint's own) on `device`, in eval
-    mode.
+    """The decoder in this folder, weights in `dtype` (None = the checkpoint's own) on `device`, in eval mode.
 
     quantization: quantise the linears of the blocks while they are read; `dtype` is then that of the values
     they stand for. A checkpoint that is quantised stays in its format, but for its head. norm_dtype: that of
@@ -99,19 +91,15 @@ def load_model(
         weights = tqdm(weights, "quantising", total, leave=False, unit="tensor", disable=None)
     for name, value in weights:
         owner = name.rpartition(".")[0]
-        if isinstance(value, QuantLinear) and name not in inside:
-            dense = nn.Parameter(value.to(device).dequantize(dtype))  # head, embedding
-            set_parameter(model, f"{name}.weight", dense)
+        if isinstance(value, QuantLinear) and name not in inside:  # head, embedding
+            set_parameter(model, f"{name}.weight", nn.Parameter(value.to(device).dequantize(dtype)))
         elif isinstance(value, QuantLinear):
             replace_module(model, name, value.to(device))
         elif quantization is not None and owner in inside and name.endswith(".bias"):
             biases[owner] = _own(value, dtype, device)
         elif quantization is not None and owner in inside:
-            try:
-                layer = quantization.quantise(value.to(device), None, dtype)
-            except UserError as error:
-                raise UserError(f"{folder}: tensor {to_hf_name(config, name)}: {error}") from error
-            replace_module(model, owner, layer)
+            with located(f"{folder}: tensor {to_hf_name(config, name)}"):
+                replace_module(model, owner, quantization.quantise(value.to(device), None, dtype))
         else:
             chosen = norm_dtype if norm_dtype and isinstance(model.get_submodule(owner), RMSNorm) else dtype
             set_parameter(model, name, nn.Parameter(_own(value, chosen, device)))
@@ -128,7 +116,7 @@ def block_linears(model: Decoder) -> list[str]:
 
 def chosen_quantization(folder: str | Path, wanted: Format | None) -> tuple[Format | None, str | None]:
     """(what load_model shall quantise with, a line for the user or None): what the options want, or nothing
-    where the checkpoint is quantised already and stays as it is."""
+    for a checkpoint in codes, which stays as it is."""
     settings = load_config(folder).hf.get("quantization_config")
     if wanted is None or not settings:
         return wanted, None
@@ -136,9 +124,7 @@ def chosen_quantization(folder: str | Path, wanted: Format | None) -> tuple[Form
     return None, f"quantization_bit: ignored, {folder} is quantised already ({stored})"
 
 
-def stream_weights(
-    folder: str | Path, config: ModelConfig, dtype: torch.dtype
-) -> Iterator[tuple[str, Tensor | QuantLinear]]:
+def stream_weights(folder, config: ModelConfig, dtype) -> Iterator[tuple[str, Tensor | QuantLinear]]:
     """(our name, tensor) of every parameter in the folder's files; (our name of the linear, layer) of every
     linear that is quantised there, as each is complete. Tensors lean on the mapped file, layers do not;
     `dtype` is that of the values that layers stand for.
@@ -153,39 +139,27 @@ def stream_weights(
         name = from_hf_name(config, hf_name)
         if name is None:
             continue
+        place = f"{file}: tensor {hf_name}"
         if (owner := packed.owner(name)) is not None:
-            layer = packed.add(owner, name, tensor, file)
-            if layer is not None:
+            if (layer := packed.add(owner, name, tensor, place)) is not None:
                 yield owner, layer
             continue
-        expected = missing.pop(name, None)
-        if fault := _fault(tensor, expected, name in known, packed.format):
-            raise UserError(f"{file}: tensor {hf_name} {fault}")
+        if (expected := missing.pop(name, None)) is None:
+            fault = "has no place in the model of config.json"
+            raise UserError(f"{place} {'stands twice in the files' if name in known else fault}")
+        if (found := tuple(tensor.shape)) != expected:
+            codes = packed.format is not None and not tensor.is_floating_point()
+            more = f", or for a quantised one, whose {packed.format.marker} is missing" if codes else ""
+            raise UserError(f"{place} has shape {found}, config.json asks for {expected}{more}")
+        if not tensor.is_floating_point():
+            fault = f"is {tensor.dtype}, not floating point; config.json says nothing of a quantised model"
+            raise UserError(f"{place} {fault} (quantization_config), or not of this tensor")
         yield name, tensor
     missing |= {f"{name}.{part}": () for name, parts in packed.waiting.items() for part in parts}
     if missing:
         names = [to_hf_name(config, name) for name in missing]
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
         raise UserError(f"{folder}: tensors missing from the safetensors files: {', '.join(names[:4])}{more}")
-
-
-def _fault(
-    tensor: Tensor, expected: tuple[int, ...] | None, known: bool, format: Format | None
-) -> str | None:
-    """What is wrong with a tensor of the files that shall have the expected shape; None if nothing is."""
-    found = tuple(tensor.shape)
-    if expected is None:
-        return "stands twice in the files" if known else "has no place in the model of config.json"
-    if found != expected:
-        packed = format is not None and not tensor.is_floating_point()
-        more = f", or for a quantised one, whose {format.marker} is missing" if packed else ""
-        return f"has shape {found}, config.json asks for {expected}{more}"
-    if not tensor.is_floating_point():
-        return (
-            f"is {tensor.dtype}, not floating point; config.json says nothing of a quantised model "
-            "(quantization_config), or not of this tensor"
-        )
-    return None
 
 
 class _Packed:
@@ -203,7 +177,7 @@ class _Packed:
         if self.format is None:
             return
         linears = [name.removesuffix(".weight") for name, shape in known.items() if len(shape) == 2]
-        names = [from_hf_name(config, name) for name in tensor_names(folder)]
+        names = [from_hf_name(config, name) for _, name, _ in stream_tensors(folder)]  # no numbers are read
         marked = {name.removesuffix(f".{self.format.marker}") for name in names if name is not None}
         self.waiting = {name: set() for name in linears if name in marked}
         for name in names:
@@ -216,33 +190,30 @@ class _Packed:
         heads = (".".join(parts[:count]) for count in range(1, len(parts)))
         return next((head for head in heads if head in self.waiting), None)
 
-    def add(self, owner: str, name: str, tensor: Tensor, file: Path) -> QuantLinear | None:
-        """Take one tensor; the layer if it was the last one."""
+    def add(self, owner: str, name: str, tensor: Tensor, place: str) -> QuantLinear | None:
+        """Take one tensor, which stands at `place` (FILE: tensor NAME); the layer if it was the last one."""
         part = name.removeprefix(f"{owner}.")
-        if part not in self.waiting[owner]:
-            raise UserError(f"{file}: tensor {to_hf_name(self.config, name)} stands twice in the files")
+        refuse(part not in self.waiting[owner], f"{place} stands twice in the files")
         self.waiting[owner].remove(part)
         held = self._held.setdefault(owner, {})
         held[part] = tensor
         if self.waiting[owner]:
             return None
         del self._held[owner]
-        bias = self._bias(owner, held, file)
+        linear = place.removesuffix(part)
+        bias = self._bias(owner, held, f"{linear}bias")
         try:
             return self.format.read(held, self.known[f"{owner}.weight"], bias, self.dtype)
         except UserError as error:
-            raise UserError(f"{file}: tensor {to_hf_name(self.config, owner)}.{error}") from error
+            raise UserError(f"{linear}{error}") from error
 
-    def _bias(self, owner: str, held: dict[str, Tensor], file: Path) -> Tensor | None:
+    def _bias(self, owner: str, held: dict[str, Tensor], place: str) -> Tensor | None:
         bias, expected = held.pop("bias", None), self.known.get(f"{owner}.bias")
         if expected is None and (bias is None or not bias.any()):
             return None  # some quantisers write a bias of zeros for every linear
-        found, place = None if bias is None else tuple(bias.shape), f"{to_hf_name(self.config, owner)}.bias"
-        if found != expected:
-            wanted = f"shape {expected}" if expected else "none"
-            raise UserError(f"{file}: tensor {place}: {found}, expected {wanted}")
-        if not bias.is_floating_point():
-            raise UserError(f"{file}: tensor {place} is {bias.dtype}, not floating point")
+        found = None if bias is None else tuple(bias.shape)
+        refuse(found != expected, f"{place}: {found}, expected {f'shape {expected}' if expected else 'none'}")
+        refuse(not bias.is_floating_point(), f"{place} is {bias.dtype}, not floating point")
         return bias.clone()
 
 
@@ -310,16 +281,14 @@ def model_format(model: Decoder) -> Format | None:
     return next((module.format for module in modules if isinstance(module, QuantLinear)), None)
 
 
-def write_model_json(
-    folder: str | Path, hf: dict, dtype: torch.dtype, quantization: Format | None = None
-) -> None:
+def write_model_json(folder: Path, hf: dict, dtype: torch.dtype, quantization: Format | None) -> None:
     """config.json with the weights' dtype, under the older key too where it was there, and their format."""
     name = str(dtype).removeprefix("torch.")
     hf = {key: value for key, value in hf.items() if key != "quantization_config"}
     if quantization is not None:
         hf["quantization_config"] = quantization.config_for(dtype)
     older = {"torch_dtype": name} if "torch_dtype" in hf else {}
-    write_json(Path(folder) / "config.json", {**hf, **older, "dtype": name})
+    write_json(folder / "config.json", {**hf, **older, "dtype": name})
 
 
 def copy_side_files(source: Path, target: Path) -> None:
@@ -332,14 +301,12 @@ def copy_side_files(source: Path, target: Path) -> None:
 # What a run trained
 
 
-def save_trained(
-    model: Decoder, folder: Path, source_folder: Path, base_name: str, shard_gigabytes: float = 5.0
-) -> None:
+def save_trained(model: Decoder, folder: Path, source_folder: Path, base_name: str) -> None:
     """What training changed: the adapter if there is one, else the whole model."""
     if lora_layers(model):
         save_adapter(model, folder, base_name)
     else:
-        save_model(model, folder, source_folder, shard_gigabytes)
+        save_model(model, folder, source_folder)
     if model.v_head is not None:
         save_value_head(model.v_head, folder)
 
@@ -357,12 +324,10 @@ def restore_trained(model: Decoder, folder: Path) -> None:
         parameters = {n: p for n, p in model.named_parameters() if not n.startswith(VALUE_HEAD_PREFIX)}
         targets = {to_hf_name(model.config, name): parameter for name, parameter in parameters.items()}
     for name, tensor in tensors:
-        if name not in targets:
-            fault = "is nothing that this run trains"
-            raise UserError(f"{folder}: tensor {name} {fault}; was another option changed?")
-        target = targets.pop(name)
-        if target.shape != tensor.shape:
-            fault = f"has shape {tuple(tensor.shape)}, this run has {tuple(target.shape)}"
+        target, fault = targets.pop(name, None), "is nothing that this run trains"
+        if target is not None and target.shape != tensor.shape:
+            target, fault = None, f"has shape {tuple(tensor.shape)}, this run has {tuple(target.shape)}"
+        if target is None:
             raise UserError(f"{folder}: tensor {name} {fault}; was another option changed?")
         target.copy_(tensor)
     if targets:

@@ -68,25 +68,16 @@ def adapter_config(model: Decoder, base_name: str) -> dict:
     named = {_hf_module(model.config, name): layer for name, layer in layers.items()}
     full = [_hf_module(model.config, name) for name in full_modules(model)]
     tied = model.config.tied_head and "embed_tokens" in full_modules(model)
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_name,
-        "r": first.rank,
-        "lora_alpha": _whole(first.alpha),
-        "lora_dropout": first.dropout_probability,
-        "target_modules": _peft_targets(model, layers),
-        "modules_to_save": [*full, "lm_head"] if tied else full or None,
-        "ensure_weight_tying": tied,
-        "rank_pattern": {n: layer.rank for n, layer in named.items() if layer.rank != first.rank},
-        "alpha_pattern": {n: _whole(layer.alpha) for n, layer in named.items() if layer.alpha != first.alpha},
-        "use_rslora": first.rslora,
-        "use_dora": first.magnitude is not None,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-    }
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name}
+    config |= {"bias": "none", "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True}
+    config |= {"use_rslora": first.rslora, "use_dora": first.magnitude is not None}
+    ranks = {n: layer.rank for n, layer in named.items() if layer.rank != first.rank}
+    alphas = {n: _whole(layer.alpha) for n, layer in named.items() if layer.alpha != first.alpha}
+    config |= {"r": first.rank, "lora_alpha": _whole(first.alpha)}
+    config |= {"rank_pattern": ranks, "alpha_pattern": alphas}
+    config |= {"lora_dropout": first.dropout_probability, "target_modules": _peft_targets(model, layers)}
+    modules = [*full, "lm_head"] if tied else full or None
+    return config | {"modules_to_save": modules, "ensure_weight_tying": tied}
 
 
 def _hf_module(config: ModelConfig, name: str) -> str:
@@ -145,17 +136,12 @@ class AdapterFile:
         return UserError(f"{self.folder / ADAPTER_WEIGHTS}: {text}; the adapter was trained on {base}")
 
     @property
-    def dora(self) -> bool:
-        return bool(self.config.get("use_dora"))
-
-    def lists_in_full(self, module: str) -> bool:
-        """Whether modules_to_save names this module (our name): as peft, by the last letters."""
-        return any(f"model.{module}".endswith(name) for name in self.config.get("modules_to_save") or ())
+    def in_full(self) -> tuple[str, ...]:
+        """modules_to_save: as in peft `model.<our name>` of a module that trains in full ends with one."""
+        return tuple(self.config.get("modules_to_save") or ())
 
 
-def load_adapter(
-    model: Decoder, folder: str | Path, dtype: torch.dtype = torch.float32, dropout_probability: float = 0.0
-) -> None:
+def load_adapter(model: Decoder, folder: str | Path, dtype=torch.float32, dropout: float = 0.0) -> None:
     """Put the PEFT adapter in this folder on the model; it trains, everything else is frozen.
 
     dtype is that of all that trains, the modules trained in full (modules_to_save) included. Other whole
@@ -169,11 +155,11 @@ def load_adapter(
     adapted = [module for module, parts in file.modules.items() if "lora_A" in parts or "lora_B" in parts]
     whole = []  # (parameter, its new value, whether it trains)
     for module, parts in file.modules.items():
-        trains = module not in adapted and file.lists_in_full(module)
+        trains = module not in adapted and f"model.{module}".endswith(file.in_full)
         for part in sorted(parts.keys() - ADAPTER_PARTS):
             parameter = whole_parameter(model, f"{module}.{part}", parts[part], file)
             whole.append((parameter, parts[part], trains))
-    layers = {module: adapted_linear(model, module, file, dtype, dropout_probability) for module in adapted}
+    layers = {module: adapted_linear(model, module, file, dtype, dropout) for module in adapted}
     model.requires_grad_(False)
     for parameter, tensor, trains in whole:
         parameter.data = tensor.to(parameter.device, dtype if trains else parameter.dtype, copy=True)
@@ -187,14 +173,14 @@ def read_adapter(folder: str | Path, model_config: ModelConfig) -> AdapterFile:
     folder = Path(folder)
     file = AdapterFile(folder, read_adapter_config(folder), {})
     for key, tensor in read_adapter_tensors(folder).items():
-        module, part = split_adapter_name(model_config, key, folder)
+        module, part = _split_name(model_config, key, folder / ADAPTER_WEIGHTS)
         file.modules.setdefault(module, {})[part] = tensor
     if not file.modules:
         raise file.fault("holds no tensor")
     if model_config.tied_head:
         _join_tied_head(file)
     _refuse_other_depth(file, model_config.num_layers)
-    for name in file.config.get("modules_to_save") or ():
+    for name in file.in_full:
         joined = name == "lm_head" and model_config.tied_head
         if not joined and not any(f"model.{module}".endswith(name) for module in file.modules):
             listed = f"{ADAPTER_CONFIG} lists {name} in modules_to_save"
@@ -206,9 +192,7 @@ def _refuse_other_depth(file: AdapterFile, num_layers: int) -> None:
     """A name in target_modules means every linear of it: in a deeper model some would be left without."""
     targets = file.config.get("target_modules")
     chosen = file.config.get("layers_to_transform") or file.config.get("exclude_modules")
-    if not isinstance(targets, list) or chosen:
-        return
-    for name in targets:
+    for name in targets if isinstance(targets, list) and not chosen else ():
         layers = sum(module.startswith("layers.") and module.endswith(f".{name}") for module in file.modules)
         if "." not in name and 0 < layers < num_layers:
             raise file.fault(f"adapts {name} in {layers} of this model's {num_layers} layers")
@@ -242,11 +226,9 @@ def read_adapter_config(folder: Path) -> dict:
             raise UserError(f"{path}: {key}={value!r} is not supported; merge that adapter with peft first")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(BASE_CHANGING_INITS):
-        raise UserError(
-            f"{path}: init_lora_weights={start!r}: such an adapter belongs on a changed base model; save it "
-            "as plain LoRA with peft (save_pretrained with path_initial_model_for_weight_conversion), or "
-            "merge it there"
-        )
+        found = f"init_lora_weights={start!r}: such an adapter belongs on a changed base model"
+        way = "(save_pretrained with path_initial_model_for_weight_conversion)"
+        raise UserError(f"{path}: {found}; save it as plain LoRA with peft {way}, or merge it there")
     return config
 
 
@@ -257,37 +239,23 @@ def read_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
     if path.is_file():
         return dict(file_tensors(path))
     if (folder / "adapter_model.bin").is_file():
-        raise UserError(
-            f"{folder}: only adapter_model.bin found, {PICKLE}; load it once with peft in an environment you "
-            "trust and save it again (peft writes safetensors)"
-        )
+        remedy = "load it once with peft in an environment you trust and save it again (as safetensors)"
+        raise UserError(f"{folder}: only adapter_model.bin found, {PICKLE}; {remedy}")
     raise UserError(f"{path}: file not found; is {folder} a complete adapter folder?")
 
 
-def split_adapter_name(config: ModelConfig, key: str, folder: Path) -> tuple[str, str]:
+def _split_name(config: ModelConfig, key: str, path: Path) -> tuple[str, str]:
     """PEFT's tensor name -> (our module name, lora_A | lora_B | magnitude | weight | bias)."""
-    path = Path(folder) / ADAPTER_WEIGHTS
     if not key.startswith(PEFT_PREFIX):
         hint = "is it of another kind of model?"
         raise UserError(f"{path}: tensor {key} does not start with {PEFT_PREFIX}; {hint}")
     name = key.removeprefix(PEFT_PREFIX).replace(".modules_to_save.", ".").replace(".base_layer.", ".")
-    for ending, part in PARTS.items():
-        if name.endswith(ending):
-            return _our_module(config, name.removesuffix(ending)), part
-    if ".lora_" in name:
+    ending = next((ending for ending in PARTS if name.endswith(ending)), None)
+    if ending is None and ".lora_" in name:
         raise UserError(f"{path}: tensor {key} is of a kind of adapter that is not supported")
-    module, _, part = name.rpartition(".")
-    return _our_module(config, module), part
-
-
-def _our_module(config: ModelConfig, hf_module: str) -> str:
-    name = from_hf_name(config, f"{hf_module}.weight")
-    return (name or f"{hf_module}.weight").removesuffix(".weight")  # None: a tied head, see _join_tied_head
-
-
-def adapter_scale_alpha(config: dict, module: str) -> float:
-    """lora_alpha of this module (our name): by alpha_pattern as peft matches it, or the common value."""
-    return float(_by_pattern(config, "alpha_pattern", "lora_alpha", module))
+    hf_module, part = (name.removesuffix(ending), PARTS[ending]) if ending else name.rpartition(".")[::2]
+    ours = from_hf_name(config, f"{hf_module}.weight")
+    return (ours or f"{hf_module}.weight").removesuffix(".weight"), part  # None: a tied head, _join_tied_head
 
 
 def _by_pattern(config: dict, patterns_key: str, common_key: str, module: str) -> float:
@@ -297,9 +265,8 @@ def _by_pattern(config: dict, patterns_key: str, common_key: str, module: str) -
         try:
             expression = re.compile(rf"(.*\.)?({pattern})$")
         except re.error as error:
-            raise UserError(
-                f"{ADAPTER_CONFIG}: {patterns_key}: {pattern!r} is no pattern ({error})"
-            ) from error
+            fault = f"{pattern!r} is no pattern ({error})"
+            raise UserError(f"{ADAPTER_CONFIG}: {patterns_key}: {fault}") from error
         if expression.match(module) or expression.match(f"model.{module}"):
             value = other
             break
@@ -309,12 +276,12 @@ def _by_pattern(config: dict, patterns_key: str, common_key: str, module: str) -
 
 
 def adapted_linear(
-    model: Decoder, module: str, file: AdapterFile, dtype: torch.dtype, dropout_probability: float
+    model: Decoder, module: str, file: AdapterFile, dtype: torch.dtype, dropout: float = 0.0
 ) -> LoraLinear:
     """The model's linear with the file's update around it; the model itself is not changed yet."""
-    parts = file.modules[module]
-    missing = {"lora_A", "lora_B", *(["magnitude"] if file.dora else [])} - parts.keys()
-    if missing:
+    parts, dora = file.modules[module], bool(file.config.get("use_dora"))
+    wanted = ("lora_A", "lora_B", "magnitude") if dora else ("lora_A", "lora_B")
+    if missing := set(wanted) - parts.keys():
         raise file.fault(f"{module} lacks {', '.join(sorted(missing))}, so the file is incomplete")
     try:
         base = model.get_submodule(module)
@@ -323,28 +290,18 @@ def adapted_linear(
     if not is_linear(base):
         raise file.fault(f"adapts {module}, a {type(base).__name__}; only linears are supported")
     rank = int(_by_pattern(file.config, "rank_pattern", "r", module))
-    shapes = {"lora_A": (rank, base.in_features), "lora_B": (base.out_features, rank)}
-    if file.dora:
-        shapes["magnitude"] = (base.out_features,)
+    alpha = float(_by_pattern(file.config, "alpha_pattern", "lora_alpha", module))
+    kind = {"rslora": bool(file.config.get("use_rslora")), "dora": dora}
+    shapes = dict(zip(wanted, [(rank, base.in_features), (base.out_features, rank), (base.out_features,)]))
     for part in sorted(parts.keys() & ADAPTER_PARTS):
         if part not in shapes:
             kinds = ", ".join(shapes)
             raise file.fault(f"{module}.{part} does not belong to an adapter of this kind ({kinds})")
         _check_shape(f"{module}.{part}", parts[part], shapes[part], file)
-    layer = LoraLinear(
-        base,
-        rank,
-        adapter_scale_alpha(file.config, module),
-        dropout_probability=dropout_probability,
-        rslora=bool(file.config.get("use_rslora")),
-        dora=file.dora,
-        dtype=dtype,
-        generator=torch.Generator(),  # the start is overwritten: leave the global generator alone
-    )
-    layer.lora_a.data.copy_(parts["lora_A"])
-    layer.lora_b.data.copy_(parts["lora_B"])
-    if layer.magnitude is not None:
-        layer.magnitude.data.copy_(parts["magnitude"])
+    unused = torch.Generator()  # the start is overwritten: leave the global generator alone
+    layer = LoraLinear(base, rank, alpha, dropout_probability=dropout, dtype=dtype, generator=unused, **kind)
+    for part in shapes:
+        getattr(layer, part.lower()).data.copy_(parts[part])
     return layer
 
 
@@ -377,15 +334,14 @@ def prepare_adapters(
     """Set what trains, starting from the given adapters: all but the last are merged, the last trains on.
 
     With options.create_new_adapter all are merged and a fresh one is added; without folders see
-    trainable.prepare_trainable. Raises UserError if something would have to be merged into quantised weights.
+    prepare_trainable. Raises UserError if something would have to be merged into quantised weights.
     """
     folders = list(folders)
     trained = folders[-1:] if options.finetuning_type == "lora" and not options.create_new_adapter else []
     if len(folders) > len(trained) and quantised_linears(model):
-        raise UserError(
-            f"adapter_name_or_path: {folders[0]} would have to be merged into quantised weights before "
-            "another one is trained; merge it with export.py and train on the result, or train it on alone"
-        )
+        fault = "would have to be merged into quantised weights before another one is trained"
+        remedy = "merge it with export.py and train on the result, or train it on alone"
+        raise UserError(f"adapter_name_or_path: {folders[0]} {fault}; {remedy}")
     merge_adapters(model, folders[: len(folders) - len(trained)])
     if trained:
         load_adapter(model, trained[0], dtype, options.lora_dropout)
@@ -393,39 +349,34 @@ def prepare_adapters(
         prepare_trainable(model, options, generator, dtype)
 
 
-def merge_adapters(model: Decoder, folders: Iterable[str | Path]) -> None:
-    """Every adapter merged into the weights, in order, in the weights' own dtypes; nothing trains then."""
+@torch.no_grad()
+def merge_adapters(model: Decoder, folders: Iterable[str | Path], into_codes: bool = True) -> dict:
+    """Every adapter merged into the weights, in order, in the weights' own dtypes; nothing trains then.
+
+    into_codes=False leaves quantised weights alone: -> name -> what belongs beside it, one of all the ranks.
+    """
+    beside: dict[str, LoraLinear] = {}
     for folder in folders:
         dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         load_adapter(model, folder)
+        for name, layer in lora_layers(model).items():
+            if isinstance(layer.base, QuantLinear) and not into_codes:
+                replace_module(model, name, layer.base)
+                with located(f"adapter_name_or_path: {folder}"):
+                    beside[name] = stacked(beside.get(name), layer)
         if lora_layers(model):
             merge_for_good(model)
         for name, parameter in model.named_parameters():
             # a quantised weight has become one that has no dtype there
             parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
     model.requires_grad_(False)
+    return beside
 
 
-@torch.no_grad()
 def apply_adapters(model: Decoder, folders: Iterable[str | Path]) -> None:
     """Every adapter in use, in order, for inference: merged into dense weights, beside quantised ones, where
-    several become one of all their ranks (the 16-bit weights would be what quantising has saved). Nothing
-    trains afterwards."""
-    if not quantised_linears(model):
-        merge_adapters(model, folders)
-        return
-    beside: dict[str, LoraLinear] = {}
-    for folder in folders:
-        dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-        load_adapter(model, folder)
-        for name, layer in lora_layers(model).items():
-            quantised = isinstance(layer.base, QuantLinear)
-            replace_module(model, name, layer.base if quantised else layer.merged_base())
-            if quantised:
-                with located(f"adapter_name_or_path: {folder}"):
-                    beside[name] = stacked(beside.get(name), layer)
-        for name, parameter in model.named_parameters():
-            parameter.data = parameter.data.to(dtypes[name])
+    several become one (the 16-bit weights would be what quantising has saved). Nothing trains afterwards."""
+    beside = merge_adapters(model, folders, into_codes=False)
     for name, layer in beside.items():
         layer.freeze_adapter(layer.base.dtype)
         replace_module(model, name, layer.eval())

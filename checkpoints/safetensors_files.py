@@ -10,6 +10,7 @@ import os
 import shutil
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from safetensors.torch import save_file
 from options.errors import UserError
 from parallel.atomic import flush_tree
 
+NamedTensor = tuple[str, torch.Tensor]
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARDS = "model-*-of-*.safetensors"
 STAGING = ".incomplete"  # folder inside the target that holds the files while they are written
@@ -50,15 +52,6 @@ def stream_tensors(folder: str | Path) -> Iterator[tuple[Path, str, torch.Tensor
             yield path, name, tensor
 
 
-def tensor_names(folder: str | Path) -> list[str]:
-    """Names of all tensors in the folder's safetensors files; no tensor is read."""
-    names = []
-    for path in weight_files(Path(folder)):
-        with opened(path) as file:
-            names += file.keys()
-    return names
-
-
 @contextmanager
 def opened(path: Path) -> Iterator[safe_open]:
     """safetensors' handle of one file; UserError if it is damaged."""
@@ -69,7 +62,7 @@ def opened(path: Path) -> Iterator[safe_open]:
         raise UserError(f"{path}: not a complete safetensors file ({error}); fetch it again") from error
 
 
-def file_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def file_tensors(path: Path) -> Iterator[NamedTensor]:
     """(name, tensor) of every tensor in one safetensors file; UserError if it is damaged."""
     with opened(path) as file:
         for name in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
@@ -90,26 +83,24 @@ def weight_files(folder: Path) -> list[Path]:
         return _indexed_files(folder)
     pickles = sorted(path.name for path in folder.glob("*.bin"))
     if pickles:
-        raise UserError(
-            f"{folder}: only {pickles[0]} found. A .bin file is {PICKLE}. Take the model's safetensors "
-            "revision, or convert it once in an environment you trust: transformers' "
-            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
-        )
+        remedy = "Take the model's safetensors revision, or convert it once in an environment you trust"
+        code = "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+        found = f"only {pickles[0]} found. A .bin file is {PICKLE}"
+        raise UserError(f"{folder}: {found}. {remedy}: transformers' {code}")
     if (folder / "adapter_config.json").is_file():
         raise UserError(f"{folder}: holds an adapter, not a model; give it as adapter_name_or_path")
     raise UserError(f"{folder}: no {SINGLE} or {INDEX}; is it a model folder?")
 
 
 def _indexed_files(folder: Path) -> list[Path]:
-    weight_map = read_json(folder / INDEX).get("weight_map")
+    index = folder / INDEX
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise UserError(
-            f"{folder / INDEX}: key weight_map missing or not a map of file names; fetch it again"
-        )
+        raise UserError(f"{index}: key weight_map missing or not a map of file names; fetch it again")
     names = sorted(set(weight_map.values()))
     for name in names:
         if Path(name).name != name:
-            raise UserError(f"{folder / INDEX}: {name} points outside the folder; refused")
+            raise UserError(f"{index}: {name} points outside the folder; refused")
         if not (folder / name).is_file():
             raise UserError(f"{folder / name}: named in {INDEX} but not there; the download is incomplete")
     return [folder / name for name in names]
@@ -121,11 +112,8 @@ def _indexed_files(folder: Path) -> list[Path]:
 @contextmanager
 def staged(folder: str | Path) -> Iterator[Path]:
     """A fresh folder to write files into; on leaving they replace those of the same name in `folder`, whose
-    other files stay (atomic_folder would replace them too).
-
-    New weights replace all old ones, however many files either has. An error inside leaves `folder` as it
-    was.
-    """
+    other files stay (atomic_folder would replace them too). New weights replace all old ones, however many
+    files either has. An error inside leaves `folder` as it was."""
     folder = Path(folder)
     staging = folder / STAGING
     shutil.rmtree(staging, ignore_errors=True)  # left by a process that was killed
@@ -143,9 +131,7 @@ def _publish(staging: Path, folder: Path) -> None:
     names = {path.name for path in staging.iterdir()}
     shards = sorted(path.name for path in staging.glob(SHARDS))
     if any((folder / name).exists() for name in shards):
-        (folder / INDEX).unlink(
-            missing_ok=True
-        )  # for the moment of the renames no index, which is a clear error
+        (folder / INDEX).unlink(missing_ok=True)  # no index while files are renamed, which is a clear error
     for name in [*shards, *(name for name in (SINGLE, INDEX) if name in names)]:
         os.replace(staging / name, folder / name)
     if SINGLE in names or INDEX in names:
@@ -172,23 +158,18 @@ def write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def write_shards(
-    folder: str | Path, tensors: Iterable[tuple[str, torch.Tensor]], shard_gigabytes: float
-) -> torch.dtype:
+def write_shards(folder: str | Path, tensors: Iterable[NamedTensor], shard_gigabytes: float) -> torch.dtype:
     """Write (name, tensor) pairs as safetensors files of at most this many GB (1e9 bytes); give back their
     main dtype.
 
     Only one shard is held in memory; a tensor above the limit gets a shard of its own. One shard ->
-    model.safetensors, more -> numbered files and an index. Old weights in the folder go once the new ones
-    stand.
+    model.safetensors, more -> numbered files and an index. Old weights in the folder go when the new stand.
     """
     if not shard_gigabytes > 0:
         raise ValueError(f"export_size: {shard_gigabytes} GB per file must be above 0")
-    limit = shard_gigabytes * 1e9
     names: list[list[str]] = []  # of each finished shard
     held: dict[str, torch.Tensor] = {}
-    held_bytes = total_bytes = 0
-    bytes_of: dict[torch.dtype, int] = {}
+    held_bytes, bytes_of = 0, Counter()
     with staged(folder) as staging:
 
         def flush() -> None:
@@ -198,15 +179,14 @@ def write_shards(
 
         for name, tensor in tensors:
             size = tensor.numel() * tensor.element_size()
-            bytes_of[tensor.dtype] = bytes_of.get(tensor.dtype, 0) + size
-            if held and held_bytes + size > limit:
+            bytes_of[tensor.dtype] += size
+            if held and held_bytes + size > shard_gigabytes * 1e9:
                 flush()
                 held_bytes = 0
             held[name] = tensor.cpu().contiguous()
             held_bytes += size
-            total_bytes += size
         flush()
-        _name_shards(staging, names, total_bytes)
+        _name_shards(staging, names, bytes_of.total())
     return max(bytes_of, key=bytes_of.get)
 
 

@@ -25,7 +25,7 @@ from checkpoints.peft import ADAPTER_CONFIG, apply_adapters
 from checkpoints.safetensors_files import read_json
 from checkpoints.value_head import VALUE_HEAD, ValueHead, has_value_head, load_value_head
 from model import Decoder
-from options.errors import UserError
+from options.errors import UserError, refuse
 from quant import QuantOptions
 from quant.linear import Format
 from templates import TemplateOptions, get_template
@@ -48,26 +48,18 @@ class Source:
 
 
 def find_source(
-    model: ModelOptions,
-    template: TemplateOptions,
-    given: Container[str],
-    quantization: QuantOptions | None = None,
+    model: ModelOptions, template: TemplateOptions, given: Container, quantization: QuantOptions | None = None
 ) -> Source:
-    """Everything to load. given: keys that the user set (they beat the run's). Raises UserError naming the
-    key.
-
-    quantization: how the base is to be quantised; an adapter's run says it where the user does not. None: not
-    at all.
-    """
+    """Everything to load. given: keys that the user set (they beat the run's). quantization: how the base is
+    to be quantised; an adapter's run says it where the user does not; None: not at all. Raises UserError
+    naming the key."""
     name, adapters = model.model_name_or_path, resolve_adapters(model)
     if name and is_adapter(Path(name)):
         adapters.insert(0, Path(name))
         name = None
     for folder in adapters:
-        if not is_adapter(folder):
-            raise UserError(
-                f"adapter_name_or_path: {folder} holds no {ADAPTER_CONFIG}; give an adapter folder"
-            )
+        missing = f"adapter_name_or_path: {folder} holds no {ADAPTER_CONFIG}; give an adapter folder"
+        refuse(not is_adapter(folder), missing)
     run_folder = adapters[-1] if adapters else Path(name or "")
     run, said = read_run(run_folder), f"as {run_folder / RUN_CONFIG} says"
     notices = []
@@ -85,9 +77,8 @@ def find_source(
         base = _resolve_base(replace(model, model_name_or_path=name), expanded[0])
     beside = base / "adapter"  # what export.py keeps of a merge that 4 bits could not hold
     if not adapters and is_adapter(beside):
-        notices.append(
-            f"{beside} belongs to these codes and is left out; model_name_or_path={beside} takes both"
-        )
+        both = f"model_name_or_path={beside} takes both"
+        notices.append(f"{beside} belongs to these codes and is left out; {both}")
     for key in ("template", "default_system", "enable_thinking"):
         if key not in given and run.get(key) is not None:
             template = replace(template, **{key: run[key]})
@@ -99,9 +90,8 @@ def find_source(
         if (codes := quant.from_options(quantization)) is not None:
             notices.append(f"the base is quantised to {codes.describe()}, {said} (quantization_bit)")
     scaling, cutoff_len = model.rope_scaling, None
-    if (
-        "rope_scaling" not in given and adapters and run.get("rope_scaling")
-    ):  # a full model's config.json has it
+    # a full model's config.json has it
+    if "rope_scaling" not in given and adapters and run.get("rope_scaling"):
         scaling, cutoff_len = run["rope_scaling"], run.get("cutoff_len")
     scaling = None if scaling == "none" else scaling
     tokenizer = next((f for f in reversed(expanded) if (f / "tokenizer.json").is_file()), base)
@@ -116,10 +106,8 @@ def load_source(
 
     dtype None = the checkpoint's.
     """
-    # cheap mistakes come first
-    config = load_config(source.base)
     tokenizer = Tokenizer.from_folder(source.tokenizer)
-    check_tokenizer(tokenizer, config, source)
+    check_tokenizer(tokenizer, load_config(source.base), source)  # cheap mistakes come first
     options = source.template
     template = get_template(options.template, tokenizer.chat_template, options.default_system)
     model = load_model(source.base, dtype, device, source.rope_scaling, source.cutoff_len, quantization)
@@ -132,9 +120,7 @@ def load_head(model: Decoder, source: Source) -> None:
     folder = value_head_folder(source)
     if folder is None:
         names = ", ".join(map(str, (*source.adapters, source.base)))
-        raise UserError(
-            f"there is no {VALUE_HEAD} in {names}, so this is no reward model (stage rm trains one)"
-        )
+        raise UserError(f"no {VALUE_HEAD} in {names}, so this is no reward model (stage rm trains one)")
     head = ValueHead(model.config.hidden_size, model.embed_tokens.weight.device)
     load_value_head(head, folder)
     model.v_head = head.requires_grad_(False)
@@ -147,11 +133,9 @@ def value_head_folder(source: Source) -> Path | None:
 
 def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig, source: Source) -> None:
     """Raises UserError when the tokenizer has tokens that the model has not."""
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"{source.tokenizer}: the tokenizer has {tokenizer.vocab_size} tokens, but the model in "
-            f"{source.base} has {config.vocab_size}; tokenizer and model do not belong together"
-        )
+    ours, theirs = f"the tokenizer has {tokenizer.vocab_size} tokens", f"the model in {source.base} has"
+    fault = f"{ours}, but {theirs} {config.vocab_size}; tokenizer and model do not belong together"
+    refuse(tokenizer.vocab_size > config.vocab_size, f"{source.tokenizer}: {fault}")
 
 
 def scaled_config(source: Source) -> ModelConfig:
@@ -183,9 +167,12 @@ def adapters_below(run: dict, base: Path | None = None) -> list[Path]:
     """Adapters that the run merged into its base before it trained its own, but for those in `base`."""
     names = run.get("adapter_name_or_path") or []
     names = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
-    held = merged_into(base) if base is not None else []
     below = [Path(name) for name in (names if run.get("create_new_adapter") else names[:-1])]
-    return [path for path in below if not any(_same_place(path, each) for each in held)]
+    return _without(below, merged_into(base) if base is not None else [])
+
+
+def _without(paths: list[Path], known: list) -> list[Path]:
+    return [path for path in paths if not any(_same_place(path, each) for each in known)]
 
 
 def merged_into(base: Path) -> list[str]:
@@ -204,23 +191,16 @@ def check_adapters(options: ModelOptions) -> None:
     """UserError if an adapter to train on was itself trained on top of one that is not named before it."""
     folders, base = resolve_adapters(options), options.model_name_or_path
     for number, folder in enumerate(folders):
-        if not (folder / ADAPTER_CONFIG).is_file():
-            raise UserError(
-                f"adapter_name_or_path: {folder} holds no adapter ({ADAPTER_CONFIG}); a whole model is given "
-                "as model_name_or_path"
-            )
+        missing = f"adapter_name_or_path: {folder} holds no adapter ({ADAPTER_CONFIG})"
+        whole = "a whole model is given as model_name_or_path"
+        refuse(not (folder / ADAPTER_CONFIG).is_file(), f"{missing}; {whole}")
         run = read_run(folder)
         if not _same_place(run.get("model_name_or_path"), base):
             continue  # whoever made the other base may have merged those below into it
-        known = folders[:number]
-        below = adapters_below(run, Path(base))
-        missing = [path for path in below if not any(_same_place(path, each) for each in known)]
-        if missing:
-            names = ",".join(map(str, [*known, *missing, folder]))
-            raise UserError(
-                f"adapter_name_or_path: {folder} was trained on top of {', '.join(map(str, missing))}, "
-                f"without which it means nothing; give adapter_name_or_path={names}"
-            )
+        if missing := _without(adapters_below(run, Path(base)), folders[:number]):
+            fault = f"was trained on top of {', '.join(map(str, missing))}, without which it means nothing"
+            names = ",".join(map(str, [*folders[:number], *missing, folder]))
+            raise UserError(f"adapter_name_or_path: {folder} {fault}; give adapter_name_or_path={names}")
 
 
 def _same_place(one: str | Path | None, other: str | Path | None) -> bool:
@@ -231,14 +211,11 @@ def _same_place(one: str | Path | None, other: str | Path | None) -> bool:
 
 
 def _resolve_base(model: ModelOptions, adapter: Path) -> Path:
-    remedy = f"give model_name_or_path=BASE adapter_name_or_path={adapter}"
+    remedy, file = f"give model_name_or_path=BASE adapter_name_or_path={adapter}", adapter / ADAPTER_CONFIG
     if not model.model_name_or_path:
-        raise UserError(
-            f"model_name_or_path: {adapter / ADAPTER_CONFIG} does not name its base model; {remedy}"
-        )
+        raise UserError(f"model_name_or_path: {file} does not name its base model; {remedy}")
     try:
         return resolve_model(model)
     except UserError as error:
-        raise UserError(
-            f"{error}. That is the base model {adapter / ADAPTER_CONFIG} names; if it is elsewhere, {remedy}"
-        ) from error
+        more = f"That is the base model {file} names; if it is elsewhere, {remedy}"
+        raise UserError(f"{error}. {more}") from error

@@ -20,23 +20,18 @@ def prepare_trainable(
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Set what trains, by options.finetuning_type. dtype is that of new adapters (bf16 under pure_bf16)."""
-    quantised = quantised_linears(model)
-    if quantised and options.finetuning_type != "lora":
-        raise UserError(
-            f"finetuning_type: {options.finetuning_type}, but the base is quantised "
-            f"({next(iter(quantised))}, ...): "
-            "codes have no gradient; set finetuning_type=lora, or start from a 16-bit model"
-        )
-    if options.finetuning_type == "lora":
+    kind, quantised = options.finetuning_type, quantised_linears(model)
+    if quantised and kind != "lora":
+        found = f"{kind}, but the base is quantised ({next(iter(quantised))}, ...): codes have no gradient"
+        raise UserError(f"finetuning_type: {found}; set finetuning_type=lora, or start from a 16-bit model")
+    if kind == "lora":
         add_lora(model, options, generator, dtype)
-    elif options.finetuning_type == "freeze":
+    elif kind == "freeze":
         freeze(model, options)
-    elif options.finetuning_type == "full":
+    elif kind == "full":
         model.requires_grad_(True)
     else:
-        raise ValueError(
-            f"finetuning_type: {options.finetuning_type!r} is unknown; known are lora, full, freeze"
-        )
+        raise ValueError(f"finetuning_type: {kind!r} is unknown; known are lora, full, freeze")
 
 
 def freeze(model: nn.Module, options: LoraOptions) -> None:
@@ -49,20 +44,17 @@ def freeze(model: nn.Module, options: LoraOptions) -> None:
     if abs(count) > len(stack):
         raise UserError(f"num_layer_trainable: {count}, but the model has {len(stack)} layers")
     blocks = list(stack)[-count:] if count > 0 else list(stack)[:-count]
-    outside = [
-        name
-        for name, _ in model.named_modules()
-        if name and not inside(name, [stack_name]) and not inside(stack_name, [name])
-    ]
+    names = [name for name, _ in model.named_modules() if name]
+    outside = [name for name in names if not inside(name, [stack_name]) and not inside(stack_name, [name])]
     extra = find_modules(model, options.freeze_extra_modules, "freeze_extra_modules", outside)
     model.requires_grad_(False)
     for name in options.name_module_trainable if blocks else ():
-        matched = [module for block in blocks for module in _modules_called(block, name)]
+        parts = [part for block in blocks for part in block.named_modules() if part[0]]
+        matched = blocks if name == "all" else [module for path, module in parts if ends_with(path, name)]
         if not matched:
-            known = ", ".join(sorted({last_name(path) for path, _ in blocks[0].named_modules() if path}))
-            raise UserError(
-                f"name_module_trainable: no module of a layer is called {name!r}; there are all, {known}"
-            )
+            known = ", ".join(sorted({last_name(path) for path, _ in parts}))
+            found = f"no module of a layer is called {name!r}"
+            raise UserError(f"name_module_trainable: {found}; there are all, {known}")
         for module in matched:
             module.requires_grad_(True)
     for name in extra:
@@ -74,12 +66,6 @@ def _layer_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and ends_with(name, "layers"):
             return name, module
     raise UserError("finetuning_type: freeze needs a model whose layers are an nn.ModuleList called 'layers'")
-
-
-def _modules_called(block: nn.Module, name: str) -> list[nn.Module]:
-    if name == "all":
-        return [block]
-    return [module for path, module in block.named_modules() if ends_with(path, name)]
 
 
 def trainable_report(model: nn.Module) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from checkpoints.safetensors_files import PICKLE, file_notes, file_tensors, write_tensors
-from options.errors import UserError
+from options.errors import UserError, refuse
 
 VALUE_HEAD = "value_head.safetensors"
 PICKLED = "value_head.bin"
@@ -20,9 +20,7 @@ PREFIX = "v_head."
 class ValueHead(nn.Module):
     """hidden (T, E) -> (T,) fp32. Its weights are fp32 whatever the model computes in."""
 
-    def __init__(
-        self, hidden_size: int, device: torch.device | str = "cpu", generator: torch.Generator | None = None
-    ):
+    def __init__(self, hidden_size: int, device="cpu", generator: torch.Generator | None = None):
         super().__init__()
         self.summary = nn.Linear(hidden_size, 1, device=device)
         bound = hidden_size**-0.5  # nn.Linear's own start; drawn on the CPU: a seed gives the same everywhere
@@ -43,10 +41,8 @@ def has_value_head(folder: Path) -> bool:
     """Whether a value head lies in this folder. Raises UserError for one that would have to be unpickled."""
     folder = Path(folder)
     if not (folder / VALUE_HEAD).is_file() and (folder / PICKLED).is_file():
-        raise UserError(
-            f"{folder / PICKLED}: {PICKLE}; in an environment you trust, load it once with torch.load and "
-            f"write it with safetensors.torch.save_file as {VALUE_HEAD}"
-        )
+        remedy = f"load it once with torch.load and write it with safetensors.torch.save_file as {VALUE_HEAD}"
+        raise UserError(f"{folder / PICKLED}: {PICKLE}; in an environment you trust, {remedy}")
     return (folder / VALUE_HEAD).is_file()
 
 
@@ -57,19 +53,15 @@ def load_value_head(head: ValueHead, folder: Path) -> None:
     if not has_value_head(folder):
         raise UserError(f"{path}: file not found; {folder} is no reward model")
     if "ending" in file_notes(path):
-        raise UserError(
-            f"{path}: this value head was trained with rm_question, which is no more: it reads values behind "
-            "a question that is asked about each answer, so scores at the answers' ends would mean nothing; "
-            "train it again"
-        )
+        gone = "it reads values behind a question about each answer, so scores at the ends would mean nothing"
+        found = "this value head was trained with rm_question, which is no more"
+        raise UserError(f"{path}: {found}: {gone}; train it again")
     found = dict(file_tensors(path))
     for name, parameter in head.named_parameters():
-        tensor = found.pop(PREFIX + name, None)
+        tensor, place = found.pop(PREFIX + name, None), f"{path}: tensor {PREFIX}{name}"
         if tensor is None or tensor.shape != parameter.shape:
             shape = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)}"
-            raise UserError(f"{path}: tensor {PREFIX}{name} {shape}, expected {tuple(parameter.shape)}")
-        if not torch.isfinite(tensor).all():
-            raise UserError(f"{path}: tensor {PREFIX}{name} is not finite; the reward model is broken")
+            raise UserError(f"{place} {shape}, expected {tuple(parameter.shape)}")
+        refuse(not torch.isfinite(tensor).all(), f"{place} is not finite; the reward model is broken")
         parameter.copy_(tensor)
-    if found:
-        raise UserError(f"{path}: tensor {next(iter(found))} belongs to no value head")
+    refuse(found, f"{path}: tensor {next(iter(found), None)} belongs to no value head")

@@ -29,7 +29,7 @@ from architectures.layers import ForwardContext
 from checkpoints.safetensors_files import stream_tensors, write_shards
 from kernels.linear import matmul_transposed
 from model import Attention, Block, Decoder
-from options.errors import UserError, located
+from options.errors import UserError, located, refuse
 from options.option import COMMON, RESUMABLE, option
 from pipeline.formats import Dropped, check_stage, to_conversation, to_document
 from pipeline.sources import DatasetInfo, HubAccess, find_dataset, list_files, open_hub, read_rows
@@ -54,9 +54,7 @@ class CalibrationOptions:
     export_quantization_nsamples: int = option(128, "windows of calibration text")
     export_quantization_maxlen: int = option(1024, "tokens of each, from documents that are longer")
     export_quantization_group_size: int = option(128, "inputs that share a scale; -1 = all of a row")
-    export_quantization_damp_percent: float = option(
-        0.1, "share of the mean diagonal that is added to the Hessian's"
-    )
+    export_quantization_damp_percent: float = option(0.1, "share of its mean added to the Hessian's diagonal")
     export_quantization_desc_act: bool = option(
         False, "act-order: columns by falling activations (better, slower to decode)"
     )
@@ -66,32 +64,24 @@ class CalibrationOptions:
     def __post_init__(self):
         if self.export_quantization_bit is None:
             return
-        if not self.export_quantization_dataset:
-            example = "export_quantization_dataset=c4_demo.jsonl"
-            raise UserError(
-                f"export_quantization_dataset: missing; name text to calibrate on, for example {example}"
-            )
-        for key, least in (("export_quantization_nsamples", 1), ("export_quantization_maxlen", 2)):
-            if getattr(self, key) < least:
-                raise UserError(f"{key}: {getattr(self, key)}; expected at least {least}")
-        group = self.export_quantization_group_size
-        if group != -1 and group < 1:
-            expected = "expected a number above 0, or -1: whole rows"
-            raise UserError(f"export_quantization_group_size: {group}; {expected}")
-        if not 0 < self.export_quantization_damp_percent < 1:
-            damping = self.export_quantization_damp_percent
-            raise UserError(f"export_quantization_damp_percent: {damping}; expected a share between 0 and 1")
+        missing = "export_quantization_dataset: missing; name text to calibrate on, for example"
+        refuse(not self.export_quantization_dataset, f"{missing} export_quantization_dataset=c4_demo.jsonl")
+        group, damping = self.export_quantization_group_size, self.export_quantization_damp_percent
+        checks = {
+            "nsamples": (self.export_quantization_nsamples >= 1, "at least 1"),
+            "maxlen": (self.export_quantization_maxlen >= 2, "at least 2"),
+            "group_size": (group == -1 or group >= 1, "a number above 0, or -1: whole rows"),
+            "damp_percent": (0 < damping < 1, "a share between 0 and 1"),
+        }
+        for name, (right, expected) in checks.items():
+            key = f"export_quantization_{name}"
+            refuse(not right, f"{key}: {getattr(self, key)}; expected {expected}")
 
     @property
     def solver(self) -> GPTQOptions:
         bits, group_size = self.export_quantization_bit, self.export_quantization_group_size
         symmetric, act_order = self.export_quantization_sym, self.export_quantization_desc_act
         return GPTQOptions(bits, group_size, symmetric, act_order, self.export_quantization_damp_percent)
-
-    @property
-    def format(self) -> GPTQFormat:
-        grid = self.solver
-        return GPTQFormat(grid.bits, grid.group_size, grid.act_order, grid.symmetric)
 
 
 # Text
@@ -118,12 +108,9 @@ def read_windows(options: CalibrationOptions, tokenizer: Tokenizer, hub: HubAcce
         long += [ids] if len(ids) > length else []
         if len(long) == count:
             break
-    if not long:
-        raise UserError(
-            f"export_quantization_dataset: no document of {name} is longer than "
-            f"export_quantization_maxlen={length} tokens (the longest looked at has {longest}); lower it, or "
-            "take longer documents"
-        )
+    limit = f"export_quantization_maxlen={length} tokens (the longest looked at has {longest})"
+    fault = f"no document of {name} is longer than {limit}; lower it, or take longer documents"
+    refuse(not long, f"export_quantization_dataset: {fault}")
     windows = []
     for number in range(count):
         ids = long[number] if number < len(long) else chosen.choice(long)
@@ -132,15 +119,10 @@ def read_windows(options: CalibrationOptions, tokenizer: Tokenizer, hub: HubAcce
     return torch.tensor(windows)
 
 
-def _some_documents(
-    info: DatasetInfo, hub: HubAccess, count: int, length: int, chosen: random.Random
-) -> list[str]:
-    """At most `count` documents drawn evenly from the first ROWS_READ rows, in random order; of very long
-    ones a part.
-
-    Only those that can have more than `length` tokens, a token being at least one byte; if there are none,
-    the longest.
-    """
+def _some_documents(info: DatasetInfo, hub: HubAccess, count: int, length: int, chosen) -> list[str]:
+    """At most `count` documents drawn evenly from the first ROWS_READ rows, in random order (chosen:
+    random.Random); of very long ones a part. Only those that can have more than `length` tokens, a token
+    being at least one byte; if there are none, the longest."""
     kept, seen, longest = [], 0, ""
     most = 64 * length  # characters: a book is not held as a whole
     for text in _documents(info, hub, 8 * length):
@@ -191,59 +173,41 @@ def _text_of(row: dict, info: DatasetInfo) -> str:
 # The model
 
 
-@dataclass
-class Summary:
-    """Mean over linears of the squared error of a layer's output over its squared size, on the text."""
-
-    linears: int = 0
-    error: float = 0.0
-    rounded_error: float = 0.0  # if each weight had been rounded to the nearest point of the grid
-
-    def add(self, integers: Integers) -> None:
-        size = max(integers.size, torch.finfo(torch.float32).tiny)
-        self.linears += 1
-        self.error += (integers.error / size - self.error) / self.linears
-        self.rounded_error += (integers.rounded_error / size - self.rounded_error) / self.linears
-
-
 class Calibration:
-    """windows: (N, L) token ids. Raises UserError where the model's sizes cannot be packed."""
+    """windows: (N, L) token ids. Raises UserError where the model's sizes cannot be packed.
 
-    def __init__(
-        self, options: CalibrationOptions, config: ModelConfig, windows: Tensor, device: str = "cpu"
-    ):
+    error: mean over linears of the squared error of a layer's output over its squared size, on the text;
+    rounded_error: if each weight had been rounded to the nearest point of the grid.
+    """
+
+    def __init__(self, options: CalibrationOptions, config: ModelConfig, windows: Tensor, device="cpu"):
         self.options, self.config, self.windows, self.device = options, config, windows, device
-        self.format, self.summary = options.format, Summary()
-        if windows.shape[1] > config.max_positions:
-            most = config.max_positions
-            raise UserError(
-                f"export_quantization_maxlen: {windows.shape[1]} tokens; the model is for texts of {most}"
-            )
+        grid = options.solver
+        self.format = GPTQFormat(grid.bits, grid.group_size, grid.act_order, grid.symmetric)
+        self.solved, self.error, self.rounded_error = 0, 0.0, 0.0
+        length, most = windows.shape[1], config.max_positions
+        fault = f"export_quantization_maxlen: {length} tokens; the model is for texts of {most}"
+        refuse(length > most, fault)
         block = Block(config, 0, device="meta")
         self.block_names = [name for name, _ in block.named_parameters()]
         for name, module in block.named_modules():
             sizes = (module.in_features, module.out_features) if isinstance(module, nn.Linear) else ()
             if any(size % PACKED_IN for size in sizes):
-                raise UserError(
-                    f"export_quantization_bit: {name} has {sizes[0]} inputs and {sizes[1]} outputs; GPTQ "
-                    f"packs multiples of {PACKED_IN}, so this model cannot be exported in it"
-                )
+                found = f"{name} has {sizes[0]} inputs and {sizes[1]} outputs"
+                fault = f"GPTQ packs multiples of {PACKED_IN}, so this model cannot be exported in it"
+                raise UserError(f"export_quantization_bit: {found}; {fault}")
 
     def told(self) -> str:
         """For the user, at the end."""
-        error, rounded = 100 * self.summary.error, 100 * self.summary.rounded_error
-        lost = f"{self.format.describe()}: {error:.3g}% of what the linears put out is lost"
-        return f"{lost}, {rounded:.3g}% if each weight were rounded alone (squares, calibration text)"
+        lost = f"{self.format.describe()}: {100 * self.error:.3g}% of what the linears put out is lost"
+        rounded = f"{100 * self.rounded_error:.3g}% if each weight were rounded alone"
+        return f"{lost}, {rounded} (squares, calibration text)"
 
     def record(self) -> dict:
         """How the integers were found, for whoever asks later."""
-        return {
-            "dataset": self.options.export_quantization_dataset,
-            "windows": list(self.windows.shape),
-            "damp_percent": self.options.export_quantization_damp_percent,
-            "output_error": self.summary.error,
-            "output_error_of_rounding": self.summary.rounded_error,
-        }
+        text = {"dataset": self.options.export_quantization_dataset, "windows": list(self.windows.shape)}
+        found = {"output_error": self.error, "output_error_of_rounding": self.rounded_error}
+        return text | {"damp_percent": self.options.export_quantization_damp_percent} | found
 
     def working_bytes(self, dtype: torch.dtype) -> int:
         """Disk space that `tensors` takes for activations while it runs."""
@@ -258,16 +222,13 @@ class Calibration:
 
     @torch.no_grad()
     def tensors(self, dense: Iterable[tuple[str, Tensor]], folder: Path) -> Iterator[tuple[str, Tensor]]:
-        """dense: (Hugging Face name, tensor) of the whole model, in any order; gone over once, before
-        anything else.
+        """dense: (Hugging Face name, tensor) of the whole model, in any order; gone over once, first of all.
 
         folder: for working files, which stay there. Raises UserError naming the layer whose numbers are bad.
         """
         numbers = sum(parameter.numel() for parameter in Block(self.config, 0, device="meta").parameters())
         write_shards(folder / "dense", dense, 4e-9 * numbers)  # holds a shard at a time: the size of a block
-        weights = {
-            name: tensor for _, name, tensor in stream_tensors(folder / "dense")
-        }  # on the disk until read
+        weights = {name: tensor for _, name, tensor in stream_tensors(folder / "dense")}  # on disk until read
         layers = range(self.config.num_layers)
         inside = {self._hf_name(layer, name) for layer in layers for name in self.block_names}
         yield from ((name, tensor) for name, tensor in weights.items() if name not in inside)
@@ -280,10 +241,8 @@ class Calibration:
             for layer in layers:
                 yield from self._block(layer, weights, text, progress)
 
-    def _block(
-        self, layer: int, weights: dict[str, Tensor], text: "_Text", progress: tqdm
-    ) -> Iterator[tuple[str, Tensor]]:
-        """The quantised tensors of one block; the text moves on to the next one."""
+    def _block(self, layer: int, weights: dict[str, Tensor], text: "_Text", progress) -> Iterator[tuple]:
+        """The quantised tensors of one block, as `tensors`; the text moves on to the next one."""
         block = Block(self.config, layer, dtype=text.dtype, device="meta")
         values = {name: weights[self._hf_name(layer, name)] for name in self.block_names}
         moved = {name: value.to(text.device, text.dtype, copy=True) for name, value in values.items()}
@@ -302,7 +261,9 @@ class Calibration:
                 for x in text.inputs(block, stage):
                     hessian.add(x)
                 integers = solve(stacked, hessian, self.options.solver)
-            self.summary.add(integers)
+            size, self.solved = max(integers.size, torch.finfo(torch.float32).tiny), self.solved + 1
+            self.error += (integers.error / size - self.error) / self.solved
+            self.rounded_error += (integers.rounded_error / size - self.rounded_error) / self.solved
             packed = self._packed(integers, [linear.out_features for linear in linears], text.dtype)
             for name, linear, one in zip(names, linears, packed):
                 one.dequantize(out=linear.weight)
@@ -315,12 +276,11 @@ class Calibration:
     def _packed(self, integers: Integers, sizes: list[int], dtype: torch.dtype) -> list[GPTQLinear]:
         """The layers of linears that were solved together."""
         tensors = (integers.codes, integers.scales, integers.zeros)
-        parts = zip(*(tensor.cpu().split(sizes) for tensor in tensors))
-        group_of = integers.group_of.cpu()
-        layers = (  # each with groups of its own: tensors of a file may not share memory
-            GPTQLinear.from_integers(self.format, *part, group_of.clone(), None, dtype) for part in parts
-        )
-        return [layer.to(self.device) for layer in layers]
+        layers = []
+        for part in zip(*(tensor.cpu().split(sizes) for tensor in tensors)):
+            group_of = integers.group_of.cpu().clone()  # of its own: tensors of a file may not share memory
+            layers.append(GPTQLinear.from_integers(self.format, *part, group_of, None, dtype).to(self.device))
+        return layers
 
     def _hf_name(self, layer: int, name: str) -> str:
         return to_hf_name(self.config, f"layers.{layer}.{name}")
@@ -387,8 +347,7 @@ class _Text:
             yield x
 
     def _received(self, attention: Attention, x: Tensor, count: int) -> Tensor:
-        """How much of each token's value goes on: attention to it, squared, summed over heads and queries.
-        (T,) fp32.
+        """(T,) fp32: how much of each token's value goes on: attention to it squared, over heads and queries.
 
         An error d of the value of token j is a_ij d in the output at i, so this is its weight among the
         tokens. Without it the first token, which many heads attend to most while they are at rest, counts as

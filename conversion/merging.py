@@ -22,7 +22,7 @@ from conversion.requantise import Piece
 from lora import LoraLinear
 from model import Decoder
 from options.errors import located
-from quant.linear import Format, QuantLinear
+from quant.linear import QuantLinear
 
 EMBEDDING, HEAD = "embed_tokens", "lm_head"
 
@@ -39,7 +39,7 @@ class Adapter:
         self.layers: dict[str, LoraLinear] = {}
         for module, parts in self.file.modules.items():
             if "lora_A" in parts or "lora_B" in parts:
-                self.layers[module] = adapted_linear(skeleton, module, self.file, torch.float32, 0.0)
+                self.layers[module] = adapted_linear(skeleton, module, self.file, torch.float32)
             for part in parts.keys() - ADAPTER_PARTS:
                 whole_parameter(skeleton, f"{module}.{part}", parts[part], self.file)
 
@@ -69,9 +69,7 @@ class Adapter:
         """Whether a tied head and the embedding differ after this adapter, as peft reads it: a module that it
         does not name keeps the base's weight. Both trained in full and equal is how a tied pair is stored."""
         embedding, head = self.file.modules.get(EMBEDDING, {}), self.file.modules.get(HEAD, {})
-        if not embedding and not head:
-            return False
-        if not head and self.file.config.get("ensure_weight_tying"):
+        if not head and (not embedding or self.file.config.get("ensure_weight_tying")):
             return False
         pair = "weight" in embedding and "weight" in head
         return not (pair and torch.equal(embedding["weight"], head["weight"]))
@@ -80,15 +78,9 @@ class Adapter:
 class Merge:
     """The base model's tensors with every adapter applied, dense, one at a time."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        adapters: list[Adapter],
-        dtype: torch.dtype | None,
-        device: str,
-        quantization: Format | None = None,
-    ):
-        """quantization: put a 16-bit base's linears into codes first, as training did."""
+    def __init__(self, config: ModelConfig, adapters: list[Adapter], dtype, device, quantization=None):
+        """dtype: None = each tensor's own. quantization: a Format, to put a 16-bit base's linears into codes
+        first, as training did."""
         self.config, self.adapters, self.dtype, self.device = config, adapters, dtype, device
         self.quantization = quantization
         self.unties = config.tied_head and any(adapter.unties for adapter in adapters)
@@ -98,9 +90,7 @@ class Merge:
 
     def size_bytes(self) -> int:
         """What the files will take: an estimate by the checkpoint's own dtype where none is asked for."""
-        numbers = sum(torch.Size(shape).numel() for shape in self.shapes.values())
-        if self.unties:
-            numbers += torch.Size(self.shapes[f"{EMBEDDING}.weight"]).numel()
+        numbers = sum(torch.Size(shape).numel() for shape in self.hf_shapes().values())
         return numbers * (self.dtype or checkpoint_dtype(self.config)).itemsize
 
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -109,8 +99,8 @@ class Merge:
         return shapes | ({f"{HEAD}.weight": self.shapes[f"{EMBEDDING}.weight"]} if self.unties else {})
 
     def tensors(self, folder: Path) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, merged dense tensor on the CPU), whatever format the base is in. Raises
-        ValueError for missing, extra and misshapen tensors."""
+        """(Hugging Face name, merged dense tensor on the CPU), whatever format the base is in. UserError for
+        missing, extra and misshapen tensors."""
         for piece in self.pieces(folder):
             yield to_hf_name(self.config, piece.name), piece.rounded(self.dtype)
 

@@ -29,7 +29,7 @@ from conversion.requantise import Requantiser
 from kernels.linear import LinearLayer
 from lora import LoraLinear, replace_module
 from model import Decoder
-from options.errors import UserError
+from options.errors import UserError, refuse
 from options.option import option
 from quant.linear import QuantLinear
 from text.tokenizer import Tokenizer
@@ -43,32 +43,24 @@ CHARACTERS_PER_TOKEN = 32  # no text has more on average; so much of a long file
 @dataclass(frozen=True)
 class QualityOptions:
     report: bool = option(
-        False,
-        "compare the written model with its 16-bit parent: bits a weight, error, KL and perplexity on a text",
+        False, "compare the export with its 16-bit parent on a text: bits a weight, error, KL and perplexity"
     )
-    report_parent: str | None = option(
-        None, "folder of the parent; default: the base with its adapters in 16 bit"
-    )
-    export_sample_text: str | None = option(
-        None, "text file (UTF-8) on which losses and the report are measured"
-    )
+    report_parent: str | None = option(None, "folder of the parent; default: base and adapters in 16 bit")
+    export_sample_text: str | None = option(None, "text file (UTF-8) on which losses and report are measured")
     export_sample_tokens: int = option(4096, "how many tokens of it are used, from its start")
 
     def __post_init__(self):
-        if self.report and not self.export_sample_text:
-            raise UserError("report: needs a text to measure on; give export_sample_text=FILE")
-        if self.report_parent and not self.report:
-            raise UserError("report_parent: nothing is compared without report=true")
-        if self.export_sample_tokens < 2:
-            raise UserError(f"export_sample_tokens: {self.export_sample_tokens}; a loss needs 2 or more")
+        unread = self.report and not self.export_sample_text
+        refuse(unread, "report: needs a text to measure on; give export_sample_text=FILE")
+        unasked, tokens = self.report_parent and not self.report, self.export_sample_tokens
+        refuse(unasked, "report_parent: nothing is compared without report=true")
+        refuse(tokens < 2, f"export_sample_tokens: {tokens}; a loss needs 2 or more")
 
 
 # Text
 
 
-def windows(
-    tokenizer: Tokenizer, path: str | Path, length: int = WINDOW, tokens: int | None = None
-) -> list[Tensor]:
+def windows(tokenizer: Tokenizer, path: Path, length=WINDOW, tokens: int | None = None) -> list[Tensor]:
     """The text's tokens (the beginning-of-text token first, where the tokenizer has one) in rows of at most
     `length`, (<= length,) int64 each; at most `tokens` in all. Raises UserError naming the file."""
     try:
@@ -79,8 +71,7 @@ def windows(
         text = text[: tokens * CHARACTERS_PER_TOKEN]
     ids = torch.tensor(tokenizer.encode(text, add_special=True), dtype=torch.int64)[:tokens]
     rows = [row for row in ids.split(length) if len(row) > 1]  # the first of a row is not predicted
-    if not rows:
-        raise UserError(f"export_sample_text: {path} holds {len(ids)} tokens; a loss needs 2 or more")
+    refuse(not rows, f"export_sample_text: {path} holds {len(ids)} tokens; a loss needs 2 or more")
     return rows
 
 
@@ -121,10 +112,8 @@ def compare(parent: Decoder, child: Decoder, texts: list[Tensor]) -> Difference:
 
 
 @torch.no_grad()
-def _difference(
-    parent: Decoder, child: Decoder, texts: list[Tensor], before: list[Tensor], after: list[Tensor]
-) -> Difference:
-    """Two heads on two sets of hidden states (T, E). KL is taken at every position, the last of a row too."""
+def _difference(parent: Decoder, child: Decoder, texts: list[Tensor], before, after) -> Difference:
+    """Two heads on two lists of hidden states (T, E). KL is taken at every position, the last of each too."""
     parent_loss = child_loss = divergence = 0.0
     for tokens, reference, hidden in zip(texts, before, after):
         for rows in chunks(parent, len(tokens)):
@@ -145,8 +134,7 @@ def _all_states(model: Decoder, texts: list[Tensor]) -> list[Tensor]:
 
 def hidden_states(model: Decoder, tokens: Tensor) -> Tensor:
     """tokens (T,) -> (T, E)."""
-    device = model.embed_tokens.weight.device
-    count = len(tokens)
+    device, count = model.embed_tokens.weight.device, len(tokens)
     borders = torch.tensor([0, count], dtype=torch.int32, device=device)
     return model(tokens.to(device), torch.arange(count, device=device), borders, count)
 
@@ -182,7 +170,7 @@ class LinearQuality:
 
     @property
     def bits(self) -> float:
-        return 8 * self.storage_bytes / self.weights
+        return total_bits([self])
 
 
 def linear_quality(name: str, weight: Tensor, layer: nn.Module, stored_dtype: torch.dtype) -> LinearQuality:
@@ -267,8 +255,8 @@ class Report:
 def measure(parent: Decoder, child: Decoder, texts: list[Tensor], stored_bytes: int) -> Report:
     """Compare two models of one shape; stored_bytes: what the child's files take.
 
-    The child's blocks are put into the parent one at a time and it reads the first row of the texts, so this
-    takes as long as one pass for each block; the parent is afterwards as it was.
+    The child's blocks are put into the parent one at a time and it reads the first row of the texts, which
+    takes a pass for each block; the parent is afterwards as it was.
     """
     check_parent(parent.config, child.config)
     states = _all_states(parent, texts)
@@ -288,10 +276,9 @@ def measure(parent: Decoder, child: Decoder, texts: list[Tensor], stored_bytes: 
 
 def check_parent(parent: ModelConfig, child: ModelConfig) -> None:
     """Raises UserError unless the parent is in 16 or 32 bit and of the child's shape."""
-    if parent.hf.get("quantization_config"):
-        raise UserError("report_parent: the parent is quantised too; name the model in 16 bit")
-    if _shape(parent) != _shape(child):
-        raise UserError("report_parent: the parent has other sizes than the model, so it is another model's")
+    packed, other = parent.hf.get("quantization_config"), _shape(parent) != _shape(child)
+    refuse(packed, "report_parent: the parent is quantised too; name the model in 16 bit")
+    refuse(other, "report_parent: the parent has other sizes than the model, so it is another model's")
 
 
 def _shape(config: ModelConfig) -> tuple[int, dict[str, torch.Size]]:
@@ -301,14 +288,11 @@ def _shape(config: ModelConfig) -> tuple[int, dict[str, torch.Size]]:
 
 
 def _linears(parent: Decoder, child: Decoder, number: int) -> list[LinearQuality]:
-    exact = dict(parent.layers[number].named_modules(prefix=f"layers.{number}"))
-    stored_dtype = checkpoint_dtype(child.config)
-    found = child.layers[number].named_modules(prefix=f"layers.{number}")
-    return [
-        linear_quality(name, exact[name].weight, layer, stored_dtype)
-        for name, layer in found
-        if isinstance(exact.get(name), nn.Linear) and isinstance(layer, LinearLayer)
-    ]
+    before, after = (dict(m.layers[number].named_modules(prefix=f"layers.{number}")) for m in (parent, child))
+    linears = [name for name, layer in after.items() if isinstance(layer, LinearLayer)]
+    weights = {name: before[name].weight for name in linears if isinstance(before.get(name), nn.Linear)}
+    dtype = checkpoint_dtype(child.config)
+    return [linear_quality(name, weight, after[name], dtype) for name, weight in weights.items()]
 
 
 # An export
@@ -321,25 +305,22 @@ def sample(options: QualityOptions, tokenizer: Tokenizer, context_limit: int) ->
 
 
 def tell_quality(
-    options: QualityOptions,
-    source: Source,
-    merge: Merge,
-    packing: Requantiser | None,
-    texts: list[Tensor] | None,
-    target: Path,
+    options: QualityOptions, source: Source, merge: Merge, packing: Requantiser | None, texts, target: Path
 ) -> None:
-    """Print losses on the sample and the report, measured on the files as written; both to quality.json."""
+    """Print losses on the sample and the report, measured on the files as written; both to quality.json.
+
+    texts: what `sample` gave.
+    """
     if texts is None:
         if packing is not None and source.adapters:
             print("note: export_sample_text=FILE would measure what this does to the loss on a text")
         return
     found = {}
     if packing is not None:
-        found["losses"] = losses(source, merge, packing, texts, target)
+        found["losses"] = losses(source.base, merge, packing, texts, target)
         count = f"{sum(map(len, texts)):,} tokens of {options.export_sample_text}"
-        print(
-            f"loss on {count}: " + ", ".join(f"{name} {value:.5f}" for name, value in found["losses"].items())
-        )
+        listed = ", ".join(f"{name} {value:.5f}" for name, value in found["losses"].items())
+        print(f"loss on {count}: {listed}")
     if options.report:
         parent = options.report_parent
         exact = Merge(merge.config, merge.adapters, torch.float32, merge.device)
@@ -352,12 +333,10 @@ def tell_quality(
     write_json(target / "quality.json", found)
 
 
-def losses(
-    source: Source, merge: Merge, packing: Requantiser, texts: list[Tensor], target: Path
-) -> dict[str, float]:
+def losses(base: Path, merge: Merge, packing: Requantiser, texts: list[Tensor], target: Path) -> dict:
     """Nats a token, in fp32: of what was to be kept, of its nearest codes alone, and of what was written."""
     wide = Merge(merge.config, merge.adapters, torch.float32, merge.device, merge.quantization)
-    model = wide.model(source.base)
+    model = wide.model(base)
     found = {"base + adapter" if merge.adapters else "16 bit": mean_loss(model, texts)}
     for module in packing.fits:
         linear = model.get_submodule(module)

@@ -27,7 +27,7 @@ from architectures.config import ModelConfig, to_hf_name
 from checkpoints.peft import save_adapter
 from lora import LoraLinear, replace_module
 from model import Decoder
-from options.errors import UserError, located
+from options.errors import UserError, located, refuse
 from options.option import COMMON, option
 from quant.linear import Format, QuantLinear
 
@@ -50,16 +50,13 @@ class MergeOptions:
     loftq_iter: int = option(4, "export_merge=loftq: how often the two are fitted in turns")
 
     def __post_init__(self):
-        if self.export_merge_rank is not None and self.export_merge_rank < 0:
-            raise UserError(f"export_merge_rank: {self.export_merge_rank}; expected 0 or more")
-        if self.export_merge == "loftq" and self.export_merge_rank == 0:
-            raise UserError("export_merge_rank: 0 leaves loftq nothing to fit; use export_merge=requantise")
-        if self.export_merge == "dequantise" and self.export_merge_rank:
-            raise UserError(
-                "export_merge_rank: nothing is lost in 16 bit; use export_merge=requantise or loftq"
-            )
-        if self.loftq_iter < 1:
-            raise UserError(f"loftq_iter: {self.loftq_iter}; expected 1 or more")
+        way, rank = self.export_merge, self.export_merge_rank
+        refuse((rank or 0) < 0, f"export_merge_rank: {rank}; expected 0 or more")
+        remedy = "use export_merge=requantise"
+        refuse(way == "loftq" and rank == 0, f"export_merge_rank: 0 leaves loftq nothing to fit; {remedy}")
+        lossless = way == "dequantise" and rank
+        refuse(lossless, f"export_merge_rank: nothing is lost in 16 bit; {remedy} or loftq")
+        refuse(self.loftq_iter < 1, f"loftq_iter: {self.loftq_iter}; expected 1 or more")
 
 
 @dataclass(frozen=True)
@@ -107,10 +104,9 @@ def fit_once(target: Tensor, base: QuantLinear | None, format: Format, dtype: to
     layer = format.quantise(target, None, dtype)
     norm = max(_norm(target.float()), torch.finfo(torch.float32).tiny)
     rest = _rest(target, layer)
-    naive_error = _norm(rest) / norm
     update = None if base is None else _norm(_rest(target, base)) / norm
     b, a, error = _kept(rest, rank)
-    return Fit(layer, b, a, norm, error / norm, naive_error, update)
+    return Fit(layer, b, a, norm, error / norm, _norm(rest) / norm, update)
 
 
 def fit_in_turns(
@@ -149,8 +145,8 @@ def _norm(matrix: Tensor) -> float:
 
 
 def best_low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """M (m, n) fp32 -> b (m, R), a (R, n) with b @ a the nearest matrix of rank R, both sharing the singular
-    values alike: b = U sqrt(S), a = sqrt(S) V^T (LoftQ, alg. 1). R is at most min(m, n)."""
+    """M (m, n) fp32 -> b (m, R), a (R, n) with b @ a the nearest matrix of rank R <= min(m, n), both sharing
+    the singular values alike: b = U sqrt(S), a = sqrt(S) V^T (LoftQ, alg. 1)."""
     rank = min(rank, *matrix.shape)
     if matrix.shape[0] > matrix.shape[1]:
         b, a = best_low_rank(matrix.T, rank)
@@ -183,19 +179,15 @@ def _leading_span(matrix: Tensor, columns: int) -> Tensor:
 
 @dataclass
 class Requantiser:
-    """Turns the pieces of a merged model into the tensors of a quantised checkpoint, and remembers what was
-    lost.
-
-    format: of the result; None = each piece's own base's
-    dtype   of the values that the codes stand for, and of the rest of the model; None = as in the base
-    rounds  None = requantise, otherwise LoftQ's
-    """
+    """Turns a merged model's pieces into the tensors of a quantised checkpoint; remembers what was lost."""
 
     config: ModelConfig
-    format: Format | None
-    dtype: torch.dtype | None
+    format: Format | None  # of the result; None = each piece's own base's
+    dtype: (
+        torch.dtype | None
+    )  # of the values of the codes, and of the rest of the model; None = as in the base
     rank: int
-    rounds: int | None
+    rounds: int | None  # None = requantise, otherwise LoftQ's
     fits: dict[str, Fit] = field(default_factory=dict)  # by our name of the linear; without the codes
 
     def tensors(self, pieces: Iterable[Piece]) -> Iterator[tuple[str, Tensor]]:
@@ -215,10 +207,9 @@ class Requantiser:
         """The codes for one weight; the rest of its fit is kept in fits."""
         self.format = self.format or piece.base.format
         if type(self.format).quantise is Format.quantise:
-            raise UserError(
-                f"export_merge: {self.format.method} can only be read, not made from weights as they are; "
-                "give quantization_bit (and quantization_method) for the result, or export_merge=dequantise"
-            )
+            fault = f"{self.format.method} can only be read, not made from weights as they are"
+            remedy = "give quantization_bit (and quantization_method) for the result"
+            raise UserError(f"export_merge: {fault}; {remedy}, or export_merge=dequantise")
         dtype = self.dtype or piece.dtype
         with located(module):
             if self.rounds is None:
@@ -251,8 +242,8 @@ class Requantiser:
         def total(part: str) -> float:
             return math.sqrt(sum((getattr(fit, part) * fit.norm) ** 2 for fit in fits) / whole)
 
-        text = f"{len(fits)} linears in {self.format.describe()}: relative error "
-        text += f"{total('naive_error'):.5f} quantised"
+        head = f"{len(fits)} linears in {self.format.describe()}"
+        text = f"{head}: relative error {total('naive_error'):.5f} quantised"
         if self.rank:
             text += f", {total('error'):.5f} with the adapter of rank {self.rank} beside them"
         if all(fit.update is not None for fit in fits) and any(fit.update for fit in fits):

@@ -19,32 +19,18 @@ from torch import Tensor
 
 from options.errors import UserError
 
-BLOCK_NAMES = {  # GGUF's name of a part of a block -> Hugging Face's
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+# Hugging Face's name -> GGUF's, of parts of a block and of the rest
+PART_NAMES = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+PART_NAMES |= {f"self_attn.{part}_proj": f"attn_{part}" for part in "qkv"}
+PART_NAMES["self_attn.o_proj"] = "attn_output"
+PART_NAMES |= {f"self_attn.{part}_norm": f"attn_{part}_norm" for part in "qk"}
+PART_NAMES |= {f"mlp.{part}_proj": f"ffn_{part}" for part in ("gate", "up", "down")}
 WHOLE_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 DIVISORS = "rope_freqs.weight"  # of GGUF alone; Hugging Face has no such tensor
-PART_NAMES = {hf: name for name, hf in BLOCK_NAMES.items()}
 
-BLOCKS = {  # numbers and bytes of one block; file format
-    "F32": (1, 4),
-    "F16": (1, 2),
-    "BF16": (1, 2),
-    "Q8_0": (32, 34),
-    "Q5_0": (32, 22),
-    "Q4_0": (32, 18),
-    "Q4_K": (256, 144),
-}
+# numbers and bytes of one block; file format
+BLOCKS = {"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2)}
+BLOCKS |= {"Q8_0": (32, 34), "Q5_0": (32, 22), "Q4_0": (32, 18), "Q4_K": (256, 144)}
 GROUP = 32  # numbers per scale and minimum of a Q4_K block
 ROUNDINGS = 21  # tried per group, as llama.cpp: steps of 0.1 from 14 to 16 levels over the group's range
 CHUNK_NUMBERS = 1 << 18  # encoded at a time; 1 MiB of fp32 stays in the processor's cache
@@ -70,8 +56,7 @@ def row_bytes(numbers: int, kind: str) -> int:
 def encode_rows(weight: Tensor, kind: str) -> Iterator[Tensor]:
     """weight (R, C) of any floating dtype -> pieces of the file, each (rows, row_bytes) uint8, in order.
 
-    Raises UserError for numbers that the kind cannot hold (NaN, infinity, or too large for an fp16 or its
-    scale).
+    Raises UserError for numbers that the kind cannot hold: NaN, infinity, too large for fp16 or its scale.
     """
     rows = max(1, CHUNK_NUMBERS // max(1, weight.shape[1]))
     for start in range(0, len(weight), rows):
@@ -125,8 +110,7 @@ def _q8_0(blocks: Tensor) -> Tensor:
 
 def _symmetric(blocks: Tensor, half: int) -> tuple[Tensor, Tensor]:
     """-> scale (N, 1) fp32, codes (N, 32) uint8 in 0 .. 2 half - 1."""
-    largest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))
-    scale = largest / -half
+    scale = blocks.gather(1, blocks.abs().argmax(1, keepdim=True)) / -half
     codes = (blocks * _reciprocal(scale) + (half + 0.5)).clamp_(max=2 * half - 1)
     return scale, codes.to(torch.uint8)  # the cast cuts the fraction off
 
@@ -146,16 +130,14 @@ def _q5_0(blocks: Tensor) -> Tensor:
 
 def _q4_k(blocks: Tensor) -> Tensor:
     count = len(blocks)
-    scale, minimum = _fit_groups(blocks.view(-1, GROUP))
-    scale, minimum = scale.view(count, 8), minimum.view(count, 8)
     parts, used = [], []
-    for values in (scale, minimum):  # 6 bits each, in units of an fp16 number of the block
+    for fitted in _fit_groups(blocks.view(-1, GROUP)):  # 6 bits each, in units of an fp16 number of the block
+        values = fitted.view(count, 8)
         unit = values.amax(1, keepdim=True) / 63
         codes = (values * _reciprocal(unit)).round_().clamp_(max=63)
         stored = _fits(unit.to(torch.float16), unit)
-        parts.append(stored.view(torch.uint8))
+        parts += [stored.view(torch.uint8), codes.to(torch.uint8)]
         used.append((stored.float() * codes)[:, :, None])
-        parts.append(codes.to(torch.uint8))
     step, offset = used
     # again with the scales as they are stored
     codes = (blocks.view(count, 8, GROUP) + offset) * _reciprocal(step)
@@ -167,11 +149,8 @@ def _q4_k(blocks: Tensor) -> Tensor:
 
 def _pack_6_bits(scales: Tensor, minima: Tensor) -> Tensor:
     """Two (N, 8) of 0..63 -> (N, 12) uint8: groups 0-3 whole, the two high bits of groups 4-7 above them."""
-    low, high = scales[:, :4], scales[:, 4:]
-    low_minimum, high_minimum = minima[:, :4], minima[:, 4:]
-    first = low | (high >> 4) << 6
-    second = low_minimum | (high_minimum >> 4) << 6
-    return torch.cat([first, second, (high & 15) | (high_minimum & 15) << 4], 1)
+    whole = [codes[:, :4] | (codes[:, 4:] >> 4) << 6 for codes in (scales, minima)]
+    return torch.cat([*whole, (scales[:, 4:] & 15) | (minima[:, 4:] & 15) << 4], 1)
 
 
 def _fit_groups(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,8 +179,7 @@ def _fit_groups(x: Tensor) -> tuple[Tensor, Tensor]:
         scale = torch.where(above, sum_xl / sum_ll, scale)
         # sum w (scale q + minimum - x)^2, multiplied out
         error = scale * (scale * sum_ll + 2 * (minimum * sum_l - sum_xl))
-        error = error + minimum * (minimum * sum_w - 2 * sum_x)
-        error += sum_xx
+        error = error + minimum * (minimum * sum_w - 2 * sum_x) + sum_xx
         better = (determinant > 1e-5 * sum_w * sum_ll) & (error < best_error)
         best_error = torch.where(better, error, best_error)
         best_scale = torch.where(better, scale, best_scale)

@@ -31,7 +31,7 @@ from checkpoints.gguf.blocks import DIVISORS, gguf_name
 from checkpoints.gguf.read_tokenizer import need, read_tokenizer, write_tokenizer
 from checkpoints.safetensors_files import write_json, write_shards
 from model import Decoder
-from options.errors import UserError, located
+from options.errors import UserError, located, refuse
 from parallel.atomic import atomic_folder
 
 # GGUF architecture -> (model_type, class) of config.json
@@ -45,9 +45,8 @@ HEAD_BYTES = 1 << 20  # of a file that tell it from another of the same size and
 
 
 def cached_folder(gguf_file: Path, cache_dir: str | None) -> Path:
-    """The folder of this file in the cache ($XDG_CACHE_HOME/anvil, else ~/.cache/anvil): converted once,
-    while others who ask for it wait. Another size, time or beginning of the file, or other code here, is
-    another folder."""
+    """The folder of this file in the cache ($XDG_CACHE_HOME/anvil, else ~/.cache/anvil): converted once while
+    others who ask wait. Another size, time or beginning of the file, or other code here: another folder."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anvil"
     cache = Path(cache_dir).expanduser() if cache_dir else home
     status = gguf_file.stat()
@@ -63,9 +62,8 @@ def cached_folder(gguf_file: Path, cache_dir: str | None) -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         lock = open(cache / f"{folder.name}.lock", "w")  # noqa: SIM115  (the system's error is about this call)
     except OSError as error:
-        raise UserError(
-            f"cache_dir: {cache} cannot be written ({error.strerror}); name another folder"
-        ) from error
+        fault = f"{cache} cannot be written ({error.strerror})"
+        raise UserError(f"cache_dir: {fault}; name another folder") from error
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         return folder if folder.is_dir() else convert(gguf_file, folder)
@@ -87,15 +85,12 @@ def convert(gguf_file, folder, shard_gigabytes=1.0, pre=None):
         class_name, expected = config["architectures"][0], model_tensors(config)
         check_tensors(tensors, expected, class_name)
         tokenizer = read_tokenizer(metadata, pre)
-        if len(tokenizer.tokens) > config["vocab_size"]:
-            rows = config["vocab_size"]
-            raise UserError(f"token_embd.weight has {rows} rows for {len(tokenizer.tokens)} tokens")
+        rows, count = config["vocab_size"], len(tokenizer.tokens)
+        refuse(count > rows, f"token_embd.weight has {rows} rows for {count} tokens")
         kinds = Counter(tensor.tensor_type.name for tensor in reader.tensors).most_common()
-        print(
-            f"converting {gguf_file} to {folder}: {class_name}, {len(tokenizer.tokens)} tokens, "
-            f"{len(tensors)} tensors ({', '.join(f'{count} {kind}' for kind, count in kinds)})",
-            file=sys.stderr,
-        )
+        weights = f"{len(tensors)} tensors ({', '.join(f'{count} {kind}' for kind, count in kinds)})"
+        said = f"converting {gguf_file} to {folder}: {class_name}, {count} tokens, {weights}"
+        print(said, file=sys.stderr)
         ids = {f"{name}_token_id": tokenizer.ids[name] for name in ("bos", "eos", "pad")}
         ids = {key: value for key, value in ids.items() if value is not None}
         with atomic_folder(folder) as temporary:
@@ -114,20 +109,16 @@ def open_gguf(path):
     """-> (gguf.GGUFReader, {metadata key: Python value}). Raises UserError for a file that is not whole."""
     with open(path, "rb") as file:
         magic = file.read(4)
-    if magic != b"GGUF":
-        raise UserError(f"not a GGUF file: it starts with {magic!r}, not with b'GGUF'")
+    refuse(magic != b"GGUF", f"not a GGUF file: it starts with {magic!r}, not with b'GGUF'")
     try:
         reader = gguf.GGUFReader(path)
         metadata = {key: _plain(field.contents()) for key, field in reader.fields.items()}
     except (ValueError, IndexError, KeyError) as error:  # the reader's slicing past the end of the file
-        size = path.stat().st_size
-        raise UserError(
-            f"cannot be read as GGUF ({error}); it has {size} bytes: cut short? Fetch it again"
-        ) from error
-    if reader.byte_order != "I":
-        raise UserError("written for a machine of the other byte order; use the usual file")
-    if (parts := metadata.get("split.count", 1)) > 1:
-        raise UserError(f"one of {parts} parts; join them first: llama-gguf-split --merge")
+        cut = f"it has {path.stat().st_size} bytes: cut short? Fetch it again"
+        raise UserError(f"cannot be read as GGUF ({error}); {cut}") from error
+    other, parts = reader.byte_order != "I", metadata.get("split.count", 1)
+    refuse(other, "written for a machine of the other byte order; use the usual file")
+    refuse(parts > 1, f"one of {parts} parts; join them first: llama-gguf-split --merge")
     return reader, metadata
 
 
@@ -139,10 +130,9 @@ def _plain(value):
 def read_config(metadata, tensors):
     """-> the dict of config.json, without token ids and dtype. Raises UserError naming the key at fault."""
     architecture = need(metadata, "general.architecture")
-    if architecture not in ARCHITECTURES:
-        raise UserError(
-            f"general.architecture: '{architecture}' cannot be read; {', '.join(ARCHITECTURES)} can"
-        )
+    known = ", ".join(ARCHITECTURES)
+    fault = f"general.architecture: '{architecture}' cannot be read; {known} can"
+    refuse(architecture not in ARCHITECTURES, fault)
     model_type, class_name = ARCHITECTURES[architecture]
 
     def get(key, default=None):
@@ -152,38 +142,27 @@ def read_config(metadata, tensors):
         return need(metadata, f"{architecture}.{key}")
 
     for key in ("expert_count", "attention.sliding_window_pattern"):
-        if get(key):
-            found = f"{architecture}.{key} is {get(key)}"
-            raise UserError(f"{found}; only dense models whose layers are alike can be read")
+        found = f"{architecture}.{key} is {get(key)}"
+        refuse(get(key), f"{found}; only dense models whose layers are alike can be read")
     if "token_embd.weight" not in tensors:
         raise UserError("the file has no tensor token_embd.weight: a vocabulary-only or an adapter file?")
     heads, hidden = own("attention.head_count"), own("embedding_length")
     head_dim = get("attention.key_length", hidden // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
-        if get(key, head_dim) != head_dim:
-            raise UserError(f"{architecture}.{key} is {get(key)}, expected the head size {head_dim}")
-    config = {
-        "architectures": [class_name],
-        "model_type": model_type,
-        "vocab_size": _shape(tensors["token_embd.weight"])[0],  # rows of the table, padding included
-        "hidden_size": hidden,
-        "intermediate_size": own("feed_forward_length"),
-        "num_hidden_layers": own("block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": get("attention.head_count_kv", heads),
-        "head_dim": head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": own("context_length"),
-        "rms_norm_eps": own("attention.layer_norm_rms_epsilon"),
-        "rope_theta": get("rope.freq_base", 10000.0),
-        "rope_scaling": read_rope_scaling(metadata, architecture, tensors, head_dim),
-        "tie_word_embeddings": "output.weight" not in tensors,
-        "attention_bias": "blk.0.attn_q.bias" in tensors,
-        "mlp_bias": "blk.0.ffn_up.bias" in tensors,
-        "attention_dropout": 0.0,
-        "initializer_range": 0.02,  # of no use to a trained model; transformers' own default
-        "use_cache": True,
-    }
+        found = get(key, head_dim)
+        refuse(found != head_dim, f"{architecture}.{key} is {found}, expected the head size {head_dim}")
+    rows = _shape(tensors["token_embd.weight"])[0]  # of the table, padding included
+    config = {"architectures": [class_name], "model_type": model_type, "vocab_size": rows}
+    config |= {"hidden_size": hidden, "intermediate_size": own("feed_forward_length")}
+    config |= {"num_hidden_layers": own("block_count"), "num_attention_heads": heads, "head_dim": head_dim}
+    config |= {"num_key_value_heads": get("attention.head_count_kv", heads), "hidden_act": "silu"}
+    config |= {"max_position_embeddings": own("context_length"), "rope_theta": get("rope.freq_base", 10000.0)}
+    config["rope_scaling"] = read_rope_scaling(metadata, architecture, tensors, head_dim)
+    config["rms_norm_eps"] = own("attention.layer_norm_rms_epsilon")
+    config["tie_word_embeddings"] = "output.weight" not in tensors
+    config |= {"attention_bias": "blk.0.attn_q.bias" in tensors, "mlp_bias": "blk.0.ffn_up.bias" in tensors}
+    # of no use to a trained model; transformers' own defaults
+    config |= {"attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True}
     if any(isinstance(value, list) for key, value in config.items() if key != "architectures"):
         raise UserError(f"{architecture}: layers of different sizes cannot be written as a {class_name}")
     return _sliding_window(config, get("attention.sliding_window"), architecture)
@@ -212,9 +191,9 @@ def read_rope_scaling(metadata, architecture, tensors, head_dim):
         if kind not in ("none", "llama3"):
             raise UserError(f"{prefix}type is '{kind}' and there is a rope_freqs tensor; expected only one")
         return _llama3_scaling(tensors[DIVISORS], metadata, architecture, head_dim)
-    legacy = f"{architecture}.rope.scale_linear"
-    if legacy in metadata:
-        return {"rope_type": "linear", "factor": metadata[legacy]} if metadata[legacy] != 1 else None
+    legacy = metadata.get(f"{architecture}.rope.scale_linear")
+    if legacy is not None:
+        return {"rope_type": "linear", "factor": legacy} if legacy != 1 else None
     if kind == "none":
         return None
     if kind == "linear":
@@ -223,8 +202,8 @@ def read_rope_scaling(metadata, architecture, tensors, head_dim):
         raise UserError(f"{prefix}type: '{kind}' is not one of none, linear, yarn")
     scaling = {"rope_type": "yarn", "factor": need(metadata, prefix + "factor")}
     scaling["original_max_position_embeddings"] = need(metadata, prefix + "original_context_length")
-    known = ("type", "factor", "original_context_length", "finetuned")
-    for key in (key for key in metadata if key.startswith(prefix) and key.removeprefix(prefix) not in known):
+    known = {prefix + name for name in ("type", "factor", "original_context_length", "finetuned")}
+    for key in (key for key in metadata if key.startswith(prefix) and key not in known):
         name = key.removeprefix(prefix).removeprefix("yarn_")
         if name in ("beta_fast", "beta_slow"):
             scaling[name] = metadata[key]
@@ -242,8 +221,8 @@ def _llama3_scaling(tensor, metadata, architecture, head_dim):
     have o = 8192, l = 1, h = 4, which is tried first.
     """
     divisors = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float64)
-    if divisors.shape != (head_dim // 2,):
-        raise UserError(f"rope_freqs.weight has shape {divisors.shape}, expected ({head_dim // 2},)")
+    wrong = divisors.shape != (head_dim // 2,)
+    refuse(wrong, f"rope_freqs.weight has shape {divisors.shape}, expected ({head_dim // 2},)")
     factor = float(str(np.float32(divisors.max())))
     if factor == 1.0 and divisors.min() == 1.0:
         return None
@@ -261,8 +240,8 @@ def _llama3_scaling(tensor, metadata, architecture, head_dim):
         expected = 1 / ((1 - s.clip(0, 1)) / factor + s.clip(0, 1))
         if np.allclose(expected, divisors, rtol=1e-4):
             borders = {"low_freq_factor": 1.0, "high_freq_factor": high}
-            borders["original_max_position_embeddings"] = original
-            return {"rope_type": "llama3", "factor": factor} | borders
+            start = {"rope_type": "llama3", "original_max_position_embeddings": original}
+            return start | {"factor": factor} | borders
     raise UserError("rope_freqs.weight does not follow Llama 3's rule, so no config.json can express it")
 
 
@@ -277,16 +256,13 @@ def model_tensors(config):
 def check_tensors(tensors, expected, class_name):
     """Every expected tensor is there in its shape, and no other. Raises UserError with what is wrong."""
     missing = [name for name in expected if name not in tensors]
-    # the divisors have become rope_scaling
-    extra = [name for name in tensors if name not in expected and name != DIVISORS]
+    extra = [name for name in tensors if name not in expected and name != DIVISORS]  # those: rope_scaling
     for word, some in (("lacks", missing), ("holds unexpected", extra)):
-        if some:
-            listed = ", ".join(some[:5]) + (f" and {len(some) - 5} more" if len(some) > 5 else "")
-            raise UserError(f"the file {word} {class_name} tensors: {listed}")
+        listed = ", ".join(some[:5]) + (f" and {len(some) - 5} more" if len(some) > 5 else "")
+        refuse(some, f"the file {word} {class_name} tensors: {listed}")
     for name, (_, shape) in expected.items():
         found = _shape(tensors[name])
-        if found != shape:
-            raise UserError(f"{name} has shape {found}, expected {shape} from the file's metadata")
+        refuse(found != shape, f"{name} has shape {found}, expected {shape} from the file's metadata")
 
 
 def read_tensor(tensor, config):
@@ -307,8 +283,7 @@ def read_tensor(tensor, config):
         except NotImplementedError as error:
             kind = tensor.tensor_type.name
             raise UserError(f"{tensor.name}: weights of type {kind} cannot be read") from error
-        if not np.isfinite(values).all():
-            raise UserError(f"{tensor.name} holds NaN or infinity: the file is damaged")
+        refuse(not np.isfinite(values).all(), f"{tensor.name} holds NaN or infinity: the file is damaged")
         numbers[start : start + step] = values
     return torch.from_numpy(numbers.reshape(shape))
 

@@ -10,12 +10,12 @@ tokenizer.json of each model family. Used by read.py, and by conversion/gguf.
 
 import json
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from options.errors import UserError
+from options.errors import UserError, refuse
 
 # Token types of tokenizer.ggml.token_type, from the GGUF specification.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
@@ -45,14 +45,8 @@ _CASED = (
     "\U000118a0-\U000118df\U0001e900-\U0001e943"
 )
 _CJK = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
-_DEEPSEEK_LLM = (
-    r"[\r\n]",
-    rf"\s?[{_CASED}]+",
-    "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
-    r"\s+$",
-    _CJK,
-    r"\p{N}+",
-)
+_MARKS = "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+"
+_DEEPSEEK_LLM = (r"[\r\n]", rf"\s?[{_CASED}]+", _MARKS, r"\s+$", _CJK, r"\p{N}+")
 _DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, r"\p{N}")
 _DEEPSEEK_V3 = (
     r"\p{N}{1,3}",
@@ -93,67 +87,55 @@ PRE_TOKENIZERS = {
 
 @dataclass
 class GgufTokenizer:
-    """What read_tokenizer found. ids: of bos, eos, unk, pad (None = there is none)."""
+    """What read_tokenizer found."""
 
     tokenizer: Tokenizer
     tokens: list[str]
-    ids: dict[str, int | None]
+    ids: dict[str, int | None]  # of bos, eos, unk, pad (None = there is none)
     end_ids: list[int]  # any of them ends an answer: eos, end of turn, end of message
     add_bos: bool
     add_eos: bool
     chat_template: Any  # text, [{"name", "template"}, ...] or None
-    added: dict[int, AddedToken] = field(default_factory=dict)
+    added: dict[int, AddedToken]  # matched whole in any text
 
     def token(self, name):
         return None if self.ids[name] is None else self.tokens[self.ids[name]]
 
 
 def read_tokenizer(metadata, pre=None):
-    """-> GgufTokenizer, from the metadata of a GGUF file ({key: value}).
-
-    pre: the pre-tokenizer to take instead of the one the file names. Raises UserError for a kind of
-    vocabulary or a pre-tokenizer that is not known here.
-    """
+    """-> GgufTokenizer, from the metadata of a GGUF file ({key: value}). pre: the pre-tokenizer to take
+    instead of the file's. Raises UserError for a kind of vocabulary or a pre-tokenizer not known here."""
     kind = need(metadata, "tokenizer.ggml.model")
     tokens = need(metadata, "tokenizer.ggml.tokens")
     types = metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
     vocabulary = _vocabulary(tokens, types)
+    defaults = {}
     if kind == "gpt2":
         tokenizer, add_bos = _byte_level_bpe(metadata, vocabulary, pre)
-        defaults = {}
     elif kind == "llama":
         tokenizer, add_bos = _sentencepiece_bpe(metadata, vocabulary, types), True
         defaults = {"bos": 1, "eos": 2, "unknown": 0}  # SentencePiece's own, meant by files that do not say
     else:
-        raise UserError(
-            f"tokenizer.ggml.model: '{kind}' cannot be read; gpt2 (byte-level BPE) and llama (SentencePiece "
-            f"BPE) can{'; t5 is a unigram vocabulary' if kind == 't5' else ''}"
-        )
-    ids = {}
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        ids[name] = _token_id(metadata, key, tokens, defaults.get(key))
+        more = "; t5 is a unigram vocabulary" if kind == "t5" else ""
+        known = "gpt2 (byte-level BPE) and llama (SentencePiece BPE)"
+        raise UserError(f"tokenizer.ggml.model: '{kind}' cannot be read; {known} can{more}")
+    spelled = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    ids = {name: _token_id(metadata, key, tokens, defaults.get(key)) for name, key in spelled.items()}
     ends = (ids["eos"], _token_id(metadata, "eot", tokens), _token_id(metadata, "eom", tokens))
-    found = GgufTokenizer(
-        tokenizer=tokenizer,
-        tokens=tokens,
-        ids=ids,
-        end_ids=list(dict.fromkeys(i for i in ends if i is not None)),
-        add_bos=_flag(metadata, "bos", add_bos, ids),
-        add_eos=_flag(metadata, "eos", False, ids),
-        chat_template=_chat_template(metadata),
-    )
-    found.added = _add_tokens(tokenizer, vocabulary, types, {*ids.values(), *found.end_ids})
+    ends = list(dict.fromkeys(i for i in ends if i is not None))
+    add = (_flag(metadata, "bos", add_bos, ids), _flag(metadata, "eos", False, ids))
+    added = _add_tokens(tokenizer, vocabulary, types, {*ids.values(), *ends})
+    found = GgufTokenizer(tokenizer, tokens, ids, ends, *add, _chat_template(metadata), added)
     _add_post_processor(found, vocabulary)
     return found
 
 
 def _vocabulary(tokens, types):
     """-> {token: id}, without those that only pad the embedding table: the original tokenizer lacks them."""
-    if len(types) != len(tokens):
-        raise UserError(f"tokenizer.ggml.token_type: {len(types)} entries for {len(tokens)} tokens")
+    wrong = len(types) != len(tokens)
+    refuse(wrong, f"tokenizer.ggml.token_type: {len(types)} entries for {len(tokens)} tokens")
     token, count = Counter(tokens).most_common(1)[0]
-    if count > 1:
-        raise UserError(f"tokenizer.ggml.tokens holds {token!r} {count} times, expected once")
+    refuse(count > 1, f"tokenizer.ggml.tokens holds {token!r} {count} times, expected once")
     return {t: i for i, t in enumerate(tokens) if not (types[i] == UNUSED and t == f"[PAD{i}]")}
 
 
@@ -175,18 +157,16 @@ def _byte_level_bpe(metadata, vocabulary, pre):
     """-> (Tokenizer, is bos added by default). The tokens are spelled in GPT-2's byte alphabet already."""
     pre = pre or metadata.get("tokenizer.ggml.pre")
     if pre not in PRE_TOKENIZERS:
-        raise UserError(
-            f"tokenizer.ggml.pre: {'the file has none' if pre is None else f'{pre!r} is not known'}; known "
-            f"are {', '.join(sorted(PRE_TOKENIZERS))}. The wrong one splits text wrongly; if you know which "
-            "of them the model was trained with: checkpoints.gguf.read.convert(file, folder, pre=NAME)"
-        )
+        fault = "the file has none" if pre is None else f"{pre!r} is not known"
+        known = f"known are {', '.join(sorted(PRE_TOKENIZERS))}. The wrong one splits text wrongly"
+        way = "the model was trained with: checkpoints.gguf.read.convert(file, folder, pre=NAME)"
+        raise UserError(f"tokenizer.ggml.pre: {fault}; {known}; if you know which of them {way}")
     rule = PRE_TOKENIZERS[pre]
     merges = [tuple(merge.split(" ")) for merge in need(metadata, "tokenizer.ggml.merges")]
     tokenizer = Tokenizer(_bpe(vocabulary, merges, ignore_merges=rule.whole_words))
     if rule.normal_form_c:
         tokenizer.normalizer = normalizers.NFC()
-    prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", False))
-    tokenizer.pre_tokenizer = splitter(rule, prefix)
+    tokenizer.pre_tokenizer = splitter(rule, bool(metadata.get("tokenizer.ggml.add_space_prefix", False)))
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer, rule.add_bos
 
@@ -208,10 +188,9 @@ def _sentencepiece_bpe(metadata, vocabulary, types):
     model = _bpe(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback="<0x00>" in vocabulary)
     tokenizer = Tokenizer(model)
     space = "\u2581"
-    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
     normal = [normalizers.Replace(" ", space)]
     undo = [decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse()]
-    if prefix:
+    if metadata.get("tokenizer.ggml.add_space_prefix", True):
         normal.insert(0, normalizers.Prepend(space))
         undo.append(decoders.Strip(" ", 1, 0))
     tokenizer.normalizer = normalizers.Sequence(normal)
@@ -259,12 +238,10 @@ def _add_post_processor(found, vocabulary):
     bos = [found.token("bos")] if found.add_bos else []
     eos = [found.token("eos")] if found.add_eos else []
     if bos or eos:
-        second = [f"{token}:1" for token in (*bos, "$B", *eos)]
-        found.tokenizer.post_processor = processors.TemplateProcessing(
-            single=[*bos, "$A", *eos],
-            pair=[*bos, "$A", *eos, *second],
-            special_tokens=[(token, vocabulary[token]) for token in {*bos, *eos}],
-        )
+        single, second = [*bos, "$A", *eos], [f"{token}:1" for token in (*bos, "$B", *eos)]
+        special = [(token, vocabulary[token]) for token in {*bos, *eos}]
+        processor = processors.TemplateProcessing(single, [*single, *second], special)
+        found.tokenizer.post_processor = processor
 
 
 def _chat_template(metadata):
@@ -283,18 +260,13 @@ def write_tokenizer(found, max_length, folder):
     found.tokenizer.save(str(folder / "tokenizer.json"))
     names = {f"{name}_token": found.token(name) for name in found.ids if found.ids[name] is not None}
     plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # a family's own class would rebuild tokenizer.json
-        "add_bos_token": found.add_bos,
-        "add_eos_token": found.add_eos,
-        "added_tokens_decoder": {
-            str(i): {"content": token.content, **plain, "special": token.special}
-            for i, token in sorted(found.added.items())
-        },
-        **names,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": max_length,
+    added = {
+        str(i): {"content": token.content, **plain, "special": token.special}
+        for i, token in sorted(found.added.items())
     }
+    config = {"tokenizer_class": "PreTrainedTokenizerFast"}  # a family's own would rebuild tokenizer.json
+    config |= {"add_bos_token": found.add_bos, "add_eos_token": found.add_eos, "added_tokens_decoder": added}
+    config |= names | {"clean_up_tokenization_spaces": False, "model_max_length": max_length}
     if found.chat_template is not None:
         config["chat_template"] = found.chat_template
     for name, value in (("tokenizer_config.json", config), ("special_tokens_map.json", names)):
@@ -303,6 +275,5 @@ def write_tokenizer(found, max_length, folder):
 
 
 def need(metadata, key):
-    if key not in metadata:
-        raise UserError(f"the file's metadata lacks {key}")
+    refuse(key not in metadata, f"the file's metadata lacks {key}")
     return metadata[key]

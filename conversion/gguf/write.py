@@ -30,20 +30,18 @@ from architectures.config import ModelConfig
 from architectures.rope import Rope, inverse_frequencies
 from checkpoints.gguf.blocks import BLOCKS, DIVISORS, encode_rows, gguf_name, row_bytes
 from conversion.gguf.write_tokenizer import vocabulary_metadata
-from options.errors import UserError
+from options.errors import UserError, located, refuse
 from text.render import ChatTemplate
 from text.tokenizer import Tokenizer
 
 # key export_gguf_type -> general.file_type, which programs show to people
-FILE_TYPES = {
-    "F32": gguf.LlamaFileType.ALL_F32,
-    "F16": gguf.LlamaFileType.MOSTLY_F16,
-    "BF16": gguf.LlamaFileType.MOSTLY_BF16,
-    "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
-    "Q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
-    "Q4_K": gguf.LlamaFileType.MOSTLY_Q4_K_S,  # Q4_K alone is what llama.cpp calls Q4_K_S
-}
+FILE_TYPES = {kind: gguf.LlamaFileType[f"MOSTLY_{kind}"] for kind in ("F16", "BF16", "Q8_0", "Q4_0")}
+FILE_TYPES["F32"] = gguf.LlamaFileType.ALL_F32
+FILE_TYPES["Q4_K"] = gguf.LlamaFileType.MOSTLY_Q4_K_S  # Q4_K alone is what llama.cpp calls Q4_K_S
 NARROWER_BLOCKS = {"Q4_K": "Q5_0", "Q5_0": "F16", "Q4_0": "F16", "Q8_0": "F16"}
+
+
+Shapes = Mapping[str, tuple[int, ...]]  # of every tensor by its Hugging Face name; the head only if untied
 
 
 @dataclass(frozen=True)
@@ -82,18 +80,14 @@ class Layout:
 
 def lay_out(
     config: ModelConfig,
-    shapes: Mapping[str, tuple[int, ...]],
+    shapes: Shapes,
     kind: str,
     tokenizer: Tokenizer,
     template: ChatTemplate | None,
     name: str,
 ) -> Layout:
-    """shapes: of every tensor by its Hugging Face name, the head only if it is untied. kind: a key of
-    FILE_TYPES.
-
-    template: what the model was tuned with; None = the tokenizer's own. name: what programs show. Raises
-    ValueError for what GGUF cannot express.
-    """
+    """kind: a key of FILE_TYPES. template: what the model was tuned with; None = the tokenizer's own. name:
+    what programs show. Raises UserError for what GGUF cannot express."""
     metadata, notices = model_metadata(config)
     metadata |= {"general.name": name, "general.file_type": int(FILE_TYPES[kind])}
     metadata["general.quantization_version"] = gguf.GGML_QUANT_VERSION
@@ -105,7 +99,7 @@ def lay_out(
     return Layout(config, _entries(config, shapes, kind), metadata | vocabulary, notices + more)
 
 
-def _entries(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], kind: str) -> dict[str, Entry]:
+def _entries(config: ModelConfig, shapes: Shapes, kind: str) -> dict[str, Entry]:
     head = "lm_head.weight" if "lm_head.weight" in shapes else "model.embed_tokens.weight"
     if config.rope.kind == "llama3":
         shapes = {DIVISORS: (config.head_dim // 2,)} | dict(shapes)
@@ -116,8 +110,7 @@ def _entries(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], kind: s
             chosen = "Q8_0" if hf_name == head and kind.startswith("Q4") else kind
             while shape[-1] % BLOCKS[chosen][0]:
                 chosen = NARROWER_BLOCKS[chosen]
-        entry = Entry(gguf_name(hf_name), shape, chosen, offset)
-        entries[hf_name] = entry
+        entries[hf_name] = entry = Entry(gguf_name(hf_name), shape, chosen, offset)
         offset += gguf.GGUFWriter.ggml_pad(entry.size_bytes, gguf.GGUF_DEFAULT_ALIGNMENT)
     return entries
 
@@ -127,14 +120,13 @@ def _entries(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], kind: s
 
 def architecture(config: ModelConfig) -> str:
     """The GGUF architecture with these switches. Raises UserError if none has them."""
-    if config.activation != "silu":
-        raise UserError(
-            f"export_gguf_type: GGUF's dense architectures use silu, the model {config.activation}"
-        )
-    if config.norm_offset or config.embedding_scale != 1.0:
-        raise UserError("export_gguf_type: norms of 1 + weight and scaled embeddings are not written yet")
-    if len(set(config.sliding_windows)) > 1:
-        raise UserError("export_gguf_type: GGUF cannot tell layers with and without a sliding window apart")
+    with located("export_gguf_type"):
+        used = f"GGUF's dense architectures use silu, the model {config.activation}"
+        refuse(config.activation != "silu", used)
+        scaled = config.norm_offset or config.embedding_scale != 1.0
+        refuse(scaled, "norms of 1 + weight and scaled embeddings are not written yet")
+        mixed = len(set(config.sliding_windows)) > 1
+        refuse(mixed, "GGUF cannot tell layers with and without a sliding window apart")
     if config.qk_norm:
         return "qwen3"
     return "qwen2" if config.qkv_bias and not config.out_bias else "llama"
@@ -144,45 +136,33 @@ def model_metadata(config: ModelConfig) -> tuple[dict, list[str]]:
     """-> ({GGUF key: value}, what the user should know). Raises UserError for what GGUF cannot express."""
     arch = architecture(config)
     rope, notices = _rope_metadata(config.rope)
-    keys = {
-        "vocab_size": config.vocab_size,
-        "context_length": config.max_positions,
-        "embedding_length": config.hidden_size,
-        "block_count": config.num_layers,
-        "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.num_heads,
-        "attention.head_count_kv": config.num_kv_heads,
-        "attention.key_length": config.head_dim,
-        "attention.value_length": config.head_dim,
-        "attention.layer_norm_rms_epsilon": config.norm_eps,
-        "rope.dimension_count": config.head_dim,
-        **rope,
-    }
+    keys = {"vocab_size": config.vocab_size, "context_length": config.max_positions}
+    keys |= {"embedding_length": config.hidden_size, "block_count": config.num_layers}
+    keys |= {"feed_forward_length": config.intermediate_size, "attention.head_count": config.num_heads}
+    keys["attention.head_count_kv"] = config.num_kv_heads
+    keys |= {f"attention.{part}_length": config.head_dim for part in ("key", "value")}
+    keys["attention.layer_norm_rms_epsilon"] = config.norm_eps
+    keys |= {"rope.dimension_count": config.head_dim} | rope
     window = config.sliding_windows[0] if config.sliding_windows else None
     if window and window < config.max_positions:
         keys["attention.sliding_window"] = window
         written = f"the sliding window of {window} tokens is written"
         notices.append(f"{written}; llama.cpp ignores it, so longer texts differ there")
     if arch == "qwen3" and config.qkv_bias:
-        notices.append(
-            "llama.cpp does not load qwen3 files with biases, which this model has; this project does"
-        )
+        notices.append("llama.cpp loads no qwen3 files with biases, which this model has; this project does")
     return {f"{arch}.{key}": value for key, value in keys.items()}, notices
 
 
 def _rope_metadata(rope: Rope) -> tuple[dict, list[str]]:
     keys: dict = {"rope.freq_base": float(rope.theta)}
     if rope.kind == "dynamic":
-        return keys, [
-            f"rope type dynamic changes texts beyond {rope.original_positions} tokens; GGUF has no such "
-            "type, so the file is exact up to that length"
-        ]
+        changed = f"rope type dynamic changes texts beyond {rope.original_positions} tokens"
+        return keys, [f"{changed}; GGUF has no such type, so the file is exact up to that length"]
     if rope.kind in ("linear", "yarn"):
         keys |= {"rope.scaling.type": rope.kind, "rope.scaling.factor": rope.factor}
     notices = []
     if rope.kind == "yarn":
-        if not rope.truncate:
-            raise UserError("export_gguf_type: yarn with truncate: false cannot be said in GGUF")
+        refuse(not rope.truncate, "export_gguf_type: yarn with truncate: false cannot be said in GGUF")
         keys["rope.scaling.original_context_length"] = rope.original_positions
         for name, value, usual in (("fast", rope.beta_fast, 32.0), ("slow", rope.beta_slow, 1.0)):
             if value != usual:
@@ -242,13 +222,11 @@ def _write_head(path: Path, layout: Layout) -> int:
 def _write_tensor(file: BinaryIO, entry: Entry, tensor: Tensor) -> int:
     """-> bytes written."""
     assert tuple(tensor.shape) == entry.shape
-    written = 0
     try:
-        for piece in encode_rows(tensor.reshape(-1, tensor.shape[-1]), entry.kind):
-            written += file.write(piece.numpy())
+        pieces = encode_rows(tensor.reshape(-1, tensor.shape[-1]), entry.kind)
+        return sum(file.write(piece.numpy()) for piece in pieces)
     except UserError as error:
         raise UserError(f"{entry.name} holds {error}; it cannot be written as {entry.kind}") from error
-    return written
 
 
 def in_file_order(config: ModelConfig, hf_name: str, tensor: Tensor) -> Tensor:

@@ -18,18 +18,8 @@ import re
 
 import tokenizers
 
-from checkpoints.gguf.read_tokenizer import (
-    CONTROL,
-    NORMAL,
-    PRE_TOKENIZERS,
-    UNKNOWN,
-    UNUSED,
-    USER_DEFINED,
-    PreTokenizer,
-    read_tokenizer,
-    splitter,
-)
-from options.errors import UserError
+from checkpoints.gguf import read_tokenizer as reading
+from options.errors import refuse
 from text.tokenizer import Tokenizer
 
 BYTE = 6  # token type of <0x00> .. <0xFF>
@@ -60,8 +50,8 @@ def vocabulary_metadata(
     further tokens that end an answer. Raises UserError for what GGUF cannot express.
     """
     pipeline = tokenizer.pipeline()
-    if pipeline["model"]["type"] != "BPE":
-        raise UserError(_unknown(tokenizer, f"the model is {pipeline['model']['type']}, not BPE"))
+    kind = pipeline["model"]["type"]
+    _refuse(kind != "BPE", tokenizer, f"the model is {kind}, not BPE")
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in pipeline["model"]["merges"]]
     keys = _tokens(tokenizer, pipeline, rows)
     if _has_step(pipeline["decoder"], "ByteLevel"):
@@ -77,10 +67,9 @@ def vocabulary_metadata(
     return metadata, _differences(tokenizer, metadata)
 
 
-def _unknown(tokenizer: Tokenizer, found: str) -> str:
-    return (
-        f"{tokenizer.folder}/tokenizer.json: {found}, which a GGUF file cannot describe; export without GGUF"
-    )
+def _refuse(wrong: object, tokenizer: Tokenizer, found: str) -> None:
+    place, remedy = f"{tokenizer.folder}/tokenizer.json", "export without GGUF"
+    refuse(wrong, f"{place}: {found}, which a GGUF file cannot describe; {remedy}")
 
 
 def _steps(part: dict | None) -> list[dict]:
@@ -105,26 +94,22 @@ def _tokens(tokenizer: Tokenizer, pipeline: dict, rows: int) -> dict:
     types = []
     for i, token in enumerate(tokens):
         if i not in spelled:
-            kind = UNUSED
+            kind = reading.UNUSED
         elif fallback and token == pipeline["model"].get("unk_token"):
-            kind = UNKNOWN
+            kind = reading.UNKNOWN
         elif i in tokenizer.special_ids:
-            kind = CONTROL
+            kind = reading.CONTROL
         elif fallback and re.fullmatch("<0x[0-9A-F]{2}>", token):
             kind = BYTE
         else:
-            kind = USER_DEFINED if i in added else NORMAL
+            kind = reading.USER_DEFINED if i in added else reading.NORMAL
         types.append(kind)
     return {"tokens": tokens, "token_type": types}
 
 
 def _special_ids(tokenizer: Tokenizer, end_ids: tuple[int, ...]) -> dict:
-    ids = {
-        "bos": tokenizer.bos_id,
-        "eos": tokenizer.eos_id,
-        "unknown": tokenizer.unk_id,
-        "padding": tokenizer.pad_id,
-    }
+    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
+    ids |= {"unknown": tokenizer.unk_id, "padding": tokenizer.pad_id}
     ends = dict.fromkeys(i for i in (*tokenizer.stop_ids, *end_ids) if i != tokenizer.eos_id)
     ids |= dict(zip(("eot", "eom"), ends, strict=False))  # llama.cpp finds further ones by their names
     keys = {f"{name}_token_id": i for name, i in ids.items() if i is not None}
@@ -143,21 +128,19 @@ def _alone(pipeline: dict, part: str) -> tokenizers.Tokenizer:
 def _rule_name(tokenizer: Tokenizer, pipeline: dict) -> str:
     """The name in PRE_TOKENIZERS of the rule that cuts PROBE as the tokenizer does."""
     normal = [step["type"] for step in _steps(pipeline["normalizer"])]
-    if set(normal) - {"NFC"}:
-        raise UserError(_unknown(tokenizer, f"the normalizer is {', '.join(normal)}"))
-    own = _alone(pipeline, "pre_tokenizer").pre_tokenizer
+    _refuse(set(normal) - {"NFC"}, tokenizer, f"the normalizer is {', '.join(normal)}")
     prefix = any(step.get("add_prefix_space") for step in _steps(pipeline["pre_tokenizer"]))
-    pieces = _pieces(own)
-    whole_words = bool(pipeline["model"].get("ignore_merges"))
+    pieces = _pieces(_alone(pipeline, "pre_tokenizer").pre_tokenizer)
+    whole_words, rules = bool(pipeline["model"].get("ignore_merges")), reading.PRE_TOKENIZERS
 
-    def unlike(rule: PreTokenizer) -> int:
+    def unlike(name: str) -> int:
+        rule = rules[name]
         return 2 * (rule.whole_words != whole_words) + (rule.normal_form_c != bool(normal))
 
-    found = [name for name, rule in PRE_TOKENIZERS.items() if _pieces(splitter(rule, prefix)) == pieces]
-    if not found:
-        known = ", ".join(sorted(PRE_TOKENIZERS))
-        raise UserError(_unknown(tokenizer, f"text is cut into words by none of the known rules ({known})"))
-    return min(found, key=lambda name: unlike(PRE_TOKENIZERS[name]))
+    found = [name for name, rule in rules.items() if _pieces(reading.splitter(rule, prefix)) == pieces]
+    known = ", ".join(sorted(rules))
+    _refuse(not found, tokenizer, f"text is cut into words by none of the known rules ({known})")
+    return min(found, key=unlike)
 
 
 def _pieces(pre_tokenizer: tokenizers.pre_tokenizers.PreTokenizer) -> list[str]:
@@ -173,8 +156,8 @@ def _has_space_prefix(tokenizer: Tokenizer, pipeline: dict) -> bool:
         pieces = _alone(pipeline, "pre_tokenizer").pre_tokenizer.pre_tokenize_str(text)
         text = "".join(piece for piece, _ in pieces)
     plain = PROBE.replace(" ", SPACE)
-    if text not in (plain, SPACE + plain):
-        raise UserError(_unknown(tokenizer, "text is changed in more than its spaces before it is cut"))
+    changed = text not in (plain, SPACE + plain)
+    _refuse(changed, tokenizer, "text is changed in more than its spaces before it is cut")
     return text != plain
 
 
@@ -189,7 +172,7 @@ def _scores(tokens: list[str], merges: list[str]) -> list[float]:
 def _differences(tokenizer: Tokenizer, metadata: dict) -> list[str]:
     """Read the keys back and compare on PROBE, alone and after every kind of special token."""
     ignored = "tokenizer.ggml.merges" if metadata["tokenizer.ggml.model"] == "llama" else None
-    read = read_tokenizer({key: value for key, value in metadata.items() if key != ignored}).tokenizer
+    read = reading.read_tokenizer({key: value for key, value in metadata.items() if key != ignored}).tokenizer
     ends = [tokenizer.token(i) for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None]
     texts = [PROBE, *(f"a {end}b {end} c" for end in ends), *PROBE.split()]
     for text in texts:
@@ -197,10 +180,7 @@ def _differences(tokenizer: Tokenizer, metadata: dict) -> list[str]:
         if mine != theirs:
             pairs = itertools.zip_longest(mine, theirs)
             at = next(i for i, (one, other) in enumerate(pairs) if one != other)
-            pieces = [[tokenizer.token(i) for i in ids[at : at + 3]] for ids in (mine, theirs)]
-            return [
-                f"GGUF cannot describe all of {tokenizer.folder}/tokenizer.json: some text is cut "
-                "differently, for "
-                f"example {pieces[0]} here and {pieces[1]} there"
-            ]
+            here, there = ([tokenizer.token(i) for i in ids[at : at + 3]] for ids in (mine, theirs))
+            fault = f"GGUF cannot describe all of {tokenizer.folder}/tokenizer.json"
+            return [f"{fault}: some text is cut differently, for example {here} here and {there} there"]
     return []

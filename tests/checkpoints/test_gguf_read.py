@@ -20,7 +20,7 @@ import data
 import export
 from checkpoints.gguf import read as gguf_read
 from checkpoints.gguf import read_tokenizer
-from checkpoints.gguf.blocks import BLOCK_NAMES
+from checkpoints.gguf.blocks import PART_NAMES
 from checkpoints.hub import ModelOptions, resolve_folder, resolve_model
 from parallel.atomic import temporary_name
 
@@ -120,16 +120,13 @@ def swap_halves(weight, heads):
     return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
-GGUF_NAMES = {hf: name for name, hf in BLOCK_NAMES.items()}
-
-
 def gguf_name(name):
     whole = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
     stem, kind = name.rsplit(".", 1)
     if stem in whole:
         return f"{whole[stem]}.{kind}"
     _, _, layer, part = stem.split(".", 3)
-    return f"blk.{layer}.{GGUF_NAMES[part]}.{kind}"
+    return f"blk.{layer}.{PART_NAMES[part]}.{kind}"
 
 
 def write_gguf(path, model, architecture, vocabulary, *, kind=Kind.F32, extra=None, change=None):
