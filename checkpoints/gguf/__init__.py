@@ -4,6 +4,6 @@
     read             file -> Hugging Face folder: convert(), and once into the cache: cached_folder()
     read_tokenizer   vocabulary, merges and rules -> tokenizer.json
 
-To add an architecture: a line in read.ARCHITECTURES, its switches in read_config, its tensors in
-tensor_names.
+To add an architecture: a line in read.ARCHITECTURES, its switches in read.read_config, its tensors in
+blocks.PART_NAMES.
 """
