@@ -7,7 +7,7 @@ import time
 import torch
 
 from model import Decoder
-from options.errors import StopRun, UserError
+from options.errors import StopRun, refuse
 from parallel.world import World
 from pipeline.batch import ROW_MULTIPLE, Batch, BatchLoader
 from stages.rollouts import Prompt
@@ -28,8 +28,7 @@ def prepare(batch: Batch | list[Prompt], device: torch.device) -> Batch | list[P
 def measure(
     model: Decoder, stage: Stage, loaders: dict[str, BatchLoader], predictor: Predictor | None, world: World
 ) -> tuple[dict[str, float], list[dict]]:
-    """(numbers named eval_..., the speed among them; what was written). Writes texts if there is a predictor.
-    The model's mode stays."""
+    """(numbers named eval_..., speed among them; what the predictor wrote). The model's mode stays."""
     was_training, started, rows = model.training, time.monotonic(), []
     model.eval()
     results = of_the_stage(model, stage, loaders, world)
@@ -42,11 +41,8 @@ def measure(
     return results | {"eval_runtime": round(seconds, 4), "eval_samples_per_second": round(speed, 3)}, rows
 
 
-def of_the_stage(
-    model: Decoder, stage: Stage, loaders: dict[str, BatchLoader], world: World
-) -> dict[str, float]:
-    """eval_<metric>, the mean over the sets; of several sets eval_<set>_<metric> too. Of a model in eval
-    mode."""
+def of_the_stage(model: Decoder, stage: Stage, loaders: dict[str, BatchLoader], world: World) -> dict:
+    """eval_<metric>, the mean over the sets; of several sets eval_<set>_<metric> too. In the model's mode."""
     measured: dict[str, dict[str, float]] = {}
     for name, loader in loaders.items():
         batches = itertools.islice(loader.batches(), loader.batches_per_epoch)
@@ -70,12 +66,10 @@ def of_the_stage(
 def check_metric(
     options: TrainOptions, stage: type[Stage], sets: dict[str, BatchLoader], generated: tuple[str, ...]
 ) -> None:
-    """UserError when what decides which checkpoint is best is not measured.  generated: names of what is
-    measured of generated texts."""
+    """UserError when what decides which is best is not measured.  generated: metrics of generated texts."""
     prefixes = [f"eval_{name}_" for name in sets] if len(sets) > 1 else []
     kinds = (*stage.evaluation_names, *generated)
     names = [prefix + kind for prefix in (*prefixes, "eval_") for kind in kinds]
-    if options.evaluation_strategy != "no" and options.metric not in names:
-        raise UserError(
-            f"metric_for_best_model: {options.metric} is not measured; there are {', '.join(names)}"
-        )
+    unmeasured = options.evaluation_strategy != "no" and options.metric not in names
+    there = f"there are {', '.join(names)}"
+    refuse(unmeasured, f"metric_for_best_model: {options.metric} is not measured; {there}")

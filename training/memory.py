@@ -1,5 +1,4 @@
-"""How much memory a training step needs, and so how much of it has to be computed twice
-(gradient_checkpointing).
+"""How much memory a step needs, and so how much of it is computed twice (gradient_checkpointing).
 
 Counted per token and block, in numbers of the compute dtype, with the letters of model.py: the residual
 stream twice, two norms, q, k, v, the heads' output, gate, up and their product:
@@ -16,7 +15,7 @@ time or memory, never a bit.
 import ctypes
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -33,9 +32,9 @@ SLACK = 1.05  # of everything that is estimated
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that training adds to the weights' own. `blocks`: how many of the last have a backward pass."""
+    """Bytes that training adds to the weights' own."""
 
-    blocks: int
+    blocks: int  # how many of the last have a backward pass
     gradients: float
     optimizer: float  # its state
     head: float  # rows, logits and what a trained head takes, while the loss is computed
@@ -49,8 +48,7 @@ class Need:
         return self.gradients + self.optimizer + self.head + self.block
 
     def activations(self, full: int, selective: int, offload: bool = False) -> float:
-        """Bytes kept at the fuller of two moments: the end of the forward pass, or when the last block runs
-        again."""
+        """Bytes kept at the end of the forward pass, or when the last block runs again, if these are more."""
         inputs = min(full, 2) * self.full if offload else full * self.full
         forward = inputs + selective * self.selective + (self.blocks - full - selective) * self.everything
         again = inputs + self.everything if full else 0.0
@@ -60,19 +58,12 @@ class Need:
         """What these numbers of blocks take, with a margin."""
         return SLACK * (self.fixed + self.activations(full, selective, offload)) + RESERVE_BYTES
 
-    def without_selective(self) -> "Need":
-        """For compiled blocks, which drop what is cheap by themselves or not at all."""
-        return replace(self, selective=self.everything)
-
 
 def need(model: Decoder, tokens: int, optimizer: str = "adamw_torch", ranks: int = 1) -> Need:
     """What a micro-batch of `tokens` takes at most. optimizer: its name among the options."""
-    config = model.config
-    compute = model.compute_dtype
-    size = compute.itemsize
+    config, compute, size = model.config, model.compute_dtype, model.compute_dtype.itemsize
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = sum(parameter.numel() * parameter.element_size() for parameter in trained)
-    optimizer_state = gradients * state_per_byte(optimizer)
 
     hidden, middle = config.hidden_size, config.intermediate_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -88,14 +79,11 @@ def need(model: Decoder, tokens: int, optimizer: str = "adamw_torch", ranks: int
     head = model.head_weight()
     trained_head = head.numel() * 4 if head.requires_grad else 0  # summed in fp32 beside the gradient itself
     narrow_head = head.numel() * size if head.dtype != compute else 0
-    values = (
-        8 * tokens * hidden if model.v_head is not None else 0
-    )  # the rows in fp32 for it, and their gradient
-    first = first_trained(model)
+    values = 8 * tokens * hidden if model.v_head is not None else 0  # its rows in fp32, and their gradient
     return Need(
-        blocks=config.num_layers - first,
+        blocks=config.num_layers - first_trained(model),
         gradients=gradients * (2 if ranks > 1 else 1),
-        optimizer=optimizer_state,
+        optimizer=gradients * state_per_byte(optimizer),
         head=head_rows + logits + trained_head + narrow_head + values,
         block=block + _shared_weight(model, size),
         everything=block + copies,
@@ -133,16 +121,14 @@ def _shared_weight(model: Decoder, size: int) -> float:
 
 def _cast_weights(model: Decoder, compute: torch.dtype) -> float:
     """Weights of another dtype than the compute dtype are cast where used; copies stay until the backward."""
-    total = 0
-    for name, parameter in model.layers.named_parameters():
-        if parameter.dtype != compute and parameter.dim() == 2 and not name.endswith(("lora_a", "lora_b")):
-            total += parameter.numel() * compute.itemsize
-    return total
+    named = model.layers.named_parameters()
+    own = [parameter for name, parameter in named if not name.endswith(("lora_a", "lora_b"))]
+    cast = (parameter.numel() for parameter in own if parameter.dtype != compute and parameter.dim() == 2)
+    return sum(cast) * compute.itemsize
 
 
 def choose(need: Need, free: float) -> tuple[int, int]:
-    """(full, selective): how many blocks run again and how many drop what is cheap, so that it fits into
-    `free` bytes.
+    """(full, selective) that fits into `free` bytes: blocks that run again, blocks that drop what is cheap.
 
     Dropping what is cheap comes first: counted by operations and traffic (not measured), a byte costs a
     seventh of the time that it costs by running a block again. All blocks run again if nothing fits.
@@ -161,32 +147,25 @@ def plan(policy: str, need: Need, layers: int, device: torch.device, free: float
     full, selective = choose(need, free) if policy == "auto" else fixed[policy]
     away = policy == "offload" or (policy == "auto" and need.of(full, selective) > free)
     away = away and device.type == "cuda"  # elsewhere the inputs are in the host's memory already
-    what = [f"{full} of {layers} blocks"]
-    if selective:
-        what.append(f"norms and activations of {selective}")
-    if away:
-        what.append("block inputs wait in host memory")
-    gib = 2**30
-    line = f"gradient checkpointing: {', '.join(what)} ({policy}: "
-    line += f"needs {need.of(full, selective, away) / gib:.1f} of {free / gib:.1f} GiB free"
-    if full or selective:
-        line += f", {need.of(0, 0) / gib:.1f} without"
-    line += ")"
-    if policy == "auto" and need.of(full, selective, away) > free:
+    what = f"{full} of {layers} blocks" + f", norms and activations of {selective}" * bool(selective)
+    what += ", block inputs wait in host memory" * away
+    needed, gib = need.of(full, selective, away), 2**30
+    line = f"gradient checkpointing: {what} ({policy}: needs {needed / gib:.1f} of {free / gib:.1f} GiB free"
+    line += f", {need.of(0, 0) / gib:.1f} without)" if full or selective else ")"
+    if policy == "auto" and needed > free:
         line += "; that may be too much: lower per_device_train_batch_size or cutoff_len"
     below = layers - blocks  # those keep nothing anyway
-    if full:
-        chosen = Plan(full=below + full, selective=selective)
-    else:
-        chosen = Plan(selective=below + selective if selective else 0)
+    chosen = Plan(full=below + full, selective=selective) if full else Plan()
+    if selective and not full:
+        chosen.selective = below + selective
     if away:
         chosen.offload = Offload(CudaTransfers(device))
     return chosen, line
 
 
 def free_bytes(device: torch.device) -> float:
-    """What this process may still take: on a GPU the driver's free memory and what torch has cached, on a CPU
-    the memory that Linux calls available, elsewhere all there is."""
+    """What this process may still take: of a GPU what is free or cached by torch, of a CPU's memory what
+    Linux calls available, elsewhere all there is."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
@@ -199,9 +178,7 @@ def free_bytes(device: torch.device) -> float:
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # numbers of malloc.h
 LARGEST_INT = 2**31 - 1
-MAPPED_FROM = (
-    2**30
-)  # bytes: blocks above are still mapped one by one, so a model that is dropped is given back
+MAPPED_FROM = 2**30  # bytes: larger blocks are mapped one by one, so a model that is dropped is given back
 GROWTH = 2**26  # bytes the heap grows by
 
 
@@ -210,8 +187,7 @@ def keep_freed() -> bool:
 
     It hands large blocks back to the kernel, and a step frees and takes gigabytes: 70 thousand pages were
     zeroed again in every step of 4 x 256 tokens (135M model, fp32). Keeping them took 4 to 6% off the step
-    and added nothing to the peak. For runs, not for libraries: it holds for the whole process and does not
-    end.
+    and added nothing to the peak. For runs, not for libraries: it holds for the process until its end.
     """
     try:
         set_option = ctypes.CDLL(None).mallopt

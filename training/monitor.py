@@ -19,25 +19,15 @@ LOG_FILE, PLOT_FILE, SAMPLES_FILE = "trainer_log.jsonl", "training_loss.png", "g
 SAMPLES, SAMPLE_CHARACTERS = 3, 300  # generated texts shown at an evaluation, and of each so much
 QUIET_SECONDS = 30  # without a terminal: a line at least this often, so that a log file shows life
 # How a number is shown on the console, by its name without eval_; others in four digits, or in the files only
-SHOWN = {
-    "loss": "loss {:.4f}",
-    "learning_rate": "lr {:.1e}",
-    "grad_norm": "grad {:.2f}",
-    "tokens_per_second": "{:.0f} tok/s",
-    "peak_memory": "{:.2f} GB",
-    "loss_scale": "scale {:.0f}",
-    "rewards/accuracies": "accuracy {:.2f}",
-    "rewards/margins": "margin {:.3f}",
-    "rewards/chosen": "chosen {:.3f}",
-    "rewards/rejected": "rejected {:.3f}",
-    "accuracy": "accuracy {:.2f}",
+SHOWN = {"loss": "loss {:.4f}", "learning_rate": "lr {:.1e}", "grad_norm": "grad {:.2f}"}
+SHOWN |= {"tokens_per_second": "{:.0f} tok/s", "peak_memory": "{:.2f} GB", "loss_scale": "scale {:.0f}"}
+SHOWN |= {"accuracy": "accuracy {:.2f}", "rewards/accuracies": "accuracy {:.2f}"}
+SHOWN |= {f"rewards/{name}": name + " {:.3f}" for name in ("chosen", "rejected")}
+SHOWN |= {"rewards/margins": "margin {:.3f}", "exact_match": "exact match {:.3f}", "kl": "kl {:.3f}"}
+SHOWN |= {"completions/mean_length": "length {:.1f}", "completions/clipped_ratio": "cut off {:.2f}"}
+SHOWN |= {"clip_ratio": "clipped {:.2f}", "clip_ratio/region_mean": "clipped {:.2f}"}
+SHOWN |= {
     "reward": "reward {:.3f}",
-    "kl": "kl {:.3f}",
-    "exact_match": "exact match {:.3f}",
-    "completions/mean_length": "length {:.1f}",
-    "completions/clipped_ratio": "cut off {:.2f}",
-    "clip_ratio": "clipped {:.2f}",
-    "clip_ratio/region_mean": "clipped {:.2f}",
     "reward_std": "reward std {:.3f}",
     "frac_reward_zero_std": "equal {:.2f}",
 }
@@ -53,11 +43,9 @@ class Monitor:
     def __init__(self, folder: Path, services: tuple[str, ...], run_name: str, active: bool, window=None):
         """services: of trackers.TRACKERS.  window: a MetricWindow, what was done since the last log line."""
         self.folder, self.active, self.run_name, self.window = folder, active, run_name, window
-        self.service_names = services
-        self.services: list = []
+        self.service_names, self.services = services, []
         self.history: list[dict] = []
         self.bar: tqdm | None = None
-        self.total_steps = 0
 
     def begin(self, step: int, total_steps: int, history: list[dict], seconds_before: float) -> None:
         """Start after `step` updates, made by earlier processes in seconds_before; open bar and services.
@@ -91,16 +79,12 @@ class Monitor:
         self.history.append({**values, "epoch": round(epoch, 4), "step": step})
         if not self.active:
             return
-        remaining = clock(self._remaining(step))
-        entry = {
-            "current_steps": step,
-            "total_steps": self.total_steps,
-            **_under_known_names(values),
-            "epoch": round(epoch, 4),
-            "percentage": round(100 * step / max(self.total_steps, 1), 2),
-            "elapsed_time": clock(self.seconds()),
-            "remaining_time": remaining,
-        }
+        remaining, percentage = clock(self._remaining(step)), round(100 * step / max(self.total_steps, 1), 2)
+        entry = {"current_steps": step, "total_steps": self.total_steps}
+        if "rewards/accuracies" in values:  # LLaMA-Factory's name for what trl calls so
+            entry["accuracy"] = values["rewards/accuracies"]
+        entry |= values | {"epoch": round(epoch, 4), "percentage": percentage}
+        entry |= {"elapsed_time": clock(self.seconds()), "remaining_time": remaining}
         with open(self.folder / LOG_FILE, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
         for service in self.services:
@@ -117,9 +101,8 @@ class Monitor:
         count = min(SAMPLES, len(rows))
         shown = [rows[i * len(rows) // count] for i in range(count)]
         with open(self.folder / SAMPLES_FILE, "a", encoding="utf-8") as file:
-            file.writelines(
-                json.dumps({"current_steps": step, **row}, ensure_ascii=False) + "\n" for row in shown
-            )
+            for row in shown:
+                file.write(json.dumps({"current_steps": step, **row}, ensure_ascii=False) + "\n")
         for row in shown:
             self._say("\n".join(f"  {name:8} {_excerpt(name, text)}" for name, text in row.items()))
 
@@ -163,22 +146,13 @@ class Monitor:
             plot_history(self.history, self.folder / PLOT_FILE)
 
 
-def _under_known_names(values: dict[str, float]) -> dict[str, float]:
-    """The same, with LLaMA-Factory's `accuracy` beside what trl calls rewards/accuracies."""
-    extra = {"accuracy": values["rewards/accuracies"]} if "rewards/accuracies" in values else {}
-    return extra | values
-
-
 def _excerpt(name: str, text: str | None) -> str:
     """On one line, without what could steer a terminal: the end of a prompt, the beginning of an answer."""
     if text is None:
         return "(none)"
-    cut = len(text) > SAMPLE_CHARACTERS
-    if name == "prompt":
-        text = "..." * cut + text[-SAMPLE_CHARACTERS:]
-    else:
-        text = text[:SAMPLE_CHARACTERS] + "..." * cut
-    return json.dumps(text, ensure_ascii=False)
+    dots = "..." * (len(text) > SAMPLE_CHARACTERS)
+    part = dots + text[-SAMPLE_CHARACTERS:] if name == "prompt" else text[:SAMPLE_CHARACTERS] + dots
+    return json.dumps(part, ensure_ascii=False)
 
 
 def _cut_log(path: Path, step: int) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch.compiler import list_backends
 
 from options.errors import UserError, located, refuse
 from options.option import COMMON, RESUMABLE, option
@@ -30,35 +31,23 @@ RAMPS = ("linear", "cosine", "1-sqrt")  # values of warmup_type and decay_type
 
 
 @dataclass(frozen=True)
-class Due:
-    log: bool
-    evaluate: bool
-    save: bool
-
-
-@dataclass(frozen=True)
 class TrainOptions:
     stage: Literal["pt", "sft", "rm", "dpo", "orpo", "kto", "ppo", "grpo"] = option(
         "sft",
-        "pretraining on text, supervised fine-tuning on dialogues, reward model, preferences (dpo, orpo: "
-        "pairs; kto: single answers), reinforcement learning (ppo, grpo)",
+        "pt: text; sft: dialogues; rm: reward model; dpo, orpo: pairs; kto: answers; ppo, grpo: RL",
         COMMON,
     )
-    do_train: bool | None = option(
-        None, "train; default: yes, unless do_eval or do_predict is set", RESUMABLE
-    )
+    do_train: bool | None = option(None, "train; default: yes unless do_eval or do_predict is set", RESUMABLE)
     do_eval: bool = option(False, "evaluate once more at the end", RESUMABLE)
     do_predict: bool = option(
         False,
-        "at the end write generated_predictions.jsonl for the evaluation sets: texts, or in stage rm scores",
+        "at the end write generated_predictions.jsonl for the evaluation sets; rm writes scores",
         RESUMABLE,
     )
     predict_with_generate: bool = option(
         False, "evaluating and predicting write texts and measure ROUGE, BLEU-4 and exact match", RESUMABLE
     )
-    output_dir: str | None = option(
-        None, "folder of the run: checkpoints, logs, the result", COMMON, RESUMABLE
-    )
+    output_dir: str | None = option(None, "folder of the run: checkpoints, logs, result", COMMON, RESUMABLE)
     overwrite_output_dir: bool = option(
         False, "start anew even if output_dir holds checkpoints to resume from", COMMON, RESUMABLE
     )
@@ -66,10 +55,7 @@ class TrainOptions:
         None, "a checkpoint folder, true (the newest) or false (start anew)", RESUMABLE
     )
     per_device_train_batch_size: int = option(
-        8,
-        "examples (or packed rows) per device and micro-batch",
-        COMMON,
-        also="batch_size per_gpu_train_batch_size",
+        8, "examples or packed rows per micro-batch", COMMON, also="batch_size per_gpu_train_batch_size"
     )
     per_device_eval_batch_size: int = option(
         8, "the same for evaluation", COMMON, RESUMABLE, also="eval_batch_size per_gpu_eval_batch_size"
@@ -87,63 +73,40 @@ class TrainOptions:
         "those with their inputs in host memory; auto = as little as memory allows",
         RESUMABLE,
     )
-    torch_compile: bool = option(
-        False, "compile each block with torch.compile; the kernels fuse most of it already"
-    )
-    torch_compile_backend: str | None = option(
-        None, "backend of torch.compile, inductor by default; turns it on"
-    )
-    torch_compile_mode: str | None = option(
-        None, "mode of inductor: default, max-autotune, ...; turns it on too"
-    )
+    torch_compile: bool = option(False, "torch.compile of each block; the kernels fuse most of it already")
+    torch_compile_backend: str | None = option(None, "backend of torch.compile (inductor); turns it on")
+    torch_compile_mode: str | None = option(None, "mode of inductor, as max-autotune; turns it on too")
     neftune_noise_alpha: float | None = option(
         None, "noise on the embeddings while training; 5 is typical", also="neftune_alpha"
     )
-    plan: bool = option(
-        False, "print the predicted peak memory and the bound on tokens/s, read no weights, and end"
-    )
-    train_from_scratch: bool = option(
-        False, "random weights; the model folder gives config.json and tokenizer"
-    )
+    plan: bool = option(False, "print the predicted peak memory and the bound on tokens/s, and end")
+    train_from_scratch: bool = option(False, "random weights; the folder gives config.json and tokenizer")
     seed: int = option(42, "seed of adapters, dropout and, without data_seed, of the data order")
-    device: Literal["auto", "cpu", "cuda"] = option(
-        "auto", "where to train; auto = a GPU if there is one", RESUMABLE
-    )
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto = a GPU if there is one", RESUMABLE)
     ddp_timeout: int = option(1800, "seconds that ranks wait for one another", RESUMABLE)
     logging_steps: int = option(500, "updates between log lines", COMMON, RESUMABLE)
     logging_first_step: bool = option(False, "log the first update too", RESUMABLE)
     report_to: tuple[str, ...] = option(("none",), "none, tensorboard, wandb, mlflow", RESUMABLE)
-    run_name: str | None = option(
-        None, "name of the run in report_to services; default: output_dir", RESUMABLE
-    )
+    run_name: str | None = option(None, "name of the run in report_to; default: output_dir", RESUMABLE)
     plot_loss: bool = option(False, "write training_loss.png", COMMON, RESUMABLE)
     save_strategy: Literal["steps", "epoch", "no"] = option(
         "steps", "when to save; with steps at the end too", COMMON, RESUMABLE
     )
     save_steps: int = option(500, "updates between checkpoints", COMMON, RESUMABLE)
-    save_total_limit: int | None = option(
-        None, "keep at most this many checkpoints (and the best one)", COMMON, RESUMABLE
-    )
+    save_total_limit: int | None = option(None, "keep so many checkpoints, and the best", COMMON, RESUMABLE)
     save_only_model: bool = option(
-        False,
-        "checkpoints without optimizer state; they cannot be resumed",
-        RESUMABLE,
-        also="only_save_model",
+        False, "no optimizer state in checkpoints: they cannot be resumed", RESUMABLE, also="only_save_model"
     )
     evaluation_strategy: Literal["no", "steps", "epoch"] = option(
         "no", "when to evaluate during training", COMMON, RESUMABLE, also="eval_strategy"
     )
-    eval_steps: int | None = option(
-        None, "updates between evaluations; default: logging_steps", COMMON, RESUMABLE
-    )
+    eval_steps: int | None = option(None, "updates between them; default: logging_steps", COMMON, RESUMABLE)
     load_best_model_at_end: bool = option(False, "finish with the checkpoint that evaluated best", RESUMABLE)
     metric_for_best_model: str | None = option(
         None, "what decides which is best, such as eval_<set>_loss; default: eval_loss, or eval_reward"
     )
     greater_is_better: bool | None = option(None, "default: no for losses and perplexities, else yes")
-    early_stopping_steps: int | None = option(
-        None, "stop after this many evaluations without a gain", RESUMABLE
-    )
+    early_stopping_steps: int | None = option(None, "stop after so many evaluations without gain", RESUMABLE)
 
     def __post_init__(self):
         missing = "missing; name a folder for the run, for example output_dir=saves/first"
@@ -160,46 +123,33 @@ class TrainOptions:
         refuse(self.fp16 and self.bf16, "fp16: bf16 is set too; choose one precision")
         refuse(self.pure_bf16 and self.fp16, "pure_bf16: fp16 is set too; choose one precision")
         refuse(self.pure_bf16 and self.bf16, "pure_bf16: bf16 keeps trained weights in fp32; choose one")
-        refuse(
-            self.stage in ("ppo", "grpo") and self.neftune_noise_alpha,
-            f"neftune_noise_alpha: noise would change the probabilities that updates of stage {self.stage} "
-            "compare with those of the rollout; drop it",
-        )
+        compared = f"the probabilities that updates of stage {self.stage} compare with those of the rollout"
+        noisy = self.stage in ("ppo", "grpo") and self.neftune_noise_alpha
+        refuse(noisy, f"neftune_noise_alpha: noise would change {compared}; drop it")
         if self.compiles:
             self._check_compilation()
         self._check_prediction()
         self._check_evaluation()
 
     def _check_prediction(self) -> None:
-        refuse(
-            self.predict_with_generate and self.stage in ("pt", "rm"),
-            "predict_with_generate: pt has no prompts to answer, rm gives scores; drop it, or use stage=sft",
-        )
-        refuse(
-            self.do_predict and self.stage == "pt",
-            "do_predict: in stage pt documents have no prompts to answer; use stage=sft, or do_eval",
-        )
-        refuse(
-            self.do_predict and not self.predict_with_generate and self.stage != "rm",
-            "do_predict: the predictions are texts; set predict_with_generate=true",
-        )
+        texts, stage = self.predict_with_generate, self.stage
+        instead = "pt has no prompts to answer, rm gives scores; drop it, or use stage=sft"
+        refuse(texts and stage in ("pt", "rm"), f"predict_with_generate: {instead}")
+        instead = "in stage pt documents have no prompts to answer; use stage=sft, or do_eval"
+        refuse(self.do_predict and stage == "pt", f"do_predict: {instead}")
+        unset = self.do_predict and not texts and stage != "rm"
+        refuse(unset, "do_predict: the predictions are texts; set predict_with_generate=true")
 
     def _check_evaluation(self) -> None:
         strategy, best = self.evaluation_strategy, self.load_best_model_at_end
         for key in ("load_best_model_at_end", "early_stopping_steps"):
-            refuse(
-                getattr(self, key) and strategy == "no",
-                f"{key}: it needs evaluation; set evaluation_strategy=steps or epoch",
-            )
-        refuse(
-            best and self.save_strategy != strategy,
-            "load_best_model_at_end: the best must have been saved; make save_strategy equal to "
-            "evaluation_strategy",
-        )
-        refuse(
-            best and strategy == "steps" and self.save_steps % (self.eval_steps or self.logging_steps),
-            "save_steps: load_best_model_at_end needs each save evaluated, so a multiple of eval_steps",
-        )
+            blind = getattr(self, key) and strategy == "no"
+            refuse(blind, f"{key}: it needs evaluation; set evaluation_strategy=steps or epoch")
+        remedy = "the best must have been saved; make save_strategy equal to evaluation_strategy"
+        refuse(best and self.save_strategy != strategy, f"load_best_model_at_end: {remedy}")
+        unseen = best and strategy == "steps" and self.save_steps % (self.eval_steps or self.logging_steps)
+        remedy = "load_best_model_at_end needs each save evaluated, so a multiple of eval_steps"
+        refuse(unseen, f"save_steps: {remedy}")
 
     @property
     def trains(self) -> bool:
@@ -211,20 +161,15 @@ class TrainOptions:
 
     def _check_compilation(self) -> None:
         backend, mode = self.torch_compile_backend or "inductor", self.torch_compile_mode
-        known, usual = (
-            torch.compiler.list_backends(exclude_tags=()),
-            ", ".join(torch.compiler.list_backends()),
-        )
-        refuse(backend not in known, f"torch_compile_backend: {backend} is unknown to torch; it has {usual}")
+        usual, unknown = ", ".join(list_backends()), backend not in list_backends(exclude_tags=())
+        refuse(unknown, f"torch_compile_backend: {backend} is unknown to torch; it has {usual}")
         of_another = f"torch_compile_mode: {mode} is for inductor, not for {backend}; drop one of the two"
         refuse(mode is not None and backend != "inductor", of_another)
         modes = ", ".join(COMPILE_MODES)
         refuse(mode not in (None, *COMPILE_MODES), f"torch_compile_mode: {mode} is not one of {modes}")
-        refuse(
-            self.recomputation == "selective",
-            "gradient_checkpointing: selective is of no use with torch_compile, which chooses by itself what "
-            "it keeps; set it to none or full",
-        )
+        idle = "selective is of no use with torch_compile, which chooses by itself what it keeps"
+        wrong = self.recomputation == "selective"
+        refuse(wrong, f"gradient_checkpointing: {idle}; set it to none or full")
 
     @property
     def compiles(self) -> bool:
@@ -245,18 +190,16 @@ class TrainOptions:
             return torch.bfloat16
         return torch.float16 if self.fp16 else torch.float32
 
-    def what_is_due(self, step: int, total_steps: int, steps_per_epoch: int | None) -> "Due":
-        """After this step; the last is logged, and saved with save_strategy=steps, as in transformers."""
+    def what_is_due(self, step: int, total_steps: int, steps_per_epoch: int | None) -> tuple[bool, ...]:
+        """-> (log, evaluate, save). The last is logged and, with steps, saved, as in transformers."""
         last, ends_epoch = step == total_steps, step % (steps_per_epoch or total_steps) == 0
 
         def due(strategy: str, every: int) -> bool:
             return (strategy == "steps" and step % every == 0) or (strategy == "epoch" and ends_epoch)
 
-        return Due(
-            log=step % self.logging_steps == 0 or (step == 1 and self.logging_first_step) or last,
-            evaluate=due(self.evaluation_strategy, self.eval_steps or self.logging_steps),
-            save=due(self.save_strategy, self.save_steps) or (last and self.save_strategy == "steps"),
-        )
+        log = step % self.logging_steps == 0 or (step == 1 and self.logging_first_step) or last
+        save = due(self.save_strategy, self.save_steps) or (last and self.save_strategy == "steps")
+        return log, due(self.evaluation_strategy, self.eval_steps or self.logging_steps), save
 
     @property
     def services(self) -> tuple[str, ...]:
@@ -268,9 +211,8 @@ class TrainOptions:
         return name if name.startswith("eval_") else f"eval_{name}"
 
     def better(self, value: float, best: float | None) -> bool:
-        greater = self.greater_is_better
-        if greater is None:
-            greater = not self.metric.endswith(("loss", "perplexity"))
+        by_name = not self.metric.endswith(("loss", "perplexity"))
+        greater = by_name if self.greater_is_better is None else self.greater_is_better
         return best is None or (value > best if greater else value < best)
 
 
@@ -282,8 +224,7 @@ class OptimOptions:
         Literal["paged_lion_8bit", "paged_lion_32bit"],
     ] = option(
         "adamw_torch",
-        "optimizer; adamw_torch takes the fused kernel where the device has one; 8bit, paged and lion "
-        "ones are bitsandbytes'; lion wants a learning rate of a third to a tenth of AdamW's",
+        "8bit, paged, lion: of bitsandbytes; lion wants a rate of a third to a tenth of AdamW's",
         COMMON,
     )
     learning_rate: float = option(5e-5, "peak learning rate", COMMON)
@@ -291,14 +232,9 @@ class OptimOptions:
     adam_beta1: float = option(0.9, "AdamW: decay of the first moment; lion: its part in an update")
     adam_beta2: float = option(0.999, "AdamW: decay of the second moment; lion: of its one moment")
     adam_epsilon: float = option(1e-8, "AdamW: added to the square root of the second moment")
-    max_grad_norm: float = option(
-        1.0, "gradients are scaled down to this total norm; 0 = no clipping", COMMON
-    )
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this total norm; 0 = not at all", COMMON)
     lr_scheduler_type: Literal[*SCHEDULE_KEYS] = option(
-        "linear",
-        "shape of the learning rate over the run; constant has no warm-up",
-        COMMON,
-        also="lr_scheduler",
+        "linear", "shape of the learning rate; constant has no warm-up", COMMON, also="lr_scheduler"
     )
     lr_scheduler_kwargs: str | None = option(None, 'numbers of the schedule as JSON: {"num_cycles": 2}')
     warmup_steps: float = option(0.0, "updates of warm-up (below 1: share of the run)", COMMON)
@@ -307,17 +243,14 @@ class OptimOptions:
     def __post_init__(self):
         for key in ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps"):
             value = getattr(self, key)
-            finite = math.isfinite(value) and value >= 0
-            refuse(not finite, f"{key}: {value} is not a finite number of at least 0")
+            refuse(not 0 <= value < math.inf, f"{key}: {value} is not a finite number of at least 0")
         for key in ("adam_beta1", "adam_beta2"):
             refuse(not 0 <= getattr(self, key) < 1, f"{key}: {getattr(self, key)} is not in [0, 1)")
         ratio, steps = self.warmup_ratio, self.warmup_steps
         refuse(not 0 <= ratio <= 1, f"warmup_ratio: {ratio} is not in [0, 1]; warmup_steps counts updates")
         broken = steps > 1 and steps != int(steps)
         refuse(broken, f"warmup_steps: {steps} is not a whole number and not a share below 1")
-        refuse(
-            steps and ratio, "warmup_steps: warmup_ratio says too how long to warm up; drop one of the two"
-        )
+        refuse(steps and ratio, "warmup_steps: warmup_ratio too says how long to warm up; drop one of them")
         with located("lr_scheduler_kwargs"):
             schedule_numbers(self)
 

@@ -1,5 +1,4 @@
-"""What a training run will take, before any weight is read: peak memory by part, and the most tokens/s there
-can be.
+"""What a training run will take, before any weight is read: peak memory by part, and a bound on tokens/s.
 
     python train.py configs/qlora.yaml plan=true
 
@@ -15,6 +14,7 @@ sum len); only trained tokens reach the head, blocks below the lowest trained on
 blocks run twice. Quantised weights are written and read once more in each pass, at the speed of memory.
 """
 
+import functools
 import os
 import time
 from collections.abc import Callable
@@ -62,20 +62,14 @@ def skeleton(folder: Path, config: ModelConfig, dtype: torch.dtype, quantization
         quantization = quant.from_config(settings)
     elif quantization is None:
         return model
-    shares: dict[int, float] = {}  # bytes per number, by the length of a row
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, nn.Linear):
-            continue
+    bytes_per_number = functools.cache(functools.partial(_bytes_per_number, quantization))
+    for name, module in [each for each in model.named_modules() if isinstance(each[1], nn.Linear)]:
         shape = (module.out_features, module.in_features)
-        if settings:
-            if f"{name}.{quantization.marker}" not in sizes:
-                continue
+        if settings and f"{name}.{quantization.marker}" in sizes:
             size = sum(each for key, each in sizes.items() if key.startswith(f"{name}."))
             size -= sizes.get(f"{name}.bias", 0)
-        elif name.startswith("layers."):
-            if shape[1] not in shares:
-                shares[shape[1]] = _bytes_per_number(quantization, shape[1])
-            size = shape[0] * shape[1] * shares[shape[1]]
+        elif not settings and name.startswith("layers."):
+            size = shape[0] * shape[1] * bytes_per_number(shape[1])
         else:
             continue
         packed = Unread(quantization, shape, size, dtype)
@@ -97,9 +91,8 @@ def _sizes_in_files(folder: Path, config: ModelConfig) -> dict[str, int]:
             for hf_name in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
                 piece, name = file.get_slice(hf_name), from_hf_name(config, hf_name)
                 if name is not None:
-                    bits = int(
-                        "".join(filter(str.isdigit, piece.get_dtype().partition("_")[0])) or 8
-                    )  # F16, I32, BOOL
+                    kind = piece.get_dtype().partition("_")[0]  # F16, I32, BOOL
+                    bits = int("".join(filter(str.isdigit, kind)) or 8)
                     sizes[name] = int(np.prod(piece.get_shape(), dtype=np.int64)) * bits // 8
     return sizes
 
@@ -123,20 +116,18 @@ def predict_peak(
     chosen: recompute.Plan,
     need: memory.Need,
     file_bytes: float,
-    device: torch.device,
-    beside: dict[str, float] | None = None,
+    device,
+    beside=None,
     *,
-    cache: float = 0.0,
+    cache=0.0,
 ) -> Peak:
     """model: the skeleton, prepared as for training; chosen, need: what memory.plan and memory.need say of
     it; file_bytes: of the largest file of weights; beside: bytes of other models that are held (reference,
     reward); cache: cache_bytes of a stage that writes texts, which it does between its updates."""
     parts = {} if device.type == "cuda" else {"process": float(resident_bytes())}
-    packed = [module for module in model.modules() if isinstance(module, QuantLinear)]
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    trained = [p for p in model.parameters() if p.requires_grad]
-    parts["weights"] = bytes_of(frozen) + sum(module.storage_bytes for module in packed)
-    parts["adapters" if lora_layers(model) else "trained weights"] = bytes_of(trained)
+    trained = bytes_of(p for p in model.parameters() if p.requires_grad)
+    parts["weights"] = weight_bytes(model) - trained
+    parts["adapters" if lora_layers(model) else "trained weights"] = trained
     loading = dict(parts)
     if device.type != "cuda":  # the pages of the mapped file that have been read count until it is closed
         loading["file being read"] = file_bytes
@@ -146,9 +137,9 @@ def predict_peak(
     below = model.config.num_layers - need.blocks  # blocks without a backward pass keep nothing
     counts = max(0, chosen.full - below), min(chosen.selective, need.blocks)
     parts["activations"] = need.activations(*counts, offload=chosen.offload is not None)
-    compute = model.compute_dtype
+    packed = [module for module in model.modules() if isinstance(module, QuantLinear)]
     largest = max((module.in_features * module.out_features for module in packed), default=0)
-    parts["buffers"] = float(largest * compute.itemsize)
+    parts["buffers"] = float(largest * model.compute_dtype.itemsize)
     block = need.block - parts["buffers"]  # there it is counted too
     parts["head" if need.head > block else "one block's backward"] = max(need.head, block)
     return max(Peak(parts), Peak(loading), Peak(writing), key=lambda moment: moment.bytes)
@@ -171,9 +162,8 @@ def largest_file(folder: Path) -> float:
 
 def weight_bytes(model: Decoder) -> float:
     """Of all parameters and quantised layers."""
-    return bytes_of(model.parameters()) + sum(
-        m.storage_bytes for m in model.modules() if isinstance(m, QuantLinear)
-    )
+    packed = (module for module in model.modules() if isinstance(module, QuantLinear))
+    return bytes_of(model.parameters()) + sum(module.storage_bytes for module in packed)
 
 
 def bytes_of(parameters) -> float:
@@ -204,12 +194,7 @@ class Bound:
 
 
 def bound_speed(
-    model: Decoder,
-    chosen: recompute.Plan,
-    lengths: np.ndarray,
-    trained_share: float,
-    tokens: int,
-    device: torch.device,
+    model: Decoder, chosen: recompute.Plan, lengths: np.ndarray, trained_share: float, tokens: int, device
 ) -> Bound:
     """lengths (segments,) of the data in tokens; trained_share: of the tokens that reach the head; tokens: of
     a micro-batch, which is how often quantised weights are made dense."""
@@ -218,11 +203,8 @@ def bound_speed(
     rate, bandwidth = measure_products(compute, device), measure_copies(device)
     seconds = {kind: flops / rate for kind, flops in work.items()}
     passes = 3 if chosen.full else 2  # forward, backward, and forward again
-    moved = sum(
-        m.storage_bytes + 2 * m.in_features * m.out_features * compute.itemsize
-        for m in model.modules()
-        if isinstance(m, QuantLinear)
-    )
+    packed = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    moved = sum(m.storage_bytes + 2 * m.in_features * m.out_features * compute.itemsize for m in packed)
     if moved:
         seconds["quantised weights"] = passes * moved / bandwidth / tokens
     return Bound(seconds, sum(work.values()), rate, bandwidth)
@@ -234,18 +216,16 @@ def mean_context(lengths: np.ndarray) -> float:
     return float((lengths**2).sum() / lengths.sum())
 
 
-def count_flops(
-    model: Decoder, chosen: recompute.Plan, context: float, trained_share: float
-) -> dict[str, float]:
+def count_flops(model: Decoder, chosen: recompute.Plan, context: float, trained_share: float) -> dict:
     """FLOPs per token by part; see the file's head."""
-    config, adapted = model.config, lora_layers(model)
-    first = memory.first_trained(model)
+    config, adapted, first = model.config, lora_layers(model), memory.first_trained(model)
     work = {"linears": 0.0, "attention": 0.0, "adapters": 0.0, "head": 0.0, "recomputed": 0.0}
     head = config.vocab_size * config.hidden_size * trained_share
     work["head"] = head * (6 if model.head_weight().requires_grad else 4)
     per_attention = config.num_heads * config.head_dim * context
     for number, block in enumerate(model.layers):
-        linears = sum(m.in_features * m.out_features for m in block.modules() if _is_base_linear(m))
+        dense = [module for module in block.modules() if isinstance(module, nn.Linear | QuantLinear)]
+        linears = sum(module.in_features * module.out_features for module in dense)
         own = [p for name, p in block.named_parameters() if not name.endswith(("lora_a", "lora_b"))]
         trained = sum(p.numel() for p in own if p.requires_grad and p.dim() == 2)
         backward = number >= first
@@ -255,10 +235,6 @@ def count_flops(
             work["recomputed"] += 2 * linears + 2 * per_attention
     work["adapters"] = 6.0 * sum(layer.lora_a.numel() + layer.lora_b.numel() for layer in adapted.values())
     return {kind: flops for kind, flops in work.items() if flops}
-
-
-def _is_base_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | QuantLinear)
 
 
 def measure_products(dtype: torch.dtype, device: torch.device) -> float:
@@ -278,20 +254,16 @@ def measure_copies(device: torch.device) -> float:
 def _fastest(call: Callable[[], object], device: torch.device) -> float:
     """Seconds of the fastest call within RATE_SECONDS."""
     times, end = [], time.perf_counter() + RATE_SECONDS
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     with torch.inference_mode():
         call()
         while not times or time.perf_counter() < end:
-            _wait(device)
+            wait()
             start = time.perf_counter()
             call()
-            _wait(device)
+            wait()
             times.append(time.perf_counter() - start)
     return min(times)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 # The answer

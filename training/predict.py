@@ -14,7 +14,6 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -25,7 +24,7 @@ from evaluation.rouge_bleu import NAMES as METRICS
 from generation.generate import context_limit
 from generation.sampling import GenerateOptions
 from model import Decoder
-from options.errors import UserError
+from options.errors import refuse
 from parallel.atomic import atomic_file
 from parallel.world import World
 from pipeline.batch import ROW_MULTIPLE, collate
@@ -45,33 +44,18 @@ class Predictor(Protocol):
         """(numbers, named `kind`_..., rows of generated_predictions.jsonl), the same on all ranks."""
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What the model wrote to one prompt."""
-
-    text: str
-    tokens: int  # the stop token included
-
-
 class TextPredictor:
     """Answers to the prompts of each evaluation set, in the order of its rows."""
 
     def __init__(
-        self,
-        sets: dict[str, ExampleStore],
-        tokenizer: Tokenizer,
-        template,
-        options: GenerateOptions,
-        *,
-        seed: int,
-        rows_per_batch: int,
-        world: World,
+        self, sets, tokenizer: Tokenizer, template, options: GenerateOptions, *, seed, rows_per_batch, world
     ):
-        """sets: of kind "prompt".  rows_per_batch: texts that are written together, on each rank."""
+        """sets: name -> ExampleStore of kind "prompt".  rows_per_batch: texts at a time, on each rank."""
         self.tokenizer, self.template = tokenizer, template
         self.options = ending_with(options, template, tokenizer)
         self.seed, self.rows_per_batch, self.world = seed, rows_per_batch, world
-        self.prompts = {name: _prompts(store, tokenizer) for name, store in sets.items()}
+        rows = {name: map(store.example, range(len(store))) for name, store in sets.items()}
+        self.prompts = {name: prompts_of(examples, tokenizer) for name, examples in rows.items()}
         answers = (prompt.answer for prompts in self.prompts.values() for prompt in prompts)
         labels = [answer for answer in answers if answer is not None]
         self.names = METRICS if labels else ()
@@ -88,44 +72,38 @@ class TextPredictor:
         rows: list[dict] = []
         for name, prompts in self.prompts.items():
             answers = self._answers(model, name, prompts)
-            tokens += sum(answer.tokens for answer in answers)
-            pairs = [(answer.text, prompt.answer) for answer, prompt in zip(answers, prompts)]
+            tokens += sum(count for _, count in answers)
+            pairs = [(text, prompt.answer) for (text, _), prompt in zip(answers, prompts)]
             measured[name] = mean_scores((text, label) for text, label in pairs if label is not None)
             named = {"dataset": name} if several else {}
-            rows += [
-                {"prompt": prompt.text, "label": prompt.answer, "predict": answer.text, **named}
-                for answer, prompt in zip(answers, prompts)
-            ]
+            for prompt, (text, label) in zip(prompts, pairs):
+                rows.append({"prompt": prompt.text, "label": label, "predict": text, **named})
         seconds = max(time.monotonic() - started, 1e-9)
         numbers = _join(measured, kind)
         return numbers | {f"{kind}_generated_tokens_per_second": round(tokens / seconds, 1)}, rows
 
-    def _answers(self, model: Decoder, name: str, prompts: list[Prompt]) -> list[Answer]:
-        """One for each prompt."""
+    def _answers(self, model: Decoder, name: str, prompts: list[Prompt]) -> list[tuple[str, int]]:
+        """The text to each prompt, and its tokens with the stop token."""
+        decode = {"stop_ids": self.tokenizer.stop_ids, "tokenizer": self.tokenizer}
 
         def write(rows: range) -> list[tuple[str, int]]:
             asked = [prompts[row] for row in rows]
             # 0: the same draws at every evaluation, so that only the weights make a difference
             seeds = [seed_of(self.seed, 0, prompt) for prompt in asked]
-            completions = roll_out(
-                model, asked, seeds, self.options, stop_ids=self.tokenizer.stop_ids, tokenizer=self.tokenizer
-            )
+            completions = roll_out(model, asked, seeds, self.options, **decode)
             return [(self.template.content(each.text), len(each.ids)) for each in completions]
 
-        answers = _of_all_ranks(write, len(prompts), self.rows_per_batch, f"answering {name}", self.world)
-        return [Answer(text, tokens) for text, tokens in answers]
+        return _of_all_ranks(write, len(prompts), self.rows_per_batch, f"answering {name}", self.world)
 
     def _check_lengths(self, model: Decoder) -> None:
         """Before the first text: a rank that stopped alone would leave the others waiting."""
         limit = context_limit(model.config)
         for name, prompts in self.prompts.items():
             longest = max(prompts, key=lambda prompt: len(prompt.ids))
-            if len(longest.ids) >= limit:
-                prompt = f"{name} row {longest.source[1]}: the prompt has {len(longest.ids)} tokens"
-                remedy = "set cutoff_len below that to leave such rows out"
-                raise UserError(
-                    f"predict_with_generate: {prompt}, but the model takes {limit} with the answer; {remedy}"
-                )
+            prompt = f"{name} row {longest.source[1]}: the prompt has {len(longest.ids)} tokens"
+            taken = f"but the model takes {limit} with the answer; set cutoff_len below that"
+            text = f"predict_with_generate: {prompt}, {taken} to leave such rows out"
+            refuse(len(longest.ids) >= limit, text)
 
 
 class ScorePredictor:
@@ -162,26 +140,19 @@ class ScorePredictor:
         return _join(measured, kind), rows
 
 
-def _of_all_ranks(
-    make: Callable[[range], list], count: int, rows_per_batch: int, what: str, world: World
-) -> list[list]:
-    """make(rows) of all batches of `count` rows, in the order of the rows: each rank makes every size-th
-    batch."""
-    starts = range(0, count, rows_per_batch)[world.rank :: world.size]
-    mine = [range(start, min(start + rows_per_batch, count)) for start in starts]
+def _of_all_ranks(make: Callable[[range], list], count: int, rows: int, what: str, world: World) -> list:
+    """make(range) of batches of so many `rows`, joined in order; each rank makes every size-th batch."""
+    starts = range(0, count, rows)[world.rank :: world.size]
+    mine = [range(start, min(start + rows, count)) for start in starts]
     made: list[tuple[int, list]] = []
     terminal = sys.stderr.isatty()
     looks = {"desc": what, "unit": " rows", "leave": False, "delay": 2.0, "dynamic_ncols": terminal}
     pause = 0.1 if terminal else QUIET_SECONDS
     with tqdm(total=sum(map(len, mine)), disable=not world.is_main, mininterval=pause, **looks) as bar:
-        for rows in mine:
-            made.append((rows.start, make(rows)))
-            bar.update(len(rows))
+        for each in mine:
+            made.append((each.start, make(each)))
+            bar.update(len(each))
     return [value for _, values in sorted(itertools.chain(*world.gather(made))) for value in values]
-
-
-def _prompts(store: ExampleStore, tokenizer: Tokenizer) -> list[Prompt]:
-    return prompts_of(map(store.example, range(len(store))), tokenizer)
 
 
 def _join(measured: dict[str, dict[str, float]], kind: str) -> dict[str, float]:

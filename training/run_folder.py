@@ -30,7 +30,7 @@ from checkpoints.safetensors_files import read_plain
 from checkpoints.source import RUN_CONFIG
 from model import Decoder
 from options.config import Config
-from options.errors import DISK_FULL, StopRun, UserError
+from options.errors import DISK_FULL, StopRun, UserError, refuse
 from parallel.atomic import TEMPORARY, atomic_file, flush, flush_tree, remove_folder
 from parallel.world import World
 from training.instruments import Totals
@@ -79,35 +79,27 @@ class Progress:
 
     @property
     def already_trained(self) -> str:
-        remedy = (
-            "raise num_train_epochs or max_steps to go on, or set overwrite_output_dir=true to start anew"
-        )
-        return f"is already trained to step {self.step}; {remedy}"
+        remedy = "raise num_train_epochs or max_steps to go on, or set overwrite_output_dir=true"
+        return f"is already trained to step {self.step}; {remedy} to start anew"
 
     def results(self, epoch: float, peak_memory: float) -> dict[str, float]:
         """train_results.json, in the Hugging Face trainer's names.  peak_memory: GB."""
-        return {
-            "epoch": round(epoch, 4),
-            "train_loss": self.logged_loss / max(self.step, 1),  # mean over all updates of the run
+        speed = {
             "train_runtime": round(self.seconds, 2),
             "train_samples_per_second": round(self.logged_examples / self.seconds, 3),
             "train_steps_per_second": round(self.step / self.seconds, 3),
             "train_tokens_per_second": round(self.logged_tokens / self.seconds, 1),
-            "train_steps": self.step,
-            "peak_memory": round(peak_memory, 3),
         }
+        loss = self.logged_loss / max(self.step, 1)  # mean over all updates of the run
+        done = {"train_steps": self.step, "peak_memory": round(peak_memory, 3)}
+        return {"epoch": round(epoch, 4), "train_loss": loss} | speed | done
 
     def trainer_state(self, output_dir: Path, total_steps: int, epoch: float, tokens: int) -> dict:
         """The Hugging Face trainer's trainer_state.json, but for log_history."""
         best = None if self.best_checkpoint is None else str(output_dir / self.best_checkpoint)
-        return {
-            "global_step": self.step,
-            "max_steps": total_steps,
-            "epoch": round(epoch, 4),
-            "num_input_tokens_seen": tokens,
-            "best_metric": self.best_metric,
-            "best_model_checkpoint": best,
-        }
+        state = {"global_step": self.step, "max_steps": total_steps, "epoch": round(epoch, 4)}
+        state |= {"num_input_tokens_seen": tokens, "best_metric": self.best_metric}
+        return state | {"best_model_checkpoint": best}
 
 
 # Which folder, and which checkpoint in it
@@ -115,11 +107,9 @@ class Progress:
 
 @contextmanager
 def lock_folder(output_dir: Path, world: World) -> Iterator[None]:
-    """Make the folder and keep other trainings out of it while the block runs; a disk that is full is
-    StopRun.
+    """Make the folder, keep other trainings out of it while the block runs; a full disk there is StopRun.
 
-    The lock (flock on the folder itself, held by rank 0) leaves no file and ends with the process, however it
-    ends.
+    The lock (flock on the folder itself, held by rank 0) leaves no file and ends with the process.
     """
     handle, problem = -1, ""
     if world.is_main:
@@ -130,12 +120,10 @@ def lock_folder(output_dir: Path, world: World) -> Iterator[None]:
         except BlockingIOError:
             problem = "another training is writing into it; choose another folder or wait for its end"
         except OSError as error:
-            if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
-                problem = f"cannot be made or written ({error.strerror})"
+            if error.errno in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
+                world.print(f"note: the disk of {output_dir} has no locks; run one training there at a time")
             else:
-                world.print(
-                    f"note: the file system of {output_dir} knows no locks; run one training in it at a time"
-                )
+                problem = f"cannot be made or written ({error.strerror})"
         if not problem and not os.access(output_dir, os.W_OK):
             problem = "cannot be written (permission denied)"
     try:
@@ -145,8 +133,8 @@ def lock_folder(output_dir: Path, world: World) -> Iterator[None]:
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
-        remedy = "make room and run the same command again"
-        raise StopRun(f"output_dir: {output_dir}: {error}; {remedy}") from error
+        again = "make room and run the same command again"
+        raise StopRun(f"output_dir: {output_dir}: {error}; {again}") from error
     finally:
         if handle >= 0:
             os.close(handle)
@@ -166,35 +154,28 @@ def find_resume(output_dir: Path, resume_from_checkpoint: str | None, overwrite:
     resume_from_checkpoint: None = the newest in output_dir unless `overwrite`; "true" the same but there has
     to be one; "false" = start anew; else a path.
     """
-    choice = (resume_from_checkpoint or "").lower()
+    choice, key = (resume_from_checkpoint or "").lower(), "resume_from_checkpoint"
     checkpoints = list_checkpoints(output_dir)
     if choice in ("true", "yes", "1"):
-        if not checkpoints:
-            raise UserError(f"resume_from_checkpoint: no complete checkpoint-<step> in {output_dir}")
+        refuse(not checkpoints, f"{key}: no complete checkpoint-<step> in {output_dir}")
         return checkpoints[-1]
     anew = choice in ("false", "no", "0")
     if choice and not anew:
         path = Path(resume_from_checkpoint)
-        if not (path / STATE_FILE).is_file():
-            raise UserError(
-                f"resume_from_checkpoint: {path} is no complete checkpoint (it has no {STATE_FILE})"
-            )
+        incomplete = f"{key}: {path} is no complete checkpoint (it has no {STATE_FILE})"
+        refuse(not (path / STATE_FILE).is_file(), incomplete)
         return path
     if overwrite:
         return None
-    if anew and checkpoints:
-        # they would be rotated, or resumed from, as if they were this run's
-        raise UserError(
-            f"resume_from_checkpoint: false, but {output_dir} holds {checkpoints[-1].name} of an earlier run;"
-            " choose another output_dir, or set overwrite_output_dir=true to remove the old checkpoints"
-        )
+    if anew and checkpoints:  # they would be rotated, or resumed from, as if they were this run's
+        remedy = "choose another output_dir, or set overwrite_output_dir=true to remove the old checkpoints"
+        held = f"{output_dir} holds {checkpoints[-1].name} of an earlier run"
+        raise UserError(f"{key}: false, but {held}; {remedy}")
     if checkpoints:
         return checkpoints[-1]
-    if (output_dir / RESULTS).exists():
-        raise UserError(
-            f"output_dir: {output_dir} holds a finished run and no checkpoint to continue; choose another "
-            "folder or set overwrite_output_dir=true"
-        )
+    remedy = "choose another folder or set overwrite_output_dir=true"
+    finished = f"{output_dir} holds a finished run and no checkpoint to continue"
+    refuse((output_dir / RESULTS).exists(), f"output_dir: {finished}; {remedy}")
     return None
 
 
@@ -206,15 +187,11 @@ def refuse_to_destroy(
     home = output_dir.resolve()
     doomed = [checkpoint.resolve() for checkpoint in list_checkpoints(output_dir)] if overwrite else []
     for key, source in ((key, folder) for key, folders in sources.items() for folder in folders):
-        path = source.resolve()
-        if path == home and (key, source) != ("adapter_name_or_path", trained_on):
-            raise UserError(
-                f"output_dir: {output_dir} is also {key}, which the result would replace; choose another"
-            )
-        if any(path.is_relative_to(checkpoint) for checkpoint in doomed):
-            raise UserError(
-                f"overwrite_output_dir: would remove {source}, which {key} names; choose another output_dir"
-            )
+        path, another = source.resolve(), "choose another output_dir"
+        replaced = path == home and (key, source) != ("adapter_name_or_path", trained_on)
+        refuse(replaced, f"output_dir: {output_dir} is also {key}, which the result would replace; {another}")
+        removed = any(path.is_relative_to(checkpoint) for checkpoint in doomed)
+        refuse(removed, f"overwrite_output_dir: would remove {source}, which {key} names; {another}")
 
 
 def begin(output_dir: Path, resume: Path | None, overwrite: bool, config: Config) -> None:
@@ -230,19 +207,15 @@ def begin(output_dir: Path, resume: Path | None, overwrite: bool, config: Config
             for path in output_dir.glob(name):
                 path.unlink()
         if checkpoints:
-            print(
-                f"note: overwrite_output_dir: removed {len(checkpoints)} checkpoints of the earlier run",
-                flush=True,
-            )
+            removed = f"removed {len(checkpoints)} checkpoints of the earlier run"
+            print(f"note: overwrite_output_dir: {removed}", flush=True)
     match = _NAME.fullmatch(resume.name) if resume is not None else None
     for path in checkpoints if match else ():
         if int(path.name.rpartition("-")[2]) > int(match[1]):
             aside = path.with_name(f"old-{path.name}")
             remove_folder(aside)
             path.rename(aside)
-            print(
-                f"note: {path.name} is newer than {resume.name}, so it was renamed {aside.name}", flush=True
-            )
+            print(f"note: {path.name} is newer than {resume.name}, so it is now {aside.name}", flush=True)
     with atomic_file(output_dir / RUN_CONFIG) as temporary:
         config.save(temporary)
 
@@ -311,11 +284,7 @@ def _of_all_ranks(final: Path, temporary: Path, world: World) -> Iterator[Path]:
         yield temporary
         if world.is_main:
             flush_tree(temporary)
-    except (
-        OSError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:  # torch.save reports a full disk as RuntimeError
+    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch.save on a full disk
         failure = failure or error
     if not world.any(failure is not None):
         return
@@ -324,19 +293,16 @@ def _of_all_ranks(final: Path, temporary: Path, world: World) -> Iterator[Path]:
         raise StopRun(f"{final} could not be written ({reason})") from failure
     free = shutil.disk_usage(final.parent).free / 1e9
     shutil.rmtree(temporary, ignore_errors=True)
-    raise StopRun(
-        f"output_dir: {final} could not be written ({reason}; {free:.2f} GB are free). Nothing half-written "
-        "is left and earlier checkpoints are complete; make room and run the same command to continue"
-    ) from failure
+    left = "Nothing half-written is left and earlier checkpoints are complete"
+    text = f"output_dir: {final} could not be written ({reason}; {free:.2f} GB are free). {left}"
+    raise StopRun(f"{text}; make room and run the same command to continue") from failure
 
 
 def rotate(output_dir: Path, limit: int | None, keep: str | None) -> None:
     """Remove the oldest checkpoints beyond `limit`; the newest and the one named `keep` (the best) stay."""
-    if limit is None:
-        return
     checkpoints = list_checkpoints(output_dir)
     removable = [path for path in checkpoints[:-1] if path.name != keep]
-    for path in removable[: max(0, len(checkpoints) - limit)]:
+    for path in removable[: max(0, len(checkpoints) - limit)] if limit is not None else ():
         remove_folder(path)
 
 
@@ -347,11 +313,9 @@ def read_checkpoint(folder: Path, fingerprint: Mapping[str, str], world: World) 
     """The state in a checkpoint and this rank's own. Raises UserError unless this run may continue it."""
     state = read_state(folder / STATE_FILE)
     check_fingerprint(folder, state["fingerprint"], fingerprint)
-    if "optimizer" not in state:
-        raise UserError(
-            f"{folder}: saved with save_only_model, so there is no optimizer state to continue from; set "
-            f"overwrite_output_dir=true, or {AS_START} of another run"
-        )
+    remedy = f"set overwrite_output_dir=true, or {AS_START} of another run"
+    lacking = "saved with save_only_model, so there is no optimizer state to continue from"
+    refuse("optimizer" not in state, f"{folder}: {lacking}; {remedy}")
     return state | {"rank": read_state(folder / f"rank_state_{world.rank}.pt")}
 
 
@@ -364,10 +328,8 @@ def read_state(path: Path) -> dict:
     except UserError as error:
         others = [other.name for other in list_checkpoints(path.parent.parent) if other != path.parent]
         there = f" (there are {', '.join(others)})" if others else ""
-        raise UserError(
-            f"{path}: damaged ({error}); give another checkpoint as resume_from_checkpoint{there}, or set "
-            "overwrite_output_dir=true to start anew"
-        ) from error
+        remedy = f"give another checkpoint as resume_from_checkpoint{there}, or set overwrite_output_dir=true"
+        raise UserError(f"{path}: damaged ({error}); {remedy} to start anew") from error
 
 
 def read_history(folder: Path | None) -> list[dict]:
@@ -378,9 +340,8 @@ def read_history(folder: Path | None) -> list[dict]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))["log_history"]
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
-        raise UserError(
-            f"{path}: missing or damaged ({error}); give another resume_from_checkpoint"
-        ) from error
+        remedy = "give another resume_from_checkpoint"
+        raise UserError(f"{path}: missing or damaged ({error}); {remedy}") from error
 
 
 def fingerprint(config: Config, world: World, described: Mapping[str, str]) -> dict[str, str]:
@@ -391,8 +352,7 @@ def fingerprint(config: Config, world: World, described: Mapping[str, str]) -> d
 
 
 def digest(paths: Iterable[Path]) -> str:
-    """A hash of names, sizes and bytes of these files: of all bytes of a small one, of a large one pieces all
-    over it, which any training changes."""
+    """A hash of names, sizes and bytes of these files; of a large one pieces, which any training changes."""
     hashed = hashlib.blake2b(digest_size=8)
     for path in sorted(paths):
         size = path.stat().st_size
@@ -406,14 +366,11 @@ def digest(paths: Iterable[Path]) -> str:
 
 def check_fingerprint(folder: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
     """UserError that names each setting in which a resumed run differs; keys new in this version may."""
-    changed = [
-        f"{key} was {before[key]}, is {now[key]}" for key in now if before.get(key, now[key]) != now[key]
-    ]
-    if changed:
-        raise UserError(
-            f"{folder}: cannot be continued with other settings: {'; '.join(changed)}. Restore them, choose "
-            f"another output_dir ({AS_START}), or set overwrite_output_dir=true to start anew"
-        )
+    differing = [key for key in now if before.get(key, now[key]) != now[key]]
+    changed = "; ".join(f"{key} was {before[key]}, is {now[key]}" for key in differing)
+    remedy = f"choose another output_dir ({AS_START}), or set overwrite_output_dir=true to start anew"
+    text = f"{folder}: cannot be continued with other settings: {changed}. Restore them, {remedy}"
+    refuse(differing, text)
 
 
 def random_state(device: torch.device) -> dict:

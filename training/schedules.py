@@ -5,7 +5,6 @@ of the step, so there is no scheduler state to save, or to get wrong on resume.
 """
 
 import math
-from typing import Any
 
 from options.errors import UserError
 from training.options import SCHEDULE_KEYS, OptimOptions, schedule_numbers
@@ -36,9 +35,7 @@ def schedule(step: int, options: OptimOptions, total_steps: int) -> float:
     return _after_warmup(step, warmup, total_steps, options, numbers)
 
 
-def _after_warmup(
-    step: int, warmup: int, total_steps: int, options: OptimOptions, numbers: dict[str, Any]
-) -> float:
+def _after_warmup(step: int, warmup: int, total_steps: int, options: OptimOptions, numbers: dict) -> float:
     kind = options.lr_scheduler_type
     decay_steps = max(1, total_steps - warmup)
     progress = (step - warmup) / decay_steps
@@ -51,9 +48,8 @@ def _after_warmup(
     if kind == "cosine_with_restarts":
         return 0.0 if progress >= 1.0 else max(0.0, _cosine((numbers["num_cycles"] * progress) % 1.0))
     if kind == "cosine_with_min_lr":
-        floor = numbers["min_lr_rate"]
-        if floor is None:
-            floor = numbers["min_lr"] / options.learning_rate
+        floor, least = numbers["min_lr_rate"], numbers["min_lr"]
+        floor = least / options.learning_rate if floor is None else floor
         return max(0.0, _cosine(numbers["num_cycles"] * 2.0 * progress) * (1 - floor) + floor)
     if kind == "polynomial":
         peak, end = options.learning_rate, numbers["lr_end"]
@@ -65,11 +61,10 @@ def _after_warmup(
     raise ValueError(f"lr_scheduler_type: {kind!r} is unknown; known are {', '.join(SCHEDULE_KEYS)}")
 
 
-def _warmup_stable_decay(step: int, warmup: int, total_steps: int, numbers: dict[str, Any]) -> float:
+def _warmup_stable_decay(step: int, warmup: int, total_steps: int, numbers: dict) -> float:
     """Up, level, down; both ramps end at min_lr_ratio (MiniCPM, arXiv 2404.06395, section 4)."""
     decay, stable, floor = numbers["num_decay_steps"], numbers["num_stable_steps"], numbers["min_lr_ratio"]
-    if stable is None:
-        stable = total_steps - warmup - decay
+    stable = total_steps - warmup - decay if stable is None else stable
     if stable < 0:
         phases = f"num_decay_steps={decay} and {warmup} warm-up steps"
         raise UserError(f"lr_scheduler_kwargs: {phases} do not fit into {total_steps} updates")

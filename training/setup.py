@@ -29,7 +29,7 @@ from generation.sampling import GenerateOptions
 from lora import LoraOptions
 from model import Decoder
 from options.config import Config
-from options.errors import UserError
+from options.errors import UserError, refuse
 from parallel.world import World
 from pipeline.batch import ROW_MULTIPLE, BatchLoader, StreamingLoader
 from pipeline.report import describe_example
@@ -58,16 +58,8 @@ from training.trackers import check_services
 
 SECTIONS = [
     *(TrainOptions, ModelOptions, QuantOptions, DataOptions, TemplateOptions, LoraOptions, OptimOptions),
-    *(
-        RewardModelOptions,
-        PreferenceOptions,
-        KTOOptions,
-        ReferenceOptions,
-        RewardOptions,
-        GRPOOptions,
-        PPOOptions,
-    ),
-    GenerateOptions,
+    *(RewardModelOptions, PreferenceOptions, KTOOptions, ReferenceOptions, RewardOptions, GRPOOptions),
+    *(PPOOptions, GenerateOptions),
 ]
 HEAD_START = 0.1  # share of trl's random start of a value head; see start_value_head
 
@@ -163,11 +155,8 @@ def find_start(config: Config) -> tuple[Path | None, Path]:
     if options.trains:
         resume = run_folder.find_resume(output_dir, options.resume_from_checkpoint, overwrite)
     source = resolve_model(config[ModelOptions])
-    if is_adapter(source):
-        remedy = (
-            f"set adapter_name_or_path={source} and model_name_or_path to the model that it was trained on"
-        )
-        raise UserError(f"model_name_or_path: {source} is an adapter; {remedy}")
+    remedy = f"set adapter_name_or_path={source} and model_name_or_path to the model it was trained on"
+    refuse(is_adapter(source), f"model_name_or_path: {source} is an adapter; {remedy}")
     if options.trains:
         adapters = resolve_adapters(config[ModelOptions])
         trained_on = adapters[-1] if adapters and not config[LoraOptions].create_new_adapter else None
@@ -182,12 +171,10 @@ def refuse_on_quantised(config: Config, source: Path, model_config: ModelConfig)
     if not stored:
         return
     kind, base = config[LoraOptions].finetuning_type, f"{source} is quantised ({stored.get('quant_method')})"
-    if config[TrainOptions].train_from_scratch:
-        remedy = "remove quantization_config there"
-        raise UserError(f"train_from_scratch: {base}, which random weights are not; {remedy}")
-    if kind != "lora":
-        remedy = "set finetuning_type=lora, or start from a 16-bit model"
-        raise UserError(f"finetuning_type: {kind}, but {base}: its weights have no gradient; {remedy}")
+    remedy = "which random weights are not; remove quantization_config there"
+    refuse(config[TrainOptions].train_from_scratch, f"train_from_scratch: {base}, {remedy}")
+    remedy = "its weights have no gradient; set finetuning_type=lora, or start from a 16-bit model"
+    refuse(kind != "lora", f"finetuning_type: {kind}, but {base}: {remedy}")
 
 
 def load_data(inputs: Inputs) -> Data:
@@ -207,10 +194,9 @@ def load_data(inputs: Inputs) -> Data:
         raise UserError("evaluation_strategy: there is no evaluation data; set val_size or eval_dataset")
     check_metric(options, STAGES[options.stage], eval_loaders, () if predictor is None else predictor.names)
     draw, updates = rollout_sizes(config)
-    steps_per_epoch, total_steps = None, 0
+    draws, total_steps = None if loader is None else loader.draws_per_epoch(draw), 0
+    steps_per_epoch = None if draws is None else draws * updates
     if loader is not None:
-        draws = loader.draws_per_epoch(draw)
-        steps_per_epoch = None if draws is None else draws * updates
         total_steps = options.max_steps
         if total_steps <= 0:  # as the Hugging Face trainer counts them
             total_steps = max(1, math.ceil(options.num_train_epochs * steps_per_epoch))
@@ -228,36 +214,23 @@ def prepare_data(inputs: Inputs) -> Prepared:
         # then rows without an answer are welcome, and what the training set holds does not matter
         kind = "prompt"
         data_options = replace(data_options, dataset=(), interleave_probs=(), mix_strategy="concat")
-    prepared = load_datasets(
-        data_options,
-        inputs.template,
-        tokenizer,
-        options.stage,
-        seed=options.seed,
-        is_main=world.is_main,
-        enable_thinking=config[TemplateOptions].enable_thinking,
-        cache_dir=model_options.cache_dir,
-        hub=HubAccess(model_options.hf_hub_token, model_options.ms_hub_token, model_options.cache_dir),
-        prompts=texts,
-        kind=kind,
-    )
+    hub = HubAccess(model_options.hf_hub_token, model_options.ms_hub_token, model_options.cache_dir)
+    run = {"seed": options.seed, "is_main": world.is_main, "cache_dir": model_options.cache_dir, "hub": hub}
+    asked = {"enable_thinking": config[TemplateOptions].enable_thinking, "prompts": texts, "kind": kind}
+    prepared = load_datasets(data_options, inputs.template, tokenizer, options.stage, **run, **asked)
     world.print(prepared.report)
     first = prepared.first_example()
     if first is not None:
         world.print(f"\nthe first example: {describe_example(first, tokenizer, prepared.kind)}\n")
     known = inputs.model_config.vocab_size
     if tokenizer.vocab_size > known:  # some tokenizers hold ids that are never used; those do no harm
-        stores = [
-            each for each in (prepared.train, *prepared.eval.values()) if isinstance(each, ExampleStore)
-        ]
-        largest = max((int(part.tokens.max()) for store in stores for part in store.parts), default=0)
+        held = [rows for rows in (prepared.train, *prepared.eval.values()) if isinstance(rows, ExampleStore)]
+        largest = max((int(part.tokens.max()) for store in held for part in store.parts), default=0)
         if data_options.streaming:
             largest = tokenizer.vocab_size - 1
-        if largest >= known:
-            raise UserError(
-                f"model_name_or_path: {inputs.source}: tokenizer.json makes token ids up to {largest}, but "
-                f"config.json has vocab_size {known}; the tokenizer is of another model"
-            )
+        found = f"tokenizer.json makes token ids up to {largest}, but config.json has vocab_size {known}"
+        wrong = f"model_name_or_path: {inputs.source}: {found}; the tokenizer is of another model"
+        refuse(largest >= known, wrong)
     if options.stage == "kto" and config[KTOOptions].needs_mismatches:
         add_mismatches(prepared, data_options.cutoff_len)
     return prepared
@@ -312,9 +285,7 @@ def build_model(config: Config, source: Path, world: World) -> Decoder:
             world.print(f"note: {notice}")
         norms = torch.float32 if options.upcast_layernorm is not False else None
         model = load_model(source, frozen, world.device, scaling, cutoff_len, quantization, norms)
-    wide_norms = options.upcast_layernorm
-    if wide_norms is None:
-        wide_norms = bool(quantised_linears(model))
+    wide_norms = quantised_linears(model) if options.upcast_layernorm is None else options.upcast_layernorm
     norms = {id(module.weight) for module in model.modules() if wide_norms and isinstance(module, RMSNorm)}
     if lora_options.lora_dropout and not STAGES[options.stage].uses_dropout:
         unused = f"lora_dropout {lora_options.lora_dropout:g} is not used: stage {options.stage}"
@@ -332,22 +303,23 @@ def build_model(config: Config, source: Path, world: World) -> Decoder:
         if id(parameter) not in norms:
             parameter.data = parameter.data.to(trained if parameter.requires_grad else compute)
     if STAGES[options.stage].has_value_head:
-        if options.stage == "rm" and not options.trains:
-            require_value_head((adapters or [source])[-1])
+        if options.stage == "rm" and not options.trains:  # else scores would be those of a random head
+            folder = (adapters or [source])[-1]
+            missing = f"there is no value_head.safetensors in {folder}, so scores would be random"
+            remedy = "name a reward model as adapter_name_or_path or model_name_or_path, or train one"
+            refuse(not has_value_head(folder), f"do_train: false, but {missing}; {remedy}")
         model.v_head = start_value_head(model, source, adapters, generator, world)
-    model.runtime.compute_dtype = compute
-    model.runtime.flash_attn = model_options.flash_attn
+    model.runtime.compute_dtype, model.runtime.flash_attn = compute, model_options.flash_attn
     model.runtime.embedding_noise = options.neftune_noise_alpha or 0.0
     return model
 
 
 def describe_model(config: Config, model: Decoder, world: World) -> str:
     """What trains, what is quantised, and which kernels serve it."""
-    lines = parameter_status(model) if config[LoraOptions].print_param_status else []
-    lines.append(trainable_report(model))
-    if quantised_linears(model):
-        lines.append(quantisation_report(model))
-    return "\n".join([*lines, kernels.choices(world.device, config[ModelOptions].flash_attn)])
+    status = parameter_status(model) if config[LoraOptions].print_param_status else []
+    quantised = [quantisation_report(model)] if quantised_linears(model) else []
+    chosen = kernels.choices(world.device, config[ModelOptions].flash_attn)
+    return "\n".join([*status, trainable_report(model), *quantised, chosen])
 
 
 def start_value_head(
@@ -361,20 +333,11 @@ def start_value_head(
     head = ValueHead(model.config.hidden_size, world.device, generator)
     for parameter in head.parameters():
         parameter.data.mul_(HEAD_START)
-    folder = adapters[-1] if adapters else source
+    folder = (adapters or [source])[-1]
     if has_value_head(folder):
         load_value_head(head, folder)
         world.print(f"the value head starts from {folder}")
     return head
-
-
-def require_value_head(folder: Path) -> None:
-    """UserError where scores would be those of a random value head."""
-    if not has_value_head(folder):
-        raise UserError(
-            f"do_train: false, but there is no value_head.safetensors in {folder}, so scores would be random;"
-            " name a reward model as adapter_name_or_path or model_name_or_path, or train one"
-        )
 
 
 def make_plan(inputs: Inputs) -> str:
@@ -389,23 +352,20 @@ def make_plan(inputs: Inputs) -> str:
     tokens = largest_row(loader, config, world)
     need = memory.need(model, tokens, config[OptimOptions].optim, world.size)
     chosen, line = memory.plan(options.recomputation, need, model.config.num_layers, device, free)
-    if isinstance(data.prepared.train, ExampleStore):
-        lengths, share = data.prepared.train.segment_lengths, data.prepared.train.trained_share
-    else:
-        lengths, share = np.full(1, config[DataOptions].cutoff_len), 1.0
+    lengths, share, rows = np.full(1, config[DataOptions].cutoff_len), 1.0, data.prepared.train
+    if isinstance(rows, ExampleStore):
+        lengths, share = rows.segment_lengths, rows.trained_share
     cache, of_texts = 0.0, ""
     if options.stage in WRITES:
         new = config[GenerateOptions].max_new_tokens
         texts = min(TOGETHER, loader.most_examples() * data.batches_per_draw * answers_of(config))
         cache = plan.cache_bytes(model.config, texts, int(lengths.max()), new, options.compute_dtype.itemsize)
-        lengths = lengths + new
-        share = new / lengths.mean()
-        of_texts = (
-            "\n  (of the updates; to it comes the time in which the model writes the texts that it learns "
-        )
-        of_texts += f"from,\n  {texts} at once, whose cache takes up to {cache / plan.GIB:.2f} GiB)"
-    file_bytes = plan.largest_file(inputs.source)
-    peak = plan.predict_peak(model, chosen, need, file_bytes, device, beside, cache=cache)
+        lengths, share = lengths + new, new / (lengths + new).mean()
+        written = f"from,\n  {texts} at once, whose cache takes up to {cache / plan.GIB:.2f} GiB)"
+        time = "the time in which the model writes the texts that it learns"
+        of_texts = f"\n  (of the updates; to it comes {time} {written}"
+    largest = plan.largest_file(inputs.source)
+    peak = plan.predict_peak(model, chosen, need, largest, device, beside, cache=cache)
     bound = plan.bound_speed(model, chosen, lengths, share, tokens, device)
     text = plan.report(peak, bound, memory.free_bytes(device), tokens, device)
     return f"{trainable_report(model)}\n{line}\n\n{text}{of_texts}"
@@ -451,11 +411,12 @@ def choose_recomputation(model: Decoder, loader, config: Config, world: World) -
     """Tell the model what its blocks keep for the backward pass; gives a line that says so."""
     options = config[TrainOptions]
     need = memory.need(model, largest_row(loader, config, world), config[OptimOptions].optim, world.size)
-    if options.compiles:
-        need = need.without_selective()
+    if options.compiles:  # compiled blocks drop what is cheap by themselves or not at all
+        need = replace(need, selective=need.everything)
         for block in model.layers:
-            backend = options.torch_compile_backend or "inductor"
-            block.compile(backend=backend, mode=options.torch_compile_mode)
+            block.compile(
+                backend=options.torch_compile_backend or "inductor", mode=options.torch_compile_mode
+            )
     free, layers = memory.free_bytes(world.device), model.config.num_layers
     model.runtime.recompute, line = memory.plan(options.recomputation, need, layers, world.device, free)
     return line

@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from options.errors import UserError
 from training.optimizers import adafactor, adamw_torch, bitsandbytes, sgd
@@ -58,17 +58,12 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not named:
-        raise ValueError(
-            "the model has no trainable parameter; call checkpoints.trainable.prepare_trainable first"
-        )
-    decayed = [(name, p) for name, p in named if _decays(name, p)]
-    spared = [(name, p) for name, p in named if not _decays(name, p)]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+        raise ValueError("the model has no trainable parameter; call checkpoints.trainable first")
+    groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
+    for name, parameter in named:
+        decays = parameter.ndim >= 2 and "bias" not in name.rpartition(".")[2]
+        groups[0 if decays else 1]["params"].append((name, parameter))
     return [group for group in groups if group["params"]]
-
-
-def _decays(name: str, parameter: Tensor) -> bool:
-    return parameter.ndim >= 2 and "bias" not in name.rpartition(".")[2]
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

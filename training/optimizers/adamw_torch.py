@@ -12,7 +12,5 @@ def make(model, groups: list[dict], options: OptimOptions) -> torch.optim.Optimi
     devices = {parameter.device.type for group in groups for _, parameter in group["params"]}
     # one kernel in place of a dozen passes over the state: 5 times as fast on a CPU, as repeatable
     fused = options.optim == "adamw_torch_fused" or devices.issubset(FUSED_DEVICES)
-    betas = (options.adam_beta1, options.adam_beta2)
-    return torch.optim.AdamW(
-        groups, lr=options.learning_rate, betas=betas, eps=options.adam_epsilon, fused=fused
-    )
+    settings = {"betas": (options.adam_beta1, options.adam_beta2), "eps": options.adam_epsilon}
+    return torch.optim.AdamW(groups, lr=options.learning_rate, fused=fused, **settings)

@@ -1,5 +1,4 @@
-"""bitsandbytes' AdamW and Lion (arXiv 2302.06675), with state in 8 bits (arXiv 2110.02861) or in paged
-memory.
+"""bitsandbytes' AdamW and Lion (arXiv 2302.06675), state in 8 bits (arXiv 2110.02861) or in paged memory.
 
 The package is loaded on demand: who uses another optimizer does not need it.
 """
@@ -7,24 +6,16 @@ The package is loaded on demand: who uses another optimizer does not need it.
 import torch
 from torch import nn
 
-from options.errors import UserError
+from options.errors import UserError, refuse
 from training.options import OptimOptions
 
-CLASSES = {
-    "adamw_8bit": "AdamW8bit",
-    "adamw_bnb_8bit": "AdamW8bit",
-    "paged_adamw_8bit": "PagedAdamW8bit",
-    "paged_adamw_32bit": "PagedAdamW32bit",
-    "lion_8bit": "Lion8bit",
-    "lion_32bit": "Lion32bit",
-    "paged_lion_8bit": "PagedLion8bit",
-    "paged_lion_32bit": "PagedLion32bit",
-}
+CLASSES = {"adamw_8bit": "AdamW8bit", "adamw_bnb_8bit": "AdamW8bit"}
+CLASSES |= {"paged_adamw_8bit": "PagedAdamW8bit", "paged_adamw_32bit": "PagedAdamW32bit"}
+CLASSES |= {"lion_8bit": "Lion8bit", "lion_32bit": "Lion32bit"}
+CLASSES |= {"paged_lion_8bit": "PagedLion8bit", "paged_lion_32bit": "PagedLion32bit"}
 STATE = {"AdamW8bit": 0.55, "AdamW32bit": 2.0, "Lion8bit": 0.28, "Lion32bit": 1.0}  # codes and their scales
 SERVES = {name: STATE[kind.removeprefix("Paged")] for name, kind in CLASSES.items()}
-ON_CPU = {
-    "paged_adamw_32bit": "adamw_torch"
-}  # what to take there in place of paged state; else the name without paged_
+ON_CPU = {"paged_adamw_32bit": "adamw_torch"}  # in place of paged state; else the name without paged_
 
 
 def make(model: nn.Module, groups: list[dict], options: OptimOptions) -> torch.optim.Optimizer:
@@ -34,11 +25,9 @@ def make(model: nn.Module, groups: list[dict], options: OptimOptions) -> torch.o
     except ImportError as error:
         raise UserError(f"optim: {name} needs bitsandbytes ({error}); pip install bitsandbytes") from error
     on_cpu = any(parameter.device.type == "cpu" for group in groups for _, parameter in group["params"])
-    if on_cpu and name.startswith("paged_"):
-        instead = ON_CPU.get(name, name.removeprefix("paged_"))
-        raise UserError(
-            f"optim: {name} pages state out of GPU memory, but the parameters are on the CPU; use {instead}"
-        )
+    instead = ON_CPU.get(name, name.removeprefix("paged_"))
+    pages = f"{name} pages state out of GPU memory, but the parameters are on the CPU"
+    refuse(on_cpu and name.startswith("paged_"), f"optim: {pages}; use {instead}")
     settings = {"betas": (options.adam_beta1, options.adam_beta2)}
     if "adamw" in name:
         settings["eps"] = options.adam_epsilon
