@@ -132,9 +132,8 @@ def train(this: Run) -> int:
             group = [batch.to(world.device) for batch in group]
             this.stage.prepare(this.model, group)
             set_learning_rate(this.optimizer, schedule(progress.step, optim_options, data.total_steps))
-            loss, norm, metrics = update(
-                this.model, this.optimizer, this.stage, group, this.scaler, gradient_sum, max_norm
-            )
+            parts = this.model, this.optimizer, this.stage, group, this.scaler
+            loss, norm, metrics = update(*parts, gradient_sum, max_norm)
             progress.step += 1
             monitor.window.add(loss, group, metrics)
             monitor.advance(progress.step)
@@ -193,18 +192,11 @@ def save_after_failure(this: Run) -> str:
 
 
 def update(
-    model: Decoder,
-    optimizer: torch.optim.Optimizer,
-    stage: Stage,
-    group: list[Batch],
-    scaler: torch.amp.GradScaler,
-    gradient_sum: GradientSum,
-    max_grad_norm: float,
+    model: Decoder, optimizer, stage: Stage, group: list[Batch], scaler, gradient_sum, max_grad_norm: float
 ) -> tuple[torch.Tensor, torch.Tensor, list[Metrics]]:
     """One optimizer step over an accumulation group, which lies on the device.
 
-    Gives this rank's share of the mean loss and the gradient norm, both () on the device, and the metrics of
-    each micro-batch.
+    Gives this rank's share of the mean loss, the gradient norm, both (), and each micro-batch's metrics.
     """
     world = gradient_sum.world
     # full, not tensor: the latter would copy a number of the host's and wait for it

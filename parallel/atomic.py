@@ -5,9 +5,8 @@
     with atomic_folder(path) as temporary:          # the same for a folder of files
         save_model(model, temporary)
 
-What is written lies under a temporary name beside its place, is flushed to the disk and renamed, so a kill
--9, a disk or another process never leaves or reads half of it. After an error the temporary is removed, after
-a kill by the next who writes the same.
+What is written lies under a temporary name beside its place, is flushed to the disk and renamed: no kill -9
+leaves half of it, no process reads half. The temporary goes after an error, or with the next who writes it.
 """
 
 import glob
@@ -26,21 +25,21 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f"{TEMPORARY}{socket.gethostname()}-{os.getpid()}-{path.name}")
 
 
-def _sweep(path: Path) -> None:
-    """Remove what processes of this machine that were killed left of the same file or folder."""
+def _swept(path: Path) -> Path:
+    """Its temporary_name, once what killed processes of this machine left of the same has been removed."""
     own = f"{TEMPORARY}{socket.gethostname()}-"
     for old in path.parent.glob(f"{glob.escape(own)}*-{glob.escape(path.name)}"):
         process = old.name.removeprefix(own).removesuffix(f"-{path.name}")
         if process.isdigit() and (int(process) == os.getpid() or not Path(f"/proc/{process}").exists()):
             shutil.rmtree(old) if old.is_dir() else old.unlink()
+    return temporary_name(path)
 
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """The name to write to; renamed to `path` at the end."""
     path = Path(path)
-    temporary = temporary_name(path)
-    _sweep(path)
+    temporary = _swept(path)
     try:
         yield temporary
         flush(temporary)
@@ -53,8 +52,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """An empty folder to write into; takes the place of `path`, and of what lies there, at the end."""
     path = Path(path)
-    temporary = temporary_name(path)
-    _sweep(path)
+    temporary = _swept(path)
     temporary.mkdir(parents=True)
     try:
         yield temporary
@@ -68,20 +66,17 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 def remove_folder(path: Path) -> None:
     """Renamed first, so that a kill half-way never leaves one that looks complete."""
-    if not path.exists():
-        return
-    doomed = path if path.name.startswith(TEMPORARY) else temporary_name(path).with_suffix(".old")
-    if doomed != path:
+    doomed = path
+    if path.exists() and not path.name.startswith(TEMPORARY):
+        doomed = temporary_name(path).with_suffix(".old")
         shutil.rmtree(doomed, ignore_errors=True)
         path.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
 
 def flush_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            flush(path)
-    flush(folder)
+    for path in (*filter(Path.is_file, folder.rglob("*")), folder):
+        flush(path)
 
 
 def flush(path: Path) -> None:

@@ -1,8 +1,8 @@
 """Several processes as one: process group, gradient sums, rank-0 output. One process needs no launcher.
 
-`torchrun --nproc_per_node N train.py ...` sets RANK, WORLD_SIZE, LOCAL_RANK; without them the world has size
-1 and every function here does nothing or the obvious. Gradients are SUMMED over ranks: the loop already
-divides by the number of tokens of all ranks, so (2 ranks x batch 4) and (batch 8) give the same gradients.
+`torchrun --nproc_per_node N train.py ...` sets RANK, WORLD_SIZE, LOCAL_RANK; without them the size is 1.
+Gradients are SUMMED over ranks: the loop already divides by the number of tokens of all ranks, so (2 ranks x
+batch 4) and (batch 8) give the same gradients.
 """
 
 import datetime
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from options.errors import UserError
+from options.errors import refuse
 
 BUCKET_BYTES = 25 * 2**20  # of gradients per reduction, as in torch's DDP: large enough for full bandwidth
 
@@ -47,7 +47,7 @@ class World:
         if self.size == 1:
             return list(numbers)
         tensor = torch.tensor(numbers)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=_host_group())
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=_HOST_GROUPS[0])
         return tensor.tolist()
 
     def any(self, flag: bool) -> bool:
@@ -59,23 +59,18 @@ class World:
         if self.size == 1:
             return [value]
         mine = torch.frombuffer(bytearray(json.dumps(value), "ascii"), dtype=torch.uint8)
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(sizes, torch.tensor([len(mine)]), group=_host_group())
-        most = int(max(sizes))
+        sizes = self.max_over_ranks(*(len(mine) * (rank == self.rank) for rank in range(self.size)))
+        most = max(sizes)
         parts = [torch.zeros(most, dtype=torch.uint8) for _ in sizes]
-        dist.all_gather(parts, nn.functional.pad(mine, (0, most - len(mine))), group=_host_group())
-        return [json.loads(bytes(part[: int(size)].tolist())) for part, size in zip(parts, sizes)]
+        dist.all_gather(parts, nn.functional.pad(mine, (0, most - len(mine))), group=_HOST_GROUPS[0])
+        return [json.loads(bytes(part[:size].tolist())) for part, size in zip(parts, sizes)]
 
     def barrier(self) -> None:
         if self.size > 1:
-            dist.barrier(group=_host_group())
+            dist.barrier(group=_HOST_GROUPS[0])
 
 
 _HOST_GROUPS: list = []  # the gloo group beside NCCL's; made in start(), because every rank has to make it
-
-
-def _host_group():
-    return _HOST_GROUPS[0]
 
 
 def name_of_rank(program: str) -> str:
@@ -91,19 +86,13 @@ def start(device: str = "auto", timeout_seconds: int = 1800) -> World:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError(
-                "device: cuda asked for, but torch sees no GPU; use device=cpu or install a CUDA build"
-            )
-        if local_rank >= torch.cuda.device_count():
-            missing = (
-                f"process {local_rank} of this machine has no GPU (there are {torch.cuda.device_count()})"
-            )
-            raise UserError(f"device: {missing}; start torchrun with --nproc_per_node of at most that")
+        absent = "device: cuda asked for, but torch sees no GPU; use device=cpu or install a CUDA build"
+        refuse(not torch.cuda.is_available(), absent)
+        gpus, remedy = torch.cuda.device_count(), "start torchrun with --nproc_per_node of at most that"
+        missing = f"process {local_rank} of this machine has no GPU (there are {gpus})"
+        refuse(local_rank >= gpus, f"device: {missing}; {remedy}")
         torch.cuda.set_device(local_rank)
-        place = torch.device("cuda", local_rank)
-    else:
-        place = torch.device(device)
+    place = torch.device("cuda", local_rank) if device == "cuda" else torch.device(device)
     if size > 1 and not dist.is_initialized():
         timeout = datetime.timedelta(seconds=timeout_seconds)
         dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=timeout)
@@ -123,25 +112,19 @@ class GradientSum:
 
     Parameters are grouped into buckets from the last layer to the first, the order in which backward finishes
     them. A full bucket starts its reduction at once; buckets start strictly in order, so ranks whose graphs
-    differ (one has an empty batch) still meet in the same collectives. Use: `with
-    gradient_sum(last_micro_batch): loss.backward()`.
+    differ (one has an empty batch) meet in the same collectives. `with gradient_sum(last): loss.backward()`
     """
 
     def __init__(self, model: nn.Module, world: World):
-        self.world = world
-        self.active = False
+        self.world, self.active = world, False
         self.buckets: list[list[nn.Parameter]] = []
-        if world.size == 1:
-            return
-        bucket_bytes = BUCKET_BYTES
-        for parameter in reversed([p for p in model.parameters() if p.requires_grad]):
-            size = parameter.numel() * parameter.element_size()
-            same_kind = bool(self.buckets) and self.buckets[-1][0].dtype == parameter.dtype
-            if not same_kind or bucket_bytes + size > BUCKET_BYTES:
+        room = -1  # bytes that the last bucket still takes
+        for parameter in reversed([p for p in model.parameters() if p.requires_grad and world.size > 1]):
+            if parameter.nbytes > room or self.buckets[-1][0].dtype != parameter.dtype:
                 self.buckets.append([])
-                bucket_bytes = 0
+                room = BUCKET_BYTES
             self.buckets[-1].append(parameter)
-            bucket_bytes += size
+            room -= parameter.nbytes
             parameter.register_post_accumulate_grad_hook(self._arrived)
         self.bucket_of = {p: i for i, bucket in enumerate(self.buckets) for p in bucket}
 
@@ -184,8 +167,7 @@ class GradientSum:
 def clip_gradients(parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
     """Scale gradients in place to a total 2-norm of at most max_norm (0: unchanged); returns the norm before.
 
-    Stays on the device: no host synchronisation. A norm that is not finite makes the gradients so; the loop
-    finds it.
+    Without a host synchronisation. A norm that is not finite makes the gradients so; the loop finds it.
     """
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
     if max_norm > 0:

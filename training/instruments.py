@@ -1,6 +1,7 @@
 """Instruments of the loop: MetricWindow (loss, metrics, speed since the last log line), Health (is every loss
 finite), peak memory. Noting something never waits for the device; asking does."""
 
+import itertools
 import resource
 import time
 from collections.abc import Iterable
@@ -45,11 +46,11 @@ class MetricWindow:
         self.loss += loss
         self.steps += 1
         self.examples += sum(len(batch) for batch in group)
-        self.tokens += sum(
-            batch.tokens.shape[0] for batch in group if batch.sources
-        )  # not an empty batch's one
-        for measured in metrics:
-            add_metrics(self.metrics, measured)
+        self.tokens += sum(len(batch.tokens) for batch in group if batch.sources)  # not an empty batch's one
+        for name, values in itertools.chain.from_iterable(measured.items() for measured in metrics):
+            if name not in self.metrics:
+                self.metrics[name] = torch.zeros(2, dtype=torch.float64, device=values.device)
+            self.metrics[name] += values
 
     def totals(self) -> Totals:
         """All ranks have to ask. Waits for the device."""
@@ -77,14 +78,6 @@ class MetricWindow:
         self.loss.fill_(state["loss"])
         self.metrics = {name: values.to(self.loss.device) for name, values in state["metrics"].items()}
         self.started_at = time.monotonic() - state["seconds"]
-
-
-def add_metrics(sums: dict[str, torch.Tensor], measured: Metrics) -> None:
-    """Add one micro-batch's metrics to sums in fp64."""
-    for name, values in measured.items():
-        if name not in sums:
-            sums[name] = torch.zeros(2, dtype=torch.float64, device=values.device)
-        sums[name] += values
 
 
 class Health:

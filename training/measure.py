@@ -13,7 +13,7 @@ from pipeline.batch import ROW_MULTIPLE, Batch, BatchLoader
 from stages.rollouts import Prompt
 from stages.stage import Stage
 from training.options import TrainOptions
-from training.predict import Predictor
+from training.predict import Predictor, join
 
 
 def prepare(batch: Batch | list[Prompt], device: torch.device) -> Batch | list[Prompt]:
@@ -52,12 +52,7 @@ def of_the_stage(model: Decoder, stage: Stage, loaders: dict[str, BatchLoader], 
             if not math.isfinite(value):
                 remedy = "lower learning_rate, or use bf16 instead of fp16"
                 raise StopRun(f"the evaluation's {kind} on {name} is {value}; {remedy}")
-    results: dict[str, float] = {}
-    if len(measured) > 1:
-        each_set = ((f"eval_{name}_", each) for name, each in measured.items())
-        results |= {prefix + kind: value for prefix, each in each_set for kind, value in each.items()}
-    for kind in next(iter(measured.values())):
-        results[f"eval_{kind}"] = sum(each[kind] for each in measured.values()) / len(measured)
+    results = join(measured, "eval", digits=None)
     if len(measured) > 1 and "perplexity" in stage.evaluation_names:
         results["eval_perplexity"] = math.exp(min(results["eval_loss"], 700))  # of the mean loss
     return results

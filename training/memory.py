@@ -8,8 +8,7 @@ stream twice, two norms, q, k, v, the heads' output, gate, up and their product:
 With MHA (HD = KD = E) that is 131.6 KB per token and block of a 7B model in bf16, 93.2 KB without what is
 cheap to make again. Under fp16 the residual stream counts twice, being fp32. To it come gradients, optimizer
 state, one block's backward pass, the loss, and the dense weight that quantised layers are used through. The
-numbers are estimates on the safe side (tests compare them with what torch keeps on a CPU); a wrong one costs
-time or memory, never a bit.
+numbers are estimates on the safe side (tests compare them with what torch keeps); a wrong one costs time.
 """
 
 import ctypes

@@ -15,45 +15,29 @@ from options.option import COMMON, RESUMABLE, option
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # of inductor
 # kind -> the keys that lr_scheduler_kwargs may hold, with their defaults; ... marks a key that must be given.
 # None: worked out from the other numbers (see _after_warmup and _warmup_stable_decay).
-SCHEDULE_KEYS: dict[str, dict[str, Any]] = {
-    "linear": {},
-    "cosine": {"num_cycles": 0.5},
-    "cosine_with_restarts": {"num_cycles": 1},
-    "cosine_with_min_lr": {"num_cycles": 0.5, "min_lr": None, "min_lr_rate": None},
-    "polynomial": {"power": 1.0, "lr_end": 1e-7},
-    "constant": {},
-    "constant_with_warmup": {},
-    "inverse_sqrt": {"timescale": None},
-    "warmup_stable_decay": {"num_decay_steps": ..., "num_stable_steps": None, "min_lr_ratio": 0.0}
-    | {"num_cycles": 0.5, "warmup_type": "linear", "decay_type": "cosine"},
-}
+SCHEDULE_KEYS = {"linear": {}, "cosine": {"num_cycles": 0.5}, "cosine_with_restarts": {"num_cycles": 1}}
+SCHEDULE_KEYS |= {"cosine_with_min_lr": {"num_cycles": 0.5, "min_lr": None, "min_lr_rate": None}}
+SCHEDULE_KEYS |= {"polynomial": {"power": 1.0, "lr_end": 1e-7}, "constant": {}, "constant_with_warmup": {}}
+_DECAY = {"num_decay_steps": ..., "num_stable_steps": None, "min_lr_ratio": 0.0, "num_cycles": 0.5}
+_DECAY |= {"warmup_type": "linear", "decay_type": "cosine"}
+SCHEDULE_KEYS |= {"inverse_sqrt": {"timescale": None}, "warmup_stable_decay": _DECAY}
 RAMPS = ("linear", "cosine", "1-sqrt")  # values of warmup_type and decay_type
 
 
 @dataclass(frozen=True)
 class TrainOptions:
     stage: Literal["pt", "sft", "rm", "dpo", "orpo", "kto", "ppo", "grpo"] = option(
-        "sft",
-        "pt: text; sft: dialogues; rm: reward model; dpo, orpo: pairs; kto: answers; ppo, grpo: RL",
-        COMMON,
+        "sft", "pt: text; sft: dialogues; rm, dpo, orpo: pairs; kto: answers; ppo, grpo: rewards", COMMON
     )
     do_train: bool | None = option(None, "train; default: yes unless do_eval or do_predict is set", RESUMABLE)
     do_eval: bool = option(False, "evaluate once more at the end", RESUMABLE)
     do_predict: bool = option(
-        False,
-        "at the end write generated_predictions.jsonl for the evaluation sets; rm writes scores",
-        RESUMABLE,
+        False, "at the end write generated_predictions.jsonl of the evaluation sets (rm: scores)", RESUMABLE
     )
-    predict_with_generate: bool = option(
-        False, "evaluating and predicting write texts and measure ROUGE, BLEU-4 and exact match", RESUMABLE
-    )
+    predict_with_generate: bool = option(False, "evaluate texts: ROUGE, BLEU-4, exact match", RESUMABLE)
     output_dir: str | None = option(None, "folder of the run: checkpoints, logs, result", COMMON, RESUMABLE)
-    overwrite_output_dir: bool = option(
-        False, "start anew even if output_dir holds checkpoints to resume from", COMMON, RESUMABLE
-    )
-    resume_from_checkpoint: str | None = option(
-        None, "a checkpoint folder, true (the newest) or false (start anew)", RESUMABLE
-    )
+    overwrite_output_dir: bool = option(False, "start anew even over old checkpoints", COMMON, RESUMABLE)
+    resume_from_checkpoint: str | None = option(None, "folder, true (newest) or false (anew)", RESUMABLE)
     per_device_train_batch_size: int = option(
         8, "examples or packed rows per micro-batch", COMMON, also="batch_size per_gpu_train_batch_size"
     )
@@ -76,13 +60,11 @@ class TrainOptions:
     torch_compile: bool = option(False, "torch.compile of each block; the kernels fuse most of it already")
     torch_compile_backend: str | None = option(None, "backend of torch.compile (inductor); turns it on")
     torch_compile_mode: str | None = option(None, "mode of inductor, as max-autotune; turns it on too")
-    neftune_noise_alpha: float | None = option(
-        None, "noise on the embeddings while training; 5 is typical", also="neftune_alpha"
-    )
-    plan: bool = option(False, "print the predicted peak memory and the bound on tokens/s, and end")
+    neftune_noise_alpha: float | None = option(None, "noise on embeddings, about 5", also="neftune_alpha")
+    plan: bool = option(False, "print the predicted memory and bound on tokens/s, read no weights, and end")
     train_from_scratch: bool = option(False, "random weights; the folder gives config.json and tokenizer")
     seed: int = option(42, "seed of adapters, dropout and, without data_seed, of the data order")
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto = a GPU if there is one", RESUMABLE)
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: a GPU if there is one", RESUMABLE)
     ddp_timeout: int = option(1800, "seconds that ranks wait for one another", RESUMABLE)
     logging_steps: int = option(500, "updates between log lines", COMMON, RESUMABLE)
     logging_first_step: bool = option(False, "log the first update too", RESUMABLE)
@@ -100,11 +82,11 @@ class TrainOptions:
     evaluation_strategy: Literal["no", "steps", "epoch"] = option(
         "no", "when to evaluate during training", COMMON, RESUMABLE, also="eval_strategy"
     )
-    eval_steps: int | None = option(None, "updates between them; default: logging_steps", COMMON, RESUMABLE)
-    load_best_model_at_end: bool = option(False, "finish with the checkpoint that evaluated best", RESUMABLE)
-    metric_for_best_model: str | None = option(
-        None, "what decides which is best, such as eval_<set>_loss; default: eval_loss, or eval_reward"
+    eval_steps: int | None = option(
+        None, "updates between evaluations; else logging_steps", COMMON, RESUMABLE
     )
+    load_best_model_at_end: bool = option(False, "finish with the checkpoint that evaluated best", RESUMABLE)
+    metric_for_best_model: str | None = option(None, "eval_<set>_loss, ...; else eval_loss or eval_reward")
     greater_is_better: bool | None = option(None, "default: no for losses and perplexities, else yes")
     early_stopping_steps: int | None = option(None, "stop after so many evaluations without gain", RESUMABLE)
 
@@ -223,9 +205,7 @@ class OptimOptions:
         Literal["paged_adamw_32bit", "paged_adamw_8bit", "lion_8bit", "lion_32bit"],
         Literal["paged_lion_8bit", "paged_lion_32bit"],
     ] = option(
-        "adamw_torch",
-        "8bit, paged, lion: of bitsandbytes; lion wants a rate of a third to a tenth of AdamW's",
-        COMMON,
+        "adamw_torch", "8bit, paged, lion: bitsandbytes; lion wants 1/3 to 1/10 of AdamW's rate", COMMON
     )
     learning_rate: float = option(5e-5, "peak learning rate", COMMON)
     weight_decay: float = option(0.0, "decay of matrices; norms, biases and other vectors never decay")
@@ -271,14 +251,13 @@ def schedule_numbers(options: OptimOptions) -> dict[str, Any]:
         else:
             number = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
             refuse(not number, f"{key}={value!r} is not a number of at least 0")
-    numbers = {**known, **given}
+    numbers = known | given
     for key, value in numbers.items():
         refuse(value is ..., f'{kind} needs {key}; write {{"{key}": 100}}')
     if kind == "cosine_with_min_lr":
         one = (numbers["min_lr"] is None) != (numbers["min_lr_rate"] is None)
         refuse(not one, "cosine_with_min_lr needs min_lr or min_lr_rate, and not both")
-    if kind == "polynomial":
-        end, rate = numbers["lr_end"], options.learning_rate
-        refuse(not end < rate, f"lr_end={end} must be below learning_rate={rate}")
+    end, rate = numbers.get("lr_end", 0), options.learning_rate
+    refuse(kind == "polynomial" and not end < rate, f"lr_end={end} must be below learning_rate={rate}")
     refuse(kind == "inverse_sqrt" and numbers["timescale"] == 0, "timescale=0 must be above 0")
     return numbers

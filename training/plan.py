@@ -4,8 +4,7 @@
 
 The model stands without its numbers (device "meta"), with adapters and quantised layers of the right sizes,
 so every count is made on the modules that a run would train. Memory is that of the fullest moment: loading,
-the loss, or the backward pass of one block. The bound on speed counts products alone, at a rate that is
-measured on the spot:
+the loss, or the backward pass of one block. The bound on speed counts products, at the rate of this machine:
 
     forward 2N, gradient of the activations 2N, of trained weights 2N; attention 2 H D S and 5 H D S per layer
 
@@ -100,30 +99,13 @@ def _sizes_in_files(folder: Path, config: ModelConfig) -> dict[str, int]:
 # Memory
 
 
-@dataclass(frozen=True)
-class Peak:
-    """Bytes by part at the fullest moment of a run."""
-
-    parts: dict[str, float]
-
-    @property
-    def bytes(self) -> float:
-        return sum(self.parts.values())
-
-
 def predict_peak(
-    model: Decoder,
-    chosen: recompute.Plan,
-    need: memory.Need,
-    file_bytes: float,
-    device,
-    beside=None,
-    *,
-    cache=0.0,
-) -> Peak:
-    """model: the skeleton, prepared as for training; chosen, need: what memory.plan and memory.need say of
-    it; file_bytes: of the largest file of weights; beside: bytes of other models that are held (reference,
-    reward); cache: cache_bytes of a stage that writes texts, which it does between its updates."""
+    model: Decoder, chosen: recompute.Plan, need: memory.Need, file_bytes, device, beside=None, *, cache=0.0
+) -> dict[str, float]:
+    """-> bytes by part at the fullest moment of a run. model: the skeleton, prepared as for training; chosen,
+    need: of memory.plan and memory.need; file_bytes: of the largest file of weights; beside: bytes of other
+    models that are held (reference, reward); cache: cache_bytes of a stage that writes texts, which it does
+    between its updates."""
     parts = {} if device.type == "cuda" else {"process": float(resident_bytes())}
     trained = bytes_of(p for p in model.parameters() if p.requires_grad)
     parts["weights"] = weight_bytes(model) - trained
@@ -142,7 +124,7 @@ def predict_peak(
     parts["buffers"] = float(largest * model.compute_dtype.itemsize)
     block = need.block - parts["buffers"]  # there it is counted too
     parts["head" if need.head > block else "one block's backward"] = max(need.head, block)
-    return max(Peak(parts), Peak(loading), Peak(writing), key=lambda moment: moment.bytes)
+    return max(parts, loading, writing, key=lambda moment: sum(moment.values()))
 
 
 def cache_bytes(config: ModelConfig, texts: int, prompt: int, new: int, size: int) -> float:
@@ -254,7 +236,7 @@ def measure_copies(device: torch.device) -> float:
 def _fastest(call: Callable[[], object], device: torch.device) -> float:
     """Seconds of the fastest call within RATE_SECONDS."""
     times, end = [], time.perf_counter() + RATE_SECONDS
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait = functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     with torch.inference_mode():
         call()
         while not times or time.perf_counter() < end:
@@ -269,13 +251,13 @@ def _fastest(call: Callable[[], object], device: torch.device) -> float:
 # The answer
 
 
-def report(peak: Peak, bound: Bound, free: float, tokens: int, device: torch.device) -> str:
+def report(peak: dict[str, float], bound: Bound, free: float, tokens: int, device: torch.device) -> str:
     """What the user reads: a line for each part."""
     lines = [f"plan for a micro-batch of {tokens:,} tokens", "", f"{'peak memory':<26}     GiB"]
-    lines += [f"  {part:<24}{size / GIB:8.2f}" for part, size in peak.parts.items() if size > 0]
-    available = free + peak.parts.get("process", 0.0)
-    verdict = "" if peak.bytes <= available else ": TOO MUCH; lower per_device_train_batch_size or cutoff_len"
-    lines.append(f"  {'together':<24}{peak.bytes / GIB:8.2f} of {available / GIB:.2f}{verdict}")
+    lines += [f"  {part:<24}{size / GIB:8.2f}" for part, size in peak.items() if size > 0]
+    whole, available = sum(peak.values()), free + peak.get("process", 0.0)
+    verdict = "" if whole <= available else ": TOO MUCH; lower per_device_train_batch_size or cutoff_len"
+    lines.append(f"  {'together':<24}{whole / GIB:8.2f} of {available / GIB:.2f}{verdict}")
     if device.type == "cuda":
         lines.append("  (what torch allocates; the CUDA context of about half a GiB comes to it)")
     lines += ["", f"{'time per token at least':<26}      us"]

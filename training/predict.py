@@ -79,7 +79,7 @@ class TextPredictor:
             for prompt, (text, label) in zip(prompts, pairs):
                 rows.append({"prompt": prompt.text, "label": label, "predict": text, **named})
         seconds = max(time.monotonic() - started, 1e-9)
-        numbers = _join(measured, kind)
+        numbers = join(measured, kind)
         return numbers | {f"{kind}_generated_tokens_per_second": round(tokens / seconds, 1)}, rows
 
     def _answers(self, model: Decoder, name: str, prompts: list[Prompt]) -> list[tuple[str, int]]:
@@ -137,7 +137,7 @@ class ScorePredictor:
                 for row, (chosen, rejected) in zip(store.sources[:, 1], scores)
             ]
         model.train(was_training)
-        return _join(measured, kind), rows
+        return join(measured, kind), rows
 
 
 def _of_all_ranks(make: Callable[[range], list], count: int, rows: int, what: str, world: World) -> list:
@@ -155,7 +155,7 @@ def _of_all_ranks(make: Callable[[range], list], count: int, rows: int, what: st
     return [value for _, values in sorted(itertools.chain(*world.gather(made))) for value in values]
 
 
-def _join(measured: dict[str, dict[str, float]], kind: str) -> dict[str, float]:
+def join(measured: dict[str, dict[str, float]], kind: str, digits: int | None = 4) -> dict[str, float]:
     """<kind>_<metric>, the mean over the sets that have it; of several sets also <kind>_<set>_<metric>."""
     numbers: dict[str, float] = {}
     if len(measured) > 1:
@@ -163,8 +163,8 @@ def _join(measured: dict[str, dict[str, float]], kind: str) -> dict[str, float]:
         numbers |= {prefix + metric: value for prefix, each in each_set for metric, value in each.items()}
     for metric in dict.fromkeys(itertools.chain(*measured.values())):
         values = [each[metric] for each in measured.values() if metric in each]
-        if values:
-            numbers[f"{kind}_{metric}"] = round(sum(values) / len(values), 4)
+        mean = sum(values) / len(values)
+        numbers[f"{kind}_{metric}"] = mean if digits is None else round(mean, digits)
     return numbers
 
 

@@ -3,8 +3,7 @@
 A checkpoint is written under a temporary name, flushed to the disk, then renamed, so a kill -9 or a full disk
 at any moment leaves the earlier ones untouched. It holds the weights in Hugging Face or PEFT layout,
 trainer_state.json, `training_state.pt` (optimizer, scaler, counters) and one `rank_state_<rank>.pt` per rank;
-both are read with weights_only=True. A run may continue only with the settings that decided its weights so
-far (`fingerprint`).
+both are read with weights_only=True. A run continues only with the settings that decided its weights.
 """
 
 import errno
@@ -310,9 +309,15 @@ def rotate(output_dir: Path, limit: int | None, keep: str | None) -> None:
 
 
 def read_checkpoint(folder: Path, fingerprint: Mapping[str, str], world: World) -> dict:
-    """The state in a checkpoint and this rank's own. Raises UserError unless this run may continue it."""
+    """The state in a checkpoint and this rank's own. Raises UserError unless this run may continue it: with
+    the settings of the fingerprint, but for keys that are new in this version."""
     state = read_state(folder / STATE_FILE)
-    check_fingerprint(folder, state["fingerprint"], fingerprint)
+    before, now = state["fingerprint"], fingerprint
+    differing = [key for key in now if before.get(key, now[key]) != now[key]]
+    changed = "; ".join(f"{key} was {before[key]}, is {now[key]}" for key in differing)
+    remedy = f"choose another output_dir ({AS_START}), or set overwrite_output_dir=true to start anew"
+    found = f"cannot be continued with other settings: {changed}. Restore them"
+    refuse(differing, f"{folder}: {found}, {remedy}")
     remedy = f"set overwrite_output_dir=true, or {AS_START} of another run"
     lacking = "saved with save_only_model, so there is no optimizer state to continue from"
     refuse("optimizer" not in state, f"{folder}: {lacking}; {remedy}")
@@ -364,21 +369,10 @@ def digest(paths: Iterable[Path]) -> str:
     return hashed.hexdigest()
 
 
-def check_fingerprint(folder: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """UserError that names each setting in which a resumed run differs; keys new in this version may."""
-    differing = [key for key in now if before.get(key, now[key]) != now[key]]
-    changed = "; ".join(f"{key} was {before[key]}, is {now[key]}" for key in differing)
-    remedy = f"choose another output_dir ({AS_START}), or set overwrite_output_dir=true to start anew"
-    text = f"{folder}: cannot be continued with other settings: {changed}. Restore them, {remedy}"
-    refuse(differing, text)
-
-
 def random_state(device: torch.device) -> dict:
     """State of the random-number generators that this rank uses."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
+    of_gpu = {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    return {"cpu": torch.get_rng_state()} | of_gpu
 
 
 def restore_random_state(state: dict, device: torch.device) -> None:
