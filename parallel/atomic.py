@@ -38,8 +38,7 @@ def _swept(path: Path) -> Path:
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """The name to write to; renamed to `path` at the end."""
-    path = Path(path)
-    temporary = _swept(path)
+    temporary = _swept(Path(path))
     try:
         yield temporary
         flush(temporary)

@@ -60,9 +60,8 @@ class World:
             return [value]
         mine = torch.frombuffer(bytearray(json.dumps(value), "ascii"), dtype=torch.uint8)
         sizes = self.max_over_ranks(*(len(mine) * (rank == self.rank) for rank in range(self.size)))
-        most = max(sizes)
-        parts = [torch.zeros(most, dtype=torch.uint8) for _ in sizes]
-        dist.all_gather(parts, nn.functional.pad(mine, (0, most - len(mine))), group=_HOST_GROUPS[0])
+        parts = [torch.zeros(max(sizes), dtype=torch.uint8) for _ in sizes]
+        dist.all_gather(parts, nn.functional.pad(mine, (0, max(sizes) - len(mine))), group=_HOST_GROUPS[0])
         return [json.loads(bytes(part[:size].tolist())) for part, size in zip(parts, sizes)]
 
     def barrier(self) -> None:
@@ -75,8 +74,8 @@ _HOST_GROUPS: list = []  # the gloo group beside NCCL's; made in start(), becaus
 
 def name_of_rank(program: str) -> str:
     """What a rank calls itself in front of an error."""
-    rank = os.environ.get("RANK", "0")
-    return program if rank == "0" else f"{program} [rank {rank}]"
+    rank = int(os.environ.get("RANK", 0))
+    return f"{program} [rank {rank}]" if rank else program
 
 
 def start(device: str = "auto", timeout_seconds: int = 1800) -> World:
@@ -89,8 +88,8 @@ def start(device: str = "auto", timeout_seconds: int = 1800) -> World:
         absent = "device: cuda asked for, but torch sees no GPU; use device=cpu or install a CUDA build"
         refuse(not torch.cuda.is_available(), absent)
         gpus, remedy = torch.cuda.device_count(), "start torchrun with --nproc_per_node of at most that"
-        missing = f"process {local_rank} of this machine has no GPU (there are {gpus})"
-        refuse(local_rank >= gpus, f"device: {missing}; {remedy}")
+        missing = f"device: process {local_rank} of this machine has no GPU (there are {gpus}); {remedy}"
+        refuse(local_rank >= gpus, missing)
         torch.cuda.set_device(local_rank)
     place = torch.device("cuda", local_rank) if device == "cuda" else torch.device(device)
     if size > 1 and not dist.is_initialized():
@@ -110,9 +109,9 @@ def stop() -> None:
 class GradientSum:
     """Sums the gradients of a model over ranks while the backward pass still runs.
 
-    Parameters are grouped into buckets from the last layer to the first, the order in which backward finishes
-    them. A full bucket starts its reduction at once; buckets start strictly in order, so ranks whose graphs
-    differ (one has an empty batch) meet in the same collectives. `with gradient_sum(last): loss.backward()`
+    Buckets go from the last layer to the first, the order in which backward finishes them. A full one starts
+    its reduction at once, strictly in order, so ranks whose graphs differ (one has an empty batch) meet in
+    the same collectives. Use: `with gradient_sum(last_micro_batch): loss.backward()`
     """
 
     def __init__(self, model: nn.Module, world: World):

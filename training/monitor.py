@@ -22,15 +22,11 @@ QUIET_SECONDS = 30  # without a terminal: a line at least this often, so that a 
 SHOWN = {"loss": "loss {:.4f}", "learning_rate": "lr {:.1e}", "grad_norm": "grad {:.2f}"}
 SHOWN |= {"tokens_per_second": "{:.0f} tok/s", "peak_memory": "{:.2f} GB", "loss_scale": "scale {:.0f}"}
 SHOWN |= {"accuracy": "accuracy {:.2f}", "rewards/accuracies": "accuracy {:.2f}"}
-SHOWN |= {f"rewards/{name}": name + " {:.3f}" for name in ("chosen", "rejected")}
-SHOWN |= {"rewards/margins": "margin {:.3f}", "exact_match": "exact match {:.3f}", "kl": "kl {:.3f}"}
+SHOWN |= {"rewards/chosen": "chosen {:.3f}", "rewards/rejected": "rejected {:.3f}", "kl": "kl {:.3f}"}
+SHOWN |= {"rewards/margins": "margin {:.3f}", "exact_match": "exact match {:.3f}", "reward": "reward {:.3f}"}
 SHOWN |= {"completions/mean_length": "length {:.1f}", "completions/clipped_ratio": "cut off {:.2f}"}
 SHOWN |= {"clip_ratio": "clipped {:.2f}", "clip_ratio/region_mean": "clipped {:.2f}"}
-SHOWN |= {
-    "reward": "reward {:.3f}",
-    "reward_std": "reward std {:.3f}",
-    "frac_reward_zero_std": "equal {:.2f}",
-}
+SHOWN |= {"reward_std": "reward std {:.3f}", "frac_reward_zero_std": "equal {:.2f}"}
 IN_FILES_ONLY = frozenset(
     """generated_tokens_per_second logps/chosen logps/rejected logits/chosen logits/rejected kl_coef values
     returns approx_kl value_clip_ratio clip_ratio/low_mean clip_ratio/high_mean""".split()  # noqa: SIM905

@@ -9,18 +9,24 @@ from typing import Any, Literal
 import torch
 from torch.compiler import list_backends
 
-from options.errors import UserError, located, refuse
+from options.errors import UserError, located, refuse, require
 from options.option import COMMON, RESUMABLE, option
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # of inductor
 # kind -> the keys that lr_scheduler_kwargs may hold, with their defaults; ... marks a key that must be given.
 # None: worked out from the other numbers (see _after_warmup and _warmup_stable_decay).
-SCHEDULE_KEYS = {"linear": {}, "cosine": {"num_cycles": 0.5}, "cosine_with_restarts": {"num_cycles": 1}}
-SCHEDULE_KEYS |= {"cosine_with_min_lr": {"num_cycles": 0.5, "min_lr": None, "min_lr_rate": None}}
-SCHEDULE_KEYS |= {"polynomial": {"power": 1.0, "lr_end": 1e-7}, "constant": {}, "constant_with_warmup": {}}
-_DECAY = {"num_decay_steps": ..., "num_stable_steps": None, "min_lr_ratio": 0.0, "num_cycles": 0.5}
-_DECAY |= {"warmup_type": "linear", "decay_type": "cosine"}
-SCHEDULE_KEYS |= {"inverse_sqrt": {"timescale": None}, "warmup_stable_decay": _DECAY}
+SCHEDULE_KEYS: dict[str, dict[str, Any]] = {
+    "linear": {},
+    "cosine": {"num_cycles": 0.5},
+    "cosine_with_restarts": {"num_cycles": 1},
+    "cosine_with_min_lr": {"num_cycles": 0.5, "min_lr": None, "min_lr_rate": None},
+    "polynomial": {"power": 1.0, "lr_end": 1e-7},
+    "constant": {},
+    "constant_with_warmup": {},
+    "inverse_sqrt": {"timescale": None},
+    "warmup_stable_decay": {"num_decay_steps": ..., "num_stable_steps": None, "min_lr_ratio": 0.0}
+    | {"num_cycles": 0.5, "warmup_type": "linear", "decay_type": "cosine"},
+}
 RAMPS = ("linear", "cosine", "1-sqrt")  # values of warmup_type and decay_type
 
 
@@ -82,9 +88,7 @@ class TrainOptions:
     evaluation_strategy: Literal["no", "steps", "epoch"] = option(
         "no", "when to evaluate during training", COMMON, RESUMABLE, also="eval_strategy"
     )
-    eval_steps: int | None = option(
-        None, "updates between evaluations; else logging_steps", COMMON, RESUMABLE
-    )
+    eval_steps: int | None = option(None, "updates between evaluations; or logging_steps", COMMON, RESUMABLE)
     load_best_model_at_end: bool = option(False, "finish with the checkpoint that evaluated best", RESUMABLE)
     metric_for_best_model: str | None = option(None, "eval_<set>_loss, ...; else eval_loss or eval_reward")
     greater_is_better: bool | None = option(None, "default: no for losses and perplexities, else yes")
@@ -93,11 +97,9 @@ class TrainOptions:
     def __post_init__(self):
         missing = "missing; name a folder for the run, for example output_dir=saves/first"
         refuse(not self.output_dir, f"output_dir: {missing}")
-        counts = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-        steps = ("logging_steps", "save_steps", "eval_steps", "early_stopping_steps", "save_total_limit")
-        for key in (*counts, *steps):
-            value = getattr(self, key)
-            refuse(value is not None and value < 1, f"{key}: {value} must be at least 1")
+        counts = "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
+        counts += "logging_steps save_steps eval_steps early_stopping_steps save_total_limit"
+        require(self, counts, lambda number: number >= 1, "must be at least 1")
         idle = self.do_train is False and not (self.do_eval or self.do_predict)
         refuse(idle, "do_train: false, and neither do_eval nor do_predict is set, so there is nothing to do")
         endless = self.max_steps <= 0 and not self.num_train_epochs > 0
@@ -221,11 +223,9 @@ class OptimOptions:
     warmup_ratio: float = option(0.0, "warm-up as a share of all updates, rounded up", COMMON)
 
     def __post_init__(self):
-        for key in ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps"):
-            value = getattr(self, key)
-            refuse(not 0 <= value < math.inf, f"{key}: {value} is not a finite number of at least 0")
-        for key in ("adam_beta1", "adam_beta2"):
-            refuse(not 0 <= getattr(self, key) < 1, f"{key}: {getattr(self, key)} is not in [0, 1)")
+        finite = "learning_rate weight_decay adam_epsilon max_grad_norm warmup_steps"
+        require(self, finite, lambda number: 0 <= number < math.inf, "is not a finite number of at least 0")
+        require(self, "adam_beta1 adam_beta2", lambda beta: 0 <= beta < 1, "is not in [0, 1)")
         ratio, steps = self.warmup_ratio, self.warmup_steps
         refuse(not 0 <= ratio <= 1, f"warmup_ratio: {ratio} is not in [0, 1]; warmup_steps counts updates")
         broken = steps > 1 and steps != int(steps)

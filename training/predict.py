@@ -31,7 +31,6 @@ from pipeline.batch import ROW_MULTIPLE, collate
 from pipeline.store import ExampleStore
 from stages.rm import pair_scores
 from stages.rollouts import Prompt, ending_with, prompts_of, roll_out, seed_of
-from text.tokenizer import Tokenizer
 
 PREDICTIONS = "generated_predictions.jsonl"
 QUIET_SECONDS = 30.0  # between lines of progress where there is no terminal
@@ -47,9 +46,7 @@ class Predictor(Protocol):
 class TextPredictor:
     """Answers to the prompts of each evaluation set, in the order of its rows."""
 
-    def __init__(
-        self, sets, tokenizer: Tokenizer, template, options: GenerateOptions, *, seed, rows_per_batch, world
-    ):
+    def __init__(self, sets, tokenizer, template, options: GenerateOptions, *, seed, rows_per_batch, world):
         """sets: name -> ExampleStore of kind "prompt".  rows_per_batch: texts at a time, on each rank."""
         self.tokenizer, self.template = tokenizer, template
         self.options = ending_with(options, template, tokenizer)
@@ -132,10 +129,8 @@ class ScorePredictor:
             margins = sum(chosen - rejected for chosen, rejected in scores)
             measured[name] = {"accuracy": wins / len(scores), "rewards/margins": margins / len(scores)}
             named = {"dataset": name} if len(self.sets) > 1 else {}
-            rows += [
-                {"row": int(row), "chosen": chosen, "rejected": rejected, **named}
-                for row, (chosen, rejected) in zip(store.sources[:, 1], scores)
-            ]
+            for row, (chosen, rejected) in zip(store.sources[:, 1], scores):
+                rows.append({"row": int(row), "chosen": chosen, "rejected": rejected, **named})
         model.train(was_training)
         return join(measured, kind), rows
 

@@ -413,10 +413,9 @@ def choose_recomputation(model: Decoder, loader, config: Config, world: World) -
     need = memory.need(model, largest_row(loader, config, world), config[OptimOptions].optim, world.size)
     if options.compiles:  # compiled blocks drop what is cheap by themselves or not at all
         need = replace(need, selective=need.everything)
+        kind = {"backend": options.torch_compile_backend or "inductor", "mode": options.torch_compile_mode}
         for block in model.layers:
-            block.compile(
-                backend=options.torch_compile_backend or "inductor", mode=options.torch_compile_mode
-            )
+            block.compile(**kind)
     free, layers = memory.free_bytes(world.device), model.config.num_layers
     model.runtime.recompute, line = memory.plan(options.recomputation, need, layers, world.device, free)
     return line
