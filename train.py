@@ -140,12 +140,12 @@ def train(this: Run) -> int:
             # under fp16 an infinite gradient only means that the scaler skipped it and halves its scale
             health.watch(progress.step, [loss] if options.fp16 else [loss, norm], group)
             stop, asked = world.max_over_ranks(max(received, default=0), wants_checkpoint(output_dir, world))
-            log, look, save = options.what_is_due(progress.step, data.total_steps, data.steps_per_epoch)
-            if log or look or save or asked or stop:
+            log, evaluates, save = options.what_is_due(progress.step, data.total_steps, data.steps_per_epoch)
+            if log or evaluates or save or asked or stop:
                 health.check(this.scaler.get_scale())
             if log:
                 log_training(this, norm)
-            if look:
+            if evaluates:
                 evaluate_and_track(this)
             early = progress.out_of_patience(options.early_stopping_steps)
             if save or asked or stop or (early and options.save_strategy != "no"):
