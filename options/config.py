@@ -108,9 +108,6 @@ def load(
     return Config(*read_only, reader.notices())
 
 
-# Words and files -> settings
-
-
 @dataclass(frozen=True)
 class _Setting:
     key: str  # as it was written
@@ -201,9 +198,6 @@ def _settings(name: str, text: str) -> Iterator[_Setting]:
         refuse(wrong, f"{name} line {line}: expected a key such as lora_rank, found a {key.id}")
         with located(f"{name} line {line}: {key.value}"):
             yield _Setting(key.value.replace("-", "_"), node_value(value), name, line)
-
-
-# Settings -> typed values of known keys
 
 
 class _NotHere(UserError):
@@ -315,9 +309,6 @@ class _Reader:
         lines = [f"{what}: {those}" for what, those in lists.items() if those]
         twice = "is given more than once, the last counts"
         return (*lines, *(f"{key} {twice}: {last}" for key, last in self.repeated.items()))
-
-
-# Text for people, and files
 
 
 def _located(error: str, places: Mapping[str, str]) -> str:

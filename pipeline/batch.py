@@ -167,9 +167,6 @@ def collate(examples: Sequence[Example]) -> Batch:
     return Batch(**row, max_seqlen=int(lengths.max()), sources=sources, pairs=pairs, **beside)
 
 
-# Loaders
-
-
 @dataclass(kw_only=True)
 class Loader:
     """How examples become what is drawn, whether they are stored or streamed."""

@@ -48,9 +48,6 @@ from stages.metrics import ANSWER_METRICS, Metrics, by_kind, summed
 from stages.reference import Reference
 from stages.stage import Stage
 
-PairLoss = Literal[
-    "sigmoid", "robust", "hinge", "ipo", "exo_pair", "kto_pair", "bco_pair", "orpo", "simpo", "cpo"
-]
 WITHOUT_REFERENCE = ("orpo", "simpo", "cpo")
 AVERAGED = ("ipo", "orpo", "simpo")  # over the answer's tokens
 SMOOTHED = ("sigmoid", "robust", "exo_pair", "simpo", "cpo")  # these know dpo_label_smoothing
@@ -62,7 +59,9 @@ EXO_SMOOTHING = 1e-3  # with e = 0 the loss is infinite; trl's value
 class PreferenceOptions:
     STAGES = "dpo orpo kto"
 
-    pref_loss: PairLoss = option(
+    pref_loss: Literal[
+        "sigmoid", "robust", "hinge", "ipo", "exo_pair", "kto_pair", "bco_pair", "orpo", "simpo", "cpo"
+    ] = option(
         "sigmoid", "dpo: loss of a pair; orpo, simpo and cpo have no reference", also="dpo_loss", stages=PAIRS
     )
     pref_beta: float = option(

@@ -25,16 +25,15 @@ from model import Decoder
 from options.errors import UserError, refuse, require
 from options.option import option
 from parallel.world import World
-from pipeline.batch import IGNORED, ROW_MULTIPLE, Batch
+from pipeline.batch import IGNORED, Batch
 from stages.logprobs import batch_logprobs, in_eval_mode, segment_sums, spread
 from stages.metrics import Metrics, means_over_ranks, summed
 from stages.rewards import samples_of
-from stages.rollouts import Prompt, clipped_losses, completions_batch, roll_out, seed_of
+from stages.rollouts import Prompt, clipped_losses, seed_of
 from stages.stage import RolloutStage
 
 SCALE_EPS = 1e-4  # trl's: keeps a group of equal rewards at advantage 0
-# of Batch.per_segment; the others are of _measures
-NO_METRICS = ("labels", "tags", "reference", "advantages")
+NO_METRICS = ("labels", "tags", "reference", "advantages")  # of Batch.per_segment; others are of _measures
 
 
 @dataclass(frozen=True)
@@ -76,9 +75,7 @@ class GRPOOptions:
         text = "true, but beta is 0, so there is no KL; set beta, or drop the key"
         refuse(self.kl_in_reward and self.beta == 0, f"kl_in_reward: {text}")
         if self.loss_type == "rloo" and self.importance_sampling_level == "sequence":
-            already = (
-                "one ratio per answer already, that of the summed log-probabilities; drop one of the two"
-            )
+            already = "one ratio per answer already, of the summed log-probabilities; drop one of the two"
             raise UserError(f"importance_sampling_level: sequence, but loss_type=rloo has {already}")
 
     groups_per_rollout = 1
@@ -167,9 +164,6 @@ def loss_weight(options: GRPOOptions, answers: int, tokens: int, max_new_tokens:
     return answers * max_new_tokens if options.loss_type == "dr_grpo" else answers
 
 
-# The stage
-
-
 class GroupPolicy(RolloutStage):
     """Answers to prompts, sampled from the model, scored, and learnt from. Without a reference: no KL
     divergence anywhere (beta 0)."""
@@ -180,10 +174,8 @@ class GroupPolicy(RolloutStage):
         size = self.options.num_generations
         asked = [[prompt for prompt in each for _ in range(size)] for each in prompts]
         flat = [prompt for each in asked for prompt in each]
-        seeds = [
-            seed_of(self.seed, self.draws, each, number % size, size) for number, each in enumerate(flat)
-        ]
-        completions = self._write(model, flat, seeds, self.generation)
+        seeds = [seed_of(self.seed, self.draws, each, i % size, size) for i, each in enumerate(flat)]
+        completions = self.roll_out(model, flat, seeds)
         parts = self.reward.parts(samples_of(flat, completions)).double()  # (N, K)
         rewards = parts @ torch.tensor(self.reward.weights, dtype=torch.float64)  # (N,)
         measured = self._measures(completions, rewards, parts)
@@ -191,10 +183,10 @@ class GroupPolicy(RolloutStage):
         for each in asked:
             rows = slice(begin, begin + len(each))
             begin = rows.stop
-            batch = completions_batch(each, completions[rows])
+            batch = self.batch_of(each, completions[rows])
             if self.options.mask_truncated_completions:
                 batch = without_labels(batch, [text.finish_reason == "length" for text in completions[rows]])
-            batch = self._known(model, batch.rounded(ROW_MULTIPLE[self.world.device.type]))
+            batch = self._known(model, batch)
             batch.per_segment |= {name: values[rows] for name, values in measured.items()}
             batches.append(batch)
         if self.options.kl_in_reward:
@@ -205,9 +197,6 @@ class GroupPolicy(RolloutStage):
             batch.per_segment["advantages"] = values
         self.draws += 1  # not before: where the reward fails, the draw has not been
         return batches
-
-    def _write(self, model: Decoder, prompts: list[Prompt], seeds: list[int], options) -> list[Completion]:
-        return roll_out(model, prompts, seeds, options, stop_ids=self.stop_ids, tokenizer=self.tokenizer)
 
     def _measures(self, completions: list[Completion], rewards: Tensor, parts: Tensor) -> dict[str, Tensor]:
         """(N,) fp32 of every answer by metric; what is said of a group is said of each answer in it."""
@@ -238,9 +227,7 @@ class GroupPolicy(RolloutStage):
         advantages, scale = baseline(rewards), self.options.scale
         if scale == "none":
             return advantages
-        deviation = (
-            group_deviation(rewards) if scale == "group" else deviation_over_ranks(rewards, self.world)
-        )
+        deviation = group_deviation(rewards) if scale == "group" else deviation_of_all(rewards, self.world)
         return advantages / (deviation + SCALE_EPS)
 
     def weight(self, batch: Batch) -> float:
@@ -263,8 +250,7 @@ class GroupPolicy(RolloutStage):
         """One answer to each prompt, the likeliest tokens: its reward, and whether it is the row's own answer
         (exact_match, of the rows that have one; 0 where none has)."""
         asked = [prompt for each in prompts for prompt in each]
-        greedy = replace(self.generation, do_sample=False)
-        samples = samples_of(asked, self._write(model, asked, [0] * len(asked), greedy))
+        samples = samples_of(asked, self.roll_out(model, asked, [0] * len(asked), do_sample=False))
         columns = [
             self.reward.scores(samples).tolist(),
             [same_answer(each.completion, each.answer) for each in samples if each.answer is not None],
@@ -276,7 +262,7 @@ class GroupPolicy(RolloutStage):
 
 
 def without_labels(batch: Batch, left_out: list[bool]) -> Batch:
-    """The same batch (before it is rounded), on the host, with nothing to learn from these segments."""
+    """The same batch, on the host, with nothing to learn from these segments."""
     labels, counts, borders = batch.labels.clone(), batch.label_counts.clone(), batch.borders
     for segment, out in enumerate(left_out):
         if out:
@@ -286,7 +272,7 @@ def without_labels(batch: Batch, left_out: list[bool]) -> Batch:
     return replace(batch, labels=labels, label_rows=rows, per_segment=batch.per_segment | {"labels": counts})
 
 
-def deviation_over_ranks(rewards: Tensor, world: World) -> Tensor:
+def deviation_of_all(rewards: Tensor, world: World) -> Tensor:
     """Unbiased standard deviation of the rewards (P, G) fp64 of all ranks, () on the host."""
     first = torch.tensor([rewards.numel(), rewards.sum().item()], dtype=torch.float64, device=world.device)
     count, total = world.sum(first).tolist()

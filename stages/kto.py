@@ -80,9 +80,6 @@ def bco_loss(rewards: Tensor, good: Tensor, baseline: Tensor) -> Tensor:
     return -F.logsigmoid(torch.where(good, rewards - baseline, baseline - rewards))
 
 
-# Questions with the answers of other rows
-
-
 class MismatchedStore(ExampleStore):
     """The examples of a store, each `mismatched` with the next one; the last with the first."""
 

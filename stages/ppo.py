@@ -22,9 +22,8 @@ the settings of the run (or a checkpoint from before that draw), makes exactly t
 texts would be rolled out now.
 """
 
-import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,16 +31,15 @@ import torch
 from torch import Tensor
 
 from checkpoints.safetensors_files import read_plain
-from generation.generate import Completion
 from model import Decoder
 from options.errors import StopRun, UserError, refuse, require
 from options.option import RESUMABLE, option
 from parallel.world import World
-from pipeline.batch import ROW_MULTIPLE, Batch
+from pipeline.batch import Batch
 from stages.logprobs import batch_logprobs, in_eval_mode, label_logprobs, label_states, segment_sums, spread
 from stages.metrics import Metrics, means_over_ranks, summed
 from stages.rewards import samples_of
-from stages.rollouts import Prompt, clipped_losses, completions_batch, roll_out, seed_of
+from stages.rollouts import Prompt, clipped_losses, seed_of
 from stages.stage import RolloutStage
 
 EVALUATION = 0  # number of the draw whose seeds evaluations use; training counts from 1
@@ -73,9 +71,8 @@ class PPOOptions:
         require(self, "ppo_buffer_size ppo_epochs", lambda value: value >= 1, "must be at least 1")
         above_zero = "ppo_target horizon cliprange cliprange_value ratio_threshold"
         require(self, above_zero, lambda value: value > 0, "must be above 0")
-        require(
-            self, "init_kl_coef vf_coef ppo_value_warmup", lambda value: value >= 0, "must not be negative"
-        )
+        not_below = "init_kl_coef vf_coef ppo_value_warmup"
+        require(self, not_below, lambda value: value >= 0, "must not be negative")
         require(self, "gamma lam", lambda value: 0 <= value <= 1, "is not between 0 and 1")
 
     @property
@@ -173,9 +170,6 @@ class RunningMoments:
         return math.sqrt(self.variance * self.count / (self.count - 1)) if self.count > 1.5 else 1.0
 
 
-# The stage
-
-
 class PPO(RolloutStage):
     evaluation_names = ("reward", "kl", "completions/mean_length", "completions/clipped_ratio")
     has_value_head = True
@@ -189,8 +183,6 @@ class PPO(RolloutStage):
         self.kl_coef = options.init_kl_coef  # that the drawn texts were rewarded with
         missing = self.replay is not None and not Path(self.replay).is_file()
         refuse(missing, f"ppo_replay: {self.replay}: file not found; ppo_save_draws=true writes such files")
-
-    # What the loop asks for
 
     def weight(self, batch: Batch) -> int:
         return batch.label_rows.shape[0]
@@ -212,12 +204,8 @@ class PPO(RolloutStage):
         value = value_loss(values, known["values"], known["returns"], options.cliprange_value) * kept_tokens
         loss = options.vf_coef * value.sum() + policy.sum() * (0.0 if warming else 1.0)
         with torch.no_grad():
-            by_token = {
-                "policy_loss": policy,
-                "value_loss": value,
-                "values": values,
-                "returns": known["returns"],
-            }
+            by_token = {"policy_loss": policy, "value_loss": value, "values": values}
+            by_token["returns"] = known["returns"]
             by_token["clip_ratio"] = (log_ratio.exp() - 1).abs() > options.cliprange
             by_token["value_clip_ratio"] = (values - known["values"]).abs() > options.cliprange_value
             by_token["approx_kl"] = 0.5 * log_ratio.square()
@@ -244,7 +232,7 @@ class PPO(RolloutStage):
         completions, scores = self._texts(model, prompts, EVALUATION)
         kl = torch.zeros((), dtype=torch.float64)
         for each in zip(prompts, completions):
-            batch = self._batch(*each).to(world.device)
+            batch = self.batch_of(*each).to(world.device)
             reference = self.reference.logprobs(model, batch, self.temperature)
             kl += (batch_logprobs(model, batch, self.temperature) - reference).double().sum().cpu()
         texts = [text for each in completions for text in each]
@@ -253,8 +241,6 @@ class PPO(RolloutStage):
         columns = (scores.double(), kl, lengths, cut)
         sums = summed(dict(zip(self.evaluation_names, columns)), len(texts))
         return means_over_ranks({name: pair.to(world.device) for name, pair in sums.items()}, world)
-
-    # A draw
 
     @torch.no_grad()
     def write_texts(self, model: Decoder, prompts: list[list[Prompt]]) -> list[Batch]:
@@ -267,14 +253,14 @@ class PPO(RolloutStage):
         self.kl_coef = self.controller.value
         completions, scores = self._texts(model, prompts, number)
         self.draws = number  # not before: where the reward fails, the draw has not been
-        batches = [self._batch(*each) for each in zip(prompts, completions)]
+        batches = [self.batch_of(*each) for each in zip(prompts, completions)]
         with in_eval_mode(model):
             noted = [self._note(model, batch.to(self.world.device)) for batch in batches]
         texts = [text for each in completions for text in each]
+        counts, cut = [len(text.ids) for text in texts], [text.finish_reason == "length" for text in texts]
         flat = {name: torch.cat([each[name] for each in noted]) for name in noted[0]}
-        flat |= self._taught(flat, [len(text.ids) for text in texts], scores)
-        flat["cut"] = _at_the_ends([float(text.finish_reason == "length") for text in texts], texts)
-        flat["score"] = _at_the_ends(scores, texts)
+        flat |= self._taught(flat, counts, scores)
+        flat |= {"cut": _at_the_ends(torch.tensor(cut), counts), "score": _at_the_ends(scores, counts)}
         parts = zip(*(values.split([len(batch.label_rows) for batch in batches]) for values in flat.values()))
         self.drawn = [replace(batch, per_label=dict(zip(flat, part))) for batch, part in zip(batches, parts)]
         if self.options.ppo_save_draws:
@@ -302,15 +288,11 @@ class PPO(RolloutStage):
             raise UserError(f"ppo_replay: {path} holds no draw of this version; {remedy}")
         self.restore(state)
 
-    def _batch(self, prompts: list[Prompt], completions: list[Completion]) -> Batch:
-        return completions_batch(prompts, completions).rounded(ROW_MULTIPLE[self.world.device.type])
-
     def _texts(self, model: Decoder, prompts: list[list[Prompt]], draw: int) -> tuple[list, Tensor]:
         """The Completions to each micro-batch's prompts, and the score of each text in that order."""
         flat = [prompt for each in prompts for prompt in each]
         seeds = [seed_of(self.seed, draw, prompt) for prompt in flat]
-        common = {"stop_ids": self.stop_ids, "tokenizer": self.tokenizer}
-        texts = roll_out(model, flat, seeds, self.generation, **common)
+        texts = self.roll_out(model, flat, seeds)
         scores, remaining = self.reward.scores(samples_of(flat, texts)), iter(texts)
         return [[next(remaining) for _ in each] for each in prompts], scores
 
@@ -354,10 +336,8 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return torch.cat([torch.zeros(0, dtype=torch.float64), *parts])
 
 
-def _at_the_ends(numbers: Iterable[float], texts: list[Completion]) -> Tensor:
-    """(n,) fp32: zeros, but for the last token of each text."""
-    values = torch.zeros(sum(len(text.ids) for text in texts))
-    ends = itertools.accumulate(len(text.ids) for text in texts)
-    for end, number in zip(ends, numbers):
-        values[end - 1] = number
+def _at_the_ends(numbers: Tensor, counts: list[int]) -> Tensor:
+    """numbers (N,) of texts -> (n,) fp32 of their tokens: zeros, but for the last token of each text."""
+    values, ends = torch.zeros(sum(counts)), torch.tensor(counts, dtype=torch.int64).cumsum(0)
+    values[ends - 1] = numbers.float()
     return values

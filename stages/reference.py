@@ -75,9 +75,6 @@ class Reference:
         return answer_sums(self.logprobs(model, batch), batch, self.ld_alpha)
 
 
-# Which policy
-
-
 def start_policy(model: Decoder, live: bool) -> Decoder | None:
     """The reference of a run that names none, given the model with the weights it starts from; see Reference.
 
@@ -94,9 +91,6 @@ def frozen_copy(model: Decoder) -> Decoder:
     fixed = itertools.chain((p for p in model.parameters() if not p.requires_grad), model.buffers())
     copied = copy.deepcopy(model, {id(tensor): tensor for tensor in fixed})
     return copied.eval().requires_grad_(False)
-
-
-# Before training
 
 
 @torch.no_grad()
@@ -120,10 +114,10 @@ def precompute(
     for name, store in stores.items():
         if world.is_main:
             key["data"] = store_key(store)
-        hashed = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest()
-        path = cache / f"{hashed}.safetensors"
+        words = json.dumps(key, sort_keys=True)
+        path = cache / f"{hashlib.blake2b(words.encode(), digest_size=16).hexdigest()}.safetensors"
         with _alone(path) if world.is_main else nullcontext():
-            values = None if afresh or not world.is_main else _read(path, key, store)
+            values = None if afresh or not world.is_main else _read(path, words, store)
             if world.any(values is not None):  # on rank 0: the others may not see its disk
                 done = f"read from {path}"
                 values = torch.zeros(*_shape(store)) if values is None else values
@@ -132,7 +126,8 @@ def precompute(
                 started = time.monotonic()
                 values = _compute(reference, model, store, rows_per_batch, world, name)
                 if world.is_main:
-                    _write(path, key, values)
+                    with atomic_file(path) as temporary:
+                        write_tensors(temporary, {TENSOR: values}, {"key": words})
                 done = f"computed in {time.monotonic() - started:.1f} s, kept in {path}"
         world.print(f"reference log-probabilities of {len(store)} examples ({name}): {done}")
         store.reference = values.numpy()
@@ -166,9 +161,6 @@ def _compute(
     return values
 
 
-# On disk
-
-
 def weights_key(model: Decoder, adapters: bool) -> str:
     """A hash of everything that decides what a model computes; adapters: whether they take part."""
     digest = hashlib.blake2b(repr((model.config, model.runtime.compute_dtype)).encode(), digest_size=16)
@@ -200,22 +192,17 @@ def _alone(path: Path):
         raise UserError(f"cache_dir: {why}; name another") from error
 
 
-def _read(path: Path, key: dict, store: ExampleStore) -> Tensor | None:
+def _read(path: Path, key: str, store: ExampleStore) -> Tensor | None:
     """_shape(store) from the cache, None where it has nothing; says what is wrong with a file."""
     if not path.is_file():
         return None
     try:
         with safe_open(path, "pt") as file:
             found, values = file.metadata(), file.get_tensor(TENSOR)
-        if (found or {}).get("key") == json.dumps(key, sort_keys=True) and values.shape == _shape(store):
+        if (found or {}).get("key") == key and values.shape == _shape(store):
             return values
         problem = "is of another model or other data"
     except SafetensorError as error:
         problem = f"is damaged ({error})"
     print(f"cache: {path} {problem}; the reference log-probabilities are computed again")
     return None
-
-
-def _write(path: Path, key: dict, values: Tensor) -> None:
-    with atomic_file(path) as temporary:
-        write_tensors(temporary, {TENSOR: values}, {"key": json.dumps(key, sort_keys=True)})

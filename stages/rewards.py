@@ -45,7 +45,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from checkpoints.peft import ADAPTER_PARTS, AdapterFile, adapted_linear, read_adapter, whole_parameter
+from checkpoints.peft import ADAPTER_PARTS, adapted_linear, read_adapter, whole_parameter
 from checkpoints.value_head import ValueHead, has_value_head, load_value_head
 from generation.generate import Completion
 from lora import full_modules, lora_layers, replace_module
@@ -274,11 +274,13 @@ class AdapterReward(RewardSource):
         refuse(whole, f"reward_model_type: {found}; {remedy}")
         self.policy, self.head = policy, _read_head(policy, [Path(folder)])
         file = read_adapter(folder, policy.config)
-        self.whole = list(_whole_tensors(policy, file))
-        own = lora_layers(policy)
-        self.layers: dict[str, torch.nn.Module] = {name: layer.base for name, layer in own.items()}
+        self.whole = []  # (the policy's parameter, what the adapter has in its place) of what trained in full
+        self.layers = {name: layer.base for name, layer in lora_layers(policy).items()}
         with _replaced(policy, self.layers):
             for module, parts in file.modules.items():
+                for part in parts.keys() - ADAPTER_PARTS:
+                    own = whole_parameter(policy, f"{module}.{part}", parts[part], file)
+                    self.whole.append((own, parts[part].to(own.device, own.dtype, copy=True)))
                 if parts.keys() & ADAPTER_PARTS:
                     layer = adapted_linear(policy, module, file, torch.float32, 0.0)
                     base = layer.base
@@ -361,14 +363,6 @@ def _read_head(model: Decoder, folders: Sequence[Path]) -> ValueHead:
     head = ValueHead(model.config.hidden_size, model.embed_tokens.weight.device, generator)
     load_value_head(head, found)
     return head.requires_grad_(False)
-
-
-def _whole_tensors(model: Decoder, file: AdapterFile) -> Iterator[tuple[torch.nn.Parameter, Tensor]]:
-    """(the model's parameter, what the adapter has in its place) of the modules that were trained in full."""
-    for module, parts in file.modules.items():
-        for part in parts.keys() - ADAPTER_PARTS:
-            parameter = whole_parameter(model, f"{module}.{part}", parts[part], file)
-            yield parameter, parts[part].to(parameter.device, parameter.dtype, copy=True)
 
 
 @contextmanager

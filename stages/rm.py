@@ -103,16 +103,14 @@ class RewardModel(Stage):
 def pair_scores(model: Decoder, batch: Batch) -> tuple[list[float], list[float]]:
     """Scores of the chosen and of the rejected answers of a batch. The model's mode stays."""
     values = model.v_head(hidden_states(model, batch))
-    chosen, rejected = values[answer_ends(batch) - 1].view(2, batch.pairs).tolist()
-    return chosen, rejected
+    return tuple(values[answer_ends(batch) - 1].view(2, batch.pairs).tolist())
 
 
 @torch.no_grad()
 def score_texts(model: Decoder, texts: Sequence[Sequence[int]], most_tokens: int = SCORE_TOKENS) -> Tensor:
     """(n,) fp32 on the CPU: the value at the last token of each text. The model's mode and what trains stay.
 
-    texts: token ids up to the end of the answer, at least one each; what lies beside one changes nothing.
-    """
+    texts: token ids up to the end of the answer, at least one each; none depends on the others."""
     if model.v_head is None:
         raise ValueError("the model has no value head, so it gives no scores (checkpoints/value_head.py)")
     device, scores = model.embed_tokens.weight.device, torch.empty(len(texts))

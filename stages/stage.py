@@ -6,14 +6,16 @@ micro-batches and all ranks, so batch 8, 8 x 1 accumulated and 2 ranks x 1 x 4 g
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from torch import Tensor
 
+from generation.generate import Completion
 from model import Decoder
 from parallel.world import World
-from pipeline.batch import Batch
+from pipeline.batch import ROW_MULTIPLE, Batch
 from stages.metrics import Metrics, means_over_ranks, summed
-from stages.rollouts import Prompt
+from stages.rollouts import Prompt, completions_batch, roll_out
 
 
 class Stage:
@@ -62,8 +64,7 @@ class Stage:
 
 class RolloutStage(Stage):
     """What PPO and GRPO add: prompts are drawn, and options.updates_per_rollout updates made of the texts
-    that the model wrote to them; between these a checkpoint holds the texts with all that is known of
-    them."""
+    that the model writes to them; a checkpoint in between holds the texts and all that is known of them."""
 
     uses_dropout = False  # texts are written, and old log-probabilities taken, without it
     group_size: int | None = None  # micro-batches of an update; None: all that were drawn
@@ -74,14 +75,21 @@ class RolloutStage(Stage):
         self.options, self.generation, self.reward = options, generation, reward
         self.tokenizer, self.stop_ids, self.reference = tokenizer, tuple(stop_ids), reference
         self.seed, self.world = seed, world
-        # of writing, so of learning
-        self.temperature = generation.temperature if generation.do_sample else 1.0
+        self.temperature = generation.temperature if generation.do_sample else 1.0  # of learning too
         self.draws = 0  # rolled out so far
         self.drawn: list[Batch] = []  # micro-batches of the rollout that updates are being made of
 
     def write_texts(self, model: Decoder, prompts: list[list[Prompt]]) -> list[Batch]:
         """Each micro-batch of prompts as one of texts with all that the updates need, on the host."""
         raise NotImplementedError
+
+    def roll_out(self, model: Decoder, prompts: list[Prompt], seeds: list[int], **changes):
+        """-> list[Completion], see rollouts.roll_out; changes: to the GenerateOptions."""
+        how = {"stop_ids": self.stop_ids, "tokenizer": self.tokenizer}
+        return roll_out(model, prompts, seeds, replace(self.generation, **changes), **how)
+
+    def batch_of(self, prompts: list[Prompt], completions: list[Completion]) -> Batch:
+        return completions_batch(prompts, completions).rounded(ROW_MULTIPLE[self.world.device.type])
 
     def groups(self, model: Decoder, drawn: list[list[Prompt]], first: int) -> Iterator[list[Batch]]:
         if first == 0:  # else `restore` has brought it back

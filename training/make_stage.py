@@ -1,8 +1,6 @@
-"""What a run learns: its stage, with the reference policy and the reward that the stage needs, built from
-options.
+"""What a run learns: its stage, with the reference policy and the reward that it needs, built from options.
 
-A stage learns of the reference and of the reward only what its constructor takes; which one they are is
-chosen here.
+Of these a stage knows only what its constructor takes; which ones they are is chosen here.
 """
 
 from collections.abc import Iterable
@@ -18,7 +16,7 @@ from generation.sampling import GenerateOptions
 from lora import LoraOptions
 from model import Decoder
 from options.config import Config
-from options.errors import UserError, located
+from options.errors import UserError, located, refuse
 from parallel.world import World
 from pipeline.store import ExampleStore
 from quant import QuantOptions
@@ -40,12 +38,11 @@ from training.options import TrainOptions
 def notices(config: Config) -> list[str]:
     """What a user should know of the options before the run begins: which were given, differ from their
     default, and do nothing in this stage."""
-    stage, unused = config[TrainOptions].stage, []
-    for name, option in config.options.items():
-        idle = option.does_nothing(stage)
-        idle |= name == "simpo_gamma" and config[PreferenceOptions].pref_loss != "simpo"
-        if idle and config.values[name] != option.default:
-            unused.append(name)
+    stage = config[TrainOptions].stage
+    idle = {name for name, option in config.options.items() if option.does_nothing(stage)}
+    idle |= {"simpo_gamma"} if config[PreferenceOptions].pref_loss != "simpo" else set()
+    changed = [name for name, option in config.options.items() if config.values[name] != option.default]
+    unused = [name for name in changed if name in idle]
     return [f"stage {stage} does not use {', '.join(unused)}"] if unused else []
 
 
@@ -64,10 +61,8 @@ def folders_beside(config: Config) -> dict[str, list[Path]]:
         bits = f"{key}_quantization_bit"
         quant.in_bits(config.values[bits], config[QuantOptions], bits)
         named |= {key: (config.values[key],), f"{key}_adapters": config.values[f"{key}_adapters"]}
-    return {
-        key: [resolve_folder(key, name, "main", config[ModelOptions]) for name in names]
-        for key, names in named.items()
-    }
+    options = config[ModelOptions]
+    return {key: [resolve_folder(key, each, "main", options) for each in named[key]] for key in named}
 
 
 def rollout_sizes(config: Config) -> tuple[int, int]:
@@ -80,20 +75,10 @@ def rollout_sizes(config: Config) -> tuple[int, int]:
 
 
 def make_stage(
-    config: Config,
-    model: Decoder,
-    tokenizer: Tokenizer,
-    template,
-    prepared: Prepared,
-    world: World,
-    *,
-    reward: RewardSource | None = None,
+    config: Config, model: Decoder, tokenizer, template, prepared: Prepared, world: World, *, reward=None
 ) -> Stage:
     """The stage that the options ask for. The model holds the weights that the run starts from, even if it
-    resumes.
-
-    reward: what make_reward_ahead gave.
-    """
+    resumes. reward: what make_reward_ahead gave."""
     run = config[TrainOptions]
     if run.only_predicts:
         return Stage()  # no loss is asked for, so no reference, no reward
@@ -130,12 +115,11 @@ def how_to_write(options: GenerateOptions, tokenizer: Tokenizer, template, world
     """
     neutral = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
     found = {key: getattr(options, key) for key in neutral}
-    bent = [f"{key}={value}" for key, value in found.items() if value != neutral[key]]
+    bent = ", ".join(f"{key}={value}" for key, value in found.items() if value != neutral[key])
+    remedy = " ".join(f"{key}={value:g}" for key, value in neutral.items())
     if bent:
-        world.print(
-            f"note: texts are sampled with {', '.join(bent)}, which the probabilities of the loss leave out; "
-            "for exact policy gradients set " + " ".join(f"{key}={value:g}" for key, value in neutral.items())
-        )
+        note = f"note: texts are sampled with {bent}, which the probabilities of the loss leave out"
+        world.print(f"{note}; for exact policy gradients set {remedy}")
     return ending_with(options, template, tokenizer)
 
 
@@ -145,12 +129,12 @@ def make_reference(
     tokenizer: Tokenizer,
     prepared: Prepared | None,
     world: World,
-    ld_alpha: float | None = None,
+    ld_alpha=None,
 ) -> Reference:
     """The policy that training is held to, given the model with the weights it starts from.
 
-    prepared: the texts that it is asked for, if they are known ahead; None: the model writes them (ppo,
-    grpo). ld_alpha: as in logprobs.answer_sums.
+    prepared: the texts it is asked for, if known ahead; None: the model writes them (ppo, grpo).
+    ld_alpha: as in logprobs.answer_sums.
     """
     run = config[TrainOptions]
     live = prepared is None or not computes_ahead(config, prepared, world)
@@ -215,16 +199,14 @@ def make_reward(config: Config, model: Decoder, tokenizer: Tokenizer) -> RewardS
         second, (folder, *adapters) = second_model(config, "reward_model", model, tokenizer, otherwise)
         return ModelReward(second, [*reversed(adapters), folder])
     (folder,) = folders_beside(config)["reward_model"]
-    if not is_adapter(folder):
-        raise UserError(f"reward_model: {folder} is no adapter, as lora needs; set reward_model_type=full")
+    text = f"reward_model: {folder} is no adapter, as lora needs; set reward_model_type=full"
+    refuse(not is_adapter(folder), text)
     if (folder / "tokenizer.json").is_file():
         refuse_other_tokenizer("reward_model", folder, tokenizer)
     merged = config[ModelOptions].adapter_name_or_path
     merged = merged if config[LoraOptions].create_new_adapter else merged[:-1]
-    remedy = (
-        "start this run from the same ones with create_new_adapter=true, or set reward_model_type=full "
-        f"reward_model=BASE reward_model_adapters=THEM,{folder}"
-    )
+    apart = f"reward_model_type=full reward_model=BASE reward_model_adapters=THEM,{folder}"
+    remedy = f"start this run from the same ones with create_new_adapter=true, or set {apart}"
     refuse_other_base("reward_model", folder, merged, remedy)
     return AdapterReward(model, folder)
 
@@ -232,15 +214,12 @@ def make_reward(config: Config, model: Decoder, tokenizer: Tokenizer) -> RewardS
 def second_model(
     config: Config, key: str, model: Decoder, tokenizer: Tokenizer, otherwise: str
 ) -> tuple[Decoder, list[Path]]:
-    """The frozen model that option `key` names, beside the one that trains: with `key`_adapters on it,
-    quantised to `key`_quantization_bit (none or 0 = as the files have it), in the same compute dtype and on
-    the same device. With it the folders that it was made of. otherwise: what else to do with an adapter in
-    its place."""
+    """The frozen model that option `key` names, and the folders it was made of: with `key`_adapters on it,
+    quantised to `key`_quantization_bit (none or 0 = as the files have it), in the compute dtype and on the
+    device of the model that trains. otherwise: what else to do with an adapter in its place."""
     (folder,), adapters = (folders_beside(config)[name] for name in (key, f"{key}_adapters"))
-    if is_adapter(folder):
-        raise UserError(
-            f"{key}: {folder} is an adapter; {otherwise}, or set {key}=BASE {key}_adapters={folder}"
-        )
+    remedy = f"{otherwise}, or set {key}=BASE {key}_adapters={folder}"
+    refuse(is_adapter(folder), f"{key}: {folder} is an adapter; {remedy}")
     refuse_other_tokenizer(key, folder, tokenizer)
     for number, adapter in enumerate(adapters):
         refuse_other_base(f"{key}_adapters", adapter, adapters[:number], "name them in front of it")
@@ -258,15 +237,14 @@ def second_model(
 
 def refuse_other_base(key: str, adapter: Path, merged: Iterable[str], remedy: str) -> None:
     """UserError unless the adapter was trained on top of just these adapters, as far as its folder tells."""
-    if not (adapter / ADAPTER_CONFIG).is_file():
-        raise UserError(f"{key}: {adapter} holds no adapter ({ADAPTER_CONFIG}); name the folder of one")
+    missing = not (adapter / ADAPTER_CONFIG).is_file()
+    refuse(missing, f"{key}: {adapter} holds no adapter ({ADAPTER_CONFIG}); name the folder of one")
     both = adapters_below(read_run(adapter)), merged
     below, here = ([Path(name).expanduser().resolve() for name in names] for names in both)
     if below != here and (adapter / RUN_CONFIG).is_file():
         on, found = ("+".join(map(str, each)) or "no other adapter" for each in (below, here))
-        raise UserError(
-            f"{key}: {adapter} was trained on the base with {on}, here it would lie on {found}; {remedy}"
-        )
+        where = f"{adapter} was trained on the base with {on}, here it would lie on {found}"
+        raise UserError(f"{key}: {where}; {remedy}")
 
 
 def refuse_other_tokenizer(key: str, folder: Path, tokenizer: Tokenizer) -> None:
@@ -275,7 +253,6 @@ def refuse_other_tokenizer(key: str, folder: Path, tokenizer: Tokenizer) -> None
     if mine == theirs:
         return
     differing = next(token for token in mine.keys() | theirs.keys() if mine.get(token) != theirs.get(token))
-    raise UserError(
-        f"{key}: {folder} has another tokenizer: token {differing!r} is {theirs.get(differing)} there and "
-        f"{mine.get(differing)} in the trained model; both see the same ids, so take one of the same family"
-    )
+    found = f"{theirs.get(differing)} there and {mine.get(differing)} in the trained model"
+    remedy = "both see the same ids, so take one of the same family"
+    raise UserError(f"{key}: {folder} has another tokenizer: token {differing!r} is {found}; {remedy}")

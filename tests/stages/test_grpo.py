@@ -3,6 +3,7 @@
 import json
 import math
 from collections import defaultdict
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,7 +22,7 @@ from pipeline.batch import Example, collate
 from stages.grpo import (
     GroupPolicy,
     GRPOOptions,
-    deviation_over_ranks,
+    deviation_of_all,
     group_deviation,
     k3_divergence,
     leave_one_out,
@@ -303,8 +304,9 @@ class ByLength(RewardSource):
 class Written(GroupPolicy):
     """Its answers are random tokens of given lengths; it keeps how they would have been sampled."""
 
-    def _write(self, model, prompts, seeds, options):
-        self.seeds, self.sampled = [*getattr(self, "seeds", []), *seeds], options
+    def roll_out(self, model, prompts, seeds, **changes):
+        self.seeds = [*getattr(self, "seeds", []), *seeds]
+        self.sampled = replace(self.generation, **changes)
         generator = torch.Generator().manual_seed(7)
         lengths = [1, 4, 7, 2, 2, 2, 6, 3, 5][: len(prompts)]
         return [
@@ -464,7 +466,7 @@ def test_batch_deviation_goes_over_ranks():
     everything = torch.cat([mine.flatten(), other.flatten()])
     answers = iter([torch.tensor([8.0, other.sum()]).double(), ((other - everything.mean()) ** 2).sum()])
     world = SimpleNamespace(device="cpu", sum=lambda tensor: tensor + next(answers))
-    torch.testing.assert_close(deviation_over_ranks(mine, world), everything.std())
+    torch.testing.assert_close(deviation_of_all(mine, world), everything.std())
 
 
 def test_truncated_answers_teach_nothing(tiny):

@@ -17,6 +17,7 @@ from lora import LoraOptions, lora_off
 from parallel.world import World
 from pipeline.batch import collate
 from stages import ppo
+from stages import stage as stage_module
 from stages.ppo import PPO, KLController, PPOOptions, RunningMoments
 from stages.reference import Reference
 from stages.rewards import RewardSource
@@ -218,7 +219,7 @@ def test_a_draw_has_the_advantages_and_returns_of_trl(tiny, options):
         scores = torch.randn(4, generator=generator)
         seen.append(scores.double())
         flat = {name: torch.cat([text[name] for text in noted]) for name in noted[0]}
-        found = stage._taught(flat, counts, scores) | {"score": ppo._at_the_ends(scores, completions)}
+        found = stage._taught(flat, counts, scores) | {"score": ppo._at_the_ends(scores, counts)}
         expected = seen[-1]
         if options.get("ppo_score_norm"):
             everything = torch.cat(seen)
@@ -300,7 +301,7 @@ def test_what_is_noted_of_a_draw_is_of_the_sampling_temperature_and_of_the_state
         logprobs, values = whole_logprobs(model, batch)
         with lora_off(model):
             reference, _ = whole_logprobs(model, batch)
-        noted = stage._note(model, stage._batch(prompts, completions))
+        noted = stage._note(model, stage.batch_of(prompts, completions))
     assert len(noted["values"]) == sum(len(completion.ids) for completion in completions)
     for name, expected in (("logprobs", logprobs), ("values", values), ("kl", logprobs - reference)):
         torch.testing.assert_close(noted[name], expected, rtol=1e-4, atol=1e-5, msg=name)
@@ -320,7 +321,7 @@ def written(monkeypatch):
         seeds_of_calls.append(tuple(seeds))
         return make_texts()[1]
 
-    monkeypatch.setattr(ppo, "roll_out", write)
+    monkeypatch.setattr(stage_module, "roll_out", write)
     return seeds_of_calls
 
 
