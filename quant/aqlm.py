@@ -1,5 +1,4 @@
-"""AQLM checkpoints: every group of weights is a sum of codebook vectors.  Egiazarian et al., arXiv
-2401.06118.
+"""AQLM checkpoints: groups of weights are sums of codebook vectors.  Egiazarian et al., arXiv 2401.06118.
 
 w[output group, input group] = scale[output group] * sum over codebooks c of codebook[c, code[c]], where a
 vector has out_group_size x in_group_size (1 x 8 as a rule) numbers. In a file codes (out / og, in / ig,
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from options.errors import UserError
-from quant.linear import Format, QuantLinear, refuse_others, row_chunks, take, take_finite
+from quant.linear import FLOATS, Format, QuantLinear, refuse_others, row_chunks, take
 
 
 @dataclass(frozen=True)
@@ -32,32 +31,26 @@ class AQLMFormat(Format):
     def __post_init__(self):
         if not 1 <= self.code_bits <= 16:
             raise UserError(f"nbits_per_codebook: {self.code_bits} is not from 1 to 16")
-        sizes = {
-            "num_codebooks": self.codebooks,
-            "in_group_size": self.in_group,
-            "out_group_size": self.out_group,
-        }
-        for key, value in sizes.items():
-            if value < 1:
-                raise UserError(f"{key}: {value} is not at least 1")
+        for key in ("num_codebooks", "in_group_size", "out_group_size"):
+            if self.config()[key] < 1:
+                raise UserError(f"{key}: {self.config()[key]} is not at least 1")
 
     def read(self, tensors, shape, bias, dtype) -> "AQLMLinear":
-        outputs, inputs = shape
+        (outputs, inputs), bits = shape, self.code_bits
         refuse_others(tensors, ("codes", "codebooks", "scales"))
         if outputs % self.out_group or inputs % self.in_group:
             vector = f"{self.out_group} x {self.in_group}"
             raise UserError(f"codes: {outputs} x {inputs} weights do not divide into vectors of {vector}")
         shape = (outputs // self.out_group, inputs // self.in_group, self.codebooks)
-        codes = take(tensors, "codes", shape, [torch.int8 if self.code_bits <= 8 else torch.int16])
-        vectors = (self.codebooks, 2**self.code_bits, self.out_group, self.in_group)
-        books = take_finite(tensors, "codebooks", vectors)
-        scales = take_finite(tensors, "scales", (shape[0], 1, 1, 1))
+        codes = take(tensors, "codes", shape, torch.int8 if bits <= 8 else torch.int16)
+        vectors = (self.codebooks, 2**bits, self.out_group, self.in_group)
+        books = take(tensors, "codebooks", vectors, *FLOATS)
+        scales = take(tensors, "scales", (shape[0], 1, 1, 1), *FLOATS)
         low, high = int(codes.min()), int(codes.max())
-        if low < -(2 ** (self.code_bits - 1)) or high >= 2**self.code_bits:
-            raise UserError(
-                f"codes holds {low} to {high}, more than the {self.code_bits} bits of config.json"
-            )
-        return AQLMLinear(self, codes.clone(), books.clone(), scales.clone(), bias, dtype)
+        if low < -(2 ** (bits - 1)) or high >= 2**bits:
+            raise UserError(f"codes holds {low} to {high}, more than the {bits} bits of config.json")
+        found = {"codes": codes.clone(), "codebooks": books.clone(), "scales": scales.clone()}
+        return AQLMLinear(self, (outputs, inputs), bias, dtype, **found)
 
     def config(self) -> dict:
         return {
@@ -74,15 +67,7 @@ class AQLMFormat(Format):
 
 
 class AQLMLinear(QuantLinear):
-    """codes (out / og, in / ig, codebooks) int8 or int16; codebooks (codebooks, 2^bits, og, ig); scales (out
-    / og, 1, 1, 1)."""
-
-    def __init__(self, format: AQLMFormat, codes: Tensor, codebooks: Tensor, scales: Tensor, bias, dtype):
-        outputs, inputs = codes.shape[0] * format.out_group, codes.shape[1] * format.in_group
-        super().__init__(outputs, inputs, bias, dtype)
-        self.format = format
-        for name, buffer in {"codes": codes, "codebooks": codebooks, "scales": scales}.items():
-            self.register_buffer(name, buffer)
+    """Its buffers are a file's tensors, codes, codebooks and scales, in the shapes of this page's head."""
 
     def fill(self, out: Tensor) -> None:
         count, size, *vector = self.codebooks.shape
@@ -90,18 +75,14 @@ class AQLMLinear(QuantLinear):
         first = torch.arange(0, count * size, size, dtype=torch.int32, device=out.device)  # of every codebook
         grouped = out.view(-1, vector[0] * out.shape[1])  # (out / og, og * in)
         for rows in row_chunks(grouped):
-            codes = _unsigned(self.codes[rows], self.format.code_bits) + first
+            # a file holds the upper half of the numbers as negative ones
+            codes = self.codes[rows].int().bitwise_and_(2**self.format.code_bits - 1) + first
             values = F.embedding_bag(codes.flatten(0, 1), table, mode="sum")
             values = values.view(codes.shape[0], codes.shape[1], *vector).mul_(self.scales[rows].float())
             grouped[rows] = values.transpose(1, 2).reshape(codes.shape[0], -1)  # (rows, og, in / ig, ig)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"codes": self.codes, "codebooks": self.codebooks, "scales": self.scales}
-
-
-def _unsigned(codes: Tensor, bits: int) -> Tensor:
-    """int32 numbers from 0 on, of codes whose upper half a file holds as negative ones."""
-    return codes.int().bitwise_and_(2**bits - 1)
 
 
 def from_config(settings: dict) -> AQLMFormat:

@@ -3,11 +3,9 @@
 w = scale[group] * (q - zero[group]), a group being `group_size` inputs in a row (-1: all). In a file qweight
 (in, out / 8), qzeros (groups, out / 8) int32 and scales (groups, out) fp16: eight outputs a word, in the
 order 0 2 4 6 1 3 5 7 from the lowest four bits on. Here codes are packed along the inputs instead
-(quant/grouped.py), so that a row of the weight is written at a time; a checkpoint gets them back in its own
-order.
+(quant/grouped.py), so that a row of the weight is written at a time; a checkpoint gets its own order back.
 """
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,8 +13,8 @@ import torch
 from torch import Tensor
 
 from options.errors import UserError
-from quant.grouped import GroupedLinear, pack, unpack
-from quant.linear import Format, refuse_others, take, take_finite
+from quant.grouped import GroupedFormat, GroupedLinear, pack, unpack
+from quant.linear import refuse_others
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight outputs stands in a word's first, second, ... four bits
 PLACES = tuple(ORDER.index(output) for output in range(8))  # the other way
@@ -24,46 +22,24 @@ OUTPUTS = 512  # how many are turned at a time while a file is read or written
 
 
 @dataclass(frozen=True)
-class AWQFormat(Format):
+class AWQFormat(GroupedFormat):
     method: ClassVar[str] = "awq"
     marker: ClassVar[str] = "qweight"
-    bits: ClassVar[int] = 4
-    group_size: int = 128
-
-    def __post_init__(self):
-        if self.group_size != -1 and self.group_size < 1:
-            raise UserError(f"group_size: {self.group_size} is neither -1 nor above 0")
 
     def read(self, tensors, shape, bias, dtype) -> "AWQLinear":
         outputs, inputs = shape
         refuse_others(tensors, ("qweight", "qzeros", "scales"))
-        if inputs % 8 or outputs % 8:
-            raise UserError(f"qweight: 4-bit codes of {outputs} x {inputs} weights do not fill 32-bit words")
-        groups = 1 if self.group_size == -1 else math.ceil(inputs / self.group_size)
-        words = take(tensors, "qweight", (inputs, outputs // 8), [torch.int32])
-        zeros = take(tensors, "qzeros", (groups, outputs // 8), [torch.int32])
-        scales = take_finite(tensors, "scales", (groups, outputs))
+        words, zeros, scales = self._take(tensors, shape, (inputs, outputs // 8))
         codes = torch.empty(outputs, inputs // 8, dtype=torch.int32, device=words.device)
         for start in range(0, outputs, OUTPUTS):
-            values = _reordered(
-                unpack(words[:, start // 8 : (start + OUTPUTS) // 8], 4), PLACES
-            )  # (in, some of out)
-            codes[start : start + OUTPUTS] = pack(values.T, 4)
+            values = unpack(words[:, start // 8 : (start + OUTPUTS) // 8], 4)  # (in, some of out)
+            codes[start : start + OUTPUTS] = pack(_reordered(values, PLACES).T, 4)
         zeros = pack(_reordered(unpack(zeros, 4), PLACES), 4)
-        return AWQLinear(self, codes, zeros, scales.clone(), None, bias, dtype)
+        return AWQLinear(self, codes, zeros, scales, None, bias, dtype)
 
     def config(self) -> dict:
-        return {
-            "quant_method": "awq",
-            "bits": 4,
-            "group_size": self.group_size,
-            "zero_point": True,
-            "version": "gemm",
-            "modules_to_not_convert": ["lm_head"],
-        }
-
-    def describe(self) -> str:
-        return f"AWQ 4 bits, group {'of all' if self.group_size == -1 else self.group_size}"
+        settings = {"quant_method": "awq", "bits": 4, "group_size": self.group_size, "zero_point": True}
+        return settings | {"version": "gemm", "modules_to_not_convert": ["lm_head"]}
 
 
 class AWQLinear(GroupedLinear):
@@ -92,4 +68,4 @@ def from_config(settings: dict) -> AWQFormat:
     for key, value in wanted.items():
         if found[key] != value:
             raise UserError(f"{key}: {found[key]!r} is not read, {value!r} is")
-    return AWQFormat(settings.get("group_size", settings.get("q_group_size", 128)))
+    return AWQFormat(group_size=settings.get("group_size", settings.get("q_group_size", 128)))

@@ -1,5 +1,4 @@
-"""GPTQ checkpoints of 2, 3, 4 and 8 bits: groups of inputs with a scale and a zero.  Frantar et al., arXiv
-2210.17323.
+"""GPTQ checkpoints of 2, 3, 4 and 8 bits, a scale and a zero for a group.  Frantar et al., arXiv 2210.17323.
 
 w = scale[group] * (q - zero[group]), a group being `group_size` inputs in a row (-1: all), or those that
 g_idx puts together where the inputs were sorted (act-order). In a file the codes are packed along the inputs
@@ -14,7 +13,6 @@ constants of the words in another order, which is no subtraction of ones. What i
 therefore gptq_v2.
 """
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,8 +20,8 @@ import torch
 from torch import Tensor
 
 from options.errors import UserError
-from quant.grouped import GroupedLinear, pack, unpack
-from quant.linear import Format, refuse_others, take, take_finite
+from quant.grouped import GroupedFormat, GroupedLinear, pack, unpack
+from quant.linear import refuse_others, take
 
 BITS = (2, 3, 4, 8)
 ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # bits: the word whose values are all 1
@@ -31,54 +29,37 @@ SWAPPED = (0x24924924, 0x92492492, 0x49249249)  # what GPTQModel takes from ever
 
 
 @dataclass(frozen=True)
-class GPTQFormat(Format):
-    """swapped: a 3-bit checkpoint_format gptq of GPTQModel without symmetry (files with it show it
-    themselves)."""
+class GPTQFormat(GroupedFormat):
+    """swapped: 3-bit checkpoint_format gptq of GPTQModel without symmetry (with it, the file tells)."""
 
     method: ClassVar[str] = "gptq"
     marker: ClassVar[str] = "qweight"
-    bits: int = 4
-    group_size: int = 128
     desc_act: bool = False
     sym: bool = True
     version: str = "gptq"
     swapped: bool = False
 
     def __post_init__(self):
+        super().__post_init__()
         if self.bits not in BITS:
             raise UserError(f"bits: {self.bits}; GPTQ has 2, 3, 4 and 8")
-        if self.group_size != -1 and self.group_size < 1:
-            raise UserError(f"group_size: {self.group_size} is neither -1 nor above 0")
         if self.version not in ("gptq", "gptq_v2"):
             raise UserError(f"checkpoint_format: {self.version!r} is not read; gptq and gptq_v2 are")
-
-    def groups(self, in_features: int) -> int:
-        return 1 if self.group_size == -1 else math.ceil(in_features / self.group_size)
 
     def read(self, tensors, shape, bias, dtype) -> "GPTQLinear":
         outputs, inputs = shape
         refuse_others(tensors, ("qweight", "qzeros", "scales", "g_idx"))
-        if inputs * self.bits % 32 or outputs * self.bits % 32:
-            raise UserError(
-                f"qweight: {self.bits}-bit codes of {outputs} x {inputs} weights do not fill 32-bit words"
-            )
-        groups = self.groups(inputs)
-        codes = take(tensors, "qweight", (inputs * self.bits // 32, outputs), [torch.int32])
-        zeros = take(tensors, "qzeros", (groups, outputs * self.bits // 32), [torch.int32])
-        scales = take_finite(tensors, "scales", (groups, outputs))
-        group_of = None
+        codes, zeros, scales = self._take(tensors, shape, (inputs * self.bits // 32, outputs))
+        group_of, groups = None, len(scales)
         if "g_idx" in tensors:
-            group_of = take(tensors, "g_idx", (inputs,), [torch.int32, torch.int64]).int()
+            group_of = take(tensors, "g_idx", (inputs,), torch.int32, torch.int64).int()
             low, high = int(group_of.min()), int(group_of.max())
             if low < 0 or high >= groups:
                 raise UserError(f"g_idx names groups {low} to {high}; config.json asks for 0 to {groups - 1}")
         elif self.desc_act and groups > 1:
-            raise UserError(
-                "g_idx is missing, which says the order of inputs (desc_act); fetch the checkpoint again"
-            )
-        if self.version == "gptq":
-            zeros = self._plain_zeros(zeros)
-        return GPTQLinear(self, codes.T.contiguous(), zeros.clone(), scales.clone(), group_of, bias, dtype)
+            raise UserError("g_idx is missing, the order of inputs (desc_act); fetch the checkpoint again")
+        zeros = self._plain_zeros(zeros) if self.version == "gptq" else zeros.clone()
+        return GPTQLinear(self, codes.T.contiguous(), zeros, scales, group_of, bias, dtype)
 
     def _plain_zeros(self, stored: Tensor) -> Tensor:
         """Packed zeros as they are, from those of checkpoint_format gptq."""
@@ -92,18 +73,12 @@ class GPTQFormat(Format):
             if (unpack(zeros, 3) == 4).all():
                 return zeros
         raise UserError(
-            "qzeros is not that of a symmetric 3-bit layer (sym in config.json): not all zeros are 4"
+            "qzeros is not that of a symmetric 3-bit layer (sym in config.json): zeros other than 4"
         )
 
     def config(self) -> dict:
-        return {
-            "quant_method": "gptq",
-            "bits": self.bits,
-            "group_size": self.group_size,
-            "desc_act": self.desc_act,
-            "sym": self.sym,
-            "checkpoint_format": self.written_version,
-        }
+        sizes = {"quant_method": "gptq", "bits": self.bits, "group_size": self.group_size}
+        return sizes | {"desc_act": self.desc_act, "sym": self.sym, "checkpoint_format": self.written_version}
 
     @property
     def written_version(self) -> str:
@@ -111,8 +86,7 @@ class GPTQFormat(Format):
         return "gptq_v2" if self.bits == 3 else self.version
 
     def describe(self) -> str:
-        order = ", act-order" if self.desc_act else ""
-        return f"GPTQ {self.bits} bits, group {'of all' if self.group_size == -1 else self.group_size}{order}"
+        return f"{super().describe()}{', act-order' if self.desc_act else ''}"
 
 
 class GPTQLinear(GroupedLinear):
@@ -120,18 +94,10 @@ class GPTQLinear(GroupedLinear):
 
     @classmethod
     def from_integers(
-        cls,
-        format: GPTQFormat,
-        codes: Tensor,
-        scales: Tensor,
-        zeros: Tensor | None = None,
-        group_of: Tensor | None = None,
-        bias: Tensor | None = None,
-        dtype: torch.dtype = torch.float32,
+        cls, format: GPTQFormat, codes, scales, zeros=None, group_of=None, bias=None, dtype=torch.float32
     ) -> "GPTQLinear":
         """codes (out, in) and zeros (out, groups) whole numbers from 0 to 2^bits - 1, scales (out, groups),
-        group_of (in,): the group of each input, None for groups in a row. zeros None: symmetric, the middle,
-        2^(bits - 1).
+        group_of (in,): the group of each input, None for groups in a row. zeros None: the middle.
 
         Scales are kept in fp16, as GPTQ's loaders hold them. Raises UserError where the numbers do not fit.
         """
@@ -139,21 +105,17 @@ class GPTQLinear(GroupedLinear):
         groups, bits = format.groups(inputs), format.bits
         if inputs % 32 or outputs % 32:
             raise UserError(
-                f"GPTQ packs multiples of 32 inputs and outputs; this linear has {inputs} and {outputs}"
+                f"GPTQ packs multiples of 32 inputs and outputs; this one has {inputs} and {outputs}"
             )
         if zeros is None:
             zeros = torch.full((outputs, groups), 2 ** (bits - 1), device=codes.device)
-        for name, tensor, shape in (
-            ("scales", scales, (outputs, groups)),
-            ("zeros", zeros, (outputs, groups)),
-        ):
-            if tuple(tensor.shape) != shape:
-                raise ValueError(f"{name}: {tuple(tensor.shape)} for {shape} (outputs, groups)")
+        for name, tensor in (("scales", scales), ("zeros", zeros)):
+            if tuple(tensor.shape) != (outputs, groups):
+                raise ValueError(f"{name}: {tuple(tensor.shape)} for {(outputs, groups)} (outputs, groups)")
         for name, tensor in (("codes", codes), ("zeros", zeros)):
-            if int(tensor.min()) < 0 or int(tensor.max()) >= 2**bits:
-                raise ValueError(
-                    f"{name}: {int(tensor.min())} to {int(tensor.max())} are not {bits}-bit numbers"
-                )
+            low, high = int(tensor.min()), int(tensor.max())
+            if low < 0 or high >= 2**bits:
+                raise ValueError(f"{name}: {low} to {high} are not {bits}-bit numbers")
         scales = scales.T.to(torch.float16).contiguous()
         if not scales.isfinite().all():
             raise UserError("scales: too large for fp16, in which a GPTQ checkpoint holds them")
@@ -169,12 +131,8 @@ class GPTQLinear(GroupedLinear):
         if self.format.written_version == "gptq":
             zeros = _add_words(zeros, [-ONES[self.format.bits]])
         group_of = self.groups_in_a_row(self.device) if self.group_of is None else self.group_of
-        return {
-            "qweight": self.codes.T.contiguous(),
-            "qzeros": zeros,
-            "scales": self.scales,
-            "g_idx": group_of,
-        }
+        words = self.codes.T.contiguous()
+        return {"qweight": words, "qzeros": zeros, "scales": self.scales, "g_idx": group_of}
 
 
 def from_config(settings: dict) -> GPTQFormat:

@@ -1,5 +1,4 @@
-"""GPTQ: weights onto a grid of integers so that a layer's output changes least.  Frantar et al., arXiv
-2210.17323.
+"""GPTQ: weights onto a grid so that a layer's output changes least.  Frantar et al., arXiv 2210.17323.
 
 Least is sum over tokens of |(W - W') x|^2 = tr((W - W') H (W - W')^T) with H = sum of x x^T. Columns are
 rounded one after the other; what one loses is taken up by those still to come (optimal brain surgery, eq. 2-3
@@ -30,16 +29,23 @@ SMALLEST_SCALE, LARGEST_SCALE = torch.finfo(torch.float16).tiny, torch.finfo(tor
 
 @dataclass(frozen=True)
 class GPTQOptions:
-    """group_size: inputs that share a scale, -1 = all. act_order: columns in the order of falling
-    activations, groups along that order. block: columns between two updates of what is far ahead; no result
-    depends on it."""
+    """act_order: columns in the order of falling activations, groups along that order."""
 
     bits: int = 4
-    group_size: int = 128
+    group_size: int = 128  # inputs that share a scale, -1 = all
     symmetric: bool = True
     act_order: bool = False
     damping: float = 0.1
-    block: int = 128
+    block: int = 128  # columns between two updates of what is far ahead; no result depends on it
+
+    @property
+    def most(self) -> int:
+        """The largest code."""
+        return 2**self.bits - 1
+
+    def size(self, inputs: int) -> int:
+        """Inputs of a group."""
+        return inputs if self.group_size == -1 else self.group_size
 
 
 @dataclass(frozen=True)
@@ -64,9 +70,7 @@ class Integers:
 class Hessian:
     """Mean of x x^T (in, in) over tokens, fp32 whatever x's dtype is."""
 
-    def __init__(
-        self, in_features: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-    ):
+    def __init__(self, in_features: int, device: torch.device | str = "cpu", dtype=torch.float32):
         self.matrix = torch.zeros(in_features, in_features, device=device, dtype=dtype)
         self.tokens = 0
 
@@ -77,7 +81,7 @@ class Hessian:
         product = matmul_transposed(x.T, x.T)  # (in, in)
         if not torch.isfinite(product.diagonal()).all():
             raise UserError(
-                "the activations are not finite (NaN or too large); use bfloat16 or float32 (infer_dtype)"
+                "the activations are not finite or too large; set infer_dtype to bfloat16 or float32"
             )
         before, self.tokens = self.tokens, self.tokens + x.shape[0]
         self.matrix.mul_(before / self.tokens).add_(product, alpha=1 / self.tokens)  # the mean so far
@@ -87,8 +91,7 @@ class Hessian:
 def solve(weight: Tensor, hessian: Hessian, options: GPTQOptions) -> Integers:
     """weight (out, in) of any float dtype -> integers, computed in the Hessian's dtype on its device.
 
-    Raises UserError for weights that are not finite or too large for an fp16 scale, and for a Hessian that
-    cannot be factored.
+    Raises UserError for weights that are not finite or too large for an fp16 scale, or a singular Hessian.
     """
     matrix = hessian.matrix
     columns = weight.to(matrix).T.contiguous()  # (in, out): what is worked on lies together
@@ -104,7 +107,8 @@ def solve(weight: Tensor, hessian: Hessian, options: GPTQOptions) -> Integers:
     del rounded
     codes, scales, zeros = _one_by_one(columns.clone(), inverse_root(matrix, options.damping), options)
     error = _output_size(columns - _values(codes, scales, zeros, options), matrix)
-    group_of = _groups_in_a_row(columns.shape[0], options.group_size, columns.device)
+    inputs = len(columns)
+    group_of = torch.arange(inputs, dtype=torch.int32, device=columns.device) // options.size(inputs)
     if order is not None:
         back = order.argsort()
         codes, group_of = codes[back], group_of[back]
@@ -127,8 +131,7 @@ def inverse_root(matrix: Tensor, damping: float) -> Tensor:
     if failed.item():
         raise UserError(
             "the Hessian of the calibration text is not positive definite; raise "
-            "export_quantization_damp_percent "
-            f"(now {damping}) or give more text (export_quantization_nsamples)"
+            f"export_quantization_damp_percent (now {damping}) or export_quantization_nsamples"
         )
     upper = lower.flip(0, 1)
     one = torch.eye(upper.shape[0], dtype=upper.dtype, device=upper.device)
@@ -138,19 +141,17 @@ def inverse_root(matrix: Tensor, damping: float) -> Tensor:
 def _one_by_one(columns: Tensor, root: Tensor, options: GPTQOptions) -> tuple[Tensor, Tensor, Tensor]:
     """columns (in, out), which are used up -> codes (in, out) uint8, scales and zeros (groups, out)."""
     inputs, outputs = columns.shape
-    size = _group_size(inputs, options.group_size)
+    size = options.size(inputs)
     codes = torch.empty(inputs, outputs, dtype=torch.uint8, device=columns.device)
     scales, zeros = [], []
     for start, stop in _blocks(inputs, size, options.block):
         errors = columns.new_empty(stop - start, outputs)
         for i in range(start, stop):
-            if (
-                i % size == 0
-            ):  # the weights as they are by now: blocks end where groups do, so all are up to date
+            if i % size == 0:  # blocks end where groups do, so all its weights are up to date
                 scale, zero = _grid(columns[i : i + size], options)
                 scales.append(scale)
                 zeros.append(zero)
-            codes[i] = code = (columns[i] / scale).round_().add_(zero).clamp_(0, 2**options.bits - 1)
+            codes[i] = code = (columns[i] / scale).round_().add_(zero).clamp_(0, options.most)
             error = torch.div(columns[i] - (code - zero) * scale, root[i, i], out=errors[i - start])
             columns[i + 1 : stop].addr_(root[i, i + 1 : stop], error, alpha=-1)
         if stop < inputs:
@@ -163,12 +164,8 @@ def _blocks(inputs: int, group: int, block: int) -> list[tuple[int, int]]:
     if group <= block:
         step = block // group * group
         return [(start, min(start + step, inputs)) for start in range(0, inputs, step)]
-    starts = [
-        start
-        for first in range(0, inputs, group)
-        for start in range(first, min(first + group, inputs), block)
-    ]
-    return list(zip(starts, [*starts[1:], inputs]))
+    ends = [(first, min(first + group, inputs)) for first in range(0, inputs, group)]
+    return [(start, min(start + block, end)) for first, end in ends for start in range(first, end, block)]
 
 
 def _grid(columns: Tensor, options: GPTQOptions) -> tuple[Tensor, Tensor]:
@@ -178,16 +175,14 @@ def _grid(columns: Tensor, options: GPTQOptions) -> tuple[Tensor, Tensor]:
     smallest and largest, with zero among them. A zero of 0 would be stored as -1, which readers disagree
     about: it is at least 1.
     """
-    most = 2**options.bits - 1
+    most = options.most
     low, high = columns.amin(0).clamp_max(0), columns.amax(0).clamp_min(0)
     if options.symmetric:
         scale = 2 * torch.maximum(-low, high) / most
     else:
         scale = torch.maximum((high - low) / most, high / (most - 1))
     if scale.max() > LARGEST_SCALE:
-        raise UserError(
-            f"the weights are too large: a scale of {scale.max().item():.3g} does not fit GPTQ's fp16"
-        )
+        raise UserError(f"the weights are too large: a scale of {scale.max():.3g} does not fit GPTQ's fp16")
     scale = scale.clamp_min(SMALLEST_SCALE).half().to(columns.dtype)
     if options.symmetric:
         return scale, torch.full_like(scale, (most + 1) // 2)
@@ -196,37 +191,23 @@ def _grid(columns: Tensor, options: GPTQOptions) -> tuple[Tensor, Tensor]:
 
 def _grids(columns: Tensor, options: GPTQOptions) -> tuple[Tensor, Tensor]:
     """The grids of all groups of weights as they are: scales, zeros (groups, out)."""
-    parts = [
-        _grid(part, options) for part in columns.split(_group_size(columns.shape[0], options.group_size))
-    ]
-    return torch.stack([scale for scale, _ in parts]), torch.stack([zero for _, zero in parts])
+    grids = [_grid(part, options) for part in columns.split(options.size(len(columns)))]
+    return torch.stack([scale for scale, _ in grids]), torch.stack([zero for _, zero in grids])
 
 
 def _codes(columns: Tensor, scales: Tensor, zeros: Tensor, options: GPTQOptions) -> Tensor:
     """Each weight's nearest point: (in, out) uint8."""
-    parts = zip(columns.split(_group_size(columns.shape[0], options.group_size)), scales, zeros)
-    most = 2**options.bits - 1
-    return torch.cat(
-        [(part / scale).round_().add_(zero).clamp_(0, most).byte() for part, scale, zero in parts]
-    )
+    parts = zip(columns.split(options.size(len(columns))), scales, zeros)
+    codes = [(part / scale).round_().add_(zero).clamp_(0, options.most) for part, scale, zero in parts]
+    return torch.cat([part.byte() for part in codes])
 
 
 def _values(codes: Tensor, scales: Tensor, zeros: Tensor, options: GPTQOptions) -> Tensor:
     """What the codes (in, out) stand for."""
-    parts = zip(codes.split(_group_size(codes.shape[0], options.group_size)), scales, zeros)
+    parts = zip(codes.split(options.size(len(codes))), scales, zeros)
     return torch.cat([(part - zero) * scale for part, scale, zero in parts])
 
 
 def _output_size(columns: Tensor, matrix: Tensor) -> float:
     """columns W^T (in, out) -> mean over tokens of |W x|^2 = tr(W H W^T)."""
     return (matmul_transposed(matrix, columns.T) * columns).sum().item()
-
-
-def _group_size(inputs: int, group_size: int) -> int:
-    return inputs if group_size == -1 else group_size
-
-
-def _groups_in_a_row(inputs: int, group_size: int, device: torch.device) -> Tensor:
-    """(in,) int32."""
-    size = _group_size(inputs, group_size)
-    return torch.div(torch.arange(inputs, device=device), size, rounding_mode="floor").to(torch.int32)

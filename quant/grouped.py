@@ -1,34 +1,62 @@
-"""What GPTQ and AWQ share: whole numbers packed along the inputs, and one scale and one zero for a group of
-inputs.
+"""What GPTQ and AWQ share: whole numbers packed along the inputs, one scale and zero for a group of inputs.
 
-w = scale[group] * (q - zero[group]). A checkpoint's own order of the bits is made and undone by the format's
-file.
+w = scale[group] * (q - zero[group]). A checkpoint's own order of the bits is undone by the format's file.
 """
+
+import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 import kernels
-from quant.linear import Format, QuantLinear, row_chunks
+from options.errors import UserError
+from quant.linear import FLOATS, Format, QuantLinear, row_chunks, take
 
 MIN_GROUP = 32  # with smaller ones the sums of groups are a good part of the weights' bytes
+
+
+@dataclass(frozen=True)
+class GroupedFormat(Format):
+    """bits: of a whole number.  group_size: inputs that share a scale and a zero, -1 = all."""
+
+    bits: int = 4
+    group_size: int = 128
+
+    def __post_init__(self):
+        if self.group_size != -1 and self.group_size < 1:
+            raise UserError(f"group_size: {self.group_size} is neither -1 nor above 0")
+
+    def groups(self, in_features: int) -> int:
+        return 1 if self.group_size == -1 else math.ceil(in_features / self.group_size)
+
+    def _take(self, tensors, shape, words: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        """qweight in the shape `words`, qzeros and scales of a file, for a weight of this shape (out, in)."""
+        (outputs, inputs), bits = shape, self.bits
+        if inputs * bits % 32 or outputs * bits % 32:
+            raise UserError(
+                f"qweight: {bits}-bit codes of {outputs} x {inputs} weights do not fill 32-bit words"
+            )
+        codes = take(tensors, "qweight", words, torch.int32)
+        zeros = take(tensors, "qzeros", (self.groups(inputs), outputs * bits // 32), torch.int32)
+        return codes, zeros, take(tensors, "scales", (self.groups(inputs), outputs), *FLOATS).clone()
+
+    def describe(self) -> str:
+        size = "of all" if self.group_size == -1 else self.group_size
+        return f"{self.method.upper()} {self.bits} bits, group {size}"
 
 
 class GroupedLinear(QuantLinear):
     """codes (out, in * bits / 32) int32, packed along the inputs; zeros (groups, out * bits / 32) int32,
     packed along the outputs, as they are; scales (groups, out); group_of (in,) int32, or None for groups of
-    inputs in a row.
+    inputs in a row."""
 
-    format has bits and group_size (-1: all inputs).
-    """
-
-    def __init__(self, format: Format, codes, zeros, scales, group_of, bias, dtype):
-        super().__init__(codes.shape[0], codes.shape[1] * 32 // format.bits, bias, dtype)
-        self.format = format
+    def __init__(self, format: GroupedFormat, codes, zeros, scales, group_of, bias, dtype):
+        shape = codes.shape[0], codes.shape[1] * 32 // format.bits
+        super().__init__(format, shape, bias, dtype, codes=codes, zeros=zeros, scales=scales)
         if group_of is not None and torch.equal(group_of, self.groups_in_a_row(group_of.device)):
             group_of = None
-        for name, buffer in {"codes": codes, "zeros": zeros, "scales": scales, "group_of": group_of}.items():
-            self.register_buffer(name, buffer)
+        self.register_buffer("group_of", group_of)
 
     def groups_in_a_row(self, device: torch.device) -> Tensor:
         """(in,) int32: the group of each input where nothing was sorted."""
@@ -52,17 +80,15 @@ class GroupedLinear(QuantLinear):
         bits, group = self.format.bits, self.format.group_size
         scales, zeros = self.scales.T.float(), unpack(self.zeros, bits).T.float()  # (out, groups)
         in_a_row = self.group_of is None and (group == -1 or self.in_features % group == 0)
-        if not in_a_row:
-            group_of = self.groups_in_a_row(out.device) if self.group_of is None else self.group_of
+        group_of = self.groups_in_a_row(out.device) if self.group_of is None else self.group_of
         for rows in row_chunks(out):
             values = unpack(self.codes[rows], bits).float()  # (rows, in)
+            zero, scale = zeros[rows], scales[rows]  # (rows, groups)
             if in_a_row:
                 values = values.unflatten(1, (scales.shape[1], -1))
-                values.sub_(zeros[rows, :, None]).mul_(scales[rows, :, None])
+                values.sub_(zero[:, :, None]).mul_(scale[:, :, None])
             else:
-                values.sub_(zeros[rows].index_select(1, group_of)).mul_(
-                    scales[rows].index_select(1, group_of)
-                )
+                values.sub_(zero.index_select(1, group_of)).mul_(scale.index_select(1, group_of))
             out[rows] = values.view(-1, self.in_features)
 
 

@@ -14,14 +14,14 @@ the layer as a tensor.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from options.errors import UserError
-from quant.linear import NOT_FINITE, Format, QuantLinear, refuse_others, row_chunks, take, take_finite
+from quant.linear import FLOATS, NOT_FINITE, Format, QuantLinear, refuse_others, row_chunks, take
 
 BITS = (8, 6, 5, 4, 3, 2, 1)
 PACKED = {8: 1, 6: 1, 5: 1, 4: 2, 3: 10, 2: 4, 1: 8}  # bits: rows of codes in one row of W_q
@@ -29,23 +29,9 @@ PACKINGS = {8: "8bit_u8", 6: "8bit_u8", 5: "8bit_u8", 4: "4bit_u8", 3: "3bit_32"
 NORM, BETA, GROWTH, TURNS = 0.7, 10.0, 1.01, 20  # p, and the schedule of beta, as the authors have them
 LEAST_SCALE = 1 / 2e4  # smaller ones lose their bits in fp16
 FARTHEST_ZERO = 2048  # up to here fp16 has all whole numbers, beyond a zero is off by more than a code
-SETTINGS = (
-    "nbits",
-    "group_size",
-    "shape",
-    "axis",
-    "packing",
-    "unpack_view_dtype",
-    "view_as_float",
-    "quant_scale",
-    "quant_zero",
-    "compute_dtype",
-    "offload_meta",
-    "encoded_state_dict",
-    "stores_quant_config",
-    "channel_wise",
-    "optimize",
-    "round_zero",
+SETTINGS = "nbits group_size shape axis packing unpack_view_dtype view_as_float quant_scale quant_zero"
+SETTINGS += (
+    " compute_dtype offload_meta encoded_state_dict stores_quant_config channel_wise optimize round_zero"
 )
 
 
@@ -75,22 +61,18 @@ class HQQFormat(Format):
             raise UserError(f"the weight {NOT_FINITE}")
         group, packed = self._fitting_group(weight.numel()), PACKED[self.bits]
         groups = weight.reshape(-1, group)
-        codes = torch.zeros(
-            math.ceil(len(groups) / packed) * packed, group, dtype=torch.uint8, device=weight.device
-        )
-        scale, zero = (
-            torch.empty(len(groups), 1, dtype=torch.float16, device=weight.device) for _ in range(2)
-        )
+        filled_up = math.ceil(len(groups) / packed) * packed
+        codes = torch.zeros(filled_up, group, dtype=torch.uint8, device=weight.device)
+        scale, zero = (weight.new_empty(len(groups), 1, dtype=torch.float16) for _ in range(2))
         for rows in row_chunks(groups):
             codes[rows][: len(groups[rows])], scale[rows], zero[rows] = fit(groups[rows].float(), self.bits)
         if not scale.isfinite().all():
             raise UserError("the weight has values that are too large for scales in fp16")
-        layer = HQQFormat(self.bits, group, 1)
-        return HQQLinear(self, layer, tuple(weight.shape), pack(codes, self.bits), scale, zero, bias, dtype)
+        found = {"codes": pack(codes, self.bits), "scale": scale, "zero": zero}
+        return HQQLinear(self, HQQFormat(self.bits, group, 1), tuple(weight.shape), bias, dtype, **found)
 
     def _fitting_group(self, size: int) -> int:
-        """group_size, or where a small layer cannot be packed in such groups the next smaller one that
-        goes."""
+        """group_size, or where a small layer cannot be packed in such groups the next smaller one."""
         count = 1 if self.bits == 3 else PACKED[self.bits]  # 3-bit rows are filled up
         wanted = self.group_size or 64
         for group in (wanted, 32, 16, 8):
@@ -99,107 +81,73 @@ class HQQFormat(Format):
         raise UserError(f"its {size} weights do not divide into groups of 8 that pack at {self.bits} bits")
 
     def read(self, tensors, shape, bias, dtype) -> "HQQLinear":
-        refuse_others(tensors, ("W_q", "scale", "zero", *SETTINGS))
+        refuse_others(tensors, ("W_q", "scale", "zero", *SETTINGS.split()))
         for name in ("quant_scale", "quant_zero"):
             if _number(tensors, name, 0):
                 raise UserError(f"{name} is set: scales and zeros that are quantised themselves are not read")
         if "shape" in tensors and tuple(tensors["shape"].tolist()) != shape:
             raise UserError(f"shape holds {tuple(tensors['shape'].tolist())}, config.json asks for {shape}")
-        layer = HQQFormat(
-            _number(tensors, "nbits", self.bits),
-            _number(tensors, "group_size", self.group_size),
-            _number(tensors, "axis", self.axis),
-        )
-        group = layer.group_size or shape[layer.axis]
-        layer, count = HQQFormat(layer.bits, group, layer.axis), math.prod(shape) // group
+        bits, axis = _number(tensors, "nbits", self.bits), _number(tensors, "axis", self.axis)
+        layer = HQQFormat(bits, _number(tensors, "group_size", self.group_size), axis)
+        group, packed = layer.group_size or shape[axis], PACKED[bits]
+        layer, count = replace(layer, group_size=group), math.prod(shape) // group
         if count * group != math.prod(shape):
             raise UserError(f"group_size: {shape} weights do not divide into groups of {group}")
-        codes = tensors.get("W_q")
-        if (
-            codes is not None and codes.is_floating_point()
-        ):  # view_as_float: the same bytes under another name
-            tensors = {
-                **tensors,
-                "W_q": codes.contiguous().view(torch.int32 if layer.bits == 3 else torch.uint8),
-            }
-        rows, columns = (count, group) if layer.axis == 1 else (group, count)
-        wanted = (math.ceil(rows / PACKED[layer.bits]), columns)
-        codes = take(tensors, "W_q", wanted, [torch.int32 if layer.bits == 3 else torch.uint8])
-        if layer.bits != 3 and rows % PACKED[layer.bits]:
-            raise UserError(f"W_q: {rows} rows of codes do not pack at {layer.bits} bits")
-        place = (count, 1) if layer.axis == 1 else (1, count)
-        scale, zero = (take_finite(tensors, name, place).clone() for name in ("scale", "zero"))
-        return HQQLinear(self, layer, shape, codes.clone(), scale, zero, bias, dtype)
+        stored = torch.int32 if bits == 3 else torch.uint8
+        if "W_q" in tensors and tensors["W_q"].is_floating_point():  # view_as_float: the same bytes
+            tensors = tensors | {"W_q": tensors["W_q"].contiguous().view(stored)}
+        rows, columns = (count, group) if axis == 1 else (group, count)
+        codes = take(tensors, "W_q", (math.ceil(rows / packed), columns), stored).clone()
+        if bits != 3 and rows % packed:
+            raise UserError(f"W_q: {rows} rows of codes do not pack at {bits} bits")
+        place = (count, 1) if axis == 1 else (1, count)
+        scale, zero = (take(tensors, name, place, *FLOATS).clone() for name in ("scale", "zero"))
+        return HQQLinear(self, layer, shape, bias, dtype, codes=codes, scale=scale, zero=zero)
 
     def config(self) -> dict:
-        weights = {
-            "nbits": self.bits,
-            "channel_wise": True,
-            "group_size": self.group_size,
-            "optimize": True,
-            "round_zero": False,
-            "axis": self.axis,
-            "view_as_float": False,
-        }
+        weights = {"nbits": self.bits, "channel_wise": True, "group_size": self.group_size, "optimize": True}
+        weights |= {"round_zero": False, "axis": self.axis, "view_as_float": False}
         others = {"scale_quant_params": None, "zero_quant_params": None, "offload_meta": False}
-        return {
-            "quant_method": "hqq",
-            "quant_config": {"weight_quant_params": weights, **others},
-            "skip_modules": ["lm_head"],
-        }
+        settings = {"weight_quant_params": weights, **others}
+        return {"quant_method": "hqq", "quant_config": settings, "skip_modules": ["lm_head"]}
 
     def describe(self) -> str:
         return f"HQQ {self.bits} bits, group {self.group_size or 'of all'}"
 
 
 class HQQLinear(QuantLinear):
-    """codes (rows / packed, columns) uint8 or int32, scale and zero (groups, 1) or (1, groups): as in the
-    file.
+    """codes (rows / packed, columns) uint8 or int32, scale and zero (groups, 1) or (1, groups): as in a file.
 
     layer: bits, group and axis of this layer, which may differ from those of the model's format.
     """
 
-    def __init__(self, format: HQQFormat, layer: HQQFormat, shape, codes, scale, zero, bias, dtype):
-        super().__init__(*shape, bias, dtype)
-        self.format, self.layer = format, layer
-        for name, buffer in {"codes": codes, "scale": scale, "zero": zero}.items():
-            self.register_buffer(name, buffer)
+    def __init__(self, format: HQQFormat, layer: HQQFormat, shape, bias, dtype, **buffers):
+        super().__init__(format, shape, bias, dtype, **buffers)
+        self.layer = layer
 
     def fill(self, out: Tensor) -> None:
-        bits, packed = self.layer.bits, PACKED[self.layer.bits]
-        dense = (
-            out.view(-1, self.layer.group_size)
-            if self.layer.axis == 1
-            else out.view(self.layer.group_size, -1)
-        )
-        for place in range(packed):
-            shift, first = _shift(bits, place), place * len(self.codes)
+        bits, by_rows = self.layer.bits, self.layer.axis == 1  # a scale and a zero for a row, or for a column
+        size = self.codes.shape[1]
+        dense = out.view(-1, size)  # axis 1: (groups, group); axis 0: (group, groups)
+        for place in range(PACKED[bits]):
             for rows in row_chunks(self.codes):
-                target = dense[first + rows.start : first + min(rows.stop, len(self.codes))]
-                codes = self.codes[
-                    rows.start : rows.start + len(target)
-                ]  # 3-bit rows that only fill up are left out
-                values = (codes >> shift).bitwise_and_(2**bits - 1).float()
-                one = (
-                    slice(first + rows.start, first + rows.start + len(target))
-                    if self.layer.axis == 1
-                    else slice(1)
-                )
-                target.copy_(values.sub_(self.zero[one].float()).mul_(self.scale[one].float()))
+                first = place * len(self.codes) + rows.start
+                target = dense[first : place * len(self.codes) + min(rows.stop, len(self.codes))]
+                codes = self.codes[rows][: len(target)]  # without 3-bit rows that only fill up
+                values = (codes >> _shift(bits, place)).bitwise_and_(2**bits - 1).float()
+                own = slice(first, first + len(target)) if by_rows else slice(1)
+                target.copy_(values.sub_(self.zero[own].float()).mul_(self.scale[own].float()))
 
     def tensors(self) -> dict[str, Tensor]:
-        bits, names = (
-            self.layer.bits,
-            {"packing": PACKINGS[self.layer.bits], "compute_dtype": str(self.scale.dtype)},
-        )
+        bits = self.layer.bits
+        names = {"packing": PACKINGS[bits], "compute_dtype": str(self.scale.dtype)}
         names["unpack_view_dtype"] = str(self.codes.dtype)
         flags = dict.fromkeys(("view_as_float", "quant_scale", "quant_zero", "offload_meta", "round_zero"), 0)
         flags |= dict.fromkeys(("encoded_state_dict", "stores_quant_config", "channel_wise", "optimize"), 1)
         numbers = {"nbits": bits, "group_size": self.layer.group_size, "axis": self.layer.axis}
+        own = {"W_q": self.codes, "scale": self.scale, "zero": self.zero}
         return {
-            "W_q": self.codes,
-            "scale": self.scale,
-            "zero": self.zero,
+            **own,
             "shape": torch.tensor([self.out_features, self.in_features]),
             **{name: torch.tensor(number, dtype=torch.int32) for name, number in numbers.items()},
             **{name: torch.tensor(flag, dtype=torch.uint8) for name, flag in flags.items()},
@@ -208,8 +156,7 @@ class HQQLinear(QuantLinear):
 
 
 def fit(groups: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """groups (n, g) fp32 -> codes (n, g) uint8, scale and zero (n, 1) fp16 (the head of the file says
-    how)."""
+    """groups (n, g) fp32 -> codes (n, g) uint8, scale and zero (n, 1) fp16, as the head of the file says."""
     most = 2**bits - 1
     low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
     far = torch.maximum(-low, high) / FARTHEST_ZERO  # numbers that are close together, but not to 0

@@ -1,5 +1,4 @@
-"""8-bit weights with one scale per output row: LLM.int8 (Dettmers et al., arXiv 2208.07339), bitsandbytes' 8
-bits.
+"""8-bit weights with one scale per output row: bitsandbytes' LLM.int8.  Dettmers et al., arXiv 2208.07339.
 
 W[o, i] = codes[o, i] * absmax[o] / 127. For many rows (sec. 3) activations are in int8 with one scale per row
 too; the input columns in which any value reaches the threshold (6.0) go through in 16 bit. Files hold weight,
@@ -18,13 +17,11 @@ from torch import Tensor
 import kernels
 from kernels.linear import SMALL_BATCH, Part
 from options.errors import UserError
-from quant.linear import Format, QuantLinear, refuse_others, row_chunks, take, take_finite
+from quant.linear import Format, QuantLinear, refuse_others, row_chunks, take
 
 LEVELS = 127  # the largest code; -128 is not used, so that codes are symmetric
 ROW_MAJOR = 0  # weight_format of bitsandbytes; 1 to 3 are orders of its old CUDA kernels
-PACKED_ROWS = (
-    8  # up to here torch's int8 product is faster on a CPU than one with a dense bf16 weight (measured)
-)
+PACKED_ROWS = 8  # up to here torch's int8 product is faster on a CPU than a dense one in bf16 (measured)
 PACKED_SIZES = 64, 16  # it reads past the end of rows that are not multiples of this: inputs, outputs
 
 
@@ -38,34 +35,25 @@ class Int8Format(Format):
 
     def quantise(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> "Int8Linear":
         # by way of fp16, as bitsandbytes does: its codes for the same weight are the same
-        codes, absmax = quantise_rows(weight.to(torch.float16))
-        return Int8Linear(self, codes, absmax, bias, dtype)
+        return Int8Linear(self, tuple(weight.shape), bias, dtype, **quantise_rows(weight.to(torch.float16)))
 
     def read(self, tensors, shape, bias, dtype) -> "Int8Linear":
-        codes = take(tensors, "weight", shape, [torch.int8])
-        absmax = take_finite(tensors, "SCB", shape[:1], [torch.float32])
+        codes = take(tensors, "weight", shape, torch.int8).clone()
+        absmax = positive("SCB", take(tensors, "SCB", shape[:1], torch.float32).clone())
         order = tensors.get("weight_format")
         if order is not None and (order.numel() != 1 or order.item() != ROW_MAJOR):
-            raise UserError(
-                f"weight_format is {order.tolist()}; only {ROW_MAJOR} (row major) is known, save it again"
-            )
+            raise UserError(f"weight_format is {order.tolist()}, not {ROW_MAJOR} (row major); save it again")
         refuse_others(tensors, ("weight", "SCB", "weight_format"))
-        return Int8Linear(self, codes.clone(), positive("SCB", absmax.clone()), bias, dtype)
+        return Int8Linear(self, shape, bias, dtype, codes=codes, absmax=absmax)
 
     def parts(self, layer: "Int8Linear") -> dict[str, Tensor]:
         order = torch.tensor(ROW_MAJOR, dtype=torch.uint8)
         return {"weight": layer.codes, "SCB": layer.absmax, "weight_format": order}
 
     def config(self) -> dict:
-        return {
-            "quant_method": "bitsandbytes",
-            "load_in_8bit": True,
-            "load_in_4bit": False,
-            "llm_int8_threshold": self.threshold,
-            "llm_int8_skip_modules": ["lm_head"],
-            "llm_int8_has_fp16_weight": False,
-            "llm_int8_enable_fp32_cpu_offload": False,
-        }
+        kind = {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}
+        dense = {"llm_int8_threshold": self.threshold, "llm_int8_skip_modules": ["lm_head"]}
+        return kind | dense | {"llm_int8_has_fp16_weight": False, "llm_int8_enable_fp32_cpu_offload": False}
 
     def describe(self) -> str:
         return "int8 (LLM.int8)"
@@ -73,12 +61,6 @@ class Int8Format(Format):
 
 class Int8Linear(QuantLinear):
     """codes (out, in) int8, absmax (out,) fp32: weight = codes * absmax / 127."""
-
-    def __init__(self, format: Format, codes: Tensor, absmax: Tensor, bias, dtype):
-        super().__init__(*codes.shape, bias, dtype)
-        self.format = format
-        self.register_buffer("codes", codes)
-        self.register_buffer("absmax", absmax)
 
     def fill(self, out: Tensor) -> None:
         scale = self._scale()[:, None]  # (out, 1)
@@ -100,8 +82,7 @@ class Int8Linear(QuantLinear):
         return llm_int8(x, self.codes, self._scale(), threshold)
 
     def waits(self, rows: int) -> bool:
-        # the host learns which columns have outliers; not for the few rows of decoding, where that costs the
-        # most
+        # the host learns which columns have outliers; not in decoding, where that costs the most
         return self.format.threshold is not None and rows > SMALL_BATCH
 
     def from_codes(self, x: Tensor, parts: list[Part]) -> list[Tensor] | None:
@@ -137,30 +118,27 @@ def from_config(settings: dict) -> Int8Format:
     if not isinstance(threshold, int | float) or threshold < 0:
         raise UserError(f"llm_int8_threshold: {threshold!r} is no number of at least 0")
     if settings.get("llm_int8_has_fp16_weight"):
-        raise UserError(
-            "llm_int8_has_fp16_weight is true: the weights are 16 bit; take quantization_config out"
-        )
+        raise UserError("llm_int8_has_fp16_weight is true: the weights are 16 bit; drop quantization_config")
     return Int8Format(float(threshold))
 
 
-def quantise_rows(weight: Tensor, scale_dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def quantise_rows(weight: Tensor, scale_dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """weight (out, in) -> codes (out, in) int8 and absmax (out,) fp32, codes = round(weight * 127 / absmax).
 
-    scale_dtype: in which absmax / 127 will be stored; codes are those of the rounded one. ValueError for
-    numbers that are not finite.
+    scale_dtype: of absmax / 127 in files; codes are those of the rounded one. UserError for infinity and NaN.
     """
     absmax = weight.abs().amax(1).float()
     if scale_dtype is not torch.float32:
         absmax = (absmax / LEVELS).to(scale_dtype).float() * LEVELS
     if not torch.isfinite(absmax).all():
         raise UserError(
-            "the weight holds numbers that are not finite (or too large for fp16); it cannot be quantised"
+            "the weight holds numbers that are not finite, or too large for fp16, to be quantised"
         )
     factor = torch.where(absmax > 0, LEVELS / absmax, 0.0)[:, None]  # rows of zeros: codes 0
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     for rows in row_chunks(codes):
         codes[rows] = (weight[rows].float() * factor[rows]).round_().clamp_(-LEVELS, LEVELS)
-    return codes, absmax
+    return {"codes": codes, "absmax": absmax}
 
 
 def llm_int8(x: Tensor, codes: Tensor, scale: Tensor, threshold: float) -> Tensor:
@@ -170,20 +148,20 @@ def llm_int8(x: Tensor, codes: Tensor, scale: Tensor, threshold: float) -> Tenso
     Columns of x with a value of at least `threshold` are multiplied in x's dtype, the others in int8,
     exactly, with one scale per row of x. Which columns those are depends on all rows.
     """
-    size = x.abs()
-    outliers = size >= threshold if threshold > 0 else None
-    columns = None
-    if outliers is not None:
+    size, columns = x.abs(), None
+    if threshold > 0:
+        outliers = size >= threshold
         columns = outliers.any(0).nonzero().flatten()
-        if columns.numel():
-            size = size.masked_fill_(outliers, 0)
+        columns = columns if columns.numel() else None
+    if columns is not None:
+        size = size.masked_fill_(outliers, 0)
     absmax = size.amax(1, keepdim=True).float()  # (T, 1)
     rows = (x * (LEVELS / absmax.clamp_min(torch.finfo(torch.float32).tiny))).round_()
-    if columns is not None and columns.numel():
+    if columns is not None:
         rows[:, columns] = 0
     result = int8_product(rows.to(torch.int8), codes).float()
     result = result.mul_(absmax * (1.0 / LEVELS)).mul_(scale).to(x.dtype)
-    if columns is not None and columns.numel():
+    if columns is not None:
         some = (codes[:, columns] * scale[:, None]).to(x.dtype)  # (out, outliers)
         result.addmm_(x[:, columns], some.T)
     return result

@@ -27,27 +27,25 @@ NOT_FINITE = "holds NaN or infinity; the file is damaged, fetch it again"
 class QuantLinear(LinearLayer):
     """A frozen linear layer whose weight (out, in) is held in another form than numbers one by one.
 
-    bias (out,) or None stays a parameter in `dtype`. A format implements `fill` and `tensors`; and what
-    LinearLayer offers, where it has a faster way than the dense weight.
+    shape (out, in); bias (out,) or None stays a parameter in `dtype`; buffers, tensors or None, are what the
+    weight is made of. A kind of layer implements `fill` and `tensors`; and what LinearLayer offers, where it
+    has a faster way than the dense weight.
     """
 
-    def __init__(
-        self, out_features: int, in_features: int, bias: Tensor | None, dtype: torch.dtype, **buffers
-    ):
+    def __init__(self, format: "Format", shape: tuple[int, int], bias, dtype: torch.dtype, **buffers):
         super().__init__()
-        self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
+        self.format, self.dtype = format, dtype
+        self.out_features, self.in_features = shape
         self.bias = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)
         for name, buffer in buffers.items():
             self.register_buffer(name, buffer)
 
     def fill(self, out: Tensor) -> None:
-        """Write the weight that the codes stand for into out (out, in), computed in fp32, rounded to its
-        dtype."""
+        """Write the weight that the codes stand for into out (out, in): fp32, rounded to out's dtype."""
         raise NotImplementedError
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds of this layer beside the bias, by the part of the name after the
-        module's."""
+        """What a file holds of this layer beside the bias, by the part of the name after the module's."""
         raise NotImplementedError
 
     def part(self) -> Part:
@@ -56,8 +54,8 @@ class QuantLinear(LinearLayer):
     def dequantize(self, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
         """The weight (out, in) in `dtype` (None: self.dtype); written into `out` if that is given."""
         if out is None:
-            shape = (self.out_features, self.in_features)
-            out = torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+            size = self.out_features, self.in_features
+            out = torch.empty(size, dtype=dtype or self.dtype, device=self.device)
         with torch.no_grad():
             self.fill(out)
         return out
@@ -95,16 +93,12 @@ class Format:
     marker: ClassVar[str]
 
     def quantise(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> QuantLinear:
-        """A layer from the dense weight (out, in), on its device; dtype is that of the values. ValueError if
-        it cannot be."""
+        """A layer from the dense weight (out, in), on its device; dtype: of the values. Raises UserError."""
         raise UserError(f"quantization_method: {self.method} needs a checkpoint that is quantised already")
 
-    def read(
-        self, tensors: dict[str, Tensor], shape: tuple[int, int], bias: Tensor | None, dtype: torch.dtype
-    ) -> QuantLinear:
+    def read(self, tensors: dict[str, Tensor], shape: tuple[int, int], bias, dtype) -> QuantLinear:
         """A layer from a checkpoint's tensors (by the part of their names after the module's; they may lean
-        on the file) of a linear with weight shape (out, in). ValueError starts with the name of the tensor
-        that is wrong."""
+        on the file) of a linear with weight shape (out, in). Raises UserError naming the tensor."""
         raise NotImplementedError
 
     def config(self) -> dict:
@@ -135,40 +129,34 @@ def quantisation_report(model: nn.Module) -> str:
     return f"base: {len(layers)} linears in {' and '.join(formats)}, {bits}"
 
 
-def take(
-    tensors: dict[str, Tensor], name: str, shape: Iterable[int], dtypes: Iterable[torch.dtype]
-) -> Tensor:
-    """The tensor of this name, with this shape and one of these dtypes; ValueError says what was found
-    instead."""
+def take(tensors: dict[str, Tensor], name: str, shape: tuple, *dtypes: torch.dtype) -> Tensor:
+    """The tensor of this name, with this shape and one of these dtypes. Raises UserError, also for NaN."""
     if name not in tensors:
         raise UserError(f"{name} is missing; the checkpoint is incomplete, fetch it again")
-    tensor, shape, dtypes = tensors[name], tuple(shape), tuple(dtypes)
-    if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
-        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        found = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
-        raise UserError(f"{name} is {found}; config.json asks for {wanted} {shape}")
-    return tensor
-
-
-def take_finite(
-    tensors: dict[str, Tensor], name: str, shape: Iterable[int], dtypes: Iterable[torch.dtype] = FLOATS
-) -> Tensor:
-    """`take`, and ValueError for NaN and infinity."""
-    tensor = take(tensors, name, shape, dtypes)
-    if not tensor.isfinite().all():
+    tensor = tensors[name]
+    if tuple(tensor.shape) != tuple(shape) or tensor.dtype not in dtypes:
+        wanted = " or ".join(name_of(dtype) for dtype in dtypes)
+        found = f"{name_of(tensor.dtype)} {tuple(tensor.shape)}"
+        raise UserError(f"{name} is {found}; config.json asks for {wanted} {tuple(shape)}")
+    if tensor.is_floating_point() and not tensor.isfinite().all():
         raise UserError(f"{name} {NOT_FINITE}")
     return tensor
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """'bfloat16'."""
+    return str(dtype).removeprefix("torch.")
+
+
 def refuse_others(tensors: Iterable[str], known: Iterable[str]) -> None:
-    """ValueError for a tensor that is no part of a layer of this format."""
+    """Raises UserError for a tensor that is no part of a layer of this format."""
     for name in tensors:
         if name not in known:
             raise UserError(f"{name} has no place in a layer that is quantised as config.json says")
 
 
 def row_chunks(out: Tensor) -> Iterator[slice]:
-    """Rows of out (out, in) to fill one after the other: what is computed between stays in a CPU's cache, and
-    small beside the weights on a GPU."""
+    """Rows of out (out, in) to fill in turn: what is computed between stays in a CPU's cache, and is small
+    beside the weights on a GPU."""
     size = max(1, (2**18 if out.device.type == "cpu" else 2**24) // out.shape[1])
     return (slice(start, start + size) for start in range(0, out.shape[0], size))

@@ -1,5 +1,4 @@
-"""NF4 and FP4: blocks of 64 weights as 4-bit codes of a table and one scale.  Dettmers et al., arXiv
-2305.14314.
+"""NF4 and FP4: blocks of 64 weights as 4-bit codes and one scale.  Dettmers et al., arXiv 2305.14314.
 
 w = table[code] * absmax[block], blocks along the flattened weight, two codes a byte with the first weight in
 the high four bits. Double quantisation (sec. 3): the scales, less their mean, in 8 bits of a dynamic table
@@ -25,29 +24,16 @@ import kernels
 from kernels.linear import Part
 from kernels.nf4 import Codes
 from options.errors import UserError
-from quant.linear import NOT_FINITE, Format, QuantLinear, refuse_others, take, take_finite
+from quant.linear import NOT_FINITE, Format, QuantLinear, name_of, refuse_others, take
 
 BLOCK = 64  # weights to a scale
 NESTED_BLOCK = 256  # scales to a scale of scales
+NF4_LEVELS = """
+-1.0 -0.6961928009986877 -0.5250730514526367 -0.39491748809814453 -0.28444138169288635 -0.18477343022823334
+-0.09105003625154495 0.0 0.07958029955625534 0.16093020141124725 0.24611230194568634 0.33791524171829224
+0.44070982933044434 0.5626170039176941 0.7229568362236023 1.0"""
 TABLES = {
-    "nf4": (
-        -1.0,
-        -0.6961928009986877,
-        -0.5250730514526367,
-        -0.39491748809814453,
-        -0.28444138169288635,
-        -0.18477343022823334,
-        -0.09105003625154495,
-        0.0,
-        0.07958029955625534,
-        0.16093020141124725,
-        0.24611230194568634,
-        0.33791524171829224,
-        0.44070982933044434,
-        0.5626170039176941,
-        0.7229568362236023,
-        1.0,
-    ),
+    "nf4": tuple(map(float, NF4_LEVELS.split())),
     "fp4": tuple(sign * x / 12 for sign in (1, -1) for x in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)),
 }
 # For decoding on a CPU a level is a byte, round(level * factor + shift), with the factor and shift of the
@@ -79,32 +65,24 @@ class NF4Format(Format):
         scales = quantise_scales(absmax) if self.double else Scales(absmax)
         return NF4Linear(self, tuple(weight.shape), codes, scales, bias, dtype)
 
-    def read(
-        self, tensors: dict[str, Tensor], shape: tuple[int, int], bias: Tensor | None, dtype: torch.dtype
-    ) -> "NF4Linear":
+    def read(self, tensors, shape, bias, dtype) -> "NF4Linear":
         return read_layer(self, tensors, shape, bias, dtype)
 
     def config(self) -> dict:
-        return {
-            "quant_method": self.method,
-            "load_in_4bit": True,
-            "load_in_8bit": False,
-            "bnb_4bit_quant_type": self.table,
-            "bnb_4bit_use_double_quant": self.double,
-            "bnb_4bit_quant_storage": "uint8",
-            "llm_int8_skip_modules": None if self.dense is None else list(self.dense),
-        }
+        bits = {"quant_method": self.method, "load_in_4bit": True, "load_in_8bit": False}
+        kind = {"bnb_4bit_quant_type": self.table, "bnb_4bit_use_double_quant": self.double}
+        dense = None if self.dense is None else list(self.dense)
+        return bits | kind | {"bnb_4bit_quant_storage": "uint8", "llm_int8_skip_modules": dense}
 
     def config_for(self, dtype: torch.dtype) -> dict:
-        return self.config() | {"bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
+        return self.config() | {"bnb_4bit_compute_dtype": name_of(dtype)}
 
     def describe(self) -> str:
         return f"{self.table}{', double quantisation' if self.double else ''}"
 
 
 def from_config(settings: dict) -> NF4Format:
-    """The format of a checkpoint with this quantization_config (load_in_4bit). ValueError starts with the
-    key."""
+    """The format of a checkpoint's quantization_config. Raises UserError starting with the key."""
     table = settings.get("bnb_4bit_quant_type", "fp4")  # transformers' default
     if not isinstance(table, str) or table not in TABLES:
         raise UserError(f"bnb_4bit_quant_type {table!r} is not one of nf4, fp4")
@@ -135,12 +113,8 @@ class NF4Linear(QuantLinear):
     """
 
     def __init__(self, format: NF4Format, shape: tuple[int, int], codes: Tensor, scales: Scales, bias, dtype):
-        super().__init__(*shape, bias, dtype)
-        self.format = format
-        self.register_buffer("codes", codes)
-        self.register_buffer("absmax", scales.absmax)
-        self.register_buffer("nested_absmax", scales.nested)
-        self.register_buffer("offset", scales.offset)
+        buffers = {"absmax": scales.absmax, "nested_absmax": scales.nested, "offset": scales.offset}
+        super().__init__(format, shape, bias, dtype, codes=codes, **buffers)
         self.nested_map = scales.map
 
     def scales(self) -> Tensor:
@@ -156,9 +130,8 @@ class NF4Linear(QuantLinear):
         return Codes(self.codes, self.absmax, table, self.nested_absmax, numbers, self.offset)
 
     def from_codes(self, x: Tensor, parts: list[Part]) -> list[Tensor] | None:
-        return kernels.small_batch_4bit(
-            x, [part._replace(weight=part.weight.for_kernels()) for part in parts]
-        )
+        known = [part._replace(weight=part.weight.for_kernels()) for part in parts]
+        return kernels.small_batch_4bit(x, known)
 
     def fill(self, out: Tensor) -> None:
         if kernels.dequantise_4bit(self.for_kernels(), out):
@@ -180,25 +153,15 @@ class NF4Linear(QuantLinear):
 
     def tensors(self) -> dict[str, Tensor]:
         table = table_tensor(self.format.table, self.codes.device)
-        state = {
-            "quant_type": self.format.table,
-            "blocksize": BLOCK,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "shape": [self.out_features, self.in_features],
-        }
-        parts = {
-            "weight": self.codes[:, None],
-            "weight.absmax": self.absmax,
-            "weight.quant_map": table.clone(),
-        }
+        state = {"quant_type": self.format.table, "blocksize": BLOCK, "dtype": name_of(self.dtype)}
+        state["shape"] = [self.out_features, self.in_features]
+        parts = {"weight": self.codes[:, None], "weight.absmax": self.absmax}
+        parts["weight.quant_map"] = table.clone()
         if self.nested_map is not None:
             parts["weight.nested_absmax"] = self.nested_absmax
             parts["weight.nested_quant_map"] = map_tensor(self.nested_map, self.codes.device).clone()
-            state |= {
-                "nested_blocksize": NESTED_BLOCK,
-                "nested_dtype": "float32",
-                "nested_offset": self.offset.item(),
-            }
+            state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32"}
+            state["nested_offset"] = self.offset.item()
         packed = json.dumps(state).encode("utf-8")
         parts[f"{STATE}{self.format.table}"] = torch.tensor(list(packed), dtype=torch.uint8, device="cpu")
         return parts
@@ -208,11 +171,8 @@ class NF4Linear(QuantLinear):
 
 
 def quantise_4bit(weight: Tensor, table: str) -> tuple[Tensor, Tensor]:
-    """weight -> codes (ceil(numel / 2),) uint8 and absmax (blocks,) fp32: each weight's nearest entry of the
-    table.
-
-    Raises UserError if a weight is not finite.
-    """
+    """weight -> codes (ceil(numel / 2),) uint8, the entry of the table nearest to each weight, and absmax
+    (blocks,) fp32. Raises UserError if a weight is not finite."""
     flat, count, device = weight.reshape(-1), weight.numel(), weight.device
     codes = torch.empty((count + 1) // 2, dtype=torch.uint8, device=device)
     absmax = torch.empty(-(-count // BLOCK), dtype=torch.float32, device=device)
@@ -222,9 +182,7 @@ def quantise_4bit(weight: Tensor, table: str) -> tuple[Tensor, Tensor]:
         scales = blocks.abs().amax(1, keepdim=True)
         if not torch.isfinite(scales).all():
             raise UserError(f"the weight {NOT_FINITE}")
-        if (
-            not whole
-        ):  # bitsandbytes divides in the last block if it is not whole, which may round differently
+        if not whole:  # there bitsandbytes divides, which may round differently
             scales.clamp_(min=SMALLEST)
             nearest = _nearest(torch.nn.functional.pad(blocks / scales, (0, blocks.numel() % 2)), table)
         else:
@@ -329,11 +287,9 @@ def dense_scales(scales: Scales) -> Tensor:
 
 
 def dequantise_by_pairs(codes: Tensor, absmax: Tensor, table: str, out: Tensor) -> None:
-    """out (N,) = table[codes] * absmax in fp32, rounded to its dtype; codes (ceil(N / 2),), absmax (blocks,)
-    fp32.
+    """out (N,) = table[codes] * absmax in fp32, rounded to its dtype; codes (ceil(N / 2),), absmax (blocks,).
 
-    What serves where no kernel does, on a CPU above all. (kernels/nf4.dequantise_reference is the plain form
-    of it.)
+    What serves where no kernel does, on a CPU above all (kernels/nf4.dequantise_reference is its plain form).
     """
     pairs, device = _pairs(table, codes.device), codes.device
     size = min(CHUNK if device.type == "cpu" else CHUNK_GPU, 2 * len(codes)) // 2
@@ -362,8 +318,7 @@ def map_tensor(numbers: bytes, device: torch.device) -> Tensor:
 
 @lru_cache
 def _pairs(table: str, device: torch.device) -> Tensor:
-    """The two values of each byte of codes (256,), side by side in what counts as one fp64: one lookup for
-    both."""
+    """The two values of each byte of codes (256,), side by side as if one fp64: one lookup for both."""
     levels = table_tensor(table, device)
     return torch.stack((levels.repeat_interleave(16), levels.repeat(16)), 1).view(torch.float64).view(-1)
 
@@ -371,11 +326,8 @@ def _pairs(table: str, device: torch.device) -> Tensor:
 # Checkpoints
 
 
-def read_layer(
-    format: NF4Format, tensors: dict[str, Tensor], shape: tuple[int, int], bias, dtype
-) -> NF4Linear:
-    """A layer from the tensors of bitsandbytes' checkpoints; see Format.read. What the tensors say of the
-    table and of double quantisation holds."""
+def read_layer(format: NF4Format, tensors, shape, bias, dtype) -> NF4Linear:
+    """Format.read for bitsandbytes' files, whose tensors decide the table and double quantisation."""
     count = math.prod(shape)
     blocks = -(-count // BLOCK)
     states = [name for name in tensors if name.startswith(STATE)]
@@ -386,19 +338,15 @@ def read_layer(
     if "weight" not in tensors:
         raise UserError("weight is missing; the checkpoint is incomplete, fetch it again")
     codes = _read_codes(tensors["weight"], count)
-    found = take(tensors, "weight.quant_map", (16,), [torch.float32])
+    found = take(tensors, "weight.quant_map", (16,), torch.float32)
     if not torch.allclose(found, table_tensor(table, found.device), rtol=0, atol=1e-6):
         raise UserError(f"weight.quant_map holds other levels than those of {table}")
     double = "weight.absmax" in tensors and tensors["weight.absmax"].dtype is torch.uint8
-    absmax = take_finite(
-        tensors, "weight.absmax", (blocks,), [torch.uint8 if double else torch.float32]
-    ).clone()
+    absmax = take(tensors, "weight.absmax", (blocks,), torch.uint8 if double else torch.float32).clone()
     known, scales = ["weight", states[0], "weight.quant_map", "weight.absmax"], Scales(absmax)
     if double:
-        nested = take_finite(
-            tensors, "weight.nested_absmax", (-(-blocks // NESTED_BLOCK),), [torch.float32]
-        ).clone()
-        numbers = take_finite(tensors, "weight.nested_quant_map", (256,), [torch.float32])
+        nested = take(tensors, "weight.nested_absmax", (-(-blocks // NESTED_BLOCK),), torch.float32).clone()
+        numbers = take(tensors, "weight.nested_quant_map", (256,), torch.float32)
         if "nested_offset" not in state:
             raise UserError(f"{states[0]}: nested_offset is missing, which scales in 8 bits need")
         offset = torch.tensor(state["nested_offset"], dtype=torch.float32, device=absmax.device)
@@ -410,7 +358,7 @@ def read_layer(
 
 def _read_codes(weight: Tensor, count: int) -> Tensor:
     """The codes (ceil(count / 2),) uint8, whatever dtype they are stored in (bnb_4bit_quant_storage)."""
-    found = f"{str(weight.dtype).removeprefix('torch.')} {tuple(weight.shape)}"
+    found = f"{name_of(weight.dtype)} {tuple(weight.shape)}"
     wanted = f"{(count + 1) // 2} bytes of codes, two weights each"
     if weight.dtype not in STORAGE:
         raise UserError(f"weight is {found}, expected {wanted}")
@@ -423,9 +371,7 @@ def _read_codes(weight: Tensor, count: int) -> Tensor:
 def _read_state(name: str, packed: Tensor, shape: tuple[int, int]) -> dict:
     """The settings that bitsandbytes stores as JSON in a tensor of bytes."""
     if packed.dtype is not torch.uint8 or packed.dim() != 1:
-        raise UserError(
-            f"{name} is {packed.dtype} {tuple(packed.shape)}, expected the bytes of a JSON object"
-        )
+        raise UserError(f"{name} is {packed.dtype} {tuple(packed.shape)}, expected the bytes of JSON")
     try:
         state = json.loads(packed.numpy().tobytes().decode("utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:

@@ -41,8 +41,8 @@ class Packed(QuantLinear):
 
     def __init__(self, linear: nn.Linear):
         bias = None if linear.bias is None else linear.bias.detach().clone()
-        super().__init__(linear.out_features, linear.in_features, bias, torch.float32)
-        self.register_buffer("codes", (linear.weight.detach() * 64).round().to(torch.int8))
+        codes = (linear.weight.detach() * 64).round().to(torch.int8)
+        super().__init__(None, tuple(codes.shape), bias, torch.float32, codes=codes)
 
     def fill(self, out):
         out.copy_(self.codes.float() / 64)

@@ -44,9 +44,8 @@ class Unread(QuantLinear):
     """The place of a quantised linear whose numbers are not read: its size, and nothing else."""
 
     def __init__(self, format: Format, shape: tuple[int, int], size_bytes: float, dtype: torch.dtype):
-        super().__init__(*shape, None, dtype)
-        self.format = format
-        self.register_buffer("codes", torch.empty(round(size_bytes), dtype=torch.uint8, device="meta"))
+        codes = torch.empty(round(size_bytes), dtype=torch.uint8, device="meta")
+        super().__init__(format, shape, None, dtype, codes=codes)
 
     def fill(self, out: Tensor) -> None:
         """Nothing is written: there are no numbers."""
