@@ -6,6 +6,7 @@ from torch import Tensor
 import kernels
 from architectures.config import ModelConfig
 from architectures.layers import ForwardContext
+from kernels.decode_attention import MAX_NEW
 
 
 class KVCache:
@@ -61,7 +62,7 @@ class KVCache:
         if context.is_whole:  # the cache was empty, so the row holds all there is
             borders = context.cu_seqlens, context.max_seqlen
             return kernels.attention(q, k, v, *borders, window, scale, flash_attn=context.flash_attn)
-        if context.filled is not None and context.max_seqlen <= kernels.MAX_NEW:
+        if context.filled is not None and context.max_seqlen <= MAX_NEW:
             new = context.cu_seqlens, context.filled, context.max_seqlen
             return kernels.decode_attention(q, keys, values, *new, window, scale)
         return kernels.cached_attention(q, keys, values, context.borders, context.lengths, window, scale)

@@ -21,6 +21,7 @@ import kernels
 from architectures.layers import ForwardContext
 from generation.cache import KVCache
 from kernels.linear import LinearLayer
+from kernels.lora_linear import shared_buffers
 from model import Decoder
 
 # steps on their way at once: the host's hiccups are shorter; so many are in vain after the last text's end
@@ -91,7 +92,7 @@ class Replay:
             # other threads may go on using the GPU, so only this one's mistakes count
             with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.function()
-            self.held = kernels.shared_buffers()  # the graph writes there, whatever comes after it
+            self.held = shared_buffers()  # the graph writes there, whatever comes after it
             self.graph.replay()
 
 

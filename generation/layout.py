@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-import kernels
 from architectures.layers import Linear
 from generation.cpu_decode import Adapter, ByteProduct, Layer, OneRow, Product
-from kernels.linear import LinearLayer, Part, Table
+from kernels.byte_linear import ByteTable
+from kernels.linear import LinearLayer, Part, Table, shares_of_rows
 from lora import LoraLinear
 from model import Block, Decoder
 from quant.linear import QuantLinear
@@ -114,13 +114,13 @@ def _product(linears: list[LinearLayer], dtype: torch.dtype) -> Product | BytePr
         ]
         bias = torch.cat([each.to(wide) for each in biases])
     if in_bytes:
-        return ByteProduct(kernels.ByteTable(tables), bias, adapter)
+        return ByteProduct(ByteTable(tables), bias, adapter)
     table = torch.cat([base.dequantize(dtype).T for base in bases], dim=1)
     return _dense_product(table, bias)._replace(adapter=adapter)
 
 
 def _dense_product(table: Tensor, bias: Tensor | None) -> Product:
-    rows, starts = kernels.shares_of_rows(table.shape[0], min(torch.get_num_threads(), table.shape[0]))
+    rows, starts = shares_of_rows(table.shape[0], min(torch.get_num_threads(), table.shape[0]))
     return Product(table, None if bias is None else bias.detach(), rows, starts)
 
 

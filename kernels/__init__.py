@@ -37,41 +37,10 @@ from kernels import norms as _norms
 from kernels import rms_norm as _rms_norm
 from kernels import rope as _rope
 from kernels.attention import attention_reference, attention_sdpa, cached_attention_reference
-from kernels.byte_linear import Bytes, ByteTable
-from kernels.decode_attention import MAX_NEW
 from kernels.linear import SMALL_BATCH, LinearLayer, Part
 from kernels.nf4 import Codes
 from kernels.recompute import BOOK, remember
 from options.errors import UserError
-
-__all__ = [
-    "ATTENTION",
-    "MAX_NEW",
-    "ByteTable",
-    "Bytes",
-    "Codes",
-    "add_rms_norm",
-    "attention",
-    "cached_attention",
-    "choices",
-    "cross_entropy",
-    "decode_attention",
-    "dequantise_4bit",
-    "small_batch_4bit",
-    "gated_mlp",
-    "layer_norm",
-    "linear",
-    "linears",
-    "linear_cross_entropy",
-    "linear_logprobs",
-    "require_attention",
-    "rms_norm",
-    "rope",
-    "shared_buffers",
-    "shares_of_rows",
-    "store_in_cache",
-]
-
 
 _MODES = ("auto", "triton", "reference")
 
@@ -140,42 +109,31 @@ _chooser = _backends.Chooser(_backends.time_on_gpu)
 
 
 def require_attention(flash_attn: str, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
-    """Raise ValueError, before there is work to lose, if KERNELS or this `flash_attn` cannot be had there."""
-    device, asked = torch.device(device), f"flash_attn={flash_attn}"
+    """Raise UserError, before there is work to lose, if KERNELS or this `flash_attn` cannot be had there."""
     if _REFERENCE:
         return
+    device = torch.device(device)
     missing = _missing(device)
     if flash_attn == "triton" and missing is not None:
         raise UserError(f"flash_attn=triton: {missing}; or set flash_attn=auto")
     _backends.require_package(flash_attn)
     if flash_attn in _backends.PACKAGES:
         if device.type != "cuda":
-            raise UserError(
-                f"flash_attn={flash_attn}: it runs on a GPU, not on a {device.type}; set it to auto"
-            )
+            raise UserError(f"flash_attn={flash_attn}: it runs on a GPU, not on a {device.type}; set auto")
         if dtype is torch.float32:
-            raise UserError(f"{asked}: it knows no fp32; compute in bf16, or set flash_attn=auto")
+            raise UserError(f"flash_attn={flash_attn}: it knows no fp32; compute in bf16, or set it to auto")
 
 
 def attention(
-    q,
-    k,
-    v,
-    cu_seqlens,
-    max_seqlen,
-    window,
-    scale,
-    causal=True,
-    softcap=None,
-    alibi_slopes=None,
-    flash_attn="auto",
+    q, k, v, cu_seqlens, max_seqlen, window, scale, causal=True, softcap=None, slopes=None, flash_attn="auto"
 ) -> torch.Tensor:
-    """q (T, H, D) over k, v (T, K, D) within segments -> (T, H, D). See kernels/attention.py.
+    """q (T, H, D) over k, v (T, K, D) within segments -> (T, H, D); slopes (H,): ALiBi's. See
+    kernels/attention.py.
 
     flash_attn: auto = on a CPU torch's kernels, on a GPU what measures fastest for the shape; triton, sdpa,
-    fa2, fa3 = that one, ValueError if it cannot be had; disabled = the plain formula.
+    fa2, fa3 = that one, UserError if it cannot be had; disabled = the plain formula.
     """
-    arguments = (q, k, v, cu_seqlens, max_seqlen, window, scale, causal, softcap, alibi_slopes)
+    arguments = (q, k, v, cu_seqlens, max_seqlen, window, scale, causal, softcap, slopes)
     if flash_attn == "disabled" or _REFERENCE:
         return attention_reference(*arguments)
     if flash_attn in _backends.PACKAGES:
@@ -194,7 +152,7 @@ def attention(
     candidates = {"triton": _flash.flash_attention_triton, **_backends.backends(*arguments)}
     trained = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     shapes = _backends.shape_class(q, k, cu_seqlens, max_seqlen, window, causal, trained)
-    key = (*shapes, softcap is None, alibi_slopes is None)
+    key = (*shapes, softcap is None, slopes is None)
     return _chooser.choose(key, candidates, arguments)(*arguments)
 
 
@@ -217,10 +175,8 @@ def cached_attention(q, keys, values, borders, lengths, window: int | None, scal
 def decode_attention(q, keys, values, cu_seqlens, lengths, max_new, window, scale, softcap=None, slopes=None):
     """New tokens against a cache whose lengths the device knows. See kernels/decode_attention.py."""
     serves = _triton_serves("decode_attention", q.device, _decode_attention.unsupported, q, keys, max_new)
-    name = "decode_attention_triton" if serves else "decode_attention_reference"
-    return getattr(_decode_attention, name)(
-        q, keys, values, cu_seqlens, lengths, max_new, window, scale, softcap, slopes
-    )
+    of = _decode_attention.decode_attention_triton if serves else _decode_attention.decode_attention_reference
+    return of(q, keys, values, cu_seqlens, lengths, max_new, window, scale, softcap, slopes)
 
 
 def store_in_cache(k, v, keys, values, cu_seqlens, lengths, max_new) -> None:
@@ -242,10 +198,6 @@ def rope(q, k, cos, sin, interleaved: bool = False) -> tuple[torch.Tensor, torch
     if _triton_serves("rope", q.device, _rope.unsupported, q, k):
         return _rope.rope_triton(q, k, cos, sin, interleaved)
     return (_rope.rope_reference if _REFERENCE else _rope.rope)(q, k, cos, sin, interleaved)
-
-
-shared_buffers = _lora_linear.shared_buffers
-shares_of_rows = _linear.shares_of_rows
 
 
 def gated_mlp(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
@@ -297,8 +249,9 @@ def linears(x: torch.Tensor, parts: list[Part]) -> list[torch.Tensor]:
         return [result.reshape(*x.shape[:-1], result.shape[-1]) for result in results]
     if len(parts) == 1 and parts[0].weight is not None:
         return [_one_linear(x, parts[0])]
-    table = parts[0].table
-    if table is not None and len(parts) == table.layers and all(_is_only(table, part) for part in parts):
+    table = parts[0].table  # taken where every part is nothing but its share of it
+    alone = all(part.table is table and part.lora_a is None for part in parts)
+    if table is not None and len(parts) == table.layers and alone:
         return list(linear(x, table.weight, table.bias).split([part.weight.shape[0] for part in parts], 1))
     results = _from_codes(x, parts)
     if results is not None:
@@ -308,11 +261,10 @@ def linears(x: torch.Tensor, parts: list[Part]) -> list[torch.Tensor]:
     if len(known) > 1 and any(parts[place].lora_a is not None for place in known):
         for place, result in zip(known, _lora_linears(x, [parts[place] for place in known])):
             results[place] = result
-    return [_alone(x, part) if result is None else result for part, result in zip(parts, results)]
-
-
-def _alone(x: torch.Tensor, part: Part) -> torch.Tensor:
-    return _one_linear(x, part) if part.layer is None else part.layer(x)
+    for place, part in enumerate(parts):
+        if results[place] is None:
+            results[place] = _one_linear(x, part) if part.layer is None else part.layer(x)
+    return results
 
 
 def _one_linear(x: torch.Tensor, part: Part) -> torch.Tensor:
@@ -326,11 +278,6 @@ def _one_linear(x: torch.Tensor, part: Part) -> torch.Tensor:
         return _lora_linears(x, [part])[0]
     result = _one_linear(x, part._replace(lora_a=None, lora_b=None))
     return result + _lora_linear.low_rank(x, part).to(result.dtype)
-
-
-def _is_only(table, part: Part) -> bool:
-    """Whether a part is nothing but its share of this table."""
-    return part.table is table and part.lora_a is None
 
 
 def _from_codes(x: torch.Tensor, parts: list[Part]) -> list[torch.Tensor] | None:
@@ -386,8 +333,5 @@ def choices(device: torch.device | str, flash_attn: str = "auto") -> str:
     attention_name = "Triton" if _MODE == "triton" else measured if missing is None or on_cpu else "torch"
     if flash_attn != "auto":
         attention_name = {"disabled": "by the plain formula", "triton": "Triton"}.get(flash_attn, flash_attn)
-    return (
-        f"kernels: linear {product}, attention {attention_name}, cross entropy chunked in {pointwise}, lora "
-        "fused, "
-        f"norms, rope and gated mlp {pointwise}"
-    )
+    most = f"linear {product}, attention {attention_name}, cross entropy chunked in {pointwise}, lora fused"
+    return f"kernels: {most}, norms, rope and gated mlp {pointwise}"

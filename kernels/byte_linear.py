@@ -1,5 +1,4 @@
-"""y = x W^T for one row on a CPU, with W in one byte a weight: the product of decoding from quantised
-weights.
+"""y = x W^T for one row on a CPU, W in one byte a weight: the product of decoding from quantised weights.
 
     W[o, i] = (codes[i, o] - zero) * scales[i // group, o]        group = in / groups inputs
 
@@ -33,8 +32,7 @@ class Bytes(NamedTuple):
 
 
 class ByteTable:
-    """Weights with one input, side by side, as the bag reads them. ValueError unless zero and groups are the
-    same."""
+    """Weights with one input, side by side, as the bag reads them. ValueError if zeros or groups differ."""
 
     def __init__(self, parts: list[Bytes]):
         self.zero = parts[0].zero

@@ -2,8 +2,8 @@
 
 Why a file for one matrix product: on x86 machines that are not Intel's, torch sends fp32 products to MKL,
 which there stays on its 256-bit path; oneDNN (already inside torch) runs the same product with 512-bit
-registers, measured 2.2 times as fast (bench/train.py prints both). The product is still true fp32. bf16 and
-fp16 go to oneDNN in any case.
+registers, measured 2.2 times as fast (bench/train.py prints both), and still in true fp32. bf16 and fp16 go
+to oneDNN in any case.
 
 Casting here instead of under autocast keeps precision visible: parameters may be fp32 masters while x is
 bf16, and the backward pass casts again instead of holding a second copy of every weight.
@@ -42,10 +42,10 @@ class Part(NamedTuple):
 class LinearLayer(nn.Module):
     """A linear layer as model, adapters and kernels know it; in_features, out_features, bias (out,) or None.
 
-    Three kinds: architectures/layers.Linear, quant/linear.QuantLinear, and lora.LoraLinear around one of
-    them. A layer says by part() what it computes and kernels.linears chooses how: forward is
-    `kernels.linears(x, [self.part()])[0]`, and layers with one input go there together. The rest is what a
-    layer of codes may do better than by its dense weight; None says that it does not.
+    Three kinds: architectures/layers.Linear, quant/linear.QuantLinear, lora.LoraLinear around one of them. A
+    layer says by part() what it computes and kernels.linears chooses how: forward is `kernels.linears(x,
+    [self.part()])[0]`, and layers with one input go there together. The rest is what a layer of codes may do
+    better than by its dense weight; None says that it does not.
     """
 
     in_features: int
@@ -61,8 +61,7 @@ class LinearLayer(nn.Module):
         raise NotImplementedError
 
     def product(self, x: Tensor) -> Tensor | None:
-        """x (T, in) -> x W^T (T, out) in x's dtype, for any T, in training too: the backward pass takes the
-        dense weight."""
+        """x (T, in) -> x W^T (T, out) in x's dtype, also in training; backward takes the dense weight."""
         return None
 
     def from_codes(self, x: Tensor, parts: list[Part]) -> list[Tensor] | None:
@@ -70,8 +69,7 @@ class LinearLayer(nn.Module):
         return None
 
     def bytes_for_decoding(self, dtype: torch.dtype) -> tuple | None:
-        """The weight in one byte a number (byte_linear.Bytes), for one row at a time on a CPU, where that is
-        as good as dense numbers in `dtype`."""
+        """The weight as byte_linear.Bytes, for one row on a CPU, where that is as good as `dtype`."""
         return None
 
     def waits(self, rows: int) -> bool:
@@ -140,27 +138,20 @@ def linear_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
 
 def matvec_by_rows(x: Tensor, table: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (1, in) times table (in, out), rows contiguous -> (1, out): the product of decoding, bound by memory
-    speed.
+    """x (1, in) times table (in, out), rows contiguous -> (1, out): decoding's, bound by memory speed.
 
-    Written as an embedding bag, y = sum_i x[i] * table[i], because torch's kernel for that (fbgemm, weights
-    of the rows = x) streams the table at the speed of memory: measured 80 to 95% of a plain read, against 60%
-    for oneDNN's product and 35% for MKL's on the shapes of a 135M model. One bag per thread, each over its
-    share of the rows.
+    An embedding bag, y = sum_i x[i] * table[i], because torch's kernel for that (fbgemm, rows weighted by x)
+    streams the table at the speed of memory: measured 80 to 95% of a plain read, against 60% for oneDNN's
+    product and 35% for MKL's on the shapes of a 135M model. One bag per thread, each over its share of rows.
     """
     rows, starts = shares_of_rows(table.shape[0], min(torch.get_num_threads(), table.shape[0]))
-    # detached: where a gradient could be asked for, the operation also builds what its backward pass would
-    # need
-    bags = torch.embedding_bag(table.detach(), rows, starts, mode=0, per_sample_weights=x[0])[
-        0
-    ]  # (bags, out)
+    # detached, or the operation also builds what its backward pass would need
+    bags, *_ = torch.embedding_bag(table.detach(), rows, starts, mode=0, per_sample_weights=x[0])
     result = bags.sum(0, keepdim=True)
     return result if bias is None else result.add_(bias)
 
 
-@functools.lru_cache(
-    maxsize=64
-)  # an entry per input size of a model: two small tensors less to make on every call
+@functools.lru_cache(maxsize=64)  # an entry per input size of a model
 def shares_of_rows(inputs: int, bags: int) -> tuple[Tensor, Tensor]:
     """Row numbers 0..inputs-1, and where each bag's share of them starts."""
     with torch.inference_mode(False):

@@ -1,5 +1,4 @@
-"""y = x W^T + b + s (x A^T) B^T as one autograd function that saves x once.  Hu et al., arXiv 2106.09685, eq.
-3.
+"""y = x W^T + b + s (x A^T) B^T as one autograd function, x saved once.  Hu et al., arXiv 2106.09685, eq. 3.
 
 Linears with one input (q/k/v, gate/up) go through it together: x is saved once; the stacked A read x once
 where separate adapters read it once each, forward and again for A's gradient; and dx is summed in one buffer.
@@ -9,15 +8,14 @@ being saved.
 Two orders of the same product. Separate: the low-rank branch beside the base product, 2 T R (in + out)
 multiply-adds. Merged: first W + s B A, then one product; 2 in out R multiply-adds, and no pass over a (T,
 out) tensor for the sum. With R << T the second costs less as soon as T > in out / (in + out). It is used on a
-CPU in fp32 only: in bf16 the sum W + s B A would round a small update away, and a GPU would write and read a
-second weight.
+CPU in fp32 only: bf16 would round a small update away in W + s B A, and a GPU write and read a second weight.
 
 No Triton kernel adds the branch, by count of bytes. An own kernel for y += s low B^T reads and writes y, 4 T
 out bytes in bf16, and so does addmm_ after the base product. But the other way round, first y = s low B^T +
 b, then the base product with beta = 1, the branch is a pure write of 2 T out bytes, and y is read in the
 epilogue of the large product, under its arithmetic; y is also rounded in the better order. Likewise dx. On a
-CPU the base comes first (oneDNN's fp32 product does not accumulate). What a kernel could save is the second
-of two reads of dy in the backward pass (dy B and dy^T low), 2 T out bytes: left until it can be measured.
+CPU the base comes first (oneDNN's fp32 product does not accumulate). A kernel could save the second of two
+reads of dy in the backward pass (dy B and dy^T low), 2 T out bytes: left until it can be measured.
 """
 
 import torch
@@ -62,8 +60,7 @@ _shared: dict[tuple[torch.device, torch.dtype], Tensor] = {}  # the one buffer f
 
 
 def shared_buffers() -> list[Tensor]:
-    """For whoever recorded products (a CUDA graph): what they write to, which a larger weight would let
-    go."""
+    """For whoever recorded products (a CUDA graph): what they write to; a larger weight would let it go."""
     return list(_shared.values())
 
 
@@ -80,15 +77,8 @@ def _dense(weight: Tensor | LinearLayer, dtype: torch.dtype) -> Tensor:
 
 
 def _branch_first(device: torch.device) -> bool:
-    """Whether products add to what is there for free, so that the low-rank branch is written first (file's
-    head)."""
+    """Whether products add to what is there for free, so that the low-rank branch is written first."""
     return device.type != "cpu"
-
-
-def _merge_is_cheaper(rows: int, weight: Tensor, dtype: torch.dtype) -> bool:
-    outputs, inputs = weight.shape
-    fits = dtype is torch.float32 and weight.dtype is dtype and not _branch_first(weight.device)
-    return fits and rows * (inputs + outputs) > inputs * outputs
 
 
 class _LoraLinears(torch.autograd.Function):
@@ -161,8 +151,12 @@ def _columns(low: Tensor | None, parts: list[Part]) -> list[Tensor | None]:
 
 
 def _merged(x: Tensor, part: Part) -> bool:
-    dense = part.lora_a is not None and isinstance(part.weight, Tensor)
-    return dense and _merge_is_cheaper(x.shape[0], part.weight, x.dtype)
+    """Whether this part goes by W + s B A."""
+    if part.lora_a is None or not isinstance(part.weight, Tensor) or _branch_first(x.device):
+        return False
+    outputs, inputs = part.weight.shape
+    fp32 = x.dtype is part.weight.dtype is torch.float32
+    return fp32 and x.shape[0] * (inputs + outputs) > inputs * outputs
 
 
 def _updated(part: Part) -> Tensor:
@@ -173,21 +167,18 @@ def _updated(part: Part) -> Tensor:
 
 def _forward(x: Tensor, part: Part, merged: bool, low: Tensor | None) -> Tensor:
     bias = None if part.bias is None else part.bias.to(x.dtype)
-    own = None if isinstance(part.weight, Tensor) else part.weight.product(x)
-    if merged:
-        result = matmul_transposed(x, _updated(part))
-    elif low is None:
-        result = matmul_transposed(x, _dense(part.weight, x.dtype)) if own is None else own
-    elif own is None and _branch_first(x.device):
-        lora_b = part.lora_b.to(x.dtype)
+    lora_b = None if low is None or merged else part.lora_b.to(x.dtype)
+    result = None if isinstance(part.weight, Tensor) else part.weight.product(x)
+    if result is None and lora_b is not None and _branch_first(x.device):
         if bias is None:
             result = _scaled_product(low, lora_b.T, part.scale, x.new_empty(x.shape[0], lora_b.shape[0]))
         else:
             result = torch.addmm(bias, low, lora_b.T, alpha=part.scale)
         return result.addmm_(x, _dense(part.weight, x.dtype).T)
-    else:
-        result = matmul_transposed(x, _dense(part.weight, x.dtype)) if own is None else own
-        result.addmm_(low, part.lora_b.to(x.dtype).T, alpha=part.scale)
+    if result is None:
+        result = matmul_transposed(x, _updated(part) if merged else _dense(part.weight, x.dtype))
+    if lora_b is not None:
+        result.addmm_(low, lora_b.T, alpha=part.scale)
     return result if bias is None else result.add_(bias)
 
 

@@ -1,22 +1,19 @@
 """Weights in NF4 or FP4 (quant/nf4.py): to numbers, and the product of a few rows straight from the codes.
 
 w = table[code] * absmax[block], blocks of 64 along the flattened weight, the first weight of a byte in its
-high half. Dettmers et al., arXiv 2305.14314, section 3; with double quantisation absmax[b] = map[q[b]] *
-nested[b / 256] + mean.
+high half; with double quantisation absmax[b] = map[q[b]] * nested[b / 256] + mean. arXiv 2305.14314, sec. 3.
 
 Two ways to a product x W^T. For many rows the weight is written out once (K5, a stream: 0.52 bytes read, 2
 written a weight) and the library multiplies. For 1 to 16 rows, decoding, reading the weight is all the time
 it takes, so the codes are multiplied as they are read (K6): a quarter of the bytes of a bf16 weight. One row:
 ordinary arithmetic in fp32, several outputs per program, since a tensor core would be fed 15 rows of zeros.
 More: matrix units on blocks of 64 outputs, rounded to x's dtype as the dense weight would be; outputs alone
-are too few programs for a GPU, so the inputs are divided too (`splits`) and a second kernel adds the parts in
-a fixed order.
+are too few programs for a GPU: the inputs are divided too (`splits`), and added up in a fixed order.
 
 The table of 16 is gathered from shared memory: its entries lie in different banks, so a warp's 32 look-ups
 take one access whatever the codes are (a table of pairs would not fit into the banks). x A^T, the narrow half
 of an adapter, needs all of x and goes first; s (x A^T) B^T and the bias are added in the launch of the
-product. Linears with one input share their launches. Nothing here waits for the GPU, so all of it can be
-captured in a graph.
+product. Linears with one input share their launches. Nothing waits for the GPU: a graph can hold all of it.
 """
 
 import itertools
@@ -38,8 +35,7 @@ TILE_BYTES = 4096
 
 
 class Codes(NamedTuple):
-    """A weight (out, in) in 4 bits. All on one device; the last three are None without double
-    quantisation."""
+    """A weight (out, in) in 4 bits, on one device; the last three are None without double quantisation."""
 
     codes: Tensor  # (ceil(out * in / 2),) uint8
     absmax: Tensor  # (ceil(out * in / 64),) fp32, or uint8 with double quantisation
@@ -50,8 +46,7 @@ class Codes(NamedTuple):
 
 
 def dequantise_reference(weight: Codes, out: Tensor) -> None:
-    """Write the weight into out (out, in): fp32 arithmetic, rounded to out's dtype. The plain form, for tests
-    and benchmarks; on a CPU quant/nf4.dequantise_by_pairs serves."""
+    """Write the weight into out (out, in): fp32 arithmetic, rounded to out's dtype. The plain form."""
     pairs = torch.stack((weight.codes >> 4, weight.codes & 15), dim=1).view(-1)[: out.numel()]
     scales = scales_reference(weight).repeat_interleave(BLOCK)[: out.numel()]
     out.copy_((weight.table[pairs.int()] * scales).view_as(out))
@@ -185,12 +180,13 @@ def _arguments(parts: list[Part], sizes: list[int], block: int) -> tuple[list, i
     firsts = list(itertools.accumulate(ceil_divide(size, block) for size in sizes))  # of the next part
     blocks = firsts[-1]
     columns = [0, *itertools.accumulate(sizes[:-1])] + [0] * missing
-    tensors = []
-    for part in [*parts, *parts[:1] * missing]:
+    given = [*parts, *parts[:1] * missing]
+    tensors = [parts[0].weight.table, parts[0].weight.nested_table]
+    for part in given:
         weight = part.weight
         tensors += [weight.codes.view(torch.int32), weight.absmax, weight.nested_absmax, weight.mean]
         tensors += [part.bias, None if part.lora_b is None else part.lora_b.contiguous()]
-    numbers = [*sizes, *sizes[:1] * missing, *(float(part.scale) for part in [*parts, *parts[:1] * missing])]
+    numbers = [*sizes, *sizes[:1] * missing, *(float(part.scale) for part in given)]
     return [*tensors, *numbers, *(firsts + [blocks] * missing)[:-1], *columns[1:]], blocks
 
 
@@ -200,14 +196,13 @@ def _one_row(x: Tensor, parts: list[Part], sizes: list[int], low: Tensor | None,
     shape = {"ROWS": TILE_BYTES // (tile * BLOCK // 2), "GROUPS": tile, "num_warps": 4}
     shape |= {"RANK": _rank(parts[0]), "RANKS": next_power_of_2(max(2, _rank(parts[0])))}
     arguments, blocks = _arguments(parts, sizes, shape["ROWS"])
-    tables = parts[0].weight.table, parts[0].weight.nested_table
-    run(_one_row_kernel, (blocks,), x, *tables, low, result, *arguments, groups, **shape)
+    run(_one_row_kernel, (blocks,), x, low, result, *arguments, groups, **shape)
 
 
 def _some_rows(x: Tensor, parts: list[Part], sizes: list[int], low: Tensor | None, result: Tensor) -> None:
     groups, rank = x.shape[1] // BLOCK, _rank(parts[0])
     shape = {"ROWS": 64, "GROUPS": 2, "RANK": rank, "RANKS": next_power_of_2(max(16, rank))}
-    precision = "ieee" if x.dtype is torch.float32 else "tf32"
+    shape |= {"PRECISION": "ieee" if x.dtype is torch.float32 else "tf32", "num_warps": 4, "num_stages": 4}
     arguments, blocks = _arguments(parts, sizes, shape["ROWS"])
     turns = ceil_divide(groups, shape["GROUPS"])  # of the loop; four and more each, so that copies run ahead
     splits = max(1, min(ceil_divide(4 * processors(x.device), blocks), turns // 4, 16))
@@ -215,10 +210,8 @@ def _some_rows(x: Tensor, parts: list[Part], sizes: list[int], low: Tensor | Non
     target = result
     if splits > 1:
         target = torch.empty(splits, *result.shape, dtype=torch.float32, device=x.device)
-    tables = parts[0].weight.table, parts[0].weight.nested_table
     numbers = groups, splits, x.stride(0), x.shape[0], result.shape[1], rank * len(parts)
-    grid, options = (blocks, splits), {"PRECISION": precision, "num_warps": 4, "num_stages": 4}
-    run(_some_rows_kernel, grid, x, *tables, low, target, *arguments, *numbers, **shape, **options)
+    run(_some_rows_kernel, (blocks, splits), x, low, target, *arguments, *numbers, **shape)
     if splits > 1:
         count = result.numel()
         run(_add_kernel, (ceil_divide(count, 512),), target, result, count, splits, BLOCK=512, num_warps=4)
@@ -226,8 +219,7 @@ def _some_rows(x: Tensor, parts: list[Part], sizes: list[int], low: Tensor | Non
 
 @jit
 def _of(part, first, second, third):
-    """The pointer of this part. A branch: a choice between two pointers would lose what is known of their
-    alignment."""
+    """The pointer of this part. Branches: a choice between pointers would lose what is known of alignment."""
     chosen = first
     if part == 1:
         chosen = second
@@ -283,15 +275,14 @@ def _words(codes, place, inside):
 
 @jit
 def _one_row_kernel(
-    x, table, nested_table, low, result,
+    x, low, result, table, nested_table,
     codes0, absmax0, nested0, mean0, bias0, lora_b0,
     codes1, absmax1, nested1, mean1, bias1, lora_b1,
     codes2, absmax2, nested2, mean2, bias2, lora_b2,
     outs0, outs1, outs2, scale0, scale1, scale2, block1, block2, column1, column2,
     groups, RANK: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS outputs of one linear. x (1, in); result (1, sum of out); groups: blocks of 64 in a row of the
-    weight."""
+    """ROWS outputs of one linear. x (1, in); result (1, sum of out); groups: in / 64."""
     block = tl.program_id(0)
     part = (block >= block1).to(tl.int32) + (block >= block2).to(tl.int32)
     codes, absmax = _of(part, codes0, codes1, codes2), _of(part, absmax0, absmax1, absmax2)
@@ -331,7 +322,7 @@ def _one_row_kernel(
 
 @jit
 def _some_rows_kernel(
-    x, table, nested_table, low, result,
+    x, low, result, table, nested_table,
     codes0, absmax0, nested0, mean0, bias0, lora_b0,
     codes1, absmax1, nested1, mean1, bias1, lora_b1,
     codes2, absmax2, nested2, mean2, bias2, lora_b2,
@@ -339,8 +330,7 @@ def _some_rows_kernel(
     groups, splits, x_stride, tokens, columns, low_columns, RANK: tl.constexpr, RANKS: tl.constexpr,
     ROWS: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """ROWS outputs of one linear over one split of the inputs. x (T, in); result (T, sum of out), or that per
-    split."""
+    """ROWS outputs of one linear over a split of the inputs. x (T, in); result ([splits,] T, sum of out)."""
     block, split = tl.program_id(0), tl.program_id(1)
     part = (block >= block1).to(tl.int32) + (block >= block2).to(tl.int32)
     codes, absmax = _of(part, codes0, codes1, codes2), _of(part, absmax0, absmax1, absmax2)

@@ -25,16 +25,8 @@ from quant import aqlm, awq, bitsandbytes, eetq, gptq, hqq
 from quant.linear import Format
 from quant.nf4 import NF4Format
 
-# quantization_method and config.json's quant_method -> quantization_config -> Format; errors begin with the
-# key
-METHODS = {
-    "aqlm": aqlm.from_config,
-    "awq": awq.from_config,
-    "bitsandbytes": bitsandbytes.from_config,
-    "eetq": eetq.from_config,
-    "gptq": gptq.from_config,
-    "hqq": hqq.from_config,
-}
+# quantization_method, and quant_method of config.json: files with from_config; errors begin with the key
+METHODS = {"aqlm": aqlm, "awq": awq, "bitsandbytes": bitsandbytes, "eetq": eetq, "gptq": gptq, "hqq": hqq}
 QUANTISERS = {"bitsandbytes": bitsandbytes, "eetq": eetq, "hqq": hqq}  # those that quantise 16-bit weights
 # keys of quantization_config, at any depth
 WHOLE_NUMBERS = {"bits", "w_bit", "nbits", "nbits_per_codebook", "num_codebooks", "axis"}
@@ -60,17 +52,14 @@ class QuantOptions:
     )
 
     def __post_init__(self):
-        format = from_options(self)  # refuses what cannot be, before anything is read
-        if self.quantization_bit is None and self.quantization_method != "bitsandbytes":
+        format, method = from_options(self), self.quantization_method  # refused before anything is read
+        if self.quantization_bit is None and method != "bitsandbytes":
             raise UserError(
-                f"quantization_method: {self.quantization_method} without quantization_bit quantises "
-                "nothing; give "
-                "quantization_bit, or 0 for none, or drop quantization_method (quantised checkpoints need "
-                "neither)"
+                f"quantization_method: {method} without quantization_bit quantises nothing; give "
+                "quantization_bit (0 = none) or drop quantization_method (quantised checkpoints need neither)"
             )
-        if self.quantization_type != "nf4" and not (
-            isinstance(format, NF4Format) or self.quantization_bit == 0
-        ):
+        four_bits = isinstance(format, NF4Format) or self.quantization_bit == 0
+        if self.quantization_type != "nf4" and not four_bits:
             raise UserError(
                 f"quantization_type: {self.quantization_type} is a kind of 4 bits of bitsandbytes; set "
                 "quantization_bit=4 and quantization_method=bitsandbytes, or drop quantization_type"
@@ -102,7 +91,7 @@ def from_config(settings: dict) -> Format:
         if not isinstance(method, str) or method not in METHODS:
             raise UserError(f"quant_method {method!r} is not known; use a 16-bit release")
         _check_kinds(settings, method)
-        return METHODS[method](settings)
+        return METHODS[method].from_config(settings)
     except KeyError as error:
         raise UserError(f"config.json: quantization_config.{error.args[0]} is missing") from error
     except UserError as error:

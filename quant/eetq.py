@@ -34,9 +34,7 @@ class EETQFormat(Format):
         scales = take(tensors, "weight_scales", (outputs,), torch.float16, torch.float32)
         refuse_others(tensors, ("weight", "weight_scales"))
         if inputs % TILE or outputs % 2:
-            raise UserError(
-                f"weight has {inputs} inputs, {outputs} outputs; EETQ has multiples of {TILE} and 2"
-            )
+            raise UserError(f"weight has {inputs} inputs, {outputs} outputs; EETQ: multiples of {TILE} and 2")
         absmax = positive("weight_scales", scales.float() * LEVELS)
         return Int8Linear(self, shape, bias, dtype, codes=from_eetq_order(order), absmax=absmax)
 

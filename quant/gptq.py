@@ -3,14 +3,12 @@
 w = scale[group] * (q - zero[group]), a group being `group_size` inputs in a row (-1: all), or those that
 g_idx puts together where the inputs were sorted (act-order). In a file the codes are packed along the inputs
 into int32 words, qweight (in * bits / 32, out), the zeros along the outputs, qzeros (groups, out * bits /
-32), both as one stream of bits from the lowest bit of the first word on: at 3 bits values cross from word to
-word.
+32), both as one stream of bits from the first word's lowest on: at 3 bits values cross between words.
 
 checkpoint_format gptq holds every zero less one, gptq_v2 as it is. The subtraction is one of whole words, so
 that the zero 0 borrows from its neighbour; adding again to whole words undoes it. At 3 bits there are two
 dialects of the former: AutoGPTQ takes one from each zero; GPTQModel, which transformers loads with, has the
-constants of the words in another order, which is no subtraction of ones. What is written at 3 bits is
-therefore gptq_v2.
+constants of the words in another order, no subtraction of ones. So at 3 bits gptq_v2 is written.
 """
 
 from dataclasses import dataclass
@@ -72,9 +70,7 @@ class GPTQFormat(GroupedFormat):
         for zeros in (one_by_one, by_words):
             if (unpack(zeros, 3) == 4).all():
                 return zeros
-        raise UserError(
-            "qzeros is not that of a symmetric 3-bit layer (sym in config.json): zeros other than 4"
-        )
+        raise UserError("qzeros is not that of a symmetric 3-bit layer (sym in config.json): not all 4")
 
     def config(self) -> dict:
         sizes = {"quant_method": "gptq", "bits": self.bits, "group_size": self.group_size}
@@ -104,9 +100,7 @@ class GPTQLinear(GroupedLinear):
         outputs, inputs = codes.shape
         groups, bits = format.groups(inputs), format.bits
         if inputs % 32 or outputs % 32:
-            raise UserError(
-                f"GPTQ packs multiples of 32 inputs and outputs; this one has {inputs} and {outputs}"
-            )
+            raise UserError(f"GPTQ packs multiples of 32 inputs and outputs; here are {inputs}, {outputs}")
         if zeros is None:
             zeros = torch.full((outputs, groups), 2 ** (bits - 1), device=codes.device)
         for name, tensor in (("scales", scales), ("zeros", zeros)):

@@ -80,9 +80,7 @@ class Hessian:
         x = x.to(self.matrix.dtype)
         product = matmul_transposed(x.T, x.T)  # (in, in)
         if not torch.isfinite(product.diagonal()).all():
-            raise UserError(
-                "the activations are not finite or too large; set infer_dtype to bfloat16 or float32"
-            )
+            raise UserError("the activations are not finite or too large; infer_dtype=bfloat16 or float32")
         before, self.tokens = self.tokens, self.tokens + x.shape[0]
         self.matrix.mul_(before / self.tokens).add_(product, alpha=1 / self.tokens)  # the mean so far
 

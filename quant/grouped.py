@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import kernels
+from kernels.byte_linear import Bytes
 from options.errors import UserError
 from quant.linear import FLOATS, Format, QuantLinear, row_chunks, take
 
@@ -34,9 +34,7 @@ class GroupedFormat(Format):
         """qweight in the shape `words`, qzeros and scales of a file, for a weight of this shape (out, in)."""
         (outputs, inputs), bits = shape, self.bits
         if inputs * bits % 32 or outputs * bits % 32:
-            raise UserError(
-                f"qweight: {bits}-bit codes of {outputs} x {inputs} weights do not fill 32-bit words"
-            )
+            raise UserError(f"qweight: {outputs} x {inputs} codes of {bits} bits do not fill 32-bit words")
         codes = take(tensors, "qweight", words, torch.int32)
         zeros = take(tensors, "qzeros", (self.groups(inputs), outputs * bits // 32), torch.int32)
         return codes, zeros, take(tensors, "scales", (self.groups(inputs), outputs), *FLOATS).clone()
@@ -63,7 +61,7 @@ class GroupedLinear(QuantLinear):
         size = self.in_features if self.format.group_size == -1 else self.format.group_size
         return torch.arange(self.in_features, dtype=torch.int32, device=device) // size
 
-    def bytes_for_decoding(self, dtype: torch.dtype) -> kernels.Bytes | None:
+    def bytes_for_decoding(self, dtype: torch.dtype) -> Bytes | None:
         bits, groups = self.format.bits, self.scales.shape[0]
         zeros = unpack(self.zeros, bits).T  # (out, groups)
         same = bool((zeros == zeros[0, 0]).all())  # else q - zero of 8 bits does not fit a byte
@@ -74,7 +72,7 @@ class GroupedLinear(QuantLinear):
         codes, zero = unpack(self.codes, bits), float(zeros[0, 0])  # (out, in)
         if not same:
             codes, zero = codes.unflatten(1, (groups, -1)).sub_(zeros[:, :, None]).add_(128).flatten(1), 128.0
-        return kernels.Bytes(codes.to(torch.uint8).T, zero, self.scales.float())
+        return Bytes(codes.to(torch.uint8).T, zero, self.scales.float())
 
     def fill(self, out: Tensor) -> None:
         bits, group = self.format.bits, self.format.group_size

@@ -30,9 +30,8 @@ NORM, BETA, GROWTH, TURNS = 0.7, 10.0, 1.01, 20  # p, and the schedule of beta, 
 LEAST_SCALE = 1 / 2e4  # smaller ones lose their bits in fp16
 FARTHEST_ZERO = 2048  # up to here fp16 has all whole numbers, beyond a zero is off by more than a code
 SETTINGS = "nbits group_size shape axis packing unpack_view_dtype view_as_float quant_scale quant_zero"
-SETTINGS += (
-    " compute_dtype offload_meta encoded_state_dict stores_quant_config channel_wise optimize round_zero"
-)
+SETTINGS += " compute_dtype offload_meta encoded_state_dict stores_quant_config channel_wise"
+SETTINGS += " optimize round_zero"
 
 
 @dataclass(frozen=True)

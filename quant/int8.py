@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-import kernels
+from kernels.byte_linear import Bytes
 from kernels.linear import SMALL_BATCH, Part
 from options.errors import UserError
 from quant.linear import Format, QuantLinear, refuse_others, row_chunks, take
@@ -104,9 +104,9 @@ class Int8Linear(QuantLinear):
             result = result.addmm_(low, part.lora_b.to(x.dtype).T)
         return result if part.bias is None else result.add_(part.bias)
 
-    def bytes_for_decoding(self, dtype: torch.dtype) -> kernels.Bytes:
+    def bytes_for_decoding(self, dtype: torch.dtype) -> Bytes:
         codes = (self.codes.view(torch.uint8) ^ 128).T  # plus 128
-        return kernels.Bytes(codes, 128.0, self._scale()[None])
+        return Bytes(codes, 128.0, self._scale()[None])
 
     def _scale(self) -> Tensor:
         return self.absmax * (1.0 / LEVELS)  # (out,)
@@ -131,9 +131,7 @@ def quantise_rows(weight: Tensor, scale_dtype: torch.dtype = torch.float32) -> d
     if scale_dtype is not torch.float32:
         absmax = (absmax / LEVELS).to(scale_dtype).float() * LEVELS
     if not torch.isfinite(absmax).all():
-        raise UserError(
-            "the weight holds numbers that are not finite, or too large for fp16, to be quantised"
-        )
+        raise UserError("the weight holds numbers that are not finite, or too large for fp16")
     factor = torch.where(absmax > 0, LEVELS / absmax, 0.0)[:, None]  # rows of zeros: codes 0
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     for rows in row_chunks(codes):

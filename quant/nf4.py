@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 import kernels
+from kernels.byte_linear import Bytes
 from kernels.linear import Part
 from kernels.nf4 import Codes
 from options.errors import UserError
@@ -141,7 +142,7 @@ class NF4Linear(QuantLinear):
         else:
             out.copy_(self.dequantize(out.dtype))
 
-    def bytes_for_decoding(self, dtype: torch.dtype) -> kernels.Bytes | None:
+    def bytes_for_decoding(self, dtype: torch.dtype) -> Bytes | None:
         if dtype is not torch.bfloat16 or self.in_features % BLOCK:
             return None
         factor, shift = BYTE_LEVELS[self.format.table]
@@ -149,7 +150,7 @@ class NF4Linear(QuantLinear):
         pairs = torch.cartesian_prod(levels, levels).to(torch.uint8).view(torch.int16).flatten()  # (256,)
         codes = pairs[self.codes.int()].view(torch.uint8).view(self.out_features, self.in_features)
         scales = self.scales().view(self.out_features, -1) / factor
-        return kernels.Bytes(codes.T, BYTE_ZERO + shift, scales.T)
+        return Bytes(codes.T, BYTE_ZERO + shift, scales.T)
 
     def tensors(self) -> dict[str, Tensor]:
         table = table_tensor(self.format.table, self.codes.device)

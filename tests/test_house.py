@@ -167,7 +167,7 @@ def accepted_values():
     for optim in typing.get_args(typing.get_type_hints(OptimOptions)["optim"]):
         yield "optim", optim, optimizers.file_of(optim).__name__
     for method in {*quant.METHODS, *quant.QUANTISERS}:
-        yield "quantization_method", method, quant.METHODS[method].__module__
+        yield "quantization_method", method, quant.METHODS[method].__name__
     for name in FAMILIES:
         yield "architectures", name, next(line.__name__ for line in LINES if name in line.FAMILIES)
     for recipe in ROOT.glob("configs/*.yaml"):

@@ -21,6 +21,7 @@ from generation import generate as generation
 from generation.generate import Decoding, generate, new_cache
 from generation.layout import lay_out_for_decoding
 from generation.sampling import GenerateOptions, choose
+from kernels.lora_linear import shared_buffers
 from model import Decoder
 from quant.eetq import EETQFormat
 from quant.hqq import HQQFormat
@@ -314,9 +315,9 @@ def test_a_graph_keeps_the_buffer_that_it_writes_dense_weights_to(monkeypatch):
     small, large = (NF4Format().quantise(torch.randn(size, 64), None, torch.float32) for size in (8, 99))
     with torch.no_grad():
         small(torch.randn(20, 64))
-        (held,) = kernels.shared_buffers()
+        (held,) = shared_buffers()
         large(torch.randn(20, 64))
-    (now,) = kernels.shared_buffers()
+    (now,) = shared_buffers()
     assert held.numel() == 8 * 64 and now.numel() == 99 * 64
     device = torch.device("cpu")
     replay = cuda_graph.Replay(lambda: None, device)

@@ -5,8 +5,7 @@ import pytest
 import torch
 from kernel_checks import relative_error
 
-from kernels import Bytes, ByteTable
-from kernels.byte_linear import byte_linear_reference
+from kernels.byte_linear import Bytes, ByteTable, byte_linear_reference
 
 
 def weight(inputs, outputs, groups, zero, seed):
