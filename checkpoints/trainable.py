@@ -14,10 +14,7 @@ from quant.linear import quantised_linears
 
 
 def prepare_trainable(
-    model: nn.Module,
-    options: LoraOptions,
-    generator: torch.Generator | None = None,
-    dtype: torch.dtype = torch.float32,
+    model: nn.Module, options: LoraOptions, generator: torch.Generator | None = None, dtype=torch.float32
 ) -> None:
     """Set what trains, by options.finetuning_type. dtype is that of new adapters (bf16 under pure_bf16)."""
     kind, quantised = options.finetuning_type, quantised_linears(model)
