@@ -18,7 +18,7 @@ from typing import Literal
 
 import numpy as np
 
-from options.errors import UserError
+from options.errors import UserError, refuse
 from options.option import COMMON, RESUMABLE, option
 from pipeline.batch import BatchLoader, Example, StreamingLoader
 from pipeline.encoding import EncodeOptions, refuse_unguarded_worker
@@ -47,7 +47,7 @@ class DataOptions:
     split: str = option("train", "split of hub data sets whose entry names none")
     cutoff_len: int = option(
         2048,
-        "longest example (of a pair: each answer with its prompt) in tokens",
+        "longest example in tokens",
         COMMON,
         also="max_length model_max_length max_seq_length max_seq_len",
     )
@@ -78,10 +78,7 @@ class DataOptions:
     buffer_size: int = option(16384, "rows of the shuffle buffer when streaming")
     overwrite_cache: bool = option(False, "tokenise again even if the cache has it", RESUMABLE)
     preprocessing_num_workers: int | None = option(
-        None,
-        "processes that tokenise; none = this one",
-        RESUMABLE,
-        also="dataset_num_proc preprocess_num_proc",
+        None, "processes that tokenise; none = one", RESUMABLE, also="dataset_num_proc preprocess_num_proc"
     )
     tokenized_path: str | None = option(
         None, "folder of tokenised data: loaded if it exists, else saved, then stop", RESUMABLE
@@ -104,11 +101,10 @@ class DataOptions:
             raise UserError(f"reserved_label_len is {kept}, expected less than cutoff_len ({length})")
         if val_size < 0 or (val_size > 1 and val_size != int(val_size)):
             raise UserError(f"val_size is {val_size}, expected a share below 1 or a whole number of rows")
-        if val_size and self.eval_dataset:
-            raise UserError("val_size: there is an eval_dataset too; drop one of the two")
+        refuse(val_size and self.eval_dataset, "val_size: there is an eval_dataset too; drop one of the two")
         if val_size and not self.dataset and not self.tokenized_path:
             raise UserError(
-                "val_size: it is taken from dataset, which is not given; name one, or drop val_size"
+                "val_size: it is taken from dataset, but none is given; name one, or drop val_size"
             )
         if self.mix_strategy == "concat" and shares:
             raise UserError("interleave_probs needs mix_strategy interleave_under or interleave_over")
@@ -126,7 +122,7 @@ class DataOptions:
             raise UserError("tokenized_path cannot be combined with streaming, which stores nothing")
         if self.max_samples is not None:
             raise UserError(
-                "max_samples: it is for data sets that are read whole; use max_steps, or drop streaming"
+                "max_samples is for data sets that are read whole; use max_steps, or drop streaming"
             )
         if 0 < val_size < 1:
             raise UserError(
@@ -236,10 +232,8 @@ def load_datasets(
         train, evaluation, report = work.load(saved)
         asked = {name: evaluation.pop(name) for name in list(evaluation) if name.startswith(PROMPTS)}
         if prompts and evaluation and not asked:
-            raise UserError(
-                f"tokenized_path: the data in {saved} holds no prompts to generate from; make it anew with "
-                "the options that ask for generation (predict_with_generate)"
-            )
+            why = "holds no prompts to generate from; make it anew with predict_with_generate"
+            raise UserError(f"tokenized_path: the data in {saved} {why}")
         asked = {name.removeprefix(PROMPTS): store for name, store in asked.items() if prompts}
         return Prepared(train, evaluation, report, packing, work.encode.kind, asked)
     if not options.dataset and not options.eval_dataset:
@@ -259,9 +253,8 @@ def load_datasets(
             sets |= {PROMPTS + name: store for name, store in asked.items()}
             reports = [asdict(entry) for entry in report.datasets]
             save_sets(saved, sets, {"keys": work.keys(), "report": reports})
-        raise TokenizedDataSaved(
-            f"{report}\nThe tokenised data is in {saved}; run the same command again to train on it."
-        )
+        told = f"The tokenised data is in {saved}; run the same command again to train on it."
+        raise TokenizedDataSaved(f"{report}\n{told}")
     return Prepared(train, evaluation, report, packing, work.encode.kind, asked)
 
 

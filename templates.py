@@ -20,15 +20,10 @@ from text.render import ChatTemplate
 @dataclass(frozen=True)
 class TemplateOptions:
     template: str | None = option(
-        None,
-        "chat template by name; none: the checkpoint's own",
-        COMMON,
-        also="template_type prompt_template",
+        None, "chat template; none: the checkpoint's own", COMMON, also="template_type prompt_template"
     )
     default_system: str | None = option(
-        None,
-        "system text of dialogues without one; '' = no system turn",
-        also="system system_message system_prompt",
+        None, "system text where none is; '' = no system turn", also="system system_message system_prompt"
     )
     enable_thinking: bool = option(True, "thinking models: whether the model is asked to think")
 
@@ -62,6 +57,7 @@ _LLAMA3 = ChatTemplate(
     trim=True,  # the published template trims; LLaMA-Factory does not
     stop=("<|eot_id|>", "<|end_of_text|>"),
 )
+_SMOLLM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 _TEMPLATES = (
     ChatTemplate(
         name="default",
@@ -89,8 +85,7 @@ _TEMPLATES = (
         ),
         stop=("### Instruction:",),
     ),
-    # FastChat's vicuna_v1.1. LLaMA-Factory leaves out bos and the spaces after the system text and before the
-    # answer.
+    # FastChat's vicuna_v1.1. LLaMA-Factory leaves out bos and the spaces behind system text and "ASSISTANT:".
     ChatTemplate(
         name="vicuna",
         prefix="{{bos}}",
@@ -105,16 +100,11 @@ _TEMPLATES = (
     ),
     _CHATML,
     _QWEN,
-    # Qwen3 with its thinking switch. Answers before the last user turn are context: their thoughts are
-    # removed.
+    # Qwen3 with its thinking switch. Answers before the last user turn are context, without their thoughts.
     replace(_QWEN, name="qwen3", default_system=None, thinking=True),
     # Qwen3 without any thinking block (Qwen3-*-Instruct-2507): every answer is trained.
     replace(_QWEN, name="qwen3_nothink", default_system=None),
-    replace(
-        _CHATML,
-        name="smollm2",
-        default_system="You are a helpful AI assistant named SmolLM, trained by Hugging Face",
-    ),
+    replace(_CHATML, name="smollm2", default_system=_SMOLLM),
     # Llama-2-chat. LLaMA-Factory adds Meta's long default system text; the published chat_template has none.
     ChatTemplate(
         name="llama2",
@@ -125,8 +115,7 @@ _TEMPLATES = (
         trim=True,
     ),
     _LLAMA3,
-    # Llama-3.1/3.3-Instruct: always a system turn, with the date that the published chat_template falls back
-    # to.
+    # Llama-3.1/3.3-Instruct: always a system turn, with the date that the published template falls back to.
     replace(
         _LLAMA3,
         name="llama31",
@@ -178,16 +167,13 @@ def get_template(
     "" means no system turn. UserError when there is neither, or no such name."""
     if name is None:
         if chat_template is None:
-            raise UserError(
-                "template: the checkpoint has no chat_template, so the option has to name one; "
-                f"choices: {', '.join(TEMPLATES)}"
-            )
+            why = "the checkpoint has no chat_template, so the option has to name one"
+            raise UserError(f"template: {why}; choices: {', '.join(TEMPLATES)}")
         return JinjaTemplate(chat_template, default_system or None)
     if name not in TEMPLATES:
         close = difflib.get_close_matches(name, TEMPLATES, n=1, cutoff=0.4)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise UserError(f"template: there is no template {name!r}; {hint}choices: {', '.join(TEMPLATES)}")
-    template = TEMPLATES[name]
-    if default_system is not None:
-        template = replace(template, default_system=default_system or None)
-    return template
+    if default_system is None:
+        return TEMPLATES[name]
+    return replace(TEMPLATES[name], default_system=default_system or None)

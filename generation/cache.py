@@ -50,9 +50,7 @@ class KVCache:
         if self.on_device:
             context.filled = torch.tensor(lengths, dtype=torch.int32, device=self.storage.device)
 
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext, window, scale: float
-    ) -> Tensor:
+    def attend(self, layer: int, q, k, v, context: ForwardContext, window, scale: float) -> Tensor:
         """Store k, v (T, K, D) of one layer, then attention of q (T, H, D) against everything stored."""
         keys, values = self.layers[layer]
         if context.filled is not None:
@@ -76,9 +74,8 @@ class KVCache:
         keys, values = self.layers[layer]
         if k.shape[0] == len(self.lengths) and borders[-1] == len(self.lengths):  # one new token each
             if len(set(self.lengths)) == 1:  # all at the same place: two copies serve every sequence
-                place = self.lengths[0]
-                keys.select(2, place).copy_(k)
-                values.select(2, place).copy_(v)
+                keys.select(2, self.lengths[0]).copy_(k)
+                values.select(2, self.lengths[0]).copy_(v)
             else:
                 sequence = torch.arange(len(self.lengths), device=k.device)
                 place = torch.tensor(self.lengths, device=k.device)
@@ -102,11 +99,9 @@ class KVCache:
 
     def drop(self, sequence: int) -> None:
         """Forget one sequence. The last one takes its place, so at most one sequence is copied."""
-        last = len(self.lengths) - 1
-        if sequence != last:
-            filled = self.lengths[last]
-            self.storage[:, :, sequence, :, :filled] = self.storage[:, :, last, :, :filled]
-        lengths = list(self.lengths)
-        lengths[sequence] = lengths[last]
-        self.lengths = lengths[:last]
+        *lengths, filled = self.lengths
+        if sequence < len(lengths):
+            self.storage[:, :, sequence, :, :filled] = self.storage[:, :, len(lengths), :, :filled]
+            lengths[sequence] = filled
+        self.lengths = lengths
         self._look()

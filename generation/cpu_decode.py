@@ -46,23 +46,18 @@ class Product(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (in,) -> (out,) in x's dtype."""
-        return self._finish(self._shares(x).sum(0), x).to(x.dtype)
+        return _finished(self, self._shares(x).sum(0), x).to(x.dtype)
 
     def added(self, x: Tensor, update: Tensor, ones: Tensor) -> Tensor:
         """x + product(update), (out,); ones (threads,) in the table's dtype."""
         if x.dtype is not self.table.dtype:
             return x + self(update)
-        return self._finish(torch.addmv(x, self._shares(update).mT, ones), update)
+        return _finished(self, torch.addmv(x, self._shares(update).mT, ones), update)
 
     def _shares(self, x: Tensor) -> Tensor:
         """(threads, out): what every thread's rows give; the product is their sum."""
         weights = x.to(self.table.dtype)
         return torch.embedding_bag(self.table, self.rows, self.starts, mode=0, per_sample_weights=weights)[0]
-
-    def _finish(self, result: Tensor, x: Tensor) -> Tensor:
-        if self.adapter is not None:
-            result = self.adapter.add_to(result, x)
-        return result if self.bias is None else result.add_(self.bias)
 
 
 class ByteProduct(NamedTuple):
@@ -74,13 +69,16 @@ class ByteProduct(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.float()
-        result = self.table(x)
-        if self.adapter is not None:
-            result = self.adapter.add_to(result, x)
-        return result if self.bias is None else result.add_(self.bias)
+        return _finished(self, self.table(x), x)
 
     def added(self, x: Tensor, update: Tensor, ones: Tensor) -> Tensor:
         return self(update).add_(x)
+
+
+def _finished(product: Product | ByteProduct, result: Tensor, x: Tensor) -> Tensor:
+    if product.adapter is not None:
+        result = product.adapter.add_to(result, x)
+    return result if product.bias is None else result.add_(product.bias)
 
 
 class Layer(NamedTuple):
@@ -117,14 +115,12 @@ class OneRow:
 
     def serves(self, x: Tensor) -> bool:
         """Whether x (T, E) is one row in the model's dtype, and the decoder has the layers of the start."""
-        fits = x.shape[0] == 1 and x.dtype is self.dtype and not torch.is_grad_enabled()
-        return fits and self._unchanged()
-
-    def _unchanged(self) -> bool:
-        return all(modules[name] is layer for modules, name, layer in self._places) and all(
-            layer.lora_a._version == a and layer.lora_b._version == b and not layer.off
-            for layer, a, b in self._adapters
-        )
+        if x.shape[0] > 1 or x.dtype is not self.dtype or torch.is_grad_enabled():
+            return False
+        for layer, a, b in self._adapters:
+            if layer.lora_a._version != a or layer.lora_b._version != b or layer.off:
+                return False
+        return all(modules[name] is layer for modules, name, layer in self._places)
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, storage: Tensor, filled: int) -> Tensor:
         """x (1, E), cos and sin (1, D/2), storage (layers, 2, 1, K, capacity, D) -> (1, E) before the norm.
@@ -174,9 +170,7 @@ class OneRow:
         return out.reshape(-1)
 
 
-def forward(
-    model: Decoder, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int, cache: KVCache
-) -> Tensor:
+def forward(model: Decoder, tokens: Tensor, positions, cu_seqlens, max_seqlen, cache: KVCache) -> Tensor:
     """model(tokens, positions, cu_seqlens, max_seqlen, cache), (T, E): by OneRow where that serves."""
     one_row = model.runtime.one_row
     if one_row is not None and tokens.shape[0] == 1:

@@ -45,9 +45,7 @@ class DeviceCache:
     def plan(self, context: ForwardContext) -> None:
         context.lengths = context.filled = self.lengths + 1
 
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext, window, scale: float
-    ) -> Tensor:
+    def attend(self, layer: int, q, k, v, context: ForwardContext, window, scale: float) -> Tensor:
         keys, values = self.layers[layer]
         kernels.store_in_cache(k, v, keys, values, context.cu_seqlens, context.filled, 1)
         return kernels.decode_attention(q, keys, values, context.cu_seqlens, context.filled, 1, window, scale)
@@ -58,8 +56,7 @@ class DeviceCache:
     @torch.inference_mode()
     def retire(self, sequence: int) -> None:
         """Its text has ended: the row stays, but sees nothing but its own token and never grows again."""
-        self.lengths[sequence] = 0
-        self.growth[sequence] = 0
+        self.lengths[sequence] = self.growth[sequence] = 0
 
 
 class Replay:
@@ -157,10 +154,6 @@ class TokenSteps:
             self.arrivals[place].synchronize()
         self.told += 1
         return self.results[place].tolist()
-
-    def retire(self, row: int) -> None:
-        """The row's text has ended; its tokens mean nothing from now on."""
-        self.cache.retire(row)
 
     def _forward(self) -> None:
         """From the last tokens to the next logits; only tensors that stay go in and out."""

@@ -22,7 +22,7 @@ from generation.cache import KVCache
 from generation.cuda_graph import AHEAD, TokenSteps
 from generation.sampling import Draws, GenerateOptions, ban_repeated_ngrams, choose
 from model import Decoder
-from options.errors import UserError
+from options.errors import UserError, refuse
 
 FIRST_ROOM = 256  # tokens a new cache holds beyond the prompt; it grows from there
 GRAPH_PAYS = 16  # tokens: capturing a step takes about as long as some steps
@@ -36,16 +36,9 @@ class Completion:
 
 
 def generate(
-    model: Decoder,
-    prompts: list[list[int]],
-    options: GenerateOptions,
-    *,
-    stop_ids: Iterable[int],
-    on_token: Callable[[int, int], bool | None] | None = None,
-    tokenizer=None,
-    **more,
+    model: Decoder, prompts, options: GenerateOptions, *, stop_ids, on_token=None, tokenizer=None, **more
 ) -> list[Completion]:
-    """Continue every prompt; the prompts may differ in length.
+    """Continue every prompt; prompts [[int]] may differ in length.
 
     stop_ids: tokens that end a text. on_token(sequence, token) is called for every new token; returning True
     ends that sequence. tokenizer: needed for options.stop; fills Completion.text. more: generator, seeds and
@@ -79,8 +72,8 @@ class Decoding:
 
     texts          per sequence: prompt and new tokens
     rows           the sequence of each of the cache's rows; a finished one leaves when rows are moved anyway
-    generator      on the CPU; gives each sequence its seed (None = torch's global one)
-    seeds          of the sequences, in place of a generator
+    generator      torch.Generator on the CPU; gives each sequence its seed (None = torch's global one)
+    seeds          of the sequences, [int], in place of a generator
     cache          may be given: a row per prompt that holds the beginning of it (`cache.lengths` tokens), or
                    none after restart(); on a GPU it also keeps the steps that were captured for it, so give
                    it up when layers of the model are replaced or adapters switched
@@ -88,16 +81,7 @@ class Decoding:
     """
 
     def __init__(
-        self,
-        model: Decoder,
-        prompts: list[list[int]],
-        options: GenerateOptions,
-        *,
-        stop_ids: Iterable[int],
-        generator: torch.Generator | None = None,
-        seeds: list[int] | None = None,
-        cache: KVCache | None = None,
-        fixed_shapes: bool | None = None,
+        self, model, prompts, options, *, stop_ids, generator=None, seeds=None, cache=None, fixed_shapes=None
     ):
         if model.training:
             raise ValueError("the model is in training mode: dropout would disturb the text; call eval()")
@@ -144,10 +128,10 @@ class Decoding:
         tokens = self._fixed_step() if self.fixed_shapes and one_each else self._ordinary_step()
         chosen = [(s, token) for s, token in zip(self.rows, tokens) if self.finish_reasons[s] is None]
         if any(token < 0 for _, token in chosen):
-            raise UserError(
-                "the model's logits are not finite numbers; its weights are damaged, or too large for "
-                "float16 (then set infer_dtype=bfloat16 or float32)"
+            why = (
+                "its weights are damaged, or too large for float16 (then set infer_dtype=bfloat16 or float32)"
             )
+            raise UserError(f"the model's logits are not finite numbers; {why}")
         for sequence, token in chosen:
             self.texts[sequence].append(token)
             if token in self.stop_ids:
@@ -160,7 +144,7 @@ class Decoding:
         """End this sequence; the first reason stays."""
         before = self.finish_reasons[sequence]
         if before is None and self.steps is not None:
-            self.steps.retire(self.rows.index(sequence))
+            self.steps.cache.retire(self.rows.index(sequence))
         # a stop word may be completed by the last token that had room
         if before is None or (before, reason) == ("length", "stop"):
             self.finish_reasons[sequence] = reason
@@ -229,12 +213,11 @@ class Decoding:
             kept[count] = TokenSteps(self.model, self.cache)
         self.steps, seen = kept[count], self.seen
         wanted = max(self.ends[sequence] - len(self.texts[sequence]) for sequence in self.rows)
+        draws = None if self.draws is None else self._uniforms(list(self.rows))
+        how = {"draws": draws, "capture": wanted >= GRAPH_PAYS}
+        last, lengths = [self.texts[sequence][-1] for sequence in self.rows], self.cache.lengths
         self.steps.begin(
-            [self.texts[sequence][-1] for sequence in self.rows],
-            self.cache.lengths,
-            lambda logits, uniforms: choose(logits, self.options, seen, uniforms),
-            draws=None if self.draws is None else self._uniforms(list(self.rows)),
-            capture=wanted >= GRAPH_PAYS,
+            last, lengths, lambda logits, uniforms: choose(logits, self.options, seen, uniforms), **how
         )
 
     def _steps_allowed(self) -> int:
@@ -263,18 +246,13 @@ def new_cache(model: Decoder, sequences: int, capacity: int) -> KVCache:
 
 
 def _check_prompt(number: int, prompt: list[int], vocab_size: int, limit: int) -> None:
-    if not prompt:
-        raise UserError(f"prompt {number} has no token; begin with the tokenizer's bos token")
+    refuse(not prompt, f"prompt {number} has no token; begin with the tokenizer's bos token")
     if not 0 <= min(prompt) <= max(prompt) < vocab_size:
-        raise UserError(
-            f"prompt {number} holds token {max(prompt)}, but the model has {vocab_size}; "
-            "the tokenizer belongs to another model"
-        )
+        found = f"prompt {number} holds token {max(prompt)}, but the model has {vocab_size}"
+        raise UserError(f"{found}; the tokenizer belongs to another model")
     if len(prompt) >= limit:
-        raise UserError(
-            f"prompt {number} has {len(prompt)} tokens, but the model takes {limit} with the answer; "
-            "shorten it, or stretch the model with rope_scaling"
-        )
+        found = f"prompt {number} has {len(prompt)} tokens, but the model takes {limit} with the answer"
+        raise UserError(f"{found}; shorten it, or stretch the model with rope_scaling")
 
 
 # Text

@@ -69,10 +69,9 @@ def _join(linears: list[Linear]) -> None:
 
 def _places(block: Block) -> list[tuple[nn.Module, str, LinearLayer]]:
     """(parent, name, layer) of every linear of a block, whatever stands in its place now."""
-    parents = {"q_proj k_proj v_proj o_proj": block.self_attn, "gate_proj up_proj down_proj": block.mlp}
-    return [
-        (parent, name, getattr(parent, name)) for names, parent in parents.items() for name in names.split()
-    ]
+    named = {"q_proj k_proj v_proj o_proj": block.self_attn, "gate_proj up_proj down_proj": block.mlp}
+    pairs = [(parent, name) for names, parent in named.items() for name in names.split()]
+    return [(parent, name, getattr(parent, name)) for parent, name in pairs]
 
 
 def _groups(block: Block) -> list[list[LinearLayer]]:
@@ -90,8 +89,7 @@ def _served(linear: LinearLayer) -> bool:
 
 
 def _straight(block: Block, dtype: torch.dtype) -> Layer:
-    """The block as the straight line of cpu_decode.py reads it. Plain weights stay those of the
-    parameters."""
+    """The block as the straight line of cpu_decode.py reads it. Plain weights stay the parameters'."""
     qkv, o, gate_up, down = (_product(linears, dtype) for linears in _groups(block))
     norms = block.input_layernorm.factor(), block.post_attention_layernorm.factor()
     return Layer(norms[0], qkv, o, norms[1], gate_up, down, block.self_attn.window)
@@ -108,10 +106,8 @@ def _product(linears: list[LinearLayer], dtype: torch.dtype) -> Product | BytePr
     wide = torch.float32 if in_bytes else dtype
     adapter, bias = _side_by_side(linears, parts, wide), None
     if any(part.bias is not None for part in parts):
-        biases = [
-            torch.zeros(linear.out_features) if part.bias is None else part.bias.detach()
-            for linear, part in zip(linears, parts)
-        ]
+        zeros = [torch.zeros(linear.out_features) for linear in linears]
+        biases = [zero if part.bias is None else part.bias.detach() for zero, part in zip(zeros, parts)]
         bias = torch.cat([each.to(wide) for each in biases])
     if in_bytes:
         return ByteProduct(ByteTable(tables), bias, adapter)
@@ -129,12 +125,10 @@ def _side_by_side(linears: list[LinearLayer], parts: list[Part], dtype: torch.dt
     if all(part.lora_a is None for part in parts):
         return None
     down = torch.cat([part.lora_a.detach() for part in parts if part.lora_a is not None])  # (sum of R, in)
-    blocks = [
-        torch.zeros(linear.out_features, 0)
-        if part.lora_b is None
-        else part.lora_b.detach().float() * part.scale
-        for linear, part in zip(linears, parts)
-    ]
+    blocks = [torch.zeros(linear.out_features, 0) for linear in linears]
+    for place, part in enumerate(parts):
+        if part.lora_b is not None:
+            blocks[place] = part.lora_b.detach().float() * part.scale
     return Adapter(down.to(dtype), torch.block_diag(*blocks).to(dtype))
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from options.errors import UserError
+from options.errors import refuse, require
 from options.option import COMMON, option
 
 CANDIDATES = 4  # times top_k: how many of the best logits are looked at before all of them are
@@ -29,23 +29,16 @@ class GenerateOptions:
     stop: tuple[str, ...] = option((), "texts that end the answer; they are not shown")
 
     def __post_init__(self):
-        if self.do_sample and not (0 < self.temperature < math.inf):
-            raise UserError(
-                f"temperature: {self.temperature} with do_sample=true; expected a number above 0 "
-                "(for the most likely token always, set do_sample=false)"
-            )
-        for key, fits, expected in (
-            ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1 (1 = off)"),
-            ("top_k", self.top_k >= 0, "0 (off) or more"),
-            ("min_p", 0 <= self.min_p <= 1, "0 (off) to 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a number above 0 (1 = off)"),
-            ("no_repeat_ngram_size", self.no_repeat_ngram_size >= 0, "0 (off) or more"),
-            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
-        ):
-            if not fits:
-                raise UserError(f"{key}: {getattr(self, key)}; expected {expected}")
-        if "" in self.stop:
-            raise UserError("stop: an empty text would end every answer before it begins")
+        if self.do_sample:
+            way_out = "with do_sample=true; expected a number above 0 (or do_sample=false: the likeliest)"
+            require(self, "temperature", lambda value: 0 < value < math.inf, way_out)
+        require(self, "top_p", lambda share: 0 < share <= 1, "expected more than 0 and at most 1 (1 = off)")
+        require(self, "top_k no_repeat_ngram_size", lambda count: count >= 0, "expected 0 (off) or more")
+        require(self, "min_p", lambda share: 0 <= share <= 1, "expected 0 (off) to 1")
+        above = "expected a number above 0 (1 = off)"
+        require(self, "repetition_penalty", lambda value: 0 < value < math.inf, above)
+        require(self, "max_new_tokens", lambda count: count >= 1, "expected 1 or more")
+        refuse("" in self.stop, "stop: an empty text would end every answer before it begins")
 
 
 # Samplers: logits (B, V) fp32 -> (B, V) fp32, excluded tokens at -inf. The input is not changed.
@@ -132,8 +125,7 @@ def _candidates(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor | None]:
 
 
 def choose(logits: Tensor, options: GenerateOptions, seen: Tensor | None, uniforms: Tensor | None) -> Tensor:
-    """logits (B, V) fp32 -> (B,) tokens, -1 where the logits are not finite. No host synchronisation on a
-    GPU.
+    """logits (B, V) fp32 -> (B,) tokens, -1 where the logits are not finite. No wait for a GPU.
 
     seen: (B, V) bool, tokens that stand in the text, for the repetition penalty; the chosen ones are noted in
     it. uniforms: (B,) fp64 from [0, 1) if do_sample.

@@ -462,7 +462,7 @@ def load_model_like(model, folder, dtype):
         ({"temperature": 0.0}, "temperature: 0.0 with do_sample=true"),
         ({"temperature": -1.0}, "temperature: -1.0"),
         ({"temperature": math.nan}, "temperature: nan"),
-        ({"top_p": 0.0}, "top_p: 0.0; expected more than 0"),
+        ({"top_p": 0.0}, "top_p: 0.0 expected more than 0"),
         ({"top_p": 1.01}, "top_p: 1.01"),
         ({"top_k": -1}, "top_k: -1"),
         ({"min_p": 1.5}, "min_p: 1.5"),
