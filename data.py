@@ -121,9 +121,7 @@ class DataOptions:
         if self.tokenized_path is not None:
             raise UserError("tokenized_path cannot be combined with streaming, which stores nothing")
         if self.max_samples is not None:
-            raise UserError(
-                "max_samples is for data sets that are read whole; use max_steps, or drop streaming"
-            )
+            raise UserError("max_samples: it is for data sets that are read whole; drop it, or streaming")
         if 0 < val_size < 1:
             raise UserError(
                 "val_size: a share of a stream is unknown; give a number of rows, or drop streaming"
