@@ -18,7 +18,7 @@ from typing import Literal
 
 import numpy as np
 
-from options.errors import UserError, refuse
+from options.errors import UserError, refuse, require
 from options.option import COMMON, RESUMABLE, option
 from pipeline.batch import BatchLoader, Example, StreamingLoader
 from pipeline.encoding import EncodeOptions, refuse_unguarded_worker
@@ -93,6 +93,7 @@ class DataOptions:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise UserError(f"{key} is {value}, expected at least 1")
+        require(self, "data_seed", lambda seed: seed >= 0, "must be at least 0")
         length, val_size, shares = self.cutoff_len, self.val_size, self.interleave_probs
         if length < 2:
             raise UserError(f"cutoff_len is {length}; one token trains nothing, so at least 2 are needed")
@@ -381,9 +382,7 @@ def main(argv: list[str]) -> int:
         return exit_status("data.py preview", preview)
     except TokenizedDataSaved as done:
         print(done)
-    except BrokenPipeError:  # `| head` has seen enough; without this the interpreter complains at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+        return 0
 
 
 if __name__ == "__main__":

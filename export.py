@@ -15,6 +15,7 @@ so the model is never held as a whole; only one shard is. A quantised base is de
 back into codes (conversion/requantise.py); conversion/quality.py says what that costs.
 """
 
+import errno
 import json
 import shutil
 import sys
@@ -48,7 +49,7 @@ from conversion.quality import REMAINDER, QualityOptions, check_parent, sample, 
 from conversion.requantise import RANK, MergeOptions, Requantiser
 from generation.generate import context_limit
 from options import config as configuration
-from options.errors import StopRun, UserError, exit_status
+from options.errors import DISK_FULL, StopRun, UserError, exit_status
 from options.option import COMMON, option
 from parallel.atomic import atomic_file, atomic_folder
 from pipeline.sources import HubAccess
@@ -303,7 +304,7 @@ def check_target(target: Path, source: Source) -> None:
 
 def check_space(needed_bytes: int, target: Path) -> None:
     if _free_bytes(target) < needed_bytes:
-        raise OSError(f"the model takes {needed_bytes / 1e9:.2f} GB")
+        raise OSError(errno.ENOSPC, f"the model takes {needed_bytes / 1e9:.2f} GB")
 
 
 def _free_bytes(target: Path) -> int:
@@ -316,6 +317,8 @@ def stopped_by_disk(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
         free = f"{_free_bytes(target) / 1e9:.2f} GB are free"
         raise StopRun(
             f"export_dir: {target} could not be written ({error}; {free}). Nothing half-written is left"

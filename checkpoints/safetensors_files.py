@@ -5,8 +5,10 @@ only then replaces what was there, so neither a full disk nor a crash leaves hal
 unpickled.
 """
 
+import errno
 import json
 import os
+import re
 import shutil
 import zipfile
 import zlib
@@ -150,7 +152,9 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], notes: dict[str,
     try:
         save_file(tensors, path, metadata={"format": "pt"} | (notes or {}))
     except SafetensorError as error:
-        raise OSError(f"{path}: could not be written ({error}); is the disk full?") from error
+        told = re.search(r"os error (\d+)", str(error))
+        text = f"could not be written ({error}); is the disk full?"
+        raise OSError(int(told[1]) if told else errno.EIO, text, str(path)) from error
     path.chmod(permissions)  # safetensors makes files that only their owner can read
 
 

@@ -78,7 +78,7 @@ def load(
     keys = declared(sections)
     topic = help.topic(argv)
     if topic is not None:
-        print(help.text(keys, topic, program, description), end="")
+        print(help.text(keys, topic, program, description), end="", flush=True)
         raise SystemExit(0)
     reader = _Reader(keys, reads_files_of_others)
     words, files = _read_words(argv, reader.is_flag)

@@ -2,18 +2,22 @@
 
 UserError   somebody wrote or gave something that cannot be used: a line that names the key or file, what was
             found and the way out; exit status 2. Raised where it is noticed. It is a ValueError, so that who
-            calls a function from Python may catch it as one; no program does.
+            calls a function from Python may catch it as one; no program does. A path that the system refuses
+            (permission denied, a file where a folder should be) is told alike.
 StopRun     the run itself cannot go on (a loss that is not finite, a full disk): a line, exit status 1.
 Anything else is a bug and keeps its traceback.
 """
 
 import errno
 import os
+import select
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# what the system says of a path that somebody named, whoever opens it; a file that is not there may be a bug
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 class UserError(ValueError):
@@ -61,12 +65,28 @@ def exit_status(program: str, body: Callable[[], int]) -> int:
 def tell(program: str, error: BaseException) -> int:
     """In the `except` of EXPECTED: say it on stderr and give the exit status; a bug goes on its way with its
     traceback, and with ANVIL_TRACEBACK=1 in the environment everything does."""
-    full = isinstance(error, OSError) and error.errno in DISK_FULL
-    is_bug = not (full or isinstance(error, UserError | StopRun | KeyboardInterrupt))
-    if is_bug or os.environ.get("ANVIL_TRACEBACK"):
+    number = error.errno if isinstance(error, OSError) else None
+    refused = number in REFUSED and error.filename is not None
+    unread = isinstance(error, BrokenPipeError) and _is_closed(1)
+    known = (
+        refused or unread or number in DISK_FULL or isinstance(error, UserError | StopRun | KeyboardInterrupt)
+    )
+    if not known or os.environ.get("ANVIL_TRACEBACK"):
         raise error
+    if unread:  # `| head` has seen enough; without this the interpreter complains at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
     interrupted = isinstance(error, KeyboardInterrupt)
     text = "interrupted" if interrupted else str(error)
-    text += "; make room and run the same command again" if full else ""
+    if refused:
+        text = f"{error.filename}: {error.strerror}; let this user read and write there, or name another path"
+    text += "; make room and run the same command again" if number in DISK_FULL else ""
     print(f"{program}: {text}", file=sys.stderr, flush=True)
-    return 130 if interrupted else 2 if isinstance(error, UserError) else 1
+    return 130 if interrupted else 2 if refused or isinstance(error, UserError) else 1
+
+
+def _is_closed(handle: int) -> bool:
+    """Whether nobody reads any more what is written to this pipe."""
+    poll = select.poll()
+    poll.register(handle, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))

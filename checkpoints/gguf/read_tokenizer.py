@@ -257,7 +257,8 @@ def _chat_template(metadata):
 
 def write_tokenizer(found, max_length, folder):
     """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json. max_length: tokens."""
-    found.tokenizer.save(str(folder / "tokenizer.json"))
+    # not its own save, whose every error is a bare Exception
+    (folder / "tokenizer.json").write_text(found.tokenizer.to_str(pretty=True), encoding="utf-8")
     names = {f"{name}_token": found.token(name) for name in found.ids if found.ids[name] is not None}
     plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     added = {

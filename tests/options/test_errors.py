@@ -3,9 +3,12 @@
 import ast
 import errno
 import inspect
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from tiny_runs import ROOT
 
 import chat
 import data
@@ -30,6 +33,12 @@ def raises(error):
         (StopRun("the loss is not finite"), 1, "train.py: the loss is not finite"),
         (OSError(errno.ENOSPC, "No space left"), 1, "train.py: [Errno 28] No space left; make room and run"),
         (KeyboardInterrupt(), 130, "train.py: interrupted"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "a.json"),
+            2,
+            "train.py: a.json: Permission denied",
+        ),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "f/x"), 2, "train.py: f/x: Not a directory"),
     ],
 )
 def test_what_is_told_is_one_line_and_a_status(capsys, monkeypatch, error, status, line):
@@ -46,6 +55,8 @@ def test_what_is_no_mistake_of_the_user_keeps_its_traceback(capsys):
     for body, kind in (
         (lambda: np.stack([]), ValueError),
         (raises(FileNotFoundError("of ours")), OSError),
+        (raises(PermissionError(errno.EACCES, "of no path")), OSError),
+        (raises(BrokenPipeError("of a worker, while stdout is read")), OSError),
         (raises(KeyError("x")), KeyError),
         (raises(SystemExit(0)), SystemExit),
     ):
@@ -54,6 +65,12 @@ def test_what_is_no_mistake_of_the_user_keeps_its_traceback(capsys):
         assert not isinstance(caught.value, UserError)
     assert capsys.readouterr().err == ""
     assert exit_status("train.py", lambda: 7) == 7
+
+
+def test_help_into_a_pipe_that_nobody_reads_any_more_says_nothing():
+    run = subprocess.Popen([sys.executable, "chat.py", "--help"], cwd=ROOT, stdout=-1, stderr=-1)
+    run.stdout.close()
+    assert (run.stderr.read(), run.wait()) == (b"", 0)
 
 
 @pytest.mark.parametrize("program", ["chat", "export", "data", "train"])
