@@ -22,7 +22,7 @@ from typing import Any
 
 from architectures import llama, mistral, qwen
 from architectures.config import Family, ModelConfig, read
-from options.errors import UserError
+from options.errors import UserError, refuse
 
 LINES = (llama, mistral, qwen)
 FAMILIES: dict[str, Family] = {name: family for line in LINES for name, family in line.FAMILIES.items()}
@@ -36,6 +36,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
 def find_family(hf: Mapping[str, Any]) -> Family:
     """By a name in `architectures`; files without any by their model_type."""
     names = hf.get("architectures") or []
+    refuse(not isinstance(names, list), f"config.json: architectures is {names!r}, expected a list of names")
     for name in names:
         if name in FAMILIES:
             return FAMILIES[name]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from options.errors import UserError
+from options.errors import UserError, refuse
 
 ROPE_KINDS = ("none", "linear", "dynamic", "yarn", "llama3")
 
@@ -36,8 +36,11 @@ class Rope:
 
 def rope_from_hf(hf: Mapping[str, Any]) -> Rope:
     """Read `rope_parameters` (newer files) or `rope_theta` with `rope_scaling` (older ones)."""
-    entry = dict(hf.get("rope_scaling") or {})
-    entry |= hf.get("rope_parameters") or {}
+    entry = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        given = hf.get(key) or {}
+        refuse(not isinstance(given, dict), f"config.json: {key} is {given!r}, expected an object")
+        entry |= given
     theta = float(entry.get("rope_theta") or hf.get("rope_theta") or 10000.0)
     kind = entry.get("rope_type") or entry.get("type") or "default"
     kind = "none" if kind == "default" else kind

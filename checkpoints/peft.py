@@ -24,7 +24,7 @@ from checkpoints.trainable import prepare_trainable
 from kernels.linear import LinearLayer
 from lora import LoraLinear, LoraOptions, full_modules, lora_layers, merge_for_good, replace_module
 from model import Decoder
-from options.errors import UserError, located
+from options.errors import UserError, located, refuse
 from quant.linear import QuantLinear, quantised_linears
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -224,6 +224,9 @@ def read_adapter_config(folder: Path) -> dict:
     for key in UNSUPPORTED_ADAPTER_KEYS:
         if (value := config.get(key)) not in OFF:
             raise UserError(f"{path}: {key}={value!r} is not supported; merge that adapter with peft first")
+    for key in ("rank_pattern", "alpha_pattern"):
+        value = config.get(key) or {}
+        refuse(not isinstance(value, dict), f"{path}: {key} is {value!r}, expected an object")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(BASE_CHANGING_INITS):
         found = f"init_lora_weights={start!r}: such an adapter belongs on a changed base model"

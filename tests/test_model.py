@@ -235,6 +235,7 @@ def test_neftune_noise_is_bounded_by_segment_length_and_off_in_eval():
         ({"num_key_value_heads": 4}, "not a multiple"),
         ({"hidden_act": "swoosh"}, "hidden_act 'swoosh'"),
         ({"rope_parameters": {"rope_type": "spiral"}}, "rope type 'spiral'"),
+        ({"rope_scaling": [2.0]}, r"rope_scaling is \[2.0\], expected an object"),
     ],
 )
 def test_a_config_that_does_not_fit_names_the_key(change, message):

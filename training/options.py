@@ -100,6 +100,7 @@ class TrainOptions:
         counts = "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
         counts += "logging_steps save_steps eval_steps early_stopping_steps save_total_limit"
         require(self, counts, lambda number: number >= 1, "must be at least 1")
+        require(self, "seed", lambda seed: seed >= 0, "must be at least 0")
         idle = self.do_train is False and not (self.do_eval or self.do_predict)
         refuse(idle, "do_train: false, and neither do_eval nor do_predict is set, so there is nothing to do")
         endless = self.max_steps <= 0 and not self.num_train_epochs > 0

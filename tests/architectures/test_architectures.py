@@ -16,6 +16,7 @@ from generation import cpu_decode
 from generation.cache import KVCache
 from generation.layout import lay_out_for_decoding
 from model import Decoder, initialize_weights
+from options.errors import UserError
 
 FOLDER = Path(architectures.__file__).parent
 SIZES = {"vocab_size": 131, "hidden_size": 60, "intermediate_size": 77, "num_hidden_layers": 3}
@@ -35,6 +36,8 @@ def test_a_file_without_a_class_name_is_found_by_its_model_type():
     assert find_family({"model_type": "qwen2"}) is architectures.FAMILIES["Qwen2ForCausalLM"]
     with pytest.raises(ValueError, match="model_type 'gpt2' is not known"):
         find_family({"model_type": "gpt2"})
+    with pytest.raises(UserError, match="architectures is 'LlamaForCausalLM', expected a list of names"):
+        find_family({"architectures": "LlamaForCausalLM"})
 
 
 def gemma_like(hf):

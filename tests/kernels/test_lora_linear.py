@@ -292,10 +292,10 @@ def test_the_decoder_takes_them_together_and_nothing_else_changes(options, monke
         lambda x, parts: [part.layer(x) for part in parts] if len(parts) > 1 else together(x, parts),
     )
     run(separate).square().sum().backward()
-    # The same sums in another order, in fp32: dx of q, k and v in one buffer. Three layers amplify that to 3e-4
-    # of a gradient's length, which is also what separates either way from fp64. How much shows depends on the
-    # processor's products: 1e-5 for each number held with AVX-512 and not with AVX2. One part's term scaled by
-    # 1 % is 8e-3.
+    # The same sums in another order, in fp32: dx of q, k and v in one buffer. Three layers amplify that to
+    # 3e-4 of a gradient's length, which is also what separates either way from fp64. How much shows depends
+    # on the processor's products: 1e-5 for each number held with AVX-512 and not with AVX2. One part's term
+    # scaled by 1 % is 8e-3.
     for one, other in zip(net.parameters(), separate.parameters()):
         if one.requires_grad:
             assert relative_error(one.grad, other.grad) <= 1e-3
