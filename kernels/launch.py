@@ -9,7 +9,7 @@
 
 `run` is kernel[grid](...), with one addition: inside `recording(90)` nothing is started. The launches are
 collected instead, with the block sizes that the launcher chooses for that GPU generation, and can be compiled
-on a machine without a GPU (tests/test_kernels_compile.py does that in CI). TRITON_INTERPRET=1 in the
+on a machine without a GPU (tests/kernels/test_kernels_compile.py does that in CI). TRITON_INTERPRET=1 in the
 environment, set before this file is imported, runs the kernels on CPU tensors.
 """
 

@@ -125,6 +125,12 @@ class TokenArrays:
         """(n + 1,) where each example begins; the last one where all end."""
         return np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
 
+    @cached_property
+    def questions(self) -> np.ndarray:  # gathered by name in stages/kto.py
+        """(n,) tokens in front of the first trained one."""
+        trained = np.flatnonzero(self.trained)
+        return trained[np.searchsorted(trained, self.offsets[:-1])] - self.offsets[:-1]
+
 
 class ExampleStore:
     """Examples of several datasets in one order. index: (n, 2), part and example of that part; None = all."""
