@@ -131,7 +131,7 @@ class LoraLinear(LinearLayer):
         self.scale = alpha / math.sqrt(rank) if rslora else alpha / rank
         self.dropout_probability = dropout_probability
         self.off = False
-        self._settled_ratio: Tensor | None = None  # (out,) fp32, see freeze_adapter
+        self._frozen_ratio: Tensor | None = None  # (out,) fp32, see freeze_adapter
         device = next(itertools.chain(base.parameters(), base.buffers())).device
         lora_a = torch.empty(rank, self.in_features)
         nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5), generator=generator)
@@ -159,7 +159,7 @@ class LoraLinear(LinearLayer):
 
     def _dora(self, x: Tensor) -> Tensor:
         # the ratio stays fp32: bf16 would round it to steps of 1/128, coarser than what training moves it by
-        ratio = self._settled_ratio  # (out,)
+        ratio = self._frozen_ratio  # (out,)
         if ratio is None:
             ratio = _wide(self.magnitude) / self.updated_norm()
         part = self._updated_part()
@@ -243,7 +243,7 @@ class LoraLinear(LinearLayer):
         """For an adapter that will not change any more: A and B in the dtype they are used in, DoRA's norms
         once."""
         if self.magnitude is not None:
-            self._settled_ratio = _wide(self.magnitude) / self.updated_norm()
+            self._frozen_ratio = _wide(self.magnitude) / self.updated_norm()
         self.lora_a.data, self.lora_b.data = self.lora_a.data.to(dtype), self.lora_b.data.to(dtype)
 
     @torch.no_grad()

@@ -5,5 +5,5 @@ max_over_ranks(*numbers), any(flag), gather(json), barrier(). One process has si
 nothing or the obvious. Gradients are SUMMED over ranks, the loop divides by the weight of all of them.
 
     world       World, start and stop, GradientSum, clip_gradients
-    atomic      atomic_file, atomic_folder: written aside, flushed, renamed
+    atomic      atomic_file, atomic_folder: written aside, flushed, renamed; locked: a place in a cache
 """

@@ -9,6 +9,7 @@ What is written lies under a temporary name beside its place, is flushed to the 
 leaves half of it, no process reads half. The temporary goes after an error, or with the next who writes it.
 """
 
+import fcntl
 import glob
 import os
 import shutil
@@ -16,6 +17,8 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from options.errors import DISK_FULL, StopRun, UserError
 
 TEMPORARY = ".tmp-"  # what such names begin with
 
@@ -85,3 +88,25 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """The only process to make what a cache keeps at `path`; others that want it wait. The kernel ends the
+    lock with the process. UserError where nothing can be written, StopRun on a full disk, of cache_dir."""
+    folder = path.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(path.with_name(f"{path.name}.lock"), "w")  # noqa: SIM115  (its errors alone are told)
+    except OSError as error:
+        why = f"{folder} cannot be made or written ({error.strerror})"
+        raise UserError(f"cache_dir: {why}; name another") from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            again = "make room and run the same command again"
+            raise StopRun(f"cache_dir: {folder}: {error}; {again}") from error

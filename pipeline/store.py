@@ -8,12 +8,10 @@ it complete; a finished folder whose sizes or checksums are wrong is refused.
 Run from Python: store = ExampleStore([TokenArrays.open(folder)], ["my data"]); store.example(0)
 """
 
-import fcntl
 import json
 import os
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -305,15 +303,6 @@ def load_sets(folder: Path) -> tuple[dict, dict[str, ExampleStore]]:
         parts = [opened[part] for part in entry["parts"]]
         sets[entry["name"]] = ExampleStore(parts, entry["datasets"], index)
     return meta, sets
-
-
-@contextmanager
-def locked(path: str | Path) -> Iterator[None]:
-    """Hold an exclusive lock: of several that want the same data, one tokenises and the others wait."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # the kernel releases it when the process ends, however it ends
-        yield
 
 
 def _read_json(path: Path):

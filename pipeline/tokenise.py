@@ -18,13 +18,14 @@ import numpy as np
 from tqdm import tqdm
 
 from options.errors import UserError
+from parallel.atomic import locked
 from pipeline import sources
 from pipeline.encoding import ChunkEncoder, EncodeOptions, encode_chunks
 from pipeline.formats import check_stage
 from pipeline.mixing import choose_rows, examples_of_rows
 from pipeline.report import DataReport, DatasetReport
 from pipeline.sources import DatasetInfo, HubAccess, Row, find_dataset, open_hub, read_rows
-from pipeline.store import ExampleStore, StoreWriter, Tally, TokenArrays, load_sets, locked, partial_folder
+from pipeline.store import ExampleStore, StoreWriter, Tally, TokenArrays, load_sets, partial_folder
 from text.render import Message
 
 CACHE_VERSION = 3  # raise it when the tokens of an unchanged row change, or the layout of the files
@@ -132,12 +133,7 @@ class Tokeniser:
 
     def _cached(self, folder: Path, rows, encoder: ChunkEncoder) -> TokenArrays:
         """Open `folder`, or tokenise into it. A folder that is damaged is made again."""
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            reason = f"{folder.parent} cannot be made ({error.strerror})"
-            raise UserError(f"cache_dir: {reason}; name another") from error
-        with locked(folder.with_suffix(".lock")):
+        with locked(folder):
             anew = self.overwrite_cache and self.is_main
             if folder.exists() and not anew:
                 try:

@@ -28,10 +28,10 @@ from lora import full_modules, lora_layers, lora_off
 from model import Decoder
 from options.errors import UserError, refuse
 from options.option import option
-from parallel.atomic import atomic_file
+from parallel.atomic import atomic_file, locked
 from parallel.world import World
 from pipeline.batch import ROW_MULTIPLE, Batch, BatchLoader
-from pipeline.store import ExampleStore, locked
+from pipeline.store import ExampleStore
 from stages.logprobs import answer_sums, batch_logprobs, in_eval_mode
 
 CACHE_VERSION = 1  # raise it when the same weights and tokens give other numbers
@@ -116,7 +116,7 @@ def precompute(
             key["data"] = store_key(store)
         words = json.dumps(key, sort_keys=True)
         path = cache / f"{hashlib.blake2b(words.encode(), digest_size=16).hexdigest()}.safetensors"
-        with _alone(path) if world.is_main else nullcontext():
+        with locked(path) if world.is_main else nullcontext():
             values = None if afresh or not world.is_main else _read(path, words, store)
             if world.any(values is not None):  # on rank 0: the others may not see its disk
                 done = f"read from {path}"
@@ -181,15 +181,6 @@ def store_key(store: ExampleStore) -> str:
         digest.update(np.ascontiguousarray(example.tokens, np.int32))
         digest.update(np.packbits(example.trained))
     return digest.hexdigest()
-
-
-def _alone(path: Path):
-    """The lock on a file of the cache. Raises UserError."""
-    try:
-        return locked(path.with_suffix(".lock"))
-    except OSError as error:
-        why = f"{path.parent} cannot be written ({error.strerror})"
-        raise UserError(f"cache_dir: {why}; name another") from error
 
 
 def _read(path: Path, key: str, store: ExampleStore) -> Tensor | None:

@@ -22,6 +22,7 @@ from tiny_tokenizers import make_tokenizer
 import data
 from data import DataOptions, TokenizedDataSaved, load_datasets
 from options.errors import UserError
+from parallel.atomic import locked
 from pipeline import encoding, store
 from pipeline.batch import ANSWER, ROLES
 from pipeline.encoding import EncodeOptions, keep_tokens, pieces, ratio_keep, ratio_lengths
@@ -407,7 +408,7 @@ def test_who_wants_what_another_process_tokenises_waits_for_it(home, tokenizer):
     put(home, "a", questions(5))
     load(home, tokenizer, "a")
     lock = next((home / "cache").rglob("*.lock"))
-    with ThreadPoolExecutor(1) as pool, store.locked(lock):
+    with ThreadPoolExecutor(1) as pool, locked(lock.with_suffix("")):
         waiting = pool.submit(load, home, tokenizer, "a")
         time.sleep(0.3)
         assert not waiting.done()

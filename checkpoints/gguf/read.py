@@ -12,7 +12,6 @@ Sources: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; the order of
 tensor: llama.cpp's convert_hf_to_gguf.py.
 """
 
-import fcntl
 import hashlib
 import math
 import os
@@ -32,7 +31,7 @@ from checkpoints.gguf.read_tokenizer import need, read_tokenizer, write_tokenize
 from checkpoints.safetensors_files import write_json, write_shards
 from model import Decoder
 from options.errors import UserError, located, refuse
-from parallel.atomic import atomic_folder
+from parallel.atomic import atomic_folder, locked
 
 # GGUF architecture -> (model_type, class) of config.json
 ARCHITECTURES = {
@@ -58,14 +57,7 @@ def cached_folder(gguf_file: Path, cache_dir: str | None) -> Path:
     folder = cache / f"{gguf_file.stem}-{key.hexdigest()[:16]}"
     if folder.is_dir():
         return folder
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        lock = open(cache / f"{folder.name}.lock", "w")  # noqa: SIM115  (the system's error is about this call)
-    except OSError as error:
-        fault = f"{cache} cannot be written ({error.strerror})"
-        raise UserError(f"cache_dir: {fault}; name another folder") from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(folder):
         return folder if folder.is_dir() else convert(gguf_file, folder)
 
 

@@ -1,5 +1,6 @@
 """Files and folders that are complete or absent: what an error, a kill and another process leave."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -7,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from parallel.atomic import atomic_file, atomic_folder, temporary_name
+from options.errors import StopRun, UserError
+from parallel.atomic import atomic_file, atomic_folder, locked, temporary_name
 
 ROOT = Path(__file__).resolve().parents[2]
 KILLED = """
@@ -55,3 +57,15 @@ def test_what_a_killed_process_left_goes_with_the_next_write_and_what_a_living_o
     with atomic_file(file) as temporary:
         temporary.write_text("b")
     assert sorted(each.name for each in tmp_path.iterdir()) == sorted([living.name, "a", "b"])
+
+
+def test_a_cache_that_cannot_be_written_or_is_full_is_told_by_its_key(tmp_path):
+    (tmp_path / "file").write_text("")
+    unwritable = "cache_dir: .*/file cannot be made or written .*; name another"
+    with pytest.raises(UserError, match=unwritable), locked(tmp_path / "file" / "x"):
+        pass
+    full = "cache_dir: .*/cache: .*No space left; make room"
+    with pytest.raises(StopRun, match=full), locked(tmp_path / "cache" / "x"):
+        raise OSError(errno.ENOSPC, "No space left")
+    with pytest.raises(FileNotFoundError), locked(tmp_path / "cache" / "x"):
+        raise FileNotFoundError("of ours")
