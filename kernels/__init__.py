@@ -119,7 +119,7 @@ def require_attention(flash_attn: str, device: torch.device | str, dtype: torch.
     _backends.require_package(flash_attn)
     if flash_attn in _backends.PACKAGES:
         if device.type != "cuda":
-            raise UserError(f"flash_attn={flash_attn}: it runs on a GPU, not on a {device.type}; set auto")
+            raise UserError(f"flash_attn={flash_attn}: it runs on a GPU, not on {device.type}; set auto")
         if dtype is torch.float32:
             raise UserError(f"flash_attn={flash_attn}: it knows no fp32; compute in bf16, or set it to auto")
 

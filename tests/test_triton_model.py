@@ -121,7 +121,7 @@ def test_kernels_on_a_cpu_without_the_interpreter_fail_with_the_reason(script):
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith(
-        "ValueError: KERNELS=triton: Triton has no cpu backend; TRITON_INTERPRET=1 runs"
+        "options.errors.UserError: KERNELS=triton: Triton has no cpu backend; TRITON_INTERPRET=1 runs"
     ), last
     assert run("auto", script=script, interpret=False).returncode == 0
 
