@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from architectures.rope import ROPE_KINDS, Rope, rope_from_hf
-from options.errors import UserError
+from options.errors import UserError, refuse
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,8 @@ COMMON = {
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu"}
 ACTIVATIONS |= {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh"}
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+NUMBERS = ("rms_norm_eps", "max_position_embeddings", "initializer_range")
+PERHAPS = ("num_key_value_heads", "head_dim", "rope_theta")  # null stands for what follows from the others
 
 
 def read(hf: Mapping[str, Any], family: Family) -> ModelConfig:
@@ -81,12 +83,15 @@ def read(hf: Mapping[str, Any], family: Family) -> ModelConfig:
     if missing:
         listed = ", ".join(missing)
         raise UserError(f"config.json: {listed} missing or not a whole number; is the file complete?")
+    for key in (*NUMBERS, *PERHAPS):
+        wrong = not isinstance(hf.get(key), int | float) and (key in NUMBERS or hf.get(key) is not None)
+        refuse(wrong, f"config.json: {key} is {hf.get(key)!r}, expected a number")
     layers, heads = hf["num_hidden_layers"], hf["num_attention_heads"]
     kv_heads = hf.get("num_key_value_heads") or heads
     if heads % kv_heads:
         found = f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
         raise UserError(f"config.json: {found}")
-    if hf["hidden_act"] not in ACTIVATIONS:
+    if str(hf["hidden_act"]) not in ACTIVATIONS:
         raise UserError(
             f"config.json: hidden_act {hf['hidden_act']!r} is not one of {', '.join(ACTIVATIONS)}"
         )

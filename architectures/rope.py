@@ -41,6 +41,9 @@ def rope_from_hf(hf: Mapping[str, Any]) -> Rope:
         given = hf.get(key) or {}
         refuse(not isinstance(given, dict), f"config.json: {key} is {given!r}, expected an object")
         entry |= given
+    for key in ("factor", "rope_theta", "attention_factor", "original_max_position_embeddings"):
+        wrong = not isinstance(entry.get(key, 0), int | float | None)
+        refuse(wrong, f"config.json: {key} of RoPE is {entry.get(key)!r}, expected a number")
     theta = float(entry.get("rope_theta") or hf.get("rope_theta") or 10000.0)
     kind = entry.get("rope_type") or entry.get("type") or "default"
     kind = "none" if kind == "default" else kind

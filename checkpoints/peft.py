@@ -227,6 +227,8 @@ def read_adapter_config(folder: Path) -> dict:
     for key in ("rank_pattern", "alpha_pattern"):
         value = config.get(key) or {}
         refuse(not isinstance(value, dict), f"{path}: {key} is {value!r}, expected an object")
+    names = config.get("modules_to_save") or []
+    refuse(not isinstance(names, list), f"{path}: modules_to_save is {names!r}, expected a list of names")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(BASE_CHANGING_INITS):
         found = f"init_lora_weights={start!r}: such an adapter belongs on a changed base model"

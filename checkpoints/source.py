@@ -156,7 +156,7 @@ def read_run(folder: Path) -> dict:
     remedy = "remove it and give template and adapters yourself"
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not YAML ({str(error).splitlines()[0]}); {remedy}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected keys and values; {remedy}")

@@ -358,6 +358,7 @@ Q_A = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
             _configure(lora_alpha="high"),
             "lora_alpha of layers.0.mlp.up_proj is 'high', expected a number above 0",
         ),
+        (_configure(modules_to_save=5), "modules_to_save is 5, expected a list of names"),
         (_configure(alpha_pattern=[4]), r"alpha_pattern is \[4\], expected an object"),
         (_configure(rank_pattern={"q_(proj": 4}), r"rank_pattern: 'q_\(proj' is no pattern"),
         (_configure(modules_to_save=["norm", "lm_head"]), "lists lm_head in modules_to_save.*no tensor"),

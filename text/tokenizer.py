@@ -20,7 +20,7 @@ from pathlib import Path
 
 import tokenizers
 
-from options.errors import UserError
+from options.errors import UserError, refuse
 from text.stream import StreamDecoder, readable
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -304,7 +304,10 @@ def _as_ids(value) -> list[int]:
 
 def _add_listed_tokens(backend: tokenizers.Tokenizer, folder: Path, config: dict, special_map: dict) -> None:
     """Tokens that only the other files list, and the special flag of those they name; as transformers."""
-    listed = [(int(i), entry) for i, entry in config.get("added_tokens_decoder", {}).items()]
+    listed = config.get("added_tokens_decoder") or {}
+    wrong = not isinstance(listed, dict)
+    refuse(wrong, f"{folder / 'tokenizer_config.json'}: added_tokens_decoder: expected an object")
+    listed = [(int(i), entry) for i, entry in listed.items()]
     if not listed:
         listed = [(i, {"content": text}) for text, i in _read_json(folder / "added_tokens.json").items()]
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
@@ -340,9 +343,19 @@ def _added_token(entry: dict, special: bool | None = None) -> tokenizers.AddedTo
 
 def _chat_template(folder: Path, config: dict) -> str | None:
     """chat_template.jinja, else the entry of tokenizer_config.json; of several named ones the default."""
-    if (folder / "chat_template.jinja").exists():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    path = folder / "chat_template.jinja"
+    if path.exists():
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 text ({error}). Download the file again.") from error
     template = config.get("chat_template")
     if isinstance(template, list):
+        wrong = not all(
+            isinstance(entry, dict) and {"name", "template"} <= entry.keys() for entry in template
+        )
+        refuse(
+            wrong, f"{folder / 'tokenizer_config.json'}: chat_template: expected entries of name, template"
+        )
         template = {entry["name"]: entry["template"] for entry in template}
     return template.get("default") if isinstance(template, dict) else template
