@@ -162,8 +162,8 @@ def _sampling(raw, given, keys):
     return {key: truth_word(raw != "random")}
 
 
-def _negated(ours):
-    return lambda raw, given, keys: {ours: truth_word(not _truth(raw))}
+def _negated(ours):  # a program without our key reads no value: another program's may be more than a truth
+    return lambda raw, given, keys: {ours: truth_word(not _truth(raw)) if ours in keys else raw}
 
 
 def _no_recomputation(raw, given, keys):  # false leaves the choice to memory

@@ -250,10 +250,7 @@ class _Reader:
         """The known keys and raw values that `name: raw` stands for. UserError when there are none."""
         if name in self.keys or name not in CONVERTED:
             return self.own_meaning(name, raw)
-        try:
-            meant, result = CONVERTED[name](raw, given, self.keys), {}
-        except UserError as error:  # a value of the key of this name that another program has
-            raise _NotHere(str(error)) from error
+        meant, result = CONVERTED[name](raw, given, self.keys), {}
         for key, value in meant.items():
             result |= self.own_meaning(key, value)
         ours = ", ".join(show(key, value) for key, value in meant.items())

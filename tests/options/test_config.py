@@ -745,7 +745,7 @@ def given_to_train(words: str) -> list[str]:
     [
         ("do_train=true", "name a dataset"),
         ("streaming=true", "set max_steps"),
-        ("streaming=true max_steps=9 max_samples=5", "use max_steps, or drop streaming"),
+        ("streaming=true max_steps=9 max_samples=5", "drop it, or streaming"),
         ("streaming=true max_steps=9 val_size=0.1 dataset=a", "number of rows"),
         ("streaming=true max_steps=9 group_by_length=true", "drop it"),
         ("packing=true group_by_length=true", "set one of the two to false"),
