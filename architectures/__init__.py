@@ -12,8 +12,9 @@ leading "model.".
     qwen.py      Qwen 2, 2.5, 3
 
 To add a line of models: copy llama.py; its `switches` gives the fields of ModelConfig that differ (config.py
-lists them: norm_offset, embedding_scale, qk_norm, biases, windows, ...), its FAMILIES the class names; add it
-to LINES. Only a new switch needs model.py. A new kind of layer: a file here, and a name in model.py's tables.
+lists them: norm_offset=1.0 for norms times 1 + weight, embedding_scale=sqrt(E), qk_norm, biases, windows),
+its FAMILIES the class names; add it to LINES and to the list above. Only a new switch needs model.py. A new
+kind of layer: a file here, and a name in model.py's tables.
 """
 
 import difflib

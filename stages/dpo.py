@@ -107,7 +107,8 @@ class PreferenceOptions:
         return replace(self, pref_loss="orpo") if stage == "orpo" else self
 
 
-# The losses of pairs: (P,) -> (P,). The dtype stays.
+# The losses of pairs: (P,) -> (P,). The dtype stays. To add one: a function here, a value of pref_loss and a
+# case in `losses`; nothing else lists them.
 
 
 def sigmoid_loss(score: Tensor, smoothing: float = 0.0) -> Tensor:
