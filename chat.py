@@ -5,9 +5,15 @@
     python chat.py model_name_or_path=BASE adapter_name_or_path=A,B template=chatml prompt="Who are you?"
     python chat.py model_name_or_path=saves/rm prompt="2 + 2?" score="4"      # what a reward model says
 
-`clear` forgets the conversation, `exit` leaves, Ctrl-C stops an answer. The keys and values that the model
-computed for the conversation so far are kept, so a turn costs only its own tokens.
+`clear` forgets the conversation, `exit` (or `quit`, `bye`) leaves, Ctrl-C stops an answer; pasted lines are
+one message, which Enter sends. The keys and values that the model computed for the conversation so far are
+kept, so a turn costs only its own tokens.
 """
+
+if __name__ == "__main__":  # Ctrl-C while torch is imported
+    from options.errors import end_at_ctrl_c
+
+    end_at_ctrl_c("chat.py")
 
 import contextlib
 import os
@@ -26,12 +32,12 @@ from checkpoints.hub import ModelOptions
 from checkpoints.huggingface import DTYPES, chosen_quantization
 from checkpoints.source import find_source, load_head, load_source
 from generation.cache import KVCache
-from generation.generate import TextStream, split_stop_words
+from generation.generate import TextStream, context_limit, split_stop_words
 from generation.layout import lay_out_for_decoding
 from generation.sampling import GenerateOptions
 from model import Decoder
 from options import config as configuration
-from options.errors import UserError, exit_status, refuse
+from options.errors import UserError, exit_status, fitting, harmless, refuse
 from options.option import COMMON, RESUMABLE, option
 from quant import QuantOptions
 from quant.linear import quantisation_report, quantised_linears
@@ -41,6 +47,8 @@ from text.tokenizer import Tokenizer
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 THINK, THOUGHT = "<think>", "</think>"
+LEAVE = {slash + word for slash in ("", "/") for word in ("exit", "quit", "bye")} | {"exit()", "quit()"}
+CLEAR = ("clear", "/clear")
 
 
 @dataclass(frozen=True)
@@ -113,7 +121,9 @@ def talk(conversation: "Conversation") -> int:
     terminal = sys.stdin.isatty()
     if terminal:
         with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  (line editing for input())
+            import readline  # line editing for input()
+
+            readline.parse_and_bind("set enable-bracketed-paste on")  # Python switches it off
         _say("`clear` forgets the conversation, `exit` leaves, Ctrl-C stops an answer")
     while True:
         try:
@@ -125,9 +135,9 @@ def talk(conversation: "Conversation") -> int:
         except KeyboardInterrupt:
             print("\n(`exit` or Ctrl-D leaves)", file=sys.stderr)
             continue
-        if text == "exit":
+        if text.lower() in LEAVE:
             return 0
-        if text == "clear":
+        if text.lower() in CLEAR:
             conversation.clear()
             _say("the conversation is forgotten")
         elif text:
@@ -139,6 +149,7 @@ def talk(conversation: "Conversation") -> int:
                 print(f"chat.py: {error} (`clear` starts anew)", file=sys.stderr)
 
 
+@fitting("the conversation", "shorten it, lower max_new_tokens, or load the model with quantization_bit=4")
 def answer(conversation: "Conversation", text: str) -> bool:
     """Print one answer as it is made, then its speed. True if Ctrl-C stopped it."""
     painter = Painter(sys.stdout.isatty(), conversation.begins_in_thought)
@@ -195,7 +206,12 @@ class Conversation:
         pieces, stream = [], None
         try:
             state = {"stop_ids": self.stop_ids, "generator": self.generator, "cache": self.cache}
-            stream = TextStream(self.model, self.tokenizer, self._prompt(), self.options, **state)
+            prompt, limit = self._prompt(), context_limit(self.model.config)
+            said = "the conversation" if len(self.messages) > 1 else "the message"
+            reads = f"this model reads up to {limit} with its answer"
+            remedy = "shorten it, or stretch the model with rope_scaling"
+            refuse(len(prompt) >= limit, f"{said} has {len(prompt)} tokens, and {reads}; {remedy}")
+            stream = TextStream(self.model, self.tokenizer, prompt, self.options, **state)
             self.cache = stream.decoding.cache
             for piece in stream:
                 pieces.append(piece)
@@ -236,7 +252,7 @@ class Painter:
     def paint(self, piece: str) -> str:
         if not self.colours:
             return piece
-        piece = piece.replace("\x1b", "\u241b")  # a model's text must not steer the terminal
+        piece = harmless(piece)
         out = ""
         if self._begin:
             out, self.in_thought, self._begin = DIM, True, False

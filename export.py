@@ -15,12 +15,13 @@ so the model is never held as a whole; only one shard is. A quantised base is de
 back into codes (conversion/requantise.py); conversion/quality.py says what that costs.
 """
 
-import errno
-import json
+if __name__ == "__main__":  # Ctrl-C while torch is imported
+    from options.errors import end_at_ctrl_c
+
+    end_at_ctrl_c("export.py")
+
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -31,9 +32,8 @@ import quant
 from architectures.config import ModelConfig
 from checkpoints.hub import ModelOptions
 from checkpoints.huggingface import DTYPES, checkpoint_dtype, copy_side_files, load_config, write_model_json
-from checkpoints.safetensors_files import write_shards
+from checkpoints.safetensors_files import EXPORT_RECORD, read_json, staged, write_json, write_shards
 from checkpoints.source import (
-    EXPORT_RECORD,
     Source,
     check_tokenizer,
     find_source,
@@ -49,9 +49,10 @@ from conversion.quality import REMAINDER, QualityOptions, check_parent, sample, 
 from conversion.requantise import RANK, MergeOptions, Requantiser
 from generation.generate import context_limit
 from options import config as configuration
-from options.errors import DISK_FULL, StopRun, UserError, exit_status
+from options.errors import StopRun, UserError, exit_status
+from options.limits import leaves
 from options.option import COMMON, option
-from parallel.atomic import atomic_file, atomic_folder
+from parallel.atomic import TEMPORARY, alone_in, atomic_file, free_bytes_on
 from pipeline.sources import HubAccess
 from quant import QuantOptions
 from quant.linear import Format
@@ -149,7 +150,7 @@ def export(source: Source, options: ExportOptions, request: Request) -> None:
     merge = make_merge(source, config, options, request)
     packing = requantiser(merge, request)
     hf = dict(config.hf) | {"tie_word_embeddings": config.tied_head and not merge.unties}
-    with stopped_by_disk(target), atomic_folder(target) as folder:
+    with alone_in(target, "export_dir", "export"), staged(target, earlier_files(target)) as folder:
         if request.calibration is not None:
             written, codes = request.dtype or checkpoint_dtype(config), request.calibration.format
             check_space(merge.size_bytes() + request.calibration.working_bytes(written), target)
@@ -167,7 +168,8 @@ def export(source: Source, options: ExportOptions, request: Request) -> None:
         if scores is not None:
             shutil.copyfile(scores / VALUE_HEAD, folder / VALUE_HEAD)
         tokenizer.save(folder, template.to_jinja() if template is not None else None)
-        write_record(folder, source, request)
+        files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+        write_record(folder, source, request, files)
     untied = ", head untied" if merge.unties else ""
     print(f"{_parts(source)} -> {target} ({str(written).removeprefix('torch.')}{untied})")
     if packing is not None:
@@ -196,10 +198,11 @@ def export_gguf(source: Source, options: ExportOptions, request: Request) -> Non
     for notice in layout.notices:
         print(f"note: {notice}")
     name = f"model-{kind}.gguf"
-    with stopped_by_disk(target), _new_or_there(target) as folder, atomic_file(folder / name) as file:
+    with alone_in(target, "export_dir", "export"), atomic_file(target / name) as file:
         check_space(layout.data_bytes, target)
         write.write(file, layout, merge.tensors(source.base))
-        write_record(folder, source, request)
+        if not (target / EXPORT_RECORD).is_file():  # one that is there tells of weights that stay
+            write_record(target, source, request, [])
     print(f"{_parts(source)} -> {target / name} ({layout.count_kinds()})")
 
 
@@ -295,7 +298,10 @@ def check_target(target: Path, source: Source) -> None:
         raise UserError(f"export_dir: {target} is, or holds, a folder that is read; choose another one")
     if target.exists() and not target.is_dir():
         raise UserError(f"export_dir: {target} is a file; name a folder")
-    if target.is_dir() and any(target.iterdir()) and not (target / EXPORT_RECORD).is_file():
+    others = (
+        [path for path in target.iterdir() if not path.name.startswith(TEMPORARY)] if target.is_dir() else ()
+    )
+    if others and not (target / EXPORT_RECORD).is_file():
         raise UserError(
             f"export_dir: {target} is not empty and no earlier export (it has no {EXPORT_RECORD}); "
             "choose another folder"
@@ -303,39 +309,26 @@ def check_target(target: Path, source: Source) -> None:
 
 
 def check_space(needed_bytes: int, target: Path) -> None:
-    if _free_bytes(target) < needed_bytes:
-        raise OSError(errno.ENOSPC, f"the model takes {needed_bytes / 1e9:.2f} GB")
+    if (free := free_bytes_on(target)) < needed_bytes:
+        sizes = f"the model takes {needed_bytes / 1e9:.2f} GB; {free / 1e9:.2f} GB are free"
+        raise StopRun(f"export_dir: {target}: {sizes}; make room and run the same command again")
 
 
-def _free_bytes(target: Path) -> int:
-    return shutil.disk_usage(next(path for path in target.absolute().parents if path.is_dir())).free
-
-
-@contextmanager
-def stopped_by_disk(target: Path) -> Iterator[None]:
-    """What the system says of a full disk, with the place and the room that there was."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in DISK_FULL:
-            raise
-        free = f"{_free_bytes(target) / 1e9:.2f} GB are free"
-        raise StopRun(
-            f"export_dir: {target} could not be written ({error}; {free}). Nothing half-written is left"
-        ) from error
-
-
-def _new_or_there(target: Path) -> AbstractContextManager[Path]:
-    return nullcontext(target) if target.is_dir() else atomic_folder(target)
-
-
-def write_record(folder: Path, source: Source, request: Request) -> None:
-    """Marks the folder as an export, which the next one to the same place may replace."""
+def write_record(folder: Path, source: Source, request: Request, files: list[str]) -> None:
+    """Marks the folder as an export: the next one to the same place may replace these `files`, no others."""
     adapters = [str(path) for path in source.adapters]
-    record = {"base": str(source.base), "adapters": adapters, "way": request.way}
+    record = {"base": str(source.base), "adapters": adapters, "way": request.way, "files": files}
     if request.calibration is not None:
         record["calibration"] = request.calibration.record()
-    (folder / EXPORT_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / EXPORT_RECORD, record)
+
+
+def earlier_files(target: Path) -> list[str]:
+    """What the export that lies there wrote, as its record says; nothing that leads out of the folder."""
+    record = read_json(target / EXPORT_RECORD) if (target / EXPORT_RECORD).is_file() else {}
+    files = record.get("files")
+    files = files if isinstance(files, list) else []
+    return [name for name in files if isinstance(name, str) and not leaves(name)]
 
 
 def push(folder: Path, repository: str, token: str | None, api=None) -> str:

@@ -25,6 +25,7 @@ from kernels.linear import LinearLayer
 from lora import LoraLinear, LoraOptions, full_modules, lora_layers, merge_for_good, replace_module
 from model import Decoder
 from options.errors import UserError, located, refuse
+from options.limits import bounded
 from quant.linear import QuantLinear, quantised_linears
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -263,13 +264,14 @@ def _split_name(config: ModelConfig, key: str, path: Path) -> tuple[str, str]:
     return (ours or f"{hf_module}.weight").removesuffix(".weight"), part  # None: a tied head, _join_tied_head
 
 
+@bounded(f"{ADAPTER_CONFIG}: a pattern of rank_pattern or alpha_pattern", "write the names of the modules")
 def _by_pattern(config: dict, patterns_key: str, common_key: str, module: str) -> float:
     """The value of the first pattern that fits the end of the module's name, as peft's get_pattern_key."""
     value = config.get(common_key, 8)  # peft's default of both
     for pattern, other in (config.get(patterns_key) or {}).items():
         try:
             expression = re.compile(rf"(.*\.)?({pattern})$")
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             fault = f"{pattern!r} is no pattern ({error})"
             raise UserError(f"{ADAPTER_CONFIG}: {patterns_key}: {fault}") from error
         if expression.match(module) or expression.match(f"model.{module}"):

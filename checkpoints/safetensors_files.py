@@ -22,12 +22,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from options.errors import UserError
-from parallel.atomic import flush_tree
+from parallel.atomic import flush_tree, swept
 
 NamedTensor = tuple[str, torch.Tensor]
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARDS = "model-*-of-*.safetensors"
-STAGING = ".incomplete"  # folder inside the target that holds the files while they are written
+EXPORT_RECORD = "export_info.json"  # marks a folder as an export, which the next one there may replace
 PICKLE = "a pickle, which can run any code when it is read, so it is refused"
 
 
@@ -112,37 +112,46 @@ def _indexed_files(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def staged(folder: str | Path) -> Iterator[Path]:
-    """A fresh folder to write files into; on leaving they replace those of the same name in `folder`, whose
-    other files stay (atomic_folder would replace them too). New weights replace all old ones, however many
-    files either has. An error inside leaves `folder` as it was."""
+def staged(folder: str | Path, earlier: Iterable[str] = ()) -> Iterator[Path]:
+    """A fresh folder to write files into; on leaving they replace those of the same name in `folder`, and of
+    the `earlier` ones those that are not among them go; all others stay (atomic_folder would replace them
+    too). New weights replace all old ones, however many files either has. An error inside leaves `folder` as
+    it was."""
     folder = Path(folder)
-    staging = folder / STAGING
-    shutil.rmtree(staging, ignore_errors=True)  # left by a process that was killed
+    staging = swept(folder / "files")
     staging.mkdir(parents=True)
     try:
         yield staging
         flush_tree(staging)
-        _publish(staging, folder)
+        _publish(staging, folder, earlier)
     finally:
         shutil.rmtree(staging)
 
 
-def _publish(staging: Path, folder: Path) -> None:
-    """Move the files, in an order in which a reader finds the old weights or the new ones, no mixture."""
-    names = {path.name for path in staging.iterdir()}
+def _publish(staging: Path, folder: Path, earlier: Iterable[str]) -> None:
+    """Move the files, in an order in which a reader finds the old weights or the new ones, no mixture, and
+    with anything else of another model no config.json."""
+    names = {str(path.relative_to(staging)) for path in staging.rglob("*") if path.is_file()}
     shards = sorted(path.name for path in staging.glob(SHARDS))
+    heads = [name for name in (SINGLE, INDEX) if name in names]
+    first, last = (sorted(names & {name}) for name in (EXPORT_RECORD, "config.json"))
+    others = sorted(names.difference(shards, heads, first, last))
+    for name in last:
+        (folder / name).unlink(missing_ok=True)
     if any((folder / name).exists() for name in shards):
         (folder / INDEX).unlink(missing_ok=True)  # no index while files are renamed, which is a clear error
-    for name in [*shards, *(name for name in (SINGLE, INDEX) if name in names)]:
+    for name in [*first, *shards, *heads]:
         os.replace(staging / name, folder / name)
-    if SINGLE in names or INDEX in names:
+    if heads:
         (folder / (INDEX if SINGLE in names else SINGLE)).unlink(missing_ok=True)
         for stale in folder.glob(SHARDS):
             if stale.name not in names:
                 stale.unlink()
-    for path in sorted(staging.iterdir()):
-        os.replace(path, folder / path.name)
+    for name in [*others, *last]:
+        (folder / name).parent.mkdir(exist_ok=True)
+        os.replace(staging / name, folder / name)
+    for name in set(earlier) - names:
+        (folder / name).unlink(missing_ok=True)
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], notes: dict[str, str] | None = None) -> None:

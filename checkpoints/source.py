@@ -15,16 +15,16 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
-import yaml
 
 import quant
 from architectures.config import ModelConfig, scale_rope
 from checkpoints.hub import ModelOptions, resolve_adapters, resolve_model
 from checkpoints.huggingface import load_config, load_model
 from checkpoints.peft import ADAPTER_CONFIG, apply_adapters
-from checkpoints.safetensors_files import read_json
+from checkpoints.safetensors_files import EXPORT_RECORD, read_json
 from checkpoints.value_head import VALUE_HEAD, ValueHead, has_value_head, load_value_head
 from model import Decoder
+from options.config import read_values
 from options.errors import UserError, refuse
 from quant import QuantOptions
 from quant.linear import Format
@@ -32,7 +32,6 @@ from templates import TemplateOptions, get_template
 from text.tokenizer import Tokenizer
 
 RUN_CONFIG = "run_config.yaml"  # the resolved configuration of a run, beside its result
-EXPORT_RECORD = "export_info.json"  # marks a folder as an export, which the next one there may replace
 
 
 @dataclass(frozen=True)
@@ -151,16 +150,10 @@ def is_adapter(folder: Path) -> bool:
 def read_run(folder: Path) -> dict:
     """The resolved options of the run that wrote this folder, {} if no run did. UserError names the file."""
     path = folder / RUN_CONFIG
-    if not path.is_file():
-        return {}
-    remedy = "remove it and give template and adapters yourself"
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML ({str(error).splitlines()[0]}); {remedy}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected keys and values; {remedy}")
-    return values
+        return read_values(path) if path.is_file() else {}
+    except UserError as error:
+        raise UserError(f"{error}; remove it and give template and adapters yourself") from error
 
 
 def adapters_below(run: dict, base: Path | None = None) -> list[Path]:
@@ -178,12 +171,15 @@ def _without(paths: list[Path], known: list) -> list[Path]:
 def merged_into(base: Path) -> list[str]:
     """The adapters whose updates are in the weights of this folder, as export.py's records say."""
     found: list[str] = []
-    while (Path(base) / EXPORT_RECORD).is_file():
-        record = read_json(Path(base) / EXPORT_RECORD)
-        found += record.get("adapters", [])
-        if _same_place(record.get("base"), base):
-            break
-        base = record.get("base", "")
+    seen: set[Path] = set()
+    while (record := base / EXPORT_RECORD).is_file() and base.resolve() not in seen:
+        seen.add(base.resolve())
+        told = read_json(record)
+        adapters, below = told.get("adapters") or [], told.get("base") or ""
+        texts = isinstance(adapters, list) and all(isinstance(each, str) for each in (*adapters, below))
+        refuse(not texts, f"{record}: adapters or base are no paths; export the model again")
+        found += adapters
+        base = Path(below) if below else base
     return found
 
 

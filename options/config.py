@@ -25,7 +25,7 @@ from options import help, rules
 from options.aliases import CONVERTED, HARMLESS, NOT_YET, NOT_YET_VALUES, RENAMED_VALUES, is_off, lookup
 from options.errors import UserError, located, refuse
 from options.option import REQUIRED, Option, declared, title
-from options.values import BOOLEANS, NULLS, Plain, choices_of, convert, members_of, node_value, show
+from options.values import BOOLEANS, NULLS, Plain, choices_of, convert, members_of, node_value, show, untyped
 
 _FILES = (".yaml", ".yml", ".json")
 
@@ -160,6 +160,11 @@ def _next_value(key: str, rest: list[str], flag: bool | None) -> str:
     return rest.pop(0)
 
 
+def read_values(path: Path) -> dict[str, object]:
+    """Keys and plain values of a file that `Config.save` wrote. Raises UserError naming file and line."""
+    return {setting.key: untyped(setting.raw) for setting in _read_file(str(path))}
+
+
 def _read_file(name: str) -> list[_Setting]:
     path, where = Path(name), f"configuration file {name}"
     strange = path.suffix.lower() not in _FILES
@@ -185,7 +190,7 @@ def _settings(name: str, text: str) -> Iterator[_Setting]:
         text = text.replace("\t", " ")  # all that YAML does not take of JSON
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{name} line {mark.line + 1}" if mark else name
         problem = getattr(error, "problem", None) or error

@@ -4,13 +4,16 @@ UserError   somebody wrote or gave something that cannot be used: a line that na
             found and the way out; exit status 2. Raised where it is noticed. It is a ValueError, so that who
             calls a function from Python may catch it as one; no program does. A path that the system refuses
             (permission denied, a file where a folder should be) is told alike.
-StopRun     the run itself cannot go on (a loss that is not finite, a full disk): a line, exit status 1.
+StopRun     the run itself cannot go on (a loss that is not finite, a full disk, no memory): a line, exit
+            status 1.
 Anything else is a bug and keeps its traceback.
 """
 
 import errno
 import os
+import re
 import select
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +21,8 @@ from contextlib import contextmanager
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # what the system says of a path that somebody named, whoever opens it; a file that is not there may be a bug
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
+# what torch, for a CPU and for a GPU, numpy, C++ and the system say
+NO_MEMORY = re.compile(r"out of memory|(can't|[Uu]nable to|Cannot) allocate|not enough memory|bad_alloc")
 
 
 class UserError(ValueError):
@@ -41,7 +46,25 @@ class StopRun(Exception):
     """The run cannot go on; the text is for the user."""
 
 
-EXPECTED = (UserError, StopRun, OSError, KeyboardInterrupt)  # of the programs, though not every OSError
+def say(*values: object) -> None:
+    """Print a line on the way. One that cannot be written (nobody reads the pipe any more, the disk is full,
+    the terminal is gone, a character that it does not have) is lost: it never ends what runs."""
+    try:
+        print(*values, flush=True)
+    except UnicodeEncodeError:
+        say(*(ascii(value)[1:-1] if isinstance(value, str) else ascii(value) for value in values))
+    except OSError as error:
+        if error.errno not in DISK_FULL:  # there may be room again, but who read the pipe is gone for good
+            drop_output()
+
+
+def drop_output() -> None:
+    """What is still to be written to stdout goes nowhere; without this the interpreter complains at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+# of the programs, though not every one of the last three
+EXPECTED = (UserError, StopRun, KeyboardInterrupt, MemoryError, OSError, RuntimeError)
 
 
 @contextmanager
@@ -53,11 +76,33 @@ def located(place: str) -> Iterator[None]:
         raise type(error)(f"{place}: {error}") from error
 
 
+@contextmanager
+def fitting(what: str, remedy: str) -> Iterator[None]:
+    """Where memory runs out within: StopRun, with what did not fit, and the keys that make it smaller."""
+    try:
+        yield
+    except (MemoryError, OSError, RuntimeError) as error:
+        if not _is_of_memory(error):
+            raise
+        asked = re.search(r"allocate ([\d.]+) ?(\w+)", str(error))
+        size = f" ({asked[1]} {asked[2]} more were asked for)" if asked else ""
+        raise StopRun(f"out of memory: {what} does not fit{size}; {remedy}") from error
+
+
+def _is_of_memory(error: BaseException) -> bool:
+    kinds = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    told = isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)) is not None
+    return kinds or told or isinstance(error, MemoryError)
+
+
 def exit_status(program: str, body: Callable[[], int]) -> int:
     """Run a program's body: 2 after a UserError, 1 after a StopRun or on a full disk, each told on stderr,
     and 128 + 2 after Ctrl-C."""
     try:
-        return body()
+        listen_to_ctrl_c()
+        status = body()
+        sys.stdout.flush()
+        return status
     except EXPECTED as error:
         return tell(program, error)
 
@@ -67,26 +112,72 @@ def tell(program: str, error: BaseException) -> int:
     traceback, and with ANVIL_TRACEBACK=1 in the environment everything does."""
     number = error.errno if isinstance(error, OSError) else None
     refused = number in REFUSED and error.filename is not None
-    unread = isinstance(error, BrokenPipeError) and _is_closed(1)
-    known = (
-        refused or unread or number in DISK_FULL or isinstance(error, UserError | StopRun | KeyboardInterrupt)
-    )
-    if not known or os.environ.get("ANVIL_TRACEBACK"):
+    unwritten = isinstance(error, OSError) and error.filename is None and _stdout_fails()
+    interrupted, deep = isinstance(error, KeyboardInterrupt), isinstance(error, RecursionError)
+    full, of_memory = number in DISK_FULL, _is_of_memory(error)
+    known = refused or unwritten or interrupted or deep or full or of_memory
+    if not (known or isinstance(error, UserError | StopRun)) or os.environ.get("ANVIL_TRACEBACK"):
         raise error
-    if unread:  # `| head` has seen enough; without this the interpreter complains at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if unwritten and isinstance(error, BrokenPipeError):  # `| head` has seen enough
         return 0
-    interrupted = isinstance(error, KeyboardInterrupt)
-    text = "interrupted" if interrupted else str(error)
-    if refused:
+    text = str(error)
+    if interrupted:
+        text = "interrupted"
+    elif unwritten:
+        text = f"the output cannot be written ({error.strerror}); send it to another place"
+    elif refused:
         text = f"{error.filename}: {error.strerror}; let this user read and write there, or name another path"
-    text += "; make room and run the same command again" if number in DISK_FULL else ""
-    print(f"{program}: {text}", file=sys.stderr, flush=True)
+    elif full:
+        text += "; make room and run the same command again"
+    elif deep:
+        text = f"something that was read is nested too deeply ({error}); ANVIL_TRACEBACK=1 shows where"
+    elif of_memory:
+        text = f"out of memory ({text.splitlines()[0] if text else type(error).__name__}); take a smaller "
+        text += "model, batch or text"
+    print(f"{program}: {harmless(text)}", file=sys.stderr, flush=True)
     return 130 if interrupted else 2 if refused or isinstance(error, UserError) else 1
 
 
-def _is_closed(handle: int) -> bool:
-    """Whether nobody reads any more what is written to this pipe."""
+def _stdout_fails() -> bool:
+    """Whether what was printed cannot be written (nobody reads the pipe, the disk is full). It goes then."""
     poll = select.poll()
-    poll.register(handle, 0)
-    return any(event & select.POLLERR for _, event in poll.poll(0))
+    poll.register(1, 0)
+    closed = any(event & (select.POLLERR | select.POLLNVAL) for _, event in poll.poll(0))
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):  # ValueError: it was closed
+        closed = True
+    if closed:
+        drop_output()
+    return closed
+
+
+# Ctrl-C
+
+
+def end_at_ctrl_c(program: str) -> None:
+    """For a program that still imports torch: a line, not a traceback. Where it is ignored (a shell has
+    started the program in the background) it stays so."""
+
+    def end(number, frame) -> None:
+        os.write(2, f"{program}: interrupted\n".encode())
+        os._exit(128 + number)
+
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, end)
+
+
+def listen_to_ctrl_c() -> None:
+    """From here on it is KeyboardInterrupt (again, where end_at_ctrl_c was called)."""
+    if getattr(signal.getsignal(signal.SIGINT), "__module__", None) == __name__:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# C0 and C1 but tab and newline, and what turns the direction of writing: a text must not steer a terminal
+_STEERING = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"} | {0x7F: "\u2421"}
+_STEERING |= dict.fromkeys((*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)), "\ufffd")
+
+
+def harmless(text: str) -> str:
+    """The text with pictures in place of control characters, for a terminal."""
+    return text.translate(_STEERING)

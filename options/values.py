@@ -17,6 +17,7 @@ from options.errors import UserError, refuse
 
 BOOLEANS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
 NULLS = ("null", "none", "~")
+MOST_VALUES = 10_000  # of one option
 
 
 class Plain(str):
@@ -27,14 +28,18 @@ def truth_word(truth: bool) -> Plain:
     return Plain("true" if truth else "false")
 
 
-def node_value(node: yaml.Node, depth: int = 0):
-    """A YAML node as None, Plain, str (quoted), list or dict of these. UserError for what none can be."""
+def node_value(node: yaml.Node, depth: int = 0, room: list[int] | None = None):
+    """A YAML node as None, Plain, str (quoted), list or dict of these. UserError for what none can be.
+    room: how many values are still allowed; an alias stands for all that its anchor holds."""
+    room = [MOST_VALUES] if room is None else room
+    room[0] -= 1
+    refuse(room[0] < 0, f"more than {MOST_VALUES:,} values are no value for an option")
     if depth > 4:  # far beyond any option; an anchor that contains itself has no end
         raise UserError("lists in lists in lists are not a value for an option")
     if isinstance(node, yaml.SequenceNode):
-        return [node_value(item, depth + 1) for item in node.value]
+        return [node_value(item, depth + 1, room) for item in node.value]
     if isinstance(node, yaml.MappingNode):
-        return {str(node_value(k, depth + 1)): node_value(v, depth + 1) for k, v in node.value}
+        return {str(node_value(k, depth + 1, room)): node_value(v, depth + 1, room) for k, v in node.value}
     if node.style is not None:  # quoted; JSON writes a letter beyond U+FFFF as a pair of escapes
         return node.value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return None if node.tag == "tag:yaml.org,2002:null" else Plain(node.value)
@@ -83,16 +88,16 @@ def _convert_member(raw: object, kind: object):
     if origin is typing.Literal:
         return _choose(raw, typing.get_args(kind))
     if kind is str and isinstance(raw, dict):
-        return json.dumps(_untyped(raw))
+        return json.dumps(untyped(raw))
     return convert_scalar(raw, kind)
 
 
-def _untyped(raw: object):
+def untyped(raw: object):
     """Plain JSON data: no key says what is a number here, so JSON's own spelling does."""
     if isinstance(raw, dict):
-        return {key: _untyped(value) for key, value in raw.items()}
+        return {key: untyped(value) for key, value in raw.items()}
     if isinstance(raw, list):
-        return [_untyped(value) for value in raw]
+        return [untyped(value) for value in raw]
     try:
         return json.loads(raw) if isinstance(raw, Plain) else raw
     except json.JSONDecodeError:
@@ -105,7 +110,7 @@ def _items(raw: object) -> list:
     if isinstance(raw, Plain) and raw.startswith("["):
         try:
             return node_value(yaml.compose(raw, Loader=yaml.SafeLoader))
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, RecursionError) as error:
             raise UserError("expected a list such as [a, b]") from error
     if isinstance(raw, str):
         return [Plain(item.strip()) for item in raw.split(",") if item.strip()]

@@ -8,8 +8,13 @@ batch 4) and (batch 8) give the same gradients.
 import datetime
 import json
 import os
+import signal
+import socket
+import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -70,6 +75,8 @@ class World:
 
 
 _HOST_GROUPS: list = []  # the gloo group beside NCCL's; made in start(), because every rank has to make it
+_PEERS: list = []  # the store of the process group, and [host, process] of each rank
+PATIENCE_SECONDS = 3.0  # for a rank of another host to say that it is there
 
 
 def name_of_rank(program: str) -> str:
@@ -94,9 +101,13 @@ def start(device: str = "auto", timeout_seconds: int = 1800) -> World:
     place = torch.device("cuda", local_rank) if device == "cuda" else torch.device(device)
     if size > 1 and not dist.is_initialized():
         timeout = datetime.timedelta(seconds=timeout_seconds)
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=timeout)
+        store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=timeout))
+        backend = "nccl" if place.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         _HOST_GROUPS.append(dist.new_group(backend="gloo", timeout=timeout))
-    return World(rank, size, local_rank, place)
+    world = World(rank, size, local_rank, place)
+    _PEERS[:] = [store, world.gather([socket.gethostname(), os.getpid()])] if size > 1 else []
+    return world
 
 
 def stop() -> None:
@@ -104,6 +115,43 @@ def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
         _HOST_GROUPS.clear()
+        _PEERS.clear()
+
+
+def lost(error: BaseException, world: World) -> str | None:
+    """`rank 1 on HOST is gone`, for an error of a collective; None for any other. Leaves the process group.
+
+    Whether ranks of this host are gone their processes say; those of another host have PATIENCE_SECONDS to
+    leave a word in the group's store, which they do when they come here themselves.
+    """
+    if not _PEERS or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        return None
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, for the ranks that are left: a moment yet
+    store, peers = _PEERS
+    with suppress(RuntimeError):
+        store.set(f"here {world.rank}", "")
+    stop()  # or a third rank would wait for this one
+    end, host = time.monotonic() + PATIENCE_SECONDS, peers[world.rank][0]
+    while True:
+        missing = [rank for rank in range(world.size) if not _is_there(rank, peers, host, store)]
+        known = missing and all(peers[rank][0] == host for rank in missing)
+        if known or time.monotonic() > end:
+            break
+        time.sleep(0.05)
+    names = ", ".join(f"rank {rank} on {peers[rank][0]}" for rank in missing)
+    if names:
+        return f"{names} {'are' if len(missing) > 1 else 'is'} gone"
+    return f"the ranks have lost each other ({str(error).strip().splitlines()[0]})"
+
+
+def _is_there(rank: int, peers: list, host: str, store) -> bool:
+    if peers[rank][0] != host:
+        with suppress(RuntimeError):  # rank 0 may hold the store, and be gone
+            return store.check([f"here {rank}"])
+        return False
+    with suppress(OSError):
+        return Path(f"/proc/{peers[rank][1]}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return False
 
 
 class GradientSum:

@@ -13,12 +13,14 @@ import difflib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
 from options.errors import UserError, located, refuse
+from options.limits import leaves
 from pipeline.readers import FILE_TYPES, read_file
 
 TEXT_COLUMNS = ("prompt", "query", "response", "history", "messages", "system", "tools")
@@ -32,6 +34,7 @@ OPENAI_TAGS = SHAREGPT_TAGS | {"role_tag": "role", "content_tag": "content", "us
 OPENAI_TAGS |= {"assistant_tag": "assistant", "observation_tag": "tool"}
 SOURCES = ("hf_hub_url", "ms_hub_url", "file_name", "script_url")
 TEXTS = ("subset", "split", "folder", "revision", "file_sha1")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 OTHERS = ("om_hub_url", "cloud_file_name", "num_samples", "ranking", "formatting", "columns", "tags")
 
 
@@ -54,6 +57,7 @@ class DatasetInfo:
     revision: str | None = None
     num_samples: int | None = None
     file_sha1: str | None = None
+    home: str | None = None  # the folder of dataset_info.json, which files of its entries may not leave
     ranking: bool = False
 
 
@@ -91,6 +95,8 @@ def find_dataset(name: str, dataset_dir: str | Path, default_split: str = "train
     Raises UserError that names what was looked for and the closest known name.
     """
     if str(dataset_dir) == "ONLINE":
+        with located(f"dataset: {name!r} (dataset_dir: ONLINE)"):
+            _refuse_no_hub_id(name)
         return DatasetInfo(name, _hub_kind(), name, columns=dict(ALPACA_COLUMNS), split=default_split)
     entries = read_dataset_info(dataset_dir)
     if name in entries:
@@ -122,10 +128,12 @@ def parse_entry(name: str, entry: dict, dataset_dir: str | Path, default_split: 
         refuse(ranking not in (True, False), f"ranking is {ranking!r}, expected true or false")
         for key in TEXTS:
             refuse(not isinstance(entry.get(key), str | None), f"{key} is {entry.get(key)!r}, expected text")
+        for key in ("folder", "subset", "revision"):
+            refuse(leaves(entry.get(key) or ""), f"{key} {entry.get(key)!r} leaves {location}")
         columns, tags = _columns(entry, formatting), _tags(entry, formatting)
     texts = {key: entry.get(key) for key in TEXTS} | {"split": entry.get("split") or default_split}
     shared = {"columns": columns, "tags": tags, "num_samples": num_samples, "ranking": bool(ranking)}
-    return DatasetInfo(name, kind, location, formatting, **shared, **texts)
+    return DatasetInfo(name, kind, location, formatting, home=str(dataset_dir), **shared, **texts)
 
 
 def _source(entry: dict, dataset_dir: str | Path) -> tuple[str, str]:
@@ -135,6 +143,8 @@ def _source(entry: dict, dataset_dir: str | Path) -> tuple[str, str]:
             raise UserError(f"{key} is {entry[key]!r}, expected text")
     for kind in sorted(("hf_hub", "ms_hub"), key=lambda kind: kind != _hub_kind()):
         if f"{kind}_url" in entry:
+            with located(f"{kind}_url"):
+                _refuse_no_hub_id(entry[f"{kind}_url"])
             return kind, entry[f"{kind}_url"]
     if "script_url" in entry:
         raise UserError(
@@ -144,18 +154,21 @@ def _source(entry: dict, dataset_dir: str | Path) -> tuple[str, str]:
     if "file_name" not in entry:
         raise UserError(f"none of hf_hub_url, ms_hub_url and file_name is given (it has {sorted(entry)})")
     # a registry that came with somebody's data must not be able to point at other files of this machine
-    if _leaves(entry["file_name"]):
+    if leaves(entry["file_name"]):
         raise UserError(
             f"file_name {entry['file_name']!r} leaves the folder {str(dataset_dir)!r}. "
-            "Move or link the file there, or give its path itself as `dataset`."
+            "Move the file there, or give its path itself as `dataset`."
         )
     return "file", str(Path(dataset_dir) / os.path.normpath(entry["file_name"]))
 
 
-def _leaves(path: str) -> bool:
-    """Whether it points out of the folder that it should lie in."""
-    inside = os.path.normpath(path)
-    return os.path.isabs(inside) or inside.split(os.sep)[0] == ".."
+def _refuse_no_hub_id(name: str) -> None:
+    """`datasets` takes the names of its readers (json, csv), paths and addresses in the same place."""
+    files = "files are named by file_name in dataset_info.json"
+    refuse(not HUB_ID.fullmatch(name), f"{name!r} is no id of a hub (owner/name); {files}")
+    refuse(
+        Path(name).exists(), f"{name!r} is a path here, which would be read in place of the hub's; {files}"
+    )
 
 
 def _hub_kind() -> str:
@@ -240,15 +253,14 @@ def list_files(info: DatasetInfo) -> list[Path]:
     """The data files of a `file` dataset in reading order: itself, or a folder's files by name."""
     path = Path(info.location) / (info.folder or "")
     with located(f"dataset {info.name!r}"):
-        if info.folder and _leaves(info.folder):
-            raise UserError(f"folder {info.folder!r} leaves {info.location}")
+        refuse(leaves(info.folder or ""), f"folder {info.folder!r} leaves {info.location}")
         if path.is_file():
             files = [path]
         elif path.is_dir():
             names = sorted(child.name for child in path.iterdir() if child.is_file())
             files = [path / name for name in names if name[0] != "." and name != "dataset_info.json"]
         else:
-            raise UserError(f"{path} does not exist")
+            raise UserError(f"{path} is no file or folder" if path.exists() else f"{path} does not exist")
         endings = {file.suffix.lower() for file in files}
         refuse(not files, f"the folder {path} is empty")
         if not endings <= set(FILE_TYPES):
@@ -256,6 +268,14 @@ def list_files(info: DatasetInfo) -> list[Path]:
             raise UserError(f"{wrong} is of no known type; known: {', '.join(FILE_TYPES)}")
         if len(endings - {".json", ".jsonl"}) + bool(endings & {".json", ".jsonl"}) > 1:
             raise UserError(f"the folder {path} mixes {', '.join(sorted(endings))}; keep one type")
+        home = Path(info.home).resolve() if info.home is not None else None
+        for file in files if home is not None else ():
+            # the files of a snapshot of the hub's cache are links into its folder blobs
+            inside = (
+                file.resolve().is_relative_to(home) or file.resolve().parent == home.parent.parent / "blobs"
+            )
+            remedy = "move the file there, name its own folder as dataset_dir, or give its path as `dataset`"
+            refuse(not inside, f"{file} is a link that leaves {info.home}; {remedy}")
     return files
 
 

@@ -104,7 +104,7 @@ class Tokeniser:
         elif info.num_samples is not None:
             total = sum(1 for _ in read_rows(info, opened))
             chosen = choose_rows(total, info.num_samples, self.seed)[:limit]
-        left = ("name", "location", "file_sha1")
+        left = ("name", "location", "file_sha1", "home")
         described = {name: value for name, value in asdict(info).items() if name not in left}
         key = self.keys() | {"data": sources.data_key(info, opened), "info": described}
         key |= {"limit": limit, "chosen": None if chosen is None else [total, self.seed]}

@@ -31,11 +31,13 @@ import inspect
 import json
 import math
 import sys
+import threading
 import time
 import traceback
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +64,7 @@ ARGUMENTS = {"prompts": "prompt", "completions": "completion", "answers": "answe
 ARGUMENTS |= {each: each for each in ("prompt_ids", "completion_ids")} | {"finish_reasons": "finish_reason"}
 API_TRIES = 3  # a server that is being restarted must not end a run of hours
 API_PAUSE = 2.0  # seconds before the second try; twice that before the third
+API_BYTES = 2**26  # of an answer at most; a number of a score takes twenty
 
 
 @dataclass(frozen=True)
@@ -335,8 +338,7 @@ class ApiReward(RewardSource):
             if number:
                 time.sleep(self.pause_seconds * 2 ** (number - 1))
             try:
-                with urllib.request.urlopen(request, timeout=self.timeout_seconds) as answer:
-                    return answer.read()
+                return _answer(request, self.timeout_seconds)
             except urllib.error.HTTPError as error:
                 problem = f"HTTP status {error.code} ({error.reason})"
                 if error.code < 500:  # the request is wrong, and would be again
@@ -347,6 +349,25 @@ class ApiReward(RewardSource):
                     problem = f"no answer within {self.timeout_seconds:g} seconds (reward_api_timeout)"
         question = "does the server run, and is this where it scores?"
         raise RewardError(f"reward_model: {self.address}: {problem}; {question}")
+
+
+def _answer(request: urllib.request.Request, seconds: float) -> bytes:
+    """The body of the answer; TimeoutError where it is not there after so many seconds in all: the time limit
+    of a socket begins anew with every byte, so a server that sends one now and then would not reach it."""
+    result: Future[bytes] = Future()
+
+    def ask() -> None:
+        try:
+            with urllib.request.urlopen(request, timeout=seconds) as answer:
+                body = answer.read(API_BYTES + 1)
+            if len(body) > API_BYTES:
+                raise http.client.HTTPException(f"an answer of more than {API_BYTES >> 20} MiB")
+            result.set_result(body)
+        except BaseException as error:  # for who waits
+            result.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    return result.result(seconds)
 
 
 def _texts(samples: Sequence[Sample]) -> list[list[int]]:

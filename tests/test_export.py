@@ -19,7 +19,7 @@ from tiny_tokenizers import make_tokenizer
 
 import export
 from checkpoints.huggingface import load_model
-from parallel.atomic import temporary_name
+from parallel.atomic import TEMPORARY, alone_in, temporary_name
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = {
@@ -344,11 +344,54 @@ def test_too_little_room_is_seen_before_anything_is_written(untied, tmp_path, ca
 
 def test_what_a_killed_export_left_is_removed(untied, tmp_path):
     _, folder = untied
-    unfinished = temporary_name(tmp_path / "out")
-    unfinished.mkdir()
+    unfinished = temporary_name(tmp_path / "out" / "files")
+    unfinished.mkdir(parents=True)
     (unfinished / "model.safetensors").write_text("half")
     assert run(model=folder, target=tmp_path / "out") == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(TEMPORARY)]
+
+
+def test_one_export_at_a_time_writes_into_a_folder(untied, tmp_path, capsys):
+    _, folder = untied
+    target = tmp_path / "out"
+    with alone_in(target, "export_dir", "export"):
+        for kind in ({}, {"export_gguf_type": "F32"}):
+            assert run(model=folder, target=target, **kind) == 2
+            told = capsys.readouterr().err
+            assert (
+                told == f"export.py: export_dir: {target}: another export is writing into it; "
+                "choose another folder or wait for its end\n"
+            )
+        assert list(target.iterdir()) == []
+    assert not target.exists()  # it was made for the lock, and stayed empty
+    assert run(model=folder, target=target) == 0
+
+
+def test_an_export_replaces_what_an_earlier_one_wrote_and_nothing_else(untied, tmp_path):
+    """A README, results, another GGUF file, and a link in place of the folder stay."""
+    _, folder = untied
+    real, link = tmp_path / "disk" / "real", tmp_path / "out"
+    (tmp_path / "disk").mkdir()
+    link.symlink_to(real)  # leads to nothing yet
+    assert run(model=folder, target=link, export_size=1e-4) == 0
+    assert link.is_symlink() and len(list(real.glob("model-*.safetensors"))) > 1
+    assert run(model=folder, target=link, export_gguf_type="F32") == 0
+    (real / "README.md").write_text("about it")
+    (real / "eval").mkdir()
+    (real / "eval" / "results.json").write_text("{}")
+    record = json.loads((real / "export_info.json").read_text())
+    assert "model.safetensors.index.json" in record["files"] and not any("gguf" in n for n in record["files"])
+    (real / "export_info.json").write_text(
+        json.dumps(record | {"files": [*record["files"], "../keep", "old"]})
+    )
+    (tmp_path / "disk" / "keep").write_text("not of the export")
+    (real / "old").write_text("of the earlier export")
+    assert run(model=folder, target=link, infer_dtype="bfloat16") == 0
+    assert link.is_symlink() and (tmp_path / "disk" / "keep").exists() and not (real / "old").exists()
+    assert (real / "README.md").read_text() == "about it" and (real / "eval" / "results.json").exists()
+    assert (real / "model-F32.gguf").exists() and not list(real.glob("model-*.safetensors"))
+    assert load_file(real / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
 
 
 # Memory

@@ -12,8 +12,6 @@ numbers are estimates on the safe side (tests compare them with what torch keeps
 """
 
 import ctypes
-import os
-import sys
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +19,7 @@ import torch
 from kernels.recompute import CudaTransfers, Offload, Plan
 from lora import lora_layers
 from model import Decoder
+from options.limits import free_host_bytes
 from quant.linear import quantised_linears
 from training.optimizers import state_per_byte
 
@@ -163,16 +162,12 @@ def plan(policy: str, need: Need, layers: int, device: torch.device, free: float
 
 
 def free_bytes(device: torch.device) -> float:
-    """What this process may still take: of a GPU what is free or cached by torch, of a CPU's memory what
-    Linux calls available, elsewhere all there is."""
+    """What this process may still take: of a GPU what is free or cached by torch, of the host's memory what
+    the machine, the control group and the process's own limits leave."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    if not sys.platform.startswith("linux"):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with open("/proc/meminfo", encoding="ascii") as file:
-        numbers = dict(line.split(":") for line in file)
-    return int(numbers["MemAvailable"].split()[0]) * 1024
+    return free_host_bytes()
 
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # numbers of malloc.h

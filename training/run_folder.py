@@ -6,8 +6,6 @@ trainer_state.json, `training_state.pt` (optimizer, scaler, counters) and one `r
 both are read with weights_only=True. A run continues only with the settings that decided its weights.
 """
 
-import errno
-import fcntl
 import hashlib
 import itertools
 import json
@@ -17,7 +15,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,9 +27,9 @@ from checkpoints.safetensors_files import read_plain
 from checkpoints.source import RUN_CONFIG
 from model import Decoder
 from options.config import Config
-from options.errors import DISK_FULL, StopRun, UserError, refuse
-from parallel.atomic import TEMPORARY, atomic_file, flush, flush_tree, remove_folder
-from parallel.world import World
+from options.errors import StopRun, UserError, refuse
+from parallel.atomic import TEMPORARY, alone_in, atomic_file, flush, flush_tree, remove, remove_folder
+from parallel.world import World, lost
 from training.instruments import Totals
 
 STATE_FILE, TRAINER_STATE = "training_state.pt", "trainer_state.json"
@@ -108,35 +106,25 @@ class Progress:
 def lock_folder(output_dir: Path, world: World) -> Iterator[None]:
     """Make the folder, keep other trainings out of it while the block runs; a full disk there is StopRun.
 
-    The lock (flock on the folder itself, held by rank 0) leaves no file and ends with the process.
+    Rank 0 holds the lock (alone_in); UserError on all ranks where it does not get it.
     """
-    handle, problem = -1, ""
-    if world.is_main:
+    with ExitStack() as held:
+        problem = None
+        if world.is_main:
+            try:
+                held.enter_context(alone_in(output_dir, "output_dir", "training"))
+            except UserError as error:
+                problem = error
+        if world.any(problem is not None):
+            raise problem or UserError(f"output_dir: {output_dir}: rank 0 cannot use it")
         try:
-            output_dir.mkdir(parents=True, exist_ok=True)
-            handle = os.open(output_dir, os.O_RDONLY)
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            problem = "another training is writing into it; choose another folder or wait for its end"
-        except OSError as error:
-            if error.errno in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
-                world.print(f"note: the disk of {output_dir} has no locks; run one training there at a time")
-            else:
-                problem = f"cannot be made or written ({error.strerror})"
-        if not problem and not os.access(output_dir, os.W_OK):
-            problem = "cannot be written (permission denied)"
-    try:
-        if world.any(bool(problem)):
-            raise UserError(f"output_dir: {output_dir}: {problem or 'rank 0 cannot use it'}")
-        yield
-    except OSError as error:
-        if error.errno not in DISK_FULL:
-            raise
-        again = "make room and run the same command again"
-        raise StopRun(f"output_dir: {output_dir}: {error}; {again}") from error
-    finally:
-        if handle >= 0:
-            os.close(handle)
+            yield
+        except RuntimeError as error:  # of a collective: another rank was killed, or its host went down
+            if (gone := lost(error, world)) is None:
+                raise
+            there = list_checkpoints(output_dir)
+            again = f"continues from {there[-1]}" if there else "starts anew: there is no checkpoint yet"
+            raise StopRun(f"{gone}; the same command {again}") from error
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -196,7 +184,7 @@ def refuse_to_destroy(
 def begin(output_dir: Path, resume: Path | None, overwrite: bool, config: Config) -> None:
     """Make the folder ready for this run, and leave the resolved configuration in it."""
     for path in output_dir.glob(f"{TEMPORARY}*"):  # what killed processes left
-        remove_folder(path) if path.is_dir() else path.unlink()
+        remove(path)
     (output_dir / SAVE_REQUEST).unlink(missing_ok=True)
     checkpoints = list_checkpoints(output_dir)
     if resume is None and overwrite:

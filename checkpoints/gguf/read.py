@@ -97,15 +97,25 @@ def convert(gguf_file, folder, shard_gigabytes=1.0, pre=None):
     return folder
 
 
+class _Reader(gguf.GGUFReader):
+    """gguf's, which ends where the file does: counts and lengths are whatever the file says they are."""
+
+    def _get(self, offset, dtype, count=1, override_order=None):
+        end = int(offset) + int(count) * np.dtype(dtype).itemsize
+        if end > len(self.data):
+            raise ValueError(f"byte {end:,} is asked for")
+        return super()._get(offset, dtype, count, override_order)
+
+
 def open_gguf(path):
     """-> (gguf.GGUFReader, {metadata key: Python value}). Raises UserError for a file that is not whole."""
     with open(path, "rb") as file:
         magic = file.read(4)
     refuse(magic != b"GGUF", f"not a GGUF file: it starts with {magic!r}, not with b'GGUF'")
     try:
-        reader = gguf.GGUFReader(path)
+        reader = _Reader(path)
         metadata = {key: _plain(field.contents()) for key, field in reader.fields.items()}
-    except (ValueError, IndexError, KeyError) as error:  # the reader's slicing past the end of the file
+    except (ValueError, IndexError, KeyError, ArithmeticError) as error:  # the reader's, of damaged files
         cut = f"it has {path.stat().st_size} bytes: cut short? Fetch it again"
         raise UserError(f"cannot be read as GGUF ({error}); {cut}") from error
     other, parts = reader.byte_order != "I", metadata.get("split.count", 1)
@@ -138,7 +148,15 @@ def read_config(metadata, tensors):
         refuse(get(key), f"{found}; only dense models whose layers are alike can be read")
     if "token_embd.weight" not in tensors:
         raise UserError("the file has no tensor token_embd.weight: a vocabulary-only or an adapter file?")
-    heads, hidden = own("attention.head_count"), own("embedding_length")
+    names = ("attention.head_count", "embedding_length", "block_count", "context_length")
+    heads, hidden, blocks, _ = counts = [own(key) for key in names]
+    unlike = f"{architecture}: layers of different sizes cannot be written as a {class_name}"
+    for name, count in zip(names, counts):
+        refuse(isinstance(count, list), unlike)
+        wrong = not isinstance(count, int) or count < 1
+        refuse(wrong, f"{architecture}.{name} is {count!r}, expected a whole number above 0")
+    found = f"{architecture}.block_count is {blocks}, but there are {len(tensors)} tensors"
+    refuse(blocks > len(tensors), f"{found}; the file is damaged")
     head_dim = get("attention.key_length", hidden // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         found = get(key, head_dim)
@@ -156,7 +174,7 @@ def read_config(metadata, tensors):
     # of no use to a trained model; transformers' own defaults
     config |= {"attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True}
     if any(isinstance(value, list) for key, value in config.items() if key != "architectures"):
-        raise UserError(f"{architecture}: layers of different sizes cannot be written as a {class_name}")
+        raise UserError(unlike)
     return _sliding_window(config, get("attention.sliding_window"), architecture)
 
 

@@ -25,6 +25,7 @@ from checkpoints.peft import adapter_parameters
 from checkpoints.safetensors_files import stream_tensors
 from checkpoints.trainable import prepare_trainable
 from lora import LoraOptions
+from parallel.atomic import TEMPORARY, temporary_name
 
 ROOT = Path(__file__).resolve().parents[2]
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -444,7 +445,7 @@ def test_saving_over_a_model_leaves_the_old_or_the_new_one_wherever_it_stops(
         stops += 1
     assert stops > 2
     assert_same(weights(folder), after)
-    assert not (folder / ".incomplete").exists()
+    assert not [path for path in folder.iterdir() if path.name.startswith(TEMPORARY)]
     single = new == "single"
     assert (folder / SINGLE).exists() == single
     assert (folder / INDEX).exists() != single
@@ -478,10 +479,11 @@ def test_a_full_disk_leaves_the_old_model(folder):
 
 
 def test_what_a_killed_save_left_is_swept_by_the_next(source, tmp_path):
-    (tmp_path / ".incomplete").mkdir()
-    (tmp_path / ".incomplete" / "model-00001-of-00002.safetensors").write_bytes(b"half")
+    unfinished = temporary_name(tmp_path / "files")
+    unfinished.mkdir()
+    (unfinished / "model-00001-of-00002.safetensors").write_bytes(b"half")
     save_model(load_model(source), tmp_path, source_folder=source)
-    assert not (tmp_path / ".incomplete").exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(TEMPORARY)]
     assert_same(weights(tmp_path), weights(source))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from options.errors import StopRun, UserError
-from parallel.atomic import atomic_file, atomic_folder, locked, temporary_name
+from parallel.atomic import alone_in, atomic_file, atomic_folder, locked, temporary_name
 
 ROOT = Path(__file__).resolve().parents[2]
 KILLED = """
@@ -69,3 +69,41 @@ def test_a_cache_that_cannot_be_written_or_is_full_is_told_by_its_key(tmp_path):
         raise OSError(errno.ENOSPC, "No space left")
     with pytest.raises(FileNotFoundError), locked(tmp_path / "cache" / "x"):
         raise FileNotFoundError("of ours")
+
+
+def test_a_planted_link_is_not_written_through(tmp_path, monkeypatch):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    monkeypatch.setattr("parallel.atomic.secrets.token_hex", lambda count: "0" * 8)  # as if it were guessed
+    monkeypatch.setattr("parallel.atomic.os.getpid", lambda: 2**22 + 1)
+    with monkeypatch.context() as patch:
+        patch.setattr("parallel.atomic.remove", lambda path: None)
+        temporary_name(tmp_path / "a").symlink_to(victim)
+        with pytest.raises(FileExistsError), atomic_file(tmp_path / "a"):
+            pass
+    with atomic_file(tmp_path / "a") as temporary:
+        temporary.write_text("new")
+    assert victim.read_text() == "precious" and (tmp_path / "a").read_text() == "new"
+
+
+def test_one_process_at_a_time_is_alone_in_a_folder(tmp_path):
+    folder, link = tmp_path / "real", tmp_path / "link"
+    link.symlink_to(folder)
+    with alone_in(link, "output_dir", "training"):
+        other = f"output_dir: {folder}: another training is writing into it"
+        with pytest.raises(UserError, match=other), alone_in(folder, "output_dir", "training"):
+            pass
+    assert not folder.exists()
+    (tmp_path / "f").write_text("")
+    with (
+        pytest.raises(UserError, match="cannot be made or written"),
+        alone_in(tmp_path / "f" / "x", "k", "w"),
+    ):
+        pass
+    full = f"output_dir: {folder}: could not be written: .*No space left.* make room .* GB are free"
+    with pytest.raises(StopRun, match=full), alone_in(folder, "output_dir", "training"):
+        (folder / "file").write_text("stays")
+        raise OSError(errno.ENOSPC, "No space left", str(folder / "file"))
+    assert folder.exists()
+    with pytest.raises(OSError), alone_in(folder, "output_dir", "training"):
+        raise OSError(errno.ENOSPC, "No space left", "/elsewhere/file")

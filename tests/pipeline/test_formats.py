@@ -3,6 +3,8 @@ input."""
 
 import hashlib
 import json
+import os
+import re
 import sys
 from pathlib import Path
 
@@ -374,11 +376,11 @@ def test_hub_data_is_read_through_datasets(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "someone" / "things").mkdir(parents=True)
     write(tmp_path / "someone" / "things" / "train.jsonl", "\n".join(json.dumps(row) for row in ROWS))
-    info = parse_entry("x", {"hf_hub_url": "someone/things"}, tmp_path)
+    info = DatasetInfo("x", "hf_hub", "someone/things")
     for streaming in (False, True):
         opened = open_hub(info, HubAccess(cache_dir=str(tmp_path / "cache")), streaming)
         assert [row for _, _, row in read_rows(info, opened)] == ROWS
-    bad = parse_entry("x", {"hf_hub_url": "someone/things", "split": "test"}, tmp_path)
+    bad = DatasetInfo("x", "hf_hub", "someone/things", split="test")
     with pytest.raises(
         ValueError, match=r"dataset 'x': the hub id 'someone/things' \(split 'test'\) cannot be read"
     ):
@@ -389,10 +391,75 @@ def test_code_that_comes_with_hub_data_never_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "someone" / "things").mkdir(parents=True)
     write(tmp_path / "someone" / "things" / "things.py", f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    info = parse_entry("x", {"hf_hub_url": "someone/things"}, tmp_path)
+    info = DatasetInfo("x", "hf_hub", "someone/things")
     with pytest.raises(ValueError, match="cannot be read"):
         list(open_hub(info, HubAccess(cache_dir=str(tmp_path / "cache")), False))
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"hf_hub_url": "json", "folder": "private"},  # the name of a reader of `datasets`
+        {"hf_hub_url": "parquet"},
+        {"hf_hub_url": "private/rows"},  # a folder here, which `datasets` would read before it asks the hub
+        {"hf_hub_url": "../private"},
+        {"hf_hub_url": "{outside}"},
+        {"hf_hub_url": "file://{outside}"},
+        {"hf_hub_url": "hf://datasets/a/b"},
+        {"hf_hub_url": "a/b/c"},
+        {"ms_hub_url": "./private"},
+        {"hf_hub_url": "a/b", "folder": "{outside}"},
+        {"hf_hub_url": "a/b", "folder": "../../private"},
+        {"hf_hub_url": "a/b", "folder": "file://{outside}"},
+        {"hf_hub_url": "a/b", "subset": "../x"},
+        {"hf_hub_url": "a/b", "revision": "/x"},
+        {"file_name": "{outside}/rows.jsonl"},
+        {"file_name": "file://{outside}/rows.jsonl"},
+        {"file_name": "../private/rows/rows.jsonl"},
+        {"file_name": "linked.jsonl"},
+        {"file_name": "linked"},
+        {"file_name": "mixed"},
+        {"file_name": "mixed", "folder": ".."},
+    ],
+    ids=str,
+)
+def test_an_entry_reads_nothing_outside_its_folder(tmp_path, monkeypatch, entry):
+    """A registry that came with somebody's data cannot name other files of this machine."""
+    monkeypatch.chdir(tmp_path)
+    outside, home = tmp_path / "private" / "rows", tmp_path / "data"
+    outside.mkdir(parents=True)
+    (home / "mixed").mkdir(parents=True)
+    secret = write(outside / "rows.jsonl", json.dumps({"instruction": "secret", "output": "secret"}))
+    (home / "linked.jsonl").symlink_to(secret)
+    (home / "linked").symlink_to(outside)
+    (home / "mixed" / "rows.jsonl").symlink_to(secret)
+    entry = {key: value.format(outside=outside) for key, value in entry.items()}
+    write(home / "dataset_info.json", json.dumps({"x": entry}))
+    with pytest.raises(UserError, match="dataset 'x'"):
+        list(read_rows(find_dataset("x", home)))
+
+
+def test_files_of_a_snapshot_of_the_hub_are_links_and_are_read(tmp_path):
+    home = tmp_path / "snapshots" / "abc"
+    home.mkdir(parents=True)
+    (tmp_path / "blobs").mkdir()
+    blob = write(tmp_path / "blobs" / "0f", json.dumps(ROWS[0]))
+    (home / "rows.jsonl").symlink_to(blob)
+    write(home / "dataset_info.json", json.dumps({"x": {"file_name": "rows.jsonl"}}))
+    assert [row for _, _, row in read_rows(find_dataset("x", home))] == ROWS[:1]
+
+
+def test_online_names_are_ids_of_a_hub_too():
+    for name in ("json", "/etc/passwd", "../x/y"):
+        with pytest.raises(UserError, match=re.escape(f"dataset: {name!r} (dataset_dir: ONLINE)")):
+            find_dataset(name, "ONLINE")
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "rows.jsonl")
+    with pytest.raises(UserError, match="is no file or folder"):
+        find_dataset("rows.jsonl", tmp_path)
 
 
 def test_modelscope_needs_its_package(tmp_path, monkeypatch):

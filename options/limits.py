@@ -1,0 +1,115 @@
+"""Bounds for what others wrote, and the memory that there is.
+
+    with bounded("the chat_template", "choose a built-in one by `template`"):
+        template.render(...)            # UserError where it takes SECONDS of computing or BYTES of memory
+
+Templates and patterns come with a checkpoint and run here; a loop in a loop, or a text times a number, would
+hold the program for hours or take the machine's memory.
+"""
+
+import os
+import resource
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from options.errors import UserError
+
+SECONDS, BYTES = (
+    10.0,
+    2**30,
+)  # the dearest template of a published model takes some milliseconds and megabytes
+
+
+class _Expired(Exception):
+    """No UserError: on its way out nothing may take it for a refusal of the template's own."""
+
+
+@contextmanager
+def bounded(what: str, remedy: str) -> Iterator[None]:
+    """UserError where the block takes more than SECONDS of computing, or BYTES beyond what the process has.
+
+    Within another one that one counts. In other threads than the main one there are no bounds: signals do not
+    reach them, and the limit of memory would be the main thread's too.
+    """
+    free = signal.getitimer(signal.ITIMER_VIRTUAL)[0] == 0
+    if threading.current_thread() is not threading.main_thread() or not free:
+        yield
+        return
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    before = signal.signal(signal.SIGVTALRM, _expire)
+    try:
+        signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+        if sys.platform.startswith("linux"):
+            resource.setrlimit(resource.RLIMIT_AS, (_least(limits[0], _address_bytes() + BYTES), limits[1]))
+        yield
+    except (_Expired, MemoryError) as error:
+        too_much = (
+            f"{SECONDS:g} seconds" if isinstance(error, _Expired) else f"{BYTES / 2**30:g} GiB of memory"
+        )
+        raise UserError(f"{what} takes more than {too_much}; {remedy}") from error
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+def _expire(number, frame) -> None:
+    raise _Expired
+
+
+def _address_bytes() -> int:
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[0]) * resource.getpagesize()
+
+
+def _least(limit: int, other: int) -> int:
+    return other if limit == resource.RLIM_INFINITY else min(limit, other)
+
+
+def leaves(path: str) -> bool:
+    """Whether a path of somebody's file points out of the folder that it should lie in."""
+    inside = os.path.normpath(path)
+    return os.path.isabs(inside) or inside.split(os.sep)[0] == ".." or "://" in path
+
+
+def free_host_bytes(root: Path = Path("/")) -> int:
+    """What this process may still take of the host's memory: the least of what Linux calls available, of what
+    its control groups leave, and of what its own limits (ulimit) leave; elsewhere all there is."""
+    if not sys.platform.startswith("linux"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    available = _numbers(root / "proc/meminfo")["MemAvailable:"] * 1024
+    status, own = _numbers(root / "proc/self/status"), []
+    for limit, taken in ((resource.RLIMIT_AS, "VmSize:"), (resource.RLIMIT_DATA, "VmData:")):
+        soft = resource.getrlimit(limit)[0]
+        own += [] if soft == resource.RLIM_INFINITY else [soft - status[taken] * 1024]
+    return max(0, min(available, *own, *_left_in_groups(root)))
+
+
+def _left_in_groups(root: Path) -> Iterator[int]:
+    """Bytes left in each control group around this process that has a limit; pages of files count as free."""
+    groups = root / "proc/self/cgroup"
+    for line in groups.read_text().splitlines() if groups.is_file() else ():
+        _, controllers, place = line.split(":", 2)
+        top, limit, taken = root / "sys/fs/cgroup", "memory.max", "memory.current"
+        if "memory" in controllers.split(","):  # of version 1
+            top, limit, taken = top / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        elif controllers:
+            continue
+        folder = top / place.lstrip("/")
+        for group in (folder, *folder.parents):
+            try:
+                most, used = (int((group / name).read_text()) for name in (limit, taken))
+            except (OSError, ValueError):  # not to be seen from in a container; "max"
+                continue
+            files = _numbers(group / "memory.stat")
+            yield most - used + files.get("inactive_file", 0) + files.get("active_file", 0)
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """First word -> number of the lines of a file of the system that are so."""
+    lines = (line.split() for line in path.read_text().splitlines())
+    return {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[1].isdecimal()}
