@@ -132,7 +132,7 @@ def alone_in(folder: Path, key: str, what: str) -> Iterator[None]:
     finally:
         if mine and new:
             with suppress(OSError):  # it holds something
-                folder.rmdir()
+                folder.resolve().rmdir()
         os.close(handle)
 
 
