@@ -49,7 +49,7 @@ from conversion.quality import REMAINDER, QualityOptions, check_parent, sample, 
 from conversion.requantise import RANK, MergeOptions, Requantiser
 from generation.generate import context_limit
 from options import config as configuration
-from options.errors import StopRun, UserError, exit_status
+from options.errors import StopRun, UserError, exit_status, fitting
 from options.limits import leaves
 from options.option import COMMON, option
 from parallel.atomic import TEMPORARY, alone_in, atomic_file, free_bytes_on
@@ -137,6 +137,7 @@ class Request:
         return self.merge.export_merge or ("dequantise" if self.quantization is None else "requantise")
 
 
+@fitting("a shard", "lower export_size, or set export_device=cpu")
 def export(source: Source, options: ExportOptions, request: Request) -> None:
     """Write the merged model to options.export_dir: complete, or not at all."""
     target = Path(options.export_dir)
@@ -181,6 +182,7 @@ def export(source: Source, options: ExportOptions, request: Request) -> None:
     tell_quality(request.quality, source, merge, packing, texts, target)
 
 
+@fitting("a tensor", "set export_device=cpu")
 def export_gguf(source: Source, options: ExportOptions, request: Request) -> None:
     """Write the merged model as options.export_dir/model-TYPE.gguf, beside the files of earlier exports.
 

@@ -33,7 +33,7 @@ from checkpoints.huggingface import restore_trained
 from data import DataOptions, TokenizedDataSaved
 from model import Decoder
 from options import config as configuration
-from options.errors import EXPECTED, StopRun, tell
+from options.errors import EXPECTED, StopRun, fitting, tell
 from parallel.world import GradientSum, World, clip_gradients
 from pipeline.batch import Batch
 from pipeline.prefetch import ahead
@@ -196,6 +196,7 @@ def save_after_failure(this: Run) -> str:
     return f"; the same command continues from {save_checkpoint(this)}"
 
 
+@fitting("a training step", "lower per_device_train_batch_size or cutoff_len")
 def update(
     model: Decoder, optimizer, stage: Stage, group: list[Batch], scaler, gradient_sum, max_grad_norm: float
 ) -> tuple[torch.Tensor, torch.Tensor, list[Metrics]]:

@@ -27,7 +27,7 @@ from checkpoints.value_head import PREFIX as VALUE_HEAD_PREFIX
 from checkpoints.value_head import load_value_head, save_value_head
 from lora import lora_layers, replace_module
 from model import Decoder, initialize_weights
-from options.errors import UserError, located, refuse
+from options.errors import UserError, fitting, located, refuse
 from quant.linear import Format, QuantLinear
 from text.tokenizer import TOKENIZER_FILES
 
@@ -58,6 +58,7 @@ def checkpoint_dtype(config: ModelConfig) -> torch.dtype:
     return DTYPES[name]
 
 
+@fitting("the model", "take a smaller one, or set quantization_bit=4")
 def load_model(
     folder: str | Path,
     dtype: torch.dtype | None = torch.float32,

@@ -84,9 +84,15 @@ def fitting(what: str, remedy: str) -> Iterator[None]:
     except (MemoryError, OSError, RuntimeError) as error:
         if not _is_of_memory(error):
             raise
-        asked = re.search(r"allocate ([\d.]+) ?(\w+)", str(error))
-        size = f" ({asked[1]} {asked[2]} more were asked for)" if asked else ""
-        raise StopRun(f"out of memory: {what} does not fit{size}; {remedy}") from error
+        raise StopRun(f"out of memory: {what} does not fit{_asked_for(error)}; {remedy}") from error
+
+
+def _asked_for(error: BaseException) -> str:
+    found = re.search(r"allocate ([\d.]+) (bytes|[KMGTP]iB)", str(error))
+    if found is None:
+        return ""
+    size = f"{float(found[1]) / 1e9:.2f} GB" if found[2] == "bytes" else f"{found[1]} {found[2]}"
+    return f" ({size} more were asked for)"
 
 
 def _is_of_memory(error: BaseException) -> bool:
@@ -112,7 +118,7 @@ def tell(program: str, error: BaseException) -> int:
     traceback, and with ANVIL_TRACEBACK=1 in the environment everything does."""
     number = error.errno if isinstance(error, OSError) else None
     refused = number in REFUSED and error.filename is not None
-    unwritten = isinstance(error, OSError) and error.filename is None and _stdout_fails()
+    unwritten = isinstance(error, OSError) and error.filename is None and _stdout_fails(number in DISK_FULL)
     interrupted, deep = isinstance(error, KeyboardInterrupt), isinstance(error, RecursionError)
     full, of_memory = number in DISK_FULL, _is_of_memory(error)
     known = refused or unwritten or interrupted or deep or full or of_memory
@@ -132,19 +138,21 @@ def tell(program: str, error: BaseException) -> int:
     elif deep:
         text = f"something that was read is nested too deeply ({error}); ANVIL_TRACEBACK=1 shows where"
     elif of_memory:
-        text = f"out of memory ({text.splitlines()[0] if text else type(error).__name__}); take a smaller "
-        text += "model, batch or text"
+        text = f"out of memory{_asked_for(error)}; take a smaller model, batch or text"
     print(f"{program}: {harmless(text)}", file=sys.stderr, flush=True)
     return 130 if interrupted else 2 if refused or isinstance(error, UserError) else 1
 
 
-def _stdout_fails() -> bool:
-    """Whether what was printed cannot be written (nobody reads the pipe, the disk is full). It goes then."""
+def _stdout_fails(full: bool) -> bool:
+    """Whether what was printed cannot be written: nobody reads the pipe, or, if a disk is full, its disk is.
+    What is left of it goes."""
     poll = select.poll()
     poll.register(1, 0)
     closed = any(event & (select.POLLERR | select.POLLNVAL) for _, event in poll.poll(0))
     try:
         sys.stdout.flush()
+        if full:
+            os.write(1, b"\n")  # a long text waits in no buffer that a flush could try again
     except (OSError, ValueError):  # ValueError: it was closed
         closed = True
     if closed:

@@ -21,6 +21,7 @@ from torch import Tensor
 from generation.generate import Completion, generate
 from generation.sampling import GenerateOptions
 from model import Decoder
+from options.errors import fitting
 from pipeline.batch import ROLES, Batch, Example, collate
 from stages.logprobs import in_eval_mode
 
@@ -62,6 +63,7 @@ def seed_of(seed: int, draw: int, prompt: Prompt, number: int = 0, texts: int = 
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 2)
 
 
+@fitting("the texts that are written together", "lower max_new_tokens, cutoff_len or the batch size")
 def roll_out(
     model: Decoder, prompts: list[Prompt], seeds: list[int], options: GenerateOptions, *, stop_ids, tokenizer
 ) -> list[Completion]:

@@ -7,7 +7,7 @@ import time
 import torch
 
 from model import Decoder
-from options.errors import StopRun, refuse
+from options.errors import StopRun, fitting, refuse
 from parallel.world import World
 from pipeline.batch import ROW_MULTIPLE, Batch, BatchLoader
 from stages.rollouts import Prompt
@@ -24,6 +24,7 @@ def prepare(batch: Batch | list[Prompt], device: torch.device) -> Batch | list[P
     return batch.pinned() if device.type == "cuda" else batch
 
 
+@fitting("a batch of the evaluation", "lower per_device_eval_batch_size or cutoff_len")
 @torch.no_grad()
 def measure(
     model: Decoder, stage: Stage, loaders: dict[str, BatchLoader], predictor: Predictor | None, world: World

@@ -3,18 +3,20 @@
 import ast
 import errno
 import inspect
+import signal
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import torch
 from tiny_runs import ROOT
 
 import chat
 import data
 import export
 import train
-from options.errors import StopRun, UserError, exit_status, located, refuse
+from options.errors import StopRun, UserError, exit_status, fitting, located, refuse
 from pipeline.preview import PreviewOptions
 from training import setup
 
@@ -65,6 +67,71 @@ def test_what_is_no_mistake_of_the_user_keeps_its_traceback(capsys):
         assert not isinstance(caught.value, UserError)
     assert capsys.readouterr().err == ""
     assert exit_status("train.py", lambda: 7) == 7
+
+
+def out_of_gpu_memory(count):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0\nMore")
+
+
+@pytest.mark.parametrize(
+    ("take", "size"),
+    [
+        (torch.empty, " (4503599.63 GB more were asked for)"),  # a RuntimeError
+        (np.empty, " (8.00 PiB more were asked for)"),
+        (lambda count: bytearray(2**11 * count), ""),
+        (out_of_gpu_memory, " (20.00 GiB more were asked for)"),
+    ],
+    ids=["torch", "numpy", "python", "gpu"],
+)
+def test_where_memory_runs_out_a_line_says_what_did_not_fit_and_which_key_is_to_lower(capsys, take, size):
+    @fitting("a training step", "lower cutoff_len")
+    def step():
+        take(2**50)
+
+    assert exit_status("train.py", step) == 1
+    expected = f"train.py: out of memory: a training step does not fit{size}; lower cutoff_len\n"
+    assert capsys.readouterr().err == expected
+    assert exit_status("train.py", lambda: take(2**50)) == 1  # where no place of its own says it
+    told = f"train.py: out of memory{size}; take a smaller model, batch or text\n"
+    assert capsys.readouterr().err == told
+    with pytest.raises(RuntimeError, match="of ours"):
+        exit_status("train.py", fitting("a step", "lower it")(raises(RuntimeError("of ours"))))
+
+
+def test_what_is_nested_without_end_is_one_line(capsys):
+    def deeper():
+        return deeper()
+
+    assert exit_status("train.py", deeper) == 1
+    assert capsys.readouterr().err.startswith("train.py: something that was read is nested too deeply")
+
+
+def test_no_line_steers_the_terminal(capsys):
+    """Names and texts of files may hold anything."""
+    assert exit_status("chat.py", raises(UserError("a\x1b]0;x\x07\x9b1m\u202eb\tc\nd"))) == 2
+    assert capsys.readouterr().err == "chat.py: a\u241b]0;x\u2407\ufffd1m\ufffdb\tc\nd\n"
+
+
+def test_a_full_output_is_one_line():
+    with open("/dev/full", "w") as full:
+        run = subprocess.run(
+            [sys.executable, "chat.py", "--help"], cwd=ROOT, stdout=full, stderr=subprocess.PIPE
+        )
+    expected = b"chat.py: the output cannot be written (No space left on device); send it to another place\n"
+    assert (run.stderr, run.returncode) == (expected, 1)
+
+
+def test_ctrl_c_while_a_program_is_imported_is_one_line():
+    run = subprocess.Popen(
+        [sys.executable, "-v", "train.py", "--help"], cwd=ROOT, stdout=-1, stderr=-1, text=True
+    )
+    for line in run.stderr:  # -v tells of every module
+        if "torch/__init__" in line:
+            break
+    run.send_signal(signal.SIGINT)
+    lines = run.stderr.read().splitlines()
+    assert run.wait() == 130 and "train.py: interrupted" in lines[-1]
+    assert not any(line.startswith("Traceback") for line in lines)
 
 
 def test_help_into_a_pipe_that_nobody_reads_any_more_says_nothing():

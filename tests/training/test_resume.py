@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 import signal
+import socket
 import time
 
 import pytest
@@ -230,6 +231,19 @@ def test_two_processes_resume_exactly(tiny):
     whole = tiny.losses("ranks-whole")
     assert tiny.losses("ranks-parts") == {step: loss for step, loss in whole.items() if step > 3}
     assert_same_weights(tiny.weights("ranks-whole"), tiny.weights("ranks-parts"))
+
+
+@pytest.mark.parametrize("killed", [1, 0])  # rank 0 takes the store of the process group with it
+def test_a_rank_that_is_killed_is_named_by_the_others(tiny, killed):
+    name = f"dead-{killed}"
+    words = tiny.words(name, save_strategy="steps", save_steps=1, num_train_epochs=900)
+    ranks = start_ranks(words, tiny.folder / f"{name}.txt")
+    ranks[killed].wait_for(lambda: tiny.checkpoints(name))
+    ranks[killed].signal(signal.SIGKILL)
+    assert ranks[1 - killed].wait() == 1
+    text, last = ranks[1 - killed].text(), max(tiny.checkpoints(name))
+    gone = f"rank {killed} on {socket.gethostname()} is gone; the same command continues from "
+    assert f"{gone}{tiny.folder / name}/checkpoint-{last}\n" in text and "Traceback" not in text
 
 
 # What may be resumed, and what is said when it may not
