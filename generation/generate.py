@@ -25,6 +25,7 @@ from model import Decoder
 from options.errors import UserError, refuse
 
 FIRST_ROOM = 256  # tokens a new cache holds beyond the prompt; it grows from there
+FIRST_SURROGATE = 0xD800  # of the 2,048 code points that are no characters
 GRAPH_PAYS = 16  # tokens: capturing a step takes about as long as some steps
 
 
@@ -270,23 +271,33 @@ class TextWriter:
     """Tokens in, text out, never half a character and never a part of a stop word.
 
     Text that could be the beginning of a stop word is held back until it is known. After a stop word,
-    `stopped` is true and nothing more comes out.
+    `stopped` is true and nothing more comes out. A special token within a stop word is found as the token,
+    which the text does not show, and as its letters.
     """
 
     def __init__(self, tokenizer, stop_words: Iterable[str] = ()):
-        self._decoder = tokenizer.stream()
-        self._words = tuple(stop_words)
+        self._decoder, words = tokenizer.stream(), tuple(stop_words)
+        hidden = {token: tokenizer.token(token) for token in self._decoder.skipped if words}
+        within = [token for token, text in hidden.items() if any(text in word for word in words)]
+        # a lone surrogate, which no decoder gives, stands for each of them; the longest are replaced first
+        within.sort(key=lambda token: -len(hidden[token]))
+        self._marks = {token: chr(FIRST_SURROGATE + number) for number, token in enumerate(within)}
+        marked = words
+        for token, mark in self._marks.items():
+            marked = tuple(word.replace(hidden[token], mark) for word in marked)
+        self._words = tuple(dict.fromkeys(words + marked))
+        self._shown = str.maketrans(dict.fromkeys(self._marks.values()))
         self._held = ""
         self.stopped = False
 
     def push(self, token: int) -> str:
-        return self._release(self._decoder.push(token))
+        return self._release(self._decoder.push(token) + self._marks.get(token, ""))
 
     def flush(self) -> str:
         """What was held back, at the end of the text."""
         text = self._release(self._decoder.flush())
         rest, self._held = ("" if self.stopped else self._held), ""
-        return text + rest
+        return text + rest.translate(self._shown)
 
     def _release(self, new: str) -> str:
         if self.stopped:
@@ -295,10 +306,10 @@ class TextWriter:
         found = [place for place in map(text.find, self._words) if place >= 0]
         if found:
             self.stopped, self._held = True, ""
-            return text[: min(found)]
+            return text[: min(found)].translate(self._shown)
         keep = max((_overlap(text, word) for word in self._words), default=0)
         self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+        return text[: len(text) - keep].translate(self._shown)
 
 
 def _overlap(text: str, word: str) -> int:

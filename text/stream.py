@@ -23,12 +23,12 @@ class StreamDecoder:
 
     def __init__(self, backend: tokenizers.Tokenizer, skip_special: bool):
         added = backend.get_added_tokens_decoder()
-        self._skipped = frozenset(i for i, token in added.items() if skip_special and token.special)
+        self.skipped = frozenset(i for i, token in added.items() if skip_special and token.special)
         self._backend, self._steps = backend, _decoder_steps(backend)
 
     def push(self, token_id: int) -> str:
         token_id = int(token_id)
-        token = None if token_id in self._skipped else self._backend.id_to_token(token_id)
+        token = None if token_id in self.skipped else self._backend.id_to_token(token_id)
         return "" if token is None else _fed(self._steps, [token])
 
     def flush(self) -> str:

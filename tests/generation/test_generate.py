@@ -346,6 +346,29 @@ def test_stop_words_that_are_special_tokens_become_stop_tokens(tokenizer):
     assert split_stop_words(tokenizer, ["<|im_end|>", "User:"]) == ((end,), ("User:",))
 
 
+@pytest.mark.parametrize(
+    "word", ["ris<|im_end|>", "<|im_end|>\n<|im_start|>", "s<|im_end|>\n<|im_start|>us", "end|>\n"]
+)
+def test_stop_words_of_text_and_special_tokens_are_found(tokenizer, word):
+    """A special token is not shown, whether it ends up in a stop word or not; its letters are found too."""
+    text = "It is <|im_start|>Paris<|im_end|>\n<|im_start|>user Rome"
+    before = text.partition(word)[0].replace("<|im_start|>", "")
+    spelled = [i for letter in text for i in tokenizer.encode(letter)]
+    for ids, wanted in ((tokenizer.encode(text), before), (spelled, text.partition(word)[0])):
+        writer = TextWriter(tokenizer, ["never<|im_end|>", word])
+        pieces = write_all(writer, ids)
+        if word.startswith("end") and ids != spelled:  # a part of a special token is no text
+            assert not writer.stopped and "".join(pieces) == tokenizer.decode(ids)
+        else:
+            assert writer.stopped and "".join(pieces) == wanted
+
+
+def test_what_only_begins_like_a_stop_word_with_a_special_token_comes_out(tokenizer):
+    ids = tokenizer.encode("a b<|im_end|>")
+    writer = TextWriter(tokenizer, ["b<|im_end|>c", "<|im_end|><|im_end|>"])
+    assert "".join(write_all(writer, ids)) == tokenizer.decode(ids) and not writer.stopped
+
+
 @pytest.fixture(scope="module")
 def speaker(tokenizer, tmp_path_factory):
     """A model with the tokenizer's vocabulary."""
@@ -354,6 +377,34 @@ def speaker(tokenizer, tmp_path_factory):
     config = transformers.LlamaConfig(**{**SIZES, "vocab_size": tokenizer.vocab_size})
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     return load_model(folder)
+
+
+def test_generation_ends_at_a_stop_word_of_text_and_a_special_token(speaker, tokenizer):
+    """In rollouts (generate) and in a conversation (TextStream)."""
+    prompt = tokenizer.encode("What")
+    free = generate(speaker, [prompt], GREEDY, stop_ids=[])[0].ids
+    special = tokenizer.token_id("<|im_end|>")
+    weight = speaker.head_weight()
+    kept = weight.detach().clone()
+    with torch.no_grad():  # the sixth token becomes the special one
+        weight[[special, free[5]]] = weight[[free[5], special]]
+    try:
+        written = generate(speaker, [prompt], GREEDY, stop_ids=[])[0].ids
+        place = written.index(special)
+        word = (
+            tokenizer.decode(written[place - 1 : place])
+            + "<|im_end|>"
+            + tokenizer.decode(written[place + 1 : place + 2])
+        )
+        options = dataclasses.replace(GREEDY, stop=(word,))
+        (stopped,) = generate(speaker, [prompt], options, stop_ids=[], tokenizer=tokenizer)
+        assert stopped.finish_reason == "stop" and stopped.ids == written[: place + 2]
+        assert stopped.text == tokenizer.decode(written[: place - 1])
+        stream = TextStream(speaker, tokenizer, prompt, options, stop_ids=[])
+        assert "".join(stream) == stopped.text and stream.finish_reason == "stop"
+    finally:
+        with torch.no_grad():
+            weight.copy_(kept)
 
 
 def test_generated_text_is_cut_before_the_stop_word_and_streaming_shows_the_same(speaker, tokenizer):
