@@ -4,7 +4,7 @@ A file gives `SERVES`, value of `optim` -> bytes of state per byte of trained pa
 fp32 parameters), and `make(model, groups, options) -> torch.optim.Optimizer`; groups as of parameter_groups.
 
     adamw_torch     adamw_torch, adamw_torch_fused: AdamW (Loshchilov & Hutter, arXiv 1711.05101)
-    adafactor       arXiv 1804.04235, torch's version
+    adafactor       arXiv 1804.04235, at the rate that is asked for, as the Hugging Face trainer's
     sgd
     bitsandbytes    AdamW and Lion with state in 8 bits or in paged memory: *_8bit, *_32bit
 
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from options.errors import UserError
+from options.errors import UserError, refuse
 from training.optimizers import adafactor, adamw_torch, bitsandbytes, sgd
 from training.options import OptimOptions
 
@@ -67,7 +67,17 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Bring back what optimizer.state_dict() gave."""
+    """Bring back what optimizer.state_dict() gave. UserError where other parameters trained then."""
+    sides = optimizer.param_groups, state["param_groups"]
+    now, then = ([name for group in groups for name in group.get("param_names", ())] for groups in sides)
+    for name in now if then != now else ():
+        refuse(
+            name not in then, f"{name} trains, but did not when the checkpoint was written; restore the code"
+        )
+    for name in then if then != now else ():
+        refuse(
+            name not in now, f"{name} trained when the checkpoint was written, but does not; restore the code"
+        )
     optimizer.load_state_dict(state)
     if getattr(optimizer, "is_paged", False):
         bitsandbytes.page_again(optimizer)
