@@ -364,6 +364,20 @@ def test_evaluation_equals_the_loss_of_the_saved_model(tiny, out):
     assert (out / RUN_CONFIG).read_text() == before and tiny.checkpoints(out) == [5, 10]
 
 
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_the_last_step_is_evaluated_and_saved_and_may_be_the_best(tiny, out, strategy):
+    """Two updates of three in the second epoch, as in transformers' trainer."""
+    keys = {"evaluation_strategy": strategy, "save_strategy": strategy, "eval_steps": 2, "save_steps": 4}
+    keys |= {"per_device_train_batch_size": 8, "num_train_epochs": 1.5, "load_best_model_at_end": True}
+    keys |= {"eval_dataset": tiny.data, "greater_is_better": False}
+    assert tiny.train(out, **keys) == 0
+    evaluated = tiny.losses(out, "eval_loss")
+    assert list(evaluated) == {"steps": [2, 4, 5], "epoch": [3, 5]}[strategy]
+    assert tiny.checkpoints(out) == {"steps": [4, 5], "epoch": [3, 5]}[strategy]
+    assert min(evaluated, key=evaluated.get) == 5
+    assert_same_weights(tiny.weights(out), tiny.weights(out / "checkpoint-5"))
+
+
 def test_several_evaluation_sets_are_measured_apart(tiny, out):
     more = tiny.folder / "more.json"
     more.write_text(json.dumps(make_rows(7, seed=11)))

@@ -4,6 +4,7 @@ rate, and what is logged, saved, evaluated."""
 import json
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -78,7 +79,7 @@ class TrainOptions:
     run_name: str | None = option(None, "name of the run in report_to; default: output_dir", RESUMABLE)
     plot_loss: bool = option(False, "write training_loss.png", COMMON, RESUMABLE)
     save_strategy: Literal["steps", "epoch", "no"] = option(
-        "steps", "when to save; with steps at the end too", COMMON, RESUMABLE
+        "steps", "when to save; and at the end, but with no", COMMON, RESUMABLE
     )
     save_steps: int = option(500, "updates between checkpoints", COMMON, RESUMABLE)
     save_total_limit: int | None = option(None, "keep so many checkpoints, and the best", COMMON, RESUMABLE)
@@ -86,7 +87,7 @@ class TrainOptions:
         False, "no optimizer state in checkpoints: they cannot be resumed", RESUMABLE, also="only_save_model"
     )
     evaluation_strategy: Literal["no", "steps", "epoch"] = option(
-        "no", "when to evaluate during training", COMMON, RESUMABLE, also="eval_strategy"
+        "no", "when to evaluate during training; and at the end", COMMON, RESUMABLE, also="eval_strategy"
     )
     eval_steps: int | None = option(None, "updates between evaluations; or logging_steps", COMMON, RESUMABLE)
     load_best_model_at_end: bool = option(False, "finish with the checkpoint that evaluated best", RESUMABLE)
@@ -176,15 +177,16 @@ class TrainOptions:
         return torch.float16 if self.fp16 else torch.float32
 
     def what_is_due(self, step: int, total_steps: int, steps_per_epoch: int | None) -> tuple[bool, ...]:
-        """-> (log, evaluate, save). The last is logged and, with steps, saved, as in transformers."""
+        """-> (log, evaluate, save). The last one is all three where there is a strategy for it."""
         last, ends_epoch = step == total_steps, step % (steps_per_epoch or total_steps) == 0
 
         def due(strategy: str, every: int) -> bool:
-            return (strategy == "steps" and step % every == 0) or (strategy == "epoch" and ends_epoch)
+            in_turn = (strategy == "steps" and step % every == 0) or (strategy == "epoch" and ends_epoch)
+            return in_turn or (last and strategy != "no")
 
         log = step % self.logging_steps == 0 or (step == 1 and self.logging_first_step) or last
-        save = due(self.save_strategy, self.save_steps) or (last and self.save_strategy == "steps")
-        return log, due(self.evaluation_strategy, self.eval_steps or self.logging_steps), save
+        evaluates = due(self.evaluation_strategy, self.eval_steps or self.logging_steps)
+        return log, evaluates, due(self.save_strategy, self.save_steps)
 
     @property
     def services(self) -> tuple[str, ...]:
@@ -232,11 +234,16 @@ class OptimOptions:
         broken = steps > 1 and steps != int(steps)
         refuse(broken, f"warmup_steps: {steps} is not a whole number and not a share below 1")
         refuse(steps and ratio, "warmup_steps: warmup_ratio too says how long to warm up; drop one of them")
+        self.schedule_numbers  # noqa: B018  (raises where they are wrong)
+
+    @cached_property
+    def schedule_numbers(self) -> dict[str, Any]:
+        """lr_scheduler_kwargs over the schedule's defaults, read once."""
         with located("lr_scheduler_kwargs"):
-            schedule_numbers(self)
+            return _read_schedule_numbers(self)
 
 
-def schedule_numbers(options: OptimOptions) -> dict[str, Any]:
+def _read_schedule_numbers(options: OptimOptions) -> dict[str, Any]:
     """lr_scheduler_kwargs over the schedule's defaults. Raises UserError for what it does not know."""
     kind, text, example = options.lr_scheduler_type, options.lr_scheduler_kwargs, '{"num_cycles": 2}'
     try:

@@ -7,7 +7,7 @@ of the step, so there is no scheduler state to save, or to get wrong on resume.
 import math
 
 from options.errors import UserError
-from training.options import SCHEDULE_KEYS, OptimOptions, schedule_numbers
+from training.options import SCHEDULE_KEYS, OptimOptions
 
 
 def warmup_length(options: OptimOptions, total_steps: int) -> int:
@@ -26,7 +26,7 @@ def schedule(step: int, options: OptimOptions, total_steps: int) -> float:
     kind = options.lr_scheduler_type
     if kind == "constant":
         return 1.0
-    numbers = schedule_numbers(options)
+    numbers = options.schedule_numbers
     warmup = warmup_length(options, total_steps)
     if kind == "warmup_stable_decay":
         return _warmup_stable_decay(step, warmup, total_steps, numbers)

@@ -14,6 +14,13 @@ def schedule_of(options: OptimOptions, total_steps: int, steps: int) -> list[flo
     return [schedules.schedule(step, options, total_steps) for step in range(steps)]
 
 
+def test_a_step_reads_no_text(monkeypatch):
+    options = OptimOptions(lr_scheduler_type="cosine", lr_scheduler_kwargs='{"num_cycles": 2}')
+    wanted = schedule_of(options, 9, 9)
+    monkeypatch.setattr("training.options.json", None)
+    assert schedule_of(options, 9, 9) == wanted
+
+
 def transformers_schedule(kind, rate, warmup, total_steps, steps, kwargs) -> list[float]:
     from transformers import get_scheduler
 
