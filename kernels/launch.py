@@ -16,7 +16,7 @@ environment, set before this file is imported, runs the kernels on CPU tensors.
 import functools
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -160,7 +160,8 @@ def recorded_or_traced(device: torch.device) -> bool:
 @functools.cache
 def say_once(message: str) -> None:
     """To stderr, the first time only: what was chosen instead of what could have been expected."""
-    print(message, file=sys.stderr, flush=True)
+    with suppress(OSError):  # whoever read it is gone
+        print(message, file=sys.stderr, flush=True)
 
 
 def next_power_of_2(number: int) -> int:

@@ -54,6 +54,21 @@ def test_references_in_fp64_are_the_formulas():
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
 
 
+def test_what_a_triton_kernel_supports_is_asked_on_its_device_only(monkeypatch):
+    def unsupported(*tensors):
+        raise AssertionError("asked on a CPU")
+
+    monkeypatch.setattr(kernels, "_MODE", "auto")
+    for name in ("_norms", "_rope", "_gated_mlp", "_cross_entropy", "_flash", "_decode_attention", "_nf4"):
+        monkeypatch.setattr(getattr(kernels, name), "unsupported", unsupported)
+    x, q = random(5, 8), random(5, 2, 4)
+    kernels.rms_norm(x, x[0], 1e-6)
+    kernels.layer_norm(x, x[0], x[0], 1e-6)
+    kernels.gated_mlp(x, x, "silu")
+    kernels.rope(q, q, x[:, :2], x[:, :2])
+    kernels.attention(q, q, q, torch.tensor([0, 5], dtype=torch.int32), 5, None, 0.5)
+
+
 # Products
 
 
