@@ -14,6 +14,7 @@ from options.errors import UserError, located, refuse
 from options.option import COMMON, RESUMABLE, SECRET, option
 
 WANTED_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
+WITHOUT_WEIGHTS = [pattern for pattern in WANTED_FILES if "safetensors" not in pattern]
 TOKENIZER_ONLY = ["tokenizer*", "special_tokens_map.json", "*.jinja", "*config.json"]
 UNWANTED_FILES = ["*/*", "consolidated*"]  # other layouts: original/, onnx/, Mistral's own second copy
 TOKEN = (RESUMABLE, SECRET)
@@ -51,17 +52,17 @@ class ModelOptions:
     )
 
 
-def resolve_model(options: ModelOptions) -> Path:
-    """The local folder of `model_name_or_path`."""
+def resolve_model(options: ModelOptions, wanted=WANTED_FILES) -> Path:
+    """The local folder of `model_name_or_path`.  wanted: files to fetch, if it is on a hub."""
     name = options.model_name_or_path
     refuse(not name, "model_name_or_path: missing; give a model folder or a hub id such as Qwen/Qwen2.5-0.5B")
-    return resolve_folder("model_name_or_path", name, options.model_revision, options)
+    return resolve_folder("model_name_or_path", name, options.model_revision, options, wanted)
 
 
-def resolve_adapters(options: ModelOptions) -> list[Path]:
+def resolve_adapters(options: ModelOptions, wanted=WANTED_FILES) -> list[Path]:
     """The local folders of `adapter_name_or_path`; hub ids at their main revision."""
     names = options.adapter_name_or_path
-    return [resolve_folder("adapter_name_or_path", name, "main", options) for name in names]
+    return [resolve_folder("adapter_name_or_path", name, "main", options, wanted) for name in names]
 
 
 def resolve_folder(key: str, name: str, revision: str, options: ModelOptions, wanted=WANTED_FILES) -> Path:
@@ -81,7 +82,7 @@ def resolve_folder(key: str, name: str, revision: str, options: ModelOptions, wa
         raise UserError(f"{key}: no folder {name}, and it is not a hub id (owner/name) either")
     with located(key):
         if os.environ.get("USE_MODELSCOPE_HUB", "0").lower() in ("1", "true"):
-            return _download_modelscope(name, revision, options)
+            return _download_modelscope(name, revision, options, wanted)
         return _download_hugging_face(name, revision, options, wanted)
 
 
@@ -99,7 +100,7 @@ def _download_hugging_face(name: str, revision: str, options: ModelOptions, want
         raise _not_fetched(name, "the Hugging Face hub", revision, error, f"; {remedy}") from error
 
 
-def _download_modelscope(name: str, revision: str, options: ModelOptions) -> Path:
+def _download_modelscope(name: str, revision: str, options: ModelOptions, wanted: list[str]) -> Path:
     try:
         from modelscope import snapshot_download
         from modelscope.hub.api import HubApi
@@ -110,7 +111,9 @@ def _download_modelscope(name: str, revision: str, options: ModelOptions) -> Pat
         HubApi().login(options.ms_hub_token)
     revision = "master" if revision == "main" else revision  # ModelScope's name of the default branch
     try:
-        return Path(snapshot_download(name, revision=revision, cache_dir=options.cache_dir))
+        files = {} if wanted == WANTED_FILES else {"allow_file_pattern": wanted}
+        places = {"revision": revision, "cache_dir": options.cache_dir}
+        return Path(snapshot_download(name, **places, **files))
     except (OSError, ValueError) as error:
         raise _not_fetched(name, "ModelScope", revision, error) from error
 

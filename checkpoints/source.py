@@ -18,7 +18,7 @@ import torch
 
 import quant
 from architectures.config import ModelConfig, scale_rope
-from checkpoints.hub import ModelOptions, resolve_adapters, resolve_model
+from checkpoints.hub import WANTED_FILES, ModelOptions, resolve_adapters, resolve_model
 from checkpoints.huggingface import load_config, load_model
 from checkpoints.peft import ADAPTER_CONFIG, apply_adapters
 from checkpoints.safetensors_files import EXPORT_RECORD, read_json
@@ -183,9 +183,9 @@ def merged_into(base: Path) -> list[str]:
     return found
 
 
-def check_adapters(options: ModelOptions) -> None:
+def check_adapters(options: ModelOptions, wanted=WANTED_FILES) -> None:
     """UserError if an adapter to train on was itself trained on top of one that is not named before it."""
-    folders, base = resolve_adapters(options), options.model_name_or_path
+    folders, base = resolve_adapters(options, wanted), options.model_name_or_path
     for number, folder in enumerate(folders):
         missing = f"adapter_name_or_path: {folder} holds no adapter ({ADAPTER_CONFIG})"
         whole = "a whole model is given as model_name_or_path"

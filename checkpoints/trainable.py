@@ -77,9 +77,17 @@ def trainable_report(model: nn.Module) -> str:
 
 
 def parameter_status(model: nn.Module) -> list[str]:
-    """One line per parameter: name, shape, dtype, device, trained or frozen."""
+    """One line per parameter, and per weight that is held in codes: name, shape, dtype or bits, device,
+    trained or frozen; in the model's order."""
+    rows = []
+    for name, p in model.named_parameters():
+        rows.append((name, p.shape, str(p.dtype).removeprefix("torch."), p.device, p.requires_grad))
+    for name, layer in quantised_linears(model).items():
+        shape = layer.out_features, layer.in_features
+        rows.append((f"{name}.weight", shape, f"{layer.bits_per_weight:.3f} bits", layer.device, False))
+    place = {name: number for number, (name, _) in enumerate(model.named_modules())}
+    rows.sort(key=lambda row: place[row[0].rpartition(".")[0]])
     return [
-        f"{name}  {tuple(p.shape)}  {str(p.dtype).removeprefix('torch.')}  {p.device}  "
-        f"{'trained' if p.requires_grad else 'frozen'}"
-        for name, p in model.named_parameters()
+        f"{name}  {tuple(shape)}  {kind}  {device}  {'trained' if trains else 'frozen'}"
+        for name, shape, kind, device, trains in rows
     ]

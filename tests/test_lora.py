@@ -637,7 +637,11 @@ def test_report_counts_elements_also_of_quantised_weights():
     lora.add_lora(net, LoraOptions(lora_rank=2))
     assert trainable.trainable_report(net) == f"trainable {adapters} of {529 + adapters} parameters (20.45 %)"
     assert trainable.trainable_report(nn.Linear(1000, 1000)).startswith("trainable 1,001,000 of 1,001,000")
-    assert "q_proj.base.bias  (23,)  float32  cpu  frozen" in trainable.parameter_status(net)
+    status = trainable.parameter_status(net)
+    assert "q_proj.base.bias  (23,)  float32  cpu  frozen" in status
+    places = [place for place, line in enumerate(status) if line.startswith("q_proj.base.")]
+    assert len(places) == 2 and places[1] == places[0] + 1
+    assert "q_proj.base.weight  (23, 17)  8.000 bits  cpu  frozen" in status
 
 
 def test_the_model_of_the_issue_has_the_published_count():

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import quant
-from checkpoints.hub import ModelOptions, resolve_folder
+from checkpoints.hub import WANTED_FILES, WITHOUT_WEIGHTS, ModelOptions, resolve_folder
 from checkpoints.huggingface import chosen_quantization, load_model
 from checkpoints.peft import ADAPTER_CONFIG, apply_adapters
 from checkpoints.source import RUN_CONFIG, adapters_below, is_adapter, read_run
@@ -61,8 +61,13 @@ def folders_beside(config: Config) -> dict[str, list[Path]]:
         bits = f"{key}_quantization_bit"
         quant.in_bits(config.values[bits], config[QuantOptions], bits)
         named |= {key: (config.values[key],), f"{key}_adapters": config.values[f"{key}_adapters"]}
-    options = config[ModelOptions]
-    return {key: [resolve_folder(key, each, "main", options) for each in named[key]] for key in named}
+    how = "main", config[ModelOptions], wanted_files(config)
+    return {key: [resolve_folder(key, each, *how) for each in named[key]] for key in named}
+
+
+def wanted_files(config: Config) -> list[str]:
+    """What is fetched of a model on a hub: a plan reads no weights."""
+    return WITHOUT_WEIGHTS if config[TrainOptions].plan else WANTED_FILES
 
 
 def rollout_sizes(config: Config) -> tuple[int, int]:

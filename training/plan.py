@@ -17,7 +17,7 @@ import functools
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +27,15 @@ from torch import Tensor, nn
 import kernels
 import quant
 from architectures.config import ModelConfig, from_hf_name
-from checkpoints.safetensors_files import opened, weight_files
+from checkpoints.huggingface import checkpoint_dtype, load_config
+from checkpoints.peft import ADAPTER_WEIGHTS, read_adapter_config
+from checkpoints.safetensors_files import INDEX, opened, read_json, weight_files
 from generation.generate import FIRST_ROOM
 from kernels import recompute
-from lora import lora_layers, replace_module
+from lora import LoraOptions, lora_layers, replace_module
 from model import Decoder
-from quant.linear import Format, QuantLinear
+from options.errors import located
+from quant.linear import Format, QuantLinear, quantised_linears
 from training import memory
 
 GIB = 2**30
@@ -54,26 +57,43 @@ class Unread(QuantLinear):
 def skeleton(folder: Path, config: ModelConfig, dtype: torch.dtype, quantization: Format | None) -> Decoder:
     """The decoder that checkpoints.huggingface.load_model would give for this folder, on the meta device."""
     model = Decoder(config, dtype=dtype, device="meta")
-    settings = config.hf.get("quantization_config")
+    settings, sizes = config.hf.get("quantization_config"), None
     if settings:
-        sizes = _sizes_in_files(folder, config)
         quantization = quant.from_config(settings)
+        sizes = _sizes_in_files(folder, config) if any(folder.glob("*.safetensors")) else None
     elif quantization is None:
         return model
     bytes_per_number = functools.cache(functools.partial(_bytes_per_number, quantization))
     for name, module in [each for each in model.named_modules() if isinstance(each[1], nn.Linear)]:
         shape = (module.out_features, module.in_features)
-        if settings and f"{name}.{quantization.marker}" in sizes:
+        if sizes is not None and f"{name}.{quantization.marker}" in sizes:
             size = sum(each for key, each in sizes.items() if key.startswith(f"{name}."))
             size -= sizes.get(f"{name}.bias", 0)
-        elif not settings and name.startswith("layers."):
-            size = shape[0] * shape[1] * bytes_per_number(shape[1])
+        elif sizes is None and name.startswith("layers."):
+            with located(f"plan: {folder}: its weights are not here, and a plan fetches none"):
+                size = shape[0] * shape[1] * bytes_per_number(shape[1])
         else:
             continue
         packed = Unread(quantization, shape, size, dtype)
         packed.bias = module.bias
         replace_module(model, name, packed)
     return model
+
+
+def without_weights(model: Decoder, adapters: list[Path], options: LoraOptions) -> tuple[list, LoraOptions]:
+    """The adapter to lay on the skeleton, if its numbers are here, and options of what trains on top. What
+    is merged leaves no trace in a size; of an adapter on a hub a plan has fetched the configuration."""
+    trained = adapters[-1:] if options.finetuning_type == "lora" and not options.create_new_adapter else []
+    if len(adapters) > len(trained) and quantised_linears(model):
+        return adapters, options  # which prepare_adapters refuses
+    if not trained or (trained[0] / ADAPTER_WEIGHTS).is_file():
+        return trained, options
+    config = read_adapter_config(adapters[-1])
+    targets = config.get("target_modules")
+    targets = [name.removeprefix("model.") for name in targets] if isinstance(targets, list) else ["all"]
+    whole = tuple(config.get("modules_to_save") or ())
+    sizes = {"lora_rank": config.get("r", 8), "use_dora": bool(config.get("use_dora"))}
+    return [], replace(options, **sizes, lora_target=tuple(targets), additional_target=whole)
 
 
 def _bytes_per_number(quantization: Format, inputs: int) -> float:
@@ -137,8 +157,15 @@ def cache_bytes(config: ModelConfig, texts: int, prompt: int, new: int, size: in
 
 
 def largest_file(folder: Path) -> float:
-    """Bytes of the largest file of weights; 0 where there is none yet."""
-    return float(max((path.stat().st_size for path in folder.glob("*.safetensors")), default=0))
+    """Bytes of the largest file of weights; of those that are not here, as if all were of one size."""
+    sizes = [path.stat().st_size for path in folder.glob("*.safetensors")]
+    if sizes:
+        return float(max(sizes))
+    config, index = load_config(folder), folder / INDEX
+    files = len(set(read_json(index).get("weight_map", {}).values())) if index.is_file() else 1
+    return bytes_of(Decoder(config, dtype=checkpoint_dtype(config), device="meta").parameters()) / max(
+        files, 1
+    )
 
 
 def weight_bytes(model: Decoder) -> float:

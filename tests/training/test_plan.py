@@ -3,7 +3,9 @@ weights."""
 
 import dataclasses
 import json
+import shutil
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -159,6 +161,63 @@ def test_a_plan_is_printed_without_weights_and_nothing_is_written(tiny, capsys):
     assert not (tiny.folder / "planned").exists()
     assert tiny.train("planned", **keys, do_train="false", do_eval="true", val_size="3") == 2
     assert "plan: there is nothing to plan" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["lora", "trained on", "new adapter", "dpo"])
+def test_a_plan_of_models_on_a_hub_fetches_no_weights(tiny, monkeypatch, capsys, method):
+    """The same as with the files here, but for the size of the largest, which it guesses."""
+    if not (tiny.folder / "adapter").exists():
+        assert tiny.train("adapter", max_steps=1, lora_rank=5, lora_target="q_proj,v_proj") == 0
+        capsys.readouterr()
+    homes, wanted, lines = {"model": tiny.model, "adapter": tiny.folder / "adapter"}, [], []
+
+    def download(name, *, allow_patterns, ignore_patterns, **places):
+        home = homes[name.partition("/")[2]]
+        there = tiny.folder / "hub" / home.name
+        there.mkdir(parents=True, exist_ok=True)
+        files = [path.name for path in home.iterdir()]
+        for file in huggingface_hub.utils.filter_repo_objects(files, allow_patterns=allow_patterns):
+            wanted.append(file)
+            shutil.copy(home / file, there)
+        return str(there)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(plan, "measure_products", lambda dtype, device: 1e9)
+    monkeypatch.setattr(plan, "measure_copies", lambda device: 1e9)
+    monkeypatch.setattr(plan, "resident_bytes", lambda: 0)
+    keys = {}
+    if method in ("trained on", "new adapter"):
+        keys = {"adapter_name_or_path": "owner/adapter", "create_new_adapter": method == "new adapter"}
+    if method == "dpo":
+        rows = [{"instruction": "a", "chosen": "b c", "rejected": "d"}] * 8
+        (tiny.folder / "pairs.json").write_text(json.dumps(rows))
+        columns = {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}
+        entry = {"file_name": "pairs.json", "ranking": True, "columns": columns}
+        (tiny.folder / "dataset_info.json").write_text(json.dumps({"pairs": entry}))
+        keys = {"stage": "dpo", "dataset": "pairs", "dataset_dir": tiny.folder, "ref_model": "owner/model"}
+    local = {f"owner/{name}": home for name, home in homes.items()}
+    for places in ({}, local):
+        chosen = {"model_name_or_path": "owner/model", "plan": "true", **keys}
+        assert tiny.train("planned", **{key: places.get(value, value) for key, value in chosen.items()}) == 0
+        said = capsys.readouterr().out.splitlines()
+        parts = ("trainable", "  weights ", "  adapters ", "  reference ")
+        lines.append([line for line in said if line.startswith(parts)])
+    assert lines[0] == lines[1] and len(lines[0]) == 4
+    assert "config.json" in wanted and not [file for file in wanted if "safetensors" in file]
+
+
+def test_a_plan_of_a_quantised_model_on_a_hub_counts_what_it_knows(tiny, capsys):
+    folder = tiny.make_model("quantised", seed=2)
+    (folder / "model.safetensors").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    assert tiny.train("planned", model_name_or_path=folder, plan="true") == 0
+    assert "quantised weights" in capsys.readouterr().out
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": 8, "desc_act": False, "sym": True}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    assert tiny.train("planned", model_name_or_path=folder, plan="true") == 2
+    assert f"plan: {folder}: its weights are not here" in capsys.readouterr().err
 
 
 def test_a_plan_on_a_damaged_file_names_it(tiny, capsys):
