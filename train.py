@@ -29,11 +29,11 @@ from pathlib import Path
 import torch
 
 import parallel.world
-from checkpoints.huggingface import restore_trained
+from checkpoints.huggingface import require_saved, restore_trained
 from data import DataOptions, TokenizedDataSaved
 from model import Decoder
 from options import config as configuration
-from options.errors import EXPECTED, StopRun, fitting, tell
+from options.errors import EXPECTED, StopRun, end_output, fitting, tell
 from parallel.world import GradientSum, World, clip_gradients
 from pipeline.batch import Batch
 from pipeline.prefetch import ahead
@@ -49,6 +49,7 @@ from training.predict import PREDICTIONS, write_predictions
 from training.run_folder import Progress, load_best, wants_checkpoint
 from training.schedules import schedule
 from training.setup import SECTIONS
+from training.signals import Interrupted, Signals
 
 
 @dataclass
@@ -63,6 +64,7 @@ class Run:
     scaler: torch.amp.GradScaler
     monitor: Monitor  # log lines and files; monitor.window: the updates since the last line
     progress: Progress  # counters
+    signals: Signals
 
 
 def main(argv: list[str]) -> int:
@@ -85,6 +87,7 @@ def main(argv: list[str]) -> int:
         return tell(parallel.world.name_of_rank("train.py"), error)
     finally:
         parallel.world.stop()
+        end_output()
 
 
 def run(config: configuration.Config, world: World) -> int:
@@ -97,25 +100,43 @@ def run(config: configuration.Config, world: World) -> int:
     data, model, stage, state = setup.build(inputs)
     optimizer = make_optimizer(model, config[OptimOptions]) if options.trains else None
     scaler = torch.amp.GradScaler(world.device.type, enabled=options.fp16)
-    name = options.run_name or options.output_dir
-    monitor = Monitor(inputs.output_dir, options.services, name, world.is_main, MetricWindow(world))
-    this = Run(inputs, data, model, stage, optimizer, scaler, monitor, Progress())
-    status = 0
-    if options.trains:
-        if state is not None:
-            restore(this, state)
-            del state  # the optimizer has its own copy
-        if world.is_main:
-            run_folder.begin(inputs.output_dir, inputs.resume, options.overwrite_output_dir, config)
-        status = train(this)
-        if config[DataOptions].streaming:
-            world.print(data.prepared.report)  # only now is it known what was dropped and cut
-    if status == 0 and options.do_eval and data.eval_loaders:
-        monitor.show_results("eval", evaluate(this))
-    if status == 0 and options.do_predict:
-        monitor.show_results("predict", write_predictions(data.predictor, model, inputs.output_dir, world))
-        world.print(f"{inputs.output_dir / PREDICTIONS} holds the predictions")
-    return status
+    services = options.services, options.run_name or options.output_dir
+    monitor = Monitor(inputs.output_dir, *services, world.is_main, MetricWindow(world), config.shown)
+    with Signals(world) as signals:
+        this = Run(inputs, data, model, stage, optimizer, scaler, monitor, Progress(), signals)
+        status = 0
+        if options.trains:
+            require_saved(model)
+            if state is not None:
+                restore(this, state)
+                del state  # the optimizer has its own copy
+            if world.is_main:
+                begin = inputs.resume, options.overwrite_output_dir, config
+                run_folder.begin(inputs.output_dir, *begin, this.progress.best_checkpoint)
+            status = train(this)
+            if config[DataOptions].streaming:
+                world.print(data.prepared.report)  # only now is it known what was dropped and cut
+        return status or conclude(this)
+
+
+def conclude(this: Run) -> int:
+    """Evaluate and predict, where that is asked for beside or behind a training. The exit status."""
+    options, data, monitor = this.inputs.options, this.data, this.monitor
+    output_dir, world = this.inputs.output_dir, this.inputs.world
+    try:
+        if options.do_eval and data.eval_loaders:
+            monitor.show_results("eval", evaluate(this))
+        if options.do_predict:
+            with this.signals.end_this():
+                place = output_dir, world, this.signals.look
+                numbers = write_predictions(data.predictor, this.model, *place)
+            monitor.show_results("predict", numbers)
+            world.print(f"{output_dir / PREDICTIONS} holds the predictions")
+    except Interrupted as stop:
+        kept = f"; what was trained is in {output_dir}" if options.trains else ""
+        world.print(f"{signal.Signals(stop.args[0]).name}: the evaluation was not finished{kept}")
+        return 128 + stop.args[0]
+    return 0
 
 
 def train(this: Run) -> int:
@@ -123,17 +144,22 @@ def train(this: Run) -> int:
     inputs, data, monitor, progress = this.inputs, this.data, this.monitor, this.progress
     options, optim_options = inputs.options, inputs.config[OptimOptions]
     output_dir, world = inputs.output_dir, inputs.world
+    steps_left = max(0, data.total_steps - progress.step)
     early = progress.out_of_patience(options.early_stopping_steps)
-    steps_left = 0 if early else max(0, data.total_steps - progress.step)
-    if steps_left == 0 and (output_dir / run_folder.RESULTS).exists():
+    ended = (early or steps_left == 0) and not progress.evaluation_due
+    if ended and run_folder.finished(output_dir):
         world.print(f"note: {output_dir} {progress.already_trained}")
+        take_best(this)
         return 0
     monitor.begin(progress.step, data.total_steps, run_folder.read_history(inputs.resume), progress.seconds)
     health = Health(world, data.names)
     gradient_sum, max_norm = GradientSum(this.model, world), optim_options.max_grad_norm
     this.model.train()
-    with run_folder.catch_signals() as received, groups(this) as ready:
-        for group in itertools.islice(ready, steps_left):
+    if progress.evaluation_due and (stop := evaluate_and_track(this)):
+        return leave(this, stop)
+    early, norm = progress.out_of_patience(options.early_stopping_steps), None
+    with groups(this) as ready:
+        for group in itertools.islice(ready, 0 if early else steps_left):
             group = [batch.to(world.device) for batch in group]
             this.stage.prepare(this.model, group)
             set_learning_rate(this.optimizer, schedule(progress.step, optim_options, data.total_steps))
@@ -144,30 +170,37 @@ def train(this: Run) -> int:
             monitor.advance(progress.step)
             # under fp16 an infinite gradient only means that the scaler skipped it and halves its scale
             health.watch(progress.step, [loss] if options.fp16 else [loss, norm], group)
-            stop, asked = world.max_over_ranks(max(received, default=0), wants_checkpoint(output_dir, world))
-            log, evaluates, save = options.what_is_due(progress.step, data.total_steps, data.steps_per_epoch)
-            if log or evaluates or save or asked or stop:
+            received = max(this.signals.received, default=0)
+            stop, asked = world.max_over_ranks(received, wants_checkpoint(output_dir, world))
+            due = options.what_is_due(progress.step, data.total_steps, data.steps_per_epoch)
+            log, progress.evaluation_due, save = due
+            if log or progress.evaluation_due or save or asked or stop:
                 health.check(this.scaler.get_scale())
             if log:
                 log_training(this, norm)
-            if evaluates:
-                evaluate_and_track(this)
+            if progress.evaluation_due and not stop:
+                stop = evaluate_and_track(this)
             early = progress.out_of_patience(options.early_stopping_steps)
-            if save or asked or stop or (early and options.save_strategy != "no"):
-                path = save_checkpoint(this)
             if stop:
-                monitor.close()
-                stopped = f"{signal.Signals(stop).name}: stopped after step {progress.step}"
-                world.print(f"{stopped}; the same command continues from {path}")
-                return 128 + stop
+                return leave(this, stop)
+            if save or asked or (early and options.save_strategy != "no"):
+                save_checkpoint(this)
             if early:
                 world.print(f"early stop: no gain in {options.early_stopping_steps} evaluations")
                 break
-        if monitor.window.steps:  # an early stop between two log lines
-            health.check(this.scaler.get_scale())
-            log_training(this, norm)
+    if monitor.window.steps:  # an early stop between two log lines
+        log_training(this, norm)
     finish(this)
     return 0
+
+
+def leave(this: Run, stop: int) -> int:
+    """After this signal: a checkpoint, and the exit status."""
+    path = save_checkpoint(this)
+    this.monitor.close()
+    stopped = f"{signal.Signals(stop).name}: stopped after step {this.progress.step}"
+    this.inputs.world.print(f"{stopped}; the same command continues from {path}")
+    return 128 + stop
 
 
 @contextmanager
@@ -228,28 +261,35 @@ def update(
 def evaluate(this: Run) -> dict[str, float]:
     """What the stage measures on every evaluation set, of generated texts too if asked for, and the speed."""
     predictor = this.data.predictor if this.inputs.options.predict_with_generate else None
-    results, rows = measure(this.model, this.stage, this.data.eval_loaders, predictor, this.inputs.world)
+    with this.signals.end_this():
+        asked = this.data.eval_loaders, predictor, this.inputs.world, this.signals.look
+        results, rows = measure(this.model, this.stage, *asked)
     this.monitor.show_samples(this.progress.step, rows)
     return results
 
 
-def evaluate_and_track(this: Run) -> None:
-    """Evaluate, log it, remember the best."""
-    options, progress = this.inputs.options, this.progress
-    results = evaluate(this)
-    this.monitor.window.leave_out(results["eval_runtime"])
+def evaluate_and_track(this: Run) -> int:
+    """Evaluate, log it, remember the best; gives 0, or the signal that came before it was done."""
+    options, progress, started = this.inputs.options, this.progress, time.monotonic()
+    try:
+        results = evaluate(this)
+    except Interrupted as stop:
+        return stop.args[0]
+    finally:
+        this.monitor.window.leave_out(time.monotonic() - started)
     this.monitor.log(progress.step, this.data.epoch(progress.step), results)
     progress.track(results[options.metric], options.better(results[options.metric], progress.best_metric))
+    return 0
 
 
-def log_training(this: Run, norm: torch.Tensor) -> None:
+def log_training(this: Run, norm: torch.Tensor | None) -> None:
     """Average loss since the last line, learning rate, gradient norm, speed of all ranks, peak memory."""
     progress, since, options = this.progress, this.monitor.window.totals(), this.inputs.config[OptimOptions]
     values = {
         "loss": since.loss / since.steps,
         **this.stage.summary(since.metrics),
         "learning_rate": schedule(progress.step - 1, options, this.data.total_steps) * options.learning_rate,
-        "grad_norm": norm.item(),
+        **({} if norm is None else {"grad_norm": norm.item()}),  # None: of a process that is gone
         "tokens_per_second": round(since.tokens / since.seconds, 1),
         "peak_memory": round(peak_memory_gb(this.inputs.world.device), 3),
     }
@@ -265,8 +305,7 @@ def finish(this: Run) -> None:
     options, progress, world = this.inputs.options, this.progress, this.inputs.world
     progress.seconds = this.monitor.seconds()
     this.monitor.close()
-    if options.load_best_model_at_end and progress.best_checkpoint:
-        world.print(load_best(this.model, this.inputs.output_dir, progress, options.metric))
+    take_best(this)
     with run_folder.writing_result(this.inputs.output_dir, world) as folder:
         if world.is_main:
             save_model(this, folder, progress.logged_tokens)
@@ -276,6 +315,13 @@ def finish(this: Run) -> None:
     this.monitor.save_results("train", results)  # last: from here on the run counts as finished
     world.barrier()
     world.print(f"saved to {this.inputs.output_dir}")
+
+
+def take_best(this: Run) -> None:
+    """Give the model the weights that evaluated best, if that is asked for."""
+    options, progress, world = this.inputs.options, this.progress, this.inputs.world
+    if options.load_best_model_at_end and progress.best_checkpoint:
+        world.print(load_best(this.model, this.inputs.output_dir, progress, options.metric, world))
 
 
 def save_model(this: Run, folder: Path, tokens: int) -> None:
@@ -294,7 +340,10 @@ def save_checkpoint(this: Run) -> Path:
     progress.seconds = this.monitor.seconds()
     tokens = progress.logged_tokens + window.totals().tokens
     own = {"random": run_folder.random_state(world.device), "window": window.state()}
-    own["stage"] = this.stage.state()
+    own |= {
+        "stage": this.stage.state(),
+        "data": this.data.loader.state(this.data.batches_drawn(progress.step)),
+    }
     path = this.inputs.output_dir / f"checkpoint-{progress.step}"
     with run_folder.writing_checkpoint(path, world) as folder:
         torch.save(own, folder / f"rank_state_{world.rank}.pt")
@@ -319,6 +368,7 @@ def restore(this: Run, state: dict) -> None:
     this.progress = Progress(**state["progress"])
     this.monitor.window.restore(state["rank"]["window"])
     this.stage.restore(state["rank"]["stage"])
+    this.data.loader.restore(state["rank"].get("data", {}))
     run_folder.restore_random_state(state["rank"]["random"], world.device)
     world.print(f"resuming {folder} at step {this.progress.step} of {this.data.total_steps}")
 

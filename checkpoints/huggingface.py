@@ -312,6 +312,18 @@ def save_trained(model: Decoder, folder: Path, source_folder: Path, base_name: s
         save_value_head(model.v_head, folder)
 
 
+def require_saved(model: Decoder) -> None:
+    """UserError where something trains that save_trained does not write: resuming would begin it anew."""
+    if not lora_layers(model):
+        return  # save_model writes all
+    own = model.v_head.parameters() if model.v_head is not None else ()
+    kept = {id(parameter) for parameter in (*dict(adapter_parameters(model)).values(), *own)}
+    lost = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in kept]
+    for name in lost[:1]:
+        where = "see adapter_parameters in checkpoints/peft.py"
+        raise UserError(f"{name} trains, but no checkpoint would hold it; {where}")
+
+
 @torch.no_grad()
 def restore_trained(model: Decoder, folder: Path) -> None:
     """Copy back what save_trained wrote, into a model that was prepared the same way. Raises UserError."""

@@ -10,16 +10,25 @@ something else here than in peft is refused by name.
     apply_adapters(model, ["a", "b"])     # for inference: the same, but beside weights that are quantised
 """
 
+import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from architectures.config import ModelConfig, from_hf_name, to_hf_name
 from architectures.find import is_linear
-from checkpoints.safetensors_files import PICKLE, file_tensors, read_json, staged, write_json, write_tensors
+from checkpoints.safetensors_files import (
+    PICKLE,
+    file_notes,
+    file_tensors,
+    read_json,
+    staged,
+    write_json,
+    write_tensors,
+)
 from checkpoints.trainable import prepare_trainable
 from kernels.linear import LinearLayer
 from lora import LoraLinear, LoraOptions, full_modules, lora_layers, merge_for_good, replace_module
@@ -48,6 +57,9 @@ PARTS = {
     ".lora_magnitude_vector.weight": "magnitude",
 }
 ADAPTER_PARTS = set(PARTS.values())  # every other part of a module is a tensor of the module itself
+# our name of a part -> peft's; a parameter that LoraLinear has beside them keeps its name
+PEFT_PARTS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+FROZEN = "frozen"  # note of the file: names of tensors that did not train, where others did, as JSON
 
 
 # Writing
@@ -58,8 +70,15 @@ def save_adapter(model: Decoder, folder: str | Path, base_name: str) -> None:
     if not lora_layers(model):
         raise ValueError("save_adapter: the model has no adapter")
     with staged(folder) as staging:
-        write_tensors(staging / ADAPTER_WEIGHTS, adapter_state(model))
+        write_tensors(staging / ADAPTER_WEIGHTS, adapter_state(model), _frozen_parts(model))
         write_json(staging / ADAPTER_CONFIG, adapter_config(model, base_name))
+
+
+def _frozen_parts(model: Decoder) -> dict[str, str]:
+    """The note of what did not train beside what did, as A of LoRA-FA; none in a usual adapter."""
+    trains = {name: parameter.requires_grad for name, parameter in adapter_parameters(model)}
+    frozen = [name for name, trained in trains.items() if not trained]
+    return {FROZEN: json.dumps(frozen)} if 0 < len(frozen) < len(trains) else {}
 
 
 def adapter_config(model: Decoder, base_name: str) -> dict:
@@ -111,10 +130,8 @@ def adapter_parameters(model: Decoder) -> Iterator[tuple[str, torch.nn.Parameter
     """(PEFT's name, our parameter) of everything that belongs to the adapter."""
     for name, layer in lora_layers(model).items():
         full = PEFT_PREFIX + _hf_module(model.config, name)
-        yield f"{full}.lora_A.weight", layer.lora_a
-        yield f"{full}.lora_B.weight", layer.lora_b
-        if layer.magnitude is not None:
-            yield f"{full}.lora_magnitude_vector", layer.magnitude
+        for part, parameter in layer.named_parameters(recurse=False):
+            yield f"{full}.{PEFT_PARTS.get(part, part)}", parameter
     for module in full_modules(model):
         for name, parameter in model.get_submodule(module).named_parameters(recurse=False):
             yield PEFT_PREFIX + to_hf_name(model.config, f"{module}.{name}"), parameter
@@ -131,6 +148,7 @@ class AdapterFile:
     config: dict  # adapter_config.json
     # our name of the module -> lora_A | lora_B | magnitude | weight | bias -> tensor
     modules: dict[str, dict[str, torch.Tensor]]
+    frozen: set[tuple[str, str]] = field(default_factory=set)  # (module, part) that did not train
 
     def fault(self, text: str) -> UserError:
         base = self.config.get("base_model_name_or_path") or "an unnamed model"
@@ -154,13 +172,14 @@ def load_adapter(model: Decoder, folder: str | Path, dtype=torch.float32, dropou
     if lora_layers(model):
         raise ValueError(f"{folder}: the model has an adapter already; merge it first (merge_for_good)")
     adapted = [module for module, parts in file.modules.items() if "lora_A" in parts or "lora_B" in parts]
+    layers = {module: adapted_linear(model, module, file, dtype, dropout) for module in adapted}
     whole = []  # (parameter, its new value, whether it trains)
     for module, parts in file.modules.items():
         trains = module not in adapted and f"model.{module}".endswith(file.in_full)
-        for part in sorted(parts.keys() - ADAPTER_PARTS):
+        own = dict(layers[module].named_parameters(recurse=False)) if module in layers else {}
+        for part in sorted(parts.keys() - ADAPTER_PARTS - own.keys()):
             parameter = whole_parameter(model, f"{module}.{part}", parts[part], file)
-            whole.append((parameter, parts[part], trains))
-    layers = {module: adapted_linear(model, module, file, dtype, dropout) for module in adapted}
+            whole.append((parameter, parts[part], trains and (module, part) not in file.frozen))
     model.requires_grad_(False)
     for parameter, tensor, trains in whole:
         parameter.data = tensor.to(parameter.device, dtype if trains else parameter.dtype, copy=True)
@@ -176,6 +195,11 @@ def read_adapter(folder: str | Path, model_config: ModelConfig) -> AdapterFile:
     for key, tensor in read_adapter_tensors(folder).items():
         module, part = _split_name(model_config, key, folder / ADAPTER_WEIGHTS)
         file.modules.setdefault(module, {})[part] = tensor
+    try:
+        frozen = json.loads(file_notes(folder / ADAPTER_WEIGHTS).get(FROZEN, "[]"))
+        file.frozen.update(_split_name(model_config, key, folder / ADAPTER_WEIGHTS) for key in frozen)
+    except (json.JSONDecodeError, TypeError, AttributeError) as error:
+        raise file.fault(f"its note of frozen tensors is damaged ({error})") from error
     if not file.modules:
         raise file.fault("holds no tensor")
     if model_config.tied_head:
@@ -307,8 +331,14 @@ def adapted_linear(
         _check_shape(f"{module}.{part}", parts[part], shapes[part], file)
     unused = torch.Generator()  # the start is overwritten: leave the global generator alone
     layer = LoraLinear(base, rank, alpha, dropout_probability=dropout, dtype=dtype, generator=unused, **kind)
-    for part in shapes:
-        getattr(layer, part.lower()).data.copy_(parts[part])
+    for name, parameter in layer.named_parameters(recurse=False):
+        part = {"lora_a": "lora_A", "lora_b": "lora_B"}.get(name, name)
+        if part not in parts:
+            raise file.fault(f"{module} lacks {part}, so the file is incomplete")
+        _check_shape(f"{module}.{part}", parts[part], tuple(parameter.shape), file)
+        parameter.data.copy_(parts[part])
+        if (module, part) in file.frozen:
+            parameter.requires_grad_(False)
     return layer
 
 

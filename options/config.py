@@ -51,6 +51,11 @@ class Config:
         """Keys that a file or the command line set."""
         return {key for key, origin in self.origins.items() if origin != "default"}
 
+    @property
+    def shown(self) -> dict[str, object]:
+        """Every key and its value but what is never shown."""
+        return {name: self.values[name] for name, option in self.options.items() if not option.secret}
+
     def save(self, path: str | Path) -> None:
         """Write a YAML file that `load` reads back to equal values. Hub tokens are left out, as a comment."""
         lines = []

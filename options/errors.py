@@ -52,10 +52,18 @@ def say(*values: object) -> None:
     try:
         print(*values, flush=True)
     except UnicodeEncodeError:
-        say(*(ascii(value)[1:-1] if isinstance(value, str) else ascii(value) for value in values))
+        say(*(str(value).encode("ascii", "backslashreplace").decode("ascii") for value in values))
     except OSError as error:
         if error.errno not in DISK_FULL:  # there may be room again, but who read the pipe is gone for good
             drop_output()
+
+
+def end_output() -> None:
+    """When a program ends: what waits for room is written now or not at all."""
+    try:
+        print(end="", flush=True)  # not sys.stdout.flush(): that is None where it was closed from the start
+    except OSError:
+        drop_output()
 
 
 def drop_output() -> None:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from options.errors import refuse
+from options.errors import refuse, say
 
 BUCKET_BYTES = 25 * 2**20  # of gradients per reduction, as in torch's DDP: large enough for full bandwidth
 
@@ -39,7 +39,7 @@ class World:
     def print(self, *values) -> None:
         """Print on rank 0."""
         if self.is_main:
-            print(*values, flush=True)
+            say(*values)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over ranks, in place, without a host synchronisation."""

@@ -7,6 +7,7 @@ batches, so that all ranks see the same number of them.
 """
 
 import itertools
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,6 +21,7 @@ from pipeline.packing import group_by_length, pack
 IGNORED = -100  # label of a position that is not trained; torch's cross_entropy default
 ROLES = ("prefix", "system", "user", "assistant", "observation", "function", "text")  # caches keep the order
 ANSWER = 64  # bit in Example.roles
+DIGESTS = 2**14  # that a stream remembers: more batches than are drawn ahead of the update that is saved
 # tokens, see Batch.rounded; a GPU's products work in tiles of 128 rows, so less would save nothing
 ROW_MULTIPLE = {"cpu": 32, "cuda": 128}
 
@@ -180,6 +182,13 @@ class Loader:
     world: int = 1
     collate: Callable[[list[Example]], Any] = collate  # -> a Batch, or prompts (stages/rollouts.py)
 
+    def state(self, batches: int) -> dict:
+        """What a checkpoint holds of the first so many batches."""
+        return {}
+
+    def restore(self, state: dict) -> None:
+        """What `state` gave of the batches that come before the next one."""
+
 
 class BatchLoader(Loader):
     """Batches of a store, endless over epochs; batch i depends on (seed, i) alone.
@@ -271,10 +280,29 @@ class StreamingLoader(Loader):
         super().__init__(**layout)
         self.open_epoch, self.encode, self.couple = open_epoch, encode, couple
         self.buffer_size = buffer_size if self.shuffle else 1
+        self._digests: dict[int, int] = {}  # of the first so many batches of this rank, for some time
+        self._seen = {"batches": 0, "digest": 0}  # before a resumed run begins
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
-        mine = itertools.islice(self._global_batches(), self.rank, None, self.world)
-        return map(self.collate, itertools.islice(mine, start, None))
+        digest, mine = 0, itertools.islice(self._global_batches(), self.rank, None, self.world)
+        for number, examples in enumerate(mine):
+            for example in examples:
+                digest = zlib.crc32(example.trained.tobytes(), zlib.crc32(example.tokens.tobytes(), digest))
+            self._digests[number + 1] = digest
+            self._digests.pop(number - DIGESTS, None)
+            if number + 1 == self._seen["batches"] and digest != self._seen["digest"]:
+                found = (
+                    f"the first {number + 1} batches of the stream are not those that the run was trained on"
+                )
+                raise UserError(f"dataset: {found}; restore the data, or set overwrite_output_dir=true")
+            if number >= start:
+                yield self.collate(examples)
+
+    def state(self, batches: int) -> dict:
+        return {"batches": batches, "digest": self._digests[batches]} if batches else {}
+
+    def restore(self, state: dict) -> None:
+        self._seen |= state
 
     def draws_per_epoch(self, size: int) -> None:
         """Nobody knows."""

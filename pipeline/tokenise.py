@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from options.errors import UserError
+from options.errors import UserError, say
 from parallel.atomic import locked
 from pipeline import sources
 from pipeline.encoding import ChunkEncoder, EncodeOptions, encode_chunks
@@ -139,7 +139,7 @@ class Tokeniser:
                 try:
                     return TokenArrays.open(folder)
                 except UserError as error:
-                    print(f"cache: {error}; tokenising again")
+                    say(f"cache: {error}; tokenising again")
             if anew:
                 shutil.rmtree(partial_folder(folder), ignore_errors=True)
             self._write(folder, rows, encoder)

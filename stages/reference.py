@@ -26,7 +26,7 @@ from tqdm import tqdm
 from checkpoints.safetensors_files import write_tensors
 from lora import full_modules, lora_layers, lora_off
 from model import Decoder
-from options.errors import UserError, refuse
+from options.errors import UserError, refuse, say
 from options.option import option
 from parallel.atomic import atomic_file, locked
 from parallel.world import World
@@ -195,5 +195,5 @@ def _read(path: Path, key: str, store: ExampleStore) -> Tensor | None:
         problem = "is of another model or other data"
     except SafetensorError as error:
         problem = f"is damaged ({error})"
-    print(f"cache: {path} {problem}; the reference log-probabilities are computed again")
+    say(f"cache: {path} {problem}; the reference log-probabilities are computed again")
     return None

@@ -11,7 +11,8 @@ In the loop
     instruments  MetricWindow, Health, peak memory
     measure      what an evaluation measures; predict: answers to its rows, and how close they come
 What it leaves
-    run_folder   checkpoint-<step>, complete or absent; Progress, resuming, signals
+    run_folder   checkpoint-<step>, complete or absent; Progress, resuming
+    signals      what ends a run before its end
     monitor      log lines and files; plot: training_loss.png; trackers: tensorboard, wandb, mlflow
 
 To add an optimizer: copy optimizers/sgd.py, name it in optimizers/__init__ and in OptimOptions.optim; a

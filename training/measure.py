@@ -27,27 +27,31 @@ def prepare(batch: Batch | list[Prompt], device: torch.device) -> Batch | list[P
 @fitting("a batch of the evaluation", "lower per_device_eval_batch_size or cutoff_len")
 @torch.no_grad()
 def measure(
-    model: Decoder, stage: Stage, loaders: dict[str, BatchLoader], predictor: Predictor | None, world: World
+    model: Decoder, stage: Stage, loaders: dict[str, BatchLoader], predictor: Predictor | None, world, look
 ) -> tuple[dict[str, float], list[dict]]:
-    """(numbers named eval_..., speed among them; what the predictor wrote). The model's mode stays."""
+    """(numbers named eval_..., speed among them; what the predictor wrote). The model's mode stays.
+    look: called between batches on all ranks; may raise."""
     was_training, started, rows = model.training, time.monotonic(), []
     model.eval()
-    results = of_the_stage(model, stage, loaders, world)
-    if predictor is not None:
-        generated, rows = predictor.run(model, "eval")
-        results |= generated | results  # the stage's own stays: grpo has an exact_match too, of final answers
-    model.train(was_training)
+    try:
+        results = of_the_stage(model, stage, loaders, world, look)
+        if predictor is not None:
+            generated, rows = predictor.run(model, "eval", look)
+            # the stage's own stays: grpo has an exact_match too, of final answers
+            results |= generated | results
+    finally:
+        model.train(was_training)
     seconds = time.monotonic() - started
     speed = sum(len(loader.store) for loader in loaders.values()) / seconds
     return results | {"eval_runtime": round(seconds, 4), "eval_samples_per_second": round(speed, 3)}, rows
 
 
-def of_the_stage(model: Decoder, stage: Stage, loaders: dict[str, BatchLoader], world: World) -> dict:
+def of_the_stage(model: Decoder, stage: Stage, loaders: dict[str, BatchLoader], world: World, look) -> dict:
     """eval_<metric>, the mean over the sets; of several sets eval_<set>_<metric> too. In the model's mode."""
     measured: dict[str, dict[str, float]] = {}
     for name, loader in loaders.items():
         batches = itertools.islice(loader.batches(), loader.batches_per_epoch)
-        ready = (prepare(batch, world.device) for batch in batches)
+        ready = (look() or prepare(batch, world.device) for batch in batches)
         measured[name] = stage.evaluate(model, ready, world)
         for kind, value in measured[name].items():
             if not math.isfinite(value):

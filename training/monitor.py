@@ -7,14 +7,18 @@ trainer_log.jsonl, the Hugging Face trainer's log_history and all_results.json).
 import json
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from tqdm import tqdm
 
+from options.errors import say
 from parallel.atomic import atomic_file
 from training.plot import plot_history
-from training.trackers import TRACKERS
+from training.trackers import Services
 
+ALL_RESULTS = "all_results.json"
 LOG_FILE, PLOT_FILE, SAMPLES_FILE = "trainer_log.jsonl", "training_loss.png", "generated_samples.jsonl"
 SAMPLES, SAMPLE_CHARACTERS = 3, 300  # generated texts shown at an evaluation, and of each so much
 QUIET_SECONDS = 30  # without a terminal: a line at least this often, so that a log file shows life
@@ -36,10 +40,14 @@ IN_FILES_ONLY = frozenset(
 class Monitor:
     """Collects the numbers of one run. `history` is the Hugging Face trainer's log_history."""
 
-    def __init__(self, folder: Path, services: tuple[str, ...], run_name: str, active: bool, window=None):
-        """services: of trackers.TRACKERS.  window: a MetricWindow, what was done since the last log line."""
+    def __init__(
+        self, folder: Path, services: tuple[str, ...], run_name: str, active: bool, window=None, settings=None
+    ):
+        """services: of trackers.TRACKERS.  window: a MetricWindow, what was done since the last log line.
+        settings: the options of the run, for the services."""
         self.folder, self.active, self.run_name, self.window = folder, active, run_name, window
-        self.service_names, self.services = services, []
+        self.service_names, self.services, self.settings = services, Services(()), settings or {}
+        self.unwritten: dict[str, bytes] = {}  # of each log, what there was no room for
         self.history: list[dict] = []
         self.bar: tqdm | None = None
 
@@ -54,10 +62,10 @@ class Monitor:
         if not self.active:
             return
         for name in (LOG_FILE, SAMPLES_FILE):
-            _cut_log(self.folder / name, step)
-        self.services = [TRACKERS[name](self.folder, self.run_name, step) for name in self.service_names]
-        # in a pipe the bar and the lines would overwrite each other
-        if sys.stderr.isatty() and sys.stdout.isatty():
+            _cut_log(self.folder / name, step, self._say)
+        self.services = Services(self.service_names, self.folder, self.run_name, step, self.settings)
+        # in a pipe the bar and the lines would overwrite each other; None: closed when the program started
+        if all(stream is not None and stream.isatty() for stream in (sys.stderr, sys.stdout)):
             self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
 
     def seconds(self) -> float:
@@ -81,10 +89,8 @@ class Monitor:
             entry["accuracy"] = values["rewards/accuracies"]
         entry |= values | {"epoch": round(epoch, 4), "percentage": percentage}
         entry |= {"elapsed_time": clock(self.seconds()), "remaining_time": remaining}
-        with open(self.folder / LOG_FILE, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-        for service in self.services:
-            service.log(values, step)
+        self._append(LOG_FILE, json.dumps(entry) + "\n")
+        self.services.log(values, step)
         if self.bar is not None and "loss" in values:
             rate = f"{values['tokens_per_second']:.0f} tok/s"
             self.bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate}", refresh=False)
@@ -96,26 +102,40 @@ class Monitor:
             return
         count = min(SAMPLES, len(rows))
         shown = [rows[i * len(rows) // count] for i in range(count)]
-        with open(self.folder / SAMPLES_FILE, "a", encoding="utf-8") as file:
-            for row in shown:
-                file.write(json.dumps({"current_steps": step, **row}, ensure_ascii=False) + "\n")
         for row in shown:
+            self._append(SAMPLES_FILE, json.dumps({"current_steps": step, **row}, ensure_ascii=False) + "\n")
             self._say("\n".join(f"  {name:8} {_excerpt(name, text)}" for name, text in row.items()))
 
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
-        for service in self.services:
-            service.close()
-        self.services = []
+        for name in self.unwritten:
+            self._append(name, "")
+        self.services.close()
+
+    def _append(self, name: str, line: str) -> None:
+        """At the end of this log; what a full disk has no room for is written with a later line."""
+        waiting, before = self.unwritten.get(name, b""), bool(self.unwritten.get(name))
+        waiting += line.encode("utf-8", "backslashreplace")
+        try:
+            with open(self.folder / name, "ab", buffering=0) as file:
+                while waiting:
+                    waiting = waiting[file.write(waiting) :]
+        except OSError as error:
+            if not before:
+                self._say(
+                    f"note: {self.folder / name}: {error.strerror}; its lines wait, and the run goes on"
+                )
+        self.unwritten[name] = waiting
 
     def _say(self, text: str) -> None:
         self.spoke_at = time.monotonic()
         if self.bar is not None:
-            self.bar.write(text)
+            with suppress(OSError):  # the terminal is gone
+                self.bar.write(text)
         else:
-            print(text, flush=True)
+            say(text)
 
     def _remaining(self, step: int) -> float:
         """Seconds, at the pace of this process."""
@@ -132,9 +152,7 @@ class Monitor:
         if not self.active:
             return
         write_json(self.folder / f"{name}_results.json", results)
-        path = self.folder / "all_results.json"
-        everything = json.loads(path.read_text()) if path.exists() else {}
-        write_json(path, everything | results)
+        write_json(self.folder / ALL_RESULTS, read_results(self.folder, self._say) | results)
 
     def plot(self) -> None:
         """training_loss.png: loss and metrics as logged, smoothed, and as evaluated."""
@@ -151,21 +169,38 @@ def _excerpt(name: str, text: str | None) -> str:
     return json.dumps(part, ensure_ascii=False)
 
 
-def _cut_log(path: Path, step: int) -> None:
-    """Keep the lines up to `step`."""
+def read_results(folder: Path, tell: Callable[[str], None] = say) -> dict:
+    """all_results.json, {} if there is none; one that is damaged is told of, and counts as none."""
+    path = folder / ALL_RESULTS
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError:  # no JSON, no UTF-8
+        found = None
+    if not isinstance(found, dict):
+        tell(f"note: {path}: damaged, so what earlier runs wrote there is lost")
+    return found if isinstance(found, dict) else {}
+
+
+def _cut_log(path: Path, step: int, tell: Callable[[str], None]) -> None:
+    """Keep the lines up to `step`; one that is damaged is told of."""
     if not path.exists():
         return
-    kept = []
+    kept, damaged = [], []
     # not splitlines(), which also splits at characters that a generated text may hold
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, line in enumerate(lines if step else (), start=1):
         try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the line that was being written when the process was killed
-        if entry.get("current_steps", 0) <= step:
-            kept.append(line + "\n")
+            entry = json.loads(line or "{}")
+            if line and entry["current_steps"] <= step:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError, TypeError):  # as the last one when the process was killed
+            damaged.append(str(number))
     with atomic_file(path) as temporary:
-        temporary.write_text("".join(kept) if step else "", encoding="utf-8")
+        temporary.write_text("".join(kept), encoding="utf-8")
+    if damaged:
+        tell(f"note: {path}: damaged in line {', '.join(damaged[:8])}, which is left out")
 
 
 def write_json(path: Path, value: object) -> None:

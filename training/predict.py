@@ -2,7 +2,7 @@
 
     predictor = TextPredictor(prepared.prompts, tokenizer, template, options, seed=42, ...)
     numbers, rows = predictor.run(model, "eval")        # {"eval_rouge-1": ..., "eval_bleu-4": ...}, and texts
-    numbers = write_predictions(predictor, model, output_dir, world)        # into generated_predictions.jsonl
+    numbers = write_predictions(predictor, model, output_dir, world, look)  # into generated_predictions.jsonl
 
 The texts depend on weights, rows and `seed` only: during training, afterwards and in a run of its own they
 are the same, on any number of ranks. Nothing that a training goes on with is touched: each text has a random
@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -39,8 +40,9 @@ QUIET_SECONDS = 30.0  # between lines of progress where there is no terminal
 class Predictor(Protocol):
     names: tuple[str, ...]  # of what `run` measures of the generated texts of each set
 
-    def run(self, model: Decoder, kind: str) -> tuple[dict[str, float], list[dict]]:
-        """(numbers, named `kind`_..., rows of generated_predictions.jsonl), the same on all ranks."""
+    def run(self, model: Decoder, kind: str, look: Callable) -> tuple[dict[str, float], list[dict]]:
+        """(numbers, named `kind`_..., rows of generated_predictions.jsonl), the same on all ranks.
+        look: called between batches on all ranks; may raise."""
 
 
 class TextPredictor:
@@ -60,7 +62,7 @@ class TextPredictor:
             by_character = "jieba is not installed, so ROUGE takes Chinese by the character, not by the word"
             world.print(f"note: {by_character}; for the usual numbers: pip install jieba")
 
-    def run(self, model: Decoder, kind: str) -> tuple[dict[str, float], list[dict]]:
+    def run(self, model: Decoder, kind: str, look=lambda: None) -> tuple[dict[str, float], list[dict]]:
         """Rows: prompt, label (None where the row has no answer), predict; of several sets the name too."""
         self._check_lengths(model)
         started = time.monotonic()
@@ -68,7 +70,7 @@ class TextPredictor:
         measured: dict[str, dict[str, float]] = {}
         rows: list[dict] = []
         for name, prompts in self.prompts.items():
-            answers = self._answers(model, name, prompts)
+            answers = self._answers(model, name, prompts, look)
             tokens += sum(count for _, count in answers)
             pairs = [(text, prompt.answer) for (text, _), prompt in zip(answers, prompts)]
             measured[name] = mean_scores((text, label) for text, label in pairs if label is not None)
@@ -79,7 +81,7 @@ class TextPredictor:
         numbers = join(measured, kind)
         return numbers | {f"{kind}_generated_tokens_per_second": round(tokens / seconds, 1)}, rows
 
-    def _answers(self, model: Decoder, name: str, prompts: list[Prompt]) -> list[tuple[str, int]]:
+    def _answers(self, model: Decoder, name: str, prompts: list[Prompt], look) -> list[tuple[str, int]]:
         """The text to each prompt, and its tokens with the stop token."""
         decode = {"stop_ids": self.tokenizer.stop_ids, "tokenizer": self.tokenizer}
 
@@ -90,7 +92,8 @@ class TextPredictor:
             completions = roll_out(model, asked, seeds, self.options, **decode)
             return [(self.template.content(each.text), len(each.ids)) for each in completions]
 
-        return _of_all_ranks(write, len(prompts), self.rows_per_batch, f"answering {name}", self.world)
+        counts = len(prompts), self.rows_per_batch
+        return _of_all_ranks(write, *counts, f"answering {name}", self.world, look)
 
     def _check_lengths(self, model: Decoder) -> None:
         """Before the first text: a rank that stopped alone would leave the others waiting."""
@@ -112,7 +115,7 @@ class ScorePredictor:
         """sets: of kind "pair".  rows_per_batch: pairs that are scored together, on each rank."""
         self.sets, self.rows_per_batch, self.world = sets, rows_per_batch, world
 
-    def run(self, model: Decoder, kind: str) -> tuple[dict[str, float], list[dict]]:
+    def run(self, model: Decoder, kind: str, look=lambda: None) -> tuple[dict[str, float], list[dict]]:
         """Rows: number of the row, score of the chosen and of the rejected answer."""
         was_training, device = model.training, model.embed_tokens.weight.device
         model.eval()
@@ -124,7 +127,8 @@ class ScorePredictor:
                 batch = collate([store.example(i) for i in numbers]).rounded(ROW_MULTIPLE[device.type])
                 return list(zip(*pair_scores(model, batch.to(device))))
 
-            scores = _of_all_ranks(score, len(store), self.rows_per_batch, f"scoring {name}", self.world)
+            counts = len(store), self.rows_per_batch
+            scores = _of_all_ranks(score, *counts, f"scoring {name}", self.world, look)
             wins = sum(chosen > rejected for chosen, rejected in scores)
             margins = sum(chosen - rejected for chosen, rejected in scores)
             measured[name] = {"accuracy": wins / len(scores), "rewards/margins": margins / len(scores)}
@@ -135,18 +139,25 @@ class ScorePredictor:
         return join(measured, kind), rows
 
 
-def _of_all_ranks(make: Callable[[range], list], count: int, rows: int, what: str, world: World) -> list:
+def _of_all_ranks(
+    make: Callable[[range], list], count: int, rows: int, what: str, world: World, look: Callable[[], None]
+) -> list:
     """make(range) of batches of so many `rows`, joined in order; each rank makes every size-th batch."""
-    starts = range(0, count, rows)[world.rank :: world.size]
-    mine = [range(start, min(start + rows, count)) for start in starts]
+    starts = range(0, count, rows)
+    mine = [range(start, min(start + rows, count)) for start in starts[world.rank :: world.size]]
     made: list[tuple[int, list]] = []
-    terminal = sys.stderr.isatty()
+    terminal = sys.stderr is not None and sys.stderr.isatty()
     looks = {"desc": what, "unit": " rows", "leave": False, "delay": 2.0, "dynamic_ncols": terminal}
     pause = 0.1 if terminal else QUIET_SECONDS
-    with tqdm(total=sum(map(len, mine)), disable=not world.is_main, mininterval=pause, **looks) as bar:
-        for each in mine:
-            made.append((each.start, make(each)))
-            bar.update(len(each))
+    with tqdm(
+        total=sum(map(len, mine)), disable=not world.is_main or sys.stderr is None, mininterval=pause, **looks
+    ) as bar:
+        for number in range(-(-len(starts) // world.size)):
+            look()  # every rank as often
+            for each in mine[number : number + 1]:
+                made.append((each.start, make(each)))
+                with suppress(OSError):  # whoever read it is gone
+                    bar.update(len(each))
     return [value for _, values in sorted(itertools.chain(*world.gather(made))) for value in values]
 
 
@@ -163,10 +174,11 @@ def join(measured: dict[str, dict[str, float]], kind: str, digits: int | None = 
     return numbers
 
 
-def write_predictions(predictor: Predictor, model: Decoder, folder: Path, world: World) -> dict[str, float]:
-    """Write generated_predictions.jsonl; gives what was measured, time and speed. All ranks call it."""
+def write_predictions(predictor: Predictor, model: Decoder, folder: Path, world: World, look) -> dict:
+    """Write generated_predictions.jsonl; gives what was measured, time and speed. All ranks call it. look: as
+    in Predictor.run."""
     started = time.monotonic()
-    numbers, rows = predictor.run(model, "predict")
+    numbers, rows = predictor.run(model, "predict", look)
     seconds = max(time.monotonic() - started, 1e-9)
     if world.is_main:
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

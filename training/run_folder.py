@@ -1,9 +1,10 @@
-"""The folder of a training run: checkpoint-<step> that is complete or absent, resuming, the result, signals.
+"""The folder of a training run: checkpoint-<step> that is complete or absent, resuming, the result.
 
 A checkpoint is written under a temporary name, flushed to the disk, then renamed, so a kill -9 or a full disk
 at any moment leaves the earlier ones untouched. It holds the weights in Hugging Face or PEFT layout,
-trainer_state.json, `training_state.pt` (optimizer, scaler, counters) and one `rank_state_<rank>.pt` per rank;
-both are read with weights_only=True. A run continues only with the settings that decided its weights.
+trainer_state.json, `training_state.pt` (optimizer, scaler, counters), one `rank_state_<rank>.pt` per rank,
+both read with weights_only=True, and checksums.json of all these files. A run continues only with the
+settings that decided its weights.
 """
 
 import hashlib
@@ -11,10 +12,12 @@ import itertools
 import json
 import os
 import re
+import secrets
 import shutil
-import signal
-import time
+import socket
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,23 +30,23 @@ from checkpoints.safetensors_files import read_plain
 from checkpoints.source import RUN_CONFIG
 from model import Decoder
 from options.config import Config
-from options.errors import StopRun, UserError, refuse
+from options.errors import StopRun, UserError, refuse, say
 from parallel.atomic import TEMPORARY, alone_in, atomic_file, flush, flush_tree, remove, remove_folder
 from parallel.world import World, lost
 from training.instruments import Totals
+from training.monitor import ALL_RESULTS, read_results, write_json
 
-STATE_FILE, TRAINER_STATE = "training_state.pt", "trainer_state.json"
-RESULTS = "train_results.json"  # written last: a run that has it is finished
+STATE_FILE, TRAINER_STATE, CHECKSUMS = "training_state.pt", "trainer_state.json", "checksums.json"
+RESULTS = "train_results.json"
 SAVE_REQUEST = "SAVE"  # `touch output_dir/SAVE` asks a running training for a checkpoint
 # what an overwriting run removes beside the checkpoints; weights stay until the new ones replace them
-LOGS = (TRAINER_STATE, RESULTS, "eval_results.json", "predict_results.json", "all_results.json")
+LOGS = (TRAINER_STATE, RESULTS, "eval_results.json", "predict_results.json", ALL_RESULTS)
 LOGS += ("trainer_log.jsonl", "training_loss.png", "generated_samples.jsonl", "generated_predictions.jsonl")
 WEIGHTS = ("adapter_config.json", "adapter_model.safetensors", "value_head.safetensors")
 WEIGHTS += ("model*.safetensors", "model.safetensors.index.json")
 PIECES, PIECE_BYTES = 256, 2**16  # 16 MiB of each file: some ms, where all of a large model takes minutes
 _NAME = re.compile(r"checkpoint-(\d+)")
 AS_START = "give its weights as adapter_name_or_path or model_name_or_path"
-_GRACE_SECONDS = 1.0  # a terminal and a launcher may both pass on one Ctrl-C; a later one means it
 
 
 @dataclass
@@ -58,6 +61,7 @@ class Progress:
     best_metric: float | None = None
     best_checkpoint: str | None = None
     stale_evaluations: int = 0  # evaluations since the last gain
+    evaluation_due: bool = False  # that after the last update, which a signal has put off
 
     def count(self, since: Totals) -> None:
         """What a log line told of."""
@@ -67,6 +71,7 @@ class Progress:
 
     def track(self, value: float, gain: bool) -> None:
         """The evaluation after this step measured `value`."""
+        self.evaluation_due = False
         self.stale_evaluations = 0 if gain else self.stale_evaluations + 1
         if gain:
             self.best_metric, self.best_checkpoint = value, f"checkpoint-{self.step}"
@@ -127,12 +132,35 @@ def lock_folder(output_dir: Path, world: World) -> Iterator[None]:
             raise StopRun(f"{gone}; the same command {again}") from error
 
 
+def require_common_disk(output_dir: Path, world: World) -> None:
+    """UserError where a rank does not see what rank 0 writes into the folder: it could not save its share,
+    nor find what it resumes from. All ranks call it."""
+    if world.size == 1:
+        return
+    mark = output_dir / f"{TEMPORARY}seen-{world.gather(secrets.token_hex(8))[0]}"
+    if world.is_main:
+        mark.touch()
+    world.barrier()
+    seen = world.gather([mark.exists(), socket.gethostname()])
+    if world.is_main:
+        mark.unlink()
+    apart = [f"rank {rank} on {host}" for rank, (sees, host) in enumerate(seen) if not sees]
+    found = f"what rank 0 on {seen[0][1]} writes there is not seen by {', '.join(apart[:4])}"
+    remedy = "give an absolute path on a disk that all nodes share"
+    refuse(apart, f"output_dir: {output_dir}: {found}; {remedy}")
+
+
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Complete checkpoints, oldest step first."""
     if not output_dir.is_dir():
         return []
     found = [(int(match[1]), path) for path in output_dir.iterdir() if (match := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found) if (path / STATE_FILE).is_file()]
+
+
+def finished(output_dir: Path) -> bool:
+    """Whether a training came to its end there: all_results.json, its last file, has its numbers."""
+    return (output_dir / RESULTS).exists() and "train_loss" in read_results(output_dir)
 
 
 def find_resume(output_dir: Path, resume_from_checkpoint: str | None, overwrite: bool) -> Path | None:
@@ -181,8 +209,9 @@ def refuse_to_destroy(
         refuse(removed, f"overwrite_output_dir: would remove {source}, which {key} names; {another}")
 
 
-def begin(output_dir: Path, resume: Path | None, overwrite: bool, config: Config) -> None:
-    """Make the folder ready for this run, and leave the resolved configuration in it."""
+def begin(output_dir: Path, resume: Path | None, overwrite: bool, config: Config, best: str | None) -> None:
+    """Make the folder ready for this run, and leave the resolved configuration in it. best: the name of the
+    checkpoint that a resumed run holds for the best."""
     for path in output_dir.glob(f"{TEMPORARY}*"):  # what killed processes left
         remove(path)
     (output_dir / SAVE_REQUEST).unlink(missing_ok=True)
@@ -195,14 +224,16 @@ def begin(output_dir: Path, resume: Path | None, overwrite: bool, config: Config
                 path.unlink()
         if checkpoints:
             removed = f"removed {len(checkpoints)} checkpoints of the earlier run"
-            print(f"note: overwrite_output_dir: {removed}", flush=True)
+            say(f"note: overwrite_output_dir: {removed}")
     match = _NAME.fullmatch(resume.name) if resume is not None else None
     for path in checkpoints if match else ():
         if int(path.name.rpartition("-")[2]) > int(match[1]):
             aside = path.with_name(f"old-{path.name}")
             remove_folder(aside)
             path.rename(aside)
-            print(f"note: {path.name} is newer than {resume.name}, so it is now {aside.name}", flush=True)
+            say(f"note: {path.name} is newer than {resume.name}, so it is now {aside.name}")
+    if resume is not None and resume.parent.resolve() == output_dir.resolve():
+        rotate(output_dir, config.values["save_total_limit"], best)  # a kill may have come before
     with atomic_file(output_dir / RUN_CONFIG) as temporary:
         config.save(temporary)
 
@@ -215,11 +246,12 @@ def wants_checkpoint(output_dir: Path, world: World) -> bool:
     return True
 
 
-def load_best(model: Decoder, output_dir: Path, progress: Progress, metric: str) -> str:
+def load_best(model: Decoder, output_dir: Path, progress: Progress, metric: str, world: World) -> str:
     """Give the model the weights that evaluated best, if they were saved; a line that says so."""
     best = output_dir / progress.best_checkpoint
     if not best.is_dir():
         return f"note: the best evaluation was at {best.name}, which was not saved; the last weights stay"
+    check_files(best, world)
     restore_trained(model, best)
     return f"best: {best}, {metric} {progress.best_metric:.4f}"
 
@@ -230,8 +262,16 @@ def load_best(model: Decoder, output_dir: Path, progress: Progress, metric: str)
 @contextmanager
 def writing_checkpoint(final: Path, world: World) -> Iterator[Path]:
     """A folder for all ranks to write into, which becomes the checkpoint `final` at the end. Or StopRun."""
-    with _of_all_ranks(final, final.with_name(f"{TEMPORARY}{final.name}"), world) as temporary:
+    temporary = final.with_name(f"{TEMPORARY}{final.name}")
+    with _of_all_ranks(final, temporary, world):
         yield temporary
+    written = list(temporary.glob(f"rank_state_{world.rank}.pt"))
+    if world.is_main:
+        written += (path for path in temporary.iterdir() if not path.match("rank_state_*"))
+    sums = world.gather(checksums(written))
+    with _of_all_ranks(final, temporary, world, begins=False):
+        if world.is_main:
+            write_json(temporary / CHECKSUMS, dict(itertools.chain(*map(dict.items, sums))))
     if world.is_main:
         remove_folder(final)
         temporary.rename(final)
@@ -257,11 +297,12 @@ def writing_result(output_dir: Path, world: World) -> Iterator[Path]:
 
 
 @contextmanager
-def _of_all_ranks(final: Path, temporary: Path, world: World) -> Iterator[Path]:
-    """The folder `temporary`, on the disk when the block ends; where a rank fails, no folder and StopRun."""
+def _of_all_ranks(final: Path, temporary: Path, world: World, begins: bool = True) -> Iterator[Path]:
+    """The folder `temporary`, on the disk when the block ends; where a rank fails, no folder and StopRun.
+    begins: with nothing in it."""
     failure: Exception | None = None
     try:
-        if world.is_main:
+        if world.is_main and begins:
             remove_folder(temporary)
             temporary.mkdir(parents=True)
     except OSError as error:
@@ -285,6 +326,21 @@ def _of_all_ranks(final: Path, temporary: Path, world: World) -> Iterator[Path]:
     raise StopRun(f"{text}; make room and run the same command to continue") from failure
 
 
+def checksums(paths: Iterable[Path]) -> dict[str, str]:
+    """CRC-32 and size of each file, by its name."""
+
+    def checksum(path: Path) -> str:
+        value = 0
+        with open(path, "rb") as file:
+            while piece := file.read(2**22):
+                value = zlib.crc32(piece, value)
+            return f"{value:08x} {file.tell()}"
+
+    paths = list(paths)
+    with ThreadPoolExecutor(4) as pool:  # crc32 runs beside other threads
+        return dict(zip((path.name for path in paths), pool.map(checksum, paths)))
+
+
 def rotate(output_dir: Path, limit: int | None, keep: str | None) -> None:
     """Remove the oldest checkpoints beyond `limit`; the newest and the one named `keep` (the best) stay."""
     checkpoints = list_checkpoints(output_dir)
@@ -299,6 +355,7 @@ def rotate(output_dir: Path, limit: int | None, keep: str | None) -> None:
 def read_checkpoint(folder: Path, fingerprint: Mapping[str, str], world: World) -> dict:
     """The state in a checkpoint and this rank's own. Raises UserError unless this run may continue it: with
     the settings of the fingerprint, but for keys that are new in this version."""
+    check_files(folder, world)
     state = read_state(folder / STATE_FILE)
     before, now = state["fingerprint"], fingerprint
     differing = [key for key in now if before.get(key, now[key]) != now[key]]
@@ -312,17 +369,42 @@ def read_checkpoint(folder: Path, fingerprint: Mapping[str, str], world: World) 
     return state | {"rank": read_state(folder / f"rank_state_{world.rank}.pt")}
 
 
+def check_files(folder: Path, world: World) -> None:
+    """UserError for a checkpoint with a file that is not as it was written. All ranks call it."""
+    problem, path = None, folder / CHECKSUMS
+    if world.is_main and path.is_file():  # older versions wrote none
+        try:
+            written = dict(json.loads(path.read_text(encoding="utf-8")).items())
+            found = checksums(folder / name for name in written if (folder / name).is_file())
+            for name in written:
+                if found.get(name) != written[name]:
+                    problem = damaged(folder / name, "its bytes are not those that were written")
+        except (ValueError, AttributeError) as error:  # no JSON, no UTF-8, no object of names
+            problem = damaged(path, str(error))
+    if world.any(problem is not None):
+        raise problem or UserError(f"{folder}: rank 0 found a damaged file")
+
+
 def read_state(path: Path) -> dict:
     """Our own state file, without unpickling code. Raises UserError when it is missing or damaged."""
     if not path.is_file():
         raise UserError(f"{path}: missing; the checkpoint was written by fewer processes than run now")
     try:
-        return read_plain(path)
+        state = read_plain(path)
     except UserError as error:
-        others = [other.name for other in list_checkpoints(path.parent.parent) if other != path.parent]
-        there = f" (there are {', '.join(others)})" if others else ""
-        remedy = f"give another checkpoint as resume_from_checkpoint{there}, or set overwrite_output_dir=true"
-        raise UserError(f"{path}: damaged ({error}); {remedy} to start anew") from error
+        raise damaged(path, str(error)) from error
+    lacking = {"fingerprint", "progress"} if path.name == STATE_FILE else {"random", "window", "stage"}
+    if not isinstance(state, dict) or lacking - state.keys():
+        raise damaged(path, "it lacks what a training writes there")
+    return state
+
+
+def damaged(path: Path, why: str) -> UserError:
+    """What to say of a file of a checkpoint that cannot be used."""
+    others = [other.name for other in list_checkpoints(path.parent.parent) if other != path.parent]
+    there = f" (there are {', '.join(others)})" if others else ""
+    remedy = f"give another checkpoint as resume_from_checkpoint{there}, or set overwrite_output_dir=true"
+    return UserError(f"{path}: damaged ({why}); {remedy} to start anew")
 
 
 def read_history(folder: Path | None) -> list[dict]:
@@ -331,10 +413,9 @@ def read_history(folder: Path | None) -> list[dict]:
         return []
     path = folder / TRAINER_STATE
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["log_history"]
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
-        remedy = "give another resume_from_checkpoint"
-        raise UserError(f"{path}: missing or damaged ({error}); {remedy}") from error
+        return list(json.loads(path.read_text(encoding="utf-8"))["log_history"])
+    except (OSError, ValueError, KeyError, TypeError) as error:  # missing, no JSON, no UTF-8, another object
+        raise damaged(path, f"{type(error).__name__}: {error}") from error
 
 
 def fingerprint(config: Config, world: World, described: Mapping[str, str]) -> dict[str, str]:
@@ -367,31 +448,3 @@ def restore_random_state(state: dict, device: torch.device) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)
-
-
-# Signals
-
-
-@contextmanager
-def catch_signals() -> Iterator[list[int]]:
-    """SIGTERM and SIGINT are noted in the list, for a checkpoint after this step; a repeated one kills."""
-    received: list[int] = []
-    first_at = 0.0
-
-    def note(number, frame) -> None:
-        nonlocal first_at
-        if not received:
-            first_at = time.monotonic()
-            name = signal.Signals(number).name
-            os.write(2, f"\n{name}: saving after this step; once more to stop at once\n".encode())
-        elif time.monotonic() - first_at > _GRACE_SECONDS:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        received.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -50,7 +50,14 @@ from stages.stage import Stage
 from templates import TemplateOptions, get_template
 from text.tokenizer import Tokenizer
 from training import memory, plan, run_folder
-from training.make_stage import folders_beside, make_reward_ahead, make_stage, notices, rollout_sizes
+from training.make_stage import (
+    folders_beside,
+    make_reward_ahead,
+    make_stage,
+    notices,
+    rollout_sizes,
+    wanted_files,
+)
 from training.measure import check_metric
 from training.options import OptimOptions, TrainOptions
 from training.predict import Predictor, ScorePredictor, TextPredictor
@@ -105,6 +112,10 @@ class Data:
         """Of the training's data sets."""
         return [] if self.prepared.train is None else self.prepared.train.datasets
 
+    def batches_drawn(self, step: int) -> int:
+        """On each rank, for the updates up to `step`."""
+        return -(-step // self.updates_per_draw) * self.batches_per_draw
+
     def epoch(self, step: int) -> float:
         return step / (self.steps_per_epoch or max(self.total_steps, 1))
 
@@ -116,6 +127,8 @@ def read(config: Config, world: World) -> Inputs:
         world.print(f"note: {notice}")
     check_services(options.services)
     kernels.require_attention(config[ModelOptions].flash_attn, world.device, options.compute_dtype)
+    if options.trains and not options.plan:
+        run_folder.require_common_disk(Path(options.output_dir), world)
     resume, source = find_start(config)
     model_config = load_config(source)
     refuse_on_quantised(config, source, model_config)
@@ -149,9 +162,9 @@ def find_start(config: Config) -> tuple[Path | None, Path]:
     """(checkpoint to continue or None, model folder); refuses to overwrite what the run starts from."""
     options, output_dir = config[TrainOptions], Path(config[TrainOptions].output_dir)
     resume, overwrite = None, options.overwrite_output_dir
-    check_adapters(config[ModelOptions])
+    check_adapters(config[ModelOptions], wanted_files(config))
     if options.plan:
-        return None, resolve_model(config[ModelOptions])
+        return None, resolve_model(config[ModelOptions], wanted_files(config))
     if options.trains:
         resume = run_folder.find_resume(output_dir, options.resume_from_checkpoint, overwrite)
     source = resolve_model(config[ModelOptions])
@@ -243,7 +256,8 @@ def describe_inputs(config: Config, source: Path, prepared: Prepared) -> dict[st
         tokens = int(prepared.train.lengths.sum())
         described["training data"] = f"{len(prepared.train)} examples of {tokens} tokens"
         described["content of training data"] = prepared.train.digest()
-    folders = {"model_name_or_path": [source], "adapter_name_or_path": resolve_adapters(config[ModelOptions])}
+    adapters = resolve_adapters(config[ModelOptions], wanted_files(config))
+    folders = {"model_name_or_path": [source], "adapter_name_or_path": adapters}
     for key, named in (folders | folders_beside(config)).items():
         others = [folder for folder in named if folder.resolve() != output_dir]  # not what it trains in place
         patterns = (*run_folder.WEIGHTS, "config.json")
@@ -292,11 +306,14 @@ def build_model(config: Config, source: Path, world: World) -> Decoder:
         world.print(f"note: {unused} compares log-probabilities, to which dropout would add noise")
         lora_options = replace(lora_options, lora_dropout=0.0)
     generator = torch.Generator().manual_seed(options.seed)
-    adapters, name = resolve_adapters(model_options), model_options.model_name_or_path
+    adapters = resolve_adapters(model_options, wanted_files(config))
+    name = model_options.model_name_or_path
     for folder in adapters:
         base = read_adapter_config(folder).get("base_model_name_or_path") or ""
         if base and Path(base).name != Path(name).name:  # the same model may lie in several places
             world.print(f"note: the adapter {folder} was trained on {base}, and lies on {name} here")
+    if options.plan:
+        adapters, lora_options = plan.without_weights(model, adapters, lora_options)
     prepare_adapters(model, adapters, lora_options, generator, trained)
     for parameter in model.parameters():
         # frozen weights in the compute dtype, trained ones in full precision
@@ -364,7 +381,7 @@ def make_plan(inputs: Inputs) -> str:
         written = f"from,\n  {texts} at once, whose cache takes up to {cache / plan.GIB:.2f} GiB)"
         time = "the time in which the model writes the texts that it learns"
         of_texts = f"\n  (of the updates; to it comes {time} {written}"
-    largest = plan.largest_file(inputs.source)
+    largest = 0.0 if options.train_from_scratch else plan.largest_file(inputs.source)
     peak = plan.predict_peak(model, chosen, need, largest, device, beside, cache=cache)
     bound = plan.bound_speed(model, chosen, lengths, share, tokens, device)
     text = plan.report(peak, bound, memory.free_bytes(device), tokens, device)

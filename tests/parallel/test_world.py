@@ -1,5 +1,6 @@
 """Two processes over gloo give the gradients and the weights of one."""
 
+import os
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ import torch
 from tiny_runs import ROOT, assert_same_weights, fork, free_port, start_ranks, tiny_runs
 
 import parallel.world
+import train
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +75,32 @@ def test_torchrun_trains_and_a_signal_to_it_leaves_a_checkpoint(tiny):
     process.terminate()
     text, _ = process.communicate(timeout=60)
     assert len(tiny.checkpoints("torchrun")) == 1 and "SIGTERM: stopped after step" in text, text
+
+
+def train_elsewhere(words: list[str], folder) -> int:
+    """In a child: as on a node with a disk of its own."""
+    os.chdir(folder)
+    return train.main(words)
+
+
+def test_ranks_without_a_common_disk_are_told_so_at_the_start(tiny, tmp_path):
+    words = tiny.words("unused", output_dir="run", save_strategy="steps", save_steps=2)
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    children = []
+    for rank in range(2):
+        (tmp_path / f"{rank}/run").mkdir(parents=True)
+        output, environment = (
+            tmp_path / f"output.{rank}",
+            shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        children.append(fork(train_elsewhere, (words, tmp_path / str(rank)), output, environment))
+    assert [child.wait() for child in children] == [2, 2]
+    for child in children:
+        assert (
+            "output_dir: run: what rank 0 on " in child.text() and "is not seen by rank 1 on" in child.text()
+        )
+        assert "trainable" not in child.text()
+    assert not list(tmp_path.glob("*/run/*")) and not list(tmp_path.glob("*/run/.*"))
 
 
 # GradientSum by itself

@@ -118,6 +118,60 @@ def test_metrics_are_short_on_the_console_and_whole_in_the_log_with_the_names_of
     assert "accuracy" not in made.history[0]  # trainer_state.json holds trl's names alone
 
 
+def test_lines_that_a_full_disk_has_no_room_for_come_when_there_is_some(tmp_path, monkeypatch, capsys):
+    made, room = begun(tmp_path), [30]
+    plain = open
+
+    class Limited:
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.file.close()
+
+        def write(self, content: bytes) -> int:
+            if not room[0]:
+                raise OSError(28, "No space left on device")
+            written = self.file.write(content[: room[0]])
+            room[0] -= written
+            return written
+
+    monkeypatch.setattr(monitor, "open", lambda *given, **how: Limited(plain(*given, **how)), raising=False)
+    for step in (1, 2, 3):
+        room[0] += 10**6 * (step == 3)
+        made.log(step, step / 10, values(1.0))
+        lines = (tmp_path / monitor.LOG_FILE).read_text()
+        assert len(lines) == 30 or step == 3
+    assert [json.loads(line)["current_steps"] for line in lines.splitlines()] == [1, 2, 3]
+    said = capsys.readouterr().out
+    assert (
+        said.count("No space left on device; its lines wait, and the run goes on") == 1
+        and "step 3/10" in said
+    )
+
+
+@pytest.mark.parametrize(
+    "error", [BrokenPipeError(32, "gone"), OSError(28, "full"), OSError(5, "no terminal")]
+)
+def test_a_line_that_nobody_can_read_ends_no_run(tmp_path, monkeypatch, error):
+    def write(text):
+        raise error
+
+    monkeypatch.setattr("options.errors.drop_output", lambda: None)  # of pytest's own
+    made = begun(tmp_path)
+    monkeypatch.setattr("sys.stdout", SimpleNamespace(write=write, flush=lambda: None, isatty=lambda: False))
+    made.log(1, 0.1, values(1.0))
+    ONE.print("a line")
+    monkeypatch.setattr("sys.stdout", None)  # closed before the program started
+    made = begun(tmp_path, step=1, history=made.history)
+    made.log(2, 0.2, values(1.0))
+    monkeypatch.undo()
+    assert len((tmp_path / monitor.LOG_FILE).read_text().splitlines()) == 2
+
+
 def test_tensorboard_gets_the_scalars_and_a_resumed_run_draws_over_what_was_lost(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

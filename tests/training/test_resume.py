@@ -1,6 +1,7 @@
 """A run that was stopped, killed or broken off, and resumed, ends with the bits of one that never stopped."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -9,18 +10,27 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_runs import assert_same_weights, fork, start_ranks, tiny_runs
 
+import kernels
 import train
-from checkpoints import huggingface
+from checkpoints import huggingface, trainable
+from checkpoints.huggingface import load_model
+from checkpoints.peft import adapter_parameters, load_adapter
+from kernels.linear import Part
+from lora import LoraLinear, add_lora, lora_layers
+from options.errors import UserError
+from parallel.world import World
 from pipeline import prefetch
-from training import run_folder
+from training import measure, predict, run_folder
 
 LONG = {
     "num_train_epochs": 8,
     "per_device_train_batch_size": 1,
     "gradient_accumulation_steps": 3,
 }  # 56 updates
+ONE = World(0, 1, 0, torch.device("cpu"))
 NOISY = {"lora_dropout": 0.2, "neftune_noise_alpha": 5}
 
 
@@ -366,6 +376,225 @@ def test_flipped_bits_in_the_state_are_found(tiny, copied, capsys):
     assert str(path) in error and "damaged" in error and "checkpoint-8" in error
 
 
+def test_a_flipped_bit_in_any_file_of_a_checkpoint_is_found_and_named(tiny, saved, tmp_path, capsys):
+    generator = random.Random(3)
+    names = sorted(path.name for path in (saved / "checkpoint-10").iterdir())
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "rank_state_0.pt"} < set(
+        names
+    )
+    for name in names:
+        folder = shutil.copytree(saved / "checkpoint-10", tmp_path / name / "checkpoint-10").parent
+        shutil.copytree(saved / "checkpoint-8", folder / "checkpoint-8")
+        path = folder / "checkpoint-10" / name
+        content = bytearray(path.read_bytes())
+        content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
+        path.write_bytes(content)
+        with pytest.raises(UserError) as caught:
+            run_folder.check_files(folder / "checkpoint-10", ONE)
+        assert ": damaged (" in str(caught.value) and "there are checkpoint-8" in str(caught.value)
+        if name != "checksums.json":
+            assert str(caught.value).startswith(f"{path}: ")
+    assert resume(tiny, folder) == 2
+    assert f"{path}: damaged" in capsys.readouterr().err
+    assert resume(tiny, folder, resume_from_checkpoint=folder / "checkpoint-8") == 0
+    run_folder.check_files(saved / "checkpoint-10", ONE)
+
+
+def test_the_best_weights_are_looked_at_before_they_are_taken(tiny, tmp_path, monkeypatch, capsys):
+    keys = {"val_size": 4, "evaluation_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+
+    def flipping(model, output_dir, *rest):
+        (path,) = output_dir.glob("checkpoint-2/adapter_model.safetensors")
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+        return run_folder.load_best(model, output_dir, *rest)
+
+    monkeypatch.setattr(train, "load_best", flipping)
+    assert resume(tiny, tmp_path / "run", max_steps=2, **keys) == 2
+    assert "checkpoint-2/adapter_model.safetensors: damaged" in capsys.readouterr().err
+
+
+def test_a_stream_that_has_changed_where_it_was_consumed_is_refused(tiny, tmp_path, capsys):
+    rows, data = json.loads(tiny.data.read_text()), tmp_path / "rows.json"
+    data.write_text(json.dumps(rows))
+    keys = {"dataset": data, "streaming": True, "buffer_size": 1, "num_train_epochs": None}
+    assert resume(tiny, tmp_path / "run", max_steps=2, **keys) == 0
+    kept = shutil.copytree(tmp_path / "run", tmp_path / "kept")
+    rows.append({"instruction": "more", "output": "rows"})
+    rows[9]["output"] += " behind"
+    data.write_text(json.dumps(rows))  # what is to come may change
+    assert resume(tiny, tmp_path / "run", max_steps=3, **keys) == 0
+    rows[3]["output"] += " before"
+    data.write_text(json.dumps(rows))
+    assert resume(tiny, kept, max_steps=3, **keys) == 2
+    assert "dataset: the first 2 batches of the stream are not those" in capsys.readouterr().err
+
+
+def test_a_resumed_run_removes_the_checkpoints_that_a_kill_has_left(tiny, copied):
+    """Killed between the newest checkpoint and the removal of the oldest; here after the last one."""
+    assert resume(tiny, copied, save_total_limit=2) == 0
+    assert tiny.checkpoints(copied) == [8, 10]
+
+
+def test_damaged_logs_are_named_and_cost_nothing_else(tiny, copied, capsys):
+    log = copied / "trainer_log.jsonl"
+    lines = log.read_text().splitlines()
+    log.write_text("\n".join([lines[0], lines[1][:20], *lines[2:], "[3]", '{"current_steps": 9']))
+    (copied / "all_results.json").write_text('{"eval_loss": ')
+    assert resume(tiny, copied) == 0
+    said = capsys.readouterr().out
+    assert f"{log}: damaged in line 2, 11, 12, which is left out" in said
+    assert f"{copied}/all_results.json: damaged" in said
+    assert [entry["current_steps"] for entry in tiny.log(copied)] == [1, 3, 4, 5, 6, 7, 8, 9, 10]
+    assert tiny.results(copied)["train_steps"] == 10
+    (copied / "train_results.json").unlink()
+    for path in (copied / "checkpoint-10/trainer_state.json", copied / "checkpoint-10/checksums.json"):
+        path.write_text("[]")  # of an older version, without checksums: what reads the file finds it
+    assert resume(tiny, copied) == 2
+    assert "checkpoint-10/checksums.json: damaged" in capsys.readouterr().err
+    (copied / "checkpoint-10/checksums.json").unlink()
+    assert resume(tiny, copied) == 2
+    assert "checkpoint-10/trainer_state.json: damaged" in capsys.readouterr().err
+
+
+def test_a_run_is_finished_with_its_last_file(tiny, copied, saved, capsys):
+    """Killed between train_results.json and all_results.json."""
+    shutil.copy(saved / "train_results.json", copied)
+    (copied / "all_results.json").unlink()
+    assert resume(tiny, copied) == 0
+    assert tiny.results(copied)["train_loss"] == tiny.results(saved)["train_loss"]
+    assert "already trained" not in capsys.readouterr().out
+    newest = max(copied.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    assert newest.name == "all_results.json"
+
+
+# What trains is what is saved, where lora.py has been edited too
+
+
+def test_a_parameter_that_an_edit_adds_to_an_adapter_is_saved_and_restored(tiny, monkeypatch):
+    start, part = LoraLinear.__init__, LoraLinear.part
+
+    def begin(self, *given, **named):
+        start(self, *given, **named)
+        self.gate = torch.nn.Parameter(torch.ones(self.out_features))
+
+    monkeypatch.setattr(LoraLinear, "__init__", begin)
+    monkeypatch.setattr(LoraLinear, "part", lambda self: Part(None, layer=self))
+    monkeypatch.setattr(
+        LoraLinear, "forward", lambda self, x: kernels.linears(x, [part(self)])[0] * self.gate
+    )
+    halves(tiny, "gated", 4, max_steps=8, lora_target="q_proj,down_proj")
+    gates = {name: tensor for name, tensor in tiny.weights("gated-whole").items() if name.endswith("gate")}
+    assert len(gates) == 4 and all((tensor != 1).any() for tensor in gates.values())
+    model = load_model(tiny.model)
+    load_adapter(model, tiny.folder / "gated-whole")
+    for name, tensor in gates.items():
+        layer = model.get_submodule(name.removeprefix("base_model.model.model.").removesuffix(".gate"))
+        assert torch.equal(layer.gate, tensor) and layer.gate.requires_grad
+    adapter = shutil.copytree(tiny.folder / "gated-whole", tiny.folder / "gated-cut")
+    kept = {
+        name: tensor
+        for name, tensor in tiny.weights("gated-whole").items()
+        if "1.mlp" not in name or "gate" not in name
+    }
+    save_file(kept, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"layers.1.mlp.down_proj lacks gate"):
+        load_adapter(load_model(tiny.model), adapter)
+
+
+def test_what_an_edit_freezes_stays_frozen_in_a_resumed_and_in_a_continued_run(tiny, monkeypatch, capsys):
+    """LoRA-FA (arXiv 2308.03303): A as it was drawn, B trains."""
+
+    def frozen_a(model, *given):
+        add_lora(model, *given)
+        for layer in lora_layers(model).values():
+            layer.lora_a.requires_grad_(False)
+
+    monkeypatch.setattr(trainable, "add_lora", frozen_a)
+    halves(tiny, "fa", 4, max_steps=8)
+    first, last = tiny.weights("fa-whole/checkpoint-4"), tiny.weights("fa-whole")
+    assert all(torch.equal(first[name], last[name]) == ("lora_A" in name) for name in first)
+    monkeypatch.undo()  # the adapter itself says so
+    assert tiny.train("fa-more", adapter_name_or_path=tiny.folder / "fa-whole", max_steps=3) == 0
+    more = tiny.weights("fa-more")
+    assert all(torch.equal(more[name], last[name]) == ("lora_A" in name) for name in more)
+    (tiny.folder / "fa-parts/train_results.json").unlink()
+    assert tiny.train("fa-parts", max_steps=10) == 2  # without the edit A would begin to train
+    error = capsys.readouterr().err
+    assert "layers.0.self_attn.q_proj.lora_a trains, but did not when the checkpoint was written" in error
+
+
+def test_what_would_not_be_saved_is_found_before_the_first_update(tiny, tmp_path, monkeypatch, capsys):
+    def without_b(model):
+        return (each for each in adapter_parameters(model) if "lora_B" not in each[0])
+
+    monkeypatch.setattr(huggingface, "adapter_parameters", without_b)
+    assert resume(tiny, tmp_path / "run") == 2
+    assert "q_proj.lora_b trains, but no checkpoint would hold it" in capsys.readouterr().err
+    assert not (tmp_path / "run/trainer_log.jsonl").exists()
+
+
+# A signal in an evaluation
+
+
+@pytest.mark.parametrize("kind", ["loss", "texts"])
+def test_a_signal_in_an_evaluation_saves_at_once_and_the_evaluation_is_done_again(
+    tiny, tmp_path, kind, monkeypatch
+):
+    keys = {"val_size": 4, "evaluation_strategy": "steps", "eval_steps": 2, "save_strategy": "steps"}
+    keys |= {"save_steps": 4, "max_steps": 6, "load_best_model_at_end": True, "per_device_eval_batch_size": 1}
+    keys |= {"predict_with_generate": True, "max_new_tokens": 4} if kind == "texts" else {}
+    place, name = (measure, "of_the_stage") if kind == "loss" else (predict, "roll_out")
+    original, calls = getattr(place, name), []
+    assert tiny.train("unused", output_dir=tmp_path / "whole", **keys) == 0
+
+    def interrupted(*given, **named):
+        calls.append(kind)
+        if len(calls) == (2 if kind == "loss" else 6):  # in the second evaluation
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*given, **named)
+
+    monkeypatch.setattr(place, name, interrupted)
+    assert tiny.train("unused", output_dir=tmp_path / "parts", **keys) == 128 + signal.SIGTERM
+    assert tiny.checkpoints(tmp_path / "parts") == [4]
+    assert list(tiny.losses(tmp_path / "parts", "eval_loss")) == [2]
+    count = len(calls)
+    monkeypatch.setattr(place, name, original)
+    assert tiny.train("unused", output_dir=tmp_path / "parts", **keys) == 0
+    assert count == (2 if kind == "loss" else 6)  # nothing more was evaluated
+    for key in ("loss", "eval_loss"):
+        assert tiny.losses(tmp_path / "whole", key) == tiny.losses(tmp_path / "parts", key)
+    assert_same_weights(tiny.weights(tmp_path / "whole"), tiny.weights(tmp_path / "parts"))
+    assert tiny.checkpoints(tmp_path / "whole") == tiny.checkpoints(tmp_path / "parts")
+
+
+def test_a_signal_in_the_last_evaluation_or_prediction_loses_nothing(tiny, tmp_path, monkeypatch, capsys):
+    keys = {
+        "val_size": 4,
+        "do_train": True,
+        "do_predict": True,
+        "predict_with_generate": True,
+        "max_steps": 2,
+    }
+    original = predict.roll_out
+
+    def interrupted(*given, **named):
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(*given, **named)
+
+    monkeypatch.setattr(predict, "roll_out", interrupted)
+    assert resume(tiny, tmp_path / "run", max_new_tokens=4, **keys) == 128 + signal.SIGINT
+    said = capsys.readouterr()
+    assert "SIGINT: the evaluation was not finished; what was trained is in" in said.out
+    assert (
+        "nothing was trained" not in said.err and not (tmp_path / "run/generated_predictions.jsonl").exists()
+    )
+    monkeypatch.setattr(predict, "roll_out", original)
+    assert resume(tiny, tmp_path / "run", max_new_tokens=4, **keys) == 0
+    assert (tmp_path / "run/generated_predictions.jsonl").exists()
+
+
 def test_resume_from_checkpoint_true_false_and_a_path(tiny, copied, tmp_path, capsys):
     assert resume(tiny, tmp_path / "none", resume_from_checkpoint="true") == 2
     assert "no complete checkpoint" in capsys.readouterr().err
@@ -461,8 +690,10 @@ def test_a_disk_that_is_full_at_the_end_is_said_so(tiny, tmp_path):
     assert not list((tmp_path / "end").glob("adapter*")) and not list((tmp_path / "end").glob(".tmp*"))
 
 
-def test_a_disk_too_full_for_log_lines_is_said_so(tiny, tmp_path):
-    child = tiny.child("log", file_limit=2500, output_dir=tmp_path / "log")
+def test_a_disk_too_full_for_log_lines_is_said_so_and_ends_no_run(tiny, tmp_path):
+    """Only what is to be saved needs the room."""
+    child = tiny.child("log", file_limit=8000, output_dir=tmp_path / "log", num_train_epochs=7)
     assert child.wait() == 1
-    assert f"output_dir: {tmp_path}/log: " in child.text() and "make room" in child.text()
+    assert f"{tmp_path}/log/trainer_log.jsonl: File too large; its lines wait" in child.text()
+    assert "step 35/35" in child.text() and f"output_dir: {tmp_path}/log could not be written" in child.text()
     assert "Traceback" not in child.text()
