@@ -299,7 +299,9 @@ class StreamingLoader(Loader):
                 yield self.collate(examples)
 
     def state(self, batches: int) -> dict:
-        return {"batches": batches, "digest": self._digests[batches]} if batches else {}
+        if batches not in self._digests:  # none was drawn since `restore`
+            return dict(self._seen)
+        return {"batches": batches, "digest": self._digests[batches]}
 
     def restore(self, state: dict) -> None:
         self._seen |= state

@@ -326,6 +326,33 @@ def test_shuffle_buffer_depends_on_the_seed_alone_and_loses_nothing():
     assert all(value <= place + 16 for place, value in enumerate(first))  # never from beyond the buffer
 
 
+def test_a_stream_knows_the_batches_that_were_consumed_again():
+    def loader(changed=None, **place):
+        def encode(number):
+            return [example(number + (number == changed), 1 + number % 13)]
+
+        return StreamingLoader(
+            lambda epoch: iter(range(20)), encode, rows_per_batch=2, shuffle=False, **place
+        )
+
+    for rank in range(2):
+        first = loader(rank=rank, world=2)
+        ahead = list(itertools.islice(first.draws(2), 3))  # more than was trained on
+        state = first.state(4)
+        assert len(ahead) == 3 and state["batches"] == 4
+        again = loader(rank=rank, world=2)
+        again.restore(state)
+        assert again.state(4) == state  # before the first one is drawn, too
+        assert numbers(next(again.draws(2, 2))[0]) == numbers(ahead[2][0])
+        later = loader(changed=18, rank=rank, world=2)
+        later.restore(state)
+        next(later.draws(2, 2))
+        earlier = loader(changed=2 * rank + 1, rank=rank, world=2)
+        earlier.restore(state)
+        with pytest.raises(ValueError, match="dataset: the first 4 batches of the stream are not those"):
+            next(earlier.draws(2, 2))
+
+
 def test_a_stream_without_examples_is_an_error_and_not_an_endless_loop():
     loader = StreamingLoader(lambda epoch: iter(range(5)), lambda row: [], rows_per_batch=1)
     with pytest.raises(ValueError, match="no example"):
