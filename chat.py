@@ -174,7 +174,7 @@ class Conversation:
     when the iteration ends, however it ends; a message that got no answer at all is taken back."""
 
     def __init__(self, model: Decoder, tokenizer: Tokenizer, template, options, enable_thinking, generator):
-        """options: GenerateOptions; enable_thinking: bool; generator: torch.Generator of the draws."""
+        """options: GenerateOptions; enable_thinking: bool | None; generator: torch.Generator of the draws."""
         self.model, self.tokenizer, self.template = model, tokenizer, template
         self.enable_thinking, self.generator = enable_thinking, generator
         ids, words = split_stop_words(tokenizer, template.stop_words(tokenizer.eos_token))
@@ -238,8 +238,9 @@ class Conversation:
         return ids
 
     def _render(self, messages: list[Message]):
-        how = {"generation_prompt": True, "enable_thinking": self.enable_thinking}
-        return self.template.render(messages, self.tokenizer.bos_token, self.tokenizer.eos_token, **how)
+        tokenizer, how = self.tokenizer, {"generation_prompt": True, "enable_thinking": self.enable_thinking}
+        how |= {"variables": tokenizer.special_tokens}
+        return self.template.render(messages, tokenizer.bos_token, tokenizer.eos_token, **how)
 
 
 class Painter:

@@ -199,7 +199,7 @@ def load_datasets(
     seed: int,
     is_main: bool = True,
     cache_dir: str | Path | None = None,
-    enable_thinking: bool = True,
+    enable_thinking: bool | None = None,
     hub: HubAccess | None = None,
     prompts: bool = False,
     kind: str | None = None,

@@ -25,7 +25,9 @@ class TemplateOptions:
     default_system: str | None = option(
         None, "system text where none is; '' = no system turn", also="system system_message system_prompt"
     )
-    enable_thinking: bool = option(True, "thinking models: whether the model is asked to think")
+    enable_thinking: bool | None = option(
+        None, "thinking models: whether the model is asked to think; none: as its template does"
+    )
 
 
 _CHATML = ChatTemplate(
@@ -42,6 +44,7 @@ _QWEN = replace(
     _CHATML,
     name="qwen",  # Qwen2.5-Instruct
     observation="<|im_start|>user\n<tool_response>\n{{content}}\n</tool_response><|im_end|>\n",
+    results="\n</tool_response>\n<tool_response>\n",
     function='<tool_call>\n{"name": "{{name}}", "arguments": {{arguments}}}\n</tool_call>',
     tools="qwen",
     default_system="You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
@@ -54,8 +57,12 @@ _LLAMA3 = ChatTemplate(
     header="<|start_header_id|>assistant<|end_header_id|>\n\n",
     answer="{{content}}<|eot_id|>",
     observation="<|start_header_id|>tool<|end_header_id|>\n\n{{content}}<|eot_id|>",
+    results=None,
     trim=True,  # the published template trims; LLaMA-Factory does not
     stop=("<|eot_id|>", "<|end_of_text|>"),
+)
+_DEEPSEEK3 = ChatTemplate(
+    name="deepseek3", prefix="{{bos}}", user="<\uff5cUser\uff5c>{{content}}", header="<\uff5cAssistant\uff5c>"
 )
 _SMOLLM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 _TEMPLATES = (
@@ -156,24 +163,35 @@ _TEMPLATES = (
         header="Assistant:",
         answer=" {{content}}{{eos}}",
     ),
+    _DEEPSEEK3,
+    # DeepSeek-R1 and its distills. The published templates drop the thought that is to be trained.
+    replace(_DEEPSEEK3, name="deepseekr1", thinking=True),
 )
 TEMPLATES: dict[str, ChatTemplate] = {template.name: template for template in _TEMPLATES}
 
 
 def get_template(
-    name: str | None, chat_template: str | None = None, default_system: str | None = None
+    name: str | None, chat_template: str | dict[str, str] | None = None, default_system: str | None = None
 ) -> ChatTemplate | JinjaTemplate:
     """The template of that name; without a name the checkpoint's own. default_system replaces the template's;
-    "" means no system turn. UserError when there is neither, or no such name."""
+    "" means no system turn. UserError when there is neither, or no such name.
+
+    chat_template: the checkpoint's, or several by name: "default", "tool_use" where a dialogue has tool
+    definitions, and others that `name` may choose."""
+    named = chat_template if isinstance(chat_template, dict) else {"default": chat_template}
+    if name is None and named.get("default") is not None:
+        return JinjaTemplate(named["default"], default_system or None, tool_use=named.get("tool_use"))
+    choices = ", ".join([*TEMPLATES, *(key for key in named if key not in TEMPLATES)])
     if name is None:
-        if chat_template is None:
-            why = "the checkpoint has no chat_template, so the option has to name one"
-            raise UserError(f"template: {why}; choices: {', '.join(TEMPLATES)}")
-        return JinjaTemplate(chat_template, default_system or None)
+        why = "the checkpoint has no chat_template, so the option has to name one"
+        why = why if chat_template is None else f"the checkpoint's are {', '.join(named)}: name one"
+        raise UserError(f"template: {why}; choices: {choices}")
+    if name not in TEMPLATES and name in named:
+        return JinjaTemplate(named[name], default_system or None, name)
     if name not in TEMPLATES:
         close = difflib.get_close_matches(name, TEMPLATES, n=1, cutoff=0.4)
         hint = f"did you mean {close[0]!r}? " if close else ""
-        raise UserError(f"template: there is no template {name!r}; {hint}choices: {', '.join(TEMPLATES)}")
+        raise UserError(f"template: there is no template {name!r}; {hint}choices: {choices}")
     if default_system is None:
         return TEMPLATES[name]
     return replace(TEMPLATES[name], default_system=default_system or None)

@@ -29,7 +29,7 @@ from pipeline.batch import ANSWER, ROLES, Example
 from pipeline.formats import Conversation, Dropped, to_conversation, to_document, to_pair, to_prompt, to_rated
 from pipeline.sources import DatasetInfo, Row
 from pipeline.store import Tally, TokenArrays
-from text.render import Message, Span, encode_dialogue
+from text.render import Message, Span, encode_dialogue, unused
 
 CHUNK_ROWS = 256  # rows handed to a worker at once: a fraction of a second of work
 PARALLEL_CHUNKS = 16  # less work than this is done here: starting processes would take longer
@@ -46,7 +46,7 @@ class EncodeOptions:
     reserved_label_len: int = 1
     train_on_prompt: bool = False
     mask_history: bool = False
-    enable_thinking: bool = True
+    enable_thinking: bool | None = None
 
 
 class ChunkEncoder:
@@ -55,6 +55,7 @@ class ChunkEncoder:
     def __init__(self, info: DatasetInfo, part: int, template, tokenizer, options: EncodeOptions):
         self.info, self.part, self.options = info, part, options
         self.template, self.tokenizer = template, tokenizer
+        self.unused: list[str] = []  # what the template left out of the row at hand
 
     def __call__(self, rows: list[Row]) -> TokenArrays:
         tally, examples = Tally(), []
@@ -65,6 +66,7 @@ class ChunkEncoder:
     def encode(self, row: Row, tally: Tally) -> list[Example]:
         """The examples of one row, [] when it is dropped. Errors name data set, place, row and column."""
         number, place, columns = row
+        self.unused = []
         tally.read += 1
         try:
             with located(f"dataset {self.info.name!r}: {place} (row {number})"):
@@ -72,7 +74,7 @@ class ChunkEncoder:
         except Dropped as reason:
             tally.drop(str(reason), place)
             return []
-        for note in notes:
+        for note in dict.fromkeys((*notes, *self.unused)):
             tally.note(note, place)
         tally.used += 1
         tally.cut += cut > 0
@@ -121,8 +123,14 @@ class ChunkEncoder:
 
     def _spans(self, conversation: Conversation, *answer: Message, prompt: bool = False) -> list[Span]:
         turns, tools = [*conversation.turns, *answer], list(conversation.tools) or None
-        how = {"generation_prompt": prompt, "enable_thinking": self.options.enable_thinking, "tools": tools}
-        return self.template.render(turns, self.tokenizer.bos_token, self.tokenizer.eos_token, **how)
+        own, tokenizer = conversation.variables, self.tokenizer
+        how = {"variables": tokenizer.special_tokens | own, "generation_prompt": prompt, "tools": tools}
+        thinks = own.get("enable_thinking", self.options.enable_thinking)
+        spans = self.template.render(
+            turns, tokenizer.bos_token, tokenizer.eos_token, enable_thinking=thinks, **how
+        )
+        self.unused += unused(self.template, turns, spans, own)
+        return spans
 
     def _render(self, conversation: Conversation, *answer: Message, prompt: bool = False) -> list[np.ndarray]:
         """tokens, produced, turns, roles, each (n,). prompt: up to where an answer begins."""
@@ -199,6 +207,8 @@ class ChunkEncoder:
             trained = answer & (turns == turns[np.flatnonzero(answer)[-1]])
         elif self.options.train_on_prompt:
             trained = np.ones(len(tokens), bool)
+        untrained = [i for i, turn in enumerate(conversation.turns) if turn.more.get("weight") == 0]
+        trained = trained & ~np.isin(turns, untrained)
         keep = keep_tokens(answer, turns, self.options)
         if keep is not None:
             tokens, trained, turns, roles = tokens[keep], trained[keep], turns[keep], roles[keep]

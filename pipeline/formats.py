@@ -3,7 +3,8 @@
 alpaca    {"instruction", "input", "output"[, "system", "history": [[user, answer], ...]]}
 sharegpt  {"conversations": [{"from": "human"|"gpt"|"observation"|"function_call"|"system", "value": ...}]
           [, "tools"]}
-openai    {"messages": [{"role": "user"|"assistant"|"system"|"tool", "content": ...}]}: other tags
+openai    {"messages": [{"role": "user"|"assistant"|"system"|"tool", "content": ...}]}: other tags; beside the
+          content tool_calls, reasoning_content, tool_call_id, weight (0: not trained) and what else there is
 text      {"text": ...}: a document (stage pt); so is the prompt column of an alpaca row
 
 Rules (LLaMA-Factory's): user text = prompt + "\\n" + query, empty ones skipped; answers of `history` are
@@ -15,17 +16,20 @@ The template writes tool lists and calls as its model knows them; here they are 
 """
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from options.errors import UserError, located
 from pipeline.sources import DatasetInfo
-from text.render import PRODUCED, Message, parsed
+from text.render import PRODUCED, THOUGHTS, Message, split_calls
+from text.tools import wrapped
 
 LATER = {"images": "pictures", "videos": "videos", "audios": "sound"}
 # what a stage makes of a row: the stages of one kind train on the same tokens
 KINDS = {"pt": "document", "sft": "dialogue", "kto": "rated"}
 KINDS |= dict.fromkeys(("rm", "dpo", "orpo"), "pair") | dict.fromkeys(("ppo", "grpo"), "prompt")
 ASKED = ("user", "observation")  # roles that PRODUCED ones answer
+# what a row may not set of a chat_template's variables: they are what is asked of it
+FIXED = ("messages", "conversation", "add_generation_prompt", "chat_template", "tokenize")
 
 
 class Dropped(Exception):
@@ -35,7 +39,8 @@ class Dropped(Exception):
 @dataclass(frozen=True)
 class Conversation:
     turns: list[Message]
-    tools: tuple[dict, ...] = ()  # definitions; the template puts them behind the system text
+    tools: tuple[dict, ...] = ()  # definitions, wrapped; the template puts them behind the system text
+    variables: dict = field(default_factory=dict)  # of the template, as this row sets them
     notes: tuple[str, ...] = ()  # what was repaired: "odd tail cut"
 
 
@@ -89,8 +94,9 @@ def to_conversation(row: dict, info: DatasetInfo) -> Conversation:
             raise Dropped("no answer")
         return replace(conversation, turns=[*turns, Message("assistant", answer)])
     if turns and turns[-1].role in ASKED:
-        turns.pop()
         notes = (*notes, "odd tail cut")
+    while turns and turns[-1].role in ASKED:
+        turns.pop()
     if not turns or turns[-1].role not in PRODUCED:
         raise Dropped("no answer")
     return replace(conversation, turns=turns, notes=notes)
@@ -156,7 +162,7 @@ def _split_answer(row: dict, info: DatasetInfo, required: bool = True) -> tuple[
         if conversation.turns and conversation.turns[-1].role in PRODUCED:
             *before, answer = conversation.turns
             conversation = replace(conversation, turns=before)
-            answer = answer if answer.content.strip() else None
+            answer = _if_any(answer)
     elif required or info.columns.get("response") in row:
         column = _response_column(info)
         answer = _answer(_value(row, column), f"column {column!r}", info)
@@ -193,7 +199,11 @@ def _answer(value, where: str, info: DatasetInfo) -> Message | None:
         message = Message("assistant", value or "")
     else:
         raise _wrong(where, "text or a message", value)
-    return message if message.content.strip() else None
+    return _if_any(message)
+
+
+def _if_any(answer: Message) -> Message | None:
+    return answer if answer.content.strip() or answer.role == "function" else None
 
 
 def _tag(row: dict, column: str) -> int:
@@ -211,13 +221,17 @@ def _tag(row: dict, column: str) -> int:
 
 def _question(row: dict, info: DatasetInfo) -> Conversation:
     """Alpaca: all turns but the answer. Messages: all of them, whoever speaks last."""
-    system, turns = (_alpaca if info.formatting == "alpaca" else _sharegpt)(row, info)
-    system = system or _optional_text(row, info.columns.get("system"))
-    tools = _tools(row, info.columns.get("tools"))
-    return Conversation([Message("system", system), *turns] if system else turns, tools)
+    turns, notes = (_alpaca if info.formatting == "alpaca" else _sharegpt)(row, info), ()
+    if not (turns and turns[0].role == "system" and turns[0].content):
+        turns = [turn for turn in turns if turn.role != "system"]
+        system = _optional_text(row, info.columns.get("system"))
+        turns = [Message("system", system), *turns] if system else turns
+    if info.formatting != "alpaca" and "tools" not in info.columns and row.get("tools"):
+        notes = ("column 'tools' is not used: the data set's entry does not name it",)
+    return Conversation(turns, _tools(row, info.columns.get("tools")), _variables(row, info), notes)
 
 
-def _alpaca(row: dict, info: DatasetInfo) -> tuple[str, list[Message]]:
+def _alpaca(row: dict, info: DatasetInfo) -> list[Message]:
     turns, column = [], info.columns.get("history")
     history = row.get(column) if row.get(column) is not None else []
     if not isinstance(history, list):
@@ -231,33 +245,31 @@ def _alpaca(row: dict, info: DatasetInfo) -> tuple[str, list[Message]]:
     user = "\n".join(text for text in (prompt, query) if text)
     if not user:
         raise Dropped("empty prompt")
-    return "", [*turns, Message("user", user)]
+    return [*turns, Message("user", user)]
 
 
-def _sharegpt(row: dict, info: DatasetInfo) -> tuple[str, list[Message]]:
-    column, roles, system = info.columns["messages"], _roles(info.tags), ""
+def _sharegpt(row: dict, info: DatasetInfo) -> list[Message]:
+    """Its messages, a system message first or none."""
+    column, roles = info.columns["messages"], _roles(info.tags)
     messages = _value(row, column, " (messages)")
     if not isinstance(messages, list):
         raise _wrong(f"column {column!r}", "a list of messages", messages)
-    turns: list[Message] = []
-    for i, entry in enumerate(messages):
-        message = _message(entry, f"column {column!r}[{i}]", roles, info.tags)
-        if message.role == "system" and i == 0:
-            system = message.content
-        elif message.role == "observation" and turns and turns[-1].role == "observation":
-            # answers to parallel tool calls
-            turns[-1] = Message("observation", turns[-1].content + "\n" + message.content)
-        else:
-            turns.append(message)
-    if any(turn.role not in (ASKED, PRODUCED)[i % 2] for i, turn in enumerate(turns)):
+    places = (f"column {column!r}[{i}]" for i in range(len(messages)))
+    turns = [_message(entry, place, roles, info.tags) for entry, place in zip(messages, places)]
+    order = [turn.role for turn in turns]
+    order = order[1:] if order[:1] == ["system"] else order
+    # the results of parallel calls stand for one turn
+    order = [role for role, before in zip(order, ["", *order]) if not role == before == "observation"]
+    if any(role not in (ASKED, PRODUCED)[i % 2] for i, role in enumerate(order)):
         raise Dropped("roles do not alternate")
-    return system, turns
+    return turns
 
 
 def _roles(tags: dict[str, str]) -> dict[str, str]:
     """The dataset's word for each role -> ours."""
     ours = ("user", "assistant", "observation", "function", "system")
-    return {tags[f"{role}_tag"]: role for role in ours}
+    roles = {tags[f"{role}_tag"]: role for role in ours}
+    return roles | {"developer": roles.get("developer", "system")}  # OpenAI's newer word
 
 
 def _message(entry, where: str, roles: dict[str, str], tags: dict[str, str]) -> Message:
@@ -269,19 +281,58 @@ def _message(entry, where: str, roles: dict[str, str], tags: dict[str, str]) -> 
     role = roles.get(entry[named]) if isinstance(entry[named], str) else None
     if role is None:
         raise UserError(f"{where}: role {entry[named]!r} is none of {', '.join(map(repr, roles))} (tags)")
-    if role == "assistant" and entry.get("tool_calls"):
-        return Message("function", _tool_calls(entry["tool_calls"], where))
-    if content not in entry:
+    given = _without_nulls(entry)
+    text, more = given.get(content), {}
+    if entry[named] == "developer":
+        more["role"] = "developer"
+    if isinstance(text, list):
+        text, of_parts = _parts(text, where)
+        more |= of_parts
+    more |= {key: value for key, value in given.items() if key not in (named, content, "role", "content")}
+    if "loss_weight" in more:  # LLaMA-Factory's newer name
+        more["weight"] = more.pop("loss_weight")
+    if more.get("weight", 1) not in (0, 1):
+        raise _wrong(f"{where}.weight", "0 or 1", more["weight"])
+    calls = more.pop("tool_calls", None)
+    if calls and role in PRODUCED:
+        role, more["tool_calls"] = "function", _tool_calls(calls, where)
+    if text is None and (role == "function" or any(key in more for key in THOUGHTS)):
+        text, more["content"] = "", None
+    if content not in entry and text is None:
         raise UserError(f"{where}: no {content!r} (content_tag); the message has {_names(entry)}")
-    text = entry[content]
-    if isinstance(text, list):  # OpenAI's list of parts
-        parts = [part for part in text if isinstance(part, dict) and part.get("type") == "text"]
-        if len(parts) < len(text) or not all(isinstance(part.get("text"), str) for part in parts):
-            raise UserError(f"{where}: a part of the content is not text: {_show(text)}")
-        text = "".join(part["text"] for part in parts)
     if not isinstance(text, str):
         raise _wrong(f"{where}.{content}", "text", text)
-    return Message(role, _check_calls(text, where) if role == "function" else text)
+    if role == "function" and "tool_calls" not in more and split_calls(text) is None:
+        found = "a function call is not JSON of 'name' and 'arguments'"
+        raise UserError(f"{where}: {found}: {_show(text)}")
+    return Message(role, text, more)
+
+
+def _parts(parts: list, where: str) -> tuple[str, dict]:
+    """(the text, what goes beside it) of a content that is a list of parts: OpenAI's, or those of
+    LLaMA-Factory's newer form, which have a `value`."""
+    texts, kept, more = [], [], {}
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        value = part.get(kind, part.get("value", part.get("text"))) if isinstance(part, dict) else None
+        if kind == "tool_call":
+            more.setdefault("tool_calls", []).append(_read(value, where))
+        elif not isinstance(value, str) or kind not in ("text", "thinking", "reasoning"):
+            raise UserError(f"{where}: a part of the content is not text but {kind!r}: {_show(part)}")
+        elif kind == "text":
+            texts.append(value)
+            kept.append(part if "text" in part else {"type": "text", "text": value})
+        else:
+            more["reasoning_content"] = more.get("reasoning_content", "") + value
+            kept.append(part)
+    return "".join(texts), more | {"content": kept}
+
+
+def _without_nulls(value):
+    """Arrow gives each object of a column the keys of all of them, and nulls: those are absent."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -325,43 +376,53 @@ def _show(value) -> str:
 
 
 def _tools(row: dict, column: str | None) -> tuple[dict, ...]:
-    """The tool definitions of a row: a JSON string, as LLaMA-Factory has it, or the list itself."""
+    """The tool definitions of a row, wrapped: JSON text, as LLaMA-Factory has it, or the list itself."""
     value, where = row.get(column), f"column {column!r} (tools)"
     if value is None or value == "" or value == []:
         return ()
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not JSON ({error.msg}): {_show(row[column])}") from error
+    value = _read(value, where)
     if not isinstance(value, list):
         raise _wrong(where, "a list of objects", value)
-    for i, tool in enumerate(value):
+    tools = [_read(tool, f"{where}[{i}]") for i, tool in enumerate(value)]
+    for i, tool in enumerate(tools):
         about = tool.get("function", tool) if isinstance(tool, dict) else None  # OpenAI wraps it
         if not isinstance(about, dict) or not isinstance(about.get("name"), str):
             raise _wrong(f"{where}[{i}]", "an object with a 'name'", tool)
-    return tuple(value)
+    return tuple(map(wrapped, tools))
 
 
-def _check_calls(text: str, where: str) -> str:
-    """A function turn is the JSON of one call or of a list of calls."""
+def _variables(row: dict, info: DatasetInfo) -> dict:
+    """trl's chat_template_kwargs, an object or its JSON; and the documents of an answer out of documents."""
+    where, given = "column 'chat_template_kwargs'", row.get("chat_template_kwargs")
+    variables = {} if given in (None, "") else _read(given, where)
+    if not isinstance(variables, dict) or any(name in variables for name in FIXED):
+        raise _wrong(where, f"an object without {', '.join(FIXED)}", given)
+    documents = row.get("documents") if info.formatting != "alpaca" else None
+    if documents and isinstance(documents, list) and all(isinstance(each, dict) for each in documents):
+        variables = {"documents": _without_nulls(documents)} | variables
+    return variables
+
+
+def _tool_calls(calls, where: str) -> list[dict]:
+    """OpenAI's `tool_calls`, or the calls alone, in its form; the arguments are JSON or what it spells."""
+    where = f"{where}.tool_calls"
+    calls = _read(calls, where)
+    if not isinstance(calls, list):
+        raise _wrong(where, "a list of objects with 'function'", calls)
+    calls = [dict(wrapped(call)) if isinstance(call, dict) else call for call in calls]
+    for call in calls:
+        function = call["function"] if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise _wrong(where, "a list of objects with 'function'", call)
+        call["function"] = function | {"arguments": function.get("arguments", {})}  # of none: no arguments
+    return calls
+
+
+def _read(value, where: str):
+    """What a text spells as JSON; anything else without the nulls of Arrow."""
+    if not isinstance(value, str):
+        return _without_nulls(value)
     try:
-        calls = json.loads(text)
+        return json.loads(value)
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}: a function call is not JSON ({error.msg}): {_show(text)}") from error
-    for call in calls if isinstance(calls, list) else [calls]:
-        if not isinstance(call, dict) or "name" not in call or "arguments" not in call:
-            raise _wrong(where, "an object with 'name' and 'arguments'", call)
-    return text
-
-
-def _tool_calls(calls, where: str) -> str:
-    """OpenAI's `tool_calls`, where the arguments are a JSON string, as the text of a function turn."""
-    known = isinstance(calls, list) and all(isinstance(call, dict) and "function" in call for call in calls)
-    if not known:
-        raise _wrong(f"{where}.tool_calls", "a list of objects with 'function'", calls)
-    texts = [call["function"] for call in calls]
-    for i, call in enumerate(texts):
-        if isinstance(call, dict) and isinstance(call.get("arguments"), str):
-            texts[i] = call | {"arguments": parsed(call["arguments"])}
-    return _check_calls(json.dumps(texts if len(texts) > 1 else texts[0], ensure_ascii=False), where)
+        raise UserError(f"{where}: not JSON ({error.msg}): {_show(value)}") from error

@@ -166,7 +166,7 @@ class Tokeniser:
         writer.finish()
 
 
-def template_key(template, enable_thinking: bool = True) -> str:
+def template_key(template, enable_thinking: bool | None = None) -> str:
     """A hash of what the template does, its spans for a few probe dialogues: code and data are in it."""
     user, reply, more = Message("user", "a?"), Message("assistant", "b."), Message("user", "c?")
     thought = Message("assistant", "<think>\nt\n</think>\n\nb.")

@@ -128,7 +128,8 @@ def score_dialogues(model: Decoder, tokenizer: Tokenizer, template, dialogues: l
     """(n,) fp32: the scores of the last answers of these dialogues. Raises UserError if one has none."""
     texts = []
     for number, messages in enumerate(dialogues):
-        spans = template.render(messages, tokenizer.bos_token, tokenizer.eos_token)
+        named = {"variables": tokenizer.special_tokens}
+        spans = template.render(messages, tokenizer.bos_token, tokenizer.eos_token, **named)
         encoded = encode_dialogue(tokenizer, spans)
         if not messages or messages[-1].role not in ("assistant", "function") or not any(encoded.answer):
             raise UserError(f"dialogue {number} does not end with an answer, so there is nothing to score")

@@ -3,6 +3,7 @@
 The jinja texts in fixtures/templates are the published formats of well-known models (see the README there).
 """
 
+import json
 from pathlib import Path
 
 import pytest
@@ -317,7 +318,7 @@ def test_default_system_text_and_its_replacement():
     spans = jinja.render([USER, ANSWER], None, "</s>")
     assert text_of(spans).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user")
     assert [span.turn for span in spans if span.answer] == [1]  # turns are those of the caller's list
-    assert TemplateOptions() == TemplateOptions(template=None, default_system=None, enable_thinking=True)
+    assert TemplateOptions() == TemplateOptions(template=None, default_system=None, enable_thinking=None)
 
 
 def of_tokens(spans, encoded, name):
@@ -452,9 +453,157 @@ def test_jinja_with_generation_marks_trains_what_transformers_masks(pairs):
     assert jinja.stop_words("</s>") == ("</s>",)
     text = render(jinja, [USER], ours, generation_prompt=True)
     assert text_of(text).endswith("A:")
-    broken = MARKED.replace("m.role == 'assistant'", "m.role == 'assistant' and loop.last")
-    with pytest.raises(ValueError, match="marks 1 answers.*the dialogue has 2"):
-        render(JinjaTemplate(broken), messages, ours)
+
+
+SOME_MARKED = {
+    "the last answer": MARKED.replace("m.role == 'assistant'", "m.role == 'assistant' and loop.last"),
+    "the first answer": MARKED.replace("m.role == 'assistant'", "m.role == 'assistant' and loop.index < 4"),
+    "no answer": MARKED.replace("m.role == 'assistant'", "m.role == 'robot'"),
+    "each twice": MARKED.replace(
+        "{{ m.content + eos_token }}", "{{ m.content }}{% endgeneration %}|{% generation %}{{ eos_token }}"
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SOME_MARKED)
+def test_jinja_that_marks_not_every_answer_once_is_followed(pairs, case):
+    ours, theirs = pairs["llama3"]
+    first, last = Message("assistant", "one"), Message("assistant", "two")
+    messages = [SYSTEM, USER, first, MORE, last]
+    spans = render(JinjaTemplate(SOME_MARKED[case]), messages, ours)
+    expected = theirs.apply_chat_template(
+        dicts(messages), chat_template=SOME_MARKED[case], return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert [int(flag) for flag in encode_dialogue(ours, spans).answer] == expected["assistant_masks"]
+    turns = {"the last answer": [4], "the first answer": [2], "no answer": [], "each twice": [2, 2, 4, 4]}
+    assert [span.turn for span in spans if span.answer] == turns[case]
+
+
+@pytest.mark.parametrize(
+    "refused", ["not tools", "messages | length < 4", "messages[0].role != 'system'", "not mood"]
+)
+def test_jinja_that_refuses_a_plain_question_still_takes_a_row_that_it_likes(refused):
+    source = "{% if " + refused + " %}{{ raise_exception('no') }}{% endif %}" + fixture("chatml")
+    jinja = JinjaTemplate(source)
+    how = {"tools": TOOLS, "variables": {"mood": "sad"}}
+    spans = jinja.render([SYSTEM, USER, ANSWER, MORE, ANSWER], None, "</s>", **how)
+    trained = answers_of(spans)
+    assert trained[-1] == ANSWER.content + "<|im_end|>" and len(trained) == (1 if "length" in refused else 2)
+    assert jinja.stop_words("</s>") == ("</s>",) and jinja.content("x") == "x"
+
+
+NO_HEADER = "{% if not tools %}{{ raise_exception('no') }}{% endif %}" + NO_GENERATION_PROMPT
+
+
+def test_the_header_of_such_a_template_is_found_with_the_row_itself():
+    spans = JinjaTemplate(NO_HEADER).render([USER, ANSWER], None, "</s>", tools=TOOLS)
+    assert answers_of(spans) == [f" {ANSWER.content}\n"]
+
+
+# what DeepSeek-R1's distills do, as first published and with the prompt that opens the thought
+R1 = (
+    "{%- for m in messages %}{%- if m.role == 'user' %}{{- '<\uff5cUser\uff5c>' + m.content }}"
+    "{%- else %}{%- set c = m.content %}{%- if '</think>' in c %}{%- set c = c.split('</think>')[-1] %}"
+    "{%- endif %}{{- '<\uff5cAssistant\uff5c>' + c + eos_token }}{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<\uff5cAssistant\uff5c>OPENING' }}{%- endif %}"
+)
+THOUGHT = "<think>\nadd\n</think>\n\n4"
+
+
+@pytest.mark.parametrize("opening", ["", "<think>\n"])
+def test_the_thought_that_a_template_drops_from_the_last_answer_is_trained(opening):
+    jinja = JinjaTemplate(R1.replace("OPENING", opening.replace("\n", "\\n")))
+    question, answer = Message("user", "2+2?"), Message("assistant", THOUGHT)
+    for last in (answer, Message("assistant", "4", {"reasoning_content": "add"})):
+        spans = jinja.render([question, answer, question, last], None, "</s>")
+        # an earlier answer stands there without its thought, and that is not what the model is to write
+        assert answers_of(spans) == [THOUGHT.removeprefix(opening) + "</s>"]
+        header = f"<\uff5cUser\uff5c>2+2?<\uff5cAssistant\uff5c>{opening}"
+        assert text_of(spans[:-1]).endswith(f"</s>{header}")
+    if opening:
+        with pytest.raises(ValueError, match="where the answer begins.*`template: deepseekr1`"):
+            jinja.render([question, Message("assistant", "4")], None, "</s>")
+
+
+def test_deepseek_templates_as_llama_factory_has_them():
+    question, answer = Message("user", "2+2?"), Message("assistant", THOUGHT)
+    for name, thought, trained in (
+        ("deepseekr1", answer, THOUGHT),
+        ("deepseekr1", Message("assistant", "4"), "<think>\n\n</think>\n\n4"),
+        ("deepseek3", Message("assistant", "4"), "4"),
+    ):
+        spans = TEMPLATES[name].render([Message("system", "S"), question, thought], "<s>", "</s>")
+        assert text_of(spans) == f"<s>S<\uff5cUser\uff5c>2+2?<\uff5cAssistant\uff5c>{trained}</s>"
+        assert answers_of(spans) == [f"{trained}</s>"]
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("<think>", "default"),
+        ("<|im_start|><think>", "qwen3"),
+        ("<|im_start|>", "chatml"),
+        ("<\uff5cUser\uff5c></think>", "deepseekr1"),
+        ("<|start_header_id|>", "llama3"),
+        ("[INST]", "mistral"),
+        ("Assistant: ", "default"),
+    ],
+)
+def test_advice_names_a_template_whose_tokens_the_model_has(text, name):
+    with pytest.raises(ValueError, match=f"refuses a dialogue.*`template: {name}`"):
+        JinjaTemplate(text + "{{ raise_exception('no') }}").render([USER, ANSWER], None, "</s>")
+
+
+def test_templates_by_name_as_transformers_chooses_them(tmp_path):
+    folder = make_tokenizer(tmp_path, "chatml")
+    plain, tool, other = (f"{name}{fixture('chatml')}" for name in ("PLAIN ", "TOOL ", "OTHER "))
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    listed = {"default": plain, "tool_use": tool, "rag": other}
+    ways = [
+        [
+            {"name": name, "template": text} for name, text in listed.items()
+        ],  # as older transformers saved them
+        None,
+    ]
+    for way in ways:
+        if way is None:
+            (folder / "additional_chat_templates").mkdir()
+            (folder / "chat_template.jinja").write_text(plain)
+            for name in ("tool_use", "rag"):
+                (folder / "additional_chat_templates" / f"{name}.jinja").write_text(listed[name])
+        path.write_text(json.dumps(config | ({} if way is None else {"chat_template": way})))
+        ours, theirs = Tokenizer.from_folder(folder), transformers.AutoTokenizer.from_pretrained(folder)
+        assert ours.chat_template == theirs.chat_template == listed
+        template = get_template(None, ours.chat_template)
+        for tools in (None, TOOLS):
+            expected = theirs.apply_chat_template(dicts([USER, ANSWER]), tools=tools, tokenize=False)
+            assert text_of(template.render([USER, ANSWER], None, "</s>", tools=tools)) == expected
+        chosen = get_template("rag", ours.chat_template)
+        assert text_of(chosen.render([USER, ANSWER], None, "</s>", tools=TOOLS)).startswith("OTHER ")
+    with pytest.raises(
+        ValueError, match="the checkpoint's are tool_use, rag: name one; choices: default, .*rag"
+    ):
+        get_template(None, {"tool_use": tool, "rag": other})
+    path.write_text(json.dumps(config | {"chat_template": 3}))
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match="chat_template: expected text"):
+        Tokenizer.from_folder(folder)
+
+
+def test_jinja_has_every_special_token_that_transformers_gives_it(tmp_path):
+    folder = make_tokenizer(tmp_path, "chatml")
+    path = folder / "tokenizer_config.json"
+    added = {"sep_token": "<|im_start|>", "cls_token": "<think>", "tool_token": "<tool_call>"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | added))
+    ours, theirs = Tokenizer.from_folder(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    names = ("bos", "eos", "pad", "unk", "sep", "cls", "mask", "tool")
+    shown = "{{ NAME_token is defined }}{{ NAME_token }}"
+    source = " ".join(shown.replace("NAME", name) for name in names)
+    source += "{{ enable_thinking is defined }}{{ 3 | tojson(false, 2) }}" + fixture("chatml")
+    expected = theirs.apply_chat_template(dicts([USER, ANSWER]), chat_template=source, tokenize=False)
+    spans = render(JinjaTemplate(source), [USER, ANSWER], ours, variables=ours.special_tokens)
+    assert text_of(spans) == expected
 
 
 def test_jinja_that_refuses_a_dialogue_names_the_reason_and_a_way_out():

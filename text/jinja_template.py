@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ import jinja2.ext
 import jinja2.sandbox
 
 from options.errors import UserError
-from text.render import PRODUCED, Message, Span, split_thought, tool_calls
+from text.render import PRODUCED, THOUGHTS, Message, Span, bare, parsed, split_thought
 
 
 @dataclass(frozen=True)
@@ -32,24 +32,49 @@ class JinjaTemplate:
     source: str
     default_system: str | None = None
     name: str = "checkpoint"
+    tool_use: str | None = None  # takes the place of source where there are tool definitions
 
     def render(
-        self, messages: list[Message], bos, eos, *, generation_prompt=False, enable_thinking=True, tools=None
+        self,
+        messages: list[Message],
+        bos,
+        eos,
+        *,
+        generation_prompt=False,
+        enable_thinking: bool | None = None,
+        tools=None,
+        variables=None,
     ) -> list[Span]:
         """Spans of the dialogue. An answer is trained where the prompt that generation would be given is what
-        stands before it, and later turns leave it unchanged. UserError when not so for the last answer."""
-        written = _writer(self.source, bos, eos, enable_thinking, tools)
+        stands before it, and later turns leave it unchanged. UserError when not so for the last answer.
+
+        enable_thinking: None = the template's own way. variables: {name: value} of what else it may read:
+        further special tokens, and what the row itself sets.
+        """
+        if tools and self.tool_use is not None:
+            how = {"generation_prompt": generation_prompt, "enable_thinking": enable_thinking, "tools": tools}
+            chosen = replace(self, source=self.tool_use, tool_use=None)
+            return chosen.render(messages, bos, eos, variables=variables, **how)
+        written = _writer(self.source, bos, eos, enable_thinking, tools, variables)
         dialogue = self._dialogue(messages, enable_thinking)
         whole = written(dialogue, generation_prompt)
-        probe = _probe(self.source, bos, eos, enable_thinking)
+        answers = [turn for turn, message in enumerate(messages) if message.role in PRODUCED]
+        probe = _sample_probe(self.source, bos, eos, enable_thinking)
+        if probe is None:  # it refuses the sample dialogue, which says nothing about this one
+            before = dialogue[: answers[-1] - len(messages)] if answers else dialogue
+            probe = _probe(written, before, self.source) or _Probe("", "", "", "")
         if generation_prompt:
             whole += probe.missing_header
-        if ANSWER_BEGINS in whole:
+        if answers and MARKS.search(self.source):
             return _marked_spans(whole, messages)
-        spans, cursor, inserted = [], 0, len(dialogue) - len(messages)
-        if bos and whole.startswith(bos):
-            spans.append(Span(bos, False, -1, "prefix"))
-            cursor = len(bos)
+        begin = len(bos) if bos and whole.startswith(bos) else 0
+        spans = [Span(whole[:begin], False, -1, "prefix")]
+        spans += self._spans(written, dialogue, messages, whole, begin, probe, generation_prompt)
+        return [span for span in spans if span.text]
+
+    def _spans(self, written, dialogue, messages, whole, cursor, probe: "_Probe", generation_prompt):
+        """What stands behind the first `cursor` characters of the whole text, turn by turn."""
+        spans, inserted = [], len(dialogue) - len(messages)
         for turn, message in enumerate(messages):
             before, upto = dialogue[: turn + inserted], dialogue[: turn + inserted + 1]
             if message.role not in PRODUCED:
@@ -58,64 +83,124 @@ class JinjaTemplate:
                     spans.append(Span(whole[cursor:end], False, turn, message.role))
                     cursor = end
                 continue
-            prompt, finished = written(before, True), written(upto)
-            header = prompt + probe.missing_header
-            begin, text = len(header), finished.removesuffix(probe.after_end)
-            fits = cursor <= begin <= len(text) and text.startswith(header)
-            if fits and whole.startswith(text):
+            last = turn == len(messages) - 1
+            try:
+                header, text = written(before, True) + probe.missing_header, written(upto)
+            except UserError:
+                if last:
+                    raise
+                continue  # it cannot be asked for here: context of a later answer
+            begin = len(header)
+            if last and not generation_prompt and not _shows_thought(upto[-1], text[begin:]):
+                whole = text = _with_thought(written, upto, header) or text
+            text = text.removesuffix(probe.after_end)
+            fits = cursor <= begin <= len(text) and text.startswith(header) and whole.startswith(text)
+            thinks = fits and _shows_thought(upto[-1], text[begin:])
+            shown = thinks and _shows_answer(upto[-1], text[begin:])
+            if fits and not shown and not generation_prompt and (last or thinks):
+                raise UserError(_explain_loss(self.source, upto[-1], text[begin:]))
+            if shown:
                 spans.append(Span(whole[cursor:begin], False, turn, message.role))
                 spans.append(Span(text[begin:], True, turn, message.role))
                 cursor = len(text)
-            elif turn == len(messages) - 1:
-                raise UserError(_explain(self.source, prompt, finished))
+            elif last:
+                raise UserError(_explain(self.source, header, text))
         owner = len(messages) if generation_prompt else len(messages) - 1
         role = "assistant" if generation_prompt or not messages else messages[-1].role
-        spans.append(Span(whole[cursor:], False, owner, role))
-        return [span for span in spans if span.text]
+        return [*spans, Span(whole[cursor:], False, owner, role)]
+
+    def reads(self, key: str, of_message: bool = True) -> bool:
+        """Whether the template names this key of a message (or this variable)."""
+        return _names(f"{self.source} {self.tool_use}", key, of_message)
 
     def stop_words(self, eos: str | None) -> tuple[str, ...]:
         """The template's end-of-turn mark and the tokenizer's eos."""
-        end = _probe(self.source, "", eos, True).end_mark.strip()
+        probe = _sample_probe(self.source, "", eos, None)
+        end = "" if probe is None else probe.end_mark.strip()
         return tuple(dict.fromkeys(word for word in (end, eos) if word))
 
     def content(self, text: str) -> str:
         """A generated text as an assistant's content: without the space that some templates begin with."""
-        return text.removeprefix(_probe(self.source, "", "", True).lead)
+        probe = _sample_probe(self.source, "", "", None)
+        return text if probe is None else text.removeprefix(probe.lead)
 
     def to_jinja(self) -> str:
         return self.source
 
-    def _dialogue(self, messages: list[Message], enable_thinking: bool) -> list[dict]:
-        """Messages as the template expects them: observations as tool, calls as tool_calls if known."""
+    def _dialogue(self, messages: list[Message], enable_thinking: bool | None) -> list[dict]:
+        """Messages as the template expects them, where it does not take them as they are."""
         dialogue = []
         if self.default_system is not None and not (messages and messages[0].role == "system"):
-            dialogue.append({"role": "system", "content": self.default_system})
-        roles = {"observation": "tool", "function": "assistant"}
-        for role, content in messages:
-            entry = {"role": roles.get(role, role), "content": content}
-            calls = tool_calls(content) if role == "function" and "tool_calls" in self.source else None
-            if calls is not None:
-                functions = [{"name": name, "arguments": arguments} for name, arguments in calls]
-                calls = [{"type": "function", "function": function} for function in functions]
-                entry |= {"content": "", "tool_calls": calls}
-            if role in PRODUCED and not enable_thinking and "enable_thinking" in self.source:
-                entry["content"] = split_thought(entry["content"])[1]
-            dialogue.append(entry)
+            dialogue.append(_said(self.source, "system", self.default_system))
+        silent = enable_thinking is False and "enable_thinking" in self.source
+        thoughts = any(map(self.reads, THOUGHTS))
+        for message in messages:
+            entry = message.entry()
+            if entry["role"] == "developer" and not _forms(self.source, "developer"):
+                entry["role"] = "system"
+            if entry.get("tool_calls"):
+                entry = self._with_calls(message, entry)
+            thought, text = entry.get("reasoning_content"), entry.get("content")
+            if message.role in PRODUCED and silent:
+                entry = {key: value for key, value in entry.items() if key not in THOUGHTS}
+                if isinstance(text, str):
+                    entry["content"] = split_thought(text)[1]
+            elif message.role in PRODUCED and thought and not thoughts and "think>" in self.source:
+                entry["content"] = f"<think>\n{thought}\n</think>\n\n{message.content}"
+            dialogue.append(self._in_form(message, entry))
         return dialogue
+
+    def _with_calls(self, message: Message, entry: dict) -> dict:
+        """The calls where the template reads them: as tool_calls, their arguments as objects or as text; else
+        as JSON in the content."""
+        functions = [call["function"] for call in entry["tool_calls"]]
+        if not self.reads("tool_calls"):
+            text = message.content
+            if "tool_calls" in message.more:
+                plain = [each | {"arguments": parsed(each["arguments"])} for each in functions]
+                calls = json.dumps(plain if len(plain) > 1 else plain[0], ensure_ascii=False)
+                text = f"{text}\n{calls}" if text else calls
+            return {key: value for key, value in entry.items() if key != "tool_calls"} | {"content": text}
+        as_read = _as_text if _wants_text_arguments(self.source) else parsed
+        functions = [each | {"arguments": as_read(each["arguments"])} for each in functions]
+        calls = [call | {"function": each} for call, each in zip(entry["tool_calls"], functions)]
+        return entry | {"tool_calls": calls}
+
+    def _in_form(self, message: Message, entry: dict) -> dict:
+        """Its content as text or as a list of parts, whichever the template reads."""
+        content = entry.get("content")
+        if isinstance(content, str) and content:
+            return entry | _said(self.source, entry["role"], content)
+        if isinstance(content, list):
+            if "parts" not in _forms(self.source, entry["role"]):
+                return entry | {"content": message.content}
+            kinds = {part["type"] for part in content} - {"text"}
+            if not all(map(self.reads, kinds)):
+                content = [part for part in content if part["type"] == "text"]
+            elif kinds:  # the thought stands in a part of its own
+                entry = {key: value for key, value in entry.items() if key not in THOUGHTS}
+            return entry | {"content": content}
+        if "content" not in entry and not _takes_no_content(self.source):
+            return entry | {"content": ""}
+        return entry
 
 
 # private use: {% generation %} and {% endgeneration %}
 ANSWER_BEGINS, ANSWER_ENDS = "\U000f1000", "\U000f1001"
+MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+BLANK = "\U000f1002"  # in the place of a content
 
 
 TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError)
 
 
-def _writer(source: str, bos, eos, enable_thinking: bool, tools=None) -> Callable[..., str]:
+def _writer(
+    source: str, bos, eos, enable_thinking: bool | None = None, tools=None, variables=None
+) -> Callable[..., str]:
     """(dialogue, generation_prompt) -> text, for given values of all that a template reads beside them."""
     template, shared = _compile(source), {"tools": tools, "documents": None}
-    shared |= {"enable_thinking": enable_thinking}
-    shared |= {name: text for name, text in (("bos_token", bos), ("eos_token", eos)) if text is not None}
+    named = {"bos_token": bos, "eos_token": eos, "enable_thinking": enable_thinking}
+    shared |= {name: value for name, value in named.items() if value is not None} | (variables or {})
 
     def written(dialogue: list[dict], generation_prompt: bool = False) -> str:
         try:
@@ -140,13 +225,25 @@ class _Probe(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def _probe(source: str, bos: str | None, eos: str | None, enable_thinking: bool) -> _Probe:
-    written = _writer(source, bos or "", eos or "", enable_thinking)
-    question = {"role": "user", "content": "question"}
-    answers = [{"role": "assistant", "content": content} for content in ("alpha", "omega")]
-    texts = [written([question, answer]) for answer in answers]
-    texts = [text.replace(ANSWER_BEGINS, "").replace(ANSWER_ENDS, "") for text in texts]
-    plain, prompt, missing = written([question]), written([question], True), ""
+def _sample_probe(
+    source: str, bos: str | None, eos: str | None, enable_thinking: bool | None
+) -> _Probe | None:
+    """What a template does around the answer to a plain question."""
+    question = _said(source, "user", "question")
+    return _probe(_writer(source, bos or "", eos or "", enable_thinking), [question], source)
+
+
+def _probe(written: Callable[..., str], before: list[dict], source: str) -> _Probe | None:
+    """None: the template refuses an answer here, or does not write it."""
+    try:
+        texts = [written([*before, _said(source, "assistant", word)]) for word in ("alpha", "omega")]
+        texts += [written(before), written(before, True)]
+    except UserError:
+        return None
+    *texts, plain, prompt = (text.replace(ANSWER_BEGINS, "").replace(ANSWER_ENDS, "") for text in texts)
+    missing = ""
+    if "alpha" not in texts[0]:
+        return None
     header = os.path.commonprefix(texts)[len(plain) :]
     if prompt == plain and header.strip() and texts[0].startswith(plain):
         missing = header.rstrip(" ")  # the space belongs to the answer's first word
@@ -155,6 +252,101 @@ def _probe(source: str, bos: str | None, eos: str | None, enable_thinking: bool)
     end_mark = tail.rstrip()
     after_end = tail[len(end_mark) :] if end_mark else ""  # without an end mark, the white space is the mark
     return _Probe(missing, lead if lead.isspace() else "", end_mark or tail, after_end)
+
+
+@functools.lru_cache(maxsize=1024)
+def _names(source: str, key: str, of_message: bool) -> bool:
+    before = "[.'\"]" if of_message else r"\b"
+    return re.search(rf"{before}{re.escape(key)}\b", source) is not None
+
+
+_SAMPLE_CALL = {"id": "abcdef123", "type": "function", "function": {"name": "f", "arguments": {"k": "v"}}}
+
+
+@functools.lru_cache(maxsize=256)
+def _forms(source: str, role: str) -> tuple[str, ...]:
+    """In which forms ("text", "parts") a content of this role is shown; () when the sample is refused."""
+    written, found = _writer(source, "", ""), []
+    for form in ("text", "parts"):
+        asked, said = (
+            {"role": each, "content": word if form == "text" else [{"type": "text", "text": word}]}
+            for each, word in (("user", "question"), (role, "PROBE"))
+        )
+        call = {"role": "assistant", "content": "", "tool_calls": [_SAMPLE_CALL]}
+        result = said | {"tool_call_id": "abcdef123", "name": "f"}
+        dialogues = {"user": [said], "assistant": [asked, said], "tool": [asked, call, result]}
+        try:
+            text = written(dialogues.get(role, [said, asked]))
+        except UserError:
+            continue
+        # not a list that is printed as it is
+        if "PROBE" in text and not re.search("""['"]text['"]: ['"]PROBE""", text):
+            found.append(form)
+    return tuple(found)
+
+
+def _said(source: str, role: str, text: str) -> dict:
+    """A message with this text in the form that the template reads: as text if it can."""
+    parts = _forms(source, role) == ("parts",)
+    return {"role": role, "content": [{"type": "text", "text": text}] if parts else text}
+
+
+@functools.lru_cache(maxsize=64)
+def _takes_no_content(source: str) -> bool:
+    """Whether a call may have no content at all, as transformers gives a null."""
+    call = {"role": "assistant", "tool_calls": [_SAMPLE_CALL]}
+    try:
+        return bool(_writer(source, "", "")([_said(source, "user", "question"), call]))
+    except UserError:
+        return False
+
+
+@functools.lru_cache(maxsize=64)
+def _wants_text_arguments(source: str) -> bool:
+    """Whether the arguments of a call have to be JSON text: as an object they are refused, or printed as
+    Python writes them."""
+    written, seen = _writer(source, "", ""), []
+    for arguments in ({"k": "v"}, json.dumps({"k": "v"})):
+        function = {"name": "f", "arguments": arguments}
+        call = {"role": "assistant", "content": "", "tool_calls": [_SAMPLE_CALL | {"function": function}]}
+        try:
+            seen.append(written([_said(source, "user", "question"), call]))
+        except UserError:
+            seen.append(None)
+    as_object, as_text = seen
+    return as_text is not None and (as_object is None or "{'k'" in as_object)
+
+
+def _as_text(arguments) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+def _text_of(entry: dict) -> str:
+    content = entry.get("content") or ""
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+def _shows_thought(entry: dict, text: str) -> bool:
+    """Whether the thought that stands in an answer's content is in this text."""
+    thought = split_thought(_text_of(entry))[0]
+    return not thought or bare(thought) in bare(text)
+
+
+def _shows_answer(entry: dict, text: str) -> bool:
+    """Whether an answer, or else the names of its calls, is in this text."""
+    names = [call["function"]["name"] for call in entry.get("tool_calls") or []]
+    content = entry.get("content") or ""
+    texts = [content] if isinstance(content, str) else [part.get("text", "") for part in content]
+    return all(bare(each) in bare(text) for each in names or [split_thought(each)[1] for each in texts])
+
+
+def _with_thought(written: Callable[..., str], dialogue: list[dict], header: str) -> str | None:
+    """The dialogue with its last content unchanged, where the template leaves a thought out of it: that is
+    right for earlier answers, and nothing to learn from for the last. None where it does not fit the header,
+    which may open the thought."""
+    *before, answer = dialogue
+    text = written([*before, answer | {"content": BLANK}]).replace(BLANK, _text_of(answer))
+    return text if text.startswith(header) else None
 
 
 def _end_of(written: Callable[..., str], dialogue: list[dict], whole: str) -> int:
@@ -176,29 +368,58 @@ def _explain(source: str, prompt: str, finished: str) -> str:
     )
 
 
+def _explain_loss(source: str, answer: dict, text: str) -> str:
+    return (
+        f"the checkpoint's chat_template does not write the answer {_text_of(answer)[:40]!r}: it writes "
+        f"{text[:40]!r}. Choose a built-in template, for example `template: {_closest(source)}`."
+    )
+
+
 def _marked_spans(whole: str, messages: list[Message]) -> list[Span]:
-    """Spans of a template that marks its answers by {% generation %}: one mark per answer, in order."""
-    produced = [turn for turn, message in enumerate(messages) if message.role in PRODUCED]
+    """Spans of a template that marks what it trains by {% generation %}."""
     pieces = re.split(f"{ANSWER_BEGINS}(.*?){ANSWER_ENDS}", whole, flags=re.DOTALL)
-    if len(pieces) // 2 != len(produced):
-        raise UserError(
-            f"the checkpoint's chat_template marks {len(pieces) // 2} answers by {{% generation %}}, but the "
-            f"dialogue has {len(produced)}; choose a built-in template with the option `template`"
-        )
-    spans, turn = [], 0
+    owners = [*_owners(pieces[1::2], messages), len(messages) - 1]
+    spans = []
     for index, piece in enumerate(pieces):
-        turn = produced[index // 2] if index // 2 < len(produced) else max(len(messages) - 1, 0)
+        turn = owners[index // 2]
         spans.append(Span(piece, index % 2 == 1, turn, messages[turn].role))
     return [span for span in spans if span.text]
 
 
+def _owners(marked: list[str], messages: list[Message]) -> list[int]:
+    """The turn of each marked text: one after the other; where that does not come out even (only some answers
+    are marked), the last turn whose words it has, going back from the end."""
+    produced = [turn for turn, message in enumerate(messages) if message.role in PRODUCED]
+    if produced and len(marked) % len(produced) == 0:
+        return [turn for turn in produced for _ in range(len(marked) // len(produced))]
+    turns, at = [], len(produced) - 1
+    for text in map(bare, reversed(marked)):
+        said = [bare(split_thought(messages[turn].content)[1]) for turn in produced]
+        at = next((n for n in range(at, -1, -1) if said[n] and (said[n] in text or text in said[n])), at)
+        turns.append(produced[at])
+    return turns[::-1]
+
+
+# built-in templates and what a chat_template has whose model knows their tokens; the first that fits
+SIGNS = {
+    "deepseekr1": ("<\uff5cUser\uff5c>", "think>"),
+    "deepseek3": ("<\uff5cUser\uff5c>",),
+    "qwen3": ("<|im_start|>", "<think>"),
+    "chatml": ("<|im_start|>",),
+    "llama31": ("<|start_header_id|>", "Cutting Knowledge"),
+    "llama3": ("<|start_header_id|>",),
+    "llama2": ("[INST]", "<<SYS>>"),
+    "mistral": ("[INST]",),
+    "zephyr": ("<|assistant|>", "<|user|>"),
+    "vicuna": ("ASSISTANT", "USER"),
+    "alpaca": ("### Response",),
+    "deepseek": ("Assistant:", "User:"),
+}
+
+
 def _closest(source: str) -> str:
-    """The built-in template that looks most like a jinja text."""
-    signs = {"<think>": "qwen3", "<|im_start|>": "chatml", "Cutting Knowledge": "llama31"}
-    signs |= {"<|start_header_id|>": "llama3", "<<SYS>>": "llama2", "[INST]": "mistral"}
-    signs |= {"<|assistant|>": "zephyr", "ASSISTANT": "vicuna", "### Response": "alpaca"}
-    signs |= {"Assistant:": "deepseek"}
-    return next((name for sign, name in signs.items() if sign in source), "default")
+    """The built-in template that looks most like a jinja text; the default one has no tokens of its own."""
+    return next((name for name, signs in SIGNS.items() if all(sign in source for sign in signs)), "default")
 
 
 class _Generation(jinja2.ext.Extension):
@@ -215,6 +436,12 @@ class _Generation(jinja2.ext.Extension):
         return ANSWER_BEGINS + caller() + ANSWER_ENDS
 
 
+def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    """jinja's own escapes HTML characters, which would change the text."""
+    how = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
+    return json.dumps(value, ensure_ascii=ensure_ascii, **how)
+
+
 def _raise_exception(message: str):
     raise jinja2.TemplateError(message)
 
@@ -225,8 +452,7 @@ def _compile(source: str) -> jinja2.Template:
     extensions = [_Generation, jinja2.ext.loopcontrols]
     layout = {"trim_blocks": True, "lstrip_blocks": True}
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(extensions=extensions, **layout)
-    # jinja's own tojson escapes HTML characters, which would change the text
-    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
+    environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     try:

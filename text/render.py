@@ -17,15 +17,40 @@ from options.errors import UserError
 from text.tools import TOOL_TEXTS, qwen_tools
 
 PRODUCED = ("assistant", "function")  # roles whose text the model writes
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # names of a thought, in transformers' order
+TAGGED_CALL = re.compile("<tool_call>(.*?)</tool_call>", re.DOTALL)
 SLOT = re.compile(r"\{\{(content|bos|eos|name|arguments)\}\}")
 NO_THOUGHT = "<think>\n\n</think>\n\n"
 
 
 class Message(NamedTuple):
-    """One turn. function: the assistant's call of a tool (trained); observation: the tool's result (not)."""
+    """One turn. function: the assistant's call of a tool (trained); observation: the tool's result (not).
+
+    The calls of a function turn are more["tool_calls"], as OpenAI wraps them; without that its content is
+    their JSON (split_calls). more: the other keys that the row's message has, for templates to read;
+    `role` and `content` there are the row's own where those above are not (developer; parts, or null)."""
 
     role: str  # system, user, assistant, observation, function
     content: str
+    more: dict = {}  # never written to
+
+    def entry(self) -> dict:
+        """The message as transformers gives it to a chat_template: without nulls, a thought under each name
+        that templates know."""
+        role = {"observation": "tool", "function": "assistant"}.get(self.role, self.role)
+        entry = {"role": role, "content": self.content}
+        found = (
+            split_calls(self.content) if self.role == "function" and "tool_calls" not in self.more else None
+        )
+        if found is not None:
+            functions = [{"name": name, "arguments": arguments} for name, arguments in found[1]]
+            calls = [{"type": "function", "function": function} for function in functions]
+            entry |= {"content": found[0], "tool_calls": calls}
+        entry |= self.more
+        thought = next((entry[key] for key in THOUGHTS if isinstance(entry.get(key), str)), None)
+        if thought is not None:
+            entry = {"thinking": thought, **entry, "reasoning_content": thought}
+        return {key: value for key, value in entry.items() if value is not None}
 
 
 class Span(NamedTuple):
@@ -49,6 +74,7 @@ class ChatTemplate:
     answer: str = "{{content}}{{eos}}"  # trained
     turn_end: str = ""  # after an answer, not trained
     observation: str | None = None  # None: as user
+    results: str | None = "\n"  # between the results of parallel calls; None: each is a turn
     # what becomes of a function turn that is a JSON call; any other text stands as it is
     function: str = "Action: {{name}}\nAction Input: {{arguments}}"
     tools: str = "generic"  # how tool definitions are written, a key of TOOL_TEXTS
@@ -59,12 +85,22 @@ class ChatTemplate:
     stop: tuple[str, ...] = ()
 
     def render(
-        self, messages: list[Message], bos, eos, *, generation_prompt=False, enable_thinking=True, tools=None
+        self,
+        messages: list[Message],
+        bos,
+        eos,
+        *,
+        generation_prompt=False,
+        enable_thinking: bool | None = None,
+        tools=None,
+        variables=None,
     ) -> list[Span]:
         """Spans of the dialogue; with generation_prompt, the text up to where the next answer begins.
 
         bos, eos: the tokenizer's, or None. tools: [dict] or None; described at the end of the system text.
+        enable_thinking: None = True here. variables: for a checkpoint's own template, not used here.
         """
+        thinks = enable_thinking is not False
         late = [turn for turn, message in enumerate(messages) if turn and message.role == "system"]
         if late:
             raise UserError(f"message {late[0]} is a system message; only the first one can be one")
@@ -93,27 +129,39 @@ class ChatTemplate:
                 spans.append(Span(text, False, system_turn, "system"))
         slots = {"user": self.user, "observation": self.observation or self.user}
         last_query = max((i for i, message in enumerate(messages) if message.role == "user"), default=-1)
-        for turn, (role, content) in enumerate(messages[first:], start=first):
+        for turn, (role, content, _) in enumerate(messages[first:], start=first):
             if role in PRODUCED:
-                spans += self._answer(messages, turn, last_query, tokens, enable_thinking)
+                spans += self._answer(messages, turn, last_query, tokens, thinks)
                 continue
             content, before_user = before_user + content, ""
+            more_results = role == "observation" and [
+                each.role for each in messages[turn + 1 : turn + 2]
+            ] == [role]
+            if more_results and self.results is not None:
+                before_user = content + self.results
+                continue
             text = _fill(slots[role], tokens, content=content.strip() if self.trim else content)
             spans.append(Span(text, False, turn, role))
         if generation_prompt:
-            text = _fill(self.header, tokens) + (NO_THOUGHT if self.thinking and not enable_thinking else "")
+            text = _fill(self.header, tokens) + (NO_THOUGHT if self.thinking and not thinks else "")
             spans.append(Span(text, False, len(messages), "assistant"))
         return [span for span in spans if span.text]
 
     def _answer(self, messages, turn, last_query, tokens: dict, enable_thinking: bool) -> list[Span]:
-        role, content = messages[turn]
+        (role, content, _), entry = messages[turn], messages[turn].entry()
         header, trained, last = _fill(self.header, tokens), True, turn == len(messages) - 1
-        if role == "function":
-            content = _function_text(content, self.function)
+        if isinstance(entry.get("content"), str):
+            content = entry["content"]
+        thought = entry.get("reasoning_content")
+        if self.thinking and thought:
+            thought, content = thought.strip("\n"), content.lstrip("\n")
+        elif self.thinking:
+            thought, content = split_thought(content)
+        if entry.get("tool_calls"):
+            content += ("\n" if content else "") + _function_text(entry["tool_calls"], self.function)
         if self.trim:
             content = content.strip()
         if self.thinking:
-            thought, content = split_thought(content)
             thinks = turn > last_query
             if thinks and not enable_thinking and last:
                 header += NO_THOUGHT
@@ -127,6 +175,10 @@ class ChatTemplate:
             Span(_fill(self.answer, tokens, content=content), trained, turn, role),
             Span(_fill(self.turn_end, tokens), False, turn, role),
         ]
+
+    def reads(self, key: str, of_message: bool = True) -> bool:
+        """Whether a further key of a message (or a variable of the row) has a place in the text."""
+        return of_message and (key == "tool_calls" or (self.thinking and key in THOUGHTS))
 
     def stop_words(self, eos: str | None) -> tuple[str, ...]:
         """Texts that end an answer in generation."""
@@ -146,14 +198,11 @@ def _fill(slot: str, tokens: dict[str, str], **values: str) -> str:
     return SLOT.sub(lambda match: values[match.group(1)], slot)
 
 
-def _function_text(content: str, slot: str) -> str:
-    """A JSON call in the template's own form; any other text stands as it is."""
-    calls = tool_calls(content)
-    if calls is None:
-        return content
-    texts = [(name, json.dumps(arguments, ensure_ascii=False)) for name, arguments in calls]
-    filled = [_fill(slot, {"name": name, "arguments": text}, content=content) for name, text in texts]
-    return "\n".join(filled)
+def _function_text(calls: list[dict], slot: str) -> str:
+    """Calls in the template's own form."""
+    functions = [call["function"] for call in calls]
+    texts = [(each["name"], json.dumps(parsed(each["arguments"]), ensure_ascii=False)) for each in functions]
+    return "\n".join(_fill(slot, {"name": name, "arguments": text}) for name, text in texts)
 
 
 def split_thought(content: str) -> tuple[str, str]:
@@ -173,12 +222,53 @@ def tool_calls(content: str) -> list[tuple[str, dict]] | None:
     return [(call["name"], parsed(call["arguments"])) for call in calls] if calls and known else None
 
 
+def split_calls(content: str) -> tuple[str, list[tuple[str, dict]]] | None:
+    """(text beside them, tool_calls) of a function turn as LLaMA-Factory has it: the JSON alone, behind a
+    <think> block, or between <tool_call> marks; None for any other text."""
+    tagged = TAGGED_CALL.findall(content)
+    text, mark, rest = content.rpartition("</think>")
+    text = TAGGED_CALL.sub("", content).rstrip("\n") if tagged else text + mark
+    found = [tool_calls(each) for each in tagged or [rest]]
+    if None in found:
+        return None
+    text += "\n" if text.endswith("</think>") else ""  # a newline stands before calls: that makes two
+    return text, list(itertools.chain.from_iterable(found))
+
+
 def parsed(value):
     """The value that a text spells as JSON; anything else as it is, for a tool may take plain text."""
     try:
         return json.loads(value) if isinstance(value, str) else value
     except json.JSONDecodeError:
         return value
+
+
+def bare(text: str) -> str:
+    """A text without its white space: templates strip and join, and that is no loss."""
+    return "".join(text.split())
+
+
+def unused(template, messages: list[Message], spans: list[Span], variables: dict) -> list[str]:
+    """What a row gave and the template did not write, for the report. variables: the row's own."""
+    keys = dict.fromkeys(key for message in messages for key in message.more)
+    thoughts = any(map(template.reads, THOUGHTS))
+    notes, name = [], template.name
+    for key in keys:
+        if key == "tool_calls" and not template.reads(key):
+            notes.append(f"template {name!r} has no form for tool calls: they stand as JSON")
+        elif not (
+            key in ("role", "content", "weight") or template.reads(key) or (key in THOUGHTS and thoughts)
+        ):
+            notes.append(f"template {name!r} does not read {key!r} of a message")
+    for key in variables:
+        if key != "enable_thinking" and not template.reads(key, of_message=False):
+            notes.append(f"template {name!r} does not read {key!r}")
+    for turn, message in enumerate(messages):
+        if message.role == "function" and message.content and "tool_calls" in message.more:
+            written = "".join(span.text for span in spans if span.turn == turn)
+            if bare(split_thought(message.content)[1]) not in bare(written):
+                notes.append(f"template {name!r} leaves out the text beside a tool call")
+    return notes
 
 
 # ------------------------------------------------------------------------------------------------ tokens
@@ -221,6 +311,7 @@ JINJA = """
 @tools@
 @prefix@
 {%- set state = namespace(before='', query=-1) %}
+{%- set tool_roles = ['tool', 'observation', 'ipython'] %}
 {%- if system_message is not none %}
 @system@
 {%- endif %}
@@ -239,11 +330,12 @@ JINJA = """
 {%- endif %}
 @thought@
 {{- @answer@ }}
+@results@
 {%- else %}
 {%- set content = (state.before + message['content'])@trim@ %}{%- set state.before = '' %}
 {%- if message['role'] == 'user' %}
 {{- @user@ }}
-{%- elif message['role'] in ['tool', 'observation', 'ipython'] %}
+{%- elif message['role'] in tool_roles %}
 {{- @observation@ }}
 {%- else %}{{- raise_exception('no place for a message of ' + message['role']) }}{%- endif %}
 {%- endif %}{%- endfor %}
@@ -261,11 +353,17 @@ JINJA_QWEN_TOOLS = """\
 {%- set system_message = system_message + defined.text + @after_tools@ %}
 {%- endif %}"""
 JINJA_THOUGHT = """\
-{%- set thought = '' %}{%- if '</think>' in content %}
+{%- set thought = '' %}{%- if message['reasoning_content'] %}
+{%- set thought = message['reasoning_content'].strip('\\n') %}{%- set content = content.lstrip('\\n') %}
+{%- elif '</think>' in content %}
 {%- set thought = content.split('</think>')[0].split('<think>')[-1].strip('\\n') %}
 {%- set content = content.split('</think>')[-1].lstrip('\\n') %}{%- endif %}
 {%- if loop.index0 > state.query and (loop.last or thought) %}
 {%- set content = '<think>\\n' + thought + '\\n</think>\\n\\n' + content %}{%- endif %}"""
+JINJA_RESULTS = """\
+{%- elif message['role'] in tool_roles and not loop.last
+and dialogue[loop.index0 + 1]['role'] in tool_roles %}
+{%- set state.before = state.before + message['content'] + @between@ %}"""
 JINJA_NO_THOUGHT = """\
 {%- if enable_thinking is defined and not enable_thinking %}
 {{- @empty_thought@ }}{%- endif %}"""
@@ -285,6 +383,7 @@ def _as_jinja(template: ChatTemplate) -> str:
         "header": _expression(template.header),
         "answer": " + ".join(map(_expression, answer)),
         "call": _expression(template.function, name="call['name']", arguments="(call['arguments'] | tojson)"),
+        "between": _literal(template.results or ""),
         "trim": trim,
         "trim_system": "" if merged else trim,
         "before_tools": _literal(before_tools),
@@ -292,6 +391,7 @@ def _as_jinja(template: ChatTemplate) -> str:
         "empty_thought": _literal(NO_THOUGHT),
     }
     text = JINJA.replace("@tools@", JINJA_QWEN_TOOLS if template.tools == "qwen" else JINJA_NO_TOOLS)
+    text = text.replace("@results@", "" if template.results is None else JINJA_RESULTS)
     text = text.replace("@thought@", JINJA_THOUGHT if template.thinking else "")
     text = text.replace("@no_thought@", JINJA_NO_THOUGHT if template.thinking else "")
     text = re.sub("@([a-z_]+)@", lambda match: values[match.group(1)], text)

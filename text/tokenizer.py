@@ -44,7 +44,8 @@ class Tokenizer:
         self._continuation = _without_prefix_space(backend)
         self._tail_ids: dict[str, list[int]] = {}
         self.folder = folder
-        self.chat_template: str | None = None
+        self.chat_template: str | dict[str, str] | None = None  # as transformers': one, or several by name
+        self.special_tokens: dict[str, str] = {}  # sep_token and other names that a chat_template may read
         self.stop_ids: tuple[int, ...] = ()
 
         self.bos_token, self.eos_token, self.unk_token = (special.get(name) for name in ("bos", "eos", "unk"))
@@ -84,6 +85,7 @@ class Tokenizer:
 
         tokenizer = cls(backend, special, folder)
         tokenizer.chat_template = _chat_template(folder, config)
+        tokenizer.special_tokens = _named_tokens(special_map, config)
         stop_ids = [*tokenizer.stop_ids, *_as_ids(model_configs[0].get("eos_token_id"))]
         tokenizer.stop_ids = tuple(dict.fromkeys(stop_ids))
         return tokenizer
@@ -341,21 +343,33 @@ def _added_token(entry: dict, special: bool | None = None) -> tokenizers.AddedTo
     return tokenizers.AddedToken(entry["content"], **flags)
 
 
-def _chat_template(folder: Path, config: dict) -> str | None:
-    """chat_template.jinja, else the entry of tokenizer_config.json; of several named ones the default."""
-    path = folder / "chat_template.jinja"
-    if path.exists():
+def _named_tokens(*sources: dict) -> dict[str, str]:
+    """{"sep_token": text, ...} of the special tokens that these files name; bos and eos go their own way."""
+    found = {}
+    for source in sources:
+        extra = source.get("extra_special_tokens")
+        named = {**source, **(extra if isinstance(extra, dict) else {})}
+        found |= {key: _token_text(value) for key, value in named.items() if key.endswith("_token")}
+    return {key: text for key, text in found.items() if text is not None and key[:3] not in ("bos", "eos")}
+
+
+def _chat_template(folder: Path, config: dict) -> str | dict[str, str] | None:
+    """The entry of tokenizer_config.json, one or several by name; the files chat_template.jinja and
+    additional_chat_templates/NAME.jinja come before it."""
+    found, where = config.get("chat_template"), folder / "tokenizer_config.json"
+    if isinstance(found, list):
+        wrong = not all(isinstance(entry, dict) and {"name", "template"} <= entry.keys() for entry in found)
+        refuse(wrong, f"{where}: chat_template: expected entries of name, template")
+        found = {entry["name"]: entry["template"] for entry in found}
+    named = found if isinstance(found, dict) else {"default": found} if found is not None else {}
+    wrong = not all(isinstance(text, str) for text in named.values())
+    refuse(wrong, f"{where}: chat_template: expected text, or templates of text by name")
+    files = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    if (folder / "chat_template.jinja").exists():
+        files["default"] = folder / "chat_template.jinja"
+    for name, path in files.items():
         try:
-            return path.read_text(encoding="utf-8")
+            named = {**named, name: path.read_text(encoding="utf-8")}
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8 text ({error}). Download the file again.") from error
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        wrong = not all(
-            isinstance(entry, dict) and {"name", "template"} <= entry.keys() for entry in template
-        )
-        refuse(
-            wrong, f"{folder / 'tokenizer_config.json'}: chat_template: expected entries of name, template"
-        )
-        template = {entry["name"]: entry["template"] for entry in template}
-    return template.get("default") if isinstance(template, dict) else template
+    return named["default"] if named.keys() == {"default"} else named or None

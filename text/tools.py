@@ -1,11 +1,19 @@
 """How tool definitions are described in the system text: system text, definitions -> system text.
 
-A definition is OpenAI's JSON: {"type": "function", "function": {"name", "description", "parameters"}}, or
-only the inner part. Sources: LLaMA-Factory's "default" format; the chat_template of Qwen2.5 and Qwen3. Run:
+A definition is OpenAI's JSON: {"type": "function", "function": {"name", "description", "parameters"}}.
+Sources: LLaMA-Factory's "default" format; the chat_template of Qwen2.5 and Qwen3. Run:
 python -c "from text.tools import *; print(qwen_tools('Be brief.', [{'name': 'f'}]))"
 """
 
 import json
+
+
+def wrapped(tool: dict) -> dict:
+    """A definition in OpenAI's form, whether it was that or the inner part (LLaMA-Factory's own form)."""
+    if "function" in tool:
+        return tool if "type" in tool else {"type": "function"} | tool
+    inner = {key: value for key, value in tool.items() if (key, value) != ("type", "function")}
+    return {"type": "function", "function": inner}
 
 
 def generic_tools(system: str, tools: list[dict]) -> str:

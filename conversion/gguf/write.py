@@ -92,6 +92,7 @@ def lay_out(
     metadata |= {"general.name": name, "general.file_type": int(FILE_TYPES[kind])}
     metadata["general.quantization_version"] = gguf.GGML_QUANT_VERSION
     text, ends = tokenizer.chat_template, []
+    text = text.get("default") if isinstance(text, dict) else text
     if template is not None:
         text = template.to_jinja()
         ends = [i for i in map(tokenizer.token_id, template.stop[:1]) if i is not None]

@@ -27,6 +27,7 @@ from pipeline.sources import (
     parse_entry,
     read_rows,
 )
+from text.render import Message
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 ROWS = [{"instruction": f"q{i} \u00fc", "input": "", "output": f"a{i}\n\u4f60"} for i in range(5)]
@@ -310,9 +311,9 @@ def test_a_path_is_a_dataset_and_its_format_is_read_off_the_first_row(tmp_path):
         assert info.ranking == isinstance(row.get("output"), list)
         if "chosen" in row or info.ranking:
             check_stage(info, "dpo")
-            assert to_pair(row, info)[0].turns == [("user", "a")]
+            assert to_pair(row, info)[0].turns == [Message("user", "a")]
         if "label" in row:
-            assert to_rated(row, info)[1:] == (("assistant", "b"), int(row["label"]))
+            assert to_rated(row, info)[1:] == (Message("assistant", "b"), int(row["label"]))
     assert find_dataset("one.jsonl", tmp_path).location == str(
         tmp_path / "one.jsonl"
     )  # relative to dataset_dir
@@ -483,6 +484,10 @@ def sharegpt(tags=SHAREGPT_TAGS, **columns):
     )
 
 
+def texts(conversation):
+    return [turn[:2] for turn in conversation.turns]
+
+
 def say(*turns):
     return {"conversations": [{"from": role, "value": text} for role, text in turns]}
 
@@ -496,7 +501,7 @@ def test_alpaca_turns():
         "history": [["u1", "a1"], ("u2", "a2")],
         "system": "s",
     }
-    assert to_conversation(row, info).turns == [
+    assert texts(to_conversation(row, info)) == [
         ("system", "s"),
         ("user", "u1"),
         ("assistant", "a1"),
@@ -509,8 +514,9 @@ def test_alpaca_turns():
         {"instruction": "i", "input": "", "output": "o"},
         {"instruction": "i", "output": "o", "input": None},
     ):
-        assert to_conversation(empty, info).turns == [("user", "i"), ("assistant", "o")]
-    assert to_conversation({"instruction": "", "input": "q", "output": "o"}, info).turns[0] == ("user", "q")
+        assert texts(to_conversation(empty, info)) == [("user", "i"), ("assistant", "o")]
+    row = {"instruction": "", "input": "q", "output": "o"}
+    assert texts(to_conversation(row, info))[0] == ("user", "q")
 
 
 @pytest.mark.parametrize(
@@ -556,18 +562,18 @@ def test_sharegpt_turns():
         ("gpt", "a"),
     ) | {"sys": "column", "tools": '[{"name": "f"}]'}
     conversation = to_conversation(row, sharegpt(system="sys", tools="tools"))
-    assert [role for role, _ in conversation.turns] == [
+    assert [turn.role for turn in conversation.turns] == [
         "system",
         "user",
         "function",
         "observation",
         "assistant",
     ]
-    assert conversation.turns[0] == ("system", "s")  # the message beats the column
-    assert conversation.tools == ({"name": "f"},)
+    assert conversation.turns[0] == Message("system", "s")  # the message beats the column
+    assert conversation.tools == ({"type": "function", "function": {"name": "f"}},)
     row = say(("human", "u"), ("gpt", "a"), ("human", "thanks")) | {"sys": "column"}
     conversation = to_conversation(row, sharegpt(system="sys"))
-    assert conversation.turns == [("system", "column"), ("user", "u"), ("assistant", "a")]
+    assert texts(conversation) == [("system", "column"), ("user", "u"), ("assistant", "a")]
     assert conversation.notes == ("odd tail cut",)
 
 
@@ -593,7 +599,7 @@ def test_sharegpt_rows_with_nothing_to_train_are_dropped():
         (say(("human", "a"), ("function_call", "f(x)")), r"\[1\]: a function call is not JSON"),
         (
             say(("human", "a"), ("function_call", "[1]")),
-            r"\[1\]: expected an object with 'name' and 'arguments'",
+            r"\[1\]: a function call is not JSON of 'name' and 'arguments': str '\[1\]'",
         ),
         (say(("human", "a"), ("gpt", "b")) | {"tools": "{"}, r"column 'tools' \(tools\): not JSON"),
         (say(("human", "a"), ("gpt", "b")) | {"tools": '{"a": 1}'}, "expected a list of objects"),
@@ -621,10 +627,11 @@ def test_openai_messages():
         ]
     }
     turns = to_conversation(row, sharegpt(OPENAI_TAGS)).turns
-    assert [role for role, _ in turns] == ["system", "user", "function", "observation", "assistant"]
-    assert turns[1][1] == "ab"
-    assert json.loads(turns[2][1]) == [{"name": "f", "arguments": {"x": 1}}] * 2
-    assert turns[3][1] == "r1\nr2"
+    roles = ["system", "user", "function", "observation", "observation", "assistant"]
+    assert [turn.role for turn in turns] == roles
+    assert turns[1].content == "ab"
+    assert turns[2].more == {"tool_calls": [call, call], "content": None}
+    assert [turn.content for turn in turns[3:5]] == ["r1", "r2"]
     assert call["function"]["arguments"] == '{"x": 1}'  # the row itself is left alone
     picture = {"conversations": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}
     with pytest.raises(ValueError, match="a part of the content is not text"):

@@ -7,10 +7,12 @@ import pytest
 
 from pipeline.formats import Dropped, check_stage, to_pair, to_prompt, to_rated
 from pipeline.sources import OPENAI_TAGS, SHAREGPT_TAGS, DatasetInfo
+from text.render import Message
 
 CALL = '{"name": "f", "arguments": {"x": 1}}'
+WRAPPED = {"type": "function", "function": json.loads(CALL)}
 RANKED = {"chosen": "chosen", "rejected": "rejected"}
-QUESTION = [("user", "q")]
+QUESTION = [Message("user", "q")]
 
 
 def alpaca(**columns):
@@ -33,15 +35,15 @@ PAIRS = {
         alpaca(),
         {"instruction": "q", "output": ["c", "r"]},
         QUESTION,
-        ("assistant", "c"),
-        ("assistant", "r"),
+        Message("assistant", "c"),
+        Message("assistant", "r"),
     ),
     "alpaca, columns": (
         alpaca(**RANKED, system="s", history="h"),
         {"instruction": "q", "input": "i", "chosen": "c", "rejected": "r", "s": "S", "h": [["a", "b"]]},
-        [("system", "S"), ("user", "a"), ("assistant", "b"), ("user", "q\ni")],
-        ("assistant", "c"),
-        ("assistant", "r"),
+        [Message(*turn) for turn in (("system", "S"), ("user", "a"), ("assistant", "b"), ("user", "q\ni"))],
+        Message("assistant", "c"),
+        Message("assistant", "r"),
     ),
     "sharegpt, messages": (
         sharegpt(**RANKED),
@@ -50,23 +52,23 @@ PAIRS = {
             "chosen": {"from": "gpt", "value": "c"},
             "rejected": {"from": "gpt", "value": "r"},
         },
-        [("system", "S"), *QUESTION],
-        ("assistant", "c"),
-        ("assistant", "r"),
+        [Message("system", "S"), *QUESTION],
+        Message("assistant", "c"),
+        Message("assistant", "r"),
     ),
     "sharegpt, texts": (
         sharegpt(**RANKED),
         {"conversations": say(("human", "q")), "chosen": "c", "rejected": "r"},
         QUESTION,
-        ("assistant", "c"),
-        ("assistant", "r"),
+        Message("assistant", "c"),
+        Message("assistant", "r"),
     ),
     "sharegpt, response": (
         sharegpt(response="answers"),
         {"conversations": say(("human", "q")), "answers": ["c", say(("gpt", "r"))]},
         QUESTION,
-        ("assistant", "c"),
-        ("assistant", "r"),
+        Message("assistant", "c"),
+        Message("assistant", "r"),
     ),
     "calls of tools": (
         sharegpt(**RANKED),
@@ -76,8 +78,8 @@ PAIRS = {
             "rejected": {"from": "gpt", "value": "r"},
         },
         QUESTION,
-        ("function", CALL),
-        ("assistant", "r"),
+        Message("function", CALL),
+        Message("assistant", "r"),
     ),
     "after an observation": (
         sharegpt(**RANKED),
@@ -86,9 +88,9 @@ PAIRS = {
             "chosen": "c",
             "rejected": "r",
         },
-        [*QUESTION, ("function", CALL), ("observation", "7")],
-        ("assistant", "c"),
-        ("assistant", "r"),
+        [*QUESTION, Message("function", CALL), Message("observation", "7")],
+        Message("assistant", "c"),
+        Message("assistant", "r"),
     ),
     "openai": (
         sharegpt(OPENAI_TAGS, **RANKED),
@@ -102,8 +104,8 @@ PAIRS = {
             },
         },
         QUESTION,
-        ("assistant", "c"),
-        ("function", CALL),
+        Message("assistant", "c"),
+        Message("function", "", {"tool_calls": [WRAPPED], "content": None}),
     ),
     "openai, the conversation in both": (
         sharegpt(OPENAI_TAGS, **RANKED),
@@ -112,8 +114,8 @@ PAIRS = {
             "rejected": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}],
         },
         QUESTION,
-        ("assistant", "c"),
-        ("assistant", "r"),
+        Message("assistant", "c"),
+        Message("assistant", "r"),
     ),
 }
 
@@ -131,28 +133,28 @@ RATED = {
         alpaca(kto_tag="ok"),
         {"instruction": "q", "output": "a", "ok": True},
         QUESTION,
-        ("assistant", "a"),
+        Message("assistant", "a"),
         1,
     ),
     "sharegpt": (
         sharegpt(kto_tag="ok"),
         {"conversations": say(("human", "p"), ("gpt", "b"), ("human", "q"), ("gpt", "a")), "ok": False},
-        [("user", "p"), ("assistant", "b"), *QUESTION],
-        ("assistant", "a"),
+        [Message("user", "p"), Message("assistant", "b"), *QUESTION],
+        Message("assistant", "a"),
         0,
     ),
     "sharegpt, response": (
         sharegpt(kto_tag="ok", response="answer"),
         {"conversations": say(("human", "q")), "answer": {"from": "function_call", "value": CALL}, "ok": 1},
         QUESTION,
-        ("function", CALL),
+        Message("function", CALL),
         1,
     ),
     "a table": (
         alpaca(kto_tag="ok"),
         {"instruction": "q", "output": "a", "ok": "False"},
         QUESTION,
-        ("assistant", "a"),
+        Message("assistant", "a"),
         0,
     ),
 }
@@ -171,12 +173,12 @@ def test_a_rated_row_of_every_format(name):
 @pytest.mark.parametrize(
     ("info", "row", "label"),
     [
-        (alpaca(), {"instruction": "q", "output": "a"}, ("assistant", "a")),
+        (alpaca(), {"instruction": "q", "output": "a"}, Message("assistant", "a")),
         (alpaca(), {"instruction": "q", "output": ""}, None),
         (alpaca(), {"instruction": "q"}, None),
         (DatasetInfo("x", "file", "x", columns={"prompt": "p"}), {"p": "q", "output": "a"}, None),
-        (alpaca(**RANKED), {"instruction": "q", "chosen": "a", "rejected": "r"}, ("assistant", "a")),
-        (sharegpt(), {"conversations": say(("human", "q"), ("gpt", "a"))}, ("assistant", "a")),
+        (alpaca(**RANKED), {"instruction": "q", "chosen": "a", "rejected": "r"}, Message("assistant", "a")),
+        (sharegpt(), {"conversations": say(("human", "q"), ("gpt", "a"))}, Message("assistant", "a")),
         (sharegpt(), {"conversations": say(("human", "q"))}, None),
     ],
 )

@@ -1,0 +1,408 @@
+"""Messages that hold more than a role and a text: what reaches the template and the trained tokens, against
+transformers' apply_chat_template on the row itself."""
+
+import copy
+import json
+
+import pytest
+import transformers
+from tiny_tokenizers import make_tokenizer
+
+from options.errors import UserError
+from pipeline.encoding import ChunkEncoder, EncodeOptions
+from pipeline.formats import Dropped, to_conversation, to_rated
+from pipeline.report import DataReport, DatasetReport
+from pipeline.sources import OPENAI_TAGS, SHAREGPT_TAGS, DatasetInfo
+from pipeline.store import Tally
+from templates import get_template
+from text.tokenizer import Tokenizer
+
+# writes all that a message may hold
+ALL = (
+    "{%- for tool in tools or [] %}{{- 'TOOL ' ~ tool.function.name ~ (tool.function.parameters | tojson) }}"
+    "{%- endfor %}{%- for d in documents or [] %}{{- 'DOC ' ~ d.title ~ '\n' }}{%- endfor %}{{- mood or '' }}"
+    "{%- for m in messages %}{{- '<|im_start|>' ~ m.role ~ ' ' ~ m.name ~ ' ' ~ m.tool_call_id ~ '\n' }}"
+    "{%- if m.reasoning_content %}{{- '<think>' ~ m.reasoning_content ~ '</think>' }}{%- endif %}"
+    "{{- m.content or '' }}{%- for c in m.tool_calls or [] %}"
+    "{{- '<call ' ~ c.id ~ '>' ~ c.function.name ~ ' ' ~ (c.function.arguments | tojson) }}{%- endfor %}"
+    "{{- '<|im_end|>\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant  \n' }}{%- endif %}"
+)
+PARTS = (
+    "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' }}{%- for p in m.content %}"
+    "{%- if p.type == 'text' %}{{- '[' + p.text + ']' }}{%- endif %}{%- endfor %}{{- '<|im_end|>\n' }}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+)
+FORECAST = {
+    "name": "forecast",
+    "description": "rain or not",
+    "parameters": {"type": "object", "properties": {"day": {"type": "integer", "description": "when"}}},
+}
+
+
+def call(number, arguments, **more):
+    return {
+        "id": f"call{number:05}",
+        "type": "function",
+        "function": {"name": "f", "arguments": arguments},
+        **more,
+    }
+
+
+def said(role, content, **more):
+    return {"role": role, "content": content, **more}
+
+
+ASK = said("user", "Rain?")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"), "chatml")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return Tokenizer.from_folder(folder)
+
+
+@pytest.fixture(scope="module")
+def theirs(folder):
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def openai(**columns):
+    return DatasetInfo("d", "file", "x", "openai", {"messages": "messages", **columns}, OPENAI_TAGS)
+
+
+def encode(row, tokenizer, template, info=None, tally=None, **options):
+    """The whole text and the list of trained texts of one row of stage sft."""
+    encoder = ChunkEncoder(
+        info or openai(tools="tools"), 0, template, tokenizer, EncodeOptions("dialogue", 4096, **options)
+    )
+    (example,) = encoder.encode((0, "row 0", row), tally or Tally())
+    texts, last = [], False
+    for token, trained in zip(example.tokens.tolist(), example.trained.tolist()):
+        if trained and not last:
+            texts.append([])
+        if trained:
+            texts[-1].append(token)
+        last = trained
+    decode = [tokenizer.decode(ids, skip_special=False) for ids in (example.tokens.tolist(), *texts)]
+    return decode[0], decode[1:]
+
+
+ROWS = {
+    "text beside a call": [
+        ASK,
+        said("assistant", "I look.", tool_calls=[call(1, {"day": 1})]),
+        said("tool", "dry"),
+        said("assistant", "No."),
+    ],
+    "a call alone, content null": [ASK, said("assistant", None, tool_calls=[call(1, {"day": 1})])],
+    "several calls and results with ids and names": [
+        ASK,
+        said("assistant", "", tool_calls=[call(1, {"day": 1}), call(2, {"day": 2})]),
+        said("tool", "dry", tool_call_id="call00001", name="f"),
+        said("tool", "wet", tool_call_id="call00002", name="g"),
+        said("assistant", "No, yes."),
+    ],
+    "reasoning_content": [ASK, said("assistant", "No.", reasoning_content="Dry air.")],
+    "thinking": [ASK, said("assistant", "No.", thinking="Dry air.")],
+    "reasoning": [ASK, said("assistant", "No.", reasoning="Dry air.")],
+    "a thought before a call": [
+        ASK,
+        said("assistant", None, reasoning_content="Look.", tool_calls=[call(1, {})]),
+    ],
+    "names of speakers": [said("user", "Rain?", name="Ann"), said("assistant", "No.")],
+    "a developer": [said("developer", "Be brief."), ASK, said("assistant", "No.")],
+    "nulls": [
+        said("user", "Rain?", tool_calls=None, name=None),
+        said("assistant", "No.", reasoning_content=None),
+    ],
+    "arguments with every type": [
+        ASK,
+        said("assistant", "", tool_calls=[call(1, {"a": [1, {"b": "\u00fc"}], "c": True})]),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("as_text", [False, True])
+def test_all_that_a_message_holds_reaches_the_template(tokenizer, theirs, name, as_text):
+    expected = theirs.apply_chat_template(ROWS[name], chat_template=ALL, tokenize=False)
+    row = {"messages": copy.deepcopy(ROWS[name])}
+    for message in row["messages"] if as_text else []:  # OpenAI's arguments are JSON text
+        for each in message.get("tool_calls") or []:
+            each["function"]["arguments"] = json.dumps(each["function"]["arguments"])
+    before, tally = copy.deepcopy(row), Tally()
+    text, trained = encode(row, tokenizer, get_template(None, ALL), tally=tally)
+    assert text == expected
+    answers = sum(message["role"] == "assistant" for message in ROWS[name])
+    assert len(trained) == answers and all(each.endswith("<|im_end|>") for each in trained)
+    assert tally.notes == {} and row == before
+
+
+def test_the_nulls_that_arrow_fills_in_are_absent(tokenizer, theirs, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    from pipeline.readers import read_file
+
+    tools = [
+        FORECAST,
+        {"name": "g", "parameters": {"type": "object", "properties": {"x": {"type": "string"}}}},
+    ]
+    rows = [
+        {"messages": [ASK, said("assistant", None, tool_calls=[call(1, {"day": 1})])], "tools": tools},
+        {"messages": [ASK, said("assistant", "No.", reasoning_content="Hm.")], "tools": None},
+        {
+            "messages": [ASK, said("assistant", "", tool_calls=[call(2, {"x": "y"}, index=3)])],
+            "tools": tools[1:],
+        },
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    filled = [row for _, row in read_file(tmp_path / "a.parquet")]
+    assert filled[0]["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"day": 1, "x": None}
+    for row, read in zip(rows, filled):
+        wrapped = [{"type": "function", "function": tool} for tool in row["tools"] or []] or None
+        expected = theirs.apply_chat_template(
+            row["messages"], chat_template=ALL, tools=wrapped, tokenize=False
+        )
+        assert encode(read, tokenizer, get_template(None, ALL))[0] == expected
+
+
+@pytest.mark.parametrize("form", ["wrapped", "bare", "flat", "texts", "JSON", "JSON of wrapped"])
+def test_every_form_of_tool_definitions_is_one(tokenizer, theirs, form):
+    wrapped = {"type": "function", "function": FORECAST}
+    tools = {
+        "wrapped": [wrapped],
+        "bare": [FORECAST],
+        "flat": [{"type": "function", **FORECAST}],
+        "texts": [json.dumps(FORECAST)],
+        "JSON": json.dumps([FORECAST]),
+        "JSON of wrapped": json.dumps([wrapped]),
+    }[form]
+    row = {"messages": [ASK, said("assistant", "No.")], "tools": tools}
+    expected = theirs.apply_chat_template(row["messages"], chat_template=ALL, tools=[wrapped], tokenize=False)
+    assert encode(row, tokenizer, get_template(None, ALL))[0] == expected
+    assert f"<tools>\n{json.dumps(wrapped)}\n</tools>" in encode(row, tokenizer, get_template("qwen"))[0]
+    assert "> Tool Name: forecast\n" in encode(row, tokenizer, get_template("chatml"))[0]
+
+
+def test_what_a_row_sets_for_its_template(tokenizer, theirs):
+    row = {"messages": [ASK, said("assistant", "No.")], "documents": [{"title": "Weather", "text": "dry"}]}
+    expected = theirs.apply_chat_template(
+        row["messages"], chat_template=ALL, documents=row["documents"], mood="sad", tokenize=False
+    )
+    for given in ({"mood": "sad"}, '{"mood": "sad"}'):
+        assert (
+            encode(row | {"chat_template_kwargs": given}, tokenizer, get_template(None, ALL))[0] == expected
+        )
+    silent = row | {"chat_template_kwargs": {"enable_thinking": False}}
+    assert "<think>\n\n</think>\n\n" not in encode(silent, tokenizer, get_template("qwen3"))[1][0]
+    assert "<think>\n\n</think>\n\n" in encode(row, tokenizer, get_template("qwen3"))[1][0]
+    for wrong in ("{", "[1]", {"messages": []}):
+        with pytest.raises(UserError, match="row 0 .*'chat_template_kwargs'"):
+            encode(row | {"chat_template_kwargs": wrong}, tokenizer, get_template(None, ALL))
+
+
+def test_a_content_of_parts_stays_one_where_the_template_reads_parts(tokenizer, theirs):
+    either = PARTS.replace(
+        "{%- for p in m.content %}",
+        "{%- if m.content is string %}{{- m.content }}{%- else %}{%- for p in m.content %}",
+    )
+    either = either.replace("{%- endfor %}{{- '<|im_end|>", "{%- endfor %}{%- endif %}{{- '<|im_end|>")
+    listed = [
+        said(role, [{"type": "text", "text": text}, {"type": "text", "text": "!"}])
+        for role, text in (("system", "s"), ("user", "q"), ("assistant", "a"))
+    ]
+    plain = [said("user", "q"), said("assistant", "a")]
+    for source in (PARTS, either):
+        expected = theirs.apply_chat_template(listed, chat_template=source, tokenize=False)
+        text, trained = encode({"messages": listed}, tokenizer, get_template(None, source))
+        assert text == expected and trained == ["[a][!]<|im_end|>"]
+    # a text, where the template reads only parts, and parts, where it reads only text
+    assert encode({"messages": plain}, tokenizer, get_template(None, PARTS))[1] == ["[a]<|im_end|>"]
+    assert encode({"messages": plain}, tokenizer, get_template(None, either))[1] == ["a<|im_end|>"]
+    assert encode({"messages": listed}, tokenizer, get_template(None, ALL))[1] == ["a!<|im_end|>"]
+    assert encode({"messages": listed}, tokenizer, get_template("chatml"))[1] == ["a!<|im_end|>"]
+    newer = [
+        said("user", [{"type": "text", "value": "q"}]),
+        said(
+            "assistant",
+            [
+                {"type": "reasoning", "value": "t"},
+                {"type": "text", "value": "a"},
+                {"type": "tool_call", "value": '{"name": "f", "arguments": {}}'},
+            ],
+        ),
+    ]
+    assert encode({"messages": newer}, tokenizer, get_template("qwen3"))[1] == [
+        '<think>\nt\n</think>\n\na\n<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call><|im_end|>'
+    ]
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image"},
+        {"type": "image_url", "image_url": {"url": "x"}},
+        {"type": "video", "text": None},
+        "x",
+    ],
+)
+def test_a_part_that_is_no_text_is_named(tokenizer, part):
+    row = {"messages": [said("user", [{"type": "text", "text": "q"}, part]), said("assistant", "a")]}
+    kind = part["type"] if isinstance(part, dict) else "str"
+    with pytest.raises(
+        UserError, match=rf"row 0 .*'messages'\[0\]: a part of the content is not text but '{kind}'"
+    ):
+        encode(row, tokenizer, get_template("chatml"))
+
+
+@pytest.mark.parametrize("name", ["qwen", "qwen3", "qwen3_nothink"])
+def test_built_in_templates_write_calls_thoughts_and_results_as_the_published_ones(tokenizer, theirs, name):
+    from tests.test_templates import SAME_AS, fixture
+
+    rows = [
+        row
+        for case, row in ROWS.items()
+        if case not in ("a developer", "names of speakers", "thinking", "reasoning")
+    ]
+    for messages in rows:
+        empty = [message | {"content": message["content"] or ""} for message in messages]
+        expected = theirs.apply_chat_template(empty, chat_template=fixture(SAME_AS[name]), tokenize=False)
+        thought = any(message.get("reasoning_content") for message in messages)
+        tally = Tally()
+        assert encode({"messages": messages}, tokenizer, get_template(name), tally=tally)[0] == expected
+        if name == "qwen3" or not thought:
+            assert not any("reasoning" in note for note in tally.notes)
+        else:  # it has no place for a thought; so says the report
+            assert tally.notes == {f"template {name!r} does not read 'reasoning_content' of a message": 1}
+        exported = theirs.apply_chat_template(
+            messages, chat_template=get_template(name).to_jinja(), tokenize=False
+        )
+        assert exported == expected
+
+
+def sharegpt(*turns, **more):
+    return {"conversations": [{"from": role, "value": text} for role, text in turns], **more}
+
+
+def test_function_turns_of_llama_factory_with_a_thought_or_a_text():
+    info = DatasetInfo("d", "file", "x", "sharegpt", {"messages": "conversations"}, SHAREGPT_TAGS)
+    spoken = '{"name": "f", "arguments": {"day": 1}}'
+    written = f"<tool_call>\n{spoken}\n</tool_call>"
+    cases = {
+        spoken: written,
+        f"[{spoken}, {spoken}]": f"{written}\n{written}",
+        f"<think>\nt\n</think>\n\n{spoken}": f"<think>\nt\n</think>\n\n{written}",
+        f"I look.\n{written}": f"I look.\n{written}",
+    }
+    for content, expected in cases.items():
+        row = sharegpt(("human", "q"), ("function_call", content))
+        turns = to_conversation(row, info).turns
+        spans = get_template("qwen3_nothink").render(turns, None, "<|im_end|>")
+        assert [span.text for span in spans if span.answer] == [expected + "<|im_end|>"]
+    for wrong in ("f(x)", '{"name": "f"}', f"{written} <tool_call>x</tool_call>"):
+        with pytest.raises(UserError, match=r"\[1\]: a function call is not JSON"):
+            to_conversation(sharegpt(("human", "q"), ("function_call", wrong)), info)
+
+
+def test_an_answer_of_weight_0_is_shown_and_not_trained(tokenizer):
+    turns = [
+        ASK,
+        said("assistant", "No.", weight=0),
+        said("user", "Sure?"),
+        said("assistant", "Yes.", weight=1),
+    ]
+    for source in (None, ALL):
+        template = get_template(None, ALL) if source else get_template("chatml")
+        text, trained = encode({"messages": turns}, tokenizer, template)
+        assert trained == ["Yes.<|im_end|>"] and "No.<|im_end|>" in text
+    whole = encode({"messages": turns}, tokenizer, get_template("chatml"), train_on_prompt=True)[1]
+    assert "No." not in "".join(whole) and "Sure?" in "".join(whole)
+    newer = [ASK, said("assistant", "No.", loss_weight=0.0), ASK, said("assistant", "Yes.", loss_weight=1.0)]
+    assert encode({"messages": newer}, tokenizer, get_template("chatml"))[1] == ["Yes.<|im_end|>"]
+    with pytest.raises(UserError, match=r"'messages'\[1\]\.weight: expected 0 or 1, found float 0\.5"):
+        encode({"messages": [ASK, said("assistant", "No.", weight=0.5)]}, tokenizer, get_template("chatml"))
+
+
+def test_what_no_template_can_use_is_counted_in_the_report(tokenizer):
+    messages = [
+        ASK,
+        said("assistant", "I look.", tool_calls=[call(1, {})], mood=3),
+        said("tool", "dry", tool_call_id="call00001"),
+        said("assistant", "No."),
+    ]
+    deaf = ALL.replace("m.tool_calls", "[]").replace("m.tool_call_id", "''")
+    mute = ALL.replace("m.content or ''", "m.content if not m.tool_calls else ''")
+    tally = Tally()
+    for template in (get_template("chatml"), get_template(None, deaf), get_template(None, mute)):
+        encode({"messages": messages, "tools": [FORECAST]}, tokenizer, template, openai(), tally)
+    lines = str(DataReport([DatasetReport("d", "train", tally)])).splitlines()
+    assert lines[2:] == [
+        "d: 3 rows: column 'tools' is not used: the data set's entry does not name it (first: row 0)",
+        "d: 1 rows: template 'chatml' does not read 'mood' of a message (first: row 0)",
+        "d: 1 rows: template 'chatml' does not read 'tool_call_id' of a message (first: row 0)",
+        "d: 2 rows: template 'checkpoint' does not read 'mood' of a message (first: row 0)",
+        "d: 1 rows: template 'checkpoint' has no form for tool calls: they stand as JSON (first: row 0)",
+        "d: 1 rows: template 'checkpoint' does not read 'tool_call_id' of a message (first: row 0)",
+        "d: 1 rows: template 'checkpoint' leaves out the text beside a tool call (first: row 0)",
+    ]
+    text, trained = encode({"messages": messages}, tokenizer, get_template(None, deaf))
+    assert trained[0] == 'I look.\n{"name": "f", "arguments": {}}<|im_end|>'
+
+
+def test_an_answer_that_the_template_does_not_write_is_an_error(tokenizer):
+    lost = ALL.replace("m.content or ''", "m.content if m.role == 'user' else ''")
+    with pytest.raises(
+        UserError, match=r"row 0 .*does not write the answer 'No\.': it writes '<\|im_end\|>\\n'"
+    ):
+        encode({"messages": [ASK, said("assistant", "No.")]}, tokenizer, get_template(None, lost))
+
+
+def test_arguments_are_text_where_the_template_joins_text(tokenizer, theirs):
+    joined = ALL.replace("(c.function.arguments | tojson)", "c.function.arguments")
+    strict = joined.replace(" ~ ' ' ~ c.function.arguments", " + ' ' + c.function.arguments")
+    row = {"messages": [ASK, said("assistant", "", tool_calls=[call(1, '{"day":1}')])]}
+    for source in (joined, strict):
+        expected = theirs.apply_chat_template(row["messages"], chat_template=source, tokenize=False)
+        assert encode(row, tokenizer, get_template(None, source))[0] == expected
+        spelled = {"messages": [ASK, said("assistant", "", tool_calls=[call(1, {"day": 1})])]}
+        assert '{"day": 1}' in encode(spelled, tokenizer, get_template(None, source))[0]
+
+
+def test_calls_in_other_spellings():
+    bare = {"name": "f", "arguments": {}}
+    for calls in (
+        [bare],
+        [{"function": bare}],
+        json.dumps([{"type": "function", "function": bare}]),
+        [{"function": {"name": "f"}}],
+    ):
+        turns = to_conversation({"messages": [ASK, said("assistant", "", tool_calls=calls)]}, openai()).turns
+        assert (turns[1].role, turns[1].more["tool_calls"]) == (
+            "function",
+            [{"type": "function", "function": bare}],
+        )
+    for calls in ("f", {"a": 1}, ["f"], [{"function": "f"}], [{"id": "x"}]):
+        with pytest.raises(UserError, match=r"'messages'\[1\]\.tool_calls: "):
+            to_conversation({"messages": [ASK, said("assistant", "", tool_calls=calls)]}, openai())
+    for empty in ([], None):
+        message = said("assistant", "a", tool_calls=empty)
+        assert to_conversation({"messages": [ASK, message]}, openai()).turns[1].role == "assistant"
+    with pytest.raises(UserError, match=r"'messages'\[1\]\.content: expected text, found NoneType"):
+        to_conversation({"messages": [ASK, said("assistant", None)]}, openai())
+
+
+def test_calls_are_answers_in_every_kind_of_row():
+    row = {"messages": [ASK, said("assistant", None, tool_calls=[call(1, {})])], "ok": True}
+    assert to_rated(row, openai(kto_tag="ok"))[1].more["tool_calls"] == [call(1, {})]
+    # the tail that nobody answers may be several results
+    tail = [ASK, said("assistant", "", tool_calls=[call(1, {})]), said("tool", "a"), said("tool", "b")]
+    found = to_conversation({"messages": tail}, openai())
+    assert [turn.role for turn in found.turns] == ["user", "function"] and found.notes == ("odd tail cut",)
+    with pytest.raises(Dropped, match="alternate"):
+        to_conversation({"messages": [ASK, said("tool", "a"), said("assistant", "b")]}, openai())
