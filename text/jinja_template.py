@@ -8,6 +8,7 @@ Source: transformers' apply_chat_template (environment, names of its values).
 Run: python -c "from text.jinja_template import *; print(JinjaTemplate('{{ messages }}').render([], '', ''))"
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -35,21 +36,13 @@ class JinjaTemplate:
     tool_use: str | None = None  # takes the place of source where there are tool definitions
 
     def render(
-        self,
-        messages: list[Message],
-        bos,
-        eos,
-        *,
-        generation_prompt=False,
-        enable_thinking: bool | None = None,
-        tools=None,
-        variables=None,
+        self, messages, bos, eos, *, generation_prompt=False, enable_thinking=None, tools=None, variables=None
     ) -> list[Span]:
         """Spans of the dialogue. An answer is trained where the prompt that generation would be given is what
         stands before it, and later turns leave it unchanged. UserError when not so for the last answer.
 
-        enable_thinking: None = the template's own way. variables: {name: value} of what else it may read:
-        further special tokens, and what the row itself sets.
+        messages: [Message]. enable_thinking: None = the template's own way. variables: {name: value} of what
+        else it may read: further special tokens, and what the row itself sets.
         """
         if tools and self.tool_use is not None:
             how = {"generation_prompt": generation_prompt, "enable_thinking": enable_thinking, "tools": tools}
@@ -97,14 +90,12 @@ class JinjaTemplate:
             fits = cursor <= begin <= len(text) and text.startswith(header) and whole.startswith(text)
             thinks = fits and _shows_thought(upto[-1], text[begin:])
             shown = thinks and _shows_answer(upto[-1], text[begin:])
-            if fits and not shown and not generation_prompt and (last or thinks):
-                raise UserError(_explain_loss(self.source, upto[-1], text[begin:]))
             if shown:
                 spans.append(Span(whole[cursor:begin], False, turn, message.role))
                 spans.append(Span(text[begin:], True, turn, message.role))
                 cursor = len(text)
-            elif last:
-                raise UserError(_explain(self.source, header, text))
+            elif last or (thinks and not generation_prompt):
+                raise UserError(_explain(self.source, upto[-1], header, text))
         owner = len(messages) if generation_prompt else len(messages) - 1
         role = "assistant" if generation_prompt or not messages else messages[-1].role
         return [*spans, Span(whole[cursor:], False, owner, role)]
@@ -263,10 +254,16 @@ def _names(source: str, key: str, of_message: bool) -> bool:
 _SAMPLE_CALL = {"id": "abcdef123", "type": "function", "function": {"name": "f", "arguments": {"k": "v"}}}
 
 
+def _shown(source: str, *dialogue: dict) -> str | None:
+    """A sample dialogue as the template writes it; None when it is refused."""
+    with contextlib.suppress(UserError):
+        return _writer(source, "", "")(list(dialogue))
+
+
 @functools.lru_cache(maxsize=256)
 def _forms(source: str, role: str) -> tuple[str, ...]:
     """In which forms ("text", "parts") a content of this role is shown; () when the sample is refused."""
-    written, found = _writer(source, "", ""), []
+    found = []
     for form in ("text", "parts"):
         asked, said = (
             {"role": each, "content": word if form == "text" else [{"type": "text", "text": word}]}
@@ -275,10 +272,7 @@ def _forms(source: str, role: str) -> tuple[str, ...]:
         call = {"role": "assistant", "content": "", "tool_calls": [_SAMPLE_CALL]}
         result = said | {"tool_call_id": "abcdef123", "name": "f"}
         dialogues = {"user": [said], "assistant": [asked, said], "tool": [asked, call, result]}
-        try:
-            text = written(dialogues.get(role, [said, asked]))
-        except UserError:
-            continue
+        text = _shown(source, *dialogues.get(role, [said, asked])) or ""
         # not a list that is printed as it is
         if "PROBE" in text and not re.search("""['"]text['"]: ['"]PROBE""", text):
             found.append(form)
@@ -295,24 +289,18 @@ def _said(source: str, role: str, text: str) -> dict:
 def _takes_no_content(source: str) -> bool:
     """Whether a call may have no content at all, as transformers gives a null."""
     call = {"role": "assistant", "tool_calls": [_SAMPLE_CALL]}
-    try:
-        return bool(_writer(source, "", "")([_said(source, "user", "question"), call]))
-    except UserError:
-        return False
+    return _shown(source, _said(source, "user", "question"), call) is not None
 
 
 @functools.lru_cache(maxsize=64)
 def _wants_text_arguments(source: str) -> bool:
     """Whether the arguments of a call have to be JSON text: as an object they are refused, or printed as
     Python writes them."""
-    written, seen = _writer(source, "", ""), []
+    seen = []
     for arguments in ({"k": "v"}, json.dumps({"k": "v"})):
-        function = {"name": "f", "arguments": arguments}
-        call = {"role": "assistant", "content": "", "tool_calls": [_SAMPLE_CALL | {"function": function}]}
-        try:
-            seen.append(written([_said(source, "user", "question"), call]))
-        except UserError:
-            seen.append(None)
+        calls = [_SAMPLE_CALL | {"function": {"name": "f", "arguments": arguments}}]
+        call = {"role": "assistant", "content": "", "tool_calls": calls}
+        seen.append(_shown(source, _said(source, "user", "question"), call))
     as_object, as_text = seen
     return as_text is not None and (as_object is None or "{'k'" in as_object)
 
@@ -358,21 +346,17 @@ def _end_of(written: Callable[..., str], dialogue: list[dict], whole: str) -> in
     return len(text) if whole.startswith(text) else 0
 
 
-def _explain(source: str, prompt: str, finished: str) -> str:
+def _explain(source: str, answer: dict, prompt: str, finished: str) -> str:
     same = len(os.path.commonprefix([prompt, finished]))
     one, other = prompt[same : same + 40], finished[same : same + 40]
-    return (
-        "the checkpoint's chat_template does not show where the answer begins: the prompt for generation "
-        f"continues with {one!r}, the finished dialogue with {other!r}. "
-        f"Choose a built-in template, for example `template: {_closest(source)}`."
+    found = (
+        "does not show where the answer begins: the prompt for generation continues with "
+        f"{one!r}, the finished dialogue with {other!r}"
     )
-
-
-def _explain_loss(source: str, answer: dict, text: str) -> str:
-    return (
-        f"the checkpoint's chat_template does not write the answer {_text_of(answer)[:40]!r}: it writes "
-        f"{text[:40]!r}. Choose a built-in template, for example `template: {_closest(source)}`."
-    )
+    if same == len(prompt):
+        found = f"does not write the answer {_text_of(answer)[:40]!r}: it writes {other!r}"
+    way_out = f"Choose a built-in template, for example `template: {_closest(source)}`."
+    return f"the checkpoint's chat_template {found}. {way_out}"
 
 
 def _marked_spans(whole: str, messages: list[Message]) -> list[Span]:

@@ -85,20 +85,12 @@ class ChatTemplate:
     stop: tuple[str, ...] = ()
 
     def render(
-        self,
-        messages: list[Message],
-        bos,
-        eos,
-        *,
-        generation_prompt=False,
-        enable_thinking: bool | None = None,
-        tools=None,
-        variables=None,
+        self, messages, bos, eos, *, generation_prompt=False, enable_thinking=None, tools=None, variables=None
     ) -> list[Span]:
         """Spans of the dialogue; with generation_prompt, the text up to where the next answer begins.
 
-        bos, eos: the tokenizer's, or None. tools: [dict] or None; described at the end of the system text.
-        enable_thinking: None = True here. variables: for a checkpoint's own template, not used here.
+        messages: [Message]. bos, eos: the tokenizer's, or None. enable_thinking: None = True. tools: [dict]
+        or None; described at the end of the system text. variables: for a checkpoint's own template.
         """
         thinks = enable_thinking is not False
         late = [turn for turn, message in enumerate(messages) if turn and message.role == "system"]
