@@ -132,7 +132,7 @@ def test_tools_reach_the_prompt(home, tokenizer):
     put(home, "talk", [row], formatting="sharegpt", columns=columns)
     example = load(home, tokenizer, "talk", template=get_template("qwen")).train.example(0)
     text = tokenizer.decode(example.tokens.tolist(), skip_special=False)
-    assert '<tools>\n{"name": "f"}\n</tools>' in text
+    assert '<tools>\n{"type": "function", "function": {"name": "f"}}\n</tools>' in text
     trained = tokenizer.decode(example.tokens[example.trained].tolist(), skip_special=False)
     assert trained == '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call><|im_end|>7.<|im_end|>'
 

@@ -89,7 +89,7 @@ def test_the_label_of_a_call_is_what_the_template_writes(home, tokenizer):
     put(home, "calls", [row], formatting="sharegpt", columns={"messages": "conversations", "tools": "tools"})
     example = load(home, tokenizer, "calls", stage="ppo", template=get_template("qwen")).train.example(0)
     ((text, label),) = texts_of(example, tokenizer)
-    assert '<tools>\n{"name": "f"}\n</tools>' in text
+    assert '<tools>\n{"type": "function", "function": {"name": "f"}}\n</tools>' in text
     assert label == f"<tool_call>\n{CALL}\n</tool_call>"
 
 
