@@ -208,9 +208,9 @@ class Conversation:
             state = {"stop_ids": self.stop_ids, "generator": self.generator, "cache": self.cache}
             prompt, limit = self._prompt(), context_limit(self.model.config)
             said = "the conversation" if len(self.messages) > 1 else "the message"
-            reads = f"this model reads up to {limit} with its answer"
+            reads = f"but the model takes {limit} with the answer"
             remedy = "shorten it, or stretch the model with rope_scaling"
-            refuse(len(prompt) >= limit, f"{said} has {len(prompt)} tokens, and {reads}; {remedy}")
+            refuse(len(prompt) >= limit, f"{said} has {len(prompt)} tokens, {reads}; {remedy}")
             stream = TextStream(self.model, self.tokenizer, prompt, self.options, **state)
             self.cache = stream.decoding.cache
             for piece in stream:

@@ -348,16 +348,19 @@ def main(argv: list[str]) -> int:
     from pipeline.preview import PreviewOptions, in_colour, places_of_rows, token_table
     from templates import TemplateOptions, get_template
     from text.tokenizer import Tokenizer
+    from training.setup import SECTIONS
 
     if argv[:1] != ["preview"]:
-        print("usage: python data.py preview CONFIG [--index N] [key=value ...]", file=sys.stderr)
+        print("usage: python data.py preview CONFIG [--index N] [words of train.py ...]", file=sys.stderr)
         return 0 if argv[:1] in (["--help"], ["-h"]) else 2
 
     def preview() -> int:
         """Show batch `index` of training, as rank 0 of 1 gets it."""
         sections = [PreviewOptions, DataOptions, TemplateOptions]
         about = {"program": "data.py preview", "description": "Show a training batch token by token."}
-        chosen = config.load(argv[1:], sections, reads_files_of_others=True, **about)
+        place = next((n for n, word in enumerate(argv) if word.endswith("train.py")), 0)
+        words = argv[place + 1 :]  # torchrun ... train.py CONFIG key=value is taken as it is
+        chosen = config.load(words, sections, reads_files_of_others=True, others=SECTIONS, **about)
         run, options, named = (chosen[section] for section in sections)
         access = ModelOptions(cache_dir=run.cache_dir, hf_hub_token=run.hf_hub_token)
         name, revision = run.model_name_or_path, run.model_revision

@@ -14,7 +14,7 @@ converted or not built yet), so a new section needs no change there.
 
 import difflib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -72,20 +72,27 @@ class Config:
 
 
 def load(
-    argv: list[str], sections: list[type], *, program: str, description: str, reads_files_of_others=False
+    argv: list[str],
+    sections: list[type],
+    *,
+    program: str,
+    description: str,
+    reads_files_of_others=False,
+    others: Iterable[type] = (),
 ) -> Config:
     """Read files and command line into `sections`. --help prints keys and exits with 0 (options/help.py).
 
     reads_files_of_others: keys in files that no section here has are left out and noticed, so that a training
-    file serves chat.py too; the command line is checked all the same.  Raises UserError with every mistake
-    found, one a line.
+    file serves chat.py too; the command line is checked all the same.  others: sections of another program,
+    whose words of the command line are left out as well.  Raises UserError with every mistake found, one a
+    line.
     """
     keys = declared(sections)
     topic = help.topic(argv)
     if topic is not None:
         print(help.text(keys, topic, program, description), end="", flush=True)
         raise SystemExit(0)
-    reader = _Reader(keys, reads_files_of_others)
+    reader = _Reader(keys, reads_files_of_others, declared(others))
     words, files = _read_words(argv, reader.is_flag)
     chosen: dict[str, tuple[object, _Setting]] = {}
     for settings in [*(_read_file(name) for name in files), words]:
@@ -220,6 +227,7 @@ class _Reader:
 
     keys: dict[str, Option]
     reads_files_of_others: bool = False
+    keys_of_others: Mapping[str, Option] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     renamed: dict[str, str] = field(default_factory=dict)
     harmless: dict[str, str] = field(default_factory=dict)
@@ -229,6 +237,8 @@ class _Reader:
     def __post_init__(self):
         self.names = {other: key.name for key in self.keys.values() for other in key.also}
         self.names |= {name: name for name in self.keys}
+        self.names_of_others = {other for key in self.keys_of_others.values() for other in key.also}
+        self.names_of_others |= {*self.keys_of_others, *(CONVERTED if self.keys_of_others else ())}
 
     def resolve(self, settings: list[_Setting]) -> dict[str, tuple[object, _Setting]]:
         """One file, or the command line -> key: (typed value, where it came from)."""
@@ -244,8 +254,8 @@ class _Reader:
                 meant = self.meaning(setting.key, setting.raw, raws)
                 typed = {key: self.typed(self.keys[key], raw) for key, raw in meant.items()}
             except UserError as error:
-                of_others = isinstance(error, _NotHere) and setting.line is not None
-                if of_others and self.reads_files_of_others:
+                elsewhere = setting.line is not None and self.reads_files_of_others
+                if isinstance(error, _NotHere) and (elsewhere or setting.key in self.names_of_others):
                     self.unused[setting.key] = None
                 else:
                     self.problems.append(f"{setting}: {error}")

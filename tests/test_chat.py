@@ -2,6 +2,7 @@
 Ctrl-C, and bad input in one clear line."""
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from checkpoints.huggingface import load_model
 from checkpoints.peft import save_adapter
 from generation.generate import GenerateOptions, generate
 from lora import LoraOptions, add_lora
+from options.errors import UserError, harmless
 from templates import get_template
 from text.render import Message, encode_dialogue
 from text.tokenizer import Tokenizer
@@ -146,6 +148,60 @@ def test_ctrl_c_stops_the_answer_and_not_the_conversation(folder):
     assert process.returncode == 0, remarks
     assert "(stopped)" in out and "Traceback" not in remarks
     assert len(begun + out) < 4000
+
+
+@pytest.mark.parametrize("word", ["quit", "/exit", "bye", "Exit", "/quit", "exit()"])
+def test_words_that_leave(folder, monkeypatch, word):
+    said = iter([word])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(said))
+    assert chat.talk(conversation(folder)) == 0
+
+
+def test_pasted_lines_are_one_message(folder, monkeypatch):
+    """In a terminal: what it marks as pasted is taken as a whole, and Enter sends it."""
+    monkeypatch.setenv("TERM", "xterm")
+    main, terminal = os.openpty()
+    process = start(*words(model_name_or_path=folder), stdin=terminal, stdout=terminal)
+    os.close(terminal)
+    seen = b""
+
+    def until(mark: bytes) -> None:
+        nonlocal seen
+        while mark not in seen:
+            assert select.select([main], [], [], 60)[0], seen
+            seen += os.read(main, 1000)
+
+    until(b"\x1b[?2004h")  # it asks for the marks
+    os.write(main, b"\x1b[200~What is\nthat?\x1b[201~\n")
+    until(b"Assistant: ")
+    until(b"\n\x1b[?2004hUser: ")
+    os.write(main, b"/exit\n")
+    assert process.wait(60) == 0
+    os.close(main)
+    template = get_template(None, JINJA)
+    answer = expected_answer(folder, [Message("user", "What is\nthat?")], template)
+    shown = harmless(answer).encode().replace(b"\n", b"\r\n")
+    assert b"Assistant: " + shown in seen
+
+
+def test_a_conversation_that_is_too_long_says_so(folder):
+    talk = conversation(folder)
+    talk.model.config = replace(talk.model.config, max_positions=40)
+    long = "The hammer sings upon an anvil. " * 9
+    with pytest.raises(UserError, match=r"^the message has \d+ tokens, but the model takes 40 with"):
+        list(talk.ask(long))
+    assert talk.messages == []
+    talk.messages = [Message("user", "Hello"), Message("assistant", "Hello")]
+    with pytest.raises(UserError, match=r"^the conversation has \d+ tokens"):
+        list(talk.ask(long))
+
+
+def test_nothing_that_a_model_writes_steers_the_terminal():
+    """C0 and C1 but tab and newline, DEL, and what turns the direction of writing."""
+    steering = [*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+    shown = chat.Painter(True).paint("".join(map(chr, steering)) + "a\tb\n\u00e9")
+    assert not {ord(letter) for letter in shown} & set(steering) and shown.endswith("a\tb\n\u00e9")
+    assert len(shown) == len(steering) + 5
 
 
 def test_the_end_of_the_input_ends_the_program(folder, capsys, monkeypatch):

@@ -856,6 +856,16 @@ def test_a_bug_is_not_taken_for_the_users_mistake(run_file, monkeypatch):
     assert not isinstance(raised.value, UserError)
 
 
+def test_preview_takes_the_words_of_a_training_as_they_are(run_file, capsys):
+    more = ["learning_rate=1e-4", "--bf16", "--lora_r", "4", "output_dir=x", "bits=4", "index=1"]
+    for words in ([run_file], ["torchrun", "--nproc_per_node", "2", "train.py", run_file]):
+        assert data.main(["preview", *words, *more]) == 0
+        shown = capsys.readouterr().out
+        assert "batch 1" in shown
+    assert data.main(["preview", run_file, *more, "indx=1"]) == 2
+    assert "indx=1 (command line): unknown key; did you mean index?" in capsys.readouterr().err
+
+
 def test_preview_shows_what_training_gets(run_file, home, tokenizer, capsys):
     assert data.main(["preview", run_file, "index=2", "seed=5"]) == 0
     shown = capsys.readouterr().out
