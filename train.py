@@ -33,7 +33,7 @@ from checkpoints.huggingface import require_saved, restore_trained
 from data import DataOptions, TokenizedDataSaved
 from model import Decoder
 from options import config as configuration
-from options.errors import EXPECTED, StopRun, end_output, fitting, tell
+from options.errors import EXPECTED, StopRun, end_output, fitting, listen_to_ctrl_c, tell
 from parallel.world import GradientSum, World, clip_gradients
 from pipeline.batch import Batch
 from pipeline.prefetch import ahead
@@ -69,6 +69,7 @@ class Run:
 
 def main(argv: list[str]) -> int:
     """Join the other ranks, keep other runs out of the folder, run. Gives the exit status."""
+    listen_to_ctrl_c()
     try:
         config = configuration.load(argv, SECTIONS, program="train.py", description=__doc__.splitlines()[0])
         options = config[TrainOptions]

@@ -115,7 +115,7 @@ def exit_status(program: str, body: Callable[[], int]) -> int:
     try:
         listen_to_ctrl_c()
         status = body()
-        sys.stdout.flush()
+        print(end="", flush=True)
         return status
     except EXPECTED as error:
         return tell(program, error)
@@ -158,7 +158,7 @@ def _stdout_fails(full: bool) -> bool:
     poll.register(1, 0)
     closed = any(event & (select.POLLERR | select.POLLNVAL) for _, event in poll.poll(0))
     try:
-        sys.stdout.flush()
+        print(end="", flush=True)
         if full:
             os.write(1, b"\n")  # a long text waits in no buffer that a flush could try again
     except (OSError, ValueError):  # ValueError: it was closed

@@ -86,7 +86,7 @@ def free_host_bytes(root: Path = Path("/")) -> int:
     for limit, taken in ((resource.RLIMIT_AS, "VmSize:"), (resource.RLIMIT_DATA, "VmData:")):
         soft = resource.getrlimit(limit)[0]
         own += [] if soft == resource.RLIM_INFINITY else [soft - status[taken] * 1024]
-    return max(0, min(available, *own, *_left_in_groups(root)))
+    return max(0, min([available, *own, *_left_in_groups(root)]))
 
 
 def _left_in_groups(root: Path) -> Iterator[int]:

@@ -23,7 +23,11 @@ import jinja2.ext
 import jinja2.sandbox
 
 from options.errors import UserError
+from options.limits import bounded
 from text.render import PRODUCED, THOUGHTS, Message, Span, bare, parsed, split_thought
+
+# of the time and the memory that one dialogue takes
+IN_BOUNDS = bounded("the checkpoint's chat_template", "choose a built-in one by `template`")
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class JinjaTemplate:
     name: str = "checkpoint"
     tool_use: str | None = None  # takes the place of source where there are tool definitions
 
+    @IN_BOUNDS
     def render(
         self, messages, bos, eos, *, generation_prompt=False, enable_thinking=None, tools=None, variables=None
     ) -> list[Span]:
@@ -216,6 +221,7 @@ class _Probe(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
+@IN_BOUNDS
 def _sample_probe(
     source: str, bos: str | None, eos: str | None, enable_thinking: bool | None
 ) -> _Probe | None:
@@ -430,17 +436,31 @@ def _raise_exception(message: str):
     raise jinja2.TemplateError(message)
 
 
+class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """transformers' sandbox, without whole numbers of thousands of digits, whose arithmetic nothing stops."""
+
+    intercepted_binops = frozenset(("*", "**"))
+
+    def call_binop(self, context, operator, left, right):
+        if isinstance(left, int) and isinstance(right, int):
+            bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
+            if bits > 10_000:
+                raise OverflowError(f"a number of {bits} bits")
+        return super().call_binop(context, operator, left, right)
+
+
 @functools.lru_cache(maxsize=16)
+@IN_BOUNDS
 def _compile(source: str) -> jinja2.Template:
     """In the environment of transformers' apply_chat_template: sandboxed, for strangers wrote the code."""
     extensions = [_Generation, jinja2.ext.loopcontrols]
     layout = {"trim_blocks": True, "lstrip_blocks": True}
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(extensions=extensions, **layout)
+    environment = _Sandbox(extensions=extensions, **layout)
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     try:
         return environment.from_string(source)
-    except jinja2.TemplateError as error:
+    except (*TEMPLATE_FAULTS, SyntaxError) as error:  # SyntaxError: nested too deeply for Python
         why = f"is not valid jinja ({error}); choose a built-in one by `template`"
         raise UserError(f"the checkpoint's chat_template {why}") from error

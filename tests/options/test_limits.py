@@ -1,0 +1,139 @@
+"""limits.py: what others wrote ends in time and memory, wherever it is run; and the least of the limits of
+memory counts."""
+
+import os
+import resource
+import threading
+import time
+
+import pytest
+
+from checkpoints.peft import _by_pattern
+from checkpoints.source import merged_into, read_run
+from options import limits
+from options.errors import UserError
+from options.limits import bounded, free_host_bytes, leaves
+from text.jinja_template import JinjaTemplate
+from text.render import Message
+
+DIALOGUE = [Message("user", "Hello"), Message("assistant", "Hello")]
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% set c = a * b %}{% endfor %}{% endfor %}"
+GROW = "{{% set n = namespace(s={}) %}}{{% for i in range(60) %}}{{% set n.s = n.s {} n.s %}}{{% endfor %}}"
+
+
+@pytest.fixture
+def soon(monkeypatch):
+    monkeypatch.setattr(limits, "SECONDS", 0.3)
+    monkeypatch.setattr(limits, "BYTES", 2**26)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (LOOP, "takes more than 0.3 seconds; choose a built-in one"),
+        ("{{ 'x' * 10**10 }}", "takes more than 0.0625 GiB of memory"),
+        ("{{ 'x' | center(10**10) }}", "takes more than 0.0625 GiB of memory"),
+        (GROW.format("'xy'", "~"), "GiB"),
+        (GROW.format("[1]", "+"), "GiB"),
+        ("{{ '%1000000000d' % 1 }}", "GiB of memory"),
+        ("{{ 7 ** 7 ** 7777 }}", "refuses a dialogue"),
+        (GROW.format("3", "*"), "bits"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "refuses a dialogue"),
+        ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "is not valid jinja"),
+        ("{% for m in messages %}" * 30 + "{% endfor %}" * 30, "is not valid jinja"),
+    ],
+)
+def test_a_template_ends_in_time_and_memory(soon, source, message):
+    started = time.monotonic()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(UserError, match=message):
+        JinjaTemplate(source).render(DIALOGUE, "<s>", "</s>")
+    assert time.monotonic() - started < 30 and resource.getrlimit(resource.RLIMIT_AS) == before
+    assert JinjaTemplate("{{ 'x' * 3 }}{{ 2 ** 5 }}").render([], "<s>", "</s>")[0].text == "xxx32"
+
+
+def test_a_template_is_bounded_wherever_it_is_asked(soon):
+    for ask in (lambda t: t.stop_words("</s>"), lambda t: t.content("x")):
+        with pytest.raises(UserError, match="takes more than 0.3 seconds"):
+            ask(JinjaTemplate(LOOP))
+
+
+def test_only_the_outer_bound_counts_and_other_threads_are_left_alone(soon):
+    with pytest.raises(UserError, match="^outer takes"), bounded("outer", "x"), bounded("inner", "x"):
+        while True:
+            pass
+    ended = []
+
+    def run():
+        with bounded("a thread", "x"):
+            ended.append(sum(range(10**5)))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert ended
+
+
+def test_a_pattern_of_an_adapter_ends_in_time(soon):
+    config = {"lora_alpha": 8, "alpha_pattern": {"(a+)+x": 3}}
+    with pytest.raises(UserError, match="a pattern of .* takes more than 0.3 seconds"):
+        _by_pattern(config, "alpha_pattern", "lora_alpha", "layers.0." + "a" * 60)
+
+
+def test_records_of_exports_that_name_each_other_end(tmp_path):
+    for name, other in (("a", "b"), ("b", "a"), ("c", "c")):
+        (tmp_path / name).mkdir()
+        record = f'{{"base": "{tmp_path / other}", "adapters": ["of {name}"]}}'
+        (tmp_path / name / "export_info.json").write_text(record)
+    assert merged_into(tmp_path / "a") == ["of a", "of b"] and merged_into(tmp_path / "c") == ["of c"]
+    (tmp_path / "a" / "export_info.json").write_text('{"adapters": [3]}')
+    with pytest.raises(UserError, match="adapters or base are no paths"):
+        merged_into(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &a [x, x]\n"
+        + "".join(f"b{i}: &b{i} [{', '.join(['*a'] * 200)}]\n" for i in range(1))
+        + f"c: &c [{', '.join(['*b0'] * 200)}]\n",
+        "a: &a {k: v}\nb: &b {<<: [*a, *a]}\nc: {<<: [*b, *b]}\nd: &d [*d]\n",
+        "a: " + "[" * 3000 + "]" * 3000,
+    ],
+    ids=["aliases", "merged", "deep"],
+)
+def test_a_configuration_does_not_grow_in_memory(tmp_path, text):
+    (tmp_path / "run_config.yaml").write_text(text)
+    with pytest.raises(UserError, match="run_config.yaml.*; remove it"):
+        read_run(tmp_path)
+
+
+def test_paths_that_leave_a_folder():
+    inside, outside = ("a", "a/b", "a/../b", "..a"), ("..", "../a", "/a", "a/../../b", "file:///a", "s3://a")
+    assert not any(map(leaves, inside)) and all(map(leaves, outside))
+
+
+def test_free_memory_is_the_least_that_machine_group_and_process_leave(tmp_path, monkeypatch):
+    def write(name: str, text: str) -> None:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+
+    write("proc/meminfo", "MemTotal: 90000000 kB\nMemAvailable: 8000000 kB\n")
+    write("proc/self/status", "Name:\tpython\nVmSize:\t 1000000 kB\nVmData:\t 500000 kB\n")
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (resource.RLIM_INFINITY,) * 2)
+    assert free_host_bytes(tmp_path) == 8_000_000 * 1024
+    write("proc/self/cgroup", "0::/user/job\n")
+    write("sys/fs/cgroup/user/job/memory.max", "max\n")
+    write("sys/fs/cgroup/user/memory.max", "6000000000\n")
+    write("sys/fs/cgroup/user/memory.current", "5000000000\n")
+    write("sys/fs/cgroup/user/memory.stat", "anon 1\ninactive_file 300000000\nactive_file 200000000\n")
+    assert free_host_bytes(tmp_path) == 1_500_000_000
+    write("proc/self/cgroup", "5:cpu:/x\n4:memory:/job\n")  # version 1
+    write("sys/fs/cgroup/memory/job/memory.limit_in_bytes", "700000000\n")
+    write("sys/fs/cgroup/memory/job/memory.usage_in_bytes", "500000000\n")
+    write("sys/fs/cgroup/memory/job/memory.stat", "cache 1\n")
+    assert free_host_bytes(tmp_path) == 200_000_000
+    limits_of = {resource.RLIMIT_AS: 1_100_000 * 1024, resource.RLIMIT_DATA: 510_000 * 1024}
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (limits_of[kind], limits_of[kind]))
+    assert free_host_bytes(tmp_path) == 10_000 * 1024
+    assert os.path.exists("/proc/self/cgroup") and free_host_bytes() >= 0
