@@ -55,8 +55,8 @@ _REFERENCE = _MODE == "reference"
 
 def _triton_serves(operation: str, device: torch.device, unsupported=None, *tensors) -> bool:
     """Whether the operation's Triton kernel is taken. unsupported(*tensors): why it cannot, or None."""
-    if _REFERENCE or (_MODE == "auto" and device.type != "cuda"):
-        return False
+    if _REFERENCE or (_MODE == "auto" and (device.type != "cuda" or torch.compiler.is_compiling())):
+        return False  # a compiled block is torch's: its compiler fuses, and cannot see into our launches
     problem = _missing(device) or (unsupported and unsupported(*tensors))
     if problem is not None:
         launch.say_once(f"kernels: {operation} takes the torch reference: {problem}")
@@ -105,7 +105,7 @@ def add_rms_norm(
 
 
 ATTENTION = ("auto", "triton", "sdpa", "disabled", "fa2", "fa3")  # values of `flash_attn`
-_chooser = _backends.Chooser(_backends.time_on_gpu)
+_chooser, _steady = _backends.Chooser(_backends.time_on_gpu), _backends.Steady()
 
 
 def require_attention(flash_attn: str, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
@@ -147,13 +147,14 @@ def attention(
         if q.device.type == "cpu" and softcap is None:
             return attention_sdpa(*arguments, whole=_whole(q.dtype))
         return _backends.attention_torch(*arguments)
-    if _MODE == "triton" or launch.recorded_or_traced(q.device):
+    if _MODE == "triton" or launch.recorded_or_traced():
         return _flash.flash_attention_triton(*arguments)
-    candidates = {"triton": _flash.flash_attention_triton, **_backends.backends(*arguments)}
     trained = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    shapes = _backends.shape_class(q, k, cu_seqlens, max_seqlen, window, causal, trained)
-    key = (*shapes, softcap is None, slopes is None)
-    return _chooser.choose(key, candidates, arguments)(*arguments)
+    steady = trained and _steady(cu_seqlens, q.shape[0], max_seqlen)
+    candidates = {"triton": _flash.flash_attention_triton, **_backends.backends(*arguments, steady=steady)}
+    key = _backends.shape_class(q, k, cu_seqlens, max_seqlen, window, causal, trained)
+    measure = q.shape[0] > 0 and not launch.capturing(q.device)
+    return _chooser.choose(key, candidates, arguments, measure)(*arguments)
 
 
 def _whole(dtype: torch.dtype) -> tuple:
@@ -168,6 +169,8 @@ def _whole(dtype: torch.dtype) -> tuple:
 
 def cached_attention(q, keys, values, borders, lengths, window: int | None, scale: float) -> torch.Tensor:
     """New tokens against a cache whose lengths the host knows -> (T, H, D). See kernels/attention.py."""
+    if _triton_serves("cached_attention", q.device, _decode_attention.unsupported, q, keys, 1):
+        return _decode_attention.cached_attention_triton(q, keys, values, borders, lengths, window, scale)
     whole = _whole(q.dtype) if q.device.type == "cpu" else (None, math.inf)
     return cached_attention_reference(q, keys, values, borders, lengths, window, scale, whole)
 

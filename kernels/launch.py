@@ -35,8 +35,8 @@ except ImportError:  # there are no wheels outside Linux; the references serve t
         return function or jit
 
 
-# What is assumed about a GPU that is not there. Capability -> multiprocessors of A100, RTX 4090 and H100.
-RECORDED_PROCESSORS = {80: 108, 89: 128, 90: 132}
+# What is assumed about a GPU that is not there. Capability -> multiprocessors: A100, RTX 3090, RTX 4090, H100
+RECORDED_PROCESSORS = {80: 108, 86: 82, 89: 128, 90: 132}
 TRITON_TYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 TRITON_TYPES |= {torch.int64: "i64", torch.int32: "i32", torch.int16: "i16", torch.int8: "i8"}
 TRITON_TYPES |= {torch.uint8: "u8", torch.bool: "i1"}
@@ -150,10 +150,13 @@ def unavailable(device: torch.device) -> str | None:
     return f"Triton has no {device.type} backend; TRITON_INTERPRET=1 runs kernels in its (slow) interpreter"
 
 
-def recorded_or_traced(device: torch.device) -> bool:
-    """Whether nothing may be timed: launches are recorded, torch.compile traces, a graph is captured."""
-    if _recording is not None or torch.compiler.is_compiling():
-        return True
+def recorded_or_traced() -> bool:
+    """Whether launches are recorded or torch.compile traces: there are no numbers to choose by."""
+    return _recording is not None or torch.compiler.is_compiling()
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured, so that nothing may be timed."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 

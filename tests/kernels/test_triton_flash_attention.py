@@ -14,6 +14,7 @@ from kernel_checks import DEVICE, DTYPES, assert_as_exact_as, random
 
 import kernels
 from kernels import attention_backends as backends
+from kernels import launch
 from kernels.attention import attention_reference, attention_sdpa
 
 pytest.importorskip("triton")
@@ -258,14 +259,13 @@ def test_a_package_is_called_or_named_when_it_is_missing(name, monkeypatch):
 
 
 def test_auto_measures_once_per_class_of_shapes_and_says_so(capsys):
-    milliseconds = {"ours": 3.0, "fast": 1.0, "impossible": None}
-    timed = []
+    milliseconds, timed, results = {"ours": 3.0, "fast": 1.0, "impossible": None}, [], [random(9, 2, 16)]
 
     def timer(function, arguments):
         timed.append(function())
         if milliseconds[function()] is None:
             raise RuntimeError("No available kernel. Aborting execution.\nmore")
-        return milliseconds[function()]
+        return milliseconds[function()], results
 
     candidates = {name: lambda name=name: name for name in milliseconds}
     chooser = backends.Chooser(timer)
@@ -280,14 +280,117 @@ def test_auto_measures_once_per_class_of_shapes_and_says_so(capsys):
     assert chooser.choose(("c",), {"ours": candidates["ours"]}, arguments)() == "ours" and len(timed) == 6
 
 
+OUT = random(20, 2, 8)
+
+
+@pytest.mark.parametrize(
+    "found, said",
+    [
+        ([OUT * 1.05, OUT], "fast dropped, its numbers are off by 0.05"),
+        ([OUT, OUT * 1.05], "fast dropped, its numbers are off by 0.05"),  # a gradient alone
+        ([OUT, torch.cat([OUT[:19], OUT[19:] * 1.2])], "in a row by 0."),  # one row of it
+        ([OUT, OUT * torch.nan], "off by inf"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+            "fast not measured, out of memory",
+        ),
+    ],
+    ids=["result", "gradient", "one row", "no number", "memory"],
+)
+def test_auto_never_takes_one_whose_numbers_are_off_or_for_which_there_is_no_memory(found, said, capsys):
+    given = {"ours": (3.0, [OUT, OUT]), "fast": (1.0, found), "fair": (2.0, [OUT.bfloat16(), OUT.half()])}
+
+    def timer(function, arguments):
+        time, results = given[function()]
+        if isinstance(results, Exception):
+            raise results
+        return time, results
+
+    chooser, arguments = backends.Chooser(timer), (*operands(21, 2, 1, 16), borders_of((21,)), 21)
+    candidates = {name: lambda name=name: name for name in given}
+    launch.say_once.cache_clear()
+    assert chooser.choose((said,), candidates, arguments)() == "fair"
+    line = capsys.readouterr().err
+    assert said in line and line.strip().endswith("-> fair")
+
+
+def test_ours_is_taken_where_there_is_no_memory_to_compare():
+    def timer(function, arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    chooser = backends.Chooser(timer)
+    candidates = {"ours": lambda: "ours", "fast": lambda: "fast"}
+    assert chooser.choose(("a",), candidates, (*operands(22, 2, 1, 16), borders_of((22,)), 22))() == "ours"
+
+    def broken(function, arguments):
+        raise RuntimeError("an illegal memory access")
+
+    with pytest.raises(RuntimeError, match="illegal"):  # of our own kernel: a bug, not a choice
+        backends.Chooser(broken).choose(("a",), candidates, ())
+
+
+def test_within_a_captured_graph_nothing_is_timed_and_what_was_chosen_is_taken():
+    times = {"ours": 2.0, "fast": 1.0}
+    chooser = backends.Chooser(lambda function, arguments: (times[function()], [OUT]))
+    candidates = {name: lambda name=name: name for name in times}
+    arguments = (*operands(23, 2, 1, 16), borders_of((23,)), 23)
+    assert chooser.choose(("a",), candidates, arguments, measure=False)() == "ours"
+    assert chooser.choose(("a",), candidates, arguments)() == "fast"
+    assert chooser.choose(("a",), candidates, arguments, measure=False)() == "fast"
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_what_is_timed_gives_results_and_gradients_to_compare(trained, monkeypatch):
+    """Of a long row some, the last one among them; a call that takes long is made once more, then no more."""
+    monkeypatch.setattr(backends, "COMPARED_ROWS", 10)
+    q, k, v = operands(35, 4, 2, 16)
+    arguments = (q.requires_grad_(trained), k, v, borders_of((35,)), 35, None, 0.3)
+    calls = []
+
+    def clock(call):
+        calls.append(call)
+        return 60.0 if len(calls) > 1 else 900.0, call()
+
+    time, results = backends._timed(attention_reference, arguments, True, clock)
+    assert time == 60.0 and len(calls) == 2 and len(results) == (4 if trained else 1)
+    expected = attention_reference(*arguments)
+    torch.testing.assert_close(results[0][0], expected[34].detach())
+    assert [len(x) for x in results] == [12] * len(results)
+    assert backends._timed(attention_reference, arguments, True, lambda call: (1.0, call()))[0] == 1.0
+
+
+def test_a_plan_of_cudnn_is_made_for_lengths_that_stay_and_never_for_prompts():
+    """Layers of one row share its borders: they count once."""
+    steady = backends.Steady()
+
+    def layers(lengths):
+        borders = borders_of(lengths)
+        return [steady(borders, sum(lengths), max(lengths)) for _ in range(3)]
+
+    same = [layers((8, 8)) for _ in range(5)]
+    assert same == [[False] * 3] * 3 + [[True] * 3] * 2
+    assert [layers((length,)) for length in (9, 10, 11, 12, 13)] == [[False] * 3] * 5
+    assert layers((8, 8)) == [False] * 3
+
+
+def test_the_packed_kernel_of_torch_takes_what_it_is_given():
+    """It is private: a torch that names its arguments otherwise is found here, not on a GPU."""
+    names = [argument.name for argument in torch.ops.aten._flash_attention_forward.default._schema.arguments]
+    assert names[:10] == [
+        "query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal",
+        "return_debug_mask",
+    ]  # fmt: skip
+    assert {"scale", "window_size_left", "window_size_right"} < set(names)
+
+
 def test_what_torch_can_serve():
-    def names(lengths, dtype=torch.bfloat16, size=64, window=None, softcap=None, longest=None):
+    def names(lengths, dtype=torch.bfloat16, size=64, window=None, softcap=None, longest=None, steady=True):
         q, k, v = (x.to(dtype) for x in operands(sum(lengths), 2, 1, size))
-        longest = longest or max(lengths)
-        found = backends.backends(q, k, v, borders_of(lengths), longest, window, 0.3, True, softcap, None)
-        return sorted(found)
+        row = borders_of(lengths), longest or max(lengths), window, 0.3, True, softcap, None
+        return sorted(backends.backends(q, k, v, *row, steady=steady))
 
     assert names((8, 8)) == ["batched sdpa", "cudnn", "torch flash"]
+    assert names((8, 8), steady=False) == ["batched sdpa", "torch flash"]
     assert names((8, 8), window=8) == ["batched sdpa", "cudnn", "torch flash"]  # a window that hides nothing
     assert names((8, 8), window=7) == names((8, 7)) == ["torch flash"]
     assert names((8, 8), dtype=torch.float32) == ["batched sdpa"]
