@@ -474,7 +474,7 @@ def _slope(grad, z, softcap):
     return grad
 
 
-@jit
+@jit(do_not_specialize=["rows"])
 def _row_kernel(
     logits, labels, factors, losses, at_label, rows, size, stride, logit_scale, z_weight,
     GRADIENT: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
@@ -505,7 +505,7 @@ def _row_kernel(
             tl.store(at_label + row, tl.exp(target - normaliser) * share - factor)
 
 
-@jit
+@jit(do_not_specialize=["rows"])
 def _label_kernel(logits, labels, at_label, rows, size, stride, BLOCK: tl.constexpr):
     """What _row_kernel leaves: the gradient at the label."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -516,7 +516,7 @@ def _label_kernel(logits, labels, at_label, rows, size, stride, BLOCK: tl.conste
     tl.store(place, value.to(logits.dtype.element_ty), mask=(label >= 0) & (label < size))
 
 
-@jit
+@jit(do_not_specialize=["rows"])
 def _long_row_kernel(
     logits, labels, bias, factors, losses, rows, size, width, stride, softcap, logit_scale, smoothing,
     z_weight,

@@ -105,10 +105,16 @@ def choose_splits(programs: int, capacity: int, block: int, device: torch.device
     return max(1, min(wanted, ceil_divide(capacity, block), MAX_SPLITS))
 
 
-def decode_attention_triton(q, keys, values, cu_seqlens, lengths, max_new, window, scale, softcap, slopes):
-    """decode_attention_reference without its masked scores; no gradient."""
+def decode_attention_triton(
+    q, keys, values, cu_seqlens, lengths, max_new, window, scale, softcap, slopes, owners=None
+):
+    """decode_attention_reference without its masked scores; no gradient.
+
+    owners: (N,) int32, where each sequence stands in the cache; None: as it comes.
+    """
     tokens, heads, head_dim = q.shape
-    sequences, kv_heads, capacity = keys.shape[:3]
+    kv_heads, capacity = keys.shape[1:3]
+    sequences = len(lengths)
     if keys.stride() != values.stride() or keys.stride(3) != 1:
         raise ValueError(
             f"decode_attention: keys and values must lie alike, not {keys.stride()}, {values.stride()}"
@@ -124,7 +130,7 @@ def decode_attention_triton(q, keys, values, cu_seqlens, lengths, max_new, windo
     if splits > 1:
         part = torch.empty((tokens, heads, splits, head_dim), dtype=torch.float32, device=q.device)
         lse = torch.empty((tokens, heads, splits), dtype=torch.float32, device=q.device)
-    tensors = q, keys, values, cu_seqlens, lengths, slopes, part, lse
+    tensors = q, keys, values, cu_seqlens, lengths, owners, slopes, part, lse
     strides = *q.stride()[:2], *keys.stride()[:3], *part.stride()[:2]
     constants = {"GROUP": group, "HEAD": head_dim, "WINDOW": window, "SOFTCAP": softcap is not None}
     constants |= {"MERGED": splits == 1, "PRECISION": "ieee" if q.dtype is torch.float32 else "tf32"}
@@ -137,6 +143,26 @@ def decode_attention_triton(q, keys, values, cu_seqlens, lengths, max_new, windo
     return out
 
 
+def cached_attention_triton(q, keys, values, borders, lengths, window, scale):
+    """attention.cached_attention_reference: any number of new tokens, a few at a time; no scores in memory.
+
+    Operands as there, all on the device but borders and lengths. A piece of a sequence is to the kernel a
+    sequence whose cache ends with the piece.
+    """
+    rows = max(MAX_NEW, 64 // (q.shape[1] // keys.shape[1]))  # new tokens of a piece: a program's queries
+    stops, filled, owners = [0], [], []
+    for owner, (start, stop, length) in enumerate(zip(borders, borders[1:], lengths)):
+        for last in [*range(start + rows, stop, rows), stop]:
+            stops.append(last)
+            filled.append(length - (stop - last))
+            owners.append(owner)
+    stops, filled, owners = (
+        torch.tensor(numbers, dtype=torch.int32, device=q.device) for numbers in (stops, filled, owners)
+    )
+    rows = min(rows, max(stop - start for start, stop in zip(borders, borders[1:])))
+    return decode_attention_triton(q, keys, values, stops, filled, rows, window, scale, None, None, owners)
+
+
 def store_triton(k, v, keys, values, cu_seqlens, lengths, max_new: int) -> None:
     """store_reference as one kernel."""
     _, kv_heads, head_dim = k.shape
@@ -147,9 +173,9 @@ def store_triton(k, v, keys, values, cu_seqlens, lengths, max_new: int) -> None:
     run(_store_kernel, (max_new, keys.shape[0]), *tensors, *strides, kv_heads, head_dim, **constants)
 
 
-@jit
+@jit(do_not_specialize=["splits"])
 def _decode_kernel(
-    q, keys, values, borders, lengths, slopes, part, lse, q_token, q_head, kv_sequence, kv_head,
+    q, keys, values, borders, lengths, owners, slopes, part, lse, q_token, q_head, kv_sequence, kv_head,
     kv_slot, part_token, part_head, scale, softcap, kv_heads, splits,
     GROUP: tl.constexpr, HEAD: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, MERGED:
     tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
@@ -186,7 +212,10 @@ def _decode_kernel(
     place = token_row * q_token + head * q_head
     queries = tl.load(q + place[:, None] + column, mask=is_row[:, None] & is_column, other=0.0)
     position = length - new + token  # of the row's token
-    cache = sequence.to(tl.int64) * kv_sequence + own_head.to(tl.int64) * kv_head
+    owner = sequence
+    if owners is not None:
+        owner = tl.load(owners + sequence)
+    cache = owner.to(tl.int64) * kv_sequence + own_head.to(tl.int64) * kv_head
     if slopes is not None:
         slope = tl.load(slopes + head, mask=is_row, other=0.0) * 1.4426950408889634
     best = tl.full((ROWS,), -float("inf"), tl.float32)
@@ -226,7 +255,7 @@ def _decode_kernel(
     tl.store(part + place[:, None] + column, result, mask=is_row[:, None] & is_column)
 
 
-@jit
+@jit(do_not_specialize=["splits"])
 def _merge_kernel(part, lse, out, splits, HEAD: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr):
     """One program per token and head: the parts weighted by their shares of the softmax."""
     place = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)

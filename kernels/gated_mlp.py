@@ -107,7 +107,7 @@ def _activation(x, ACT: tl.constexpr):
     return result, slope
 
 
-@jit
+@jit(do_not_specialize=["blocks"])
 def _forward_kernel(
     gate, up, result, gate_stride, up_stride, blocks, size, ACT: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -120,7 +120,7 @@ def _forward_kernel(
     tl.store(result + row * size + column, (activated * other).to(result.dtype.element_ty), mask=inside)
 
 
-@jit
+@jit(do_not_specialize=["blocks"])
 def _backward_kernel(
     gate,
     up,

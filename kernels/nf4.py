@@ -233,7 +233,7 @@ def _number(part, first, second, third):
     return tl.where(part == 2, third, tl.where(part == 1, second, first))
 
 
-@jit
+@jit(do_not_specialize=["tokens"])
 def _low_kernel(
     x, a0, a1, a2, low, x_stride, tokens, inputs, rank, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -320,7 +320,7 @@ def _one_row_kernel(
     tl.store(result + column + row, sums.to(result.dtype.element_ty), mask=row < outs)
 
 
-@jit
+@jit(do_not_specialize=["splits", "tokens"])
 def _some_rows_kernel(
     x, low, result, table, nested_table,
     codes0, absmax0, nested0, mean0, bias0, lora_b0,
@@ -376,7 +376,7 @@ def _some_rows_kernel(
     tl.store(result + target, total.to(result.dtype.element_ty), mask=mask)
 
 
-@jit
+@jit(do_not_specialize=["splits"])
 def _add_kernel(parts, result, count, splits, BLOCK: tl.constexpr):
     """The sum over splits, always in the same order."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -154,7 +154,9 @@ def _scale_and_shift(normal, factor, shift, offset, ROUNDED: tl.constexpr, dtype
     return normal.to(dtype)
 
 
-@jit
+# the count of rows differs from step to step: specialised for 1 and for multiples of 16, as Triton does it, a
+# kernel would be compiled again in the middle of a run
+@jit(do_not_specialize=["rows"])
 def _forward_kernel(
     x, delta, weight, bias, total, y, mean, rstd, rows, inner, outer_stride, inner_stride, size, eps,
     offset,
@@ -183,7 +185,7 @@ def _forward_kernel(
     tl.store(y + place, result, mask=inside)
 
 
-@jit
+@jit(do_not_specialize=["rows"])
 def _wide_forward_kernel(
     x, delta, weight, bias, total, y, mean, rstd, rows, inner, outer_stride, inner_stride, size, eps,
     offset,
@@ -225,7 +227,7 @@ def _wide_forward_kernel(
         tl.store(y + place + column, result, mask=inside)
 
 
-@jit
+@jit(do_not_specialize=["rows"])
 def _backward_kernel(
     x, grad, total_grad, weight, mean, rstd, dx, dweight, dbias, rows, inner, outer_stride,
     inner_stride, size, offset,
@@ -273,7 +275,7 @@ def _backward_kernel(
         tl.store(dbias + program * size + columns, tl.sum(bias_sums, axis=0), mask=columns < size)
 
 
-@jit
+@jit(do_not_specialize=["rows"])
 def _wide_backward_kernel(
     x, grad, total_grad, weight, mean, rstd, dx, dweight, dbias, rows, inner, outer_stride,
     inner_stride, size, offset,
@@ -323,7 +325,7 @@ def _wide_backward_kernel(
         tl.debug_barrier()  # the sums just stored may be loaded by other threads for the next row
 
 
-@jit
+@jit(do_not_specialize=["programs"])
 def _sum_programs_kernel(parts, sums, programs, size):
     """parts (n, programs, size) -> sums (n, size), 32 columns at a time, always in the same order."""
     which = tl.program_id(1)

@@ -134,27 +134,48 @@ class Transfers(Protocol):
     def arrived(self, fetched: object) -> Tensor: ...  # usable by what is queued from now on
 
 
+class OnHost:
+    """Pinned memory for one tensor. torch takes it in powers of two, of 33 MiB it would make 64; so it is
+    asked for pieces that are such powers, and less than the smallest of them is lost."""
+
+    SMALLEST = 2**20  # bytes
+
+    def __init__(self, tensor: Tensor, pinned: bool):
+        self.shape, self.dtype = tensor.shape, tensor.dtype
+        count = -(-tensor.nbytes // self.SMALLEST)
+        bits = [bit for bit in reversed(range(count.bit_length())) if count >> bit & 1]
+        sizes = [self.SMALLEST << bit for bit in bits]
+        self.pieces = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for size in sizes]
+
+    def copy(self, tensor: Tensor, back: bool) -> None:
+        """Between tensor (contiguous) and here, without waiting."""
+        rest = tensor.view(-1).view(torch.uint8)
+        for piece in self.pieces:
+            part, rest = rest[: len(piece)], rest[len(piece) :]
+            target, source = (part, piece[: len(part)]) if back else (piece[: len(part)], part)
+            target.copy_(source, non_blocking=True)
+
+
 class CudaTransfers:
     """Copies on a stream of their own, through pinned memory. (Not measured on a GPU yet.)"""
 
     def __init__(self, device: torch.device):
         self.device, self.stream = device, torch.cuda.Stream(device)
 
-    def send(self, tensor: Tensor) -> Tensor:
-        host = torch.empty(
-            tensor.shape, dtype=tensor.dtype, pin_memory=True
-        )  # of torch's cache of pinned memory
+    def send(self, tensor: Tensor) -> OnHost:
+        tensor = tensor.contiguous()
+        host = OnHost(tensor, pinned=True)
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
-            host.copy_(tensor, non_blocking=True)
+            host.copy(tensor, back=False)
         tensor.record_stream(self.stream)  # not to be given away before it is copied
         return host
 
-    def fetch(self, sent: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+    def fetch(self, sent: OnHost) -> tuple[Tensor, torch.cuda.Event]:
         tensor = torch.empty(sent.shape, dtype=sent.dtype, device=self.device)
         self.stream.wait_stream(torch.cuda.current_stream(self.device))  # the memory may be in use until here
         with torch.cuda.stream(self.stream):
-            tensor.copy_(sent, non_blocking=True)
+            sent.copy(tensor, back=True)
         tensor.record_stream(self.stream)
         return tensor, self.stream.record_event()
 

@@ -126,7 +126,7 @@ def _start(q, k, cos, sin, interleaved: bool, backward: bool) -> tuple[torch.Ten
     return turned_q, turned_k
 
 
-@jit
+@jit(do_not_specialize=["q_programs", "tokens"])
 def _rope_kernel(
     q, k, turned_q, turned_k, cos, sin, q_programs, tokens, q_heads, k_heads, size, half, q_token,
     q_head, k_token, k_head, cos_token, sin_token,

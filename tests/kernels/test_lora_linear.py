@@ -54,6 +54,21 @@ def flat(function):
 TRAINED = [0, *(4 * place + offset for place, (_, rank) in enumerate(SHAPES) if rank for offset in (3, 4))]
 
 
+@pytest.mark.parametrize("rank", [1, 5, 8, 12])
+def test_a_gpu_multiplies_ranks_of_whole_16_bytes(rank, monkeypatch):
+    """Others are filled with zeros: the same sums, gradients of the rank's own size. Not on a CPU."""
+    part = Part(random(24, IN), None, random(rank, IN, seed=1), random(24, rank, seed=2), 0.5)
+    assert lora_linear._aligned(part, torch.device("cpu")) is part
+    monkeypatch.setattr(lora_linear, "_branch_first", lambda device: True)
+    wide = lora_linear._aligned(part, torch.device("cpu"))
+    assert wide.lora_a.shape[0] == wide.lora_b.shape[1] == -(-rank // 8) * 8
+    assert torch.equal(wide.lora_b @ wide.lora_a, part.lora_b @ part.lora_a)
+    lora_a, lora_b = part.lora_a.requires_grad_(True), part.lora_b.requires_grad_(True)
+    (result,) = lora_linear.lora_linears(random(9, IN, seed=3), [part])
+    result.square().sum().backward()
+    assert lora_a.grad.shape == lora_a.shape and lora_b.grad.shape == lora_b.shape
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 20, 123])  # in fp32: no part merged, some, all
 @pytest.mark.parametrize("trained", [TRAINED, TRAINED[1:]], ids=["x too", "first layer"])

@@ -47,6 +47,19 @@ class Ledger:
         return fetched[1]
 
 
+@pytest.mark.parametrize("mib", [0.001, 1, 12.4, 33, 63.5])
+def test_host_memory_is_taken_in_powers_of_two_that_lose_less_than_one_mib(mib):
+    """torch makes a power of two of whatever is pinned: 64 MiB of 33."""
+    tensor = torch.randn(int(mib * 2**20) // 2 + 1).bfloat16()
+    host = recompute.OnHost(tensor, pinned=False)
+    sizes = [len(piece) for piece in host.pieces]
+    assert all(size & (size - 1) == 0 for size in sizes) and 0 <= sum(sizes) - tensor.nbytes < 2**20
+    host.copy(tensor, back=False)
+    found = torch.zeros(host.shape, dtype=host.dtype)
+    host.copy(found, back=True)
+    assert torch.equal(found, tensor)
+
+
 def offloading():
     return Plan(full=LAYERS, offload=Offload(Ledger()))
 

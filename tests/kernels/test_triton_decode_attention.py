@@ -102,6 +102,17 @@ def test_reference_equals_the_attention_that_knows_its_lengths(new, window):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("new", [[37], [1, 80, 16], [17, 3, 70]])
+def test_any_number_of_new_tokens_against_a_cache(new, window):
+    """The second turn of a chat: pieces of it are sequences to the kernel, whose cache ends with them."""
+    q, keys, values, borders, lengths = problem(new, [50, 0, 13][: len(new)], 6, 3, 12, 100)
+    host = borders.tolist(), lengths.tolist()
+    expected = cached_attention_reference(q, keys, values, *host, window, 0.3)
+    found = operation.cached_attention_triton(q, keys, values, *host, window, 0.3)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_soft_cap_and_alibi_are_their_formulas():
     """One query, three keys, by hand."""
     q, keys = torch.tensor([[[2.0]]]), torch.tensor([[[[1.0], [-3.0], [2.0], [7.0]]]])
