@@ -43,10 +43,11 @@ stages: $(VENV)/.installed $(MODEL)/config.json ## reward model, DPO, SimPO, ORP
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON) bench/stages.py out=bench/results
 
 # A GPU machine may have torch but no network, so nothing is installed here: the python3 that sees the GPU is taken.
-gpu: ## on a GPU: the tests of the kernels, then all GPU benchmarks, under 9 minutes; QUICK=1: under 4
+gpu: ## on a GPU: kernel tests, then all GPU benchmarks, under 9 minutes (QUICK=1: 4); out=FOLDER takes results
 	@for candidate in python3 $(PYTHON); do \
 	    if $$candidate -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2> /dev/null; \
-	    then echo "$$candidate bench/gpu.py quick=$(QUICK)"; exec $$candidate bench/gpu.py quick=$(QUICK); fi; \
+	    then echo "$$candidate bench/gpu.py quick=$(QUICK) out=$(out)"; \
+	        exec $$candidate bench/gpu.py quick=$(QUICK) "out=$(out)"; fi; \
 	done; \
 	echo "make gpu: neither python3 nor $(PYTHON) has a torch that sees a CUDA GPU, so there is nothing to measure." \
 	     "Without a GPU, make test runs the kernels in Triton's interpreter and compiles them for A100 and H100." >&2; \

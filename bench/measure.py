@@ -448,12 +448,20 @@ def file_name(what: str, quick: bool, only: str) -> str:
     return "_".join([what, *["quick"] * quick, *(part.replace(" ", "-") for part in only.split(",") if part)])
 
 
+def machine_name(gpu: str | None) -> str:
+    """Of a machine with this GPU, as it stands in the names of files."""
+    return (gpu or "cpu").lower().removeprefix("nvidia ").replace(" ", "_")
+
+
+def results_folder(folder: str, gpu: str | None) -> Path:
+    """The folder asked for; else bench/results for a GPU, a temporary one for a CPU."""
+    return Path(folder or (RESULTS if gpu else Path(tempfile.gettempdir()) / "anvil-bench"))
+
+
 def save(what: str, machine: dict[str, Any], report: dict[str, Any], folder: str) -> Path:
     """Write <what>_<gpu>.json: one machine, one run. folder "": bench/results for a GPU, a temporary one for
     a CPU."""
-    name = (machine.get("gpu") or "cpu").lower().removeprefix("nvidia ").replace(" ", "_")
-    default = RESULTS if machine.get("gpu") else Path(tempfile.gettempdir()) / "anvil-bench"
-    path = (Path(folder) if folder else default) / f"{what}_{name}.json"
+    path = results_folder(folder, machine.get("gpu")) / f"{what}_{machine_name(machine.get('gpu'))}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"machine": machine, **report}, indent=1, default=_plain)
     path.write_text(text + "\n", encoding="utf-8")

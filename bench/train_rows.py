@@ -73,16 +73,28 @@ ROWS = [
         policy="full", systems=("hf default",),
     ),
     Row(
+        "M5", "LoRA r8, 1 x 1024", "Llama-2-7B", 8, (1024,), needs_seconds=12, policy="full", systems=(),
+    ),
+    Row("T3", "LoRA r16, 1 x 512", "Llama-2-7B", 16, (512,), needs_seconds=15, systems=("hf default",)),
+    Row("T6", "full bf16, 8 x 2048", "TinyLlama-1.1B", 0, (2048,) * 8, quick=True, needs_seconds=20),
+    Row(
         "M2", "LoRA r16 over NF4, 1 x 1024", "Llama-2-70B", 16, (1024,), needs_seconds=45, in_4_bits=True,
         policy="full", systems=(),
     ),
-    Row("T6", "full bf16, 8 x 2048", "TinyLlama-1.1B", 0, (2048,) * 8, quick=True, needs_seconds=20),
     Row("T4", "LoRA r16, Alpaca lengths, batch 4", "Llama-2-7B", 16),
     Row(
         "T2b", "LoRA r8, 4 x 1024, accumulate 2", "Llama-2-7B", 8, (1024,) * 4, accumulation=2,
         needs_seconds=30,
     ),
     Row("T4p", "the same packed, 4 rows of 1024", "Llama-2-7B", 16, packed_to=1024, needs_seconds=30),
+    Row(
+        "T3q", "LoRA r16 over NF4, 1 x 512", "Llama-2-7B", 16, (512,), needs_seconds=20, in_4_bits=True,
+        systems=("hf default",),
+    ),
+    Row(
+        "T8", "LoRA r16 over NF4, 1 x 2048", "Llama-2-70B", 16, (2048,), needs_seconds=60, in_4_bits=True,
+        systems=(),
+    ),
     Row("L3", "LoRA r16, 4 x 2048", "Llama-3-8B", 16, (2048,) * 4, needs_seconds=40),
     Row("S1", "LoRA r16, 8 x 1024", "SmolLM2-135M", 16, (1024,) * 8, needs_seconds=15),
 ]  # fmt: skip

@@ -68,7 +68,7 @@ for name, config in configs.items():
         loss.backward()
         gradients = {key: parameter.grad for key, parameter in model.named_parameters()}
         results[name, policy] = {"logits": logits.detach(), "loss": loss.detach(), **gradients}
-torch.save({"results": results, "functions": sorted({node.name() for node in recorded})}, target)
+torch.save({"results": results, "functions": sorted({type(node).__name__ for node in recorded})}, target)
 """
 
 
