@@ -34,6 +34,9 @@ CONFIGS = {
 }  # fmt: skip
 SCRIPT = """
 import json, sys, torch
+sys.path.insert(0, "tests")
+import old_interpreter
+old_interpreter.numbers()
 import kernels
 from architectures import config_from_hf
 from model import Decoder, initialize_weights
