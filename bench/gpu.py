@@ -51,7 +51,7 @@ PARTS = [
     Part("tests", 85, 35, tests=True),
     Part("train", 115, 60),
     Part("decode", 55, 25),
-    Part("profile", 30, 0),
+    Part("step_profile", 30, 0),
     Part("kernels", 70, 25),
     Part("other_tests", 45, 0, tests=True),
     Part("timing_tests", 15, 10, tests=True),
@@ -107,7 +107,7 @@ def command_of(part: Part, seconds: float, device, quick: bool, folder: Path) ->
     if device.type == "cpu":
         small = "smoke=true" if part.name in ("train", "decode") else "device=cpu"
         return [f"bench/{part.name}.py", small, *words]
-    words += ["quick=true"] * (quick and part.name != "profile")
+    words += ["quick=true"] * (quick and part.name != "step_profile")
     words += ["repeats=2"] * (part.name == "decode")  # the slowest rival takes 8 s for each
     return [f"bench/{part.name}.py", f"device={device}", *words]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import goals, gpu, profile
+from bench import goals, gpu, step_profile
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -130,8 +130,8 @@ def test_every_goal_has_a_row_with_its_number_or_the_reason_why_there_is_none(tm
 
 
 def test_a_training_step_and_a_decoding_step_are_taken_apart_by_kernels(tmp_path, capsys):
-    assert profile.main(["device=cpu", f"out={tmp_path}"]) == 0
-    report, printed = json.loads((tmp_path / "profile_cpu.json").read_text()), capsys.readouterr().out
+    assert step_profile.main(["device=cpu", f"out={tmp_path}"]) == 0
+    report, printed = json.loads((tmp_path / "step_profile_cpu.json").read_text()), capsys.readouterr().out
     assert list(report["steps"]) == ["T1", "T2", "D2"] and report["failed"] == report["left_out"] == []
     for name, step in report["steps"].items():
         assert 0 < step["host_ms"] <= step["outside_ms"] and f"{name}: {step['outside_ms']:.2f} ms" in printed
@@ -145,3 +145,8 @@ def test_without_a_gpu_make_gpu_says_so_and_fails():
     done = subprocess.run(["make", "gpu"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0 and not done.stdout
     assert "CUDA GPU" in done.stderr and "make test" in done.stderr
+
+
+def test_no_script_here_has_the_name_of_a_module_of_python():
+    """A script's own folder comes first on the import path: anyone's `import profile` would find ours."""
+    assert not {path.stem for path in ROOT.glob("bench/*.py")} & set(sys.stdlib_module_names)

@@ -476,3 +476,16 @@ def test_choices_names_every_operation_in_one_line():
         assert operation in line
     if "reference everywhere" not in line:
         assert "attention by the plain formula" in kernels.choices("cpu", "disabled")
+
+
+def test_a_compiled_block_is_left_to_torchs_compiler(monkeypatch):
+    """Which cannot see into our launches. Insisting on Triton is obeyed."""
+    monkeypatch.setattr(kernels, "_MODE", "auto")
+    monkeypatch.setattr(kernels, "_REFERENCE", False)
+    monkeypatch.setattr(kernels, "_missing", lambda device: None)
+    gpu = torch.device("cuda")
+    assert kernels._triton_serves("rms_norm", gpu)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not kernels._triton_serves("rms_norm", gpu)
+    monkeypatch.setattr(kernels, "_MODE", "triton")
+    assert kernels._triton_serves("rms_norm", gpu)

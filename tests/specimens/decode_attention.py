@@ -1,6 +1,6 @@
 import torch
 
-from kernels.decode_attention import decode_attention_triton, store_triton
+from kernels.decode_attention import cached_attention_triton, decode_attention_triton, store_triton
 
 MATRIX: set[str] = set()
 SMALL_MATRIX = {"_decode_kernel"}  # one token of one sequence is 16 rows; wgmma begins at 64
@@ -34,3 +34,11 @@ def specimens(dtype):
             decode_attention_triton(q, keys, keys, borders, borders[1:], new, w, 0.1, cap, slopes)
 
         yield name, call
+
+    def second_turn(heads):
+        kind = {"dtype": dtype, "device": "meta"}
+        q, keys = torch.empty(300, heads, 128, **kind), torch.empty(1, 8, 8192, 128, **kind)
+        cached_attention_triton(q, keys, keys, [0, 300], [5000], None, 0.1)
+
+    yield "second turn, group of 4", lambda: second_turn(32)
+    yield "second turn, group of 1", lambda: second_turn(8)

@@ -1,13 +1,13 @@
 """Where the time of a training step and of a decoding step goes: kernels by time, under torch.profiler.
 
-    python bench/profile.py                     # T1, T2 and D2 of the goals on a GPU; about 30 s
-    python bench/profile.py steps=T1 out=/some/folder
-    python bench/profile.py device=cpu          # smoke test at tiny sizes; the numbers mean nothing
+    python bench/step_profile.py                     # T1, T2 and D2 of the goals on a GPU; about 30 s
+    python bench/step_profile.py steps=T1 out=/some/folder
+    python bench/step_profile.py device=cpu          # smoke test at tiny sizes; the numbers mean nothing
 
 One step of each, warm, random weights. `outside`: the step without the profiler, by the host's clock from its
 start to the GPU's end; `host`: until the host had started it all; `in kernels`: the sum over the kernels. Is
 `host` as long as `outside`, the host is what the step waits for. A decoding step is the mean of several
-replays. Results: bench/results/profile_<gpu>.json, or the folder out=FOLDER.
+replays. Results: bench/results/step_profile_<gpu>.json, or the folder out=FOLDER.
 """
 
 import sys
@@ -59,10 +59,10 @@ def main(argv: list[str]) -> int:
             print_step(name, found[name])
             del step
         train_rows.release(device)
-    machine = describe_machine(device, "python bench/profile.py " + " ".join(argv))
+    machine = describe_machine(device, "python bench/step_profile.py " + " ".join(argv))
     report = {"steps": found, "left_out": session.left_out, "failed": session.failed}
     chosen = "" if options["steps"] == DEFAULTS["steps"] else options["steps"]
-    save(file_name("profile", False, chosen), machine, report, options["out"])
+    save(file_name("step_profile", False, chosen), machine, report, options["out"])
     return session.finish()
 
 
