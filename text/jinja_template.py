@@ -64,13 +64,18 @@ class JinjaTemplate:
         if generation_prompt:
             whole += probe.missing_header
         if answers and MARKS.search(self.source):
+            if answers[-1] == len(messages) - 1 and not _shows_thought(dialogue[-1], whole):
+                whole = _with_thought(written, dialogue, "") or whole
             return _marked_spans(whole, messages)
         begin = len(bos) if bos and whole.startswith(bos) else 0
         spans = [Span(whole[:begin], False, -1, "prefix")]
-        spans += self._spans(written, dialogue, messages, whole, begin, probe, generation_prompt)
+        how = {"generation_prompt": generation_prompt, "enable_thinking": enable_thinking}
+        spans += self._spans(written, dialogue, messages, whole, begin, probe, **how)
         return [span for span in spans if span.text]
 
-    def _spans(self, written, dialogue, messages, whole, cursor, probe: "_Probe", generation_prompt):
+    def _spans(
+        self, written, dialogue, messages, whole, cursor, probe: "_Probe", generation_prompt, enable_thinking
+    ) -> list[Span]:
         """What stands behind the first `cursor` characters of the whole text, turn by turn."""
         spans, inserted = [], len(dialogue) - len(messages)
         for turn, message in enumerate(messages):
@@ -88,6 +93,12 @@ class JinjaTemplate:
                 if last:
                     raise
                 continue  # it cannot be asked for here: context of a later answer
+            modes = (False, True) if enable_thinking is None and "enable_thinking" in self.source else ()
+            for (
+                mode
+            ) in modes:  # with a thought or without one, it may be the answer to the prompt of that mode
+                if not text.startswith(header):
+                    header = written(before, True, enable_thinking=mode) + probe.missing_header
             begin = len(header)
             if last and not generation_prompt and not _shows_thought(upto[-1], text[begin:]):
                 whole = text = _with_thought(written, upto, header) or text
@@ -165,7 +176,7 @@ class JinjaTemplate:
     def _in_form(self, message: Message, entry: dict) -> dict:
         """Its content as text or as a list of parts, whichever the template reads."""
         content = entry.get("content")
-        if isinstance(content, str) and content:
+        if isinstance(content, str):
             return entry | _said(self.source, entry["role"], content)
         if isinstance(content, list):
             if "parts" not in _forms(self.source, entry["role"]):
@@ -193,14 +204,15 @@ TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError,
 def _writer(
     source: str, bos, eos, enable_thinking: bool | None = None, tools=None, variables=None
 ) -> Callable[..., str]:
-    """(dialogue, generation_prompt) -> text, for given values of all that a template reads beside them."""
+    """(dialogue, generation_prompt, other values) -> text, for given values of all that a template reads."""
     template, shared = _compile(source), {"tools": tools, "documents": None}
     named = {"bos_token": bos, "eos_token": eos, "enable_thinking": enable_thinking}
     shared |= {name: value for name, value in named.items() if value is not None} | (variables or {})
 
-    def written(dialogue: list[dict], generation_prompt: bool = False) -> str:
+    def written(dialogue: list[dict], generation_prompt: bool = False, **other) -> str:
+        asked = shared | {"messages": dialogue, "add_generation_prompt": generation_prompt} | other
         try:
-            return template.render(messages=dialogue, add_generation_prompt=generation_prompt, **shared)
+            return template.render(asked)
         except TEMPLATE_FAULTS as error:  # such as a missing value, or a range too long
             roles = ", ".join(message["role"] for message in dialogue) or "no message"
             raise UserError(
@@ -275,14 +287,14 @@ def _forms(source: str, role: str) -> tuple[str, ...]:
             {"role": each, "content": word if form == "text" else [{"type": "text", "text": word}]}
             for each, word in (("user", "question"), (role, "PROBE"))
         )
-        call = {"role": "assistant", "content": "", "tool_calls": [_SAMPLE_CALL]}
+        call = asked | {"role": "assistant", "tool_calls": [_SAMPLE_CALL]}
         result = said | {"tool_call_id": "abcdef123", "name": "f"}
         dialogues = {"user": [said], "assistant": [asked, said], "tool": [asked, call, result]}
         text = _shown(source, *dialogues.get(role, [said, asked])) or ""
         # not a list that is printed as it is
         if "PROBE" in text and not re.search("""['"]text['"]: ['"]PROBE""", text):
             found.append(form)
-    return tuple(found)
+    return tuple(found) or (_forms(source, "user") if role == "tool" else ())
 
 
 def _said(source: str, role: str, text: str) -> dict:

@@ -255,11 +255,17 @@ def unused(template, messages: list[Message], spans: list[Span], variables: dict
     for key in variables:
         if key != "enable_thinking" and not template.reads(key, of_message=False):
             notes.append(f"template {name!r} does not read {key!r}")
-    for turn, message in enumerate(messages):
-        if message.role == "function" and message.content and "tool_calls" in message.more:
-            written = "".join(span.text for span in spans if span.turn == turn)
-            if bare(split_thought(message.content)[1]) not in bare(written):
-                notes.append(f"template {name!r} leaves out the text beside a tool call")
+    written = bare("".join(span.text for span in spans))
+    for message in messages:
+        if message.role == "function" and "tool_calls" not in message.more:
+            continue  # its content is no text
+        if message.role != "assistant" and bare(split_thought(message.content)[1]) not in written:
+            what = (
+                "the text beside a tool call"
+                if message.role == "function"
+                else f"a text of role {message.role}"
+            )
+            notes.append(f"template {name!r} leaves out {what}")
     return notes
 
 
