@@ -266,6 +266,9 @@ def unused(template, messages: list[Message], spans: list[Span], variables: dict
                 else f"a text of role {message.role}"
             )
             notes.append(f"template {name!r} leaves out {what}")
+    thought = messages[-1].entry().get("reasoning_content") if messages and thoughts else None
+    if thought and bare(thought) not in written:
+        notes.append(f"template {name!r} leaves out the thought of the last answer")
     return notes
 
 

@@ -3,9 +3,11 @@ transformers' apply_chat_template on the row itself."""
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import transformers
+import trl
 from tiny_tokenizers import make_tokenizer
 
 from options.errors import UserError
@@ -284,6 +286,57 @@ def test_built_in_templates_write_calls_thoughts_and_results_as_the_published_on
             messages, chat_template=get_template(name).to_jinja(), tokenize=False
         )
         assert exported == expected
+
+
+PUBLISHED = Path(trl.__file__).parent / "chat_templates"
+TALK = [
+    said("system", "Be brief."),
+    ASK,
+    said("assistant", "No."),
+    said("user", "Sure?"),
+    said("assistant", "Yes."),
+]
+CALLS, THOUGHT = "several calls and results with ids and names", "reasoning_content"
+TOOLS = [{"type": "function", "function": FORECAST}]
+# what the last answer of TALK, CALLS and the thoughtful row is, behind the prompt that fits it
+LAST = {
+    "qwen3": (
+        "<think>\n\n</think>\n\nYes.",
+        "<think>\n\n</think>\n\nNo, yes.",
+        "<think>\nDry air.\n</think>\n\nNo.",
+    ),
+    "qwen3_5_think": ("\n</think>\n\nYes.", "\n</think>\n\nNo, yes.", "Dry air.\n</think>\n\nNo."),
+    "qwen3_5_nothink": ("Yes.", "No, yes.", "Dry air.\n</think>\n\nNo."),  # the prompt of the other mode
+    "nemotron_3_nano": ("Yes.", "No, yes.", "Dry air.\n</think>\nNo."),
+    "lfm2_v2": ("Yes.", "No, yes.", "No."),
+    "glm4moe": ("\n<think></think>\nYes.", "\n<think></think>\nNo, yes.", "\n<think>Dry air.</think>\nNo."),
+    "gptoss": (
+        "<|channel|>final<|message|>Yes.",
+        "<|channel|>final<|message|>No, yes.",
+        "<|channel|>analysis<|message|>Dry air.<|end|><|start|>assistant<|channel|>final<|message|>No.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAST)
+def test_templates_as_their_vendors_publish_them(tokenizer, theirs, name):
+    source = (PUBLISHED / f"{name}.jinja").read_text()
+    for messages, last in zip((TALK, ROWS[CALLS], ROWS[THOUGHT]), LAST[name]):
+        row = {"messages": messages, "tools": TOOLS}
+        expected = theirs.apply_chat_template(messages, chat_template=source, tools=TOOLS, tokenize=False)
+        tally = Tally()
+        text, trained = encode(row, tokenizer, get_template(None, source), tally=tally)
+        assert text == expected
+        assert trained[-1].startswith(last) and len(trained[-1]) < len(last) + 16  # and an end mark
+        lost = [note for note in tally.notes if "thought" in note or "reasoning" in note]
+        assert len(lost) == (name == "lfm2_v2" and messages is ROWS[THOUGHT])
+
+
+def test_a_vendor_template_that_reads_only_parts_gets_parts(tokenizer):
+    source = (PUBLISHED / "smolvlm.jinja").read_text()
+    text, trained = encode({"messages": ROWS[CALLS]}, tokenizer, get_template(None, source))
+    assert "User: Rain?" in text and "Tool: dry" in text and "Tool: wet" in text
+    assert trained[-1].startswith(" No, yes.")
 
 
 def sharegpt(*turns, **more):
