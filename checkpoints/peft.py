@@ -160,8 +160,11 @@ class AdapterFile:
         return tuple(self.config.get("modules_to_save") or ())
 
 
-def load_adapter(model: Decoder, folder: str | Path, dtype=torch.float32, dropout: float = 0.0) -> None:
-    """Put the PEFT adapter in this folder on the model; it trains, everything else is frozen.
+def load_adapter(
+    model: Decoder, folder: str | Path, dtype=torch.float32, dropout: float = 0.0
+) -> dict[str, torch.Tensor]:
+    """Put the PEFT adapter in this folder on the model; it trains, everything else is frozen. Gives the
+    base's own values of what trains in full, by name.
 
     dtype is that of all that trains, the modules trained in full (modules_to_save) included. Other whole
     tensors in the file (peft adds the embedding and the head where the head has an adapter) replace the
@@ -173,19 +176,22 @@ def load_adapter(model: Decoder, folder: str | Path, dtype=torch.float32, dropou
         raise ValueError(f"{folder}: the model has an adapter already; merge it first (merge_for_good)")
     adapted = [module for module, parts in file.modules.items() if "lora_A" in parts or "lora_B" in parts]
     layers = {module: adapted_linear(model, module, file, dtype, dropout) for module in adapted}
-    whole = []  # (parameter, its new value, whether it trains)
+    whole = []  # (name, parameter, its new value, whether it trains)
     for module, parts in file.modules.items():
         trains = module not in adapted and f"model.{module}".endswith(file.in_full)
         own = dict(layers[module].named_parameters(recurse=False)) if module in layers else {}
         for part in sorted(parts.keys() - ADAPTER_PARTS - own.keys()):
             parameter = whole_parameter(model, f"{module}.{part}", parts[part], file)
-            whole.append((parameter, parts[part], trains and (module, part) not in file.frozen))
+            trained = trains and (module, part) not in file.frozen
+            whole.append((f"{module}.{part}", parameter, parts[part], trained))
     model.requires_grad_(False)
-    for parameter, tensor, trains in whole:
+    own = {name: parameter.data for name, parameter, _, trains in whole if trains}
+    for _, parameter, tensor, trains in whole:
         parameter.data = tensor.to(parameter.device, dtype if trains else parameter.dtype, copy=True)
         parameter.requires_grad_(trains)
     for module, layer in layers.items():
         replace_module(model, module, layer.train(model.training))
+    return own
 
 
 def read_adapter(folder: str | Path, model_config: ModelConfig) -> AdapterFile:
@@ -367,8 +373,9 @@ def prepare_adapters(
     options: LoraOptions,
     generator: torch.Generator | None = None,
     dtype: torch.dtype = torch.float32,
-) -> None:
-    """Set what trains, starting from the given adapters: all but the last are merged, the last trains on.
+) -> dict[str, torch.Tensor]:
+    """Set what trains, starting from the given adapters: all but the last are merged, the last trains on, and
+    the values that load_adapter replaced in full for it are given back.
 
     With options.create_new_adapter all are merged and a fresh one is added; without folders see
     prepare_trainable. Raises UserError if something would have to be merged into quantised weights.
@@ -381,9 +388,9 @@ def prepare_adapters(
         raise UserError(f"adapter_name_or_path: {folders[0]} {fault}; {remedy}")
     merge_adapters(model, folders[: len(folders) - len(trained)])
     if trained:
-        load_adapter(model, trained[0], dtype, options.lora_dropout)
-    else:
-        prepare_trainable(model, options, generator, dtype)
+        return load_adapter(model, trained[0], dtype, options.lora_dropout)
+    prepare_trainable(model, options, generator, dtype)
+    return {}
 
 
 @torch.no_grad()

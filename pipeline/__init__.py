@@ -9,6 +9,7 @@ sources.py    dataset_info.json, files, folders, hubs -> DatasetInfo and its row
 readers.py    .json .jsonl .csv .parquet .arrow .txt -> rows with their places
 formats.py    a row -> Conversation (messages, tools), pair, rated answer or document; KINDS by stage
 encoding.py   those -> Example: rendered, tokenised, cut, marked; in one process or several
+cutting.py    which tokens of an over-long example stay
 tokenise.py   a whole data set out of the cache, or tokenised now and kept there
 store.py      TokenArrays and ExampleStore; the cache's files, written to survive a kill
 streaming.py  rows read while training, nothing stored

@@ -40,6 +40,7 @@ class Example:
     tag: int = 0  # KTO: 1 = desirable, 0 = undesirable
     reference: tuple[float, ...] | None = None  # log-probability of each segment's labels
     copy: int = 0  # how often the data set's order repeated the same example before
+    asked: int = 0  # KTO: a checksum of the question, all of it even where it was cut
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -4,31 +4,29 @@ dialogue (sft): the template renders the conversation into spans, the tokenizer 
 answers' tokens are trained. document (pt): text + eos, cut into pieces of cutoff_len. pair (rm, dpo, orpo):
 prompt + chosen, prompt + rejected, two segments of one example; only these last answers are trained. rated
 (kto): prompt + answer and a tag. prompt (ppo, grpo): what chat.py would give the model, and the row's answer
-as label behind it. Over-long conversations (`truncation_strategy`):
-  ratio  LLaMA-Factory 0.6: turn by turn, a pair of s source and t target tokens in a remaining budget b keeps
-         the first max(b * t // (s + t), reserved_label_len) target tokens and of the source what then fits;
-         later turns go. With mask_history the last turn, the only one trained, comes first, as in newer ones.
-  drop   the row is left out      left / right   the last / first cutoff_len tokens stay; left keeps the bos
-Both answers of a pair keep the same tokens of their prompt, chosen by the length of the longer one; with left
-the prompt gives way before the answers do. A prompt for generation is never cut: a longer one is dropped.
+as label behind it. What is longer than cutoff_len is cut as cutting.py says, but a prompt for generation
+never is: a longer one is dropped.
 """
 
 import contextlib
 import multiprocessing
 import os
+import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 
 import numpy as np
 
 from options.errors import located
+from pipeline import cutting
 from pipeline.batch import ANSWER, ROLES, Example
 from pipeline.formats import Conversation, Dropped, to_conversation, to_document, to_pair, to_prompt, to_rated
 from pipeline.sources import DatasetInfo, Row
 from pipeline.store import Tally, TokenArrays
+from templates import TEMPLATES
 from text.render import Message, Span, encode_dialogue, unused
 
 CHUNK_ROWS = 256  # rows handed to a worker at once: a fraction of a second of work
@@ -72,7 +70,7 @@ class ChunkEncoder:
             with located(f"dataset {self.info.name!r}: {place} (row {number})"):
                 examples, cut, notes = self._encode(number, columns)
         except Dropped as reason:
-            tally.drop(str(reason), place)
+            tally.drop(str(reason), f"{place}, {reason.detail}" if reason.detail else place)
             return []
         for note in dict.fromkeys((*notes, *self.unused)):
             tally.note(note, place)
@@ -98,14 +96,15 @@ class ChunkEncoder:
             return [example], 0, (*conversation.notes, *notes)
         if kind == "dialogue":
             conversation = to_conversation(columns, info)
-            example, cut = self._dialogue(number, conversation)
+            example, cut, in_prompt = self._dialogue(number, conversation)
         elif kind == "pair":
             conversation, *answers = to_pair(columns, info)
-            example, cut = self._answers(number, conversation, answers, 0)
+            example, cut, in_prompt = self._answers(number, conversation, answers, 0)
         else:
             conversation, answer, tag = to_rated(columns, info)
-            example, cut = self._answers(number, conversation, [answer], tag)
-        return [example], cut, conversation.notes
+            example, cut, in_prompt = self._answers(number, conversation, [answer], tag)
+        notes = ("cut in the prompt",) if in_prompt else ()
+        return [example], cut, (*conversation.notes, *notes)
 
     def _document(self, number: int, text: str) -> list[Example]:
         ids = list(self.tokenizer.encode(text, add_special=True))
@@ -114,7 +113,7 @@ class ChunkEncoder:
         if len(ids) < 2:
             raise Dropped("no trained token")
         examples, tokens = [], np.array(ids, np.int32)
-        for start, end in pieces(len(ids), self.options.cutoff_len):
+        for start, end in cutting.pieces(len(ids), self.options.cutoff_len):
             trained = np.arange(end - start) > 0  # nothing stands before the first one that could predict it
             turns = np.zeros(end - start, np.int16)
             roles = np.full(end - start, ROLE_NUMBER["text"] + ANSWER, np.uint8)
@@ -135,7 +134,7 @@ class ChunkEncoder:
     def _render(self, conversation: Conversation, *answer: Message, prompt: bool = False) -> list[np.ndarray]:
         """tokens, produced, turns, roles, each (n,). prompt: up to where an answer begins."""
         spans = self._spans(conversation, *answer, prompt=prompt)
-        ids, produced, counts = encode_dialogue(self.tokenizer, spans)
+        ids, produced, counts, _ = encode_dialogue(self.tokenizer, spans)
         produced = np.array(produced, bool)
         turns = np.repeat(np.array([span.turn for span in spans], np.int16), counts)
         roles = np.repeat(np.array([ROLE_NUMBER.get(span.role, 0) for span in spans], np.uint8), counts)
@@ -148,7 +147,7 @@ class ChunkEncoder:
         has one: its text alone, not what the template puts around it; for comparing, never for reading."""
         tokens, _, turns, roles = self._render(conversation, prompt=True)
         if len(tokens) > self.options.cutoff_len:
-            raise Dropped("prompt longer than cutoff_len")
+            raise Dropped("prompt longer than cutoff_len", f"which has {len(tokens)} tokens")
         text = "" if answer is None else self._label(conversation, answer)
         label = np.array(self.tokenizer.encode(text) if text else [], np.int32)
         notes = ("label cut to cutoff_len tokens",) if len(label) > self.options.cutoff_len else ()
@@ -171,7 +170,37 @@ class ChunkEncoder:
             written = written.removesuffix(word)
         return written
 
-    def _answers(self, number: int, conversation: Conversation, answers, tag: int) -> tuple[Example, int]:
+    def _ranks(self, conversation: Conversation, *answer: Message) -> np.ndarray:
+        """(n,) of the tokens of _render: -1 = the template's own, else the place in the text of its message,
+        which may be cut. A token that reaches beyond the end of its text is the template's too."""
+
+        def render(messages: list[Message]) -> str:
+            return "".join(span.text for span in self._spans(replace(conversation, turns=messages)))
+
+        noted = list(self.unused)
+
+        messages, system = [*conversation.turns, *answer], self.template.default_system
+        catalogued = TEMPLATES.get(self.template.name)
+        users = catalogued is None or system != catalogued.default_system  # the user's own default
+        if system and users and messages[0].role != "system":
+            messages.insert(0, Message("system", system))
+        spans = self._spans(conversation, *answer)
+        whole = "".join(span.text for span in spans)
+        borders = cutting.texts_within(render, messages, whole)
+        self.unused = noted  # marks are no part of the row
+        pairs = list(zip(borders[::2], borders[1::2]))
+        places = [place for begin, end in pairs for place in (begin, end, end + 1)]
+        encoded = encode_dialogue(self.tokenizer, spans, places)
+        ranks = np.full(len(encoded.ids), -1)
+        for i, (_, end) in enumerate(pairs):
+            first, last, behind = encoded.firsts[3 * i : 3 * i + 3]
+            last -= last == behind and end < len(whole)  # no token begins where the text ends
+            ranks[first:last] = np.arange(last - first)
+        return ranks
+
+    def _answers(
+        self, number: int, conversation: Conversation, answers, tag: int
+    ) -> tuple[Example, int, bool]:
         """prompt + answer for each answer, as segments. All keep the same tokens of the prompt."""
         segments = []
         for answer in answers:
@@ -184,124 +213,62 @@ class ChunkEncoder:
         start, first = min(starts), segments[0]
         if len(starts) > 1 or any((first[0][:start] != segment[0][:start]).any() for segment in segments):
             raise Dropped("the template writes the prompt differently for the two answers")
-        prefix = int(np.argmax(first[2][:start] >= 0)) if (first[2][:start] >= 0).any() else 0
-        length = max(len(segment[0]) for segment in segments)
-        cut, kept = 0, []
-        for segment in segments:
-            keep = keep_answer(len(segment[0]), start, prefix, length, self.options)
-            cut += len(keep) - int(keep.sum())
-            kept.append([array[keep] for array in segment])
-            kept[-1][1][:1] = False  # nothing stands before the first token that could predict it
-            if not kept[-1][1].any():
+        kept = list(segments)
+        keeps = self._keep_answers(conversation, answers, segments, start)
+        if keeps:
+            kept = [[array[keep] for array in segment] for segment, keep in zip(segments, keeps)]
+        for segment in kept:
+            segment[1][:1] = False  # nothing stands before the first token that could predict it
+            if not segment[1].any():
                 raise Dropped("no trained token")
         if len(kept) > 1 and np.array_equal(kept[0][0], kept[1][0]):
             raise Dropped("identical answers after cutting")
         arrays = [np.concatenate(parts) for parts in zip(*kept)]
         split = len(kept[0][0]) if len(kept) > 1 else 0
-        return Example(*arrays, (self.part, number), split=split, tag=tag), cut
+        asked = zlib.crc32(first[0][:start]) if self.options.kind == "rated" else 0
+        example = Example(*arrays, (self.part, number), split=split, tag=tag, asked=asked)
+        cut = sum(len(segment[0]) for segment in segments) - len(example)
+        return example, cut, bool(keeps) and not keeps[0][:start].all()
 
-    def _dialogue(self, number: int, conversation: Conversation) -> tuple[Example, int]:
+    def _keep_answers(self, conversation: Conversation, answers, segments, start: int) -> list[np.ndarray]:
+        """Which tokens of each segment stay, (n,) bool; [] where they fit. start: tokens of the prompt."""
+        options, lengths = self.options, [len(segment[0]) for segment in segments]
+        strategy, capacity, longest = options.truncation_strategy, options.cutoff_len, max(lengths)
+        if longest <= capacity:
+            return []
+        if strategy != "ratio":
+            before = int(cutting.prefix(segments[0][3][:start]).sum())
+            return [cutting.keep_answer(n, start, before, longest, capacity, strategy) for n in lengths]
+        ranks = [self._ranks(conversation, answer) for answer in answers]
+        targets, reserved = [each[start:] for each in ranks], options.reserved_label_len
+        kept = cutting.ratio_lengths(ranks[0][:start], targets, capacity, reserved)
+        if kept is None:
+            raise cutting.too_short(ranks[0][:start], targets, reserved)
+        prompt = cutting.by_rank(ranks[0][:start], kept[0])
+        return [np.concatenate([prompt, cutting.by_rank(each, kept[1])]) for each in targets]
+
+    def _dialogue(self, number: int, conversation: Conversation) -> tuple[Example, int, bool]:
         tokens, answer, turns, roles = self._render(conversation)
-        trained = answer
-        if self.options.mask_history and answer.any():
+        options, trained, keep = self.options, answer, np.ones(len(tokens), bool)
+        if options.mask_history and answer.any():
             trained = answer & (turns == turns[np.flatnonzero(answer)[-1]])
-        elif self.options.train_on_prompt:
+        elif options.train_on_prompt:
             trained = np.ones(len(tokens), bool)
         untrained = [i for i, turn in enumerate(conversation.turns) if turn.more.get("weight") == 0]
         trained = trained & ~np.isin(turns, untrained)
-        keep = keep_tokens(answer, turns, self.options)
-        if keep is not None:
-            tokens, trained, turns, roles = tokens[keep], trained[keep], turns[keep], roles[keep]
-        trained = trained.copy()
+        if len(tokens) > options.cutoff_len and options.truncation_strategy == "ratio":
+            parts = answer, turns, roles, self._ranks(conversation)
+            limits = options.cutoff_len, options.reserved_label_len
+            keep = cutting.keep_turns(conversation.turns, parts, trained, *limits)
+        elif len(tokens) > options.cutoff_len:
+            keep = cutting.keep_side(roles, options.cutoff_len, options.truncation_strategy)
+        in_prompt = cutting.cut_in_prompt(keep, answer)
+        cut = len(tokens) - int(keep.sum())
+        tokens, trained, turns, roles = tokens[keep], trained[keep], turns[keep], roles[keep]
         trained[:1] = False  # nothing stands before the first token that could predict it
         if not trained.any():
             raise Dropped("no trained token")
-        return Example(tokens, trained, turns, roles, (self.part, number)), len(answer) - len(tokens)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# cutting
-
-
-def pieces(length: int, capacity: int) -> list[tuple[int, int]]:
-    """Cut a document into consecutive (start, end) of at most `capacity` tokens.
-
-    A last piece of one token could train nothing (its only token has no predecessor), so it takes one more.
-    """
-    borders = [*range(0, length, capacity), length]
-    if len(borders) > 2 and borders[-1] - borders[-2] == 1 and capacity > 1:
-        borders[-2] -= 1
-    return list(zip(borders, borders[1:]))
-
-
-def keep_tokens(answer: np.ndarray, turns: np.ndarray, options: EncodeOptions) -> np.ndarray | None:
-    """Which tokens of a conversation stay, (n,) bool; None when it fits. Raises Dropped for strategy drop."""
-    length, capacity = len(answer), options.cutoff_len
-    if length <= capacity:
-        return None
-    if options.truncation_strategy == "drop":
-        raise Dropped("longer than cutoff_len")
-    place = np.arange(length)
-    if options.truncation_strategy == "right":
-        return place < capacity
-    if options.truncation_strategy == "left":
-        prefix = int(np.argmax(turns >= 0)) if turns[0] < 0 else 0  # bos: models go wrong without it
-        prefix = min(prefix, capacity - 1)
-        return (place < prefix) | (place >= length - (capacity - prefix))
-    return ratio_keep(answer, capacity, options.reserved_label_len, last_first=options.mask_history)
-
-
-def keep_answer(length: int, start: int, prefix: int, longest: int, options: EncodeOptions) -> np.ndarray:
-    """Which tokens of prompt + answer stay, (length,) bool; the prompt loses the same for every answer to it.
-
-    start: tokens of the prompt; prefix of them stand before the first message (bos). longest: of all its
-    answers' lengths. Raises Dropped.
-    """
-    capacity, place = options.cutoff_len, np.arange(length)
-    if longest <= capacity:
-        return place >= 0
-    strategy = options.truncation_strategy
-    if strategy == "drop":
-        raise Dropped("longer than cutoff_len")
-    if strategy == "right":
-        if start >= capacity:
-            raise Dropped("prompt longer than cutoff_len")
-        return place < capacity
-    if strategy == "left":  # the prompt gives way first, and the bos last: models go wrong without it
-        prefix = min(prefix, capacity - 1)
-        kept = max(capacity - (longest - start), prefix, 1)
-        of_prompt = (place < prefix) | ((place >= start - (kept - prefix)) & (place < start))
-        return of_prompt | ((place >= start) & (place >= length - (capacity - kept)))
-    source, target = ratio_lengths(start, longest - start, capacity, options.reserved_label_len)
-    return (place < source) | ((place >= start) & (place < start + target))
-
-
-def ratio_keep(answer: np.ndarray, budget: int, reserved: int, last_first: bool = False) -> np.ndarray:
-    """LLaMA-Factory's rule over the pairs (run of prompt tokens, run of answer tokens)."""
-    starts = np.flatnonzero(np.diff(answer.astype(np.int8), prepend=-1 if not answer[0] else 0))
-    runs = [(int(a), int(b)) for a, b in zip(starts, [*starts[1:], len(answer)])]
-    if answer[0]:
-        runs.insert(0, (0, 0))  # an empty source
-    if len(runs) % 2:  # template text after the last answer: a source without a target
-        runs.append((len(answer), len(answer)))
-    pairs = list(zip(runs[::2], runs[1::2]))
-    keep = np.zeros(len(answer), bool)
-    for (source, source_end), (target, target_end) in reversed(pairs) if last_first else pairs:
-        if budget <= 0:
-            break
-        source_kept, target_kept = ratio_lengths(source_end - source, target_end - target, budget, reserved)
-        keep[source : source + source_kept] = True
-        keep[target : target + target_kept] = True
-        budget -= source_kept + target_kept
-    return keep
-
-
-def ratio_lengths(source: int, target: int, budget: int, reserved: int) -> tuple[int, int]:
-    """How many source and target tokens of a pair stay within `budget` tokens. Whole numbers: LLaMA-Factory's
-    int(budget * (t / (s + t))) loses a token to rounding even where all would fit."""
-    most = max(budget * target // max(source + target, 1), reserved)
-    target_kept = min(most, target, budget)
-    return min(source, budget - target_kept), target_kept
+        return Example(tokens, trained, turns, roles, (self.part, number)), cut, in_prompt
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -33,7 +33,12 @@ FIXED = ("messages", "conversation", "add_generation_prompt", "chat_template", "
 
 
 class Dropped(Exception):
-    """This row holds nothing to train on; the text is the reason that the report counts."""
+    """This row holds nothing to train on; the text is the reason that the report counts. detail: of this row
+    alone, said where it is the first of them."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(reason)
+        self.detail = detail
 
 
 @dataclass(frozen=True)

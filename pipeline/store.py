@@ -1,9 +1,9 @@
 """Tokenised examples on disk: flat arrays, memory-mapped, written in a way that survives being killed.
 
 A folder holds tokens.i32, trained.u8, turns.i16, roles.u8 (one entry per token), lengths.i32, rows.i64,
-splits.i32 and tags.i8 (one per example), and meta.json (sizes, checksums, counts). While it is being written
-its name ends in `.partial` and `progress.json` says how far it is: a killed run goes on there. Renaming makes
-it complete; a finished folder whose sizes or checksums are wrong is refused.
+splits.i32, tags.i8 and asked.u32 (one per example), and meta.json (sizes, checksums, counts). While it is
+being written its name ends in `.partial` and `progress.json` says how far it is: a killed run goes on there.
+Renaming makes it complete; a finished folder whose sizes or checksums are wrong is refused.
 
 Run from Python: store = ExampleStore([TokenArrays.open(folder)], ["my data"]); store.example(0)
 """
@@ -24,8 +24,8 @@ from pipeline.batch import Example
 from pipeline.mixing import hold_out
 
 PER_TOKEN = {"tokens": "<i4", "trained": "bool", "turns": "<i2", "roles": "u1"}
-PER_EXAMPLE = {"lengths": "<i4", "rows": "<i8", "splits": "<i4", "tags": "i1"}
-ENDINGS = {"<i8": "i64", "<i4": "i32", "<i2": "i16", "i1": "i8", "u1": "u8", "bool": "u8"}
+PER_EXAMPLE = {"lengths": "<i4", "rows": "<i8", "splits": "<i4", "tags": "i1", "asked": "<u4"}
+ENDINGS = {"<i8": "i64", "<i4": "i32", "<u4": "u32", "<i2": "i16", "i1": "i8", "u1": "u8", "bool": "u8"}
 ARRAYS = PER_TOKEN | PER_EXAMPLE  # name -> file and dtype
 ARRAYS = {name: (f"{name}.{ENDINGS[kind]}", np.dtype(kind)) for name, kind in ARRAYS.items()}
 SETS_FILE = "anvil_tokenised.json"
@@ -80,8 +80,9 @@ class TokenArrays:
     roles: np.ndarray
     lengths: np.ndarray  # (n,) tokens of each example
     rows: np.ndarray  # (n,) the row that it came from
-    splits: np.ndarray  # (n,), as tags; see Example
+    splits: np.ndarray  # (n,), as tags and asked; see Example
     tags: np.ndarray
+    asked: np.ndarray
     tally: Tally
 
     @classmethod
@@ -90,8 +91,8 @@ class TokenArrays:
             parts = [getattr(example, name) for example in examples]
             return np.concatenate(parts or [np.empty(0)]).astype(ARRAYS[name][1], copy=False)
 
-        found = [(len(example), example.source[1], example.split, example.tag) for example in examples]
-        columns = np.array(found, np.int64).reshape(-1, 4).T
+        found = [(len(one), one.source[1], one.split, one.tag, one.asked) for one in examples]
+        columns = np.array(found, np.int64).reshape(-1, len(PER_EXAMPLE)).T
         arrays = {name: flat(name) for name in PER_TOKEN}
         arrays |= {name: each.astype(PER_EXAMPLE[name]) for name, each in zip(PER_EXAMPLE, columns)}
         return cls(**arrays, tally=tally)
@@ -157,7 +158,7 @@ class ExampleStore:
         arrays = (array[span] for array in (part.tokens, part.trained, part.turns, part.roles))
         source, split, tag = (int(k), int(part.rows[j])), int(part.splits[j]), int(part.tags[j])
         reference = None if self.reference is None else tuple(self.reference[i].tolist())
-        return Example(*arrays, source, split, tag, reference, int(self.copies[i]))
+        return Example(*arrays, source, split, tag, reference, int(self.copies[i]), int(part.asked[j]))
 
     @cached_property
     def copies(self) -> np.ndarray:

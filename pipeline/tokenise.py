@@ -28,7 +28,7 @@ from pipeline.sources import DatasetInfo, HubAccess, Row, find_dataset, open_hub
 from pipeline.store import ExampleStore, StoreWriter, Tally, TokenArrays, load_sets, partial_folder
 from text.render import Message
 
-CACHE_VERSION = 3  # raise it when the tokens of an unchanged row change, or the layout of the files
+CACHE_VERSION = 4  # raise it when the tokens of an unchanged row change, or the layout of the files
 
 
 class _Bar(tqdm):

@@ -12,6 +12,7 @@ micro-batches and num_iterations updates are made of the same answers. Every mea
 accumulation group and all ranks.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -28,7 +29,7 @@ from parallel.world import World
 from pipeline.batch import IGNORED, Batch
 from stages.logprobs import batch_logprobs, in_eval_mode, segment_sums, spread
 from stages.metrics import Metrics, means_over_ranks, summed
-from stages.rewards import samples_of
+from stages.rewards import samples_of, weighted_sum
 from stages.rollouts import Prompt, clipped_losses, seed_of
 from stages.stage import RolloutStage
 
@@ -99,22 +100,29 @@ class GRPOOptions:
 # Pure functions: P prompts with G answers each, N = P G answers, L answer tokens in a row
 
 
+# rewards are NaN where no function had anything to say: such an answer is not in its group
+
+
 def mean_baseline(rewards: Tensor) -> Tensor:
     """rewards (P, G) -> (P, G): the reward less the mean of its group. GRPO, section 4.1.2."""
-    return rewards - rewards.mean(1, keepdim=True)
+    return rewards - rewards.nan_to_num(0.0).sum(1, keepdim=True) / (~rewards.isnan()).sum(1, keepdim=True)
 
 
 def leave_one_out(rewards: Tensor) -> Tensor:
     """rewards (P, G) -> (P, G): the reward less the mean of the other answers' rewards. RLOO, eq. 9."""
-    others = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
-    return rewards - others
+    others = (~rewards.isnan()).sum(1, keepdim=True) - 1
+    return rewards - (rewards.nan_to_num(0.0).sum(1, keepdim=True) - rewards) / others
 
 
 def group_deviation(rewards: Tensor) -> Tensor:
-    """rewards (P, G) -> (P, 1): unbiased standard deviation of each group."""
+    """rewards (P, G) -> (P, 1): unbiased standard deviation of each group; 0 of fewer than two rewards."""
     if not len(rewards):  # a rank without prompts: std would warn
         return rewards[:, :1]
-    return rewards.std(1, keepdim=True)
+    deviation = rewards.std(1, keepdim=True)
+    for group in rewards.isnan().any(1).nonzero()[:, 0].tolist():
+        known = rewards[group][~rewards[group].isnan()]
+        deviation[group] = known.std() if len(known) > 1 else 0.0
+    return deviation
 
 
 def k3_divergence(logprobs: Tensor, reference: Tensor) -> Tensor:
@@ -177,7 +185,7 @@ class GroupPolicy(RolloutStage):
         seeds = [seed_of(self.seed, self.draws, each, i % size, size) for i, each in enumerate(flat)]
         completions = self.roll_out(model, flat, seeds)
         parts = self.reward.parts(samples_of(flat, completions)).double()  # (N, K)
-        rewards = parts @ torch.tensor(self.reward.weights, dtype=torch.float64)  # (N,)
+        rewards = weighted_sum(parts, self.reward.weights)  # (N,)
         measured = self._measures(completions, rewards, parts)
         batches, begin = [], 0
         for each in asked:
@@ -192,7 +200,7 @@ class GroupPolicy(RolloutStage):
         if self.options.kl_in_reward:
             divergences = [summed_divergence(batch) for batch in batches]
             rewards = rewards - self.options.beta * torch.cat(divergences)
-        advantages = self._advantages(rewards.view(-1, size)).flatten().float()
+        advantages = self._advantages(rewards.view(-1, size)).flatten().nan_to_num(0.0).float()
         for batch, values in zip(batches, advantages.split([len(each) for each in asked])):
             batch.per_segment["advantages"] = values
         self.draws += 1  # not before: where the reward fails, the draw has not been
@@ -244,7 +252,9 @@ class GroupPolicy(RolloutStage):
         if reference is not None and in_loss is None:
             sums["kl"] = k3_divergence(logprobs.detach(), reference).sum()
         measured = {name: values for name, values in known.items() if name not in NO_METRICS}
-        return total, summed(measured, len(counts)) | summed(sums, len(logprobs))
+        return total, {name: of_known(values) for name, values in measured.items()} | summed(
+            sums, len(logprobs)
+        )
 
     def evaluate(self, model: Decoder, prompts: Iterator[list[Prompt]], world: World) -> dict[str, float]:
         """One answer to each prompt, the likeliest tokens: its reward, and whether it is the row's own answer
@@ -252,13 +262,19 @@ class GroupPolicy(RolloutStage):
         asked = [prompt for each in prompts for prompt in each]
         samples = samples_of(asked, self.roll_out(model, asked, [0] * len(asked), do_sample=False))
         columns = [
-            self.reward.scores(samples).tolist(),
+            [score for score in self.reward.scores(samples).tolist() if not math.isnan(score)],
             [same_answer(each.completion, each.answer) for each in samples if each.answer is not None],
             [len(sample.completion_ids) for sample in samples],
             [sample.finish_reason == "length" for sample in samples],
         ]
         sums = torch.tensor([[sum(column), len(column)] for column in columns], dtype=torch.float64)
         return means_over_ranks(dict(zip(self.evaluation_names, sums.to(world.device))), world)
+
+
+def of_known(values: Tensor) -> Tensor:
+    """(N,) -> (2,): the sum of those that are no NaN, and their number."""
+    known = ~values.isnan()
+    return torch.stack([values.masked_fill(~known, 0.0).sum(), known.sum().to(values.dtype)])
 
 
 def without_labels(batch: Batch, left_out: list[bool]) -> Batch:
@@ -273,7 +289,8 @@ def without_labels(batch: Batch, left_out: list[bool]) -> Batch:
 
 
 def deviation_of_all(rewards: Tensor, world: World) -> Tensor:
-    """Unbiased standard deviation of the rewards (P, G) fp64 of all ranks, () on the host."""
+    """Unbiased standard deviation of the rewards (P, G) fp64 of all ranks that are known, () on the host."""
+    rewards = rewards[~rewards.isnan()]
     first = torch.tensor([rewards.numel(), rewards.sum().item()], dtype=torch.float64, device=world.device)
     count, total = world.sum(first).tolist()
     squares = ((rewards - total / max(count, 1)) ** 2).sum().to(world.device)

@@ -8,19 +8,22 @@ over its tokens in nats; b is pref_beta, s the sigmoid.
     bco                good: -w+ log s(b r - d)      bad: -w- log s(d - b r)        arXiv 2404.04656 eq. 7
 
 w+ = kto_chosen_weight, w- = kto_rejected_weight. z = max(0, mean r of questions with answers to other
-questions), an estimate of the KL divergence, without gradient: each row's question with the next row's
-answer, as a second segment of the example. d = mean b r of all answers seen so far.
+questions), an estimate of the KL divergence, without gradient: each row's question with the answer of the
+next row that asks something else, as a second segment of the example. d = mean b r of all answers so far.
 
 Departures from trl and LLaMA-Factory: z is the mean over the whole accumulation group and all ranks (in an
-evaluation: over the whole set), theirs that of a micro-batch (trl: averaged over ranks); and the next row is
-that of the data set, theirs that of the batch, so that batch 8, 8 x 1 accumulated and 2 ranks x 1 x 4 give
-the same gradients, at batch size 1 too. pref_ftx adds the loss per token of each good answer, so that (sum
-over answers) / (number of answers) is what trains; LLaMA-Factory divides by the number of good ones.
+evaluation: over the whole set), theirs that of a micro-batch (trl: averaged over ranks); and the other row is
+one of the data set, theirs the next of the batch, so that batch 8, 8 x 1 accumulated and 2 ranks x 1 x 4 give
+the same gradients, at batch size 1 too, and with a batch that asks one question only; theirs may answer the
+same question, where rows with it stand together. pref_ftx adds the loss per token of each good answer, so
+that (sum over answers) / (number of answers) is what trains; LLaMA-Factory divides by the number of good
+ones.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from itertools import pairwise
 from typing import Literal
 
@@ -47,6 +50,8 @@ from stages.logprobs import (
 from stages.metrics import ANSWER_METRICS, Metrics, means_over_ranks
 from stages.reference import Reference
 from stages.stage import Stage
+
+MOST_WAITING = 1000  # examples of a stream that are held until one asks something else
 
 
 @dataclass(frozen=True)
@@ -81,41 +86,77 @@ def bco_loss(rewards: Tensor, good: Tensor, baseline: Tensor) -> Tensor:
 
 
 class MismatchedStore(ExampleStore):
-    """The examples of a store, each `mismatched` with the next one; the last with the first."""
+    """The examples of a store, each `mismatched` with that of another_asker."""
 
     def __init__(self, store: ExampleStore, cutoff_len: int):
         super().__init__(store.parts, store.datasets, store.index)
-        if len(store) < 2:
-            found = f"{', '.join(store.datasets)} has {len(store)}"
-            raise UserError(f"kto_loss: kto needs answers to other questions, so at least 2 rows; {found}")
-        self.cutoff_len = cutoff_len
+        asked = self._gather("asked", np.int64)
+        if len(np.unique(asked)) < 2:
+            found = f"{', '.join(store.datasets)} has {len(np.unique(asked))}"
+            needs = f"kto needs answers to other questions, so at least 2 questions; {found}"
+            raise UserError(f"kto_loss: {needs}. Set kto_loss=apo_zero_unpaired or bco, or add rows")
+        self.cutoff_len, self.others = cutoff_len, another_asker(asked)
         questions = self._gather("questions", np.int32)  # tokens
-        answers = np.roll(self.lengths - questions, -1)
+        answers = (self.lengths - questions)[self.others]
         self.lengths = self.lengths + questions + np.minimum(answers, cutoff_len - questions)
 
     def example(self, i: int) -> Example:
-        return mismatched(super().example(i), super().example((i + 1) % len(self)), self.cutoff_len)
+        return mismatched(super().example(i), super().example(int(self.others[i])), self.cutoff_len)
+
+
+def another_asker(asked: np.ndarray) -> np.ndarray:
+    """(n,) what rows ask, at least two different things -> (n,) for each row one that asks something else.
+
+    Of rows that all differ the next one, and the first for the last. Rows that ask the same are first put
+    together where the first of them stands, and their k-th one has the k-th row behind them.
+    """
+    _, first, number, sizes = np.unique(asked, return_index=True, return_inverse=True, return_counts=True)
+    first, size = first[number], sizes[number]
+    order = np.argsort(first, kind="stable")
+    first, size, place = first[order], size[order], np.arange(len(asked))
+    begin = np.searchsorted(first, first)  # of the rows that ask the same
+    others = np.empty(len(asked), np.int64)
+    others[order] = order[(begin + size + (place - begin) % (len(asked) - size)) % len(asked)]
+    return others
 
 
 def mismatched(example: Example, other: Example, cutoff_len: int) -> Example:
-    """The example with a second segment: its question with the other's answer, as much as fits cutoff_len."""
+    """The example with a second segment: its question with the other's answer. Where cutoff_len is less, the
+    end of its text is left out, not what ends an answer."""
     question, start = int(np.argmax(example.trained)), int(np.argmax(other.trained))
-    stop = min(len(other), start + cutoff_len - question)
+    room, answer = cutoff_len - question, np.arange(start, len(other))
+    if len(answer) > room:
+        last = min(len(other) - int(np.flatnonzero(other.trained)[-1]), room)
+        answer = np.concatenate([answer[: room - last], answer[len(answer) - last :]])
 
     def joined(name: str) -> np.ndarray:
         mine = getattr(example, name)
-        return np.concatenate([mine, mine[:question], getattr(other, name)[start:stop]])
+        return np.concatenate([mine, mine[:question], getattr(other, name)[answer]])
 
     arrays = {name: joined(name) for name in ("tokens", "trained", "turns", "roles")}
     return replace(example, **arrays, split=len(example))
 
 
+def mismatched_stream(examples: Iterator[Example], cutoff_len: int) -> Iterator[Example]:
+    """Each example `mismatched` with the next that asks something else."""
+    waiting: list[Example] = []  # ask the same
+    for example in examples:
+        if waiting and example.asked != waiting[0].asked:
+            yield from (mismatched(each, example, cutoff_len) for each in waiting)
+            waiting = []
+        waiting.append(example)
+        if len(waiting) > MOST_WAITING:
+            found = f"{MOST_WAITING:,} rows of the stream ask the same one after another"
+            remedy = "raise buffer_size to mix them, or set kto_loss=apo_zero_unpaired or bco"
+            raise UserError(f"kto_loss: kto needs answers to other questions, but {found}; {remedy}")
+
+
 def add_mismatches(prepared: Prepared, cutoff_len: int) -> None:
-    """Give every example its second segment. In a stream the next row is the one that is drawn next."""
+    """Give every example its second segment."""
     if isinstance(prepared.train, ExampleStore):
         prepared.train = MismatchedStore(prepared.train, cutoff_len)
     prepared.eval = {name: MismatchedStore(store, cutoff_len) for name, store in prepared.eval.items()}
-    prepared.couple = lambda examples: (mismatched(*two, cutoff_len) for two in pairwise(examples))
+    prepared.couple = partial(mismatched_stream, cutoff_len=cutoff_len)
 
 
 @dataclass

@@ -293,7 +293,7 @@ class PPO(RolloutStage):
         flat = [prompt for each in prompts for prompt in each]
         seeds = [seed_of(self.seed, draw, prompt) for prompt in flat]
         texts = self.roll_out(model, flat, seeds)
-        scores, remaining = self.reward.scores(samples_of(flat, texts)), iter(texts)
+        scores, remaining = self.reward.scores(samples_of(flat, texts)).nan_to_num(0.0), iter(texts)
         return [[next(remaining) for _ in each] for each in prompts], scores
 
     def _note(self, model: Decoder, batch: Batch) -> dict[str, Tensor]:

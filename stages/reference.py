@@ -1,7 +1,8 @@
 """The reference policy: log-probabilities that a trained policy is held to, beside the training or before it.
 
-Which policy: ref_model with its adapters; else what the run starts from: with LoRA the model with
-its adapters switched off, which costs no memory, else a frozen copy of the weights that train. Where the
+Which policy: ref_model with its adapters; else with LoRA the base model, as LLaMA-Factory has it (trl: the
+start): the adapters switched off, which costs no memory, and the base's own values of what an adapter trains
+in full; without LoRA a frozen copy of the weights that the run starts from. Where the
 texts are known ahead the log-probabilities are computed once, before the first update: then no copy is held
 and no step computes them. They are kept on disk by a key that is a hash of the reference's weights and of
 every token of the data set, so that whatever changes them (model, adapters, quantisation, rows, template,
@@ -24,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoints.safetensors_files import write_tensors
-from lora import full_modules, lora_layers, lora_off
+from lora import full_modules, lora_layers, lora_off, replace_module
 from model import Decoder
 from options.errors import UserError, refuse, say
 from options.option import option
@@ -75,14 +76,22 @@ class Reference:
         return answer_sums(self.logprobs(model, batch), batch, self.ld_alpha)
 
 
-def start_policy(model: Decoder, live: bool) -> Decoder | None:
+def start_policy(model: Decoder, live: bool, own: dict[str, Tensor] | None = None) -> Decoder | None:
     """The reference of a run that names none, given the model with the weights it starts from; see Reference.
 
+    own: the base's values of what a given adapter trains in full (checkpoints/peft.py, load_adapter).
     live: log-probabilities are asked for after the first update, so weights that train are copied; the
     others, which never change, are shared. Else the model itself serves, before the first update.
     """
     if lora_layers(model) and not full_modules(model):
         return None
+    if own:
+        base = frozen_copy(model)
+        for name, layer in lora_layers(base).items():
+            replace_module(base, name, layer.base)
+        for name, tensor in own.items():
+            base.get_parameter(name).data = tensor
+        return base
     return frozen_copy(model) if live else model
 
 

@@ -10,7 +10,7 @@ LLaMA-Factory sends them) and answers {"scores": [number, ...]}, one for each te
 
 A reward file is the user's program and runs on purpose, so use no file that you have not read. Every function
 in it with a parameter `completions` is a reward (or those that reward_funcs names); it gets lists of equal
-length, by the names of its parameters, and returns one number for each completion:
+length, by the names of its parameters, and returns one number for each completion; None = nothing to say:
 
     def near_forty_words(completions, **others):
         return [-abs(len(text.split()) - 40) / 40 for text in completions]
@@ -22,7 +22,9 @@ The names are `prompts` (text as the model sees it), `completions` (text without
 (the row's own answer; None if it has none), `prompt_ids`, `completion_ids` (with the stop token),
 `finish_reasons` ("stop", or "length" when the answer was cut off), or **others for all of them. A function
 must depend on nothing else: texts are scored in batches of any size, on every rank, and again after a resume.
-The reward is their sum, each times its entry of reward_weights. trl's functions for plain text run here.
+The reward is their sum, each times its entry of reward_weights. trl's functions for plain text run here, and
+None means what it means there: the other functions' sum alone; where all say None an answer teaches nothing
+in grpo, and has reward 0 in ppo.
 """
 
 import http.client
@@ -135,31 +137,45 @@ class RewardSource:
 
     names: tuple[str, ...] = ("reward",)  # of its parts, K of them
     weights: tuple[float, ...] = (1.0,)
+    may_abstain = False  # NaN is what `measure` gives where a part has nothing to say
+    told = False  # that all parts abstained once
 
     def measure(self, samples: Sequence[Sample]) -> Tensor:
         """(n, K) fp32, not checked yet; n > 0."""
         raise NotImplementedError
 
     def parts(self, samples: Sequence[Sample]) -> Tensor:
-        """(n, K) fp32 on the CPU. Raises RewardError for a number that is none."""
+        """(n, K) fp32 on the CPU, NaN where a part abstains. Raises RewardError for a number that is none."""
         if not samples:
             return torch.zeros(0, len(self.names))
         values = self.measure(samples)
-        bad = (~torch.isfinite(values)).nonzero()
+        abstained = values.isnan() if self.may_abstain else torch.zeros_like(values, dtype=torch.bool)
+        bad = (~torch.isfinite(values) & ~abstained).nonzero()
         if len(bad):
             row, part = bad[0].tolist()
-            prompt, answer = _short(samples[row].prompt), _short(samples[row].completion)
-            found = f"the reward ({self.names[part]}) of an answer is {values[row, part]}"
-            raise RewardError(f"{found}, expected a finite number; the answer is {answer!r}, to {prompt!r}")
+            raise _no_number(self.names[part], float(values[row, part]), samples[row])
+        silent = abstained.all(1).nonzero()
+        if len(silent) and not self.told:
+            self.told = True
+            print(f"note: every reward function returned None; {_answer_of(samples[int(silent[0])])}")
         return values
 
     def scores(self, samples: Sequence[Sample]) -> Tensor:
-        """(n,) fp32 on the CPU: the weighted sum of the parts."""
-        return self.parts(samples) @ torch.tensor(self.weights)
+        """(n,) fp32 on the CPU: the weighted sum of the parts; NaN where all abstain."""
+        return weighted_sum(self.parts(samples), self.weights)
+
+
+def weighted_sum(parts: Tensor, weights: Sequence[float]) -> Tensor:
+    """parts (n, K), NaN where one abstains -> (n,): the sum of the others; NaN where there are none."""
+    abstained = parts.isnan()
+    sums = parts.masked_fill(abstained, 0.0) @ torch.tensor(weights, dtype=parts.dtype)
+    return sums.masked_fill(abstained.all(1), torch.nan)
 
 
 class FunctionReward(RewardSource):
     """The functions of a reward file; see the top of this file."""
+
+    may_abstain = True
 
     def __init__(self, path: str | Path, names: Sequence[str] = (), weights: Sequence[float] = ()):
         """Raises UserError naming the file and what is wrong with it."""
@@ -172,10 +188,16 @@ class FunctionReward(RewardSource):
 
     def measure(self, samples: Sequence[Sample]) -> Tensor:
         given = {name: [getattr(sample, field) for sample in samples] for name, field in ARGUMENTS.items()}
-        columns = [self._call(name, function, given) for name, function in zip(self.names, self.functions)]
+        columns = []
+        for name, function in zip(self.names, self.functions):
+            column = self._call(name, function, given)
+            for sample, number in zip(samples, column):
+                if number is not None and math.isnan(number):
+                    raise _no_number(name, number, sample)
+            columns.append([math.nan if number is None else number for number in column])
         return torch.tensor(columns).T.contiguous()
 
-    def _call(self, name: str, function: Callable, given: dict[str, list]) -> list[float]:
+    def _call(self, name: str, function: Callable, given: dict[str, list]) -> list[float | None]:
         """The function's numbers, one a completion. Raises RewardError that names function and line."""
         where = f"reward_file: {self.path}: {name}"
         parameters = inspect.signature(function).parameters.values()
@@ -191,7 +213,7 @@ class FunctionReward(RewardSource):
         try:
             if isinstance(values, str | dict | set):  # iterable, but their items are no numbers in order
                 raise TypeError(f"it is a {type(values).__name__}")
-            numbers = [float(value) for value in values]
+            numbers = [None if value is None else float(value) for value in values]
         except (TypeError, ValueError) as error:
             found = _short(" ".join(repr(values).split()))  # the repr of a tensor has lines
             raise RewardError(f"{where} returned {found}, expected a list of numbers ({error})") from error
@@ -368,6 +390,15 @@ def _answer(request: urllib.request.Request, seconds: float) -> bytes:
 
     threading.Thread(target=ask, daemon=True).start()
     return result.result(seconds)
+
+
+def _no_number(name: str, value: float, sample: Sample) -> RewardError:
+    found = f"the reward ({name}) of an answer is {value}"
+    return RewardError(f"{found}, expected a finite number; {_answer_of(sample)}")
+
+
+def _answer_of(sample: Sample) -> str:
+    return f"the answer is {_short(sample.completion)!r}, to {_short(sample.prompt)!r}"
 
 
 def _texts(samples: Sequence[Sample]) -> list[list[int]]:

@@ -13,10 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from tiny_tokenizers import make_tokenizer
 
 import data
@@ -25,7 +22,7 @@ from options.errors import UserError
 from parallel.atomic import locked
 from pipeline import encoding, store
 from pipeline.batch import ANSWER, ROLES
-from pipeline.encoding import EncodeOptions, keep_tokens, pieces, ratio_keep, ratio_lengths
+from pipeline.encoding import EncodeOptions
 from pipeline.mixing import interleave
 from pipeline.preview import token_table
 from pipeline.report import describe_example
@@ -180,73 +177,6 @@ def test_no_bos_where_the_tokenizer_adds_none(home, tokenizer):
     put(home, "docs", [{"text": "Hello"}], columns={"prompt": "text"})
     store = load(home, tokenizer, "docs", stage="pt").train
     assert store.example(0).tokens.tolist() == [*tokenizer.encode("Hello"), tokenizer.eos_id]
-
-
-@given(st.integers(2, 400), st.integers(2, 50))
-def test_pieces_join_to_the_document(length, capacity):
-    parts = pieces(length, capacity)
-    assert [place for a, b in parts for place in range(a, b)] == list(range(length))
-    assert all(0 < b - a <= capacity for a, b in parts)
-    assert all(b - a > 1 for a, b in parts) or capacity == 2  # a piece of one token could train nothing
-
-
-# ----------------------------------------------------------------------------------------------------------
-# cutting
-
-
-@pytest.mark.parametrize(
-    ("source", "target", "budget", "reserved", "kept"),
-    [
-        (60, 40, 50, 1, (30, 20)),  # both shrink in proportion
-        (99, 1, 10, 1, (9, 1)),  # 10 * 1 // 100 = 0, but one is reserved
-        (90, 10, 10, 4, (6, 4)),
-        (1, 1000, 10, 1, (1, 9)),  # 9 for the target leaves 1
-        (1000, 3, 10, 5, (7, 3)),  # more reserved than there is: the source takes the rest
-        (49, 1, 50, 1, (49, 1)),  # it fits: int(50 * (1 / 50)) must not lose a token
-        (30, 0, 10, 1, (10, 0)),
-        (0, 30, 10, 1, (0, 10)),
-        (5, 5, 2, 4, (0, 2)),  # reserve beyond the budget
-    ],
-)
-def test_ratio_by_hand(source, target, budget, reserved, kept):
-    assert ratio_lengths(source, target, budget, reserved) == kept
-
-
-@given(st.integers(0, 300), st.integers(0, 300), st.integers(1, 300), st.integers(1, 20))
-def test_ratio_never_exceeds_the_budget_and_keeps_all_that_fits(source, target, budget, reserved):
-    s, t = ratio_lengths(source, target, budget, reserved)
-    assert 0 <= s <= source and 0 <= t <= target and s + t <= budget
-    if source + target <= budget:
-        assert (s, t) == (source, target)
-    else:
-        assert s + t == budget
-        assert t >= min(reserved, target, budget)
-
-
-def test_ratio_turn_by_turn():
-    # turns of (4 source, 6 target), (10, 10), (5, 5) in 20 tokens: the first fits whole (10), the second gets
-    # 10 * 10 // 20 = 5 target tokens and 5 of its source, the third nothing
-    answer = np.array([0] * 4 + [1] * 6 + [0] * 10 + [1] * 10 + [0] * 5 + [1] * 5, bool)
-    kept = np.flatnonzero(ratio_keep(answer, 20, 1)).tolist()
-    assert kept == [*range(10), *range(10, 15), *range(20, 25)]
-    # from the last turn: (5, 5) whole, then (10, 10) in 10
-    kept = np.flatnonzero(ratio_keep(answer, 20, 1, last_first=True)).tolist()
-    assert kept == [*range(10, 15), *range(20, 25), *range(30, 40)]
-    # text after the last answer is a source without a target; an answer may also come first
-    tail = np.array([1, 1, 0, 1, 0, 0, 0], bool)
-    assert np.flatnonzero(ratio_keep(tail, 5, 1)).tolist() == [0, 1, 2, 3, 4]
-
-
-def test_left_keeps_the_bos_and_right_the_start():
-    turns = np.array([-1, 0, 0, 1, 1, 1])
-    answer = np.array([0, 0, 0, 0, 1, 1], bool)
-
-    def kept(strategy):
-        return np.flatnonzero(keep_tokens(answer, turns, EncodeOptions("sft", 4, strategy))).tolist()
-
-    assert kept("left") == [0, 3, 4, 5]
-    assert kept("right") == [0, 1, 2, 3]
-    assert keep_tokens(answer, turns, EncodeOptions("sft", 6, "drop")) is None
 
 
 @pytest.mark.parametrize("strategy", ["ratio", "drop", "left", "right"])

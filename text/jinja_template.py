@@ -102,14 +102,16 @@ class JinjaTemplate:
             begin = len(header)
             if last and not generation_prompt and not _shows_thought(upto[-1], text[begin:]):
                 whole = text = _with_thought(written, upto, header) or text
-            text = text.removesuffix(probe.after_end)
+            finished, text = text, text.removesuffix(probe.after_end)
             fits = cursor <= begin <= len(text) and text.startswith(header) and whole.startswith(text)
             thinks = fits and _shows_thought(upto[-1], text[begin:])
             shown = thinks and _shows_answer(upto[-1], text[begin:])
             if shown:
                 spans.append(Span(whole[cursor:begin], False, turn, message.role))
                 spans.append(Span(text[begin:], True, turn, message.role))
-                cursor = len(text)
+                end = len(finished) if whole.startswith(finished) else len(text)
+                spans.append(Span(whole[len(text) : end], False, turn, message.role))  # white space
+                cursor = end
             elif last or (thinks and not generation_prompt):
                 raise UserError(_explain(self.source, upto[-1], header, text))
         owner = len(messages) if generation_prompt else len(messages) - 1

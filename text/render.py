@@ -281,11 +281,13 @@ class EncodedDialogue(NamedTuple):
     ids: list[int]
     answer: list[bool]  # of each token: the model has to produce it
     counts: list[int]  # of each span: its tokens
+    firsts: list[int]  # of each place: the first token that begins there or later
 
 
-def encode_dialogue(tokenizer, spans: list[Span]) -> EncodedDialogue:
+def encode_dialogue(tokenizer, spans: list[Span], places: list[int] = ()) -> EncodedDialogue:
     """Tokens of rendered spans. Neighbouring spans with the same `answer` are joined first, so that the
-    tokens are those of the whole text; a token belongs to the span in which it begins."""
+    tokens are those of the whole text; a token belongs to the span in which it begins. places: characters of
+    the text."""
     parts, flags = [], []
     for span in spans:
         if flags and flags[-1] == span.answer:
@@ -294,11 +296,13 @@ def encode_dialogue(tokenizer, spans: list[Span]) -> EncodedDialogue:
             parts.append(span.text)
             flags.append(span.answer)
     begins = list(itertools.accumulate((len(span.text) for span in spans), initial=0))[:-1]
-    part_ids, firsts = tokenizer.encode_parts_at(parts, begins)
+    part_ids, firsts = tokenizer.encode_parts_at(parts, [*begins, *places])
+    firsts, at_places = firsts[: len(begins)], firsts[len(begins) :]
     ids, answer = list(itertools.chain.from_iterable(part_ids)), []
     for flag, of_part in zip(flags, part_ids):
         answer += [flag] * len(of_part)
-    return EncodedDialogue(ids, answer, [b - a for a, b in itertools.pairwise([*firsts, len(ids)])])
+    counts = [b - a for a, b in itertools.pairwise([*firsts, len(ids)])]
+    return EncodedDialogue(ids, answer, counts, at_places)
 
 
 # ------------------------------------------------------------------------------------------------ as jinja

@@ -80,10 +80,18 @@ def rollout_sizes(config: Config) -> tuple[int, int]:
 
 
 def make_stage(
-    config: Config, model: Decoder, tokenizer, template, prepared: Prepared, world: World, *, reward=None
+    config: Config,
+    model: Decoder,
+    tokenizer,
+    template,
+    prepared: Prepared,
+    world: World,
+    *,
+    reward=None,
+    own: dict | None = None,
 ) -> Stage:
     """The stage that the options ask for. The model holds the weights that the run starts from, even if it
-    resumes. reward: what make_reward_ahead gave."""
+    resumes. reward: what make_reward_ahead gave. own: see reference.start_policy."""
     run = config[TrainOptions]
     if run.only_predicts:
         return Stage()  # no loss is asked for, so no reference, no reward
@@ -92,7 +100,7 @@ def make_stage(
         kind = OddsRatio
 
     def held_to(texts: Prepared | None, ld_alpha: float | None = None) -> Reference:
-        return make_reference(config, model, tokenizer, texts, world, ld_alpha)
+        return make_reference(config, model, tokenizer, texts, world, ld_alpha, own)
 
     if kind is RewardModel:
         return RewardModel(config[RewardModelOptions])
@@ -135,11 +143,12 @@ def make_reference(
     prepared: Prepared | None,
     world: World,
     ld_alpha=None,
+    own: dict | None = None,
 ) -> Reference:
     """The policy that training is held to, given the model with the weights it starts from.
 
     prepared: the texts it is asked for, if known ahead; None: the model writes them (ppo, grpo).
-    ld_alpha: as in logprobs.answer_sums.
+    ld_alpha: as in logprobs.answer_sums.  own: see reference.start_policy.
     """
     run = config[TrainOptions]
     live = prepared is None or not computes_ahead(config, prepared, world)
@@ -148,10 +157,10 @@ def make_reference(
         second, folders = second_model(config, "ref_model", model, tokenizer, otherwise)
         made, text = Reference(second, ld_alpha), " + ".join(map(str, folders))
     else:
-        made = Reference(reference.start_policy(model, live), ld_alpha)
+        made = Reference(reference.start_policy(model, live, own), ld_alpha)
         text = "the weights that the run starts from" + (", a frozen copy" if live else "")
-        if made.policy is None:
-            text = "the model with its adapters off"
+        if made.policy is None or own:
+            text = "the model with its adapters off" + (f" and its own {', '.join(own)}" if own else "")
             if config[ModelOptions].adapter_name_or_path and not config[LoraOptions].create_new_adapter:
                 text += ", so without what the given adapter learned; create_new_adapter=true takes it in"
     world.print(f"reference: {text}")

@@ -22,7 +22,6 @@ from tqdm import tqdm
 
 from evaluation.rouge_bleu import CHINESE, chinese_is_cut, mean_scores
 from evaluation.rouge_bleu import NAMES as METRICS
-from generation.generate import context_limit
 from generation.sampling import GenerateOptions
 from model import Decoder
 from options.errors import refuse
@@ -48,13 +47,17 @@ class Predictor(Protocol):
 class TextPredictor:
     """Answers to the prompts of each evaluation set, in the order of its rows."""
 
-    def __init__(self, sets, tokenizer, template, options: GenerateOptions, *, seed, rows_per_batch, world):
-        """sets: name -> ExampleStore of kind "prompt".  rows_per_batch: texts at a time, on each rank."""
+    def __init__(
+        self, sets, tokenizer, template, options: GenerateOptions, *, seed, context, rows_per_batch, world
+    ):
+        """sets: name -> ExampleStore of kind "prompt".  context: tokens that the model takes.
+        rows_per_batch: texts at a time, on each rank."""
         self.tokenizer, self.template = tokenizer, template
         self.options = ending_with(options, template, tokenizer)
         self.seed, self.rows_per_batch, self.world = seed, rows_per_batch, world
         rows = {name: map(store.example, range(len(store))) for name, store in sets.items()}
         self.prompts = {name: prompts_of(examples, tokenizer) for name, examples in rows.items()}
+        self._check_lengths(context)
         answers = (prompt.answer for prompts in self.prompts.values() for prompt in prompts)
         labels = [answer for answer in answers if answer is not None]
         self.names = METRICS if labels else ()
@@ -64,7 +67,6 @@ class TextPredictor:
 
     def run(self, model: Decoder, kind: str, look=lambda: None) -> tuple[dict[str, float], list[dict]]:
         """Rows: prompt, label (None where the row has no answer), predict; of several sets the name too."""
-        self._check_lengths(model)
         started = time.monotonic()
         several, tokens = len(self.prompts) > 1, 0
         measured: dict[str, dict[str, float]] = {}
@@ -95,9 +97,8 @@ class TextPredictor:
         counts = len(prompts), self.rows_per_batch
         return _of_all_ranks(write, *counts, f"answering {name}", self.world, look)
 
-    def _check_lengths(self, model: Decoder) -> None:
-        """Before the first text: a rank that stopped alone would leave the others waiting."""
-        limit = context_limit(model.config)
+    def _check_lengths(self, limit: int) -> None:
+        """Before the first step: later a rank that stopped alone would leave the others waiting."""
         for name, prompts in self.prompts.items():
             longest = max(prompts, key=lambda prompt: len(prompt.ids))
             prompt = f"{name} row {longest.source[1]}: the prompt has {len(longest.ids)} tokens"

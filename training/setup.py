@@ -16,7 +16,7 @@ import torch
 
 import kernels
 import quant
-from architectures.config import ModelConfig
+from architectures.config import ModelConfig, scale_rope
 from architectures.layers import RMSNorm
 from checkpoints.hub import ModelOptions, resolve_adapters, resolve_model
 from checkpoints.huggingface import chosen_quantization, load_config, load_model, random_model, save_trained
@@ -25,6 +25,7 @@ from checkpoints.source import RUN_CONFIG, check_adapters, is_adapter
 from checkpoints.trainable import parameter_status, trainable_report
 from checkpoints.value_head import ValueHead, has_value_head, load_value_head
 from data import DataOptions, Prepared, load_datasets
+from generation.generate import context_limit
 from generation.sampling import GenerateOptions
 from lora import LoraOptions
 from model import Decoder
@@ -149,10 +150,12 @@ def build(inputs: Inputs) -> tuple[Data, Decoder, Stage, dict | None]:
         state = run_folder.read_checkpoint(inputs.resume, data.fingerprint, world)
     # dropout and noise differ between ranks; adapters do not, for they have a generator of their own
     torch.manual_seed(inputs.options.seed + world.rank)
-    model = build_model(config, inputs.source, world)
+    own: dict[str, torch.Tensor] = {}
+    model = build_model(config, inputs.source, world, own)
     world.print(describe_model(config, model, world))
-    tokenizer, template = inputs.tokenizer, inputs.template
-    stage = make_stage(config, model, tokenizer, template, data.prepared, world, reward=inputs.reward)
+    given = config, model, inputs.tokenizer, inputs.template, data.prepared, world
+    stage = make_stage(*given, reward=inputs.reward, own=own)
+    own.clear()  # what is still needed the stage has
     if data.loader is not None:  # now that a reference and a reward model have taken their memory
         world.print(choose_recomputation(model, data.loader, config, world))
     return data, model, stage, state
@@ -227,6 +230,8 @@ def prepare_data(inputs: Inputs) -> Prepared:
         # then rows without an answer are welcome, and what the training set holds does not matter
         kind = "prompt"
         data_options = replace(data_options, dataset=(), interleave_probs=(), mix_strategy="concat")
+    if options.stage in WRITES and not options.only_predicts:
+        data_options = leave_room(inputs, data_options)
     hub = HubAccess(model_options.hf_hub_token, model_options.ms_hub_token, model_options.cache_dir)
     run = {"seed": options.seed, "is_main": world.is_main, "cache_dir": model_options.cache_dir, "hub": hub}
     asked = {"enable_thinking": config[TemplateOptions].enable_thinking, "prompts": texts, "kind": kind}
@@ -247,6 +252,25 @@ def prepare_data(inputs: Inputs) -> Prepared:
     if options.stage == "kto" and config[KTOOptions].needs_mismatches:
         add_mismatches(prepared, data_options.cutoff_len)
     return prepared
+
+
+def leave_room(inputs: Inputs, options: DataOptions) -> DataOptions:
+    """cutoff_len such that the model takes a prompt and the text that is written to it: longer prompts are
+    left out and counted as any that are longer, before the first step, or when a stream brings them."""
+    limit, new = context_of(inputs), inputs.config[GenerateOptions].max_new_tokens
+    found = f"the model takes {limit} tokens with the answer, and max_new_tokens is {new}"
+    refuse(limit - new < 2, f"max_new_tokens: no room for a prompt: {found}; lower it")
+    if options.cutoff_len <= limit - new:
+        return options
+    inputs.world.print(f"note: cutoff_len is {limit - new} here: {found}")
+    return replace(options, cutoff_len=limit - new)
+
+
+def context_of(inputs: Inputs) -> int:
+    """Tokens of text that the model takes, as the run loads it."""
+    scaling, cutoff_len = inputs.config[ModelOptions].rope_scaling, inputs.config[DataOptions].cutoff_len
+    config = inputs.model_config
+    return context_limit(scale_rope(config, scaling, cutoff_len) if scaling else config)
 
 
 def describe_inputs(config: Config, source: Path, prepared: Prepared) -> dict[str, str]:
@@ -275,14 +299,17 @@ def make_predictor(inputs: Inputs, prepared: Prepared) -> Predictor | None:
     shared = {"rows_per_batch": options.per_device_eval_batch_size, "world": inputs.world}
     if options.predict_with_generate and prepared.prompts:
         texts = prepared.prompts, inputs.tokenizer, inputs.template, inputs.config[GenerateOptions]
-        return TextPredictor(*texts, seed=options.seed, **shared)
+        return TextPredictor(*texts, seed=options.seed, context=context_of(inputs), **shared)
     if options.do_predict and options.stage == "rm":
         return ScorePredictor(prepared.eval, **shared)
     return None
 
 
-def build_model(config: Config, source: Path, world: World) -> Decoder:
-    """Weights on the device, in the dtypes that the precision options ask for, with what trains marked."""
+def build_model(config: Config, source: Path, world: World, own: dict | None = None) -> Decoder:
+    """Weights on the device, in the dtypes that the precision options ask for, with what trains marked.
+
+    own: takes up the base's values of what a given adapter trains in full, for the reference.
+    """
     options, model_options, lora_options = config[TrainOptions], config[ModelOptions], config[LoraOptions]
     compute = options.compute_dtype
     frozen = compute if lora_options.finetuning_type == "lora" or options.pure_bf16 else torch.float32
@@ -314,7 +341,9 @@ def build_model(config: Config, source: Path, world: World) -> Decoder:
             world.print(f"note: the adapter {folder} was trained on {base}, and lies on {name} here")
     if options.plan:
         adapters, lora_options = plan.without_weights(model, adapters, lora_options)
-    prepare_adapters(model, adapters, lora_options, generator, trained)
+    replaced = prepare_adapters(model, adapters, lora_options, generator, trained)
+    if own is not None:
+        own |= replaced
     for parameter in model.parameters():
         # frozen weights in the compute dtype, trained ones in full precision
         if id(parameter) not in norms:

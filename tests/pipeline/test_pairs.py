@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from test_data import CHATML, put
 from tiny_runs import assert_same_weights, tiny_runs
 from tiny_tokenizers import make_tokenizer
@@ -16,8 +14,6 @@ from tiny_tokenizers import make_tokenizer
 import data
 from data import DataOptions, TokenizedDataSaved, load_datasets
 from pipeline.batch import ANSWER, ROLES, collate
-from pipeline.encoding import EncodeOptions, keep_answer
-from pipeline.formats import Dropped
 from pipeline.report import describe_example
 from templates import get_template
 from tests.pipeline.test_pair_formats import CALL, RANKED, say
@@ -204,60 +200,6 @@ def test_pairs_with_tools_calls_and_the_thinking_switch(home, tmp_path_factory, 
 
 # ----------------------------------------------------------------------------------------------------------
 # cutting
-
-
-def cut(prompt, answers, cutoff_len, strategy, prefix=0, reserved=1):
-    """Which places of prompt + answer stay, by name: p0, p1, ... of the prompt, a0, a1, ... of the answer."""
-    options = EncodeOptions("pair", cutoff_len, strategy, reserved)
-    longest = prompt + max(answers)
-    names = [f"p{i}" for i in range(prompt)]
-    kept = []
-    for answer in answers:
-        keep = keep_answer(prompt + answer, prompt, prefix, longest, options)
-        kept.append(" ".join(np.array([*names, *(f"a{i}" for i in range(answer))])[keep]))
-    return kept
-
-
-@pytest.mark.parametrize(
-    ("strategy", "prompt", "answers", "cutoff_len", "kept"),
-    [
-        ("ratio", 4, (2, 4), 4, ["p0 p1 a0 a1", "p0 p1 a0 a1"]),  # 4 * 4 // 8 = 2 of the longer answer
-        ("ratio", 2, (1, 6), 4, ["p0 a0", "p0 a0 a1 a2"]),
-        ("ratio", 3, (1, 2), 5, ["p0 p1 p2 a0", "p0 p1 p2 a0 a1"]),
-        ("right", 4, (2, 4), 6, ["p0 p1 p2 p3 a0 a1", "p0 p1 p2 p3 a0 a1"]),
-        ("right", 4, (1, 9), 5, ["p0 p1 p2 p3 a0", "p0 p1 p2 p3 a0"]),
-        ("left", 4, (1, 3), 5, ["p0 p3 a0", "p0 p3 a0 a1 a2"]),  # p0 is the bos
-        ("left", 4, (1, 5), 5, ["p0 a0", "p0 a1 a2 a3 a4"]),  # the longer answer alone is too long
-        ("left", 4, (2, 1), 9, ["p0 p1 p2 p3 a0 a1", "p0 p1 p2 p3 a0"]),
-    ],
-)
-def test_cutting_by_hand(strategy, prompt, answers, cutoff_len, kept):
-    assert cut(prompt, answers, cutoff_len, strategy, prefix=1) == kept
-
-
-@given(
-    st.integers(1, 40),
-    st.tuples(st.integers(1, 40), st.integers(1, 40)),
-    st.integers(2, 60),
-    st.sampled_from(["ratio", "left", "right"]),
-    st.integers(0, 1),
-)
-def test_cutting_keeps_the_same_prompt_and_never_more_than_fits(
-    prompt, answers, cutoff_len, strategy, prefix
-):
-    try:
-        kept = [text.split() for text in cut(prompt, answers, cutoff_len, strategy, prefix)]
-    except Dropped:
-        assert strategy == "right" and prompt >= cutoff_len
-        return
-    prompts = [[name for name in half if name[0] == "p"] for half in kept]
-    assert prompts[0] == prompts[1]
-    for half, answer in zip(kept, answers):
-        assert len(half) <= cutoff_len and half[-1][0] == "a"
-        if prompt + max(answers) <= cutoff_len:
-            assert len(half) == prompt + answer
-    if prompt + max(answers) > cutoff_len and strategy != "ratio" and max(answers) < cutoff_len - prefix:
-        assert max(map(len, kept)) == cutoff_len  # nothing more is lost than must be
 
 
 @pytest.mark.parametrize("strategy", ["ratio", "drop", "left", "right"])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny_runs import assert_same_weights, tiny_runs
 from trl import GRPOTrainer, RLOOTrainer
+from trl.trainer.utils import nanstd
 
 from checkpoints.huggingface import load_model
 from checkpoints.trainable import prepare_trainable
@@ -223,6 +224,53 @@ def test_advantages_by_hand():
     assert leave_one_out(rewards)[1, 0].item() == pytest.approx(3 - (1 + 2 + 6) / 3)
     deviations = torch.tensor([[(1 / 3) ** 0.5], [(14 / 3) ** 0.5], [0.0]], dtype=torch.float64)
     torch.testing.assert_close(group_deviation(rewards), deviations)
+
+
+NONE = math.nan  # no function had anything to say of the answer
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_an_answer_without_a_reward_is_not_in_its_group_and_teaches_nothing(tiny, scale):
+    """trl's formulas: nanmean, and its nanstd, over the answers that have a reward; advantage 0 elsewhere."""
+    rewards = torch.tensor([[1.0, NONE, 0.0, 4.0], [NONE] * 4, [NONE, 2.0, NONE, NONE]]).double()
+    stage, *_ = written_stage(tiny, scale_rewards=scale)
+    found = stage._advantages(rewards).nan_to_num(0.0)
+    expected = rewards - rewards.nanmean(1, keepdim=True)
+    if scale == "group":
+        expected = expected / (nanstd(rewards, dim=1, keepdim=True) + 1e-4)
+    elif scale == "batch":
+        expected = expected / (nanstd(rewards) + 1e-4)
+    torch.testing.assert_close(found, expected.nan_to_num(0.0))
+    assert found[0, 0] != 0 and found[0, 1] == 0 and not found[1:].any()
+    assert group_deviation(rewards)[1:].tolist() == [[0.0], [0.0]]
+    # 1 - 2, 0 - 2.5, 4 - 0.5
+    assert leave_one_out(rewards)[0].nan_to_num(0.0).tolist() == [-1.0, 0.0, -2.5, 3.5]
+
+
+def test_means_are_of_the_answers_that_a_function_speaks_of(tiny):
+    class Sometimes(RewardSource):
+        names, weights, may_abstain = ("short", "all"), (1.0, 2.0), True
+
+        def measure(self, samples):
+            lengths = [len(sample.completion_ids) for sample in samples]
+            rows = [[1.0 if n < 3 else NONE, n if n != 6 else NONE] for n in lengths]
+            return torch.tensor(rows, dtype=torch.float32)
+
+    stage, model, drawn = written_stage(tiny)  # texts of 1 4 7 2 2 2, then 6 3 5 tokens
+    stage.reward = Sometimes()
+    group = next(stage.groups(model, drawn, 0))
+    sums = [stage.loss(model.eval(), batch)[1] for batch in group]
+
+    def mean(name):
+        total, number = sum(each[name] for each in sums).tolist()
+        return total / number, number
+
+    assert mean("rewards/short/mean") == (1.0, 4)
+    assert mean("rewards/all/mean") == (pytest.approx(26 / 8), 8)
+    assert mean("reward") == (pytest.approx((4 + 2 * 26) / 8), 8)  # the text of 6 tokens has none
+    advantages = group[1].per_segment["advantages"]
+    assert advantages[0] == 0 and advantages[1] == -advantages[2] != 0
+    assert stage.evaluate(model, iter(drawn), ALONE)["reward"] == pytest.approx((3 + 8 + 14) / 3)
 
 
 @pytest.mark.parametrize("estimator, factor", [("grpo", 1.0), ("rloo", 4 / 3)])

@@ -9,18 +9,29 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from stage_runs import stage_keys, write_stage_data
 from tiny_runs import tiny_runs
 from trl import KTOTrainer
 
 from checkpoints.huggingface import load_model
 from checkpoints.trainable import prepare_trainable
-from data import load_datasets
+from data import DataOptions, load_datasets
 from lora import LoraOptions
 from options import config as configuration
 from parallel.world import World
 from pipeline.batch import ROW_MULTIPLE, Example, collate
-from stages.kto import KTOOptions, Measured, MismatchedStore, RatedPreference, bco_loss, half
+from stages.kto import (
+    KTOOptions,
+    Measured,
+    MismatchedStore,
+    RatedPreference,
+    another_asker,
+    bco_loss,
+    half,
+    mismatched_stream,
+)
 from stages.reference import Reference
 from templates import get_template
 from tests.training.test_resume import halves
@@ -207,9 +218,71 @@ def test_halves_of_a_batch_are_batches_of_their_segments(tiny):
             torch.testing.assert_close(mine[name], expected[name], rtol=0, atol=0, msg=name)
 
 
-def test_one_row_has_no_other_answer(tiny):
-    with pytest.raises(ValueError, match="at least 2 rows; rated has 1"):
-        MismatchedStore(stored(tiny).select(np.arange(1)), 128)
+def test_one_question_has_no_other_answer(tiny):
+    for rows in ([0], [3, 3, 3]):
+        with pytest.raises(ValueError, match="at least 2 questions; rated has 1. Set kto_loss=apo_zero"):
+            MismatchedStore(stored(tiny).select(np.array(rows)), 128)
+
+
+@given(st.lists(st.integers(0, 5), min_size=2, max_size=40).filter(lambda asked: len(set(asked)) > 1))
+def test_a_question_never_meets_an_answer_to_itself(asked):
+    asked = np.array(asked)
+    others = another_asker(asked)
+    assert (asked[others] != asked).all()
+    if len(set(asked.tolist())) == len(asked):
+        assert others.tolist() == [*range(1, len(asked)), 0]
+    counts = np.bincount(np.unique(asked, return_inverse=True)[1])
+    if len(set(counts.tolist())) == 1:  # as often as any other: then every answer is read once
+        assert sorted(others.tolist()) == list(range(len(asked)))
+
+
+def test_the_order_of_the_rows_makes_no_difference_to_which_answers_meet_a_question():
+    pairs = np.repeat(np.arange(8), 2)  # good, bad, good, bad
+    blocks = np.tile(np.arange(8), 2)  # all good, then all bad
+
+    def met(asked):
+        return {(int(asked[i]), int(asked[other])) for i, other in enumerate(another_asker(asked))}
+
+    assert met(pairs) == met(blocks) == {(i, (i + 1) % 8) for i in range(8)}
+    assert sorted(another_asker(pairs)) == list(range(16))  # of both kinds, not of good answers only
+
+
+def test_a_question_that_was_cut_is_still_the_same(tiny, tmp_path):
+    """By the length of its answer, so its tokens differ."""
+    question = "the hammer sings upon an anvil " * 9
+    answers = [("seven " * n, n % 2 > 0) for n in (1, 30, 60, 7)]
+    rows = [{"instruction": question, "output": text, "label": good} for text, good in answers]
+    rows.insert(2, {"instruction": "blue sparks", "output": "fly", "label": True})
+    columns = {"prompt": "instruction", "response": "output", "kto_tag": "label"}
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    entry = {"rows": {"file_name": "rows.json", "columns": columns}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(entry))
+    options = DataOptions(dataset=("rows",), dataset_dir=str(tmp_path), cutoff_len=60)
+    tokenizer = Tokenizer.from_folder(tiny.model)
+    store = load_datasets(options, get_template("chatml"), tokenizer, "kto", seed=1).train
+    both = MismatchedStore(store, 60)
+    assert both.others.tolist() == [2, 2, 0, 2, 2]
+    assert len({int(np.argmax(store.example(i).trained)) for i in (0, 1, 3, 4)}) > 1
+    for i in range(5):
+        example = both.example(i)
+        assert len(example) == both.lengths[i]
+        second = example.segments[1]
+        text = tokenizer.decode(example.tokens[second], skip_special=False)
+        assert text.endswith("<|im_end|>\n") and second.stop - second.start <= 60
+        assert ("fly<|im_end|>" in text) == (i != 2)
+
+
+def test_a_stream_waits_for_another_question(tiny):
+    store = stored(tiny)
+    drawn = [store.example(i) for i in (0, 0, 1, 1, 1, 2, 0)]
+    made = list(mismatched_stream(iter(drawn), 128))
+    assert [example.source[1] for example in made] == [0, 0, 1, 1, 1, 2]
+    for example, other in zip(made, (1, 1, 2, 2, 2, 0)):
+        wanted = store.example(other)
+        answer = example.tokens[example.segments[1]][int(np.argmax(example.trained)) :]
+        assert answer.tolist() == wanted.tokens[int(np.argmax(wanted.trained)) :].tolist()
+    with pytest.raises(ValueError, match="1,000 rows of the stream ask the same"):
+        list(mismatched_stream((store.example(0) for _ in range(2000)), 128))
 
 
 # The stage
@@ -359,7 +432,7 @@ def test_bcos_mean_reward_survives_a_stop(tiny):
         ({"kto_loss": "dpo"}, "kto_loss"),
         ({"dataset": "pairs"}, "pairs of answers"),
         ({"dataset": "dialogues"}, "kto_tag"),
-        ({"max_samples": 1}, "at least 2 rows"),
+        ({"max_samples": 1}, "at least 2 questions"),
     ],
 )
 def test_what_cannot_be_is_refused(tiny, keys, words, capsys):

@@ -2,14 +2,18 @@
 kept."""
 
 import json
+import math
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from tiny_runs import assert_same_weights, make_rows, start_ranks, tiny_runs
+from transformers import AutoModelForCausalLM
 
 from checkpoints.huggingface import load_model
+from checkpoints.peft import prepare_adapters, save_adapter
 from checkpoints.trainable import prepare_trainable
 from data import default_cache_dir, load_datasets
 from lora import LoraOptions, lora_layers
@@ -332,3 +336,52 @@ def test_two_ranks_share_the_work_and_have_the_numbers_of_one(tiny):
 def test_adapters_off_needs_no_second_model(tiny):
     model = prepared(tiny, lora_rank=3)
     assert start_policy(model, live=True) is None and lora_layers(model)
+
+
+@pytest.mark.parametrize("live", [True, False], ids=["live", "ahead"])
+@pytest.mark.parametrize("full", [(), ("norm", "lm_head"), ("embed_tokens",)], ids=str)
+def test_the_reference_of_a_continued_adapter_is_the_base_whatever_trains_beside_it(
+    tiny, tmp_path, live, full
+):
+    """As in peft's disable_adapter, which LLaMA-Factory takes: modules_to_save are off too."""
+    model = prepared(tiny, lora_rank=3, additional_target=full)
+    shake(model)
+    save_adapter(model, tmp_path / "first", str(tiny.model))
+    store = store_of(tiny)
+    batch = collate([store.example(i) for i in range(4)]).rounded(32)
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny.model), tmp_path / "first")
+    example = store.example(1)
+    span, expected = example.segments[0], load_model(tiny.model)
+    with theirs.disable_adapter(), torch.no_grad():
+        logits = theirs(torch.tensor(example.tokens[span], dtype=torch.int64)[None]).logits[0]
+    tokens, places = torch.tensor(example.tokens[span], dtype=torch.int64), torch.arange(span.stop)
+    row = tokens, places.int(), torch.tensor([0, span.stop], dtype=torch.int32), span.stop
+    torch.testing.assert_close(expected.logits(expected(*row)), logits, rtol=1e-4, atol=1e-4)
+
+    model = load_model(tiny.model)
+    own = prepare_adapters(model, [tmp_path / "first"], LoraOptions(lora_rank=3))
+    assert sorted(own) == sorted(f"{name}.weight" for name in full)
+    base = Reference(expected.requires_grad_(False)).sums(None, batch)
+    assert (Reference(model).sums(None, batch) - base).abs().max() > 0.1
+    kept = Reference(start_policy(model, live, own))
+    if live:
+        shake(model)
+    torch.testing.assert_close(kept.sums(model, batch), base, rtol=1e-5, atol=1e-4)
+    if not live:  # a key of the cache: the same base has the same numbers
+        weights = weights_key(kept.policy or model, adapters=kept.policy is not None)
+        assert weights == weights_key(load_model(tiny.model), adapters=True)
+
+
+def test_dpo_goes_on_with_an_adapter_that_trained_more_than_linears(tiny, capsys):
+    keys = {"num_train_epochs": 1, "learning_rate": 1e-2}
+    assert dpo(tiny, "more", additional_target="norm", **keys) == 0
+    logs = []
+    for ahead in (True, False):
+        given = {"adapter_name_or_path": tiny.folder / "more", "precompute_ref_log_probs": ahead}
+        assert dpo(tiny, f"on-{ahead}", **given, **keys) == 0
+        said = capsys.readouterr().out
+        assert "reference: the model with its adapters off and its own norm.weight, so without what" in said
+        logs.append(tiny.losses(f"on-{ahead}"))
+    assert logs[0][1] == pytest.approx(logs[1][1], abs=1e-5)
+    # at the start the adapter is not its own reference: the margins are not 0
+    assert abs(logs[0][1] - math.log(2)) > 1e-3

@@ -81,7 +81,8 @@ def test_a_file_that_cannot_serve_says_why(reward_file, text, words, reason):
     "body, reason",
     [
         ("return [1.0]", "f returned 1 numbers for 3 completions"),
-        ("return [1.0, None, 2.0]", "expected a list of numbers"),
+        ("return [1.0, 'none', 2.0]", "expected a list of numbers"),
+        ("return None", "f returned None, expected a list of numbers"),
         ("return 1.0", "f returned 1.0, expected a list of numbers"),
         (
             "import torch; return torch.ones(3, 2)",
@@ -98,6 +99,22 @@ def test_a_function_that_goes_wrong_stops_the_run_with_its_line(reward_file, bod
     reward = FunctionReward(reward_file(f"def f(completions): {body}\n"))
     with pytest.raises(StopRun, match=reason):
         reward.scores(SAMPLES)
+
+
+def test_a_function_may_abstain_with_none(reward_file, capsys):
+    """As in trl: nothing is added for it; an answer of which no function says anything has no reward."""
+    text = """
+def f(completions): return [1.0, None, None]
+def g(completions): return [None, 3.0, None]
+"""
+    reward = FunctionReward(reward_file(text), weights=(2.0, 0.5))
+    assert reward.parts(SAMPLES).nan_to_num(-9.0).tolist() == [[1.0, -9.0], [-9.0, 3.0], [-9.0, -9.0]]
+    assert reward.scores(SAMPLES).nan_to_num(-9.0).tolist() == [2.0, 1.5, -9.0]
+    reward.scores(SAMPLES)
+    assert (
+        capsys.readouterr().out.count("every reward function returned None; the answer is '', to 'Sing.'")
+        == 1
+    )
 
 
 def test_files_that_are_none(tmp_path):
@@ -147,3 +164,10 @@ def test_a_score_that_is_no_number_is_never_handed_on():
 
     with pytest.raises(StopRun, match="is inf"):
         Broken().scores(SAMPLES)
+
+    class Unknown(RewardSource):  # only functions may abstain
+        def measure(self, samples):
+            return torch.tensor([[0.0], [float("nan")], [1.0]])
+
+    with pytest.raises(StopRun, match="is nan"):
+        Unknown().scores(SAMPLES)

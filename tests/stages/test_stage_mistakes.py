@@ -1,12 +1,13 @@
 """Mistakes on the command line of the stages: each ends with one line that names the key and the way out."""
 
+import json
 import shutil
 import zipfile
 
 import pytest
 import torch
 from stage_runs import held_out, stage_keys, write_stage_data
-from tiny_runs import tiny_runs
+from tiny_runs import make_rows, tiny_runs
 
 REWARD = "def reward(completions, **others):\n    {}\n"
 
@@ -195,3 +196,26 @@ def test_a_draw_that_does_not_fit_on_the_disk(tiny):
     assert child.wait() == 1
     assert "ppo_save_draws: " in child.text() and "Traceback" not in child.text()
     assert not list((tiny.folder / "full" / "draws").iterdir())
+
+
+@pytest.mark.parametrize("keys", [{}, {"streaming": True, "num_train_epochs": None, "buffer_size": 4}])
+@pytest.mark.parametrize("stage", ["ppo", "grpo"])
+def test_a_prompt_without_room_for_its_answer_is_left_out_before_the_first_step(tiny, capsys, stage, keys):
+    rows = make_rows(9, seed=3)
+    rows[4]["instruction"] = "sparks " * 150  # more than the model's 512 less max_new_tokens
+    (tiny.folder / "stages" / "long.json").write_text(json.dumps(rows))
+    keys = {"dataset": tiny.folder / "stages" / "long.json", "cutoff_len": 2048, "max_steps": 3, **keys}
+    name = "-".join(["room", stage, *map(str, keys)])
+    assert tiny.train(name, **stage_keys(tiny, stage, **keys)) == 0
+    said = capsys.readouterr().out
+    assert (
+        "cutoff_len is 506 here: the model takes 512 tokens with the answer, and max_new_tokens is 6" in said
+    )
+    if "streaming" not in keys:
+        line = next(line for line in said.splitlines() if "prompt longer than cutoff_len" in line)
+        assert "long.json:5, which has" in line and said.index(line) < said.index("step 1/")
+
+
+def test_new_tokens_that_leave_no_room_for_a_prompt_are_refused(tiny, capsys):
+    said = refused(tiny, capsys, "grpo", max_new_tokens=511)
+    assert "max_new_tokens: no room for a prompt: the model takes 512 tokens with the answer" in said

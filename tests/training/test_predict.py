@@ -281,3 +281,8 @@ def test_a_prompt_that_leaves_no_room_for_an_answer_names_its_row(tiny, capsys):
     assert tiny.train("long", cutoff_len=2000, truncation_strategy="right", **keys) == 2
     message = capsys.readouterr().err
     assert "long.json row 1: the prompt has" in message and "the model takes 512" in message
+    # beside a training too before its first step
+    keys |= {"do_predict": False, "dataset": tiny.data, "evaluation_strategy": "epoch"}
+    assert tiny.train("long-too", cutoff_len=2000, truncation_strategy="right", **keys) == 2
+    said = capsys.readouterr()
+    assert "long.json row 1: the prompt has" in said.err and "step 1/" not in said.out
