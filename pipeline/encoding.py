@@ -65,9 +65,10 @@ class ChunkEncoder:
         """The examples of one row, [] when it is dropped. Errors name data set, place, row and column."""
         number, place, columns = row
         self.unused = []
+        place = f"{place} (row {number})"  # an array of objects may stand on one line
         tally.read += 1
         try:
-            with located(f"dataset {self.info.name!r}: {place} (row {number})"):
+            with located(f"dataset {self.info.name!r}: {place}"):
                 examples, cut, notes = self._encode(number, columns)
         except Dropped as reason:
             tally.drop(str(reason), f"{place}, {reason.detail}" if reason.detail else place)

@@ -249,7 +249,9 @@ def prepare_data(inputs: Inputs) -> Prepared:
         found = f"tokenizer.json makes token ids up to {largest}, but config.json has vocab_size {known}"
         wrong = f"model_name_or_path: {inputs.source}: {found}; the tokenizer is of another model"
         refuse(largest >= known, wrong)
-    if options.stage == "kto" and config[KTOOptions].needs_mismatches:
+    if (
+        prepared.kind == "rated" and config[KTOOptions].needs_mismatches
+    ):  # not where texts alone are asked for
         add_mismatches(prepared, data_options.cutoff_len)
     return prepared
 

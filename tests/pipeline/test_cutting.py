@@ -369,7 +369,8 @@ def test_a_call_is_never_cut_and_a_row_without_room_is_named(home, tokenizers):
     put(home, "calls", rows, formatting="sharegpt")
     report = str(load(home, tokenizer, template, "calls", cutoff_len=64).report)
     (needed,) = re.findall(
-        r"own tokens and one of each text \(first: .*calls.jsonl:1, which needs (\d+) tokens\)", report
+        r"own tokens and one of each text \(first: .*calls.jsonl:1 \(row 0\), which needs (\d+) tokens\)",
+        report,
     )
     prepared = load(home, tokenizer, template, "calls", cutoff_len=int(needed))
     assert len(prepared.train) == 2 and call in decoded(prepared.train.example(0), tokenizer)[0]

@@ -213,7 +213,9 @@ def test_a_prompt_without_room_for_its_answer_is_left_out_before_the_first_step(
     )
     if "streaming" not in keys:
         line = next(line for line in said.splitlines() if "prompt longer than cutoff_len" in line)
-        assert "long.json:5, which has" in line and said.index(line) < said.index("step 1/")
+        assert "long.json:1 (row 4), which has 909 tokens" in line and said.index(line) < said.index(
+            "step 1/"
+        )
 
 
 def test_new_tokens_that_leave_no_room_for_a_prompt_are_refused(tiny, capsys):
