@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import quant
 from architectures import config_from_hf
@@ -28,6 +27,7 @@ from checkpoints.value_head import load_value_head, save_value_head
 from lora import lora_layers, replace_module
 from model import Decoder, initialize_weights
 from options.errors import UserError, fitting, located, refuse
+from options.progress import Bar
 from quant.linear import Format, QuantLinear
 from text.tokenizer import TOKENIZER_FILES
 
@@ -89,7 +89,7 @@ def load_model(
     weights = stream_weights(folder, config, dtype)
     if quantization is not None:
         total = len(list(model.parameters()))
-        weights = tqdm(weights, "quantising", total, leave=False, unit="tensor", disable=None)
+        weights = Bar(weights, "quantising", total, unit="tensor")
     for name, value in weights:
         owner = name.rpartition(".")[0]
         if isinstance(value, QuantLinear) and name not in inside:  # head, embedding

@@ -22,7 +22,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from architectures.config import ModelConfig, to_hf_name
 from architectures.layers import ForwardContext
@@ -31,6 +30,7 @@ from kernels.linear import matmul_transposed
 from model import Attention, Block, Decoder
 from options.errors import UserError, located, refuse
 from options.option import COMMON, RESUMABLE, option
+from options.progress import Bar
 from pipeline.formats import Dropped, check_stage, to_conversation, to_document
 from pipeline.sources import DatasetInfo, HubAccess, find_dataset, list_files, open_hub, read_rows
 from quant.gptq import GPTQFormat, GPTQLinear
@@ -237,7 +237,7 @@ class Calibration:
         text = _Text(self.config, self.windows, folder / "activations", dtype, self.device)
         text.embed(embedding)
         linears, title = sum(len(names) for _, names in STAGES), f"GPTQ, {self.format.bits} bits"
-        with tqdm(total=len(layers) * linears, desc=title, unit=" linears", smoothing=0) as progress:
+        with Bar(total=len(layers) * linears, desc=title, unit=" linears", smoothing=0) as progress:
             for layer in layers:
                 yield from self._block(layer, weights, text, progress)
 

@@ -21,7 +21,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from architectures.config import ModelConfig, to_hf_name
 from checkpoints.peft import save_adapter
@@ -29,6 +28,7 @@ from lora import LoraLinear, replace_module
 from model import Decoder
 from options.errors import UserError, located, refuse
 from options.option import COMMON, option
+from options.progress import Bar
 from quant.linear import Format, QuantLinear
 
 RANK = 16  # of the kept part, where the user names none: LoftQ's and LLaMA-Factory's scripts' default
@@ -192,7 +192,7 @@ class Requantiser:
 
     def tensors(self, pieces: Iterable[Piece]) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, tensor on the CPU). UserError names the linear that cannot be quantised."""
-        for piece in tqdm(pieces, desc="quantising", unit="tensor", disable=None, leave=False):
+        for piece in Bar(pieces, desc="quantising", unit="tensor"):
             if not piece.in_codes:
                 yield to_hf_name(self.config, piece.name), piece.rounded(self.dtype)
                 continue

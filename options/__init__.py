@@ -15,6 +15,7 @@ rules.py    Rules between two sections
 help.py     what --help prints
 errors.py   UserError, StopRun, exit_status; what is said when memory or the output ends
 limits.py   bounds for what others wrote: time, memory, paths; the free memory of the host
+progress.py  how far a long piece of work is: Bar
 
 To add an option: a field in its section, nothing else. A new section: add it to the program's SECTIONS. A
 rule between sections: a line in rules.RULES. Nothing here imports another room or torch.

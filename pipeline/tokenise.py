@@ -15,9 +15,9 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from options.errors import UserError, say
+from options.progress import Bar
 from parallel.atomic import locked
 from pipeline import sources
 from pipeline.encoding import ChunkEncoder, EncodeOptions, encode_chunks
@@ -29,10 +29,6 @@ from pipeline.store import ExampleStore, StoreWriter, Tally, TokenArrays, load_s
 from text.render import Message
 
 CACHE_VERSION = 4  # raise it when the tokens of an unchanged row change, or the layout of the files
-
-
-class _Bar(tqdm):
-    monitor_interval = 0  # no monitor thread: with a second thread the workers could not be forked
 
 
 @dataclass(frozen=True)
@@ -155,7 +151,7 @@ class Tokeniser:
         todo = islice(rows(), done, None)
         try:
             shown = {"desc": f"tokenising {encoder.info.name}", "unit": " rows", "initial": done}
-            with _Bar(**shown, delay=2, disable=not self.is_main) as bar:  # delay: short work shows no bar
+            with Bar(**shown, disable=not self.is_main) as bar:
                 for chunk in encode_chunks(todo, encoder, self.workers):
                     writer.append(chunk)
                     bar.update(chunk.tally.read)

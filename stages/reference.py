@@ -22,13 +22,13 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from tqdm import tqdm
 
 from checkpoints.safetensors_files import write_tensors
 from lora import full_modules, lora_layers, lora_off, replace_module
 from model import Decoder
 from options.errors import UserError, refuse, say
 from options.option import option
+from options.progress import Bar
 from parallel.atomic import atomic_file, locked
 from parallel.world import World
 from pipeline.batch import ROW_MULTIPLE, Batch, BatchLoader
@@ -154,8 +154,8 @@ def _compute(
     place = {"rank": world.rank, "world": world.size}
     loader = BatchLoader(store, rows_per_batch=rows_per_batch, shuffle=False, **place)
     values = torch.zeros(*_shape(store), device=world.device)
-    bar = {"unit": " batches", "delay": 2.0, "disable": not world.is_main}
-    for number in tqdm(range(loader.batches_per_epoch), f"reference, {name}", **bar):
+    bar = {"unit": " batches", "disable": not world.is_main}
+    for number in Bar(range(loader.batches_per_epoch), f"reference, {name}", **bar):
         examples = loader.examples_of(number)
         batch = loader.batch(number).rounded(ROW_MULTIPLE[world.device.type]).to(world.device)
         values[examples] = reference.sums(model, batch).view(values.shape[1], -1).T

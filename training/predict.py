@@ -11,20 +11,17 @@ generator of its own, and the model's mode is put back. Stage rm writes scores i
 
 import itertools
 import json
-import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
-
-from tqdm import tqdm
 
 from evaluation.rouge_bleu import CHINESE, chinese_is_cut, mean_scores
 from evaluation.rouge_bleu import NAMES as METRICS
 from generation.sampling import GenerateOptions
 from model import Decoder
 from options.errors import refuse
+from options.progress import Bar
 from parallel.atomic import atomic_file
 from parallel.world import World
 from pipeline.batch import ROW_MULTIPLE, collate
@@ -33,7 +30,6 @@ from stages.rm import pair_scores
 from stages.rollouts import Prompt, ending_with, prompts_of, roll_out, seed_of
 
 PREDICTIONS = "generated_predictions.jsonl"
-QUIET_SECONDS = 30.0  # between lines of progress where there is no terminal
 
 
 class Predictor(Protocol):
@@ -147,18 +143,12 @@ def _of_all_ranks(
     starts = range(0, count, rows)
     mine = [range(start, min(start + rows, count)) for start in starts[world.rank :: world.size]]
     made: list[tuple[int, list]] = []
-    terminal = sys.stderr is not None and sys.stderr.isatty()
-    looks = {"desc": what, "unit": " rows", "leave": False, "delay": 2.0, "dynamic_ncols": terminal}
-    pause = 0.1 if terminal else QUIET_SECONDS
-    with tqdm(
-        total=sum(map(len, mine)), disable=not world.is_main or sys.stderr is None, mininterval=pause, **looks
-    ) as bar:
+    with Bar(desc=what, total=sum(map(len, mine)), unit=" rows", disable=not world.is_main) as bar:
         for number in range(-(-len(starts) // world.size)):
             look()  # every rank as often
             for each in mine[number : number + 1]:
                 made.append((each.start, make(each)))
-                with suppress(OSError):  # whoever read it is gone
-                    bar.update(len(each))
+                bar.update(len(each))
     return [value for _, values in sorted(itertools.chain(*world.gather(made))) for value in values]
 
 

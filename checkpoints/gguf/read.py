@@ -22,7 +22,6 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from architectures import config_from_hf
 from architectures.config import to_hf_name
@@ -31,6 +30,7 @@ from checkpoints.gguf.read_tokenizer import need, read_tokenizer, write_tokenize
 from checkpoints.safetensors_files import write_json, write_shards
 from model import Decoder
 from options.errors import UserError, located, refuse
+from options.progress import Bar
 from parallel.atomic import atomic_folder, locked
 
 # GGUF architecture -> (model_type, class) of config.json
@@ -91,7 +91,7 @@ def convert(gguf_file, folder, shard_gigabytes=1.0, pre=None):
             if len(tokenizer.end_ids) > 1:
                 ids["eos_token_id"] = tokenizer.end_ids  # generation may end at any of them
             write_json(temporary / "generation_config.json", ids)
-            progress = tqdm(expected.items(), "weights", unit="tensor", leave=False)
+            progress = Bar(expected.items(), "weights", unit="tensor")
             weights = ((name, read_tensor(tensors[own], config)) for own, (name, _) in progress)
             write_shards(temporary, weights, shard_gigabytes)
     return folder

@@ -24,13 +24,13 @@ from typing import BinaryIO
 import gguf
 import numpy as np
 from torch import Tensor
-from tqdm import tqdm
 
 from architectures.config import ModelConfig
 from architectures.rope import Rope, inverse_frequencies
 from checkpoints.gguf.blocks import BLOCKS, DIVISORS, encode_rows, gguf_name, row_bytes
 from conversion.gguf.write_tokenizer import vocabulary_metadata
 from options.errors import UserError, located, refuse
+from options.progress import Bar
 from text.render import ChatTemplate
 from text.tokenizer import Tokenizer
 
@@ -194,7 +194,7 @@ def write(path: Path, layout: Layout, tensors: Iterable[tuple[str, Tensor]]) -> 
     data_start = _write_head(path, layout)
     missing, size = dict(layout.entries), layout.data_bytes
     divisors = [(DIVISORS, rope_divisors(layout.config))] if DIVISORS in missing else []
-    with open(path, "r+b") as file, tqdm(total=size, unit="B", unit_scale=True, desc="weights") as progress:
+    with open(path, "r+b") as file, Bar(total=size, unit="B", unit_scale=True, desc="weights") as progress:
         file.truncate(data_start + gguf.GGUFWriter.ggml_pad(size, gguf.GGUF_DEFAULT_ALIGNMENT))
         for hf_name, tensor in itertools.chain(divisors, tensors):
             entry = missing.pop(hf_name)
