@@ -16,10 +16,12 @@ QUESTION := Who are you?
 WORKERS := 2
 TESTS := tests
 
-.PHONY: help demo test lint bench stages gpu clean
+.PHONY: help env demo test lint bench stages gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+env: $(VENV)/.installed $(MODEL)/config.json ## make the environment .venv and fetch the demonstration model; then: source .venv/bin/activate
 
 demo: $(VENV)/.installed $(MODEL)/config.json ## install, fetch a real model, ask it who it is, fine-tune it, ask again
 	rm -rf saves/demo models/demo-merged

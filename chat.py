@@ -10,10 +10,10 @@ one message, which Enter sends. The keys and values that the model computed for 
 kept, so a turn costs only its own tokens.
 """
 
-if __name__ == "__main__":  # Ctrl-C while torch is imported
-    from options.errors import end_at_ctrl_c
+if __name__ == "__main__":
+    from options.errors import begin
 
-    end_at_ctrl_c("chat.py")
+    begin("chat.py")
 
 import contextlib
 import os

@@ -8,6 +8,11 @@ totals add up to the rows read.
 See any training batch token by token:  python data.py preview CONFIG [--index N] [key=value ...]
 """
 
+if __name__ == "__main__":
+    from options.errors import begin
+
+    begin("data.py")
+
 import os
 import sys
 from collections.abc import Callable, Iterator

@@ -15,10 +15,10 @@ so the model is never held as a whole; only one shard is. A quantised base is de
 back into codes (conversion/requantise.py); conversion/quality.py says what that costs.
 """
 
-if __name__ == "__main__":  # Ctrl-C while torch is imported
-    from options.errors import end_at_ctrl_c
+if __name__ == "__main__":
+    from options.errors import begin
 
-    end_at_ctrl_c("export.py")
+    begin("export.py")
 
 import shutil
 import sys

@@ -12,10 +12,10 @@ status: 0 done, 1 the run cannot go on (loss not finite, disk full), 2 a mistake
 128 + n stopped by signal n with a checkpoint. `touch OUTPUT_DIR/SAVE` asks for a checkpoint.
 """
 
-if __name__ == "__main__":  # Ctrl-C while torch is imported
-    from options.errors import end_at_ctrl_c
+if __name__ == "__main__":
+    from options.errors import begin
 
-    end_at_ctrl_c("train.py")
+    begin("train.py")
 
 import itertools
 import signal

@@ -10,6 +10,7 @@ Anything else is a bug and keeps its traceback.
 """
 
 import errno
+import importlib.util
 import os
 import re
 import select
@@ -168,12 +169,12 @@ def _stdout_fails(full: bool) -> bool:
     return closed
 
 
-# Ctrl-C
+# Before torch is imported
 
 
-def end_at_ctrl_c(program: str) -> None:
-    """For a program that still imports torch: a line, not a traceback. Where it is ignored (a shell has
-    started the program in the background) it stays so."""
+def begin(program: str) -> None:
+    """The first line of a program: until it listens, Ctrl-C is a line and no traceback (where a shell has
+    started it in the background it stays ignored); and so is an environment without torch."""
 
     def end(number, frame) -> None:
         os.write(2, f"{program}: interrupted\n".encode())
@@ -181,10 +182,14 @@ def end_at_ctrl_c(program: str) -> None:
 
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, end)
+    if importlib.util.find_spec("torch") is None:
+        enter = "make env && source .venv/bin/activate"
+        print(f"{program}: this Python ({sys.executable}) has no torch; {enter}", file=sys.stderr)
+        raise SystemExit(2)
 
 
 def listen_to_ctrl_c() -> None:
-    """From here on it is KeyboardInterrupt (again, where end_at_ctrl_c was called)."""
+    """From here on it is KeyboardInterrupt again, where begin() was called."""
     if getattr(signal.getsignal(signal.SIGINT), "__module__", None) == __name__:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

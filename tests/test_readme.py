@@ -9,6 +9,13 @@ from pathlib import Path
 
 import pytest
 
+import chat
+import data
+import export
+import train
+from options import config
+from pipeline.preview import PreviewOptions
+from templates import TemplateOptions
 from text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,6 +84,20 @@ def test_the_python_snippet_gives_hidden_states_and_logits(workplace, monkeypatc
     assert names["hidden"].shape == (count, 576) and names["logits"].shape == (count, 49152)
     tokenizer = Tokenizer.from_folder(f"models/{MODEL.name}")
     assert tokenizer.decode([names["logits"][-1].argmax().item()]) == " Paris"
+
+
+def test_the_options_of_the_page_on_your_own_data_are_accepted(monkeypatch):
+    """Its commands are the README's on a file that is not here; only the words are looked at."""
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / "docs" / "your_own_data.md").read_text(encoding="utf-8")
+    programs = {"train.py": train.SECTIONS, "chat.py": chat.SECTIONS, "export.py": export.SECTIONS}
+    programs["data.py"] = [PreviewOptions, data.DataOptions, TemplateOptions]
+    lines = "".join(re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)).splitlines()
+    assert {line.split()[1] for line in lines} == programs.keys()
+    for line in lines:
+        _, program, *given = shlex.split(line)
+        about = {"program": program, "description": "", "reads_files_of_others": program != "train.py"}
+        config.load([word for word in given if word != "preview"], programs[program], **about)
 
 
 def test_files_that_the_readme_names_exist():

@@ -16,7 +16,7 @@ import chat
 import data
 import export
 import train
-from options.errors import StopRun, UserError, exit_status, fitting, located, refuse
+from options.errors import StopRun, UserError, begin, exit_status, fitting, listen_to_ctrl_c, located, refuse
 from pipeline.preview import PreviewOptions
 from training import setup
 
@@ -132,6 +132,17 @@ def test_ctrl_c_while_a_program_is_imported_is_one_line():
     lines = run.stderr.read().splitlines()
     assert run.wait() == 130 and "train.py: interrupted" in lines[-1]
     assert not any(line.startswith("Traceback") for line in lines)
+
+
+def test_a_python_without_torch_is_told_how_to_get_one(capsys, monkeypatch):
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as ended:
+        begin("train.py")
+    listen_to_ctrl_c()
+    assert signal.getsignal(signal.SIGINT) is before is signal.default_int_handler
+    told = f"train.py: this Python ({sys.executable}) has no torch; make env && source .venv/bin/activate\n"
+    assert (ended.value.code, capsys.readouterr().err) == (2, told)
 
 
 def test_help_into_a_pipe_that_nobody_reads_any_more_says_nothing():
