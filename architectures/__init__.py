@@ -36,7 +36,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
 
 def find_family(hf: Mapping[str, Any]) -> Family:
     """By a name in `architectures`; files without any by their model_type."""
-    names = hf.get("architectures") or []
+    names = [] if hf.get("architectures") is None else hf["architectures"]
     wrong = not isinstance(names, list) or not all(isinstance(name, str) for name in names)
     refuse(wrong, f"config.json: architectures is {names!r}, expected a list of names")
     for name in names:

@@ -5,12 +5,13 @@ of this folder, which says where its config.json differs from what is read here.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from architectures.rope import ROPE_KINDS, Rope, rope_from_hf
+from architectures.rope import ROPE_KINDS, SCALE, THETA, TOKENS, Rope, longest_text, rope_from_hf, rope_of
 from options.errors import UserError, refuse
+from options.json_fields import NUMBER, Field, check
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class ModelConfig:
     num_kv_heads: int  # K
     head_dim: int  # D
     norm_eps: float
-    max_positions: int  # tokens
+    max_positions: int  # tokens of the longest text, scaling of the rope included
     rope: Rope
     activation: str = "silu"  # a key of kernels.gated_mlp.ACTIVATIONS
     qkv_bias: bool = False
@@ -47,6 +48,12 @@ class ModelConfig:
         """What attention and what feed-forward this layer has."""
         attention = self.attention_kinds[layer] if self.attention_kinds else "attention"
         return attention, self.feed_forward_kinds[layer] if self.feed_forward_kinds else "mlp"
+
+    def switched_beside(self, known: Container[str]) -> list[str]:
+        """Switches that are not at their default, but for these: a shorter way than the decoder's own forward
+        names what it knows, and is taken where this is empty."""
+        others = (item for item in fields(self) if item.name not in known)
+        return [item.name for item in others if getattr(self, item.name) != item.default]
 
 
 @dataclass(frozen=True)
@@ -72,26 +79,45 @@ COMMON = {
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu"}
 ACTIVATIONS |= {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh"}
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-NUMBERS = ("rms_norm_eps", "max_position_embeddings", "initializer_range")
-PERHAPS = ("num_key_value_heads", "head_dim", "rope_theta")  # null stands for what follows from the others
+# What the keys of config.json that are read here and by the families may hold; far above any model, and where
+# a product of sizes still is a number of bytes. null stands for what follows from the others.
+FIELDS = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size"), Field(int, 1, 2**24)) | {
+    "num_hidden_layers": Field(int, 1, 10_000),
+    "num_attention_heads": Field(int, 1, 2**16),
+    "num_key_value_heads": Field(int, 1, 2**16, null=True),
+    "head_dim": Field(int, 2, 2**16, null=True),
+    "rms_norm_eps": Field(NUMBER, 0, 1),
+    "initializer_range": Field(NUMBER, 0, 1e6),
+    "max_position_embeddings": TOKENS,
+    "rope_theta": THETA,
+    "partial_rotary_factor": SCALE,
+    "hidden_act": Field(str),
+    "sliding_window": replace(TOKENS, null=True),
+    "max_window_layers": Field(int, 0),
+    "layer_types": Field(list, null=True),
+    "model_type": Field(str, null=True),
+}
+FIELDS |= dict.fromkeys(("rope_scaling", "rope_parameters", "quantization_config"), Field(dict, null=True))
+FIELDS |= dict.fromkeys(("dtype", "torch_dtype"), Field(str, null=True))
+TRUTHS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
+FIELDS |= dict.fromkeys(TRUTHS, Field(bool, null=True))
 
 
 def read(hf: Mapping[str, Any], family: Family) -> ModelConfig:
     """Switches of the model that this config.json describes. UserError names the key that does not fit."""
     hf = {**COMMON, **family.defaults, **hf}
-    missing = [key for key in SIZES if not isinstance(hf.get(key), int)]
-    if missing:
-        listed = ", ".join(missing)
-        raise UserError(f"config.json: {listed} missing or not a whole number; is the file complete?")
-    for key in (*NUMBERS, *PERHAPS):
-        wrong = not isinstance(hf.get(key), int | float) and (key in NUMBERS or hf.get(key) is not None)
-        refuse(wrong, f"config.json: {key} is {hf.get(key)!r}, expected a number")
+    missing = [key for key in SIZES if hf.get(key) is None]
+    refuse(missing, f"config.json: {', '.join(missing)} missing; is the file complete?")
+    check(hf, FIELDS, "config.json: ")
     layers, heads = hf["num_hidden_layers"], hf["num_attention_heads"]
     kv_heads = hf.get("num_key_value_heads") or heads
     if heads % kv_heads:
         found = f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
         raise UserError(f"config.json: {found}")
-    if str(hf["hidden_act"]) not in ACTIVATIONS:
+    head_dim = hf.get("head_dim") or hf["hidden_size"] / heads
+    found = f"config.json: head_dim (else hidden_size / num_attention_heads) is {head_dim:g}"
+    refuse(head_dim % 2, f"{found}, expected an even number: its halves rotate together")
+    if hf["hidden_act"] not in ACTIVATIONS:
         raise UserError(
             f"config.json: hidden_act {hf['hidden_act']!r} is not one of {', '.join(ACTIVATIONS)}"
         )
@@ -99,6 +125,7 @@ def read(hf: Mapping[str, Any], family: Family) -> ModelConfig:
     windows = len(switches["sliding_windows"])
     if windows != layers:
         raise UserError(f"config.json: layer_types has {windows} entries for num_hidden_layers {layers}")
+    rope = rope_from_hf(hf)
     return ModelConfig(
         vocab_size=hf["vocab_size"],
         hidden_size=hf["hidden_size"],
@@ -106,10 +133,10 @@ def read(hf: Mapping[str, Any], family: Family) -> ModelConfig:
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=kv_heads,
-        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+        head_dim=int(head_dim),
         norm_eps=hf["rms_norm_eps"],
-        max_positions=hf["max_position_embeddings"],
-        rope=rope_from_hf(hf),
+        max_positions=longest_text(rope, hf["max_position_embeddings"]),
+        rope=rope,
         activation=ACTIVATIONS[hf["hidden_act"]],
         tied_head=bool(hf["tie_word_embeddings"]),
         initializer_range=hf["initializer_range"],
@@ -121,26 +148,32 @@ def read(hf: Mapping[str, Any], family: Family) -> ModelConfig:
 def scale_rope(config: ModelConfig, kind: str, cutoff_len: int | None) -> ModelConfig:
     """The same model with RoPE scaling asked for by the user (option `rope_scaling`).
 
-    As LLaMA-Factory: for training (cutoff_len given, tokens) the factor is ceil(cutoff_len / trained length),
-    nothing happens while the text fits; without cutoff_len (inference) it is 2. The new maximum is written
-    back to `hf`.
+    As LLaMA-Factory: for training (cutoff_len given, tokens) the factor is ceil(cutoff_len / longest text),
+    nothing happens while the text fits; without cutoff_len (inference) it is 2. A model that has such a
+    scaling of its own keeps it at inference, and for training it grows by that factor. Written back to `hf`.
+    Raises UserError for a model that is scaled in another way: its weights are used to that.
     """
     if kind not in ROPE_KINDS:
         raise UserError(f"rope_scaling: {kind!r} is not one of {', '.join(ROPE_KINDS)}")
-    original = config.rope.original_positions or config.max_positions
-    factor = 2.0 if cutoff_len is None else float(math.ceil(cutoff_len / original))
-    if kind == "none" or factor <= 1.0:
+    stored, longest = config.rope, config.max_positions
+    if kind == "none" or (cutoff_len is not None and cutoff_len <= longest):
         return config
-    entry: dict[str, Any] = {"rope_type": kind, "factor": factor, "rope_theta": config.rope.theta}
-    if kind != "linear":
-        entry["original_max_position_embeddings"] = original
+    own = f"the model is scaled by {stored.kind}, factor {stored.factor:g}, up to {longest} tokens"
+    refuse(stored.kind not in ("none", kind), f"rope_scaling: {kind}, but {own}; drop rope_scaling")
+    if cutoff_len is None and stored.kind == kind:
+        return config
+    growth = 2.0 if cutoff_len is None else float(math.ceil(cutoff_len / longest))
+    entry = {**rope_of(config.hf), "rope_type": kind, "factor": stored.factor * growth}
+    entry.pop("attention_factor", None)  # follows from the factor
     if kind == "llama3":
-        entry |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    # the dynamic kind starts from the original length, so there the maximum stays
-    maximum = original if kind == "dynamic" else int(original * factor)
-    hf = {key: value for key, value in config.hf.items() if key != "rope_scaling"}
-    hf |= {"rope_parameters": entry, "rope_theta": config.rope.theta, "max_position_embeddings": maximum}
-    return replace(config, rope=rope_from_hf(hf), max_positions=maximum, hf=hf)
+        entry = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} | entry
+    maximum = config.hf["max_position_embeddings"]
+    if kind in ("yarn", "llama3"):  # linear and dynamic start from the trained length
+        entry["original_max_position_embeddings"] = stored.original_positions or maximum
+        maximum = int(longest * growth)
+    hf = {**config.hf, "rope_scaling": None, "rope_parameters": entry, "max_position_embeddings": maximum}
+    rope = rope_from_hf(hf)
+    return replace(config, rope=rope, max_positions=longest_text(rope, maximum), hf=hf)
 
 
 # Weight names. Inside, a name is Hugging Face's Llama name without the leading "model."; the head keeps its

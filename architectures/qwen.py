@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from architectures.config import Family
+from options.errors import refuse
 
 
 def sliding_windows(hf: Mapping[str, Any]) -> tuple[int | None, ...]:
@@ -14,6 +15,10 @@ def sliding_windows(hf: Mapping[str, Any]) -> tuple[int | None, ...]:
         first = hf.get("max_window_layers", 28)
         layers = range(hf["num_hidden_layers"])
         kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in layers]
+    unknown = sorted(set(kinds) - {"sliding_attention", "full_attention"})
+    refuse(
+        unknown, f"config.json: layer_types names {', '.join(unknown)}; full_ and sliding_attention are known"
+    )
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 

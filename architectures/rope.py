@@ -9,15 +9,31 @@ llama3    kept above, divided below, blended between two wavelengths (Llama 3.1 
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from options.errors import UserError, refuse
+from options.json_fields import NUMBER, Field, check
 
 ROPE_KINDS = ("none", "linear", "dynamic", "yarn", "llama3")
+TOKENS = Field(int, 1, 2**31 - 1)  # a length
+THETA = Field(NUMBER, 1.001, 1e15, null=True)  # at 1 all angles are alike
+SCALE = Field(NUMBER, 1e-6, 1e6, null=True)
+FIELDS = {  # of rope_parameters and rope_scaling
+    "rope_type": Field(str, null=True),
+    "type": Field(str, null=True),
+    "rope_theta": THETA,
+    "original_max_position_embeddings": replace(TOKENS, null=True),
+    "truncate": Field(bool, null=True),
+}
+FIELDS |= dict.fromkeys(("factor", "attention_factor", "partial_rotary_factor"), SCALE)
+FIELDS |= dict.fromkeys(("low_freq_factor", "high_freq_factor"), SCALE)
+FIELDS |= dict.fromkeys(
+    ("beta_fast", "beta_slow", "mscale", "mscale_all_dim"), Field(NUMBER, 0, 1e6, null=True)
+)
 
 
 @dataclass(frozen=True)
@@ -34,43 +50,79 @@ class Rope:
     truncate: bool = True  # yarn: round the borders of the ramp to whole dimensions
 
 
-def rope_from_hf(hf: Mapping[str, Any]) -> Rope:
-    """Read `rope_parameters` (newer files) or `rope_theta` with `rope_scaling` (older ones)."""
-    entry = {}
-    for key in ("rope_scaling", "rope_parameters"):
-        given = hf.get(key) or {}
-        refuse(not isinstance(given, dict), f"config.json: {key} is {given!r}, expected an object")
-        entry |= given
-    for key in ("factor", "rope_theta", "attention_factor", "original_max_position_embeddings"):
-        wrong = not isinstance(entry.get(key, 0), int | float | None)
-        refuse(wrong, f"config.json: {key} of RoPE is {entry.get(key)!r}, expected a number")
-    theta = float(entry.get("rope_theta") or hf.get("rope_theta") or 10000.0)
-    kind = entry.get("rope_type") or entry.get("type") or "default"
+def rope_of(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json says of the rope, in the newer spelling (rope_parameters), rope_type and rope_theta
+    included: as transformers, rope_scaling (older files) counts before rope_parameters. Raises UserError."""
+    given = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    nested = [key for key, value in given.items() if isinstance(value, dict)]
+    refuse(nested, f"config.json: a rope of its own for {', '.join(nested)} layers is not in this version")
+    check(given, FIELDS, "config.json: RoPE's ")
+    entry = {key: value for key, value in given.items() if value is not None and key != "type"}
+    kind = given.get("rope_type") or given.get("type") or "none"
     kind = "none" if kind == "default" else kind
     if kind not in ROPE_KINDS:
         raise UserError(f"config.json: rope type {kind!r} is not one of {', '.join(ROPE_KINDS)}")
-    if entry.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)) != 1.0:
+    entry["rope_type"] = "default" if kind == "none" else kind
+    entry["rope_theta"] = entry.get("rope_theta") or hf.get("rope_theta") or 10000.0
+    maximum, original = hf["max_position_embeddings"], "original_max_position_embeddings"
+    if kind in ("yarn", "llama3"):
+        entry.setdefault(original, maximum)
+    if kind == "yarn":  # DeepSeek's files give the two lengths alone
+        entry.setdefault("factor", maximum / entry[original])
+    refuse(kind != "none" and "factor" not in entry, f"config.json: RoPE's factor is missing for type {kind}")
+    if entry.get("partial_rotary_factor", hf.get("partial_rotary_factor") or 1.0) != 1.0:
         raise UserError("config.json: partial_rotary_factor other than 1 is not in this version")
-    maximum = hf["max_position_embeddings"]
-    original = entry.get("original_max_position_embeddings") or maximum
-    if kind == "dynamic":
-        original = maximum  # as transformers: the dynamic kind grows from the model's own maximum
-    factor = float(entry.get("factor") or (maximum / original))
-    attention = entry.get("attention_factor")
-    if kind == "yarn" and attention is None:
-        attention = _yarn_attention(factor, entry.get("mscale"), entry.get("mscale_all_dim"))
+    return entry
+
+
+def rope_from_hf(hf: Mapping[str, Any]) -> Rope:
+    """The switches of this config.json."""
+    entry, maximum = rope_of(hf), hf["max_position_embeddings"]
+    kind = "none" if entry["rope_type"] == "default" else entry["rope_type"]
+    low, high = float(entry.get("low_freq_factor", 1.0)), float(entry.get("high_freq_factor", 4.0))
+    between = f"high_freq_factor {high:g} is not above low_freq_factor {low:g}"
+    refuse(kind == "llama3" and high <= low, f"config.json: RoPE's {between}")
+    factor = 1.0 if kind == "none" else float(entry["factor"])
+    attention = 1.0
+    if kind == "yarn":
+        own = _yarn_attention(factor, entry.get("mscale"), entry.get("mscale_all_dim"))
+        attention = float(entry.get("attention_factor", own))
     return Rope(
-        theta=theta,
+        theta=float(entry["rope_theta"]),
         kind=kind,
         factor=factor,
-        original_positions=original,
-        low_freq_factor=float(entry.get("low_freq_factor", 1.0)),
-        high_freq_factor=float(entry.get("high_freq_factor", 4.0)),
-        beta_fast=float(entry.get("beta_fast") or 32),
+        # as transformers: the dynamic kind grows from the model's own maximum
+        original_positions=entry["original_max_position_embeddings"]
+        if kind in ("yarn", "llama3")
+        else maximum,
+        low_freq_factor=low,
+        high_freq_factor=high,
+        beta_fast=float(entry.get("beta_fast") or 32),  # 0 is the default, as transformers has it
         beta_slow=float(entry.get("beta_slow") or 1),
-        attention_factor=float(attention or 1.0),
-        truncate=bool(entry.get("truncate", True)),
+        attention_factor=attention,
+        truncate=entry.get("truncate", True),
     )
+
+
+def longest_text(rope: Rope, maximum: int) -> int:
+    """Tokens that a model with this max_position_embeddings takes: linear and dynamic stretch that number,
+    yarn the original one; of llama3 it is what the stretched model takes already."""
+    if rope.kind in ("linear", "dynamic"):
+        return max(1, int(maximum * rope.factor))
+    return max(maximum, int(rope.original_positions * rope.factor)) if rope.kind == "yarn" else maximum
+
+
+def in_both_spellings(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json for every reader: rope_parameters is transformers 5's, rope_theta with rope_scaling
+    what 4 reads; with yarn the maximum is the stretched one, as both want it."""
+    entry, rope = rope_of(hf), rope_from_hf(hf)
+    entry |= {} if rope.kind == "none" else {"factor": rope.factor}
+    older = {key: value for key, value in entry.items() if key != "rope_theta"}
+    spelled = {"rope_parameters": entry, "rope_theta": entry["rope_theta"]}
+    spelled["rope_scaling"] = None if rope.kind == "none" else older
+    if rope.kind == "yarn":
+        spelled["max_position_embeddings"] = longest_text(rope, hf["max_position_embeddings"])
+    return {**hf, **spelled}
 
 
 def _yarn_attention(factor: float, mscale: float | None, mscale_all_dim: float | None) -> float:

@@ -88,7 +88,7 @@ class Decoding:
             raise ValueError("the model is in training mode: dropout would disturb the text; call eval()")
         limit = context_limit(model.config)
         for number, prompt in enumerate(prompts):
-            _check_prompt(number, prompt, model.config.vocab_size, limit)
+            _check_prompt(number, prompt, model.config)
         self.model, self.options = model, options
         self.stop_ids = frozenset(stop_ids)
         self.texts = [list(prompt) for prompt in prompts]
@@ -236,9 +236,8 @@ class Decoding:
 
 
 def context_limit(config: ModelConfig) -> int:
-    """Tokens of text the model takes. The dynamic rope kind stretches the length it names by its factor."""
-    stretched = config.rope.kind == "dynamic"
-    return int(config.max_positions * config.rope.factor) if stretched else config.max_positions
+    """Tokens of text the model takes, prompt and answer together."""
+    return config.max_positions
 
 
 def new_cache(model: Decoder, sequences: int, capacity: int) -> KVCache:
@@ -246,14 +245,15 @@ def new_cache(model: Decoder, sequences: int, capacity: int) -> KVCache:
     return KVCache(model.config, sequences, capacity, model.compute_dtype, device)
 
 
-def _check_prompt(number: int, prompt: list[int], vocab_size: int, limit: int) -> None:
+def _check_prompt(number: int, prompt: list[int], config: ModelConfig) -> None:
     refuse(not prompt, f"prompt {number} has no token; begin with the tokenizer's bos token")
-    if not 0 <= min(prompt) <= max(prompt) < vocab_size:
-        found = f"prompt {number} holds token {max(prompt)}, but the model has {vocab_size}"
+    if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
+        found = f"prompt {number} holds token {max(prompt)}, but the model has {config.vocab_size}"
         raise UserError(f"{found}; the tokenizer belongs to another model")
-    if len(prompt) >= limit:
-        found = f"prompt {number} has {len(prompt)} tokens, but the model takes {limit} with the answer"
-        raise UserError(f"{found}; shorten it, or stretch the model with rope_scaling")
+    if len(prompt) >= context_limit(config):
+        found = f"prompt {number} has {len(prompt)} tokens, but the model takes {context_limit(config)}"
+        way_out = ", or stretch the model with rope_scaling" if config.rope.kind == "none" else ""
+        raise UserError(f"{found} with the answer; shorten it{way_out}")
 
 
 # Text

@@ -10,6 +10,7 @@ stand in its __post_init__ and raise UserError. A program names its sections:
 option.py   option(...) at a field; Option, what it says; declared(sections) -> name: Option
 config.py   load: files and words -> values of known keys -> sections; Config
 values.py   text -> typed values: int, float, bool, str, Literal, tuple, unions of them and None
+json_fields.py  what keys of other programs' JSON files (config.json) may hold: kinds and ranges
 aliases.py  keys of other systems: converted, harmless, not built yet
 rules.py    Rules between two sections
 help.py     what --help prints

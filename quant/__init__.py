@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from options.errors import UserError
+from options.json_fields import NUMBER, Field, check
 from options.option import COMMON, option
 from quant import aqlm, awq, bitsandbytes, eetq, gptq, hqq
 from quant.linear import Format
@@ -28,9 +29,14 @@ from quant.nf4 import NF4Format
 # quantization_method, and quant_method of config.json: files with from_config; errors begin with the key
 METHODS = {"aqlm": aqlm, "awq": awq, "bitsandbytes": bitsandbytes, "eetq": eetq, "gptq": gptq, "hqq": hqq}
 QUANTISERS = {"bitsandbytes": bitsandbytes, "eetq": eetq, "hqq": hqq}  # those that quantise 16-bit weights
-# keys of quantization_config, at any depth
-WHOLE_NUMBERS = {"bits", "w_bit", "nbits", "nbits_per_codebook", "num_codebooks", "axis"}
-WHOLE_NUMBERS |= {"group_size", "q_group_size", "in_group_size", "out_group_size"}
+# keys of quantization_config, at any depth; hqq alone may have a group of all (null)
+SIZES = ("group_size", "q_group_size", "in_group_size", "out_group_size")
+FIELDS = dict.fromkeys((*SIZES, "bits", "w_bit", "nbits", "nbits_per_codebook", "num_codebooks"), Field(int))
+FIELDS |= {"axis": Field(int), "llm_int8_threshold": Field(NUMBER, 0, 1e6), "meta": Field(dict, null=True)}
+TRUTHS = ("sym", "desc_act", "zero_point", "load_in_4bit", "load_in_8bit", "llm_int8_has_fp16_weight")
+FIELDS |= dict.fromkeys((*TRUTHS, "bnb_4bit_use_double_quant"), Field(bool))
+SKIPPED = {kind.skip_key for kind in (NF4Format, Format, hqq.HQQFormat)}
+FIELDS |= dict.fromkeys(SKIPPED, Field(list, null=True))
 
 
 @dataclass(frozen=True)
@@ -99,10 +105,8 @@ def from_config(settings: dict) -> Format:
 
 
 def _check_kinds(settings: dict, method: str) -> None:
-    for key, value in settings.items():
-        if key in WHOLE_NUMBERS:
-            all_in_one = value is None and key == "group_size" and method == "hqq"
-            if not all_in_one and (isinstance(value, bool) or not isinstance(value, int)):
-                raise UserError(f"{key}: {value!r} is not a whole number")
-        elif isinstance(value, dict):
+    fields = FIELDS | ({"group_size": Field(int, null=True)} if method == "hqq" else {})
+    check(settings, fields)
+    for value in settings.values():
+        if isinstance(value, dict):
             _check_kinds(value, method)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny_tokenizers import make_tokenizer
 
 import export
-from checkpoints.huggingface import load_model
+from checkpoints.huggingface import load_config, load_model
 from parallel.atomic import TEMPORARY, alone_in, temporary_name
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -234,7 +234,9 @@ def test_a_stretched_rope_is_written_to_the_configuration(untied, tmp_path):
     _, folder = untied
     assert run(model=folder, target=tmp_path / "out", rope_scaling="linear") == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["max_position_embeddings"] == 128
+    # the trained length, which readers stretch by the factor of linear themselves
+    assert config["max_position_embeddings"] == 64 and load_config(tmp_path / "out").max_positions == 128
+    assert config["rope_scaling"]["factor"] == config["rope_parameters"]["factor"] == 2.0
     assert transformers.AutoConfig.from_pretrained(tmp_path / "out").rope_parameters["rope_type"] == "linear"
 
 

@@ -235,12 +235,9 @@ def test_neftune_noise_is_bounded_by_segment_length_and_off_in_eval():
         ({"num_key_value_heads": 4}, "not a multiple"),
         ({"hidden_act": "swoosh"}, "hidden_act 'swoosh'"),
         ({"rope_parameters": {"rope_type": "spiral"}}, "rope type 'spiral'"),
-        ({"max_position_embeddings": None}, "max_position_embeddings is None, expected a number"),
-        ({"head_dim": "8"}, "head_dim is '8', expected a number"),
-        (
-            {"rope_scaling": {"rope_type": "linear", "factor": "x"}},
-            "factor of RoPE is 'x', expected a number",
-        ),
+        ({"max_position_embeddings": None}, "max_position_embeddings is None, expected a whole number"),
+        ({"head_dim": "8"}, "head_dim is '8', expected a whole number"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": "x"}}, "RoPE's factor is 'x', expected a number"),
         ({"rope_scaling": [2.0]}, r"rope_scaling is \[2.0\], expected an object"),
     ],
 )

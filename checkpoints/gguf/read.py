@@ -168,6 +168,9 @@ def read_config(metadata, tensors):
     config |= {"num_key_value_heads": get("attention.head_count_kv", heads), "hidden_act": "silu"}
     config |= {"max_position_embeddings": own("context_length"), "rope_theta": get("rope.freq_base", 10000.0)}
     config["rope_scaling"] = read_rope_scaling(metadata, architecture, tensors, head_dim)
+    trained = get("rope.scaling.original_context_length")
+    if trained and (config["rope_scaling"] or {}).get("rope_type") == "linear":
+        config["max_position_embeddings"] = trained  # which config.json stretches by the factor
     config["rms_norm_eps"] = own("attention.layer_norm_rms_epsilon")
     config["tie_word_embeddings"] = "output.weight" not in tensors
     config |= {"attention_bias": "blk.0.attn_q.bias" in tensors, "mlp_bias": "blk.0.ffn_up.bias" in tensors}

@@ -137,7 +137,9 @@ def model_metadata(config: ModelConfig) -> tuple[dict, list[str]]:
     """-> ({GGUF key: value}, what the user should know). Raises UserError for what GGUF cannot express."""
     arch = architecture(config)
     rope, notices = _rope_metadata(config.rope)
-    keys = {"vocab_size": config.vocab_size, "context_length": config.max_positions}
+    # the dynamic kind cannot be said: only the texts that it leaves alone
+    longest = config.rope.original_positions if config.rope.kind == "dynamic" else config.max_positions
+    keys = {"vocab_size": config.vocab_size, "context_length": longest}
     keys |= {"embedding_length": config.hidden_size, "block_count": config.num_layers}
     keys |= {"feed_forward_length": config.intermediate_size, "attention.head_count": config.num_heads}
     keys["attention.head_count_kv"] = config.num_kv_heads
@@ -145,7 +147,7 @@ def model_metadata(config: ModelConfig) -> tuple[dict, list[str]]:
     keys["attention.layer_norm_rms_epsilon"] = config.norm_eps
     keys |= {"rope.dimension_count": config.head_dim} | rope
     window = config.sliding_windows[0] if config.sliding_windows else None
-    if window and window < config.max_positions:
+    if window and window < longest:
         keys["attention.sliding_window"] = window
         written = f"the sliding window of {window} tokens is written"
         notices.append(f"{written}; llama.cpp ignores it, so longer texts differ there")
@@ -161,10 +163,10 @@ def _rope_metadata(rope: Rope) -> tuple[dict, list[str]]:
         return keys, [f"{changed}; GGUF has no such type, so the file is exact up to that length"]
     if rope.kind in ("linear", "yarn"):
         keys |= {"rope.scaling.type": rope.kind, "rope.scaling.factor": rope.factor}
+        keys["rope.scaling.original_context_length"] = rope.original_positions
     notices = []
     if rope.kind == "yarn":
         refuse(not rope.truncate, "export_gguf_type: yarn with truncate: false cannot be said in GGUF")
-        keys["rope.scaling.original_context_length"] = rope.original_positions
         for name, value, usual in (("fast", rope.beta_fast, 32.0), ("slow", rope.beta_slow, 1.0)):
             if value != usual:
                 keys[f"rope.scaling.yarn_beta_{name}"] = value
