@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from options.errors import UserError
-from quant.linear import FLOATS, Format, QuantLinear, refuse_others, row_chunks, take
+from quant.linear import FLOATS, Format, QuantLinear, picked, refuse_others, row_chunks, take
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,12 @@ class AQLMFormat(Format):
             "nbits_per_codebook": self.code_bits,
             "in_group_size": self.in_group,
             "out_group_size": self.out_group,
-            "linear_weights_not_to_quantize": ["model.embed_tokens.weight", "lm_head.weight"],
         }
+
+    def config_for(self, dtype: torch.dtype, dense: list[str] = (), coded: list[str] = ()) -> dict:
+        # transformers 5 compares these with names of modules, all before it with names of weights
+        weights = [f"{name}.weight" for name in ("model.embed_tokens", *dense)]
+        return self.config() | {"linear_weights_not_to_quantize": [*picked(dense, coded), *weights]}
 
     def describe(self) -> str:
         return f"AQLM {self.codebooks}x{self.code_bits}, vectors of {self.out_group} x {self.in_group}"

@@ -39,7 +39,7 @@ class AWQFormat(GroupedFormat):
 
     def config(self) -> dict:
         settings = {"quant_method": "awq", "bits": 4, "group_size": self.group_size, "zero_point": True}
-        return settings | {"version": "gemm", "modules_to_not_convert": ["lm_head"]}
+        return settings | {"version": "gemm"}
 
 
 class AWQLinear(GroupedLinear):

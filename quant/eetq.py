@@ -49,7 +49,7 @@ class EETQFormat(Format):
         return {"weight": to_eetq_order(layer.codes), "weight_scales": scales}
 
     def config(self) -> dict:
-        return {"quant_method": "eetq", "weights": "int8", "modules_to_not_convert": ["lm_head"]}
+        return {"quant_method": "eetq", "weights": "int8"}
 
     def describe(self) -> str:
         return "int8, weights only"

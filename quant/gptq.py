@@ -11,6 +11,7 @@ dialects of the former: AutoGPTQ takes one from each zero; GPTQModel, which tran
 constants of the words in another order, no subtraction of ones. So at 3 bits gptq_v2 is written.
 """
 
+import reprlib
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from options.errors import UserError
 from quant.grouped import GroupedFormat, GroupedLinear, pack, unpack
-from quant.linear import refuse_others, take
+from quant.linear import picked, refuse_others, take
 
 BITS = (2, 3, 4, 8)
 ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # bits: the word whose values are all 1
@@ -57,24 +58,31 @@ class GPTQFormat(GroupedFormat):
         elif self.desc_act and groups > 1:
             raise UserError("g_idx is missing, the order of inputs (desc_act); fetch the checkpoint again")
         zeros = self._plain_zeros(zeros) if self.version == "gptq" else zeros.clone()
+        if self.sym and not (unpack(zeros, self.bits) == 2 ** (self.bits - 1)).all():
+            found = unpack(zeros, self.bits).unique().tolist()
+            wanted = f"{2 ** (self.bits - 1)} alone, as sym (true) in config.json asks for"
+            remedy = "if they are right, sym is false or checkpoint_format another (gptq_v2 = as they are)"
+            raise UserError(
+                f"qzeros stands for the zeros {reprlib.repr(found)} instead of {wanted}; {remedy}"
+            )
         return GPTQLinear(self, codes.T.contiguous(), zeros, scales, group_of, bias, dtype)
 
     def _plain_zeros(self, stored: Tensor) -> Tensor:
         """Packed zeros as they are, from those of checkpoint_format gptq."""
         if self.bits != 3:
             return _add_words(stored, [ONES[self.bits]])
-        one_by_one = pack(unpack(stored, 3) + 1 & 7, 3)
         by_words = _add_words(stored, SWAPPED)
-        if not self.sym:
-            return by_words if self.swapped else one_by_one
-        for zeros in (one_by_one, by_words):
-            if (unpack(zeros, 3) == 4).all():
-                return zeros
-        raise UserError("qzeros is not that of a symmetric 3-bit layer (sym in config.json): not all 4")
+        swapped = bool((unpack(by_words, 3) == 4).all()) if self.sym else self.swapped
+        return by_words if swapped else pack(unpack(stored, 3) + 1 & 7, 3)
 
     def config(self) -> dict:
         sizes = {"quant_method": "gptq", "bits": self.bits, "group_size": self.group_size}
         return sizes | {"desc_act": self.desc_act, "sym": self.sym, "checkpoint_format": self.written_version}
+
+    def config_for(self, dtype: torch.dtype, dense: list[str] = (), coded: list[str] = ()) -> dict:
+        if set(dense) <= {"lm_head"}:  # every linear of the blocks is in codes, which is what readers assume
+            return self.config()
+        return self.config() | {"modules_in_block_to_quantize": [picked(coded, dense)]}
 
     @property
     def written_version(self) -> str:
@@ -135,14 +143,14 @@ def from_config(settings: dict) -> GPTQFormat:
         raise UserError("dynamic: settings of single modules are not read; quantise with one setting for all")
     if settings.get("pack_dtype", "int32") != "int32":
         raise UserError(f"pack_dtype: {settings['pack_dtype']} is not read; int32 is")
-    maker = (settings.get("meta") or {}).get("quantizer") or ()
+    maker = str((settings.get("meta") or {}).get("quantizer"))
     return GPTQFormat(
         bits=settings["bits"],
         group_size=settings.get("group_size", 128),
         desc_act=bool(settings.get("desc_act")),
         sym=settings.get("sym", True),
         version=settings.get("checkpoint_format") or settings.get("format") or "gptq",
-        swapped=settings["bits"] == 3 and any("gptqmodel" in str(name) for name in maker),
+        swapped=settings["bits"] == 3 and "gptqmodel" in maker,
     )
 
 

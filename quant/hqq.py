@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from options.errors import UserError
-from quant.linear import FLOATS, NOT_FINITE, Format, QuantLinear, refuse_others, row_chunks, take
+from quant.linear import FLOATS, NOT_FINITE, Format, QuantLinear, picked, refuse_others, row_chunks, take
 
 BITS = (8, 6, 5, 4, 3, 2, 1)
 PACKED = {8: 1, 6: 1, 5: 1, 4: 2, 3: 10, 2: 4, 1: 8}  # bits: rows of codes in one row of W_q
@@ -43,6 +43,7 @@ class HQQFormat(Format):
 
     method: ClassVar[str] = "hqq"
     marker: ClassVar[str] = "W_q"
+    skip_key: ClassVar[str] = "skip_modules"
     bits: int = 4
     group_size: int | None = 64
     axis: int = 1
@@ -108,7 +109,10 @@ class HQQFormat(Format):
         weights |= {"round_zero": False, "axis": self.axis, "view_as_float": False}
         others = {"scale_quant_params": None, "zero_quant_params": None, "offload_meta": False}
         settings = {"weight_quant_params": weights, **others}
-        return {"quant_method": "hqq", "quant_config": settings, "skip_modules": ["lm_head"]}
+        return {"quant_method": "hqq", "quant_config": settings}
+
+    def config_for(self, dtype: torch.dtype, dense: list[str] = (), coded: list[str] = ()) -> dict:
+        return self.config() | {self.skip_key: picked(dense, coded, _tag)}
 
     def describe(self) -> str:
         return f"HQQ {self.bits} bits, group {self.group_size or 'of all'}"
@@ -204,6 +208,11 @@ def _number(tensors: dict[str, Tensor], name: str, default: int | None) -> int |
     if tensors[name].numel() != 1:
         raise UserError(f"{name} is of shape {tuple(tensors[name].shape)}, not one number")
     return int(tensors[name])
+
+
+def _tag(name: str) -> str:
+    """'mlp.up_proj' of model.layers.3.mlp.up_proj: by what hqq and transformers tell linears apart."""
+    return ".".join(name.split(".")[-2:])
 
 
 def in_bits(bits: int, options) -> HQQFormat:

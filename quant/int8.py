@@ -31,6 +31,7 @@ class Int8Format(Format):
 
     method: ClassVar[str] = "bitsandbytes"
     marker: ClassVar[str] = "SCB"
+    skip_key: ClassVar[str] = "llm_int8_skip_modules"
     threshold: float = 6.0
 
     def quantise(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> "Int8Linear":
@@ -52,8 +53,8 @@ class Int8Format(Format):
 
     def config(self) -> dict:
         kind = {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}
-        dense = {"llm_int8_threshold": self.threshold, "llm_int8_skip_modules": ["lm_head"]}
-        return kind | dense | {"llm_int8_has_fp16_weight": False, "llm_int8_enable_fp32_cpu_offload": False}
+        size = {"llm_int8_threshold": self.threshold, "llm_int8_has_fp16_weight": False}
+        return kind | size | {"llm_int8_enable_fp32_cpu_offload": False}
 
     def describe(self) -> str:
         return "int8 (LLM.int8)"
@@ -113,10 +114,8 @@ class Int8Linear(QuantLinear):
 
 
 def from_config(settings: dict) -> Int8Format:
-    """Of bitsandbytes' quantization_config with load_in_8bit. ValueError starting with the key."""
+    """Of bitsandbytes' quantization_config with load_in_8bit. UserError starting with the key."""
     threshold = settings.get("llm_int8_threshold", 6.0)
-    if not isinstance(threshold, int | float) or threshold < 0:
-        raise UserError(f"llm_int8_threshold: {threshold!r} is no number of at least 0")
     if settings.get("llm_int8_has_fp16_weight"):
         raise UserError("llm_int8_has_fp16_weight is true: the weights are 16 bit; drop quantization_config")
     return Int8Format(float(threshold))

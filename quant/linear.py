@@ -9,7 +9,7 @@ A format is what the layers of one model have in common: how they are made from 
 checkpoint's tensors, and what config.json says of them. Each file of this folder has one of each.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -87,10 +87,12 @@ class Format:
 
     method   config.json's quantization_config.quant_method
     marker   the part of a tensor's name, after the module's, that only a layer of this format has in a file
+    skip_key where config.json lists the linears that are not in codes
     """
 
     method: ClassVar[str]
     marker: ClassVar[str]
+    skip_key: ClassVar[str] = "modules_to_not_convert"
 
     def quantise(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> QuantLinear:
         """A layer from the dense weight (out, in), on its device; dtype: of the values. Raises UserError."""
@@ -105,13 +107,24 @@ class Format:
         """What transformers expects under quantization_config in config.json."""
         raise NotImplementedError
 
-    def config_for(self, dtype: torch.dtype) -> dict:
-        """config() of a model whose values and products are in `dtype`, where a format says so there."""
-        return self.config()
+    def config_for(self, dtype: torch.dtype, dense: list[str] = (), coded: list[str] = ()) -> dict:
+        """config() of a model whose values and products are in `dtype`. dense, coded: the Hugging Face names
+        of its linears that are not in codes, which the file has to say, and of those that are."""
+        return self.config() | {self.skip_key: picked(dense, coded)}
 
     def describe(self) -> str:
         """A few words for the user: 'nf4, double quantisation'."""
         raise NotImplementedError
+
+
+def last_part(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def picked(names: Iterable[str], others: Iterable[str], short: Callable = last_part) -> list[str]:
+    """These names as config.json lists modules: by their ends (short), where no other has the same one."""
+    taken = set(map(short, others))
+    return sorted({name if short(name) in taken else short(name) for name in names})
 
 
 def quantised_linears(model: nn.Module) -> dict[str, QuantLinear]:

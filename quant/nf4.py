@@ -43,7 +43,6 @@ TABLES = {
 BYTE_LEVELS = {"nf4": (124.068, 0.16), "fp4": (120.0, 0.0)}
 BYTE_ZERO = 127
 STORAGE = (torch.uint8, torch.int8, torch.bfloat16, torch.float16, torch.float32, torch.float64)
-HEAD = "lm_head"  # always dense here: losses and generation ask for its weight
 STATE = "weight.quant_state.bitsandbytes__"
 CHUNK, CHUNK_GPU = 1 << 18, 1 << 23  # weights at a time: on a CPU a chunk and its scratch stay in its cache
 CELLS, UNSURE = 1 << 17, 64
@@ -52,14 +51,13 @@ SMALLEST = 1e-38  # bitsandbytes divides by no scale below it
 
 @dataclass(frozen=True)
 class NF4Format(Format):
-    """table: nf4 or fp4.  double: scales in 8 bits.  dense: modules of the model that are not quantised, as
-    config.json names them (llm_int8_skip_modules), None = transformers' default, the head."""
+    """table: nf4 or fp4.  double: scales in 8 bits."""
 
     method: ClassVar[str] = "bitsandbytes"
     marker: ClassVar[str] = "weight.absmax"
+    skip_key: ClassVar[str] = "llm_int8_skip_modules"
     table: str = "nf4"
     double: bool = True
-    dense: tuple[str, ...] | None = None
 
     def quantise(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> "NF4Linear":
         codes, absmax = quantise_4bit(weight, self.table)
@@ -72,11 +70,10 @@ class NF4Format(Format):
     def config(self) -> dict:
         bits = {"quant_method": self.method, "load_in_4bit": True, "load_in_8bit": False}
         kind = {"bnb_4bit_quant_type": self.table, "bnb_4bit_use_double_quant": self.double}
-        dense = None if self.dense is None else list(self.dense)
-        return bits | kind | {"bnb_4bit_quant_storage": "uint8", "llm_int8_skip_modules": dense}
+        return bits | kind | {"bnb_4bit_quant_storage": "uint8"}
 
-    def config_for(self, dtype: torch.dtype) -> dict:
-        return self.config() | {"bnb_4bit_compute_dtype": name_of(dtype)}
+    def config_for(self, dtype: torch.dtype, *linears: list[str]) -> dict:
+        return super().config_for(dtype, *linears) | {"bnb_4bit_compute_dtype": name_of(dtype)}
 
     def describe(self) -> str:
         return f"{self.table}{', double quantisation' if self.double else ''}"
@@ -87,11 +84,7 @@ def from_config(settings: dict) -> NF4Format:
     table = settings.get("bnb_4bit_quant_type", "fp4")  # transformers' default
     if not isinstance(table, str) or table not in TABLES:
         raise UserError(f"bnb_4bit_quant_type {table!r} is not one of nf4, fp4")
-    dense = settings.get("llm_int8_skip_modules")
-    if dense is not None and not (isinstance(dense, list) and all(isinstance(name, str) for name in dense)):
-        raise UserError(f"llm_int8_skip_modules {dense!r} is not a list of names")
-    double = bool(settings.get("bnb_4bit_use_double_quant", False))
-    return NF4Format(table, double, None if dense is None else tuple(dict.fromkeys([*dense, HEAD])))
+    return NF4Format(table, bool(settings.get("bnb_4bit_use_double_quant")))
 
 
 class Scales(NamedTuple):

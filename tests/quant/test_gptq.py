@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from options.errors import UserError
 from quant import from_config
 from quant.gptq import GPTQFormat, GPTQLinear, pack, unpack
 
@@ -111,5 +112,37 @@ def test_both_dialects_of_symmetric_3_bit_zeros_are_read(constants):
     read = from_config({**settings, "checkpoint_format": "gptq"}).read(tensors, (64, 64), None, torch.float32)
     assert torch.equal(read.dequantize(), made.dequantize())
     tensors["qzeros"] = tensors["qzeros"] + 8
-    with pytest.raises(ValueError, match="^qzeros is not that of a symmetric 3-bit layer"):
+    with pytest.raises(ValueError, match="^qzeros stands for the zeros .* instead of 4 alone"):
         from_config({**settings, "checkpoint_format": "gptq"}).read(tensors, (64, 64), None, torch.float32)
+
+
+@pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_zeros_that_contradict_a_symmetric_file_are_refused_at_every_width(bits, version):
+    """checkpoint_format gptq holds them less one: with the other one's name all values are off by a step."""
+    sizes, middle = (64, 64), 2 ** (bits - 1)
+    made = GPTQLinear.from_integers(
+        GPTQFormat(bits, 32, version=version), torch.from_numpy(integers(bits, *sizes)), torch.rand(64, 2)
+    )
+    plain = {
+        "quant_method": "gptq",
+        "bits": bits,
+        "group_size": 32,
+        "sym": True,
+        "checkpoint_format": version,
+    }
+    stored = middle - 1 if version == "gptq" else middle
+    tensors = made.tensors() | {"qzeros": pack(torch.full((2, 64), stored), bits)}
+    assert torch.equal(
+        from_config(plain).read(tensors, sizes, None, torch.float32).dequantize(), made.dequantize()
+    )
+    for wrong in (middle if version == "gptq" else middle - 1, 0):
+        qzeros = pack(torch.full((2, 64), stored), bits)
+        qzeros[1, -1:] = pack(torch.full((1, 64), wrong), bits)[0, -1:]  # one word is enough
+        for found in (qzeros, pack(torch.full((2, 64), wrong), bits)):
+            with pytest.raises(UserError, match=rf"^qzeros stands for .* instead of {middle} alone.*sym"):
+                from_config(plain).read(tensors | {"qzeros": found}, sizes, None, torch.float32)
+            if bits != 3:  # without symmetry any zero is one
+                from_config({**plain, "sym": False}).read(
+                    tensors | {"qzeros": found}, sizes, None, torch.float32
+                )
