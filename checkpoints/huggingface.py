@@ -11,6 +11,7 @@ files are put together from their parts on the way (quant/).
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,10 +21,19 @@ import quant
 from architectures import config_from_hf
 from architectures.config import ModelConfig, from_hf_name, scale_rope, to_hf_name
 from architectures.layers import RMSNorm
+from architectures.rope import in_both_spellings
 from checkpoints.peft import adapter_parameters, read_adapter_tensors, save_adapter
-from checkpoints.safetensors_files import read_json, staged, stream_tensors, write_json, write_shards
+from checkpoints.safetensors_files import (
+    read_json,
+    refuse_not_finite,
+    staged,
+    stream_tensors,
+    write_json,
+    write_shards,
+)
 from checkpoints.value_head import PREFIX as VALUE_HEAD_PREFIX
 from checkpoints.value_head import load_value_head, save_value_head
+from kernels.launch import say_once
 from lora import lora_layers, replace_module
 from model import Decoder, initialize_weights
 from options.errors import UserError, fitting, located, refuse
@@ -31,6 +41,7 @@ from options.progress import Bar
 from quant.linear import Format, QuantLinear
 from text.tokenizer import TOKENIZER_FILES
 
+EMBEDDING = "embed_tokens.weight"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -38,15 +49,44 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load_config(folder: str | Path) -> ModelConfig:
-    """Switches of the model in this folder; UserError names the file."""
+    """Switches of the model in this folder; UserError names the file. Where the weights are there, they
+    decide whether head and embedding are one."""
     path = Path(folder) / "config.json"
     hf = read_json(path)
-    if not isinstance(settings := hf.get("quantization_config") or {}, dict):
-        raise UserError(f"{path}: quantization_config {settings!r} is not an object of keys and values")
     try:
-        return config_from_hf(hf)
+        config = config_from_hf(hf)
     except UserError as error:
         raise UserError(f"{Path(folder)}/{error}") from error  # the message starts with config.json
+    if not config.tied_head or not _differ(_head_and_embedding(folder, config)):
+        return config
+    differs = "the head that is stored is not the embedding and is used"
+    say_once(f"note: {folder}: {differs}, though config.json ties them (tie_word_embeddings)")
+    return replace(config, tied_head=False, hf={**config.hf, "tie_word_embeddings": False})
+
+
+def _head_and_embedding(folder: str | Path, config: ModelConfig) -> dict[str, Tensor]:
+    """What the files of a tied model hold of the two, by our names; no numbers are read. Files that cannot
+    be read are told of by who reads the weights."""
+    untied, pair = replace(config, tied_head=False), {}
+    try:
+        for _, hf_name, tensor in stream_tensors(folder):
+            name = from_hf_name(untied, hf_name) or ""
+            if name == EMBEDDING or name.startswith("lm_head."):
+                pair[name] = tensor
+    except UserError:
+        return {}
+    return pair
+
+
+def _differ(pair: dict[str, Tensor]) -> bool:
+    """Whether head and embedding are both stored and not the same: as transformers 5, the numbers count."""
+    if len(pair) < 2 or EMBEDDING not in pair:
+        return False
+    head, embedding = pair.get("lm_head.weight"), pair[EMBEDDING]
+    if head is None or len(pair) > 2:
+        return True  # one of them is in codes
+    common = torch.promote_types(head.dtype, embedding.dtype)
+    return not torch.equal(head.to(common), embedding.to(common))
 
 
 def checkpoint_dtype(config: ModelConfig) -> torch.dtype:
@@ -136,8 +176,9 @@ def stream_weights(folder, config: ModelConfig, dtype) -> Iterator[tuple[str, Te
     known = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
     packed = _Packed(folder, config, known, dtype)
     missing = {name: shape for name, shape in known.items() if name.rpartition(".")[0] not in packed.waiting}
+    alone = config.tied_head and EMBEDDING not in _head_and_embedding(folder, config)
     for file, hf_name, tensor in stream_tensors(folder):
-        name = from_hf_name(config, hf_name)
+        name = EMBEDDING if alone and hf_name == "lm_head.weight" else from_hf_name(config, hf_name)
         if name is None:
             continue
         place = f"{file}: tensor {hf_name}"
@@ -155,6 +196,7 @@ def stream_weights(folder, config: ModelConfig, dtype) -> Iterator[tuple[str, Te
         if not tensor.is_floating_point():
             fault = f"is {tensor.dtype}, not floating point; config.json says nothing of a quantised model"
             raise UserError(f"{place} {fault} (quantization_config), or not of this tensor")
+        refuse_not_finite(tensor, place)
         yield name, tensor
     missing |= {f"{name}.{part}": () for name, parts in packed.waiting.items() for part in parts}
     if missing:
@@ -215,6 +257,7 @@ class _Packed:
         found = None if bias is None else tuple(bias.shape)
         refuse(found != expected, f"{place}: {found}, expected {f'shape {expected}' if expected else 'none'}")
         refuse(not bias.is_floating_point(), f"{place} is {bias.dtype}, not floating point")
+        refuse_not_finite(bias, place)
         return bias.clone()
 
 
@@ -283,13 +326,23 @@ def model_format(model: Decoder) -> Format | None:
 
 
 def write_model_json(folder: Path, hf: dict, dtype: torch.dtype, quantization: Format | None) -> None:
-    """config.json with the weights' dtype, under the older key too where it was there, and their format."""
+    """config.json of the weights that lie in this folder: their dtype, under the older key too where it was
+    there, the rope in both spellings, and of a quantised model what is in codes and what is not."""
     name = str(dtype).removeprefix("torch.")
-    hf = {key: value for key, value in hf.items() if key != "quantization_config"}
+    hf = {key: value for key, value in in_both_spellings(hf).items() if key != "quantization_config"}
     if quantization is not None:
-        hf["quantization_config"] = quantization.config_for(dtype)
+        hf["quantization_config"] = quantization.config_for(dtype, *_written_linears(folder, quantization))
     older = {"torch_dtype": name} if "torch_dtype" in hf else {}
     write_json(folder / "config.json", {**hf, **older, "dtype": name})
+
+
+def _written_linears(folder: Path, format: Format) -> tuple[list[str], list[str]]:
+    """Hugging Face names of a folder's linears: those that are numbers, the head with them, and those in
+    codes."""
+    sizes = {name: tensor.dim() for _, name, tensor in stream_tensors(folder)}  # no numbers are read
+    coded = {name.removesuffix(f".{format.marker}") for name in sizes if name.endswith(f".{format.marker}")}
+    weights = {name[:-7] for name, dim in sizes.items() if dim == 2 and name.endswith(".weight")}
+    return sorted(weights - coded - {"model.embed_tokens"} | {"lm_head"}), sorted(coded)
 
 
 def copy_side_files(source: Path, target: Path) -> None:

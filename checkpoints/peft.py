@@ -19,21 +19,24 @@ from pathlib import Path
 import torch
 
 from architectures.config import ModelConfig, from_hf_name, to_hf_name
-from architectures.find import is_linear
+from architectures.find import HEAD_NAMES, ends_with, is_linear
 from checkpoints.safetensors_files import (
     PICKLE,
     file_notes,
     file_tensors,
     read_json,
+    refuse_not_finite,
     staged,
     write_json,
     write_tensors,
 )
 from checkpoints.trainable import prepare_trainable
+from kernels.launch import say_once
 from kernels.linear import LinearLayer
 from lora import LoraLinear, LoraOptions, full_modules, lora_layers, merge_for_good, replace_module
 from model import Decoder
-from options.errors import UserError, located, refuse
+from options.errors import UserError, located
+from options.json_fields import NUMBER, Field, check
 from options.limits import bounded
 from quant.linear import QuantLinear, quantised_linears
 
@@ -47,6 +50,16 @@ UNSUPPORTED_ADAPTER_KEYS = (
     "kasa_config", "monteclora_config",
 )  # fmt: skip
 OFF = ("none", None, False, [], {})  # what they say when they are not used
+FIELDS = {  # what the keys that are read here may hold
+    "r": Field(int, 1, 2**20),
+    "lora_alpha": Field(NUMBER, -1e6, 1e6),
+    "layers_to_transform": Field(int | list, null=True, items=int),
+    "modules_to_save": Field(list, null=True),
+    "base_model_name_or_path": Field(str, null=True),
+}
+FIELDS |= dict.fromkeys(("rank_pattern", "alpha_pattern"), Field(dict, null=True))
+FIELDS |= dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), Field(str | list, null=True))
+FIELDS |= dict.fromkeys(("use_dora", "use_rslora", "ensure_weight_tying"), Field(bool, null=True))
 # Ways to start A and B that take something out of the base weight; peft repeats that when it loads such an
 # adapter.
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -154,10 +167,10 @@ class AdapterFile:
         base = self.config.get("base_model_name_or_path") or "an unnamed model"
         return UserError(f"{self.folder / ADAPTER_WEIGHTS}: {text}; the adapter was trained on {base}")
 
-    @property
-    def in_full(self) -> tuple[str, ...]:
-        """modules_to_save: as in peft `model.<our name>` of a module that trains in full ends with one."""
-        return tuple(self.config.get("modules_to_save") or ())
+    def in_full(self, name: str) -> bool:
+        """modules_to_save: as in peft this Hugging Face name, or one it lies in, ends with one of them."""
+        parts, ends = name.split("."), tuple(self.config.get("modules_to_save") or ())
+        return any(".".join(parts[:count]).endswith(ends) for count in range(1, len(parts) + 1))
 
 
 def load_adapter(
@@ -171,14 +184,14 @@ def load_adapter(
     model's and stay frozen. Raises UserError naming file and tensor when the adapter is of a kind that is not
     built here, or of another model; the model is then unchanged.
     """
-    file = read_adapter(folder, model.config)
+    file = read_adapter(folder, model)
     if lora_layers(model):
         raise ValueError(f"{folder}: the model has an adapter already; merge it first (merge_for_good)")
     adapted = [module for module, parts in file.modules.items() if "lora_A" in parts or "lora_B" in parts]
     layers = {module: adapted_linear(model, module, file, dtype, dropout) for module in adapted}
     whole = []  # (name, parameter, its new value, whether it trains)
     for module, parts in file.modules.items():
-        trains = module not in adapted and f"model.{module}".endswith(file.in_full)
+        trains = module not in adapted and file.in_full(_hf_module(model.config, module))
         own = dict(layers[module].named_parameters(recurse=False)) if module in layers else {}
         for part in sorted(parts.keys() - ADAPTER_PARTS - own.keys()):
             parameter = whole_parameter(model, f"{module}.{part}", parts[part], file)
@@ -194,39 +207,91 @@ def load_adapter(
     return own
 
 
-def read_adapter(folder: str | Path, model_config: ModelConfig) -> AdapterFile:
-    """Configuration and tensors of a PEFT adapter, under our names; UserError for what is not built here."""
+def read_adapter(folder: str | Path, model: Decoder) -> AdapterFile:
+    """Configuration and tensors of a PEFT adapter, under our names: what peft would put on this model (of
+    which the shapes suffice). UserError for what is not built here."""
     folder = Path(folder)
-    file = AdapterFile(folder, read_adapter_config(folder), {})
+    file, path = AdapterFile(folder, read_adapter_config(folder), {}), folder / ADAPTER_WEIGHTS
     for key, tensor in read_adapter_tensors(folder).items():
-        module, part = _split_name(model_config, key, folder / ADAPTER_WEIGHTS)
+        module, part = _split_name(model.config, key, path)
+        refuse_not_finite(tensor, f"{path}: tensor {key}")
         file.modules.setdefault(module, {})[part] = tensor
     try:
-        frozen = json.loads(file_notes(folder / ADAPTER_WEIGHTS).get(FROZEN, "[]"))
-        file.frozen.update(_split_name(model_config, key, folder / ADAPTER_WEIGHTS) for key in frozen)
+        frozen = json.loads(file_notes(path).get(FROZEN, "[]"))
+        file.frozen.update(_split_name(model.config, key, path) for key in frozen)
     except (json.JSONDecodeError, TypeError, AttributeError) as error:
         raise file.fault(f"its note of frozen tensors is damaged ({error})") from error
     if not file.modules:
         raise file.fault("holds no tensor")
-    if model_config.tied_head:
+    if model.config.tied_head:
         _join_tied_head(file)
-    _refuse_other_depth(file, model_config.num_layers)
-    for name in file.in_full:
-        joined = name == "lm_head" and model_config.tied_head
-        if not joined and not any(f"model.{module}".endswith(name) for module in file.modules):
-            listed = f"{ADAPTER_CONFIG} lists {name} in modules_to_save"
-            raise file.fault(f"{listed}, but the file has no tensor of it")
+    _keep_what_is_chosen(file, model)
     return file
 
 
-def _refuse_other_depth(file: AdapterFile, num_layers: int) -> None:
-    """A name in target_modules means every linear of it: in a deeper model some would be left without."""
-    targets = file.config.get("target_modules")
-    chosen = file.config.get("layers_to_transform") or file.config.get("exclude_modules")
-    for name in targets if isinstance(targets, list) and not chosen else ():
-        layers = sum(module.startswith("layers.") and module.endswith(f".{name}") for module in file.modules)
-        if "." not in name and 0 < layers < num_layers:
-            raise file.fault(f"adapts {name} in {layers} of this model's {num_layers} layers")
+@bounded(f"{ADAPTER_CONFIG}: a pattern of target_modules or the like", "write the names of the modules")
+def _keep_what_is_chosen(file: AdapterFile, model: Decoder) -> None:
+    """The configuration chooses, the file has to have that; what it has besides peft leaves out, and so do
+    we, with a word."""
+    modules = dict(model.named_modules())
+    for name in [name for name in modules if name.endswith(".base") or name.startswith("v_head") or not name]:
+        del modules[name]  # no part of the model itself
+    names = {name: _hf_module(model.config, name) for name in modules}
+    chosen = {name for name in modules if is_linear(modules[name]) and is_target(file.config, names[name])}
+    adapted = {name for name, parts in file.modules.items() if parts.keys() & {"lora_A", "lora_B"}}
+    if missing := [name for name in modules if name in chosen - adapted]:
+        more = f" and {len(missing) - 1} more linears" if len(missing) > 1 else ""
+        raise file.fault(f"has no tensors of {missing[0]}{more}, which {ADAPTER_CONFIG} chooses here")
+    for name in (name for name in modules if name not in file.modules and file.in_full(names[name])):
+        if next(modules[name].parameters(recurse=False), None) is not None:
+            raise file.fault(f"holds no tensor of {name}, but {ADAPTER_CONFIG} lists it in modules_to_save")
+    unused = sorted(name for name in adapted - chosen if name in modules and is_linear(modules[name]))
+    if not chosen and len(unused) == len(file.modules):
+        raise file.fault(f"holds tensors of {unused[0]}, which {ADAPTER_CONFIG} does not choose")
+    for name in unused:
+        for part in file.modules[name].keys() & ADAPTER_PARTS:
+            del file.modules[name][part]
+    if unused:
+        found = f"{unused[0]} and {len(unused) - 1} more" if len(unused) > 1 else unused[0]
+        say_once(f"note: {file.folder}: {ADAPTER_CONFIG} does not choose {found}; left out, as peft does")
+
+
+def is_target(config: dict, name: str) -> bool:
+    """Whether adapter_config.json gives the linear with this Hugging Face name an adapter; by peft's rules
+    (tuners_utils.check_target_module_exists), down to where a name, its end, or a regex is meant."""
+    excluded, targets = config.get("exclude_modules") or (), config.get("target_modules")
+    whole, around = config.get("modules_to_save") or (), (r"(^|.*\.)", r"($|\..*)")
+    within = any(_match("modules_to_save", each, name, *around) for each in whole)
+    if within or _fits("exclude_modules", excluded, name):
+        return False
+    if targets is None:
+        targets = ["q_proj", "v_proj"]  # peft's choice for every architecture here
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        return name not in HEAD_NAMES
+    layers = config.get("layers_to_transform")
+    if isinstance(targets, str) or name in targets or layers is None or layers == []:
+        return _fits("target_modules", targets, name)
+    patterns = config.get("layers_pattern") or ()
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    around = (r"(?:^|.*?\.)", r"\.(?P<layer>\d+)\.") if patterns else (r".*?\.", r"\.(?P<layer>\d+)\.")
+    tried = (_match("layers_pattern", each, name, *around) for each in patterns or [r"[^.]*"])
+    found = next(filter(None, tried), None)
+    wanted = layers if isinstance(layers, list) else [layers]
+    return _fits("target_modules", targets, name) and found is not None and int(found["layer"]) in wanted
+
+
+def _fits(key: str, names: str | list[str], name: str) -> bool:
+    """A text is a regex for the whole name, a list holds names or their ends."""
+    if isinstance(names, str):
+        return _match(key, names, name, match=re.fullmatch) is not None
+    return any(ends_with(name, each) for each in names)
+
+
+def _match(key: str, pattern: str, name: str, before="", after="", match=re.match) -> re.Match | None:
+    try:
+        return match(f"{before}{pattern}{after}", name)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise UserError(f"{ADAPTER_CONFIG}: {key}: {pattern!r} is no pattern ({error})") from error
 
 
 def _join_tied_head(file: AdapterFile) -> None:
@@ -255,11 +320,7 @@ def read_adapter_config(folder: Path) -> dict:
     for key in UNSUPPORTED_ADAPTER_KEYS:
         if (value := config.get(key)) not in OFF:
             raise UserError(f"{path}: {key}={value!r} is not supported; merge that adapter with peft first")
-    for key in ("rank_pattern", "alpha_pattern"):
-        value = config.get(key) or {}
-        refuse(not isinstance(value, dict), f"{path}: {key} is {value!r}, expected an object")
-    names = config.get("modules_to_save") or []
-    refuse(not isinstance(names, list), f"{path}: modules_to_save is {names!r}, expected a list of names")
+    check(config, FIELDS, f"{path}: ")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(BASE_CHANGING_INITS):
         found = f"init_lora_weights={start!r}: such an adapter belongs on a changed base model"
@@ -296,19 +357,13 @@ def _split_name(config: ModelConfig, key: str, path: Path) -> tuple[str, str]:
 
 @bounded(f"{ADAPTER_CONFIG}: a pattern of rank_pattern or alpha_pattern", "write the names of the modules")
 def _by_pattern(config: dict, patterns_key: str, common_key: str, module: str) -> float:
-    """The value of the first pattern that fits the end of the module's name, as peft's get_pattern_key."""
+    """The value of the first pattern that fits the end of a Hugging Face name, as peft's get_pattern_key."""
     value = config.get(common_key, 8)  # peft's default of both
     for pattern, other in (config.get(patterns_key) or {}).items():
-        try:
-            expression = re.compile(rf"(.*\.)?({pattern})$")
-        except (re.error, OverflowError, RecursionError) as error:
-            fault = f"{pattern!r} is no pattern ({error})"
-            raise UserError(f"{ADAPTER_CONFIG}: {patterns_key}: {fault}") from error
-        if expression.match(module) or expression.match(f"model.{module}"):
+        if _match(patterns_key, pattern, module, r"(.*\.)?(", ")$"):
             value = other
             break
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise UserError(f"{ADAPTER_CONFIG}: {common_key} of {module} is {value!r}, expected a number above 0")
+    check({common_key: value}, FIELDS, f"{ADAPTER_CONFIG}: of {module} ")
     return value
 
 
@@ -326,8 +381,9 @@ def adapted_linear(
         raise file.fault(f"adapts {module}, which this model does not have") from error
     if not is_linear(base):
         raise file.fault(f"adapts {module}, a {type(base).__name__}; only linears are supported")
-    rank = int(_by_pattern(file.config, "rank_pattern", "r", module))
-    alpha = float(_by_pattern(file.config, "alpha_pattern", "lora_alpha", module))
+    name = _hf_module(model.config, module)
+    rank = _by_pattern(file.config, "rank_pattern", "r", name)
+    alpha = float(_by_pattern(file.config, "alpha_pattern", "lora_alpha", name))
     kind = {"rslora": bool(file.config.get("use_rslora")), "dora": dora}
     shapes = dict(zip(wanted, [(rank, base.in_features), (base.out_features, rank), (base.out_features,)]))
     for part in sorted(parts.keys() & ADAPTER_PARTS):

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 
 from options.errors import UserError
 from parallel.atomic import flush_tree, swept
+from quant.linear import NOT_FINITE
 
 NamedTensor = tuple[str, torch.Tensor]
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -69,6 +70,15 @@ def file_tensors(path: Path) -> Iterator[NamedTensor]:
     with opened(path) as file:
         for name in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
             yield name, file.get_tensor(name)
+
+
+def refuse_not_finite(tensor: torch.Tensor, place: str) -> None:
+    """UserError for NaN and infinity in what was just read, before a step of a run meets them."""
+    if tensor.numel() and tensor.is_floating_point():
+        numbers = tensor if tensor.itemsize > 1 else tensor.float()
+        low, high = numbers.aminmax()  # one pass without a copy; a NaN comes out of both
+        if not (low.isfinite() and high.isfinite()):
+            raise UserError(f"{place} {NOT_FINITE}")
 
 
 def file_notes(path: Path) -> dict[str, str]:

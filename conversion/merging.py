@@ -35,7 +35,7 @@ class Adapter:
         # read as if the head had a weight of its own: an adapter may give it one
         untied = replace(config, tied_head=False)
         skeleton = Decoder(untied, device="meta")  # shapes only
-        self.file = read_adapter(folder, untied)
+        self.file = read_adapter(folder, skeleton)
         self.layers: dict[str, LoraLinear] = {}
         for module, parts in self.file.modules.items():
             if "lora_A" in parts or "lora_B" in parts:

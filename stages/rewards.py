@@ -298,7 +298,7 @@ class AdapterReward(RewardSource):
         found = f"lora uses the policy's base, but {', '.join(whole[:1])} trains in full"
         refuse(whole, f"reward_model_type: {found}; {remedy}")
         self.policy, self.head = policy, _read_head(policy, [Path(folder)])
-        file = read_adapter(folder, policy.config)
+        file = read_adapter(folder, policy)
         self.whole = []  # (the policy's parameter, what the adapter has in its place) of what trained in full
         self.layers = {name: layer.base for name, layer in lora_layers(policy).items()}
         with _replaced(policy, self.layers):

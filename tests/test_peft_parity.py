@@ -354,14 +354,14 @@ Q_A = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
             _configure(r=5),
             r"up_proj.lora_A has shape \(.*4.*\), this model and adapter_config.json ask for \(.*5.*\)",
         ),
-        (
-            _configure(lora_alpha="high"),
-            "lora_alpha of layers.0.mlp.up_proj is 'high', expected a number above 0",
-        ),
+        (_configure(lora_alpha="high"), "adapter_config.json: lora_alpha is 'high', expected a number"),
         (_configure(modules_to_save=5), "modules_to_save is 5, expected a list of names"),
         (_configure(alpha_pattern=[4]), r"alpha_pattern is \[4\], expected an object"),
         (_configure(rank_pattern={"q_(proj": 4}), r"rank_pattern: 'q_\(proj' is no pattern"),
-        (_configure(modules_to_save=["norm", "lm_head"]), "lists lm_head in modules_to_save.*no tensor"),
+        (
+            _configure(modules_to_save=["norm", "lm_head"]),
+            "no tensor of lm_head, but .* lists it in modules_to_save",
+        ),
         (_edit(lambda t: t.pop(Q_A)), "layers.1.self_attn.q_proj lacks lora_A"),
         (_edit(lambda t: t.update({Q_A: torch.zeros(0)})), r"q_proj.lora_A has shape \(0,\)"),
         (_edit(lambda t: t.clear()), "holds no tensor"),
@@ -403,7 +403,7 @@ def test_a_foreign_or_damaged_adapter_is_refused_and_the_model_stays_whole(bases
     damage(adapter)
     with pytest.raises(ValueError, match=message) as error:
         load_adapter(model, adapter)
-    assert str(adapter) in str(error.value) or "no pattern" in message or "number above" in message
+    assert str(adapter) in str(error.value) or "no pattern" in message or "expected a number" in message
     assert torch.equal(logits_of(model), before)
     assert not lora_layers(model)
     assert all(parameter.requires_grad for parameter in model.parameters())

@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from test_model import oracle
+from test_model import oracle, row_of
 from tiny_tokenizers import make_tokenizer
 
 from checkpoints import safetensors_files
@@ -25,6 +25,7 @@ from checkpoints.peft import adapter_parameters
 from checkpoints.safetensors_files import stream_tensors
 from checkpoints.trainable import prepare_trainable
 from lora import LoraOptions
+from options.errors import UserError
 from parallel.atomic import TEMPORARY, temporary_name
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -229,6 +230,57 @@ def test_a_tied_checkpoint_may_store_its_head_too(tmp_path):
     change_weights(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     assert_same(state(load_model(tmp_path)), expected)
     assert "lm_head.weight" not in expected
+
+
+@torch.no_grad()
+def their_logits(folder, tokens):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model(tokens[None]).logits[0]
+
+
+@torch.no_grad()
+def our_logits(model):
+    tokens, *row = row_of([9])
+    return model.logits(model(tokens, *row))
+
+
+def head_differs(tensors):
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 0.5
+
+
+def head_alone(tensors):
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+
+
+def of_the_base_model(tensors):
+    for name in list(tensors):
+        tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+
+def head_in_another_dtype(tensors):
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].double()
+
+
+@pytest.mark.parametrize("change", [head_differs, head_alone, of_the_base_model, head_in_another_dtype])
+def test_any_set_of_tensors_that_transformers_loads_into_a_tied_model_loads_here(change, tmp_path, capsys):
+    oracle("llama-mqa-tied").save_pretrained(tmp_path / "model")
+    change_weights(tmp_path / "model", change)
+    model, tokens = load_model(tmp_path / "model"), row_of([9])[0]
+    expected = their_logits(tmp_path / "model", tokens)
+    torch.testing.assert_close(our_logits(model), expected, atol=1e-4, rtol=1e-5)
+    told = "the head that is stored is not the embedding and is used" in capsys.readouterr().err
+    assert told == (change is head_differs) and model.config.tied_head != told
+    save_model(model, tmp_path / "again", tmp_path / "model")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["tie_word_embeddings"] != told
+    torch.testing.assert_close(their_logits(tmp_path / "again", tokens), expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"])
+def test_weights_that_are_no_numbers_are_noticed_while_they_are_read(folder, name, number):
+    change_weights(folder, lambda tensors: tensors[name].view(-1)[7].fill_(number))
+    with pytest.raises(UserError, match=f"model.safetensors: tensor {name} holds NaN or infinity"):
+        load_model(folder)
 
 
 def test_stored_rotary_frequencies_are_passed_over(folder):

@@ -211,10 +211,16 @@ def test_settings_that_are_not_those_of_the_tensors_are_refused(pairs, tmp_path,
         ({"quant_method": "awq", "bits": 3}, "bits: 3 is not read"),
         ({"quant_method": "aqlm", "nbits_per_codebook": 20}, "nbits_per_codebook: 20"),
         ({"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": 7}}}, "nbits: 7; HQQ has"),
-        ({"quant_method": "gptq", "bits": "4"}, "bits: '4' is not a whole number"),
-        ({"quant_method": "gptq", "bits": 4, "group_size": None}, "group_size: None is not a whole number"),
-        ({"quant_method": "awq", "group_size": {"q": 64}}, "group_size: {'q': 64} is not a whole number"),
-        ({"quant_method": "aqlm", "num_codebooks": [2]}, "num_codebooks: .2. is not a whole number"),
+        ({"quant_method": "gptq", "bits": "4"}, "bits is '4', expected a whole number"),
+        (
+            {"quant_method": "gptq", "bits": 4, "group_size": None},
+            "group_size is None, expected a whole number",
+        ),
+        (
+            {"quant_method": "awq", "group_size": {"q": 64}},
+            "group_size is {'q': 64}, expected a whole number",
+        ),
+        ({"quant_method": "aqlm", "num_codebooks": [2]}, "num_codebooks is .2., expected a whole number"),
         ({"quant_method": "hqq", "quant_config": "4 bits"}, "quant_config: '4 bits' is not an object"),
         (
             {"quant_method": "hqq", "quant_config": {"weight_quant_params": None}},
@@ -237,7 +243,7 @@ def test_settings_that_are_no_object_are_refused(pairs, tmp_path, settings):
     folder = shutil.copytree(pairs["awq"][1], tmp_path / "other")
     config = json.loads((folder / "config.json").read_text()) | {"quantization_config": settings}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="other/config.json: quantization_config .* is not an object"):
+    with pytest.raises(ValueError, match="other/config.json: quantization_config is .*, expected an object"):
         load_model(folder)
 
 
