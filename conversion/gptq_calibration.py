@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from architectures.config import ModelConfig, to_hf_name
 from architectures.layers import ForwardContext
 from checkpoints.safetensors_files import stream_tensors, write_shards
-from kernels.linear import matmul_transposed
+from kernels.linear import LinearLayer, Part, matmul_transposed
+from lora import replace_module
 from model import Attention, Block, Decoder
 from options.errors import UserError, located, refuse
 from options.option import COMMON, RESUMABLE, option
@@ -190,6 +191,10 @@ class Calibration:
         refuse(length > most, fault)
         block = Block(config, 0, device="meta")
         self.block_names = [name for name, _ in block.named_parameters()]
+        linears = {name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+        unknown = linears ^ {f"{part}.{name}" for part, names in STAGES for name in names}
+        fault = f"GPTQ knows other linears of a block than this model has ({', '.join(sorted(unknown))})"
+        refuse(unknown, f"export_quantization_bit: {fault}")
         for name, module in block.named_modules():
             sizes = (module.in_features, module.out_features) if isinstance(module, nn.Linear) else ()
             if any(size % PACKED_IN for size in sizes):
@@ -211,7 +216,7 @@ class Calibration:
 
     def working_bytes(self, dtype: torch.dtype) -> int:
         """Disk space that `tensors` takes for activations while it runs."""
-        numbers = self.config.hidden_size + _inner_size(self.config)  # a token's
+        numbers = self.config.hidden_size + sum(_inner_sizes(self.config).values())  # a token's
         return self.windows.numel() * numbers * _compute_dtype(dtype).itemsize
 
     def write(self, folder: Path, dense: Iterable[tuple[str, Tensor]], shard_gigabytes: float) -> None:
@@ -293,7 +298,8 @@ STAGES = (  # the block's linears in the order in which it computes; those of a 
     ("mlp", ("gate_proj", "up_proj")),
     ("mlp", ("down_proj",)),
 )
-_, _KV, _O, _GATE_UP, _DOWN = range(len(STAGES))
+_KV = 1  # its linears get what q_proj gets
+LAST = {"self_attn": "o_proj", "mlp": "down_proj"}  # of each half of a block
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -301,49 +307,68 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype is torch.bfloat16 else torch.float32
 
 
-def _inner_size(config: ModelConfig) -> int:
-    """Numbers of the wider of what o and down get."""
-    return max(config.num_heads * config.head_dim, config.intermediate_size)
+def _inner_sizes(config: ModelConfig) -> dict[str, int]:
+    """Numbers of what the last linear of each half of a block gets."""
+    return {"self_attn": config.num_heads * config.head_dim, "mlp": config.intermediate_size}
+
+
+class _Reached(Exception):
+    """The computation has come to the linear whose input is wanted."""
+
+
+class _Caught(LinearLayer):
+    """In a linear's place: gives away what the linear would get."""
+
+    def part(self) -> Part:
+        return Part(None, layer=self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise _Reached(x)
+
+
+class _Stored(nn.Module):
+    """In the place of attention or MLP: its last linear alone, of an input that is known already."""
+
+    def __init__(self, linear: nn.Module, x: Tensor):
+        super().__init__()
+        self.linear, self.x = linear, x
+
+    def forward(self, *row) -> Tensor:
+        return self.linear(self.x)
 
 
 class _Text:
-    """The windows on their way through the blocks.
+    """The windows on their way through the blocks. Block.forward computes, whatever it is; what changes are
+    the modules in it that have been passed (_Stored), and the one that the text goes up to (_Caught).
 
-    stream (tokens, E): the residual stream. inner (tokens, wider of attention's output and MLP): what the
-    inner linear of the current half of the block, o or down, gets. Both lie in files.
+    stream (tokens, E): the residual stream before the block. inner: what the last linear of attention and of
+    the MLP gets, once its stage has been reached. All lie in files.
     """
 
     def __init__(self, config: ModelConfig, windows: Tensor, folder: Path, dtype: torch.dtype, device: str):
         self.config, self.windows, self.dtype, self.device = config, windows, dtype, device
         self.skeleton = Decoder(config, device="meta")
+        self.skeleton.runtime.compute_dtype = dtype
         folder.mkdir()
-        self.stream = _mapped(folder / "stream", windows.numel(), config.hidden_size, dtype)
-        self.inner = _mapped(folder / "inner", windows.numel(), _inner_size(config), dtype)
+        tokens, sizes = windows.numel(), _inner_sizes(config)
+        self.stream = _mapped(folder / "stream", tokens, config.hidden_size, dtype)
+        self.inner = {half: _mapped(folder / half, tokens, size, dtype) for half, size in sizes.items()}
 
     def embed(self, embedding: Tensor) -> None:
-        scale = torch.tensor(self.skeleton.config.embedding_scale, dtype=self.dtype)
+        self.skeleton.embed_tokens.weight = nn.Parameter(embedding, requires_grad=False)
         for rows, _ in self._batches():
-            self.stream[rows] = embedding[self.windows.view(-1)[rows]].to(self.dtype) * scale
+            self.stream[rows] = self.skeleton.embed(self.windows.view(-1)[rows])
 
     def inputs(self, block: Block, stage: int) -> Iterator[Tensor]:
         """(T, in) batches of what the linears of a stage get when those before it are as they stand."""
-        half, norm = (block.self_attn, block.input_layernorm), (block.mlp, block.post_attention_layernorm)
-        half, norm = half if stage <= _O else norm
-        inner_linear = "o_proj" if stage <= _O else "down_proj"
-        linear = getattr(half, inner_linear)
+        half, names = STAGES[stage]
+        goal = f"{half}.{'q_proj' if stage == _KV else names[0]}"
         for rows, count in self._batches():
-            x = self.stream[rows].to(self.device)
-            if stage == _GATE_UP:
-                x = x + block.self_attn.o_proj(self._inner(rows, block.self_attn.o_proj))
-                self.stream[rows] = x.cpu()
-            x = norm(x)
+            x = self._run(block, rows, count, goal, *(["self_attn"] if half == "mlp" else []))
             if stage == _KV:
                 x = x * self._received(block.self_attn, x, count).sqrt()[:, None].to(x.dtype)
-            if stage in (_O, _DOWN):
-                setattr(half, inner_linear, nn.Identity())  # what would go into the inner linear comes out
-                x = half(x, *self._place(count, x)) if stage == _O else half(x)
-                setattr(half, inner_linear, linear)
-                self.inner[rows, : x.shape[1]] = x.cpu()
+            if names[0] == LAST[half]:
+                self.inner[half][rows] = x.cpu()
             yield x
 
     def _received(self, attention: Attention, x: Tensor, count: int) -> Tensor:
@@ -353,7 +378,7 @@ class _Text:
         tokens. Without it the first token, which many heads attend to most while they are at rest, counts as
         one among hundreds, and GPTQ puts the error where no other token shows it: there.
         """
-        q, k, _ = attention.project(x, *self._place(count, x))  # (T, H, D), (T, K, D)
+        q, k, _ = attention.project(x, *self._place(count))  # (T, H, D), (T, K, D)
         length, group = self.windows.shape[1], q.shape[1] // k.shape[1]
         place = torch.arange(length, device=x.device)
         hidden = (place[:, None] < place) | (place[:, None] - place >= (attention.window or length))
@@ -367,12 +392,27 @@ class _Text:
 
     def leave(self, block: Block) -> None:
         """The stream behind the block."""
-        for rows, _ in self._batches():
-            x = block.mlp.down_proj(self._inner(rows, block.mlp.down_proj))
-            self.stream[rows] += x.cpu()
+        for rows, count in self._batches():
+            self.stream[rows] = self._run(block, rows, count, None, *LAST).cpu()
 
-    def _inner(self, rows: slice, linear: nn.Linear) -> Tensor:
-        return self.inner[rows, : linear.in_features].to(self.device)
+    def _run(self, block: Block, rows: slice, count: int, goal: str | None, *passed: str) -> Tensor:
+        """A batch through the block, the halves that were passed from their stored inputs: (T, E) behind it,
+        or what the linear called `goal` gets."""
+        places: dict[str, nn.Module] = {goal: _Caught()} if goal else {}
+        for half in passed:
+            known = self.inner[half][rows].to(self.device)
+            places[half] = _Stored(block.get_submodule(f"{half}.{LAST[half]}"), known)
+        before = {name: block.get_submodule(name) for name in places}
+        for name, module in places.items():
+            replace_module(block, name, module)
+        try:
+            x, delta = block(self.stream[rows].to(self.device), None, *self._place(count))
+            return x + delta
+        except _Reached as reached:
+            return reached.args[0]
+        finally:
+            for name, module in before.items():
+                replace_module(block, name, module)
 
     def _batches(self) -> Iterator[tuple[slice, int]]:
         """(rows of the files, windows) of each batch."""
@@ -382,12 +422,12 @@ class _Text:
             last = min(first + step, windows)
             yield slice(first * length, last * length), last - first
 
-    def _place(self, count: int, x: Tensor) -> tuple[Tensor, Tensor, ForwardContext]:
+    def _place(self, count: int) -> tuple[Tensor, Tensor, ForwardContext]:
         """cos, sin and row for windows one behind the other."""
-        length = self.windows.shape[1]
-        borders = torch.arange(0, (count + 1) * length, length, dtype=torch.int32, device=x.device)
-        row = ForwardContext(borders, length, None, self.skeleton.runtime.flash_attn, x.dtype)
-        cos, sin = self.skeleton.rotation(torch.arange(length, device=x.device).repeat(count), row, x.dtype)
+        length, device = self.windows.shape[1], self.device
+        borders = torch.arange(0, (count + 1) * length, length, dtype=torch.int32, device=device)
+        row = ForwardContext(borders, length, None, self.skeleton.runtime.flash_attn, self.dtype)
+        cos, sin = self.skeleton.rotation(torch.arange(length, device=device).repeat(count), row, self.dtype)
         return cos, sin, row
 
 

@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor, nn
 
-from architectures.layers import Linear
-from generation.cpu_decode import Adapter, ByteProduct, Layer, OneRow, Product
+from architectures.layers import MLP, Linear, RMSNorm
+from generation.cpu_decode import KNOWN, Adapter, ByteProduct, Layer, OneRow, Product, agrees
 from kernels.byte_linear import ByteTable
 from kernels.linear import LinearLayer, Part, Table, shares_of_rows
 from lora import LoraLinear
-from model import Block, Decoder
+from model import Attention, Block, Decoder
 from quant.linear import QuantLinear
 
 
@@ -23,7 +23,8 @@ def lay_out_for_decoding(model: Decoder) -> None:
     that is all.
     """
     on_cpu = model.embed_tokens.weight.device.type == "cpu"
-    for block in model.layers:
+    known = [block for block in model.layers if _is_known(block)]
+    for block in known:
         for linears in _groups(block):
             if _all_plain(linears) and (on_cpu or len(linears) > 1):
                 _join(linears)
@@ -35,16 +36,18 @@ def lay_out_for_decoding(model: Decoder) -> None:
         model.embed_tokens.weight = nn.Parameter(turned, requires_grad=weight.requires_grad)
     elif _all_plain([model.lm_head]):
         _join([model.lm_head])
-    places = [place for block in model.layers for place in _places(block)]
-    linears = [layer for _, _, layer in places]
-    if model.config.qk_norm or not all(_served(linear) for linear in linears):
+    if not known or len(known) < len(model.layers) or model.config.switched_beside(KNOWN):
         return
+    places = [place for block in known for place in _places(block)]
+    linears = [layer for _, _, layer in places]
     dtype = model.compute_dtype
-    if dtype is torch.float16:
-        return  # its stream is fp32, see FP16_ROW_LIMIT; no processor here is faster with fp16
+    # the stream of fp16 is fp32, see FP16_ROW_LIMIT; no processor here is faster with fp16
+    if dtype is torch.float16 or not all(_served(linear) for linear in linears):
+        return
     adapters = [linear for linear in linears if isinstance(linear, LoraLinear)]
     straight = [_straight(block, dtype) for block in model.layers]
-    model.runtime.one_row = OneRow(straight, places, adapters, model.config, dtype)
+    one_row = OneRow(straight, places, adapters, model.config, dtype)
+    model.runtime.one_row = one_row if agrees(model, one_row) else None
 
 
 def _join(linears: list[Linear]) -> None:
@@ -65,6 +68,12 @@ def _join(linears: list[Linear]) -> None:
     for linear, rows in zip(linears, weight.split([linear.out_features for linear in linears])):
         linear.weight = nn.Parameter(rows, requires_grad=linear.weight.requires_grad)
         linear.table = table
+
+
+def _is_known(block: Block) -> bool:
+    """Whether a block is made of what is written here about its insides; another kind stays as it is."""
+    norms = type(block.input_layernorm) is type(block.post_attention_layernorm) is RMSNorm
+    return norms and type(block) is Block and type(block.self_attn) is Attention and type(block.mlp) is MLP
 
 
 def _places(block: Block) -> list[tuple[nn.Module, str, LinearLayer]]:

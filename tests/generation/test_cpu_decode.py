@@ -2,19 +2,22 @@
 modules."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 from kernel_checks import relative_error
 from torch import nn
 
+import kernels
 from architectures.config import ModelConfig
+from architectures.layers import RMSNorm
 from architectures.rope import Rope
 from generation import cpu_decode
 from generation.cache import KVCache
 from generation.layout import lay_out_for_decoding
 from lora import LoraLinear, lora_off
-from model import Decoder, initialize_weights
+from model import FEED_FORWARD, Attention, Block, Decoder, initialize_weights
 from quant.eetq import EETQFormat
 from quant.gptq import GPTQFormat, GPTQLinear
 from quant.int8 import Int8Format
@@ -204,3 +207,80 @@ def test_an_adapter_that_is_not_just_added_is_left_to_the_modules():
     model.layers[0].mlp.up_proj = LoraLinear(model.layers[0].mlp.up_proj, 3, 6.0, dora=True)
     lay_out_for_decoding(model)
     assert model.runtime.one_row is None
+
+
+# Decoders that are not what the straight line knows
+
+
+def one_plus_weight(self, x, delta, dtype):
+    total = x if delta is None else x + delta
+    return kernels.rms_norm(total.to(dtype), self.weight, self.eps, 1.0), total
+
+
+def capped(self, x, cos, sin, context):
+    q, k, v = self.project(x, cos, sin, context)
+    out = context.cache.attend(self.layer, q, k, v, context, self.window, self.scale)
+    return self.o_proj(torch.tanh(out.flatten(-2)))
+
+
+block_forward = Block.forward
+
+
+def half_added(self, *row):
+    x, delta = block_forward(self, *row)
+    return x, 0.5 * delta
+
+
+EDITS = {  # what somebody writes in one place only: (class, method, what it is then)
+    "norms of 1 + weight": (RMSNorm, "of_sum", one_plus_weight),
+    "a cap on what attention gives": (Attention, "forward", capped),
+    "a share of the update": (Block, "forward", half_added),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("edit", EDITS)
+def test_a_decoder_that_was_changed_decodes_as_it_computes(edit, dtype, monkeypatch):
+    monkeypatch.setattr(*EDITS[edit])
+    model = decoder("biases, tied head", dtype)
+    tokens = torch.randint(97, (9,), generator=torch.Generator().manual_seed(1))
+    expected = token_by_token(model, tokens)
+    lay_out_for_decoding(model)
+    assert model.runtime.one_row is None
+    for found, plain in zip(token_by_token(model, tokens), expected):
+        assert relative_error(found, plain.double()) < (1e-5 if dtype is torch.float32 else 0.02)
+
+
+@dataclasses.dataclass(frozen=True)
+class WiderConfig(ModelConfig):
+    softcap: float = 0.0
+
+
+def test_a_switch_that_the_straight_line_does_not_know_is_left_to_the_modules():
+    for softcap, taken in ((0.0, True), (30.0, False)):
+        model = Decoder(WiderConfig(**SIZES, softcap=softcap)).eval()
+        initialize_weights(model, torch.Generator().manual_seed(3))
+        lay_out_for_decoding(model)
+        assert (model.runtime.one_row is not None) == taken
+    model = Decoder(ModelConfig(**SIZES, qk_norm=True)).eval()
+    lay_out_for_decoding(model)
+    assert model.runtime.one_row is None
+
+
+class Doubled(nn.Module):
+    def __init__(self, config, layer, **factory):
+        super().__init__()
+
+    def forward(self, x):
+        return 2 * x
+
+
+def test_another_kind_of_layer_is_left_to_the_modules(monkeypatch):
+    monkeypatch.setitem(FEED_FORWARD, "doubled", Doubled)
+    model = Decoder(ModelConfig(**SIZES, feed_forward_kinds=("mlp", "doubled", "mlp"))).eval()
+    initialize_weights(model, torch.Generator().manual_seed(3))
+    tokens = torch.randint(97, (9,), generator=torch.Generator().manual_seed(1))
+    expected, _ = token_by_token(model, tokens)
+    lay_out_for_decoding(model)
+    assert model.runtime.one_row is None
+    torch.testing.assert_close(token_by_token(model, tokens)[0], expected, atol=1e-4, rtol=1e-4)
