@@ -120,6 +120,8 @@ class JinjaTemplate:
 
     def reads(self, key: str, of_message: bool = True) -> bool:
         """Whether the template names this key of a message (or this variable)."""
+        if key in THOUGHTS and "think>" in self.source:
+            return True  # if not by that name, then in the content
         return _names(f"{self.source} {self.tool_use}", key, of_message)
 
     def stop_words(self, eos: str | None) -> tuple[str, ...]:
@@ -142,7 +144,7 @@ class JinjaTemplate:
         if self.default_system is not None and not (messages and messages[0].role == "system"):
             dialogue.append(_said(self.source, "system", self.default_system))
         silent = enable_thinking is False and "enable_thinking" in self.source
-        thoughts = any(map(self.reads, THOUGHTS))
+        thoughts = any(_names(self.source, key, True) for key in THOUGHTS)
         for message in messages:
             entry = message.entry()
             if entry["role"] == "developer" and not _forms(self.source, "developer"):

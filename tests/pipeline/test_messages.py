@@ -395,14 +395,14 @@ def test_what_no_template_can_use_is_counted_in_the_report(tokenizer):
     for template in (get_template("chatml"), get_template(None, deaf), get_template(None, mute)):
         encode({"messages": messages, "tools": [FORECAST]}, tokenizer, template, openai(), tally)
     lines = str(DataReport([DatasetReport("d", "train", tally)])).splitlines()
-    assert lines[2:] == [
-        "d: 3 rows: column 'tools' is not used: the data set's entry does not name it (first: row 0)",
-        "d: 1 rows: template 'chatml' does not read 'mood' of a message (first: row 0)",
-        "d: 1 rows: template 'chatml' does not read 'tool_call_id' of a message (first: row 0)",
-        "d: 2 rows: template 'checkpoint' does not read 'mood' of a message (first: row 0)",
-        "d: 1 rows: template 'checkpoint' has no form for tool calls: they stand as JSON (first: row 0)",
-        "d: 1 rows: template 'checkpoint' does not read 'tool_call_id' of a message (first: row 0)",
-        "d: 1 rows: template 'checkpoint' leaves out the text beside a tool call (first: row 0)",
+    assert [line.partition(" (first: row 0")[0] for line in lines[2:]] == [
+        "d: 3 rows: column 'tools' is not used: the data set's entry does not name it",
+        "d: 1 rows: template 'chatml' does not read 'mood' of a message",
+        "d: 1 rows: template 'chatml' does not read 'tool_call_id' of a message",
+        "d: 2 rows: template 'checkpoint' does not read 'mood' of a message",
+        "d: 1 rows: template 'checkpoint' has no form for tool calls: they stand as JSON",
+        "d: 1 rows: template 'checkpoint' does not read 'tool_call_id' of a message",
+        "d: 1 rows: template 'checkpoint' leaves out the text beside a tool call",
     ]
     text, trained = encode({"messages": messages}, tokenizer, get_template(None, deaf))
     assert trained[0] == 'I look.\n{"name": "f", "arguments": {}}<|im_end|>'
