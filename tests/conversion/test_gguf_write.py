@@ -299,6 +299,10 @@ def test_rope_scaling(case, tmp_path, capsys):
     torch.testing.assert_close(logits(back, 200), logits(model, 200), rtol=1e-4, atol=1e-4)
     rope = dict(back.config.rope_parameters)
     assert {key: rope[key] for key in SCALINGS[case]} == SCALINGS[case]
+    longest = load_config(tmp_path / "model").max_positions  # 512 tokens, stretched by linear
+    written = gguf.GGUFReader(path).fields["llama.context_length"].contents()
+    assert written == load_config(tmp_path / "back").max_positions == longest
+    assert longest == (2048 if case == "linear" else 512)
 
 
 def test_a_dynamic_rope_is_exact_up_to_the_trained_length_and_the_user_is_told(tmp_path, capsys):
