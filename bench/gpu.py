@@ -35,7 +35,7 @@ GRACE_SECONDS = 15.0  # beyond a part's time, to finish what it has begun; toget
 PROMISE = {False: 530.0, True: 230.0}  # seconds of all parts, whatever they do
 CPU_PROMISE = 590.0
 LEFT_OUT = "left out"
-TEST_PROCESSES = 6  # most of the time of a test is the compilation of its kernels
+TEST_PROCESSES = min(10, os.cpu_count() or 1)  # most of the time of a test is the compilation of its kernels
 ALONE = "tests/gpu/test_measure_gpu.py"  # what it measures, others would disturb
 
 

@@ -274,8 +274,8 @@ def _timed(function: Callable, arguments: tuple, grad: bool, milliseconds: Calla
         return (out, *(torch.autograd.grad(out, inputs[:3], _weights(out)) if trained else ()))
 
     _, results = milliseconds(call)
-    every = max(1, inputs[0].shape[0] // COMPARED_ROWS)
-    results = [x.detach().flip(0)[::every].contiguous() for x in results]  # the last row among them
+    tokens, every = len(inputs[0]), max(1, len(inputs[0]) // COMPARED_ROWS)
+    results = [x.detach()[(tokens - 1) % every :: every].clone() for x in results]  # the last row among them
     times: list[float] = []
     while len(times) < TIMED and not (times and times[0] > LONG):
         times.append(milliseconds(call)[0])
