@@ -12,6 +12,7 @@ from typing import Literal
 
 from options.errors import UserError, located, refuse
 from options.option import COMMON, RESUMABLE, SECRET, option
+from parallel.atomic import room_in
 
 WANTED_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
 WITHOUT_WEIGHTS = [pattern for pattern in WANTED_FILES if "safetensors" not in pattern]
@@ -92,8 +93,10 @@ def _download_hugging_face(name: str, revision: str, options: ModelOptions, want
 
     places = {"revision": revision, "cache_dir": options.cache_dir, "token": options.hf_hub_token}
     files = {"allow_patterns": wanted, "ignore_patterns": UNWANTED_FILES}
+    cache = Path(options.cache_dir or huggingface_hub.constants.HF_HUB_CACHE)
     try:
-        return Path(huggingface_hub.snapshot_download(name, **places, **files))
+        with room_in(cache, "cache_dir"):
+            return Path(huggingface_hub.snapshot_download(name, **places, **files))
     except (OSError, HFValidationError) as error:  # every error of the hub or the network
         gated = isinstance(error, GatedRepoError)
         remedy = "it is gated: give hf_hub_token" if gated else "check the spelling and the network"

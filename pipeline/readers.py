@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from options.errors import UserError
+from options.errors import UserError, refuse
+from options.limits import free_host_bytes
 
 READ_CHARACTERS = 1 << 20  # of a .json file held while one object is parsed; grows for longer ones
 
@@ -155,6 +156,10 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, dict]]:
     import pyarrow.parquet
 
     with _damage_named(path, "a parquet file"), pyarrow.parquet.ParquetFile(path) as file:
+        groups = map(file.metadata.row_group, range(file.num_row_groups))
+        largest, free = max((group.total_byte_size for group in groups), default=0), free_host_bytes()
+        found = f"a row group of {largest / 1e9:.1f} GB, {free / 1e9:.1f} GB of memory are free"
+        refuse(largest > free, f"{path}: {found}; write the file with smaller row groups")
         yield from _arrow_rows(path, file.iter_batches(batch_size=1024))
 
 

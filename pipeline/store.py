@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from options.errors import UserError
-from parallel.atomic import TEMPORARY, atomic_file, atomic_folder, remove_folder
+from parallel.atomic import TEMPORARY, atomic_file, atomic_folder, remove_folder, room_in
 from pipeline.batch import Example
 from pipeline.mixing import hold_out
 
@@ -274,7 +274,7 @@ def save_sets(folder: Path, sets: dict[str, ExampleStore], meta: dict) -> None:
     """Write several stores that may share parts, and `meta`, into a new folder; complete or absent."""
     parts = list({id(part): part for store in sets.values() for part in store.parts}.values())
     described = []
-    with atomic_folder(folder) as temporary:
+    with room_in(folder.parent, "tokenized_path"), atomic_folder(folder) as temporary:
         for number, part in enumerate(parts):
             writer = StoreWriter(temporary / f"part-{number}")
             writer.append(part)

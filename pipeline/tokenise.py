@@ -10,13 +10,14 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from options.errors import UserError, say
+from options.errors import DISK_FULL, UserError, say
 from options.progress import Bar
 from parallel.atomic import locked
 from pipeline import sources
@@ -155,11 +156,15 @@ class Tokeniser:
                 for chunk in encode_chunks(todo, encoder, self.workers):
                     writer.append(chunk)
                     bar.update(chunk.tally.read)
-        except UserError:  # a bad row: once the file is mended its key is another one
-            writer.close()
-            shutil.rmtree(writer.partial)
+            writer.finish()
+        except (UserError, OSError) as error:
+            # a bad row: once the file is mended its key is another one; a full disk: whoever makes room on it
+            # should not have to look for what was half-written here
+            if isinstance(error, UserError) or error.errno in DISK_FULL:
+                with suppress(OSError):
+                    writer.close()
+                shutil.rmtree(writer.partial)
             raise
-        writer.finish()
 
 
 def template_key(template, enable_thinking: bool | None = None) -> str:

@@ -1,6 +1,7 @@
 """From files to examples: trained tokens, cutting, report, cache, splits, streams, tokenized_path,
 preview."""
 
+import errno
 import itertools
 import json
 import multiprocessing
@@ -18,7 +19,7 @@ from tiny_tokenizers import make_tokenizer
 
 import data
 from data import DataOptions, TokenizedDataSaved, load_datasets
-from options.errors import UserError
+from options.errors import StopRun, UserError
 from parallel.atomic import locked
 from pipeline import encoding, store
 from pipeline.batch import ANSWER, ROLES
@@ -809,3 +810,18 @@ def test_preview_shows_what_training_gets(run_file, home, tokenizer, capsys):
     with pytest.raises(SystemExit) as ended:
         data.main(["preview", "--help"])
     assert ended.value.code == 0 and "which batch" in capsys.readouterr().out
+
+
+def test_a_full_cache_is_told_by_its_key_and_nothing_half_written_stays(
+    home, tokenizer, tmp_path, monkeypatch
+):
+    def full(writer, chunk):
+        (writer.partial / "tokens.i32").write_bytes(bytes(100))
+        raise OSError(errno.ENOSPC, "No space left")
+
+    put(home, "a", questions(3))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("pipeline.store.StoreWriter.append", full)
+    with pytest.raises(StopRun, match="cache_dir: .*No space left.*make room"):
+        load(home, tokenizer, "a")
+    assert not list((tmp_path / "cache").rglob("*.partial"))

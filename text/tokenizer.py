@@ -15,12 +15,13 @@ Run: python -c "from text.tokenizer import Tokenizer; print(Tokenizer.from_folde
 import bisect
 import itertools
 import json
+import re
 import shutil
 from pathlib import Path
 
 import tokenizers
 
-from options.errors import UserError, refuse
+from options.errors import UserError, located, refuse
 from text.stream import StreamDecoder, readable
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -257,13 +258,16 @@ def _load_backend(folder: Path) -> tokenizers.Tokenizer:
     path = folder / "tokenizer.json"
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder; expected a checkpoint with tokenizer.json")
-    if path.exists():
+    if path.is_file():
         try:
-            return tokenizers.Tokenizer.from_file(str(path))
+            backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception for every kind of damage
             why = f"the tokenizers library {tokenizers.__version__} cannot read it ({error})"
             way_out = "Download the file again, or update the library if the file is newer."
             raise UserError(f"{path}: {why}. {way_out}") from error
+        with located(str(path)):
+            _refuse_endless(backend)
+        return backend
     present = sorted(p.name for p in folder.iterdir() if "token" in p.name or p.name in TOKENIZER_FILES)
     found = f"found {', '.join(present)}" if present else "no tokenizer file at all is there"
     if (folder / "tokenizer.model").exists():
@@ -279,8 +283,40 @@ def _load_backend(folder: Path) -> tokenizers.Tokenizer:
     )
 
 
+ENDLESS = r"(?:[*+]|\{\d+,\})"  # a repetition without an upper end
+MOST_GROWTH = 1000.0  # of a text by all the replacements of a normalizer; SentencePiece's space grows it by 1
+
+
+def _refuse_endless(backend: tokenizers.Tokenizer) -> None:
+    """UserError for patterns that take 2^n steps for n letters, such as (a+)+, and for replacements that make
+    gigabytes of a word: nothing can stop the library once it has begun."""
+    growth = 1.0
+    parts = [part for part in (backend.normalizer, backend.pre_tokenizer) if part]
+    waiting = [json.loads(part.__getstate__()) for part in parts]
+    while waiting:
+        entry = waiting.pop()
+        waiting += [*entry.get("normalizers", ()), *entry.get("pretokenizers", ())]
+        pattern = entry.get("pattern")
+        if isinstance(pattern, dict):
+            growth *= max(1.0, len(entry.get("content", "")) / max(1, len(pattern.get("String", ""))))
+            text = pattern.get("Regex", "")
+            refuse(_backtracks(text), f"the pattern {text!r} repeats a repetition, which may take for ever")
+    refuse(growth > MOST_GROWTH, f"its normalizer makes a text up to {growth:.0f} times as long")
+
+
+def _backtracks(pattern: str) -> bool:
+    """Whether a group that holds an endless repetition is itself repeated without end."""
+    text = re.sub(r"\\.|\[(?:\\.|[^\]\\])*\]", "x", pattern, flags=re.DOTALL)  # an escape, a class: a letter
+    while (group := re.search(rf"\(([^()]*)\)({ENDLESS})?", text)) is not None:
+        endless = re.search(ENDLESS, group[1]) is not None
+        if endless and group[2]:
+            return True
+        text = text[: group.start()] + ("x+" if endless else "x") + (group[2] or "") + text[group.end() :]
+    return False
+
+
 def _read_json(path: Path) -> dict:
-    if not path.exists():
+    if not path.is_file():
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

@@ -1,6 +1,7 @@
 """GGUF files read against transformers, sentencepiece and the `gguf` package's own writer; the cache."""
 
 import json
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -624,6 +625,39 @@ def refuse(path, folder, match, error=ValueError, **options):
     with pytest.raises(error, match=match):
         gguf_read.convert(path, folder, **options)
     assert not list(folder.parent.glob(".tmp-*"))
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [(8, 2**40), (8, 2**63), (16, 2**40), (24, 2**62)],  # tensors, tensors, keys, length of the first key
+)
+def test_counts_that_the_file_cannot_hold_are_refused_at_once(whole_file, tmp_path, place, value):
+    content = bytearray(whole_file.read_bytes())
+    content[place : place + 8] = value.to_bytes(8, "little")
+    path = tmp_path / "m.gguf"
+    path.write_bytes(content)
+    refuse(path, tmp_path / "out", "cannot be read as GGUF .*cut short")
+
+
+@pytest.mark.parametrize("element", [0, 8, 9])  # bytes, texts, lists
+def test_a_list_that_the_file_cannot_hold_is_refused_at_once(tmp_path, element):
+    path, key = tmp_path / "m.gguf", b"tokenizer.ggml.tokens"
+    head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", len(key)) + key
+    path.write_bytes(head + struct.pack("<IIQ", 9, element, 2**60) + bytes(64))
+    refuse(path, tmp_path / "out", "cannot be read as GGUF .*cut short")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "match"),
+    [
+        ("llama.block_count", 2**31, "block_count is 2147483648, but there are [0-9]+ tensors"),
+        ("llama.attention.head_count", 0, "head_count is 0, expected a whole number above 0"),
+        ("llama.context_length", "long", "context_length is 'long', expected a whole number"),
+    ],
+)
+def test_numbers_of_the_model_that_cannot_be_are_refused(tmp_path, vocabulary, key, value, match):
+    path = write_gguf(tmp_path / "m.gguf", tiny(), "llama", vocabulary, extra={key: value})
+    refuse(path, tmp_path / "out", match)
 
 
 def test_another_file_is_refused(tmp_path):

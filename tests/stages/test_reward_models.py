@@ -1,8 +1,10 @@
 """Rewards that a reward model gives, as an adapter on the policy's base, as a second model, or over HTTP."""
 
+import contextlib
 import http.server
 import json
 import re
+import socket
 import threading
 import time
 from contextlib import contextmanager
@@ -230,6 +232,31 @@ def test_a_server_that_does_not_serve_stops_the_run_and_says_why(tiny, words, re
         with pytest.raises(StopRun, match=reason):
             reward.scores(SAMPLES)
         assert len(asked) == tries
+
+
+@pytest.mark.parametrize("begin", [b"HTTP/1.0 200 OK\r\n\r\n", b"HTTP/1.0 200 OK\r\nA: ", b""])
+def test_a_server_that_drips_is_not_waited_for_longer_than_one_that_is_silent(tiny, begin):
+    """A byte now and then, in the body, in the headers or before them, never reaches a socket's own limit."""
+
+    def drip(listening):
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listening.accept()
+                threading.Thread(target=one, args=(connection,), daemon=True).start()
+
+    def one(connection):
+        with contextlib.suppress(OSError), connection:
+            connection.sendall(begin)
+            while True:
+                connection.sendall(b"H" if not begin else b"1")
+                time.sleep(0.05)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=drip, args=(listening,), daemon=True).start()
+        address, started = f"http://127.0.0.1:{listening.getsockname()[1]}", time.monotonic()
+        with pytest.raises(StopRun, match=r"no answer within 0.3 seconds \(reward_api_timeout\)"):
+            ApiReward(address, Tokenizer.from_folder(tiny.model), 0.3, 0.01).scores(SAMPLES)
+        assert time.monotonic() - started < 10
 
 
 def test_no_server_stops_the_run(tiny):

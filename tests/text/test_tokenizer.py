@@ -4,6 +4,7 @@ import itertools
 import json
 import pickle
 import time
+from pathlib import Path
 
 import pytest
 import tokenizers
@@ -12,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import KINDS, make_tokenizer
 
+from checkpoints.gguf.read_tokenizer import PRE_TOKENIZERS
 from options.errors import UserError
-from text.tokenizer import Tokenizer
+from text.tokenizer import Tokenizer, _backtracks
 
 FRAGMENTS = (
     "Hello",
@@ -402,3 +404,41 @@ def test_unknown_decoder_cannot_be_streamed(folders):
     backend.decoder = tokenizers.decoders.WordPiece()
     with pytest.raises(ValueError, match="decoder 'WordPiece' cannot be streamed"):
         Tokenizer(backend, {}).stream()
+
+
+def hostile(folder: Path, **parts) -> Path:
+    make_tokenizer(folder, "chatml")
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | parts))
+    return folder
+
+
+def split(pattern: str) -> dict:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def several(normalizers: list[dict]) -> dict:
+    return {"type": "Sequence", "normalizers": normalizers}
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+b", "(?:(a|b)*x?)*", r"((\\w\\s*){2,})+$", "(x(y+)z)*"])
+def test_a_pattern_that_may_take_for_ever_is_refused(tmp_path, pattern):
+    normalizer = {"type": "Replace", "pattern": {"Regex": pattern}, "content": ""}
+    for parts in ({"pre_tokenizer": split(pattern)}, {"normalizer": normalizer}):
+        with pytest.raises(UserError, match="tokenizer.json: the pattern .* repeats a repetition"):
+            Tokenizer.from_folder(hostile(tmp_path, **parts))
+
+
+def test_replacements_that_make_gigabytes_of_a_word_are_refused(tmp_path):
+    double = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    with pytest.raises(UserError, match="makes a text up to 1048576 times as long"):
+        Tokenizer.from_folder(
+            hostile(tmp_path, normalizer={"type": "Sequence", "normalizers": [double] * 20})
+        )
+    Tokenizer.from_folder(hostile(tmp_path, normalizer={"type": "Sequence", "normalizers": [double] * 3}))
+
+
+def test_the_patterns_of_published_tokenizers_are_no_such(tmp_path):
+    published = [pattern for each in PRE_TOKENIZERS.values() for pattern in each.regexes]
+    published += [r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))", " ?[^(\\s|[.,!?\u2026\u3002])]+"]
+    assert not [pattern for pattern in published if _backtracks(pattern)]
