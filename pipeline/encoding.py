@@ -11,6 +11,7 @@ never is: a longer one is dropped.
 import contextlib
 import multiprocessing
 import os
+import signal
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -319,6 +320,7 @@ _worker_encoder: list[ChunkEncoder] = []  # filled in worker processes, so that 
 
 
 def _start_worker(encoder: ChunkEncoder) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to tell
     _worker_encoder[:] = [encoder]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from options.errors import say
+from options.errors import harmless, say
 from parallel.atomic import atomic_file
 from training.plot import plot_history
 from training.trackers import Services
@@ -166,7 +166,7 @@ def _excerpt(name: str, text: str | None) -> str:
         return "(none)"
     dots = "..." * (len(text) > SAMPLE_CHARACTERS)
     part = dots + text[-SAMPLE_CHARACTERS:] if name == "prompt" else text[:SAMPLE_CHARACTERS] + dots
-    return json.dumps(part, ensure_ascii=False)
+    return harmless(json.dumps(part, ensure_ascii=False))
 
 
 def read_results(folder: Path, tell: Callable[[str], None] = say) -> dict:

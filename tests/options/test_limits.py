@@ -91,6 +91,13 @@ def test_records_of_exports_that_name_each_other_end(tmp_path):
         merged_into(tmp_path / "a")
 
 
+def test_a_record_of_gigabytes_is_not_read(tmp_path):
+    with open(tmp_path / "export_info.json", "wb") as file:
+        file.truncate(2**40)  # without a byte on the disk
+    with pytest.raises(UserError, match="export_info.json: more than 256 MiB"):
+        merged_into(tmp_path)
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -8,6 +8,7 @@ import re
 import sys
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 
 from options.errors import UserError
@@ -455,6 +456,15 @@ def test_online_names_are_ids_of_a_hub_too():
     for name in ("json", "/etc/passwd", "../x/y"):
         with pytest.raises(UserError, match=re.escape(f"dataset: {name!r} (dataset_dir: ONLINE)")):
             find_dataset(name, "ONLINE")
+
+
+def test_a_row_group_that_memory_cannot_hold_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "x.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a" * 1000]}), path)
+    assert rows_of(path) == [{"text": "a" * 1000}]
+    monkeypatch.setattr(readers, "free_host_bytes", lambda: 10)
+    with pytest.raises(UserError, match="x.parquet: a row group of .* smaller row groups"):
+        rows_of(path)
 
 
 def test_what_is_no_file_is_not_waited_for(tmp_path):
