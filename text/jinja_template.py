@@ -66,12 +66,19 @@ class JinjaTemplate:
         if answers and MARKS.search(self.source):
             if answers[-1] == len(messages) - 1 and not _shows_thought(dialogue[-1], whole):
                 whole = _with_thought(written, dialogue, "") or whole
-            return _marked_spans(whole, messages)
-        begin = len(bos) if bos and whole.startswith(bos) else 0
-        spans = [Span(whole[:begin], False, -1, "prefix")]
+            begin = self._bos_length(whole, bos)
+            return [*_prefix(whole[:begin]), *_marked_spans(whole[begin:], messages)]
+        begin = self._bos_length(whole, bos)
+        spans = _prefix(whole[:begin])
         how = {"generation_prompt": generation_prompt, "enable_thinking": enable_thinking}
         spans += self._spans(written, dialogue, messages, whole, begin, probe, **how)
         return [span for span in spans if span.text]
+
+    def _bos_length(self, whole: str, bos: str | None) -> int:
+        """Characters of the bos at the beginning. Where each turn's header begins with it, and the template
+        does not name it (SmolLM2's is <|im_start|>), it is a part of the first of these."""
+        apart = bos and (self.reads("bos_token", of_message=False) or whole.count(bos) == 1)
+        return len(bos) if apart and whole.startswith(bos) else 0
 
     def _spans(
         self, written, dialogue, messages, whole, cursor, probe: "_Probe", generation_prompt, enable_thinking
@@ -379,6 +386,10 @@ def _explain(source: str, answer: dict, prompt: str, finished: str) -> str:
         found = f"does not write the answer {_text_of(answer)[:40]!r}: it writes {other!r}"
     way_out = f"Choose a built-in template, for example `template: {_closest(source)}`."
     return f"the checkpoint's chat_template {found}. {way_out}"
+
+
+def _prefix(bos: str) -> list[Span]:
+    return [Span(bos, False, -1, "prefix")] if bos else []
 
 
 def _marked_spans(whole: str, messages: list[Message]) -> list[Span]:

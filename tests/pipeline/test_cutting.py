@@ -2,6 +2,7 @@
 
 import json
 import re
+from copy import copy
 from functools import cache
 from pathlib import Path
 
@@ -399,3 +400,52 @@ def test_a_text_that_the_template_changes_is_not_cut():
         return "".join(span.text for span in shout.render(messages, None, None))
 
     assert texts_within(cut_short, messages, cut_short(messages)) == []
+
+
+CHATML_JINJA = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("keys", [{"mask_history": True}, {"truncation_strategy": "left"}], ids=str)
+def test_a_bos_that_opens_every_header_is_no_prefix(home, tokenizers, keys):
+    """SmolLM2 names <|im_start|> as its bos: kept alone it would be a header without its role."""
+    template, tokenizer = JinjaTemplate(CHATML_JINJA), copy(tokenizers("chatml"))
+    tokenizer.bos_token = "<|im_start|>"
+    put(home, "talk", [as_row(long_talk(8))], **TALK)
+    (text,) = decoded(
+        load(home, tokenizer, template, "talk", cutoff_len=40, **keys).train.example(0), tokenizer
+    )
+    assert re.match("<.im_start.>(user|assistant)\n" if "mask_history" in keys else "[^<]", text), text
+
+
+def test_the_bos_stays_where_answers_are_marked(home, tokenizers):
+    answer = "<|im_start|>assistant\n{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}\n"
+    each = "{% for m in messages %}"
+    source = "{{ bos_token }}" + CHATML_JINJA.replace("{% endfor %}", "{% endif %}{% endfor %}")
+    source = source.replace(each, f"{each}{{% if m.role == 'assistant' %}}{answer}{{% else %}}")
+    tokenizer = tokenizers("llama3")
+    put(home, "talk", [as_row(long_talk(8))], **TALK)
+    for keys in ({"mask_history": True}, {"truncation_strategy": "left"}):
+        example = load(home, tokenizer, JinjaTemplate(source), "talk", cutoff_len=50, **keys).train.example(0)
+        assert example.tokens[0] == tokenizer.bos_id and example.roles[0] == PREFIX
+
+
+def test_thoughts_and_parts_of_a_message_are_texts_too(home, tokenizers):
+    tokenizer, long = tokenizers("chatml"), "Hello you are " * 30
+    thought = {"role": "assistant", "reasoning_content": long, "content": "I am Anvil."}
+    parts = {"role": "user", "content": [{"type": "text", "text": long}]}
+    put(home, "thought", [{"messages": [{"role": "user", "content": "What?"}, thought]}], **TALK)
+    put(home, "parts", [{"messages": [parts, {"role": "assistant", "content": "I am Anvil."}]}], **TALK)
+    reader = JinjaTemplate(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}"
+        "{% else %}{% for p in m.content %}{{ p.text | trim }}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    for name, template, found in (
+        ("thought", get_template("qwen3"), r"assistant\n<think>\nHello [^<]*\n</think>\n\nI am Anvil\."),
+        ("parts", reader, r"user\nHello [^<]*<\|im_end\|>\n<\|im_start\|>assistant\nI am Anvil\."),
+    ):
+        (text,) = decoded(load(home, tokenizer, template, name, cutoff_len=48).train.example(0), tokenizer)
+        assert re.search(rf"<\|im_start\|>{found}<\|im_end\|>\n$", text), text
