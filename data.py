@@ -51,10 +51,7 @@ class DataOptions:
     )
     split: str = option("train", "split of hub data sets whose entry names none")
     cutoff_len: int = option(
-        2048,
-        "longest example in tokens",
-        COMMON,
-        also="max_length model_max_length max_seq_length max_seq_len",
+        2048, "longest example in tokens", COMMON, also="model_max_length max_seq_length max_seq_len"
     )
     reserved_label_len: int = option(1, "answer tokens kept at least, where a turn is cut by ratio")
     truncation_strategy: Literal["ratio", "drop", "left", "right"] = option(
@@ -98,7 +95,7 @@ class DataOptions:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise UserError(f"{key} is {value}, expected at least 1")
-        require(self, "data_seed", lambda seed: seed >= 0, "must be at least 0")
+        require(self, "data_seed", lambda seed: 0 <= seed < 2**32, "is not in [0, 2**32)")
         length, val_size, shares = self.cutoff_len, self.val_size, self.interleave_probs
         if length < 2:
             raise UserError(f"cutoff_len is {length}; one token trains nothing, so at least 2 are needed")

@@ -37,20 +37,27 @@ from options.errors import UserError, located
 from options.option import COMMON, option
 from quant.linear import quantised_linears
 
+LORA, FREEZE = "finetuning_type=lora", "finetuning_type=freeze"  # when an option is read
+
 
 @dataclass(frozen=True)
 class LoraOptions:
     finetuning_type: Literal["lora", "full", "freeze"] = option(
         "lora", "what is trained", COMMON, also="sft_type train_type tuner_type"
     )
-    lora_rank: int = option(8, "rank R of the update", COMMON, also="lora_r")
-    lora_alpha: float | None = option(None, "numerator of the scale; default 2 * lora_rank", COMMON)
-    lora_dropout: float = option(0.0, "dropout on the input of the low-rank branch", also="lora_dropout_p")
+    lora_rank: int = option(8, "rank R of the update", COMMON, also="lora_r", when=LORA)
+    lora_alpha: float | None = option(
+        None, "numerator of the scale; default 2 * lora_rank", COMMON, when=LORA
+    )
+    lora_dropout: float = option(
+        0.0, "dropout on the input of the low-rank branch", also="lora_dropout_p", when=LORA
+    )
     lora_target: tuple[str, ...] = option(
         ("all",),
         "linears that get an adapter, by the end of their name; all = each but the head",
         COMMON,
         also="lora_target_modules target_modules",
+        when=LORA,
     )
     additional_target: tuple[str, ...] = option(
         (),
@@ -63,15 +70,19 @@ class LoraOptions:
     use_rslora: bool = option(False, "scale by alpha / sqrt(R) instead of alpha / R", also="use_rs_lora")
     use_dora: bool = option(False, "train the row magnitudes apart from the directions")
     num_layer_trainable: int = option(
-        2, "freeze: how many layers train; n the last n, -n the first n", also="freeze_trainable_layers"
+        2,
+        "freeze: how many layers train; n the last n, -n the first n",
+        also="freeze_trainable_layers",
+        when=FREEZE,
     )
     name_module_trainable: tuple[str, ...] = option(
         ("all",),
         "freeze: modules that train inside those layers; all = the whole layer",
         also="freeze_trainable_modules",
+        when=FREEZE,
     )
     freeze_extra_modules: tuple[str, ...] = option(
-        (), "freeze: further modules that train, outside the layers: embed_tokens, norm, lm_head"
+        (), "freeze: further modules that train, outside the layers: embed_tokens, norm, lm_head", when=FREEZE
     )
     print_param_status: bool = option(
         False, "list every tensor with its shape, dtype, device and whether it trains"
@@ -278,14 +289,7 @@ def add_lora(
     """
     if lora_layers(model):
         raise ValueError("the model has adapters already; call lora.merge_for_good before adding new ones")
-    full = find_modules(model, options.additional_target, "additional_target")
-    for name in quantised_linears(model):
-        if inside(name, full):
-            raise UserError(
-                f"additional_target: {name} is quantised, and codes have no gradient; lora_target gives it "
-                "an adapter"
-            )
-    names = target_names(model, options.lora_target, without=full)
+    names, full = adapted_names(model, options)
     seed = int(torch.randint(2**31, (), generator=generator))
     model.requires_grad_(False)
     for name in names:
@@ -296,6 +300,19 @@ def add_lora(
         replace_module(model, name, layer.train(model.training))
     for name in full:
         model.get_submodule(name).requires_grad_(True)
+
+
+def adapted_names(model: nn.Module, options: LoraOptions) -> tuple[list[str], list[str]]:
+    """The linears that lora_target names, and the modules that additional_target names, of a model that
+    may lie on the meta device. UserError when a name matches nothing."""
+    full = find_modules(model, options.additional_target, "additional_target")
+    for name in quantised_linears(model):
+        if inside(name, full):
+            raise UserError(
+                f"additional_target: {name} is quantised, and codes have no gradient; lora_target gives it "
+                "an adapter"
+            )
+    return target_names(model, options.lora_target, without=full), full
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:

@@ -20,7 +20,7 @@ from text.render import ChatTemplate
 @dataclass(frozen=True)
 class TemplateOptions:
     template: str | None = option(
-        None, "chat template; none: the checkpoint's own", COMMON, also="template_type prompt_template"
+        None, "chat template; none: the checkpoint's own", COMMON, also="prompt_template"
     )
     default_system: str | None = option(
         None, "system text where none is; '' = no system turn", also="system system_message system_prompt"

@@ -49,6 +49,8 @@ UNSUPPORTED_ADAPTER_KEYS = (
     "alora_invocation_tokens", "target_parameters", "trainable_token_indices", "use_bdlora", "arrow_config",
     "kasa_config", "monteclora_config",
 )  # fmt: skip
+HEADS = {"SEQ_CLS": "a score head (classifier or score)", "TOKEN_CLS": "a classifier of tokens"}
+HEADS |= {"QUESTION_ANS": "a head that finds spans"}
 OFF = ("none", None, False, [], {})  # what they say when they are not used
 FIELDS = {  # what the keys that are read here may hold
     "r": Field(int, 1, 2**20),
@@ -297,7 +299,9 @@ def _match(key: str, pattern: str, name: str, before="", after="", match=re.matc
 def _join_tied_head(file: AdapterFile) -> None:
     """In a tied model the head is the embedding: peft writes both, and they must be one."""
     head, embedding = file.modules.pop("lm_head", {}), file.modules.get("embed_tokens", {})
-    remedy = "this model's head is tied to embed_tokens; merge that adapter with peft first"
+    remedy = (
+        "this model's head is tied to embed_tokens; export.py merges it (adapter_name_or_path=, export_dir=)"
+    )
     if "lora_A" in head or "lora_B" in head:
         raise file.fault(f"adapts lm_head alone, but {remedy}")
     if "weight" in head and "weight" not in embedding:
@@ -317,6 +321,9 @@ def read_adapter_config(folder: Path) -> dict:
     config = read_json(path)
     if config.get("peft_type") != "LORA":
         raise UserError(f"{path}: peft_type {config.get('peft_type')!r}; only LORA adapters are known")
+    if (task := config.get("task_type")) in HEADS:
+        found = f"task_type {task}: it ends in {HEADS[task]} in place of a language model's head"
+        raise UserError(f"{path}: {found}; a reward model here is made by stage=rm")
     for key in UNSUPPORTED_ADAPTER_KEYS:
         if (value := config.get(key)) not in OFF:
             raise UserError(f"{path}: {key}={value!r} is not supported; merge that adapter with peft first")

@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from options import json_reader
 from options.errors import UserError, refuse
 from parallel.atomic import flush_tree, swept
 from quant.linear import NOT_FINITE
@@ -42,13 +43,7 @@ def read_json(path: Path) -> dict:
         raise UserError(f"{path}: file not found; is {path.parent} a complete model or adapter folder?")
     too_large = path.stat().st_size > MOST_JSON_BYTES
     refuse(too_large, f"{path}: more than {MOST_JSON_BYTES >> 20} MiB, which is no such file; fetch it again")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not JSON ({error}); the file is damaged, fetch it again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: holds a {type(value).__name__}, expected an object")
-    return value
+    return json_reader.read(path, way_out="the file is damaged, fetch it again")
 
 
 def stream_tensors(folder: str | Path) -> Iterator[tuple[Path, str, torch.Tensor]]:

@@ -11,6 +11,7 @@ option.py   option(...) at a field; Option, what it says; declared(sections) -> 
 config.py   load: files and words -> values of known keys -> sections; Config
 values.py   text -> typed values: int, float, bool, str, Literal, tuple, unions of them and None
 json_fields.py  what keys of other programs' JSON files (config.json) may hold: kinds and ranges
+json_reader.py  every JSON file: one behaviour
 aliases.py  keys of other systems: converted, harmless, not built yet
 rules.py    Rules between two sections
 help.py     what --help prints

@@ -21,7 +21,10 @@ RENAMED_VALUES = {
     "save_strategy": {"false": "no", "none": "no"},
     "quantization_method": {"bnb": "bitsandbytes"},
     "infer_dtype": {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"},
+    # true and false: LLaMA-Factory to 0.6, where the key is a bare flag; off: 0.7
     "flash_attn": {"eager": "disabled", "flash_attn": "auto"}
+    | dict.fromkeys(("true", "yes", "on"), "auto")
+    | dict.fromkeys(("false", "no", "off"), "disabled")
     | {f"flash_attention_{number}": f"fa{number}" for number in (2, 3)},
     "optim": {"adamw_hf": "adamw_torch"},
 }
@@ -33,18 +36,28 @@ HARMLESS = {
     "weights are always read tensor by tensor": "low_cpu_mem_usage offload_folder",
     "weights are always safetensors": "save_safetensors",
     "kernels are chosen by device and shape": """use_flash_attn use_unsloth use_unsloth_gc enable_liger_kernel
-        use_liger_kernel liger_kernel_config use_v1_kernels use_reentrant_gc gradient_checkpointing_kwargs
-        tf32 torch_compile torch_compile_backend torch_compile_mode torch_empty_cache_steps""",
+        use_liger_kernel liger_kernel_config use_v1_kernels kernel_config use_reentrant_gc
+        gradient_checkpointing_kwargs tf32 torch_compile torch_compile_backend torch_compile_mode
+        torch_empty_cache_steps""",
     "losses are always computed in fp32": "upcast_lmhead_output",
-    "there is no padding": "ignore_pad_token_for_loss dataloader_drop_last",
+    "there is no padding": "ignore_pad_token_for_loss dataloader_drop_last sortish_sampler",
     "generation always uses the cache and streams": "use_cache use_kv_cache use_streamer",
     "every evaluation set is evaluated by itself": "eval_on_each_dataset",
-    "the model family is read from config.json": "model_type tuner_backend",
+    "the model family is read from config.json": "model_type model_class tuner_backend",
     "what was trained is read from the folder": "finetuning_type",
     "quantised layers compute in the dtype of the training": "bnb_4bit_comp_dtype bnb_4bit_compute_dtype",
     "codes are always stored as bytes": "bnb_4bit_quant_storage",
     "models are text only": """media_dir image_* video_* audio_sampling_rate use_audio_in_video
         crop_to_patches freeze_vision_tower freeze_multi_modal_projector freeze_language_model""",
+    "read by export.py": """export_dir export_size export_device export_legacy_format export_hub_model_id
+        export_quantization_bit export_quantization_dataset export_quantization_nsamples
+        export_quantization_maxlen""",
+    # whoever sets the switch itself is refused, see NOT_YET
+    "it belongs to a switch that is off": """galore_* apollo_* badam_* pissa_iter pissa_convert oft_*
+        module_dropout loraplus_lr_embedding asft_alpha eaft_alpha fp8_* fsdp_* kt_* hyper_parallel_args
+        vllm_* sglang_* hub_model_id hub_strategy push_hub_strategy hub_revision hub_private_repo
+        hub_always_push swanlab_* trackio_* profiler_* profile_modules ray_init_kwargs master_addr
+        master_port ACCELERATE_FP8_*""",
     "bookkeeping of another trainer": """overwrite_cache preprocessing_batch_size remove_unused_columns
         dataloader_* label_names length_column_name log_level log_level_replica log_on_each_node logging_dir
         logging_nan_inf_filter logging_first_step disable_tqdm skip_memory_metrics
@@ -53,54 +66,80 @@ HARMLESS = {
         eval_do_concat_batches eval_use_gather_object batch_eval_metrics save_on_each_node bf16_full_eval
         fp16_full_eval fp16_backend fp16_opt_level half_precision_backend use_ipex jit_mode_eval ddp_*
         local_rank run_name project om_hub_token save_generation_config test_oom_error show_dataset_sample
-        eval_human ignore_args_error load_from_local hub_always_push""",
+        eval_human ignore_args_error load_from_local data_shared_file_system sample_backend init_config
+        restore_callback_states_from_checkpoint enable_jit_checkpoint batching_strategy
+        ACCELERATE_DEBUG_MODE ACCELERATE_LOG_LEVEL ACCELERATE_CPU_AFFINITY ACCELERATE_ENABLE_RICH
+        ACCELERATE_NUM_PROCESSES ACCELERATE_DEBUG_RDV_FILE ACCELERATE_BYPASS_DEVICE_MAP
+        ACCELERATE_INIT_INCLUDE_BUFFERS ACCELERATE_CONFIG_DS_FIELDS ACCELERATE_TORCH_DEVICE""",
 }
 
 # part that this version does not have -> its keys (shell patterns), each with further values that switch it
 # off; null, false, none, no and 0 always do. A default of the other systems is off too: files spell it out.
 NOT_YET = {
-    "8-bit floating point": "fp8 fp8_*=auto",
-    "spreading a quantised model over several devices": "quantization_device_map",
-    "GaLore, APOLLO, BAdam, Adam-mini and Muon": """use_galore galore_target=all galore_rank=16
-        galore_update_interval=200 galore_scale=0.25,2 galore_proj_type=std galore_layerwise use_apollo
-        apollo_target=all apollo_rank=16 apollo_update_interval=200 apollo_scale=32 apollo_proj=random
-        apollo_proj_type=std apollo_scale_type=channel apollo_* use_badam badam_mode=layer
-        badam_switch_mode=ascending badam_switch_interval=50 badam_switch_block_every=50
-        badam_update_ratio=0.05 badam_mask_mode=adjacent badam_* use_adam_mini use_muon""",
-    "LoRA+, PiSSA, LoftQ and OFT": """loraplus_lr_embedding=1e-6 loraplus_* pissa_init pissa_iter=16,-1
-        pissa_convert loftq_* oft_block_size=32 oft_target=all oft_* module_dropout init_lora_weights=true
-        lora_bias""",
+    "8-bit floating point": "fp8",
+    "GaLore, APOLLO, BAdam, Adam-mini and Muon": """use_galore use_apollo use_badam use_adam_mini use_muon
+        optim_config""",
+    "LoRA+, PiSSA and LoftQ": "loraplus_lr_ratio pissa_init loftq_* init_lora_weights=true lora_bias",
+    "the DFT, ASFT and EAFT losses of LLaMA-Factory": "use_dft_loss use_asft_loss use_eaft_loss",
     "LLaMA Pro, mixture-of-depths and shifted attention": "use_llama_pro mixture_of_depths shift_attn",
     "mixture-of-experts training": "moe_aux_loss_coef router_aux_loss_coef",
     "growing the vocabulary": """resize_vocab add_tokens add_special_tokens new_special_tokens_config
-        init_special_tokens=noise_init split_special_tokens""",
-    "DeepSpeed, FSDP and other sharded training": """deepspeed* fsdp fsdp_* zero_stage tensor_parallel_*
-        sequence_parallel_size=1 use_mca use_kt kt_* ray_* accelerator_config parallelism_config""",
-    "spreading one model over several devices": "device_map=auto max_memory max_memory_MB=80000,8000",
-    "other inference engines": """infer_backend=huggingface,hf,pt,auto vllm_maxlen=2048,4096
-        vllm_gpu_util=0.7,0.9 vllm_max_lora_rank=32 vllm_* sglang_*""",
+        init_special_tokens=noise_init""",
+    "splitting special tokens of a text into letters (it reads them as tokens)": "split_special_tokens",
+    "DeepSpeed, FSDP and other sharded training": """deepspeed* fsdp zero_stage tensor_parallel_*
+        sequence_parallel_size=1 cp_size=1 cp_mode dist_config accelerator_config parallelism_config
+        FSDP_* PARALLELISM_CONFIG_* ACCELERATE_DEEPSPEED_* ACCELERATE_USE_FSDP ACCELERATE_USE_DEEPSPEED
+        ACCELERATE_USE_PARALLELISM_CONFIG""",
+    "Megatron": """use_mca tensor_model_parallel_size=1 pipeline_model_parallel_size=1 sequence_parallel
+        expert_model_parallel_size=1 context_parallel_size=1 use_distributed_optimizer overlap_param_gather
+        overlap_grad_reduce bias_activation_fusion apply_rope_fusion moe_grouped_gemm
+        moe_token_dispatcher_type recompute_granularity mixed_precision use_packed_sequences
+        export_hf_on_finish MEGATRON_LM_* ACCELERATE_USE_MEGATRON_LM""",
+    "KTransformers": "use_kt",
+    "hyper-parallel training": "use_hyper_parallel",
+    "Ray": """ray_num_workers=1 ray_run_name ray_storage_path=./saves ray_storage_filesystem
+        placement_strategy=pack resources_per_worker""",
+    "the nested settings of LLaMA-Factory's v1 (its flat keys are read)": """peft_config quant_config
+        train_dataset""",
+    "spreading one model over several devices": "quantization_device_map max_memory",
+    "SageMaker and further settings of accelerate": """ACCELERATE_USE_SAGEMAKER ACCELERATE_SAGEMAKER_*
+        ACCELERATE_DYNAMO_USE_* ACCELERATE_GRADIENT_CLIPPING ACCELERATE_DOWNCAST_BF16
+        ACCELERATE_ALLOW_CP_STANDALONE""",
+    "other inference engines": "infer_backend=huggingface,hf,pt,auto",
     "merging inside the training run (export.py does it)": "merge_lora_and_save",
+    "adapters by a folder's name alone (adapter_name_or_path takes its path)": "adapter_folder",
+    "thoughts of earlier turns in the prompt": "preserve_thinking",
     "beam search and further samplers": """num_beams=1 num_beam_groups=1 penalty_alpha typical_p=1
         diversity_penalty length_penalty=1 min_new_tokens""",
     "benchmark evaluation and beams in prediction": """eval_num_beams=1 generation_max_length
-        generation_num_beams=1 max_target_length compute_accuracy do_mmlu_eval mmlu_split=eval
-        mmlu_dataset=mmlu-fs mmlu_source_max_len=2048 max_mmlu_samples sample_generate task
-        task_dir=evaluation lang=en n_shot=5 save_dir download_mode""",
-    "tool calls": "tool_format tools_prompt",
+        generation_num_beams=1 generation_config max_target_length compute_accuracy do_mmlu_eval
+        mmlu_split=eval mmlu_dataset=mmlu-fs mmlu_source_max_len=2048 max_mmlu_samples sample_generate task
+        task_dir=evaluation lang=en n_shot=5 save_dir download_mode=reuse_dataset_if_exists""",
+    "tool calls in another form than the template's": "tool_format tools_prompt",
     "columns by dataset_format (describe them in dataset_info.json)": "dataset_format",
     "a limit for evaluation rows (use val_size)": "max_eval_samples val_dataset_sample=-1",
-    "other monitors": "use_swanlab swanlab_project=llamafactory swanlab_mode=cloud swanlab_* trackio_*",
-    "pushing to a hub from a training run": """push_to_hub hub_model_id hub_strategy=every_save,end
-        push_hub_strategy hub_revision hub_private_repo=true""",
+    "SwanLab": "use_swanlab",
+    "torch's profiler": "enable_torch_profiler",
+    "pushing to a hub from a training run (export.py does it)": "push_to_hub",
     "these switches of the Hugging Face trainer": """label_smoothing_factor auto_find_batch_size optim_args
         optim_target_modules full_determinism eval_delay eval_on_start ignore_data_skip disable_shuffling
-        torchdynamo use_cpu no_cuda train_from_scratch use_dft_loss early_stopping_steps""",
+        torchdynamo train_from_scratch early_stopping_steps debug""",
+}
+
+# variables that accelerate's launcher sets -> the one that says whether they are read at all ("": always)
+ENVIRONMENT = {
+    "ACCELERATE_DEEPSPEED_*": "ACCELERATE_USE_DEEPSPEED",
+    "FSDP_*": "ACCELERATE_USE_FSDP",
+    "MEGATRON_LM_*": "ACCELERATE_USE_MEGATRON_LM",
+    "PARALLELISM_CONFIG_*": "ACCELERATE_USE_PARALLELISM_CONFIG",
+    "ACCELERATE_*": "",
 }
 
 # own key -> values that name such a part; anything else that is not a choice is a mistake
 NOT_YET_VALUES = {
     "finetuning_type": "oft lisa longlora adalora ia3 llamapro qalora",
     "rope_scaling": "longrope ntk",
+    "mix_strategy": "interleave_once",
     "optim": "adamw_apex_fused ademamix rmsprop adagrad galore_adamw lomo grokadamw schedule_free",
 }
 
@@ -128,6 +167,7 @@ def is_off(raw: object, off: list[str]) -> bool:
 
 
 # Names whose meaning differs, one small function each
+OF_LLAMA_FACTORY = ("stage", "finetuning_type", "cutoff_len", "dataset_dir", "adapter_name_or_path")
 
 
 def _number(text: object) -> float:
@@ -170,6 +210,59 @@ def _no_recomputation(raw, given, keys):  # false leaves the choice to memory
     return {"gradient_checkpointing": Plain("none")} if _truth(raw) else {}
 
 
+def _max_length(raw, given, keys):
+    """swift's and trl's longest example. In LLaMA-Factory a generated text with its prompt, which its
+    max_new_tokens of 1024, always set, overrules."""
+    if "cutoff_len" not in keys or not given.keys().isdisjoint(OF_LLAMA_FACTORY):
+        return {}
+    return {"cutoff_len": raw}
+
+
+def _device_map(raw, given, keys):
+    """One process, one device: what places the whole model there is its device."""
+    place = str(raw[""] if isinstance(raw, dict) and list(raw) == [""] else raw).lower()
+    several = place not in ("", "auto", "none", "null", "cpu", "cuda", "cuda:0", "0")
+    refuse(
+        several, "this version has one device per process, CUDA_VISIBLE_DEVICES says which; remove the key"
+    )
+    place = "cuda" if place in ("cuda:0", "0") else place
+    return {"device": Plain(place)} if "device" in keys and place in ("cpu", "cuda") else {}
+
+
+def _max_memory(raw, given, keys):
+    number = _number(raw)
+    default = number in (80000, 8000)  # of qlora and of Efficient-Tuning-LLMs
+    refuse(not default, "this version places no part of a model elsewhere; remove the key")
+    return {}
+
+
+def _skip_special_tokens(raw, given, keys):
+    refuse(not _truth(raw), "special tokens are never shown in a text; remove the key")
+    return {}
+
+
+def _swift_template(raw, given, keys):
+    differs = "swift's template of that name begins with '### Human:', LLaMA-Factory's with 'Human: '"
+    refuse(str(raw).lower() == "default", f"{differs}; write template=default for the latter")
+    return {"template": None if str(raw).lower() == "auto" else raw}
+
+
+def _on_cpu(raw, given, keys):
+    return {"device": Plain("cpu")} if _truth(raw) and "device" in keys else {}
+
+
+def _mixed_precision(raw, given, keys):
+    return {} if str(raw).lower() == "no" else {str(raw).lower(): Plain("true")}
+
+
+def _compiled(key):  # accelerate names a backend in capitals, and NO for none
+    def of_backend(raw, given, keys):
+        idle = str(given.get("ACCELERATE_DYNAMO_BACKEND", "no")).lower() == "no"
+        return {} if idle else {key: Plain(str(raw).lower())}
+
+    return of_backend
+
+
 # key elsewhere -> function(raw value, all raw values beside it, keys of this script) -> {our key: raw value}
 CONVERTED: dict[str, Callable[[object, Mapping, Iterable], dict[str, object]]] = {
     "bits": lambda raw, given, keys: {} if _number(raw) in (16, 32) else {"quantization_bit": raw},
@@ -186,5 +279,15 @@ CONVERTED: dict[str, Callable[[object, Mapping, Iterable], dict[str, object]]] =
     "disable_gradient_checkpointing": _no_recomputation,
     "neat_packing": lambda raw, given, keys: {"packing": raw} if _truth(raw) else {},  # ours never leaks
     "train_sampling_strategy": _sampling,
+    "max_length": _max_length,
+    "device_map": _device_map,
+    "max_memory_MB": _max_memory,
+    "skip_special_tokens": _skip_special_tokens,
+    "template_type": _swift_template,
+    **dict.fromkeys(("use_cpu", "no_cuda", "ACCELERATE_USE_CPU"), _on_cpu),
+    "ACCELERATE_MIXED_PRECISION": _mixed_precision,
+    "ACCELERATE_DYNAMO_BACKEND": _compiled("torch_compile_backend"),
+    "ACCELERATE_DYNAMO_MODE": _compiled("torch_compile_mode"),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": lambda raw, given, keys: {"gradient_accumulation_steps": raw},
     "use_auth_token": lambda raw, given, keys: {} if str(raw).lower() in BOOLEANS else {"hf_hub_token": raw},
 }

@@ -13,16 +13,27 @@ converted or not built yet), so a new section needs no change there.
 """
 
 import difflib
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import MappingProxyType
 
 import yaml
 
 from options import help, rules
-from options.aliases import CONVERTED, HARMLESS, NOT_YET, NOT_YET_VALUES, RENAMED_VALUES, is_off, lookup
+from options.aliases import (
+    CONVERTED,
+    ENVIRONMENT,
+    HARMLESS,
+    NOT_YET,
+    NOT_YET_VALUES,
+    RENAMED_VALUES,
+    is_off,
+    lookup,
+)
 from options.errors import UserError, located, refuse
 from options.option import REQUIRED, Option, declared, title
 from options.values import BOOLEANS, NULLS, Plain, choices_of, convert, members_of, node_value, show, untyped
@@ -94,12 +105,18 @@ def load(
         raise SystemExit(0)
     reader = _Reader(keys, reads_files_of_others, declared(others))
     words, files = _read_words(argv, reader.is_flag)
+    sources = [_read_environment(os.environ) if "bf16" in keys else [], *map(_read_file, files), words]
+    reader.given = {setting.key: setting.raw for settings in sources for setting in settings}
     chosen: dict[str, tuple[object, _Setting]] = {}
-    for settings in [*(_read_file(name) for name in files), words]:
+    for settings in sources:
         chosen |= reader.resolve(settings)
     for name, key in keys.items():
         if key.default is REQUIRED and name not in chosen:
             reader.problems.append(f"{name} is required: {key.help}")
+    for part, settings in reader.not_built.items():
+        known, them = ("a known key", "it") if len(settings) == 1 else ("known keys", "them")
+        told = f"{known}, but this version does not have {part}; leave {them} out"
+        reader.problems.append(f"{', '.join(settings)}: {told}")
     refuse(reader.problems, "\n".join(reader.problems))
 
     places = {name: chosen[name][1].where if name in chosen else "default" for name in keys}
@@ -155,6 +172,16 @@ def _read_words(argv: list[str], is_flag: Callable[[str], bool | None]) -> tuple
         else:
             settings.append(_Setting(key, Plain(text), "command line"))
     return settings, files
+
+
+def _read_environment(environ: Mapping[str, str]) -> list[_Setting]:
+    """What accelerate's launcher leaves there for a training; a file and the command line beat it."""
+    settings = []
+    for name, value in sorted(environ.items()):
+        switch = next((ENVIRONMENT[each] for each in ENVIRONMENT if fnmatchcase(name, each)), None)
+        if switch is not None and switch not in environ and not is_off(value, ["default"]):
+            settings.append(_Setting(name, Plain(value), "environment"))
+    return settings
 
 
 def _next_value(key: str, rest: list[str], flag: bool | None) -> str:
@@ -221,6 +248,10 @@ class _NotHere(UserError):
     """No section of this program has such a key."""
 
 
+class _NotBuilt(_NotHere):
+    """The key is of a part that this version does not have; the text names the part."""
+
+
 @dataclass
 class _Reader:
     """Finds the key that each setting means; collects mistakes and what is worth a notice."""
@@ -228,7 +259,9 @@ class _Reader:
     keys: dict[str, Option]
     reads_files_of_others: bool = False
     keys_of_others: Mapping[str, Option] = field(default_factory=dict)
+    given: dict[str, object] = field(default_factory=dict)  # every key as it was written, of all sources
     problems: list[str] = field(default_factory=list)
+    not_built: dict[str, list[str]] = field(default_factory=dict)  # part -> settings
     renamed: dict[str, str] = field(default_factory=dict)
     harmless: dict[str, str] = field(default_factory=dict)
     unused: dict[str, None] = field(default_factory=dict)
@@ -247,16 +280,17 @@ class _Reader:
             if setting.key in given and given[setting.key].raw != setting.raw:
                 self.repeated[setting.key] = show(setting.key, setting.raw)
             given[setting.key] = setting
-        raws = {key: setting.raw for key, setting in given.items()}
         found: dict[str, tuple[object, _Setting]] = {}
         for setting in given.values():
             try:
-                meant = self.meaning(setting.key, setting.raw, raws)
+                meant = self.meaning(setting.key, setting.raw)
                 typed = {key: self.typed(self.keys[key], raw) for key, raw in meant.items()}
             except UserError as error:
                 elsewhere = setting.line is not None and self.reads_files_of_others
                 if isinstance(error, _NotHere) and (elsewhere or setting.key in self.names_of_others):
                     self.unused[setting.key] = None
+                elif isinstance(error, _NotBuilt):
+                    self.not_built.setdefault(str(error), []).append(str(setting))
                 else:
                     self.problems.append(f"{setting}: {error}")
                 continue
@@ -266,11 +300,11 @@ class _Reader:
                 found[key] = (value, setting)
         return found
 
-    def meaning(self, name: str, raw: object, given: Mapping) -> dict[str, object]:
+    def meaning(self, name: str, raw: object) -> dict[str, object]:
         """The known keys and raw values that `name: raw` stands for. UserError when there are none."""
         if name in self.keys or name not in CONVERTED:
             return self.own_meaning(name, raw)
-        meant, result = CONVERTED[name](raw, given, self.keys), {}
+        meant, result = CONVERTED[name](raw, self.given, self.keys), {}
         for key, value in meant.items():
             result |= self.own_meaning(key, value)
         ours = ", ".join(show(key, value) for key, value in meant.items())
@@ -283,10 +317,11 @@ class _Reader:
         key = self.names[name]
         if key != name:
             self.renamed[name] = key
-        theirs = RENAMED_VALUES.get(key, {})
-        if isinstance(raw, str) and raw in theirs and raw not in choices_of(self.keys[key].kind):
-            self.renamed[f"{key}={raw}"] = theirs[raw]
-            raw = Plain(theirs[raw])
+        theirs, choices = RENAMED_VALUES.get(key, {}), choices_of(self.keys[key].kind)
+        word = next((word for word in (str(raw), str(raw).lower()) if word in theirs), None)
+        if isinstance(raw, str) and word is not None and raw not in choices:
+            self.renamed[f"{key}={raw}"] = theirs[word]
+            raw = Plain(theirs[word])
         return {key: raw}
 
     def typed(self, key: Option, raw: object) -> object:
@@ -309,11 +344,14 @@ class _Reader:
             raise _NotHere(f"unknown key; {hint}--help all lists all keys")
         if is_off(raw, off):
             return {}
-        raise _NotHere(f"a known key, but this version does not have {part}; remove the key")
+        raise _NotBuilt(part)
 
     def is_flag(self, name: str) -> bool | None:
-        """Whether a key takes true or false; None for one that is not known."""
-        return bool in members_of(self.keys[self.names[name]].kind) if name in self.names else None
+        """Whether a key takes true or false; None for one that is not known, or takes these too."""
+        key = self.names.get(name)
+        if key is None or "true" in RENAMED_VALUES.get(key, ()):
+            return None
+        return bool in members_of(self.keys[key].kind)
 
     def notices(self) -> tuple[str, ...]:
         by_reason: dict[str, list[str]] = {}

@@ -10,7 +10,7 @@ A section whose options are all for certain stages says so once: STAGES = "ppo g
 
 import re
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 
 REQUIRED = MISSING  # as default: it has to be given
@@ -19,10 +19,11 @@ RESUMABLE = "resumable"  # a resumed run may change it: how long, where or how t
 SECRET = "secret"  # never written and never shown, because run folders and logs get shared
 
 
-def option(default: object, help: str, *facts: str, also: str = "", stages: str = ""):
+def option(default: object, help: str, *facts: str, also: str = "", stages: str = "", when: str = ""):
     """A field of a section. facts: COMMON, RESUMABLE, SECRET; also: what other systems call it, in words;
-    stages: those that read it, in words (in another one it is noticed that it does nothing)."""
-    said = {"help": help, "also": tuple(also.split())} | dict.fromkeys(facts, True)
+    stages: those that read it, in words; when: the `key=value` beside which alone it is read (elsewhere it is
+    noticed that it does nothing)."""
+    said = {"help": help, "also": tuple(also.split()), "when": when} | dict.fromkeys(facts, True)
     if stages:
         said["stages"] = tuple(stages.split())
     return field(default=default, metadata=said)
@@ -37,12 +38,18 @@ class Option:
     help: str = ""
     also: tuple[str, ...] = ()
     stages: tuple[str, ...] = ()  # () = all
+    when: str = ""
     common: bool = False
     resumable: bool = False
     secret: bool = False
 
     def does_nothing(self, stage: str) -> bool:
         return bool(self.stages) and stage not in self.stages
+
+    def unread(self, values: Mapping[str, object]) -> str | None:
+        """What keeps it from being read, as `key=value`; None where it is read."""
+        key, _, wanted = self.when.partition("=")
+        return f"{key}={values[key]}" if key in values and values[key] != wanted else None
 
 
 def declared(sections: Iterable[type]) -> dict[str, Option]:

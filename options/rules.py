@@ -24,7 +24,8 @@ def broken(values: Mapping[str, object], places: Mapping[str, str]) -> list[str]
     for rule in RULES:
         keys = rule.keys.split()
         if values.keys() >= set(keys) and rule.broken(SimpleNamespace(**{key: values[key] for key in keys})):
-            found = " with ".join(f"{show(key, values[key])} ({places[key]})" for key in keys)
+            told = [key for key in keys if key in keys[:2] or places[key] != "default"]
+            found = " with ".join(f"{show(key, values[key])} ({places[key]})" for key in told)
             problems.append(f"{found}: {rule.message}")
     return problems
 
@@ -34,9 +35,17 @@ def _trains(run: SimpleNamespace) -> bool:
     return not (run.do_eval or run.do_predict) if run.do_train is None else run.do_train
 
 
+EVALUATED = "val_size eval_dataset tokenized_path dataset do_train"  # keys that _evaluates_nothing reads
+
+
 def _holds_out(run: SimpleNamespace) -> bool:
     """Whether there are rows to evaluate on, or may be some in tokenized_path."""
     return bool(run.val_size or run.eval_dataset or run.tokenized_path)
+
+
+def _evaluates_nothing(run: SimpleNamespace) -> bool:
+    """Where nothing trains, `dataset` is what is evaluated: see setup.data_options."""
+    return not _holds_out(run) and (_trains(run) or not run.dataset)
 
 
 def _quantised(run: SimpleNamespace) -> bool:
@@ -91,14 +100,14 @@ RULES = (
     Rule("loss of GGUF", "export_gguf_type export_sample_text",
          lambda run: run.export_gguf_type != "none" and bool(run.export_sample_text),
          "losses are measured on Hugging Face folders; export.py makes one of the file. Drop one"),
-    Rule("nothing to evaluate", "do_eval val_size eval_dataset tokenized_path",
-         lambda run: run.do_eval and not _holds_out(run),
+    Rule("nothing to evaluate", f"do_eval {EVALUATED} do_predict",
+         lambda run: run.do_eval and _evaluates_nothing(run),
          "there is nothing to evaluate on; set val_size or eval_dataset"),
-    Rule("nothing to predict", "do_predict val_size eval_dataset tokenized_path",
-         lambda run: run.do_predict and not _holds_out(run),
+    Rule("nothing to predict", f"do_predict {EVALUATED} do_eval",
+         lambda run: run.do_predict and _evaluates_nothing(run),
          "there is nothing to predict; set val_size or eval_dataset"),
-    Rule("nothing to evaluate on the way", "evaluation_strategy val_size eval_dataset tokenized_path",
-         lambda run: run.evaluation_strategy != "no" and not _holds_out(run),
+    Rule("nothing to evaluate on the way", f"evaluation_strategy {EVALUATED} do_eval do_predict",
+         lambda run: run.evaluation_strategy != "no" and _evaluates_nothing(run),
          "there is nothing to evaluate on; set val_size or eval_dataset, or eval_strategy=no"),
     Rule("reference without use", "ref_model stage",
          lambda run: run.ref_model is not None and run.stage not in ("dpo", "kto", "ppo", "grpo"),

@@ -120,7 +120,9 @@ def alone_in(folder: Path, key: str, what: str) -> Iterator[None]:
         folder.resolve().mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
     except OSError as error:
-        raise UserError(f"{key}: {folder}: cannot be made or written ({error.strerror})") from error
+        file = next((path for path in (folder, *folder.parents) if path.is_file()), None)
+        why = f"cannot be made or written ({error.strerror})" if file is None else f"{file} is a file"
+        raise UserError(f"{key}: {folder}: {why}; name another folder") from error
     try:
         mine = _is_locked(handle, folder, what)
         remedy = "choose another folder or wait for its end"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
 
-from options.errors import UserError
+from options.errors import UserError, require
 from options.option import COMMON, REQUIRED, RESUMABLE, SECRET, option
 from pipeline.batch import ANSWER, IGNORED, ROLES, Batch
 from pipeline.report import segment_name
@@ -32,7 +32,10 @@ class PreviewOptions:
     index: int = option(0, "which batch", COMMON)
     stage: Stage = option("sft", "what the data is for", COMMON)
     per_device_train_batch_size: int = option(
-        8, "examples, or packed rows, of a batch", COMMON, also="batch_size per_gpu_train_batch_size"
+        8,
+        "examples, or packed rows, of a batch",
+        COMMON,
+        also="batch_size per_gpu_train_batch_size micro_batch_size",
     )
     seed: int = option(42, "seed of the run")
     model_revision: str = option("main", "branch, tag or commit on the hub", also="revision")
@@ -42,6 +45,7 @@ class PreviewOptions:
     def __post_init__(self):
         if self.index < 0:
             raise UserError(f"index is {self.index}, expected at least 0")
+        require(self, "seed", lambda seed: 0 <= seed < 2**32, "is not in [0, 2**32)")
 
 
 def token_table(

@@ -11,7 +11,6 @@ Run from Python: for number, place, row in read_rows(find_dataset("identity", "d
 
 import difflib
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -19,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
+from options import json_reader
 from options.errors import UserError, located, refuse
 from options.limits import leaves
 from pipeline.readers import FILE_TYPES, read_file
@@ -35,6 +35,7 @@ OPENAI_TAGS |= {"assistant_tag": "assistant", "observation_tag": "tool"}
 SOURCES = ("hf_hub_url", "ms_hub_url", "file_name", "script_url")
 TEXTS = ("subset", "split", "folder", "revision", "file_sha1")
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+NOT_READ = {"om_hub_url": "the Modelers hub is not read", "cloud_file_name": "cloud storage is not read"}
 OTHERS = ("om_hub_url", "cloud_file_name", "num_samples", "ranking", "formatting", "columns", "tags")
 
 
@@ -79,13 +80,7 @@ def read_dataset_info(dataset_dir: str | Path) -> dict:
     path = Path(dataset_dir) / "dataset_info.json"
     if not path.is_file():
         return {}
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg})") from error
-    if not isinstance(entries, dict):
-        raise UserError(f"{path}: expected an object of name -> dataset, found {type(entries).__name__}")
-    return entries
+    return json_reader.read(path, way_out="it maps the name of each data set to where its rows are")
 
 
 def find_dataset(name: str, dataset_dir: str | Path, default_split: str = "train") -> DatasetInfo:
@@ -151,6 +146,8 @@ def _source(entry: dict, dataset_dir: str | Path) -> tuple[str, str]:
             "script_url is not supported: it would run Python code that came with the data. Convert the "
             "dataset to json, jsonl, csv or parquet once and give file_name."
         )
+    for key, what in NOT_READ.items():
+        refuse(key in entry, f"{key}: {what}; download the data once and give file_name")
     if "file_name" not in entry:
         raise UserError(f"none of hf_hub_url, ms_hub_url and file_name is given (it has {sorted(entry)})")
     # a registry that came with somebody's data must not be able to point at other files of this machine

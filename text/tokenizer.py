@@ -21,6 +21,7 @@ from pathlib import Path
 
 import tokenizers
 
+from options import json_reader
 from options.errors import UserError, located, refuse
 from text.stream import StreamDecoder, readable
 
@@ -316,15 +317,7 @@ def _backtracks(pattern: str) -> bool:
 
 
 def _read_json(path: Path) -> dict:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg}). Download the file again.") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: found a {type(value).__name__}, expected a JSON object")
-    return value
+    return json_reader.read(path, way_out="download the file again") if path.is_file() else {}
 
 
 def _token_text(value) -> str | None:

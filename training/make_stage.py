@@ -32,18 +32,24 @@ from stages.rm import RewardModel, RewardModelOptions
 from stages.rollouts import ending_with
 from stages.stage import RolloutStage, Stage
 from text.tokenizer import Tokenizer
-from training.options import TrainOptions
+from training.options import OptimOptions, TrainOptions
 
 
 def notices(config: Config) -> list[str]:
     """What a user should know of the options before the run begins: which were given, differ from their
     default, and do nothing in this stage."""
-    stage = config[TrainOptions].stage
-    idle = {name for name, option in config.options.items() if option.does_nothing(stage)}
-    idle |= {"simpo_gamma"} if config[PreferenceOptions].pref_loss != "simpo" else set()
-    changed = [name for name, option in config.options.items() if config.values[name] != option.default]
-    unused = [name for name in changed if name in idle]
-    return [f"stage {stage} does not use {', '.join(unused)}"] if unused else []
+    stage, optim, reasons = config[TrainOptions].stage, config[OptimOptions], {}
+    for name, option in config.options.items():
+        changed, reason = config.values[name] != option.default, option.unread(config.values)
+        if option.does_nothing(stage):
+            reason = f"stage {stage}" if changed else None
+        elif name not in config.given:
+            continue
+        reasons.setdefault(reason, []).append(name)
+    reasons.pop(None, None)
+    if optim.warmup_steps and optim.warmup_ratio:
+        reasons[f"warmup_steps={optim.warmup_steps:g}"] = ["warmup_ratio"]
+    return [f"{reason} does not use {', '.join(names)}" for reason, names in reasons.items()]
 
 
 def folders_beside(config: Config) -> dict[str, list[Path]]:

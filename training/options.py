@@ -1,7 +1,6 @@
 """The options of a run: what is trained for how long, in which precision, with which optimizer and learning
 rate, and what is logged, saved, evaluated."""
 
-import json
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch.compiler import list_backends
 
-from options.errors import UserError, located, refuse, require
+from options import json_reader
+from options.errors import located, refuse, require
 from options.option import COMMON, RESUMABLE, option
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # of inductor
@@ -28,6 +28,7 @@ SCHEDULE_KEYS: dict[str, dict[str, Any]] = {
     "warmup_stable_decay": {"num_decay_steps": ..., "num_stable_steps": None, "min_lr_ratio": 0.0}
     | {"num_cycles": 0.5, "warmup_type": "linear", "decay_type": "cosine"},
 }
+MOST = 2**31  # of what a run counts
 RAMPS = ("linear", "cosine", "1-sqrt")  # values of warmup_type and decay_type
 
 
@@ -46,7 +47,10 @@ class TrainOptions:
     overwrite_output_dir: bool = option(False, "start anew even over old checkpoints", COMMON, RESUMABLE)
     resume_from_checkpoint: str | None = option(None, "folder, true (newest) or false (anew)", RESUMABLE)
     per_device_train_batch_size: int = option(
-        8, "examples or packed rows per micro-batch", COMMON, also="batch_size per_gpu_train_batch_size"
+        8,
+        "examples or packed rows per micro-batch",
+        COMMON,
+        also="batch_size per_gpu_train_batch_size micro_batch_size",
     )
     per_device_eval_batch_size: int = option(
         8, "the same for evaluation", COMMON, RESUMABLE, also="eval_batch_size per_gpu_eval_batch_size"
@@ -71,9 +75,13 @@ class TrainOptions:
     plan: bool = option(False, "print the predicted memory and bound on tokens/s, read no weights, and end")
     train_from_scratch: bool = option(False, "random weights; the folder gives config.json and tokenizer")
     seed: int = option(42, "seed of adapters, dropout and, without data_seed, of the data order")
+    tf32: bool | None = option(None, "fp32 matrices multiply in TF32 (10 bits) on a GPU", RESUMABLE)
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: a GPU if there is one", RESUMABLE)
     ddp_timeout: int = option(1800, "seconds that ranks wait for one another", RESUMABLE)
-    logging_steps: int = option(500, "updates between log lines", COMMON, RESUMABLE)
+    logging_strategy: Literal["steps", "epoch", "no"] = option(
+        "steps", "when to log; at the end in any case", RESUMABLE
+    )
+    logging_steps: int | float = option(500, "updates between log lines", COMMON, RESUMABLE)
     logging_first_step: bool = option(False, "log the first update too", RESUMABLE)
     report_to: tuple[str, ...] = option(("none",), "none, tensorboard, wandb, mlflow", RESUMABLE)
     run_name: str | None = option(None, "name of the run in report_to; default: output_dir", RESUMABLE)
@@ -81,7 +89,9 @@ class TrainOptions:
     save_strategy: Literal["steps", "epoch", "no"] = option(
         "steps", "when to save; and at the end, but with no", COMMON, RESUMABLE
     )
-    save_steps: int = option(500, "updates between checkpoints", COMMON, RESUMABLE)
+    save_steps: int | float = option(
+        500, "updates between checkpoints; below 1: share of the run", COMMON, RESUMABLE
+    )
     save_total_limit: int | None = option(None, "keep so many checkpoints, and the best", COMMON, RESUMABLE)
     save_only_model: bool = option(
         False, "no optimizer state in checkpoints: they cannot be resumed", RESUMABLE, also="only_save_model"
@@ -89,7 +99,12 @@ class TrainOptions:
     evaluation_strategy: Literal["no", "steps", "epoch"] = option(
         "no", "when to evaluate during training; and at the end", COMMON, RESUMABLE, also="eval_strategy"
     )
-    eval_steps: int | None = option(None, "updates between evaluations; or logging_steps", COMMON, RESUMABLE)
+    eval_steps: int | float | None = option(
+        None,
+        "updates between evaluations; below 1: share of the run; default: logging_steps",
+        COMMON,
+        RESUMABLE,
+    )
     load_best_model_at_end: bool = option(False, "finish with the checkpoint that evaluated best", RESUMABLE)
     metric_for_best_model: str | None = option(None, "eval_<set>_loss, ...; else eval_loss or eval_reward")
     greater_is_better: bool | None = option(None, "default: no for losses and perplexities, else yes")
@@ -99,9 +114,16 @@ class TrainOptions:
         missing = "missing; name a folder for the run, for example output_dir=saves/first"
         refuse(not self.output_dir, f"output_dir: {missing}")
         counts = "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
-        counts += "logging_steps save_steps eval_steps early_stopping_steps save_total_limit"
-        require(self, counts, lambda number: number >= 1, "must be at least 1")
-        require(self, "seed", lambda seed: seed >= 0, "must be at least 0")
+        counts += "early_stopping_steps save_total_limit ddp_timeout"
+        require(self, counts, lambda number: 1 <= number < MOST, f"must be at least 1 and below {MOST}")
+        whole = "must be a whole number of at least 1, or a share of the run below 1"
+        every = "logging_steps save_steps eval_steps"
+        require(self, every, lambda count: 0 < count < 1 or (1 <= count < MOST and count % 1 == 0), whole)
+        require(self, "seed", lambda seed: 0 <= seed < 2**32, "is not in [0, 2**32)")
+        by_epochs = f"must be -1 (num_train_epochs counts), or at least 1 and below {MOST}"
+        require(self, "max_steps", lambda steps: steps == -1 or 1 <= steps < MOST, by_epochs)
+        require(self, "num_train_epochs", lambda epochs: 0 <= epochs < MOST, f"is not in [0, {MOST})")
+        require(self, "neftune_noise_alpha", lambda alpha: 0 <= alpha < math.inf, "must be 0 or more")
         idle = self.do_train is False and not (self.do_eval or self.do_predict)
         refuse(idle, "do_train: false, and neither do_eval nor do_predict is set, so there is nothing to do")
         endless = self.max_steps <= 0 and not self.num_train_epochs > 0
@@ -133,9 +155,11 @@ class TrainOptions:
             refuse(blind, f"{key}: it needs evaluation; set evaluation_strategy=steps or epoch")
         remedy = "the best must have been saved; make save_strategy equal to evaluation_strategy"
         refuse(best and self.save_strategy != strategy, f"load_best_model_at_end: {remedy}")
-        unseen = best and strategy == "steps" and self.save_steps % (self.eval_steps or self.logging_steps)
+        save, every = self.save_steps, self.eval_steps or self.logging_steps
+        mixed = (save < 1) != (every < 1)
+        unseen = mixed or round(save * 1e6) % round(every * 1e6)  # as transformers compares shares
         remedy = "load_best_model_at_end needs each save evaluated, so a multiple of eval_steps"
-        refuse(unseen, f"save_steps: {remedy}")
+        refuse(best and strategy == "steps" and unseen, f"save_steps: {remedy}")
 
     @property
     def trains(self) -> bool:
@@ -180,11 +204,13 @@ class TrainOptions:
         """-> (log, evaluate, save). The last one is all three where there is a strategy for it."""
         last, ends_epoch = step == total_steps, step % (steps_per_epoch or total_steps) == 0
 
-        def due(strategy: str, every: int) -> bool:
+        def due(strategy: str, every: float) -> bool:
+            every = math.ceil(total_steps * every) if every < 1 else every
             in_turn = (strategy == "steps" and step % every == 0) or (strategy == "epoch" and ends_epoch)
             return in_turn or (last and strategy != "no")
 
-        log = step % self.logging_steps == 0 or (step == 1 and self.logging_first_step) or last
+        first = step == 1 and self.logging_first_step
+        log = due(self.logging_strategy, self.logging_steps) or first or last
         evaluates = due(self.evaluation_strategy, self.eval_steps or self.logging_steps)
         return log, evaluates, due(self.save_strategy, self.save_steps)
 
@@ -223,17 +249,19 @@ class OptimOptions:
     )
     lr_scheduler_kwargs: str | None = option(None, 'numbers of the schedule as JSON: {"num_cycles": 2}')
     warmup_steps: float = option(0.0, "updates of warm-up (below 1: share of the run)", COMMON)
-    warmup_ratio: float = option(0.0, "warm-up as a share of all updates, rounded up", COMMON)
+    warmup_ratio: float | None = option(
+        0.0, "warm-up as a share of all updates, rounded up; warmup_steps beats it", COMMON
+    )
 
     def __post_init__(self):
         finite = "learning_rate weight_decay adam_epsilon max_grad_norm warmup_steps"
         require(self, finite, lambda number: 0 <= number < math.inf, "is not a finite number of at least 0")
         require(self, "adam_beta1 adam_beta2", lambda beta: 0 <= beta < 1, "is not in [0, 1)")
-        ratio, steps = self.warmup_ratio, self.warmup_steps
-        refuse(not 0 <= ratio <= 1, f"warmup_ratio: {ratio} is not in [0, 1]; warmup_steps counts updates")
+        steps = self.warmup_steps
+        share = "is not in [0, 1]; warmup_steps counts updates"
+        require(self, "warmup_ratio", lambda ratio: 0 <= ratio <= 1, share)
         broken = steps > 1 and steps != int(steps)
         refuse(broken, f"warmup_steps: {steps} is not a whole number and not a share below 1")
-        refuse(steps and ratio, "warmup_steps: warmup_ratio too says how long to warm up; drop one of them")
         self.schedule_numbers  # noqa: B018  (raises where they are wrong)
 
     @cached_property
@@ -246,11 +274,7 @@ class OptimOptions:
 def _read_schedule_numbers(options: OptimOptions) -> dict[str, Any]:
     """lr_scheduler_kwargs over the schedule's defaults. Raises UserError for what it does not know."""
     kind, text, example = options.lr_scheduler_type, options.lr_scheduler_kwargs, '{"num_cycles": 2}'
-    try:
-        given = json.loads(text) if text else {}
-    except json.JSONDecodeError as error:
-        raise UserError(f"{text!r} is not JSON ({error.msg}); write {example}") from error
-    refuse(not isinstance(given, dict), f"{text!r} is not a JSON object; write {example}")
+    given = json_reader.parse(text, repr(text), way_out=f"write {example}") if text else {}
     known = SCHEDULE_KEYS[kind]
     for key, value in given.items():
         refuse(key not in known, f"{kind} has no {key!r}; it knows {', '.join(known) or 'none'}")

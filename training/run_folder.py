@@ -9,14 +9,13 @@ settings that decided its weights.
 
 import hashlib
 import itertools
-import json
 import os
 import re
 import secrets
 import shutil
 import socket
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from checkpoints.huggingface import restore_trained
 from checkpoints.safetensors_files import read_plain
 from checkpoints.source import RUN_CONFIG
 from model import Decoder
+from options import json_reader
 from options.config import Config
 from options.errors import StopRun, UserError, refuse, say
 from parallel.atomic import TEMPORARY, alone_in, atomic_file, flush, flush_tree, remove, remove_folder
@@ -148,6 +148,25 @@ def require_common_disk(output_dir: Path, world: World) -> None:
     found = f"what rank 0 on {seen[0][1]} writes there is not seen by {', '.join(apart[:4])}"
     remedy = "give an absolute path on a disk that all nodes share"
     refuse(apart, f"output_dir: {output_dir}: {found}; {remedy}")
+
+
+def refuse_foreign(output_dir: Path, named: Collection[Path]) -> None:
+    """UserError unless the folder is new, empty or of a run, whose files a later run may replace and remove.
+    named: files and folders of this run that may lie there already."""
+    home = output_dir.resolve()
+    names = sorted(path.name for path in output_dir.iterdir()) if output_dir.is_dir() else []
+    ours = home in named or any(name in (RUN_CONFIG, *LOGS) or _NAME.fullmatch(name) for name in names)
+    expected = {
+        path.relative_to(home).parts[0] for path in named if path.is_relative_to(home) and path != home
+    }
+    expected |= {SAVE_REQUEST, "runs", "wandb", "mlruns"}
+    strange = [name for name in names if name[0] != "." and not name.endswith((".log", ".out", ".err"))]
+    strange = [name for name in strange if name not in expected]
+    top = "the root of the disk" if home == home.parent else "a home folder" if home == Path.home() else ""
+    remedy = "name a new or an empty folder, for example saves/first"
+    refuse(top, f"output_dir: {output_dir} is {top}; {remedy}")
+    held = f"{', '.join(strange[:3])}{', ...' if len(strange) > 3 else ''}"
+    refuse(strange and not ours, f"output_dir: {output_dir} holds {held} and no earlier run; {remedy}")
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -413,8 +432,8 @@ def read_history(folder: Path | None) -> list[dict]:
         return []
     path = folder / TRAINER_STATE
     try:
-        return list(json.loads(path.read_text(encoding="utf-8"))["log_history"])
-    except (OSError, ValueError, KeyError, TypeError) as error:  # missing, no JSON, no UTF-8, another object
+        return list(json_reader.read(path, nan=True)["log_history"])
+    except (OSError, UserError, KeyError, TypeError) as error:  # missing, damaged, another object
         raise damaged(path, f"{type(error).__name__}: {error}") from error
 
 

@@ -14,7 +14,7 @@ def warmup_length(options: OptimOptions, total_steps: int) -> int:
     """Updates of warm-up in a run of total_steps, as the Hugging Face trainer counts them."""
     if options.warmup_steps >= 1:
         return int(options.warmup_steps)
-    return math.ceil(total_steps * (options.warmup_steps or options.warmup_ratio))
+    return math.ceil(total_steps * (options.warmup_steps or options.warmup_ratio or 0.0))
 
 
 def schedule(step: int, options: OptimOptions, total_steps: int) -> float:

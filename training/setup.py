@@ -22,12 +22,12 @@ from checkpoints.hub import ModelOptions, resolve_adapters, resolve_model
 from checkpoints.huggingface import chosen_quantization, load_config, load_model, random_model, save_trained
 from checkpoints.peft import prepare_adapters, read_adapter_config
 from checkpoints.source import RUN_CONFIG, check_adapters, is_adapter
-from checkpoints.trainable import parameter_status, trainable_report
+from checkpoints.trainable import freeze, parameter_status, trainable_report
 from checkpoints.value_head import ValueHead, has_value_head, load_value_head
 from data import DataOptions, Prepared, load_datasets
 from generation.generate import context_limit
 from generation.sampling import GenerateOptions
-from lora import LoraOptions
+from lora import LoraOptions, adapted_names
 from model import Decoder
 from options.config import Config
 from options.errors import UserError, refuse
@@ -69,6 +69,7 @@ SECTIONS = [
     *(RewardModelOptions, PreferenceOptions, KTOOptions, ReferenceOptions, RewardOptions, GRPOOptions),
     *(PPOOptions, GenerateOptions),
 ]
+NO_TRAINING_SET = {"dataset": (), "interleave_probs": (), "mix_strategy": "concat"}
 HEAD_START = 0.1  # share of trl's random start of a value head; see start_value_head
 
 
@@ -127,12 +128,15 @@ def read(config: Config, world: World) -> Inputs:
     for notice in (*config.notices, *notices(config)):
         world.print(f"note: {notice}")
     check_services(options.services)
+    if options.tf32 is not None:
+        torch.backends.cuda.matmul.allow_tf32 = options.tf32
     kernels.require_attention(config[ModelOptions].flash_attn, world.device, options.compute_dtype)
     if options.trains and not options.plan:
         run_folder.require_common_disk(Path(options.output_dir), world)
     resume, source = find_start(config)
     model_config = load_config(source)
     refuse_on_quantised(config, source, model_config)
+    check_names(config, model_config)
     tokenizer = Tokenizer.from_folder(source)
     template = None
     if options.stage != "pt" or config[TemplateOptions].template is not None:  # plain text needs none
@@ -168,6 +172,7 @@ def find_start(config: Config) -> tuple[Path | None, Path]:
     check_adapters(config[ModelOptions], wanted_files(config))
     if options.plan:
         return None, resolve_model(config[ModelOptions], wanted_files(config))
+    run_folder.refuse_foreign(output_dir, named_files(config))
     if options.trains:
         resume = run_folder.find_resume(output_dir, options.resume_from_checkpoint, overwrite)
     source = resolve_model(config[ModelOptions])
@@ -181,6 +186,14 @@ def find_start(config: Config) -> tuple[Path | None, Path]:
     return resume, source
 
 
+def named_files(config: Config) -> set[Path]:
+    """What the options name and may lie in output_dir before the run: its configuration, data, adapter."""
+    keys = ("dataset", "eval_dataset", "tokenized_path", "cache_dir", "adapter_name_or_path", "reward_file")
+    given = [config.values[key] for key in keys]
+    names = [name for value in given for name in (value if isinstance(value, tuple) else [value]) if name]
+    return {Path(name).expanduser().resolve() for name in (*names, *config.origins.values())}
+
+
 def refuse_on_quantised(config: Config, source: Path, model_config: ModelConfig) -> None:
     """What options/rules.py says of quantization_bit, for a checkpoint that is quantised already."""
     stored = model_config.hf.get("quantization_config")
@@ -191,6 +204,26 @@ def refuse_on_quantised(config: Config, source: Path, model_config: ModelConfig)
     refuse(config[TrainOptions].train_from_scratch, f"train_from_scratch: {base}, {remedy}")
     remedy = "its weights have no gradient; set finetuning_type=lora, or start from a 16-bit model"
     refuse(kind != "lora", f"finetuning_type: {kind}, but {base}: {remedy}")
+
+
+def check_names(config: Config, model_config: ModelConfig) -> None:
+    """UserError for a name in lora_target, additional_target or freeze's keys that this model lacks.
+    It would be found out with the weights, which are read after the data."""
+    options, kind = config[LoraOptions], config[LoraOptions].finetuning_type
+    goes_on = config[ModelOptions].adapter_name_or_path and not options.create_new_adapter
+    if kind == "full" or goes_on:
+        return
+    model = Decoder(model_config, device="meta")
+    adapted_names(model, options) if kind == "lora" else freeze(model, options)
+
+
+def data_options(config: Config) -> DataOptions:
+    """DataOptions, but where nothing trains and nothing else is held out, `dataset` is what is evaluated."""
+    options = config[DataOptions]
+    held_out = options.eval_dataset or options.val_size or options.tokenized_path
+    if config[TrainOptions].trains or held_out or not options.dataset:
+        return options
+    return replace(options, eval_dataset=options.dataset, **NO_TRAINING_SET)
 
 
 def load_data(inputs: Inputs) -> Data:
@@ -207,7 +240,10 @@ def load_data(inputs: Inputs) -> Data:
     rows = options.per_device_eval_batch_size
     eval_loaders = prepared.eval_loaders(config[DataOptions], rows_per_batch=rows, **place)
     if (options.evaluation_strategy != "no" or options.do_eval or options.do_predict) and not eval_loaders:
-        raise UserError("evaluation_strategy: there is no evaluation data; set val_size or eval_dataset")
+        saved = config[DataOptions].tokenized_path
+        remedy = "set val_size or eval_dataset" if saved is None else f"make {saved} anew with such a set"
+        found = "there is no evaluation data" if saved is None else "the tokenised data has no evaluation set"
+        raise UserError(f"{'evaluation_strategy' if saved is None else 'tokenized_path'}: {found}; {remedy}")
     check_metric(options, STAGES[options.stage], eval_loaders, () if predictor is None else predictor.names)
     draw, updates = rollout_sizes(config)
     draws, total_steps = None if loader is None else loader.draws_per_epoch(draw), 0
@@ -224,18 +260,17 @@ def load_data(inputs: Inputs) -> Data:
 def prepare_data(inputs: Inputs) -> Prepared:
     """Tokenise, report what was lost, show the first example, and see that the model knows every token id."""
     config, options, world, tokenizer = inputs.config, inputs.options, inputs.world, inputs.tokenizer
-    data_options, model_options = config[DataOptions], config[ModelOptions]
+    asked, model_options = data_options(config), config[ModelOptions]
     texts, kind = options.predict_with_generate, None
-    if texts and options.only_predicts and not data_options.val_size and data_options.tokenized_path is None:
+    if texts and options.only_predicts and not asked.val_size and asked.tokenized_path is None:
         # then rows without an answer are welcome, and what the training set holds does not matter
-        kind = "prompt"
-        data_options = replace(data_options, dataset=(), interleave_probs=(), mix_strategy="concat")
+        kind, asked = "prompt", replace(asked, **NO_TRAINING_SET)
     if options.stage in WRITES and not options.only_predicts:
-        data_options = leave_room(inputs, data_options)
+        asked = leave_room(inputs, asked)
     hub = HubAccess(model_options.hf_hub_token, model_options.ms_hub_token, model_options.cache_dir)
     run = {"seed": options.seed, "is_main": world.is_main, "cache_dir": model_options.cache_dir, "hub": hub}
-    asked = {"enable_thinking": config[TemplateOptions].enable_thinking, "prompts": texts, "kind": kind}
-    prepared = load_datasets(data_options, inputs.template, tokenizer, options.stage, **run, **asked)
+    run |= {"enable_thinking": config[TemplateOptions].enable_thinking, "prompts": texts, "kind": kind}
+    prepared = load_datasets(asked, inputs.template, tokenizer, options.stage, **run)
     world.print(prepared.report)
     first = prepared.first_example()
     if first is not None:
@@ -244,15 +279,14 @@ def prepare_data(inputs: Inputs) -> Prepared:
     if tokenizer.vocab_size > known:  # some tokenizers hold ids that are never used; those do no harm
         held = [rows for rows in (prepared.train, *prepared.eval.values()) if isinstance(rows, ExampleStore)]
         largest = max((int(part.tokens.max()) for store in held for part in store.parts), default=0)
-        if data_options.streaming:
+        if asked.streaming:
             largest = tokenizer.vocab_size - 1
         found = f"tokenizer.json makes token ids up to {largest}, but config.json has vocab_size {known}"
         wrong = f"model_name_or_path: {inputs.source}: {found}; the tokenizer is of another model"
         refuse(largest >= known, wrong)
-    if (
-        prepared.kind == "rated" and config[KTOOptions].needs_mismatches
-    ):  # not where texts alone are asked for
-        add_mismatches(prepared, data_options.cutoff_len)
+    # not where texts alone are asked for
+    if prepared.kind == "rated" and config[KTOOptions].needs_mismatches:
+        add_mismatches(prepared, asked.cutoff_len)
     return prepared
 
 

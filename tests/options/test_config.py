@@ -626,7 +626,7 @@ def test_aliases_conflict_inside_a_source_only(write):
     "word",
     ["use_galore=true", "use_badam=yes", "loraplus_lr_ratio=16", "use_llama_pro=true",
      "mixture_of_depths=convert", "shift_attn=true", "deepspeed=ds_z3.json", "deepspeed_config_path=ds.json",
-     "vllm_maxlen=100", "infer_backend=vllm",
+     "infer_backend=vllm",
      "resize_vocab=true", "generation_max_length=99",
      "moe_aux_loss_coef=0.1", "fsdp=full_shard", "num_beams=4", "rope_scaling=longrope"],
 )  # fmt: skip
@@ -766,7 +766,6 @@ def given_to_train(words: str) -> list[str]:
         ("adapter_name_or_path=x finetuning_type=full", "export.py"),
         ("create_new_adapter=true adapter_name_or_path=x finetuning_type=full", "drop create_new_adapter"),
         ("create_new_adapter=true", "adapter_name_or_path"),
-        ("warmup_steps=5 warmup_ratio=0.1", "drop one"),
         ("do_eval=true", "val_size or eval_dataset"),
         ("do_predict=true predict_with_generate=true", "val_size or eval_dataset"),
         ("evaluation_strategy=steps", "eval_strategy=no"),
