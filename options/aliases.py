@@ -25,7 +25,7 @@ RENAMED_VALUES = {
     "flash_attn": {"eager": "disabled", "flash_attn": "auto"}
     | dict.fromkeys(("true", "yes", "on"), "auto")
     | dict.fromkeys(("false", "no", "off"), "disabled")
-    | {f"flash_attention_{number}": f"fa{number}" for number in (2, 3)},
+    | {f"flash_attention{line}{number}": f"fa{number}" for line in ("_", "") for number in (2, 3)},
     "optim": {"adamw_hf": "adamw_torch"},
 }
 
@@ -37,8 +37,8 @@ HARMLESS = {
     "weights are always safetensors": "save_safetensors",
     "kernels are chosen by device and shape": """use_flash_attn use_unsloth use_unsloth_gc enable_liger_kernel
         use_liger_kernel liger_kernel_config use_v1_kernels kernel_config use_reentrant_gc
-        gradient_checkpointing_kwargs tf32 torch_compile torch_compile_backend torch_compile_mode
-        torch_empty_cache_steps""",
+        gradient_checkpointing_kwargs activation_checkpointing_kwargs tf32 torch_compile
+        torch_compile_backend torch_compile_mode torch_empty_cache_steps""",
     "losses are always computed in fp32": "upcast_lmhead_output",
     "there is no padding": "ignore_pad_token_for_loss dataloader_drop_last sortish_sampler",
     "generation always uses the cache and streams": "use_cache use_kv_cache use_streamer",
@@ -99,8 +99,8 @@ NOT_YET = {
     "hyper-parallel training": "use_hyper_parallel",
     "Ray": """ray_num_workers=1 ray_run_name ray_storage_path=./saves ray_storage_filesystem
         placement_strategy=pack resources_per_worker""",
-    "the nested settings of LLaMA-Factory's v1 (its flat keys are read)": """peft_config quant_config
-        train_dataset""",
+    "batches and data sets as LLaMA-Factory's v1 names them (dataset is read)": """train_dataset
+        global_batch_size""",
     "spreading one model over several devices": "quantization_device_map max_memory",
     "SageMaker and further settings of accelerate": """ACCELERATE_USE_SAGEMAKER ACCELERATE_SAGEMAKER_*
         ACCELERATE_DYNAMO_USE_* ACCELERATE_GRADIENT_CLIPPING ACCELERATE_DOWNCAST_BF16
@@ -247,6 +247,18 @@ def _swift_template(raw, given, keys):
     return {"template": None if str(raw).lower() == "auto" else raw}
 
 
+def _nested(names):
+    """A mapping of LLaMA-Factory's v1. names: of its keys that are called otherwise here. A program that
+    trains nothing reads of it what it knows."""
+
+    def flat(raw, given, keys):
+        refuse(not isinstance(raw, dict | None), "expected keys and values")
+        found = {names.get(key, key): value for key, value in (raw or {}).items()}
+        return {key: value for key, value in found.items() if "lora_rank" in keys or key in keys}
+
+    return flat
+
+
 def _on_cpu(raw, given, keys):
     return {"device": Plain("cpu")} if _truth(raw) and "device" in keys else {}
 
@@ -283,6 +295,8 @@ CONVERTED: dict[str, Callable[[object, Mapping, Iterable], dict[str, object]]] =
     "device_map": _device_map,
     "max_memory_MB": _max_memory,
     "skip_special_tokens": _skip_special_tokens,
+    "peft_config": _nested({"name": "finetuning_type", "r": "lora_rank", "target_modules": "lora_target"}),
+    "quant_config": _nested({"name": "quantization_method"}),
     "template_type": _swift_template,
     **dict.fromkeys(("use_cpu", "no_cuda", "ACCELERATE_USE_CPU"), _on_cpu),
     "ACCELERATE_MIXED_PRECISION": _mixed_precision,

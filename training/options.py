@@ -62,11 +62,12 @@ class TrainOptions:
     fp16: bool = option(False, "fp16 compute with loss scaling, fp32 trainable weights")
     pure_bf16: bool = option(False, "everything in bf16, trainable weights too")
     upcast_layernorm: bool | None = option(None, "weights of norms in fp32; default: on a quantised base")
-    gradient_checkpointing: bool | Literal["auto", "none", "selective", "full", "offload"] = option(
+    gradient_checkpointing: bool | Literal["auto", "none", "selective", "full", "offload"] | None = option(
         "auto",
         "what the backward pass computes again: nothing, norms and activations, whole blocks (true), "
         "those with their inputs in host memory; auto = as little as memory allows",
         RESUMABLE,
+        also="activation_checkpointing",
     )
     torch_compile: bool = option(False, "torch.compile of each block; the kernels fuse most of it already")
     torch_compile_backend: str | None = option(None, "backend of torch.compile (inductor); turns it on")
@@ -124,8 +125,6 @@ class TrainOptions:
         require(self, "max_steps", lambda steps: steps == -1 or 1 <= steps < MOST, by_epochs)
         require(self, "num_train_epochs", lambda epochs: 0 <= epochs < MOST, f"is not in [0, {MOST})")
         require(self, "neftune_noise_alpha", lambda alpha: 0 <= alpha < math.inf, "must be 0 or more")
-        idle = self.do_train is False and not (self.do_eval or self.do_predict)
-        refuse(idle, "do_train: false, and neither do_eval nor do_predict is set, so there is nothing to do")
         endless = self.max_steps <= 0 and not self.num_train_epochs > 0
         refuse(endless, f"num_train_epochs: {self.num_train_epochs} must be above 0 (or set max_steps)")
         refuse(self.fp16 and self.bf16, "fp16: bf16 is set too; choose one precision")
@@ -166,6 +165,10 @@ class TrainOptions:
         return not (self.do_eval or self.do_predict) if self.do_train is None else self.do_train
 
     @property
+    def does_nothing(self) -> bool:
+        return not (self.trains or self.do_eval or self.do_predict)
+
+    @property
     def only_predicts(self) -> bool:
         return self.do_predict and not (self.trains or self.do_eval)
 
@@ -192,7 +195,7 @@ class TrainOptions:
         """One of recompute.POLICIES."""
         if isinstance(self.gradient_checkpointing, bool):
             return "full" if self.gradient_checkpointing else "none"
-        return self.gradient_checkpointing
+        return self.gradient_checkpointing or "auto"
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -255,6 +255,17 @@ def test_a_resumed_run_does_not_show_a_sample_twice(tiny):
     assert samples(tiny, "resumed") == before
 
 
+def test_where_nothing_trains_the_data_set_is_what_is_predicted(tiny):
+    """LLaMA-Factory's predict.sh names `dataset` alone."""
+    held = tiny.folder / "held.json"
+    alone = predict(tiny, "alone", dataset=held, eval_dataset=None)
+    assert alone == predict(tiny, "named")
+    few = predict(tiny, "few", dataset=held, eval_dataset=None, max_samples=3)
+    assert few == alone[:3]
+    assert tiny.train("evaluated", dataset=held, do_eval=True) == 0
+    assert "eval_loss" in tiny.results("evaluated")
+
+
 @pytest.mark.parametrize(
     "keys, message",
     [
@@ -262,7 +273,7 @@ def test_a_resumed_run_does_not_show_a_sample_twice(tiny):
         ({"do_predict": True, "stage": "pt", "template": None}, "documents have no prompts"),
         ({"do_predict": True, "stage": "rm", "predict_with_generate": True}, "rm gives scores"),
         (
-            {"do_predict": True, "predict_with_generate": True, "eval_dataset": None},
+            {"do_predict": True, "predict_with_generate": True, "eval_dataset": None, "dataset": None},
             "set val_size or eval_dataset",
         ),
         ({"do_predict": True, "predict_with_generate": True, "num_beams": 4}, "num_beams"),

@@ -1,0 +1,302 @@
+"""What LLaMA-Factory and the Hugging Face trainer write: example files, and the defaults of their fields.
+
+tests/fixtures/llamafactory_examples.json: the text examples of commit ff6d4d12 and, of releases 0.7.0 to
+0.9.5, those with other keys or values: [file, program here, key that is refused or null, options or words].
+fields_of_others.json: every field of LLaMA-Factory 0.9.5's dataclasses and of transformers'
+Seq2SeqTrainingArguments with its default.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import chat
+import export
+from options import config
+from options.errors import UserError
+from training import make_stage, setup
+from training.options import OptimOptions, TrainOptions
+from training.schedules import warmup_length
+
+FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
+EXAMPLES = json.loads((FIXTURES / "llamafactory_examples.json").read_text())
+FIELDS = json.loads((FIXTURES / "fields_of_others.json").read_text())
+SECTIONS = {"train.py": setup.SECTIONS, "chat.py": chat.SECTIONS, "export.py": export.SECTIONS}
+
+
+def load(*words, program="train.py", folder=None, **keys):
+    """keys: those of a file in `folder`."""
+    if keys:
+        (folder / "run.json").write_text(json.dumps(keys))
+        words = (str(folder / "run.json"), *words)
+    others = program != "train.py"
+    shared = {"program": program, "description": "", "reads_files_of_others": others}
+    return config.load(list(words), SECTIONS[program], **shared)
+
+
+def train(words: str):
+    return load("output_dir=x", "model_name_or_path=m", "dataset=d", *words.split())
+
+
+@pytest.mark.parametrize(
+    ("program", "refused", "options"), [row[1:] for row in EXAMPLES], ids=[row[0] for row in EXAMPLES]
+)
+def test_an_example_of_llama_factory_is_accepted_or_names_the_part_that_is_missing(
+    tmp_path, program, refused, options
+):
+    words, keys = (options, {}) if isinstance(options, list) else ([], options)
+    if refused is None:
+        loaded = load(*words, program=program, folder=tmp_path, **keys)
+        assert loaded.values["model_name_or_path"]
+        return
+    with pytest.raises(UserError) as caught:
+        load(*words, program=program, folder=tmp_path, **keys)
+    for line in str(caught.value).splitlines():  # one for each part
+        assert "known" in line and "this version does not have" in line and "unknown" not in line
+    assert f"{refused}=" in str(caught.value).splitlines()[0]
+
+
+@pytest.mark.parametrize("program", SECTIONS)
+@pytest.mark.parametrize("source", FIELDS)
+def test_every_field_of_others_at_its_default_is_accepted(tmp_path, program, source):
+    needed = {"train.py": {"output_dir": "x"}, "export.py": {"export_dir": "x"}, "chat.py": {}}[program]
+    fields = {key: value for key, value in FIELDS[source].items() if key not in ("output_dir", "export_dir")}
+    assert len(fields) > (5 if "evaluation" in source else 100)
+    loaded = load(program=program, folder=tmp_path, **needed, **fields)
+    changed = {key for key, option in loaded.options.items() if loaded.values[key] != option.default}
+    same = {
+        "do_train",
+        "optim",
+        "upcast_layernorm",
+        "gradient_checkpointing",
+        "warmup_ratio",
+        "pref_ftx",
+        "seed",
+    }
+    assert changed - {*needed, *same} <= {"per_device_train_batch_size"}  # of the evaluation's arguments
+
+
+@pytest.mark.parametrize("source", FIELDS)
+def test_every_field_of_others_at_its_default_is_accepted_as_a_word(source):
+    for key, value in FIELDS[source].items():
+        text = "null" if value is None else ",".join(value) if isinstance(value, list) else str(value)
+        load(f"{key}={text}", *([] if key == "output_dir" and value else ["output_dir=x"]))
+
+
+# One by one
+
+
+def test_steps_may_be_shares_of_the_run():
+    options = train("save_steps=0.5 eval_steps=0.25 logging_steps=0.3 eval_strategy=steps val_size=1")
+    due = [options[TrainOptions].what_is_due(step, 7, None) for step in range(1, 8)]
+    every = [[step for step, flags in enumerate(due, 1) if flags[kind]] for kind in range(3)]
+    # transformers rounds up: 0.3 * 7 -> 3, 0.25 * 7 -> 2, 0.5 * 7 -> 4
+    assert [step for step in every[0] if step < 7] == [3, 6] and 7 in every[0]
+    assert {2, 4, 6} <= set(every[1]) and {4, 7} == set(every[2])
+    for wrong in ("save_steps=1.5", "eval_steps=0", "logging_steps=-0.1", "save_steps=inf"):
+        with pytest.raises(UserError, match=wrong.split("=")[0]):
+            train(wrong)
+    best = "load_best_model_at_end=true eval_strategy=steps val_size=1 "
+    train(best + "save_steps=0.5 eval_steps=0.25")
+    for wrong in ("save_steps=0.5 eval_steps=0.2", "save_steps=0.5 eval_steps=10"):
+        with pytest.raises(UserError, match="save_steps: .*multiple"):
+            train(best + wrong)
+
+
+def test_logging_strategy_says_when_a_line_is_logged():
+    by_epoch = train("logging_strategy=epoch logging_steps=1")[TrainOptions]
+    assert [by_epoch.what_is_due(step, 6, 2)[0] for step in range(1, 7)] == [False, True] * 3
+    never = train("logging_strategy=no logging_steps=1")[TrainOptions]
+    assert [never.what_is_due(step, 3, None)[0] for step in range(1, 4)] == [False, False, True]
+
+
+def test_warmup_steps_beat_warmup_ratio_and_that_is_said():
+    loaded = train("warmup_steps=20 warmup_ratio=0.5")
+    assert warmup_length(loaded[OptimOptions], 100) == 20
+    assert "warmup_steps=20 does not use warmup_ratio" in make_stage.notices(loaded)
+    assert warmup_length(train("warmup_steps=0 warmup_ratio=0.5")[OptimOptions], 100) == 50
+    assert warmup_length(train("warmup_ratio=null")[OptimOptions], 100) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        ("flash_attn=true", "auto"),
+        ("flash_attn=True", "auto"),
+        ("flash_attn=false", "disabled"),
+        ("flash_attn=off", "disabled"),
+        ("--flash_attn", "auto"),
+        ("--flash_attn fa2", "fa2"),
+        ("--flash_attn --bf16 true", "auto"),
+        ("flash_attn=flash_attention2", "fa2"),
+    ],
+)
+def test_flash_attn_may_be_a_truth_or_a_bare_flag(words, value):
+    assert train(words).values["flash_attn"] == value
+
+
+def test_max_length_is_of_the_examples_unless_it_stands_among_llama_factorys_keys(tmp_path):
+    swift = load("output_dir=x", "model_id_or_path=m", "sft_type=lora", "max_length=77")
+    assert swift.values["cutoff_len"] == 77
+    for keys in ({"stage": "sft"}, {"cutoff_len": 64}, {"finetuning_type": "lora"}):
+        loaded = load("output_dir=x", folder=tmp_path, max_length=512, **keys)
+        assert loaded.values["cutoff_len"] == keys.get("cutoff_len", 2048)
+        assert any("max_length=512" in notice for notice in loaded.notices)
+        loaded = load("output_dir=x", "max_length=512", folder=tmp_path, **keys)  # beside such a file
+        assert loaded.values["cutoff_len"] == keys.get("cutoff_len", 2048)
+    assert "max_length=512" in load("max_length=512", program="chat.py").notices[0]
+
+
+def test_templates_of_swift_are_not_taken_for_llama_factorys():
+    assert train("template_type=qwen").values["template"] == "qwen"
+    assert train("template_type=AUTO").values["template"] is None
+    with pytest.raises(UserError, match=r"template_type=default .*### Human.*template=default"):
+        train("template_type=default")
+    assert train("template=default").values["template"] == "default"
+
+
+@pytest.mark.parametrize(
+    ("words", "device"),
+    [("device_map=auto", "auto"), ("device_map=cpu", "cpu"), ("device_map=cuda:0", "cuda"),
+     ('device_map={"":"cpu"}', None), ("use_cpu=true", "cpu"), ("no_cuda=false", "auto")],
+)  # fmt: skip
+def test_where_a_model_lies_is_mapped_and_named(tmp_path, words, device):
+    if device is None:
+        loaded = load("output_dir=x", folder=tmp_path, device_map={"": "cpu"})
+        assert loaded.values["device"] == "cpu"
+        return
+    loaded = train(words)
+    assert loaded.values["device"] == device
+    assert any(words in notice for notice in loaded.notices)
+
+
+@pytest.mark.parametrize(
+    "word", ["device_map=balanced", "device_map=cuda:1", "max_memory_MB=4000", "skip_special_tokens=false"]
+)
+def test_what_cannot_be_mapped_is_refused_by_name(word):
+    with pytest.raises(UserError, match=word.replace("=", ".")):
+        train(word)
+
+
+def test_max_memory_at_its_default_is_named():
+    assert any("max_memory_MB=80000" in notice for notice in train("max_memory_MB=80000").notices)
+
+
+def test_a_part_of_what_is_switched_off_is_accepted_and_named():
+    loaded = train("push_to_hub=false hub_model_id=me/mine galore_rank=64 badam_mode=ratio fp8_backend=te")
+    (notice,) = [line for line in loaded.notices if "a switch that is off" in line]
+    assert all(key in notice for key in ("hub_model_id", "galore_rank", "badam_mode", "fp8_backend"))
+    with pytest.raises(UserError, match=r"push_to_hub=true .*does not have pushing to a hub"):
+        train("push_to_hub=true hub_model_id=me/mine")
+
+
+def test_keys_that_this_finetuning_type_does_not_read_are_named():
+    full = make_stage.notices(train("finetuning_type=full lora_rank=8 lora_target=q_proj"))
+    assert full == ["finetuning_type=full does not use lora_rank, lora_target"]
+    lora = make_stage.notices(train("freeze_trainable_layers=4 freeze_extra_modules=norm lora_rank=4"))
+    assert lora == ["finetuning_type=lora does not use num_layer_trainable, freeze_extra_modules"]
+    assert make_stage.notices(train("lora_rank=4 lora_alpha=8")) == []
+    assert make_stage.notices(train("finetuning_type=freeze freeze_trainable_layers=1")) == []
+    dpo = make_stage.notices(train("stage=dpo pref_loss=sigmoid simpo_gamma=0.7"))
+    assert dpo == ["pref_loss=sigmoid does not use simpo_gamma"]
+
+
+# accelerate's launcher
+
+
+def test_accelerates_environment_is_read_as_keys_of_ours(monkeypatch, tmp_path):
+    idle = {
+        "ACCELERATE_MIXED_PRECISION": "no",
+        "ACCELERATE_DYNAMO_BACKEND": "NO",
+        "ACCELERATE_USE_CPU": "False",
+    }
+    idle |= {"ACCELERATE_DYNAMO_MODE": "default", "ACCELERATE_DYNAMO_USE_FULLGRAPH": "False"}
+    for name, value in idle.items():
+        monkeypatch.setenv(name, value)
+    assert train("").notices == ()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    loaded = train("")
+    read = {key: loaded.values[key] for key in ("bf16", "device", "torch_compile_backend")}
+    assert read == {"bf16": True, "device": "cpu", "torch_compile_backend": "inductor"}
+    assert loaded.values["gradient_accumulation_steps"] == 4 and loaded.origins["bf16"] == "environment"
+    assert "ACCELERATE_MIXED_PRECISION=bf16 -> bf16=true" in loaded.notices[0]
+    assert train("gradient_accumulation_steps=2 bf16=false").values["gradient_accumulation_steps"] == 2
+    assert train("gradient_accumulation_steps=2 bf16=false").values["bf16"] is False
+    load(program="chat.py")  # trains nothing
+
+
+@pytest.mark.parametrize(
+    ("variables", "part"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_SHARDING_STRATEGY": "FULL_SHARD"}, "FSDP"),
+        ({"FSDP_SHARDING_STRATEGY": "FULL_SHARD"}, "FSDP"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "DeepSpeed"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true", "MEGATRON_LM_TP_DEGREE": "2"}, "Megatron"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "8-bit floating point"),
+    ],
+)
+def test_what_accelerate_was_asked_for_and_is_not_here_is_refused_by_name(monkeypatch, variables, part):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as caught:
+        train("")
+    (line,) = str(caught.value).splitlines()
+    name, value = next(iter(variables.items()))
+    assert f"{name}={value} (environment)" in line and part in line
+
+
+# Messages that misled
+
+
+@pytest.mark.parametrize(
+    ("word", "part"),
+    [
+        ("use_dft_loss=true", "losses of LLaMA-Factory"),
+        ("use_eaft_loss=true", "losses of LLaMA-Factory"),
+        ("split_special_tokens=true", "splitting special tokens"),
+        ("tool_format=llama3", "in another form"),
+        ("ray_num_workers=4", "Ray"),
+        ("use_swanlab=true", "SwanLab"),
+    ],
+)
+def test_the_missing_part_is_named_for_what_it_is(word, part):
+    with pytest.raises(UserError, match=f"{word} .*this version does not have .*{part}"):
+        train(word)
+
+
+def test_keys_of_one_missing_part_share_a_line():
+    with pytest.raises(UserError) as caught:
+        train("use_galore=true use_badam=true deepspeed=a.json lora_rnak=1")
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 3 and any("use_galore=true" in line and "use_badam=true" in line for line in lines)
+
+
+def test_asft_alpha_is_known():
+    assert any("asft_alpha" in notice for notice in train("asft_alpha=0.2").notices)
+
+
+def test_help_and_rules_say_the_same_of_warmup():
+    assert "beats" in train("").options["warmup_ratio"].help
+
+
+# Ranges
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["seed=-1", "seed=4294967296", "data_seed=4294967296", "max_steps=-5", "max_steps=0", "max_steps=1e12",
+     "num_train_epochs=-1", "num_train_epochs=inf", "num_train_epochs=1e300", "ddp_timeout=0",
+     "ddp_timeout=1e15", "neftune_noise_alpha=-1", "gradient_accumulation_steps=1e12"],
+)  # fmt: skip
+def test_numbers_beyond_their_range_are_refused(word):
+    with pytest.raises(UserError, match=f"^{word.split('=')[0]}: "):
+        train(word)
+
+
+def test_numbers_at_the_ends_of_their_range():
+    train("seed=0 max_steps=-1 num_train_epochs=0.01 ddp_timeout=180000000")
+    train("seed=4294967295 max_steps=1 num_train_epochs=0")
