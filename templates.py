@@ -9,6 +9,7 @@ To add one: copy an entry. Run: python -c "from templates import *; print(get_te
 """
 
 import difflib
+import re
 from dataclasses import dataclass, replace
 
 from options.errors import UserError
@@ -168,6 +169,19 @@ _TEMPLATES = (
     replace(_DEEPSEEK3, name="deepseekr1", thinking=True),
 )
 TEMPLATES: dict[str, ChatTemplate] = {template.name: template for template in _TEMPLATES}
+
+
+def marks_split_up(template: ChatTemplate | JinjaTemplate, tokenizer) -> list[str]:
+    """Marks of a built-in template, such as <|im_end|>, that this tokenizer has not and splits into letters;
+    none where it has the one that ends an answer."""
+
+    def missing(text: str) -> list[str]:
+        marks = dict.fromkeys(re.findall(r"<[^<>{}\s]+>", text))
+        return [mark for mark in marks if tokenizer.token_id(mark) is None]
+
+    if isinstance(template, JinjaTemplate) or not missing(template.answer):
+        return []
+    return missing(template.user + template.header + template.answer)
 
 
 def get_template(

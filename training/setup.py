@@ -48,7 +48,7 @@ from stages.rewards import RewardOptions, RewardSource
 from stages.rm import RewardModelOptions
 from stages.rollouts import TOGETHER, prompts_of
 from stages.stage import Stage
-from templates import TemplateOptions, get_template
+from templates import TemplateOptions, get_template, marks_split_up
 from text.tokenizer import Tokenizer
 from training import memory, plan, run_folder
 from training.make_stage import (
@@ -142,6 +142,9 @@ def read(config: Config, world: World) -> Inputs:
     if options.stage != "pt" or config[TemplateOptions].template is not None:  # plain text needs none
         wanted = config[TemplateOptions]
         template = get_template(wanted.template, tokenizer.chat_template, wanted.default_system)
+        if marks := marks_split_up(template, tokenizer):
+            letters = f"{', '.join(marks)} are no tokens of this model, so they are split into letters"
+            world.print(f"note: template {template.name}: {letters}; is it another model's?")
     reward = make_reward_ahead(config, tokenizer)
     return Inputs(config, world, source, model_config, resume, tokenizer, template, reward)
 

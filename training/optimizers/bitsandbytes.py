@@ -3,6 +3,8 @@
 The package is loaded on demand: who uses another optimizer does not need it.
 """
 
+import logging
+
 import torch
 from torch import nn
 
@@ -20,6 +22,8 @@ ON_CPU = {"paged_adamw_32bit": "adamw_torch"}  # in place of paged state; else t
 
 def make(model: nn.Module, groups: list[dict], options: OptimOptions) -> torch.optim.Optimizer:
     name = options.optim
+    # its backend looks for PyPI's package `kernels`, which the room of that name hides, and says to install it
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_not_of_the_hub)
     try:
         import bitsandbytes
     except ImportError as error:
@@ -35,6 +39,10 @@ def make(model: nn.Module, groups: list[dict], options: OptimOptions) -> torch.o
     if name.endswith("8bit"):
         _keep_embeddings_in_fp32(optimizer, model)
     return optimizer
+
+
+def _not_of_the_hub(record: logging.LogRecord) -> bool:
+    return "pip install kernels" not in record.getMessage()
 
 
 def _keep_embeddings_in_fp32(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
