@@ -22,7 +22,7 @@ ON_CPU = {"paged_adamw_32bit": "adamw_torch"}  # in place of paged state; else t
 
 def make(model: nn.Module, groups: list[dict], options: OptimOptions) -> torch.optim.Optimizer:
     name = options.optim
-    # its backend looks for PyPI's package `kernels`, which the room of that name hides, and says to install it
+    # its backend looks for PyPI's package `kernels`, which the room of that name hides, and says so
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_not_of_the_hub)
     try:
         import bitsandbytes
