@@ -129,7 +129,7 @@ def read(config: Config, world: World) -> Inputs:
         world.print(f"note: {notice}")
     check_services(options.services)
     if options.tf32 is not None:
-        torch.backends.cuda.matmul.allow_tf32 = options.tf32
+        torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
     kernels.require_attention(config[ModelOptions].flash_attn, world.device, options.compute_dtype)
     if options.trains and not options.plan:
         run_folder.require_common_disk(Path(options.output_dir), world)

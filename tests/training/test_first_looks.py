@@ -136,11 +136,9 @@ def test_a_run_that_is_asked_for_nothing_says_so(tiny, monkeypatch, capsys):
 
 
 def test_tf32_is_turned_on_and_off(tiny):
-    before = torch.backends.cuda.matmul.allow_tf32
     for tf32 in (True, False):
         assert tiny.train("tf32", tf32=tf32, max_steps=1, overwrite_output_dir=True) == 0
         assert torch.backends.cuda.matmul.allow_tf32 is tf32
-    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def test_tokenised_data_without_an_evaluation_set_is_told_as_that(tiny, capsys):
