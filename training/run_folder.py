@@ -393,7 +393,7 @@ def check_files(folder: Path, world: World) -> None:
     problem, path = None, folder / CHECKSUMS
     if world.is_main and path.is_file():  # older versions wrote none
         try:
-            written = dict(json.loads(path.read_text(encoding="utf-8")).items())
+            written = json_reader.read(path)
             found = checksums(folder / name for name in written if (folder / name).is_file())
             for name in written:
                 if found.get(name) != written[name]:
