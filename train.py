@@ -95,10 +95,8 @@ def run(config: configuration.Config, world: World) -> int:
     """Build everything, cheap mistakes first, then train, evaluate, predict. Gives the exit status."""
     inputs = setup.read(config, world)
     options = inputs.options
-    if options.plan or options.does_nothing:
-        world.print(
-            setup.make_plan(inputs) if options.plan else "note: none of do_train, do_eval, do_predict"
-        )
+    if options.plan:
+        world.print(setup.make_plan(inputs))
         return 0
     data, model, stage, state = setup.build(inputs)
     optimizer = make_optimizer(model, config[OptimOptions]) if options.trains else None

@@ -648,7 +648,8 @@ def test_an_unusable_output_folder_is_said_before_anything_is_read(tiny, tmp_pat
     (tmp_path / "file").write_text("in the way")
     for place in (tmp_path / "file", tmp_path / "file/out"):
         assert tiny.train("unused", output_dir=place, model_name_or_path="nowhere") == 2
-        assert f"output_dir: {place}: cannot be made or written" in capsys.readouterr().err
+        found = f"output_dir: {place}: {tmp_path / 'file'} is a file; name another folder"
+        assert found in capsys.readouterr().err
 
 
 def test_unknown_and_missing_monitors(tiny, out, capsys, monkeypatch):

@@ -165,10 +165,6 @@ class TrainOptions:
         return not (self.do_eval or self.do_predict) if self.do_train is None else self.do_train
 
     @property
-    def does_nothing(self) -> bool:
-        return not (self.trains or self.do_eval or self.do_predict)
-
-    @property
     def only_predicts(self) -> bool:
         return self.do_predict and not (self.trains or self.do_eval)
 

@@ -127,6 +127,8 @@ def read(config: Config, world: World) -> Inputs:
     options = config[TrainOptions]
     for notice in (*config.notices, *notices(config)):
         world.print(f"note: {notice}")
+    idle = not (options.trains or options.do_eval or options.do_predict)  # as a file of defaults says
+    refuse(idle, "do_train: false, and neither do_eval nor do_predict is set, so there is nothing to do")
     check_services(options.services)
     if options.tf32 is not None:
         torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
