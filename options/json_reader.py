@@ -8,6 +8,7 @@ that ends too early or is nested without end. Infinity stays, because transforme
 """
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,10 @@ def parse(
 
     expected: the kind of the whole value; None = any.  nan: whether NaN may be in it, as in a log of losses.
     """
-    constants = None if nan else _refuse_nan
-    where = place
+    where, of_object = place, partial(_object, nan=nan)
     try:
         refuse(not text.strip(), "empty")
-        value = json.loads(text, object_pairs_hook=_object, parse_int=_whole, parse_constant=constants)
+        value = json.loads(text, object_pairs_hook=of_object, parse_int=_whole)
         kind = KINDS.get(type(value), "a number")
         refuse(expected not in (None, type(value)), f"found {kind}, expected {KINDS.get(expected)}")
         return value
@@ -55,20 +55,19 @@ def _with(problem: str, way_out: str) -> str:
     return f"{problem}; {way_out}" if way_out else problem
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, Any]], nan: bool) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"{twice!r} is there twice in one object; keep one")
+    for name, value in () if nan else pairs:
+        numbers = value if isinstance(value, list) else [value]
+        is_nan = any(isinstance(number, float) and number != number for number in numbers)
+        refuse(is_nan, f"{name} is nan, expected a number")
     return found
 
 
 def _whole(digits: str) -> int:
     refuse(len(digits) > MOST_DIGITS, f"a number of {len(digits)} digits")
     return int(digits)
-
-
-def _refuse_nan(name: str) -> float:
-    refuse(name == "NaN", "NaN is no number")
-    return float(name)

@@ -16,7 +16,8 @@ from training.run_folder import read_history
 
 FAULTS = {
     '{"a": 1, "b": {"c": 1, "c": 2}}': "'c' is there twice",
-    '{"a": NaN}': "NaN is no number",
+    '{"a": NaN}': "a is nan, expected a number",
+    '{"b": {"c": [1, NaN]}}': "c is nan, expected a number",
     "[1]": "found a list, expected a JSON object",
     "null": "found null, expected a JSON object",
     "3": "found a number, expected a JSON object",
