@@ -386,7 +386,7 @@ def bad_cases(folder: Path, tmp_path: Path) -> dict[str, tuple[list[str], str]]:
             words(model_name_or_path=orphan),
             "give model_name_or_path=BASE adapter_name_or_path=",
         ),
-        "broken run": (words(model_name_or_path=lying), "run_config.yaml: not YAML"),
+        "broken run": (words(model_name_or_path=lying), "run_config.yaml line 1: not valid YAML"),
         "temperature": (words(model_name_or_path=folder, do_sample=True, temperature=0), "temperature: 0.0"),
         "unknown key": (words(model_name_or_path=folder, promt="x"), "prompt"),
         "device": (words(model_name_or_path=folder, device="cuda"), "torch sees no GPU"),

@@ -521,7 +521,7 @@ def test_bad_input_gives_one_clear_line_and_leaves_nothing(untied, tied, tmp_pat
         "other model": ([model, target, f"adapter_name_or_path={tmp_path / 'small-adapter'}"], "has shape"),
         "third layer": ([model, target, f"adapter_name_or_path={tmp_path / 'third-layer'}"], "layers.2"),
         "no adapter": ([model, target, f"adapter_name_or_path={folder}"], "holds no adapter_config.json"),
-        "nan": ([tied_model, target, f"adapter_name_or_path={tmp_path / 'broken'}"], "is not finite"),
+        "nan": ([tied_model, target, f"adapter_name_or_path={tmp_path / 'broken'}"], "holds NaN or infinity"),
         "incomplete": ([f"model_name_or_path={incomplete}", target], "files: model.layers.1.mlp.up_proj"),
         "cut": ([f"model_name_or_path={cut}", target], "not a complete safetensors file"),
         "template": ([model, target, "template=chatlm"], "did you mean 'chatml'"),
