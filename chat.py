@@ -99,6 +99,8 @@ def open_conversation(config: configuration.Config) -> "Conversation":
     for line in (*source.notices, *([notice] if notice else [])):
         _say(f"note: {line}")
     model, tokenizer, template = load_source(source, DTYPES.get(named.infer_dtype), device, quantization)
+    if tokenizer.notice:
+        _say(f"note: {tokenizer.notice}")
     dtype = model.embed_tokens.weight.dtype
     kernels.require_attention(named.flash_attn, device, dtype)
     model.runtime.flash_attn = named.flash_attn
@@ -177,8 +179,9 @@ class Conversation:
         """options: GenerateOptions; enable_thinking: bool | None; generator: torch.Generator of the draws."""
         self.model, self.tokenizer, self.template = model, tokenizer, template
         self.enable_thinking, self.generator = enable_thinking, generator
-        ids, words = split_stop_words(tokenizer, template.stop_words(tokenizer.eos_token))
-        self.stop_ids = (*tokenizer.stop_ids, *ids)
+        words = template.stop_words(tokenizer.eos_token)
+        _, self.stop_ids = tokenizer.ends(words)
+        _, words = split_stop_words(tokenizer, words)
         # words that the template knows as text, as the next "Human:" of a template without special tokens
         self.options = replace(options, stop=tuple(dict.fromkeys([*options.stop, *words])))
         self.messages: list[Message] = []

@@ -36,6 +36,9 @@ from pipeline.streaming import RowStream
 from pipeline.tokenise import Tokeniser
 
 PROMPTS = "prompts of "  # before the name of a set in tokenized_path
+# options that were used when tokenized_path was made, and are not looked at where it exists
+DECIDED = ("dataset", "eval_dataset", "dataset_dir", "split", "max_samples", "val_size", "mix_strategy")
+DECIDED += ("interleave_probs", "overwrite_cache", "preprocessing_num_workers")
 
 
 @dataclass(frozen=True)
@@ -231,6 +234,9 @@ def load_datasets(
         raise UserError(f"template: generating from prompts needs one, also in stage {stage}")
     if saved is not None and saved.exists():
         train, evaluation, report = work.load(saved)
+        ignored = ", ".join(key for key in DECIDED if getattr(options, key) != getattr(DataOptions, key))
+        if ignored:
+            report.notes.append(f"note: tokenized_path: {saved} exists, so these are not used: {ignored}")
         asked = {name: evaluation.pop(name) for name in list(evaluation) if name.startswith(PROMPTS)}
         if prompts and evaluation and not asked:
             why = "holds no prompts to generate from; make it anew with predict_with_generate"

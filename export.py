@@ -31,16 +31,16 @@ import torch
 import quant
 from architectures.config import ModelConfig
 from checkpoints.hub import ModelOptions
-from checkpoints.huggingface import DTYPES, checkpoint_dtype, copy_side_files, load_config, write_model_json
-from checkpoints.safetensors_files import EXPORT_RECORD, read_json, staged, write_json, write_shards
-from checkpoints.source import (
-    Source,
-    check_tokenizer,
-    find_source,
-    read_run,
-    scaled_config,
-    value_head_folder,
+from checkpoints.huggingface import (
+    DTYPES,
+    checkpoint_dtype,
+    copy_side_files,
+    load_config,
+    save_tokenizer,
+    write_model_json,
 )
+from checkpoints.safetensors_files import EXPORT_RECORD, read_json, staged, write_json, write_shards
+from checkpoints.source import Source, find_source, read_run, scaled_config, value_head_folder
 from checkpoints.value_head import VALUE_HEAD
 from conversion.gguf import write
 from conversion.gptq_calibration import Calibration, CalibrationOptions, read_windows
@@ -168,7 +168,10 @@ def export(source: Source, options: ExportOptions, request: Request) -> None:
         copy_side_files(source.base, folder)
         if scores is not None:
             shutil.copyfile(scores / VALUE_HEAD, folder / VALUE_HEAD)
-        tokenizer.save(folder, template.to_jinja() if template is not None else None)
+        if template is not None or source.adapters:
+            save_tokenizer(tokenizer, folder, template, None if template is None else template.to_jinja())
+        else:
+            tokenizer.save(folder)
         files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
         write_record(folder, source, request, files)
     untied = ", head untied" if merge.unties else ""
@@ -215,8 +218,9 @@ def _parts(source: Source) -> str:
 def read_small_files(source: Source) -> tuple[ModelConfig, Tokenizer, ChatTemplate | None]:
     """What can be wrong without reading weights. template: the one asked for, None = the tokenizer's own."""
     config = scaled_config(source)
-    tokenizer = Tokenizer.from_folder(source.tokenizer)
-    check_tokenizer(tokenizer, config, source)
+    tokenizer = Tokenizer.from_folder(source.tokenizer, source.base)
+    if tokenizer.notice:
+        print(f"note: {tokenizer.notice}")
     name, system = source.template.template, source.template.default_system
     return config, tokenizer, get_template(name, None, system) if name else None
 
@@ -244,7 +248,7 @@ def calibration(
         raise UserError("export_quantization_bit: a GGUF file has codes of its own; drop export_gguf_type")
     check_target(Path(options.export_dir), source)
     hub = HubAccess(model.hf_hub_token, model.ms_hub_token, model.cache_dir)
-    texts = read_windows(chosen, Tokenizer.from_folder(source.tokenizer), hub)
+    texts = read_windows(chosen, Tokenizer.from_folder(source.tokenizer, source.base), hub)
     return Calibration(chosen, scaled_config(source), texts, device_of(options))
 
 

@@ -39,7 +39,7 @@ from model import Decoder, initialize_weights
 from options.errors import UserError, fitting, located, refuse
 from options.progress import Bar
 from quant.linear import Format, QuantLinear
-from text.tokenizer import TOKENIZER_FILES
+from text.tokenizer import TOKENIZER_FILES, Tokenizer, as_ids
 
 EMBEDDING = "embed_tokens.weight"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -350,6 +350,26 @@ def copy_side_files(source: Path, target: Path) -> None:
     for name in (*TOKENIZER_FILES, "generation_config.json"):
         if (source / name).is_file() and source.resolve() != target.resolve():
             shutil.copyfile(source / name, target / name)
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path, template, chat_template: str | None = None) -> None:
+    """The tokenizer's files. What ends an answer of `template` (None: what ended texts before) ends them in
+    every file that other programs look at. chat_template: a text in place of the checkpoint's own."""
+    words = () if template is None else template.stop_words(tokenizer.eos_token)
+    eos, ids = tokenizer.ends(words)
+    tokenizer.save(folder, chat_template, None if eos == tokenizer.eos_token else eos)
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        values = read_json(path) if path.is_file() else {}
+        nested = values.get("text_config")
+        parts = [values, *([nested] if isinstance(nested, dict) and "eos_token_id" in nested else [])]
+        wrong = [part for part in parts if ids and set(as_ids(part.get("eos_token_id"))) != set(ids)]
+        for part in wrong:
+            part["eos_token_id"] = ids[0] if len(ids) == 1 else list(ids)
+        if wrong and (
+            values.keys() > {"eos_token_id"} or name == "generation_config.json"
+        ):  # no config: adapter
+            write_json(path, values)
 
 
 # What a run trained

@@ -105,8 +105,7 @@ def load_source(
 
     dtype None = the checkpoint's.
     """
-    tokenizer = Tokenizer.from_folder(source.tokenizer)
-    check_tokenizer(tokenizer, load_config(source.base), source)  # cheap mistakes come first
+    tokenizer = Tokenizer.from_folder(source.tokenizer, source.base)
     options = source.template
     template = get_template(options.template, tokenizer.chat_template, options.default_system)
     model = load_model(source.base, dtype, device, source.rope_scaling, source.cutoff_len, quantization)
@@ -128,13 +127,6 @@ def load_head(model: Decoder, source: Source) -> None:
 def value_head_folder(source: Source) -> Path | None:
     folders = (*reversed(source.adapters), source.base)
     return next((folder for folder in folders if has_value_head(folder)), None)
-
-
-def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig, source: Source) -> None:
-    """Raises UserError when the tokenizer has tokens that the model has not."""
-    ours, theirs = f"the tokenizer has {tokenizer.vocab_size} tokens", f"the model in {source.base} has"
-    fault = f"{ours}, but {theirs} {config.vocab_size}; tokenizer and model do not belong together"
-    refuse(tokenizer.vocab_size > config.vocab_size, f"{source.tokenizer}: {fault}")
 
 
 def scaled_config(source: Source) -> ModelConfig:

@@ -74,6 +74,9 @@ class ChunkEncoder:
         except Dropped as reason:
             tally.drop(str(reason), f"{place}, {reason.detail}" if reason.detail else place)
             return []
+        except Exception as error:  # a bug: it keeps its traceback, which then names the row
+            error.add_note(f"dataset {self.info.name!r}: {place} (row {number})")
+            raise
         for note in dict.fromkeys((*notes, *self.unused)):
             tally.note(note, place)
         tally.used += 1

@@ -115,7 +115,7 @@ def to_pair(row: dict, info: DatasetInfo) -> tuple[Conversation, Message, Messag
     has no other.
     """
     found = _ranked_answers(row, info)
-    if info.formatting != "alpaca" and info.columns["messages"] not in row:
+    if info.formatting != "alpaca" and row.get(info.columns["messages"]) is None:
         before = [value[:-1] if isinstance(value, list) else [] for value in found.values()]
         if before[0] != before[1]:
             raise Dropped("chosen and rejected differ before the last answer")
@@ -257,6 +257,8 @@ def _sharegpt(row: dict, info: DatasetInfo) -> list[Message]:
     """Its messages, a system message first or none."""
     column, roles = info.columns["messages"], _roles(info.tags)
     messages = _value(row, column, " (messages)")
+    if messages is None:
+        raise Dropped("no messages")
     if not isinstance(messages, list):
         raise _wrong(f"column {column!r}", "a list of messages", messages)
     places = (f"column {column!r}[{i}]" for i in range(len(messages)))
@@ -429,5 +431,5 @@ def _read(value, where: str):
         return _without_nulls(value)
     try:
         return json.loads(value)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error.msg}): {_show(value)}") from error
+    except (ValueError, RecursionError) as error:  # also a number of 5,000 digits; nested too deeply
+        raise UserError(f"{where}: not JSON ({error}): {_show(value)}") from error

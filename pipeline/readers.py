@@ -1,8 +1,9 @@
 """Files -> rows: json, jsonl, csv, parquet, arrow and txt, one row at a time, with its place for messages.
 
-A .json file is one array of objects (parsed piece by piece, so a file larger than memory can be read) or, as
-many hub files are, one object per line. csv values stay text. txt is one document per line, as the column
-`text`. Anything that is not what it should be is a UserError that names file and line.
+.json and .jsonl are read alike, as `datasets` does: an array of objects, an array of texts (column `text`),
+or objects one after another, each on a line or over several; they are parsed piece by piece, so a file may be
+larger than memory. csv values stay text. txt is one document per line, as the column `text`. Anything that is
+not what it should be is a UserError that names file and line.
 
 Run from Python: for place, row in read_file(Path("data/tiny_alpaca.json")): ...
 """
@@ -40,18 +41,6 @@ def _read_lines(path: Path) -> Iterator[tuple[str, dict]]:
         yield f"{path}:{line}", {"text": text.rstrip("\r\n")}
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
-    for line, text in _read_text(path):
-        if text.isspace():
-            continue
-        try:
-            row = json.loads(text)
-        except json.JSONDecodeError as error:
-            why = f"not JSON ({error.msg}, column {error.colno}). One object per line."
-            raise UserError(f"{path}:{line}: {why}") from error
-        yield f"{path}:{line}", _object(row, f"{path}:{line}")
-
-
 def _object(row, place: str) -> dict:
     if not isinstance(row, dict):
         found = f"{type(row).__name__} {str(row)[:60]!r}"
@@ -60,28 +49,18 @@ def _object(row, place: str) -> dict:
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, dict]]:
-    """One array of objects, or one object per line (many hub files are JSON lines in disguise)."""
-    with open(path, encoding="utf-8-sig") as file:
-        while (head := file.read(READ_CHARACTERS)).isspace():
-            pass
-    head = head.lstrip()
-    if not head:
-        raise UserError(f"{path}: the file is empty; expected a JSON array of objects")
-    if head[0] == "{":
-        # `{...}` alone over several lines would be one object: not rows
-        yield from _read_jsonl(path)
-        return
-    if head[0] != "[":
-        raise UserError(f"{path}:1: expected '[' (an array of objects), found {head[:20]!r}")
-    for number, (line, row) in enumerate(_iterate_array(path)):
-        yield f"{path}:{line}", _object(row, f"{path}:{line} (row {number})")
+    of_texts = False
+    for number, (line, value, in_array) in enumerate(_iterate_json(path)):
+        of_texts |= number == 0 and in_array and isinstance(value, str)
+        row = {"text": value} if of_texts and isinstance(value, str) else value
+        yield f"{path}:{line}", _object(row, f"{path}:{line}{f' (row {number})' if in_array else ''}")
 
 
-def _iterate_array(path: Path) -> Iterator[tuple[int, object]]:
-    """Yield (line, value) of a top-level JSON array, holding only the value being parsed and a block."""
+def _iterate_json(path: Path) -> Iterator[tuple[int, object, bool]]:
+    """(line, value, whether in an array) of each row, holding only the value being parsed and a block."""
     decoder = json.JSONDecoder()
     with open(path, encoding="utf-8-sig") as file:
-        text, start, line, step = file.read(READ_CHARACTERS), 0, 1, READ_CHARACTERS
+        text, start, line, step = "", 0, 1, READ_CHARACTERS
 
         def more() -> bool:
             nonlocal text, start, step
@@ -100,38 +79,56 @@ def _iterate_array(path: Path) -> Iterator[tuple[int, object]]:
                 if start < len(text) or not more():
                     return text[start : start + 1]
 
-        skip_blanks()
-        start += 1  # the "["
-        if skip_blanks() == "]":
-            return
-        while True:
-            step = READ_CHARACTERS
+        def parse() -> tuple[object, int]:
+            """The value that begins at `start`, and its end."""
             while True:
                 try:
                     value, end = decoder.raw_decode(text, start)
                 except json.JSONDecodeError as error:
-                    if more():
+                    # a value breaks off only at the end of the block, and never with a line behind it
+                    if "\n" not in text[error.pos :] and more():
                         continue
                     at = line + text.count("\n", start, error.pos)
-                    raise UserError(f"{path}:{at}: not JSON ({error.msg}, column {error.colno})") from error
+                    begun = f" of line {at}, one object began here" if at > line and not in_array else ""
+                    where = f"{path}:{line if begun else at}"
+                    raise UserError(
+                        f"{where}: not JSON ({error.msg}, column {error.colno}{begun})"
+                    ) from error
+                except (ValueError, RecursionError) as error:  # a number of 5,000 digits; nested too deeply
+                    raise UserError(f"{path}:{line}: JSON that cannot be read ({error})") from error
                 # a number at the very end of the block may go on in the next one
                 if end < len(text) or not more():
-                    break
-            yield line, value
+                    return value, end
+
+        found = skip_blanks()
+        if not found and path.suffix.lower() == ".jsonl":
+            return  # no lines, no rows
+        if not found:
+            raise UserError(f"{path}: the file is empty; expected a JSON array of objects")
+        if found not in "[{":
+            what = repr(text[start : start + 20])
+            raise UserError(f"{path}:{line}: expected '[' (an array of objects) or '{{', found {what}")
+        in_array = found == "["
+        if in_array:
+            start += 1
+            found = skip_blanks()
+        while found and not (in_array and found == "]"):
+            step = READ_CHARACTERS
+            value, end = parse()
+            yield line, value, in_array
             line += text.count("\n", start, end)
             start = end
             found = skip_blanks()
-            if found == ",":
-                start += 1
-                skip_blanks()
-            elif found == "]":
-                start += 1
-                if rest := skip_blanks():
-                    raise UserError(f"{path}:{line}: expected the end of the file after ']', found {rest!r}")
-                return
-            else:
+            if in_array and found not in (",", "]"):
                 what = repr(found or "the end of the file")
                 raise UserError(f"{path}:{line}: expected ',' or ']' after a row, found {what}")
+            if found == "," and in_array:
+                start += 1
+                skip_blanks()
+        if in_array:
+            start += 1
+            if rest := skip_blanks():
+                raise UserError(f"{path}:{line}: expected the end of the file after ']', found {rest!r}")
 
 
 def _read_csv(path: Path) -> Iterator[tuple[str, dict]]:
@@ -188,10 +185,25 @@ def _damage_named(path: Path, expected: str) -> Iterator[None]:
 
 
 def _arrow_rows(path: Path, batches) -> Iterator[tuple[str, dict]]:
-    for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):
-        yield f"{path} row {number}", row
+    number = 0
+    for batch in batches:
+        try:
+            rows = batch.to_pylist()
+        except (ValueError, OverflowError, LookupError):  # bytes that are no text, a date that Python lacks
+            first = number
+            rows = (_one_row(batch, i, f"{path} row {first + i}") for i in range(batch.num_rows))
+        for row in rows:
+            yield f"{path} row {number}", row
+            number += 1
 
 
-_READERS = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
+def _one_row(batch, i: int, place: str) -> dict:
+    try:
+        return batch.slice(i, 1).to_pylist()[0]
+    except (ValueError, OverflowError, LookupError) as error:
+        raise UserError(f"{place}: a value that cannot be read ({error})") from error
+
+
+_READERS = {".json": _read_json, ".jsonl": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
 _READERS |= {".arrow": _read_arrow, ".txt": _read_lines}
 FILE_TYPES = tuple(_READERS)

@@ -1,6 +1,6 @@
 """What a person sees of the data: the report of what was used and lost, and one example as text."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,8 +31,8 @@ NAMES = {"pair": "pairs", "rated": "answers", "prompt": "prompts"}  # what an ex
 class DataReport:
     """What became of each data set's rows."""
 
-    def __init__(self, datasets: list[DatasetReport]):
-        self.datasets = datasets
+    def __init__(self, datasets: list[DatasetReport], notes: Iterable[str] = ()):
+        self.datasets, self.notes = datasets, list(notes)
 
     def __str__(self) -> str:
         examples = NAMES.get(self.datasets[0].kind, "examples") if self.datasets else "examples"
@@ -59,6 +59,7 @@ class DataReport:
             for note, count in entry.tally.notes.items():
                 lines.append(f"{entry.name}: {count:,} rows: {note} (first: {entry.tally.first[note]})")
             lines += entry.warnings
+        lines += self.notes
         return "\n".join(lines)
 
 

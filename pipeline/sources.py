@@ -2,9 +2,9 @@
 
 `dataset_info.json` is LLaMA-Factory's format: name -> one source (`hf_hub_url`, `ms_hub_url` or `file_name`)
 plus `subset`, `split`, `folder`, `revision`, `num_samples`, `file_sha1`, `formatting`, `columns`, `tags`,
-`ranking`. A name that is not in it may be a path to a file or a folder; its format is then read off the first
-row. Files are read row by row (readers.py), so memory does not grow with the file. A dataset's own code
-(`script_url`) is never run.
+`ranking`. A name that is not in it may be a path to a file or a folder; its columns are then those of all its
+rows, and a row may leave some out, as in `datasets`. Files are read row by row (readers.py), so memory does
+not grow with the file. A dataset's own code (`script_url`) is never run.
 
 Run from Python: for number, place, row in read_rows(find_dataset("identity", "data")): ...
 """
@@ -60,6 +60,7 @@ class DatasetInfo:
     file_sha1: str | None = None
     home: str | None = None  # the folder of dataset_info.json, which files of its entries may not leave
     ranking: bool = False
+    listed: tuple[str, ...] = ()  # of a data set by path: columns of all rows, null where a row has none
 
 
 @dataclass(frozen=True)
@@ -207,10 +208,15 @@ def _check_names(given: dict, known: tuple[str, ...], what: str) -> None:
 
 
 def _guess_format(info: DatasetInfo) -> DatasetInfo:
-    """Format of a dataset given by path, from the columns of its first row."""
-    row = next((row for _, _, row in read_rows(info)), None)
-    if row is None:
+    """Format of a dataset given by path, from the columns of all rows and the first value of each."""
+    row: dict = {}
+    rows = 0
+    for _, _, found in read_rows(info):
+        rows += 1
+        row |= {name: value for name, value in found.items() if row.get(name) in (None, "", [])}
+    if not rows:
         raise UserError(f"dataset: {info.location} holds no rows")
+    info = replace(info, listed=tuple(row))
     ranked = "chosen" in row and "rejected" in row
     columns = {key: key for key in ("system", "tools", "history", "kto_tag") if key in row}
     columns |= {key: key for key in ("chosen", "rejected") if ranked}
@@ -236,9 +242,12 @@ def _guess_format(info: DatasetInfo) -> DatasetInfo:
         return replace(info, columns=columns, ranking=paired)
     if "text" in row:
         return replace(info, columns={"prompt": "text"})
+    nested = next((name for name in row if rows == 1 and isinstance(row[name], list)), None)
+    hint = "" if nested is None else f". If the rows are what {nested!r} holds, let the file be that list"
     raise UserError(
         f"dataset: {info.location} has the columns {', '.join(map(str, row))}; expected 'instruction' or "
         "'prompt' (alpaca), 'conversations' (sharegpt), 'messages' (OpenAI) or 'text'; or an entry for it"
+        f"{hint}"
     )
 
 
@@ -281,9 +290,26 @@ def read_rows(info: DatasetInfo, opened: Iterable[dict] | None = None) -> Iterat
     if info.kind == "file":
         rows = chain.from_iterable(map(read_file, list_files(info)))
     else:
-        rows = ((f"{info.location} row {number}", row) for number, row in enumerate(opened))
+        rows = _hub_rows(info, opened)
+    absent = dict.fromkeys(info.listed)
     for number, (place, row) in enumerate(rows):
-        yield number, place, row
+        yield number, place, absent | row if absent else row
+
+
+def _hub_rows(info: DatasetInfo, opened: Iterable[dict]) -> Iterator[tuple[str, dict]]:
+    number, rows = 0, iter(opened)
+    while True:
+        place = f"{info.location} row {number}"
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except (
+            Exception
+        ) as error:  # of datasets, of what it reads with, or of the network: it may be anything
+            raise UserError(f"{place}: cannot be read ({type(error).__name__}: {error})") from error
+        yield place, row
+        number += 1
 
 
 def open_hub(info: DatasetInfo, hub: HubAccess, streaming: bool):
@@ -299,11 +325,13 @@ def open_hub(info: DatasetInfo, hub: HubAccess, streaming: bool):
         rows = MsDataset.load(**named, **shared, use_streaming=streaming)
         return rows.to_hf_dataset() if hasattr(rows, "to_hf_dataset") else rows
     from datasets import load_dataset  # imported here: it takes a second and only hub data needs it
+    from datasets.exceptions import DatasetsError
 
     named = {"name": info.subset, "revision": info.revision, "token": hub.hf_token}
     try:
         return load_dataset(info.location, **named, **shared, streaming=streaming)
-    except (OSError, RuntimeError, ValueError) as error:  # not found, offline, script refused, unknown split
+    # not found, offline, script refused, unknown split; files that are damaged
+    except (OSError, RuntimeError, ValueError, DatasetsError) as error:
         where = f"dataset {info.name!r}: the hub id {info.location!r} (split {info.split!r})"
         raise UserError(f"{where} cannot be read: {error}") from error
 

@@ -1,17 +1,20 @@
 """The examples of one data set: out of the cache, or tokenised now and kept there.
 
-The cache key is made of contents: bytes of the files, tokenizer, what the template renders, options. A killed
-tokenisation goes on where it stopped; of several ranks that want the same data one works and the others wait.
+The cache key is made of contents: bytes of the files, tokenizer, the template's text, options, and the code
+that makes tokens of them. A killed tokenisation goes on where it stopped; of several ranks that want the same
+data one works and the others wait.
 
 Run from Python: files, order, report = Tokeniser(...).dataset(find_dataset("identity", "data"), "train")
 """
 
+import functools
 import hashlib
 import json
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 
@@ -27,9 +30,7 @@ from pipeline.mixing import choose_rows, examples_of_rows
 from pipeline.report import DataReport, DatasetReport
 from pipeline.sources import DatasetInfo, HubAccess, Row, find_dataset, open_hub, read_rows
 from pipeline.store import ExampleStore, StoreWriter, Tally, TokenArrays, load_sets, partial_folder
-from text.render import Message
-
-CACHE_VERSION = 4  # raise it when the tokens of an unchanged row change, or the layout of the files
+from text import render
 
 
 @dataclass(frozen=True)
@@ -65,26 +66,30 @@ class Tokeniser:
         """What decides the tokens of given rows."""
         document = self.encode.kind == "document"
         return {
-            "version": CACHE_VERSION,
+            "version": code_version(),
             "tokenizer": tokenizer_key(self.tokenizer),
-            "template": None if document else template_key(self.template, self.encode.enable_thinking),
+            "template": None if document else template_key(self.template),
             "options": asdict(self.encode),
         }
 
     def load(self, folder: Path) -> tuple[ExampleStore | None, dict[str, ExampleStore], DataReport]:
         """What save_sets kept: training set, evaluation sets, report. Refused when tokenizer, template or
-        options would now give other tokens."""
+        options would now give other tokens; where only the programs changed, the report says it."""
         meta, sets = load_sets(folder)
+        notes = []
         for name, now in self.keys().items():
             then = meta["keys"].get(name)
-            if then != now:
+            if then != now and name == "version":
+                changed = "by another version of this project, which may have given other tokens"
+                notes.append(f"note: tokenized_path: the data in {folder} was made {changed}")
+            elif then != now:
                 if isinstance(then, dict) and isinstance(now, dict):
                     differing = [key for key in {**then, **now} if then.get(key) != now.get(key)]
                     then, now = ({key: each.get(key) for key in differing} for each in (then, now))
                 made = f"the data in {folder} was made with another {name} ({then}, now {now})"
                 raise UserError(f"tokenized_path: {made}. Give its options, or another tokenized_path.")
         reports = [DatasetReport(**(entry | {"tally": Tally(**entry["tally"])})) for entry in meta["report"]]
-        return sets.pop("train", None), sets, DataReport(reports)
+        return sets.pop("train", None), sets, DataReport(reports, notes)
 
     def dataset(
         self, info: DatasetInfo, role: str, only: np.ndarray | None = None
@@ -167,34 +172,27 @@ class Tokeniser:
             raise
 
 
-def template_key(template, enable_thinking: bool | None = None) -> str:
-    """A hash of what the template does, its spans for a few probe dialogues: code and data are in it."""
-    user, reply, more = Message("user", "a?"), Message("assistant", "b."), Message("user", "c?")
-    thought = Message("assistant", "<think>\nt\n</think>\n\nb.")
-    call, result = Message("function", "f"), Message("observation", "o")
-    last = Message("assistant", "d.")
-    probes = [[user, reply, more, last], [Message("system", "s"), user, thought], [user, call, result, reply]]
-    tool = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}
-    ways = [(probe, {}) for probe in probes]
-    ways += [(probe[:-1], {"generation_prompt": True}) for probe in probes]
-    ways += [(probes[2], {"tools": [{"type": "function", "function": tool}]})]
-    seen = []
-    for probe, way in ways:
-        try:
-            spans = template.render(probe, "<bos>", "<eos>", enable_thinking=enable_thinking, **way)
-            seen.append([[span.text, span.answer, span.turn, span.role] for span in spans])
-        except UserError as error:  # a template without tools or system: that is what it does
-            seen.append(str(error))
-    return hashlib.blake2b(json.dumps(seen).encode(), digest_size=16).hexdigest()
+@functools.cache
+def code_version() -> str:
+    """A hash of the programs that make tokens of rows: this room, text/, and the libraries they call."""
+    digest = hashlib.blake2b(digest_size=16)
+    for room in (Path(__file__).parent, Path(render.__file__).parent):
+        for path in sorted(room.glob("*.py")):
+            digest.update(path.read_bytes())
+    digest.update(f"{version('tokenizers')} {version('jinja2')}".encode())
+    return digest.hexdigest()
+
+
+def template_key(template) -> str:
+    """A hash of a template's text, whichever kind it is; what its code makes of it is in code_version."""
+    described = f"{type(template).__name__} {json.dumps(asdict(template), sort_keys=True)}"
+    return hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
 
 
 def tokenizer_key(tokenizer) -> str:
-    """A hash of tokenizer.json, of the special tokens, and of the ids of a probe text."""
-    digest = hashlib.blake2b(digest_size=16)
-    folder = getattr(tokenizer, "folder", None)
-    if folder is not None and (folder / "tokenizer.json").is_file():
-        digest.update((folder / "tokenizer.json").read_bytes())
-    probe = tokenizer.encode("Hello, w\u00f6rld!  123\n\u4f60\u597d \U0001f642", add_special=True)
-    known = [probe, tokenizer.bos_token, tokenizer.eos_token, tokenizer.vocab_size]
-    digest.update(json.dumps(known).encode())
-    return digest.hexdigest()
+    """A hash of tokenizer.json, of the flags of added tokens, and of what else decides the ids of a text."""
+    path = None if tokenizer.folder is None else tokenizer.folder / "tokenizer.json"
+    made_of = json.dumps(tokenizer.pipeline()).encode() if path is None else path.read_bytes()
+    known = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.vocab_size, tokenizer.rows]
+    known += [tokenizer.special_tokens, tokenizer.added_tokens()]
+    return hashlib.blake2b(made_of + json.dumps(known).encode(), digest_size=16).hexdigest()

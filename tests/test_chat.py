@@ -381,7 +381,7 @@ def bad_cases(folder: Path, tmp_path: Path) -> dict[str, tuple[list[str], str]]:
             words(model_name_or_path=folder, adapter_name_or_path=other),
             "holds no adapter_config.json",
         ),
-        "tokenizer": (words(model_name_or_path=mixed), "do not belong together"),
+        "tokenizer": (words(model_name_or_path=mixed), "but the model has vocab_size 300"),
         "moved base": (
             words(model_name_or_path=orphan),
             "give model_name_or_path=BASE adapter_name_or_path=",

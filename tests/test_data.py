@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import time
@@ -21,14 +22,14 @@ import data
 from data import DataOptions, TokenizedDataSaved, load_datasets
 from options.errors import StopRun, UserError
 from parallel.atomic import locked
-from pipeline import encoding, store
+from pipeline import encoding, store, tokenise
 from pipeline.batch import ANSWER, ROLES
 from pipeline.encoding import EncodeOptions
 from pipeline.mixing import interleave
 from pipeline.preview import token_table
 from pipeline.report import describe_example
 from pipeline.store import ExampleStore, StoreWriter, TokenArrays
-from pipeline.tokenise import template_key
+from pipeline.tokenise import code_version, template_key
 from templates import get_template
 from text.render import Message, encode_dialogue
 from text.tokenizer import Tokenizer
@@ -402,21 +403,44 @@ def test_a_script_without_guard_is_told_so(tmp_path, folder):
     assert "put the code of your script under `if __name__ == '__main__':`" in result.stderr
 
 
-def test_template_key_follows_what_the_template_renders():
+def test_the_cache_is_keyed_by_the_text_of_the_template(home, tokenizer):
+    """Not by what it makes of some dialogue: trim changes only rows with spaces, tools those with tools."""
     keys = [template_key(get_template(name)) for name in ("chatml", "qwen", "llama3", "alpaca")]
     assert len(set(keys)) == 4
-    assert template_key(get_template("chatml")) == keys[0]
-    qwen3 = get_template("qwen3")
-    assert template_key(qwen3, True) != template_key(qwen3, False)
     chatml = get_template("chatml")
-    assert template_key(replace(chatml, tools="qwen")) != keys[0]  # what only rows with tools show
-    marked = (
-        "{% for m in messages %}{% if m.role == 'assistant' %}A{% generation %}{{ m.content }}E{% "
-        "endgeneration %}"
-        "{% else %}U{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}A{% endif %}"
+    assert template_key(chatml) == keys[0]
+    assert template_key(replace(chatml, tools="qwen")) != keys[0] != template_key(replace(chatml, trim=True))
+    plain = "{% for m in messages %}{{ m.role + m.content }}{% endfor %}"
+    plain += "{% if add_generation_prompt %}assistant{% endif %}"
+    put(home, "spaces", [{"instruction": "  Keep my spaces  ", "output": "  yes  "}])
+    kept, trimmed = (
+        load(home, tokenizer, "spaces", template=get_template(None, source)).train.example(0).tokens.tolist()
+        for source in (plain, plain.replace("m.content", "(m.content | trim)"))
     )
-    other = marked.replace("prompt %}A", "prompt %}AA")  # what only prompts for generation show
-    assert template_key(get_template(None, marked)) != template_key(get_template(None, other))
+    assert tokenizer.decode(kept) == "user  Keep my spaces  assistant  yes  "
+    assert tokenizer.decode(trimmed) == "userKeep my spacesassistantyes"
+
+
+def test_the_cache_is_keyed_by_the_programs(home, tokenizer, monkeypatch):
+    put(home, "a", questions(3))
+    load(home, tokenizer, "a")
+    seen = count_encoding(monkeypatch)
+    load(home, tokenizer, "a")
+    assert not seen
+    monkeypatch.setattr(tokenise, "code_version", lambda: "another")
+    load(home, tokenizer, "a")
+    assert seen
+
+
+def test_the_version_of_the_code_is_that_of_the_files_that_make_tokens(tmp_path, monkeypatch):
+    rooms = {name: shutil.copytree(REPOSITORY / name, tmp_path / name) for name in ("pipeline", "text")}
+    monkeypatch.setattr(tokenise, "__file__", str(rooms["pipeline"] / "tokenise.py"))
+    monkeypatch.setattr(tokenise.render, "__file__", str(rooms["text"] / "render.py"))
+    found = [code_version.__wrapped__()]
+    for path in (rooms["pipeline"] / "formats.py", rooms["text"] / "tools.py"):
+        path.write_text(path.read_text() + "\n# changed\n")
+        found.append(code_version.__wrapped__())
+    assert len(set(found)) == 3
 
 
 # --------------------------------------------------------------------------------------- several data sets,
@@ -638,7 +662,12 @@ def test_tokenized_path_saves_stops_and_is_loaded(home, tokenizer, monkeypatch):
     loaded = load_datasets(options, CHATML, tokenizer, "sft", seed=1)
     assert not seen and everything(loaded.train) == everything(direct.train)
     assert everything(loaded.eval["validation"]) == everything(direct.eval["validation"])
-    assert str(loaded.report) == str(direct.report) and loaded.train.datasets == ["a", "b"]
+    note = f"note: tokenized_path: {path} exists, so these are not used: dataset, dataset_dir, val_size"
+    assert str(loaded.report) == f"{direct.report}\n{note}" and loaded.train.datasets == ["a", "b"]
+    monkeypatch.setattr(tokenise, "code_version", lambda: "another")
+    assert "was made by another version of this project" in str(
+        load_datasets(options, CHATML, tokenizer, "sft", seed=1).report
+    )
 
 
 def test_a_damaged_tokenized_path_is_named(home, tokenizer):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from options.errors import UserError
-from text.tools import TOOL_TEXTS, qwen_tools
+from text.tools import TOOL_TEXTS, generic_tools, qwen_tools
 
 PRODUCED = ("assistant", "function")  # roles whose text the model writes
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # names of a thought, in transformers' order
@@ -231,7 +231,7 @@ def parsed(value):
     """The value that a text spells as JSON; anything else as it is, for a tool may take plain text."""
     try:
         return json.loads(value) if isinstance(value, str) else value
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # also a number of 5,000 digits; nested too deeply
         return value
 
 
@@ -310,7 +310,7 @@ def encode_dialogue(tokenizer, spans: list[Span], places: list[int] = ()) -> Enc
 # Every tag strips the white space before it, so line breaks mean nothing. @name@ is filled in by _as_jinja.
 JINJA = """
 {%- if messages and messages[0]['role'] == 'system' %}
-{%- set system_message = messages[0]['content']@trim_system@ %}
+{%- set system_message = messages[0]['content'] %}
 {%- set dialogue = messages[1:] %}
 {%- else %}{%- set system_message = @default@ %}{%- set dialogue = messages %}{%- endif %}
 @tools@
@@ -348,8 +348,6 @@ JINJA = """
 {{- @header@ }}
 @no_thought@
 {%- endif %}"""
-JINJA_NO_TOOLS = """\
-{%- if tools %}{{- raise_exception('this template has no form for tool definitions') }}{%- endif %}"""
 JINJA_QWEN_TOOLS = """\
 {%- if tools %}
 {%- set system_message = (system_message + '\\n\\n' if system_message else '') + @before_tools@ %}
@@ -357,6 +355,33 @@ JINJA_QWEN_TOOLS = """\
 {%- for tool in tools %}{%- set defined.text = defined.text + '\\n' + (tool | tojson) %}{%- endfor %}
 {%- set system_message = system_message + defined.text + @after_tools@ %}
 {%- endif %}"""
+# 'items' is asked for by `in`: a missing key would give the dictionary's method; ~ takes what is missing too
+JINJA_GENERIC_TOOLS = """\
+{%- if tools %}
+{%- set defined = namespace(text='', names='', values='') %}
+{%- for entry in tools %}
+{%- set tool = entry['function'] if entry['function'] else entry %}
+{%- set parameters = tool['parameters'] or {} %}
+{%- set defined.values = '' %}
+{%- for name, about in (parameters['properties'] or {}).items() %}
+{%- set kind = about['type'] ~ (', required' if name in (parameters['required'] or []) else '') %}
+{%- set defined.values = defined.values ~ '  - ' ~ name ~ ' (' ~ kind ~ '): ' ~ about['description'] %}
+{%- if about['enum'] %}
+{%- set defined.values = defined.values ~ ', should be one of [' ~ (about['enum'] | join(', ')) ~ ']' %}
+{%- endif %}
+{%- if 'items' in about and about['items'] %}
+{%- set defined.values = defined.values ~ ', where each item should be ' ~ about['items']['type'] %}
+{%- endif %}
+{%- set defined.values = defined.values ~ '\\n' %}
+{%- endfor %}
+{%- set text = '> Tool Name: ' ~ tool['name'] ~ '\\nTool Description: ' ~ tool['description'] %}
+{%- set defined.text = defined.text ~ text ~ '\\nTool Args:\\n' ~ defined.values ~ '\\n' %}
+{%- set defined.names = defined.names ~ ('' if loop.first else ', ') ~ tool['name'] %}
+{%- endfor %}
+{%- set system_message = (system_message or '') ~ @before_tools@ ~ defined.text ~ @before_names@ %}
+{%- set system_message = system_message ~ defined.names ~ @after_tools@ %}
+{%- endif %}"""
+JINJA_TOOLS = {"generic": JINJA_GENERIC_TOOLS, "qwen": JINJA_QWEN_TOOLS}
 JINJA_THOUGHT = """\
 {%- set thought = '' %}{%- if message['reasoning_content'] %}
 {%- set thought = message['reasoning_content'].strip('\\n') %}{%- set content = content.lstrip('\\n') %}
@@ -378,11 +403,17 @@ def _as_jinja(template: ChatTemplate) -> str:
     trim, merged = " | trim" if template.trim else "", template.system_in_first_user
     before, after = ("{%- set state.before = ", " %}") if merged else ("{{- ", " }}")
     before_tools, after_tools = qwen_tools("", ["here"]).split('\n"here"')
+    before_names = ""
+    if template.tools == "generic":
+        empty = "> Tool Name: @\nTool Description: \nTool Args:\n\n"
+        before_tools, after_tools = generic_tools("", [{"name": "@"}]).split(empty)
+        before_names, after_tools = after_tools.split("@")
+    system = f"(system_message{trim})" if trim and not merged else "system_message"
     answer = [slot for slot in (template.header, template.answer, template.turn_end) if slot]
     values = {
         "default": "none" if template.default_system is None else _literal(template.default_system),
         "prefix": f"{{{{- {_expression(template.prefix)} }}}}" if template.prefix else "",
-        "system": before + _expression(template.system, "system_message") + after,
+        "system": before + _expression(template.system, system) + after,
         "user": _expression(template.user),
         "observation": _expression(template.observation or template.user),
         "header": _expression(template.header),
@@ -390,12 +421,12 @@ def _as_jinja(template: ChatTemplate) -> str:
         "call": _expression(template.function, name="call['name']", arguments="(call['arguments'] | tojson)"),
         "between": _literal(template.results or ""),
         "trim": trim,
-        "trim_system": "" if merged else trim,
         "before_tools": _literal(before_tools),
+        "before_names": _literal(before_names),
         "after_tools": _literal(after_tools),
         "empty_thought": _literal(NO_THOUGHT),
     }
-    text = JINJA.replace("@tools@", JINJA_QWEN_TOOLS if template.tools == "qwen" else JINJA_NO_TOOLS)
+    text = JINJA.replace("@tools@", JINJA_TOOLS[template.tools])
     text = text.replace("@results@", "" if template.results is None else JINJA_RESULTS)
     text = text.replace("@thought@", JINJA_THOUGHT if template.thinking else "")
     text = text.replace("@no_thought@", JINJA_NO_THOUGHT if template.thinking else "")

@@ -17,6 +17,7 @@ import itertools
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
@@ -27,15 +28,24 @@ from text.stream import StreamDecoder, readable
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 TOKENIZER_FILES += ("chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt")
+NAMED_TEMPLATES = "additional_chat_templates/*.jinja"
 SHORT_TAIL = 256  # characters; texts up to this length between a special token and a border are remembered
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 REMEMBERED_TAILS = 4096  # entries; bounds the memory of that table to a few MB
 
 
 class Tokenizer:
     """One checkpoint's tokenizer. Make it with `Tokenizer.from_folder`."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, special: dict, folder: Path | None = None):
-        """backend: the loaded tokenizer.json.  special: bos/eos/pad/unk -> a token that it knows or None."""
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        special: dict,
+        folder: Path | None = None,
+        rows: int | None = None,
+    ):
+        """backend: the loaded tokenizer.json.  special: bos/eos/pad/unk -> a token that it knows or None.
+        rows: of the model's embedding table; a text that needs a token behind them is refused."""
         backend.no_truncation()
         backend.no_padding()
         self._post_processor = backend.post_processor
@@ -64,32 +74,50 @@ class Tokenizer:
         # Texts are cut at these tokens first, so what is left of them cannot change what is right.
         self._anchor_ids = frozenset(i for i, t in added.items() if not t.normalized)
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        self.rows = rows if rows is not None and rows < self.vocab_size else None
         if self.eos_id is not None:
             self.stop_ids = (self.eos_id,)
 
     @classmethod
-    def from_folder(cls, folder: str | Path) -> "Tokenizer":
-        """Load tokenizer.json and its companions. Raises UserError with the way out."""
+    def from_folder(cls, folder: str | Path, model: str | Path | None = None) -> "Tokenizer":
+        """Load tokenizer.json and its companions. model: where config.json and generation_config.json are
+        if not there, for the tokenizer of an adapter. Raises UserError with the way out."""
         folder = Path(folder)
         backend = _load_backend(folder)
         config = _read_json(folder / "tokenizer_config.json")
         special_map = _read_json(folder / "special_tokens_map.json")
         _add_listed_tokens(backend, folder, config, special_map)
 
-        model_configs = [_read_json(folder / f"{name}.json") for name in ("generation_config", "config")]
-        special = {}
+        homes = [folder] if model is None else [folder, Path(model)]
+        generation, described = (
+            next(filter(None, (_read_json(home / f"{name}.json") for home in homes)), {})
+            for name in ("generation_config", "config")
+        )
+        if isinstance(described.get("text_config"), dict):
+            described = described | described["text_config"]
+        rows = described.get("vocab_size")
+        rows = rows if isinstance(rows, int) else None
+        special, sources = {}, (config, special_map)
+        if "added_tokens_decoder" not in config:
+            sources = sources[::-1]
         for name in ("bos", "eos", "pad", "unk"):
-            named = [_token_text(source.get(f"{name}_token")) for source in (config, special_map)]
-            ids = [i for source in model_configs for i in _as_ids(source.get(f"{name}_token_id"))]
-            texts = filter(None, [*named, *(backend.id_to_token(i) for i in ids)])
-            # A name that the vocabulary does not have is passed over.
-            special[name] = next((text for text in texts if backend.token_to_id(text) is not None), None)
+            named = [_token_text(source.get(f"{name}_token")) for source in sources]
+            ids = [i for source in (generation, described) for i in as_ids(source.get(f"{name}_token_id"))]
+            known = {text: backend.token_to_id(text) for text in named if text is not None}
+            known |= {
+                text: i for i in ids if (text := backend.id_to_token(i)) is not None and text not in known
+            }
+            # A name that the vocabulary does not have is passed over, and so is one without a row.
+            fits = (text for text, i in known.items() if i is not None and (rows is None or i < rows))
+            special[name] = next(fits, None)
 
-        tokenizer = cls(backend, special, folder)
+        tokenizer = cls(backend, special, folder, rows)
         tokenizer.chat_template = _chat_template(folder, config)
         tokenizer.special_tokens = _named_tokens(special_map, config)
-        stop_ids = [*tokenizer.stop_ids, *_as_ids(model_configs[0].get("eos_token_id"))]
-        tokenizer.stop_ids = tuple(dict.fromkeys(stop_ids))
+        # as in transformers: config.json counts where the other says nothing
+        ends = as_ids(generation.get("eos_token_id")) or as_ids(described.get("eos_token_id"))
+        ends = (i for i in ends if rows is None or i < rows)
+        tokenizer.stop_ids = tuple(dict.fromkeys([*tokenizer.stop_ids, *ends]))
         return tokenizer
 
     def encode(self, text: str, add_special: bool = False) -> list[int]:
@@ -98,10 +126,29 @@ class Tokenizer:
         add_special=True adds what tokenizer.json's post-processor adds (bos for Llama, nothing for Qwen).
         Like transformers 5, it ignores add_bos_token and add_eos_token of tokenizer_config.json.
         """
-        encoding = self._backend.encode(text, add_special_tokens=False)
+        encoding = self._encode(text)
         if add_special and self._post_processor is not None:
             encoding = self._post_processor.process(encoding, None, True)
         return encoding.ids
+
+    def _encode(self, text: str) -> tokenizers.Encoding:
+        """What the library makes of a text, without the post-processor. Raises UserError for a text that it
+        refuses, and for one with a token that the model has no row for."""
+        try:
+            encoding = self._backend.encode(text, add_special_tokens=False)
+        except Exception as error:  # the library raises bare Exception, and TypeError for half a character
+            half = HALF_CHARACTER.search(text)
+            if half is None:
+                raise UserError(f"the tokenizer refuses the text {ascii(text[:60])}: {error}") from error
+            shown = f"{ascii(half[0])} in {ascii(text[max(half.start() - 20, 0) : half.end() + 20])}"
+            raise UserError(
+                f"the text holds half a character, {shown} (a lone surrogate); mend it"
+            ) from error
+        if self.rows is not None and (largest := max(encoding.ids, default=0)) >= self.rows:
+            found = f"the text holds {self.token(largest)!r}, which is token {largest} of {self.folder}"
+            few = f"but the model has vocab_size {self.rows} (config.json)"
+            raise UserError(f"{found}, {few}; take it out of the text, or the tokenizer is of another model")
+        return encoding
 
     def encode_parts(self, parts: list[str]) -> list[list[int]]:
         """Ids of each part. The ids of parts[:k] never depend on parts[k:], so a prompt has the same ids in
@@ -117,7 +164,7 @@ class Tokenizer:
         """As encode_parts; beside it, for each of these characters of "".join(parts), the number of the first
         token that begins at it or later."""
         text = "".join(parts)
-        encoding = self._backend.encode(text, add_special_tokens=False)
+        encoding = self._encode(text)
         ids, offsets, cuts = encoding.ids, encoding.offsets, [0]
         for border in itertools.accumulate(map(len, parts[:-1])):
             cut = bisect.bisect_left(offsets, (border, -1))
@@ -139,7 +186,7 @@ class Tokenizer:
         """encode(text); short texts such as "<|im_start|>assistant\\n" come in every example and are kept."""
         if text in self._tail_ids:
             return self._tail_ids[text]
-        ids = self._backend.encode(text, add_special_tokens=False).ids
+        ids = self._encode(text).ids
         if len(text) <= SHORT_TAIL:
             if len(self._tail_ids) >= REMEMBERED_TAILS:
                 self._tail_ids.clear()
@@ -165,7 +212,7 @@ class Tokenizer:
     def _encode_piece(self, text: str, begin: int) -> tuple[list[int], list[int]]:
         """Ids and first characters of `text`, which starts at character `begin` of a longer one. Where begin
         > 0 no prefix space is put before its first word; after its first special token all is as usual."""
-        encoding = self._backend.encode(text, add_special_tokens=False)
+        encoding = self._encode(text)
         ids, starts = encoding.ids, [begin + start for start, _ in encoding.offsets]
         if begin == 0 or self._continuation is None:
             return ids, starts
@@ -197,6 +244,10 @@ class Tokenizer:
         """Id of a token by the vocabulary's own spelling, for example "<|im_end|>"; None if there is none."""
         return self._backend.token_to_id(token)
 
+    def added_tokens(self) -> dict[int, str]:
+        """Every added token with its flags, by id."""
+        return {i: repr(token) for i, token in sorted(self._backend.get_added_tokens_decoder().items())}
+
     def pipeline(self) -> dict:
         """tokenizer.json's parts, with the tokens that only other files list; without the post-processor."""
         return json.loads(self._backend.to_str())
@@ -205,22 +256,51 @@ class Tokenizer:
         """A decoder that is given one id at a time."""
         return StreamDecoder(self._backend, skip_special)
 
-    def save(self, folder: str | Path, chat_template: str | None = None) -> None:
-        """Copy the tokenizer's files into `folder`; chat_template replaces the one that came with them."""
+    @property
+    def notice(self) -> str | None:
+        """A line for the user where tokens have no row in the model."""
+        if self.rows is None:
+            return None
+        first = next((self.token(i) for i in range(self.rows, self.vocab_size) if self.token(i)), "")
+        more = f"the tokenizer has {self.vocab_size - self.rows} tokens more than the model has rows"
+        return f"{self.folder}: {more} ({self.rows}); a text with one of them ({first!r}) is refused"
+
+    def ends(self, stop_words: Sequence[str]) -> tuple[str | None, tuple[int, ...]]:
+        """(eos, all ids that end a text, eos first) for a template with these stop words. Its first one is
+        eos if it is a token of its own, as LLaMA-Factory's replace_eos has it, else eos stays what it is."""
+        own = self.special_ids | self._added_ids
+        ids = [i for i in map(self.token_id, stop_words) if i in own and i < (self.rows or self.vocab_size)]
+        replaces = ids and self.token(ids[0]) == stop_words[0]
+        eos = stop_words[0] if replaces else self.eos_token
+        return eos, tuple(dict.fromkeys([*ids[: bool(replaces)], *self.stop_ids, *ids]))
+
+    def save(
+        self, folder: str | Path, chat_template: str | None = None, eos_token: str | None = None
+    ) -> None:
+        """Copy the tokenizer's files into `folder`; chat_template and eos_token replace those that came with
+        them, in every file that names one."""
         if self.folder is None:
             raise ValueError("this tokenizer was not loaded from a folder, so there are no files to copy")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in TOKENIZER_FILES:
-            source, target = self.folder / name, folder / name
-            if source.exists() and source.resolve() != target.resolve():
-                shutil.copyfile(source, target)
+        names = [name for name in TOKENIZER_FILES if (self.folder / name).exists()]
+        if chat_template is None:
+            names += [str(path.relative_to(self.folder)) for path in self.folder.glob(NAMED_TEMPLATES)]
+        if self.folder.resolve() == folder.resolve():
+            names = []
+        for name in names:
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(self.folder / name, folder / name)
+        changes = {} if eos_token is None else {"eos_token": eos_token}
+        if (folder / "special_tokens_map.json").exists():
+            _change_json(folder / "special_tokens_map.json", changes)
+        # In both places: older transformers read only the configuration, newer ones prefer the file.
+        written, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
         if chat_template is not None:
-            # In both places: older transformers read only the configuration, newer ones prefer the file.
-            (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
-            config = {**_read_json(folder / "tokenizer_config.json"), "chat_template": chat_template}
-            text = json.dumps(config, indent=2, ensure_ascii=False)
-            (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+            written.write_text(chat_template, encoding="utf-8")
+        if chat_template is not None or (written.name in names and "chat_template" in _read_json(config)):
+            changes["chat_template"] = written.read_text(encoding="utf-8")
+        _change_json(config, changes)
 
 
 def _without_prefix_space(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer | None:
@@ -320,6 +400,13 @@ def _read_json(path: Path) -> dict:
     return json_reader.read(path, way_out="download the file again") if path.is_file() else {}
 
 
+def _change_json(path: Path, changes: dict) -> None:
+    values = _read_json(path)
+    if any(values.get(key) != value for key, value in changes.items()):
+        text = json.dumps(values | changes, indent=2, ensure_ascii=False)
+        path.write_text(text + "\n", encoding="utf-8")
+
+
 def _token_text(value) -> str | None:
     """A token's text from either spelling: "</s>" or {"content": "</s>", ...}."""
     if isinstance(value, dict):
@@ -327,42 +414,54 @@ def _token_text(value) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
-def _as_ids(value) -> list[int]:
+def as_ids(value) -> list[int]:
+    """[7] of 7, [7, 8] of itself, [] of null: the two spellings of eos_token_id."""
     if isinstance(value, int) and not isinstance(value, bool):
         return [value]
     return [int(item) for item in value] if isinstance(value, list) else []
 
 
 def _add_listed_tokens(backend: tokenizers.Tokenizer, folder: Path, config: dict, special_map: dict) -> None:
-    """Tokens that only the other files list, and the special flag of those they name; as transformers."""
-    listed = config.get("added_tokens_decoder") or {}
-    wrong = not isinstance(listed, dict)
-    refuse(wrong, f"{folder / 'tokenizer_config.json'}: added_tokens_decoder: expected an object")
-    listed = [(int(i), entry) for i, entry in listed.items()]
-    if not listed:
-        listed = [(i, {"content": text}) for text, i in _read_json(folder / "added_tokens.json").items()]
-    known = {token.content for token in backend.get_added_tokens_decoder().values()}
-    for token_id, entry in sorted(listed, key=lambda item: item[0]):
-        if entry["content"] in known:
+    """Tokens that only the other files list, and the flags that they give to any token, as transformers takes
+    them: where there is an added_tokens_decoder, special_tokens_map.json counts for nothing."""
+    listed = config.get("added_tokens_decoder")
+    wrong = not isinstance(listed or {}, dict) or not all(
+        i.isdecimal() and isinstance(entry, dict) and _token_text(entry)
+        for i, entry in (listed or {}).items()
+    )
+    expected = "added_tokens_decoder: expected id -> {content, flags}"
+    refuse(wrong, f"{folder / 'tokenizer_config.json'}: {expected}")
+    names = config if listed is not None else config | special_map
+    extra = names.get("extra_special_tokens") or names.get("additional_special_tokens") or []
+    named = [value for key, value in names.items() if key.endswith("_token")]
+    special = {}
+    for entry in [*named, *(extra.values() if isinstance(extra, dict) else extra)]:
+        if (text := _token_text(entry)) is not None:
+            special[text] = _added_token(entry if isinstance(entry, dict) else {"content": text}, True)
+
+    stored = backend.get_added_tokens_decoder()
+    known = {token.content: repr(token) for token in stored.values()}
+    entries = {int(i): _added_token(entry) for i, entry in (listed or {}).items()}
+    if not entries:
+        more = _read_json(folder / "added_tokens.json").items()
+        entries = {i: _added_token({"content": t}, t in special) for t, i in more}
+    if listed is None:
+        entries |= stored
+    for token_id, token in sorted(entries.items()):
+        token.special |= token.content in special
+        if known.get(token.content) == repr(token):
             continue
-        backend.add_tokens([_added_token(entry)])
-        found = backend.token_to_id(entry["content"])
+        known[token.content] = repr(token)
+        backend.add_tokens([token])
+        found = backend.token_to_id(token.content)
         if found != token_id:
             raise UserError(
-                f"{folder}: {entry['content']!r} should have id {token_id} (tokenizer_config.json or "
+                f"{folder}: {token.content!r} should have id {token_id} (tokenizer_config.json or "
                 f"added_tokens.json), but tokenizer.json leads to id {found}: files of different tokenizers"
             )
-    known = {token.content for token in backend.get_added_tokens_decoder().values()}
-    for source in (special_map, config):
-        extra = source.get("additional_special_tokens") or source.get("extra_special_tokens") or []
-        named = [value for key, value in source.items() if key.endswith("_token")]
-        for entry in [*named, *(extra.values() if isinstance(extra, dict) else extra)]:
-            text = _token_text(entry)
-            # A name without a row in the vocabulary would get an id behind the embedding table: leave it out.
-            if text is not None and text not in known and backend.token_to_id(text) is not None:
-                known.add(text)
-                entry = entry if isinstance(entry, dict) else {"content": text}
-                backend.add_special_tokens([_added_token(entry, True)])
+    # A name without a row in the vocabulary would get an id behind the embedding table: leave it out.
+    rows = [t for text, t in special.items() if text not in known and backend.token_to_id(text) is not None]
+    backend.add_tokens(rows)
 
 
 def _added_token(entry: dict, special: bool | None = None) -> tokenizers.AddedToken:

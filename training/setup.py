@@ -19,7 +19,14 @@ import quant
 from architectures.config import ModelConfig, scale_rope
 from architectures.layers import RMSNorm
 from checkpoints.hub import ModelOptions, resolve_adapters, resolve_model
-from checkpoints.huggingface import chosen_quantization, load_config, load_model, random_model, save_trained
+from checkpoints.huggingface import (
+    chosen_quantization,
+    load_config,
+    load_model,
+    random_model,
+    save_tokenizer,
+    save_trained,
+)
 from checkpoints.peft import prepare_adapters, read_adapter_config
 from checkpoints.source import RUN_CONFIG, check_adapters, is_adapter
 from checkpoints.trainable import freeze, parameter_status, trainable_report
@@ -139,8 +146,9 @@ def read(config: Config, world: World) -> Inputs:
     model_config = load_config(source)
     refuse_on_quantised(config, source, model_config)
     check_names(config, model_config)
-    tokenizer = Tokenizer.from_folder(source)
-    template = None
+    tokenizer, template = Tokenizer.from_folder(source), None
+    if tokenizer.notice:
+        world.print(f"note: {tokenizer.notice}")
     if options.stage != "pt" or config[TemplateOptions].template is not None:  # plain text needs none
         wanted = config[TemplateOptions]
         template = get_template(wanted.template, tokenizer.chat_template, wanted.default_system)
@@ -263,7 +271,7 @@ def load_data(inputs: Inputs) -> Data:
 
 
 def prepare_data(inputs: Inputs) -> Prepared:
-    """Tokenise, report what was lost, show the first example, and see that the model knows every token id."""
+    """Tokenise, report what was lost, and show the first example."""
     config, options, world, tokenizer = inputs.config, inputs.options, inputs.world, inputs.tokenizer
     asked, model_options = data_options(config), config[ModelOptions]
     texts, kind = options.predict_with_generate, None
@@ -280,15 +288,6 @@ def prepare_data(inputs: Inputs) -> Prepared:
     first = prepared.first_example()
     if first is not None:
         world.print(f"\nthe first example: {describe_example(first, tokenizer, prepared.kind)}\n")
-    known = inputs.model_config.vocab_size
-    if tokenizer.vocab_size > known:  # some tokenizers hold ids that are never used; those do no harm
-        held = [rows for rows in (prepared.train, *prepared.eval.values()) if isinstance(rows, ExampleStore)]
-        largest = max((int(part.tokens.max()) for store in held for part in store.parts), default=0)
-        if asked.streaming:
-            largest = tokenizer.vocab_size - 1
-        found = f"tokenizer.json makes token ids up to {largest}, but config.json has vocab_size {known}"
-        wrong = f"model_name_or_path: {inputs.source}: {found}; the tokenizer is of another model"
-        refuse(largest >= known, wrong)
     # not where texts alone are asked for
     if prepared.kind == "rated" and config[KTOOptions].needs_mismatches:
         add_mismatches(prepared, asked.cutoff_len)
@@ -512,7 +511,6 @@ def save_weights(inputs: Inputs, model: Decoder, folder: Path) -> None:
     """What the user loads later: weights, tokenizer, chat template, resolved configuration."""
     config, template = inputs.config, inputs.template
     save_trained(model, folder, inputs.source, config[ModelOptions].model_name_or_path)
-    inputs.tokenizer.save(folder)
-    if config[TemplateOptions].template is not None and template is not None:
-        (folder / "chat_template.jinja").write_text(template.to_jinja(), encoding="utf-8")
+    named = template is not None and config[TemplateOptions].template is not None
+    save_tokenizer(inputs.tokenizer, folder, template, template.to_jinja() if named else None)
     config.save(folder / RUN_CONFIG)

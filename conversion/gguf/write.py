@@ -91,12 +91,12 @@ def lay_out(
     metadata, notices = model_metadata(config)
     metadata |= {"general.name": name, "general.file_type": int(FILE_TYPES[kind])}
     metadata["general.quantization_version"] = gguf.GGML_QUANT_VERSION
-    text, ends = tokenizer.chat_template, []
+    text, words = tokenizer.chat_template, ()
     text = text.get("default") if isinstance(text, dict) else text
     if template is not None:
-        text = template.to_jinja()
-        ends = [i for i in map(tokenizer.token_id, template.stop[:1]) if i is not None]
-    vocabulary, more = vocabulary_metadata(tokenizer, config.vocab_size, text, tuple(ends))
+        text, words = template.to_jinja(), template.stop_words(tokenizer.eos_token)
+    _, ends = tokenizer.ends(words)
+    vocabulary, more = vocabulary_metadata(tokenizer, config.vocab_size, text, ends)
     return Layout(config, _entries(config, shapes, kind), metadata | vocabulary, notices + more)
 
 

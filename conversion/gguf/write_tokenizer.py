@@ -46,14 +46,18 @@ def vocabulary_metadata(
 ) -> tuple[dict, list[str]]:
     """-> ({GGUF key: value}, what the user should know).
 
-    rows: of the embedding table; what it has beyond the tokens is filled up, as llama.cpp wants it. end_ids:
-    further tokens that end an answer. Raises UserError for what GGUF cannot express.
+    rows: of the embedding table; what it has beyond the tokens is filled up, as llama.cpp wants it; tokens
+    without a row are left out. end_ids: what ends an answer, eos first. Raises UserError for what GGUF cannot
+    express.
     """
     pipeline = tokenizer.pipeline()
     kind = pipeline["model"]["type"]
     _refuse(kind != "BPE", tokenizer, f"the model is {kind}, not BPE")
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in pipeline["model"]["merges"]]
     keys = _tokens(tokenizer, pipeline, rows)
+    if tokenizer.vocab_size > rows:
+        written = set(keys["tokens"])
+        merges = [merge for merge in merges if merge.replace(" ", "", 1) in written]
     if _has_step(pipeline["decoder"], "ByteLevel"):
         keys |= {"model": "gpt2", "pre": _rule_name(tokenizer, pipeline), "merges": merges}
     else:
@@ -108,10 +112,9 @@ def _tokens(tokenizer: Tokenizer, pipeline: dict, rows: int) -> dict:
 
 
 def _special_ids(tokenizer: Tokenizer, end_ids: tuple[int, ...]) -> dict:
-    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
-    ids |= {"unknown": tokenizer.unk_id, "padding": tokenizer.pad_id}
-    ends = dict.fromkeys(i for i in (*tokenizer.stop_ids, *end_ids) if i != tokenizer.eos_id)
-    ids |= dict(zip(("eot", "eom"), ends, strict=False))  # llama.cpp finds further ones by their names
+    ids = {"bos": tokenizer.bos_id, "unknown": tokenizer.unk_id, "padding": tokenizer.pad_id}
+    # llama.cpp finds further ones by their names
+    ids |= dict(zip(("eos", "eot", "eom"), end_ids or tokenizer.stop_ids, strict=False))
     keys = {f"{name}_token_id": i for name, i in ids.items() if i is not None}
     plain, whole = tokenizer.encode("a"), tokenizer.encode("a", add_special=True)
     keys["add_bos_token"] = tokenizer.bos_id is not None and whole[0] == tokenizer.bos_id != plain[0]

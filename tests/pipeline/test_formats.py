@@ -1,6 +1,7 @@
 """Reading: dataset_info.json, every file type, every row format, and an error with a place for every bad
 input."""
 
+import csv
 import hashlib
 import json
 import os
@@ -8,6 +9,7 @@ import re
 import sys
 from pathlib import Path
 
+import datasets
 import pyarrow.parquet
 import pytest
 
@@ -107,6 +109,66 @@ def test_json_array_is_read_in_blocks_of_any_size(tmp_path, monkeypatch, block):
     path = write(tmp_path / "a.json", " \n" + json.dumps(rows, indent=1) + "\n ")
     assert rows_of(path) == rows
     assert rows_of(write(tmp_path / "b.json", "[ ]")) == []
+
+
+PAIR = [{"a": "1", "b": [{"c": "x"}]}, {"a": "2\n", "b": []}]
+JSON_TEXTS = {
+    "an object a line": "\n".join(map(json.dumps, PAIR)),
+    "blank lines": "\n\n" + "\n \r\n".join(map(json.dumps, PAIR)) + "\n",
+    "objects over lines": "\n".join(json.dumps(row, indent=2) for row in PAIR),
+    "objects without lines": "".join(map(json.dumps, PAIR)),
+    "the first on one line": json.dumps(PAIR[0]) + "\n" + json.dumps(PAIR[1], indent=1),
+    "an array": json.dumps(PAIR),
+    "an array over lines": json.dumps(PAIR, indent=4),
+    "a byte order mark": "\ufeff" + json.dumps(PAIR),
+    "a byte order mark before lines": "\ufeff" + "\n".join(map(json.dumps, PAIR)),
+    "one object over lines": json.dumps(PAIR[0], indent=2),
+    "one object with one list": json.dumps({"data": PAIR}, indent=1),
+    "an array of texts": json.dumps(["one", "two {"]),
+}
+
+
+@pytest.mark.parametrize("ending", ["json", "jsonl"])
+@pytest.mark.parametrize("case", JSON_TEXTS)
+def test_json_that_datasets_reads_is_read(tmp_path, monkeypatch, case, ending):
+    path = write(tmp_path / f"rows.{ending}", JSON_TEXTS[case])
+    theirs = datasets.load_dataset(
+        "json", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache")
+    )
+    for block in (1 << 20, 5):
+        monkeypatch.setattr(readers, "READ_CHARACTERS", block)
+        assert rows_of(path) == theirs.to_list()
+
+
+def test_a_broken_object_is_found_without_reading_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "READ_CHARACTERS", 64)
+    path = write(tmp_path / "a.jsonl", '{"a": "1"}\n{"a": 2, b}\n' + '{"a": "3"}\n' * 10_000)
+    with pytest.raises(UserError, match=r"a\.jsonl:2: not JSON") as error:
+        rows_of(path)
+    assert len(error.value.__cause__.doc) < 300
+    path = write(tmp_path / "b.jsonl", '{"a": 1,\n "b": 2\n{"a": 3}')
+    with pytest.raises(UserError, match=r"b\.jsonl:1: not JSON .* of line 3, one object began here"):
+        rows_of(path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' * 100_000, '{"a": ' + "1" * 5000 + "}"])
+def test_json_beyond_what_python_reads_is_a_message(tmp_path, text):
+    with pytest.raises(UserError, match=r"a\.jsonl:1: JSON that cannot be read"):
+        rows_of(write(tmp_path / "a.jsonl", text))
+
+
+def test_a_value_that_arrow_holds_and_python_does_not_is_named(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    years = pyarrow.array([0, 10**14], pyarrow.timestamp("s"))
+    pyarrow.parquet.write_table(pyarrow.table({"a": years}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet row 1: a value that cannot be read"):
+        rows_of(tmp_path / "a.parquet")
+    raw = pyarrow.array([b"fine", b"\xed\xa0\xbd"]).cast(pyarrow.binary()).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"a": raw}), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match=r"b\.parquet row 1: a value that cannot be read"):
+        rows_of(tmp_path / "b.parquet")
 
 
 def test_json_place_is_the_line_where_the_row_begins(tmp_path):
@@ -318,12 +380,69 @@ def test_a_path_is_a_dataset_and_its_format_is_read_off_the_first_row(tmp_path):
     assert find_dataset("one.jsonl", tmp_path).location == str(
         tmp_path / "one.jsonl"
     )  # relative to dataset_dir
+    write(tmp_path / "one.jsonl", json.dumps({"data": [{"instruction": "a", "output": "b"}]}))
+    with pytest.raises(ValueError, match="If the rows are what 'data' holds, let the file be that list"):
+        find_dataset("one.jsonl", tmp_path)
     write(tmp_path / "one.jsonl", json.dumps({"question": "a", "answer": "b"}))
     with pytest.raises(ValueError, match="columns question, answer; expected 'instruction'"):
         find_dataset("one.jsonl", tmp_path)
     write(tmp_path / "one.jsonl", "")
     with pytest.raises(ValueError, match="holds no rows"):
         find_dataset("one.jsonl", tmp_path)
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "parquet", "csv"])
+def test_columns_by_path_are_those_of_all_rows(tmp_path, ending):
+    rows = [
+        {"instruction": "Name a colour.", "output": "red"},
+        {"instruction": "Translate:", "input": "good night", "output": "bonne nuit", "system": "Be brief."},
+        {"instruction": "No answer"},
+    ]
+    write_rows(tmp_path / f"rows.{ending}", rows)
+    info = find_dataset(f"rows.{ending}", tmp_path)
+    assert info.columns == {
+        "prompt": "instruction",
+        "query": "input",
+        "response": "output",
+        "system": "system",
+    }
+    found = [row for _, _, row in read_rows(info)]
+    assert to_conversation(found[0], info).turns == [("user", "Name a colour."), ("assistant", "red")]
+    assert to_conversation(found[1], info).turns[:2] == [
+        ("system", "Be brief."),
+        ("user", "Translate:\ngood night"),
+    ]
+    if ending != "csv":  # where nothing is an empty text
+        with pytest.raises(Dropped, match="no answer"):
+            to_conversation(found[2], info)
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "parquet"])
+def test_the_first_value_of_a_column_says_what_it_is(tmp_path, ending):
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    for first in ({"messages": []}, {"messages": None}, {"id": 1}):
+        write_rows(tmp_path / f"rows.{ending}", [first, {"messages": talk, "label": True}, {"label": False}])
+        info = find_dataset(f"rows.{ending}", tmp_path)
+        assert (info.formatting, info.columns) == ("openai", {"kto_tag": "label", "messages": "messages"})
+        rows = [row for _, _, row in read_rows(info)]
+        assert to_conversation(rows[1], info).turns == [("user", "a"), ("assistant", "b")]
+        for row in (rows[0], rows[2]):
+            with pytest.raises(Dropped, match="no messages|no answer"):
+                to_conversation(row, info)
+
+
+def write_rows(path, rows):
+    """As the ending says; what only some rows have is null in a table, and absent elsewhere."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    if path.suffix == ".parquet":
+        datasets.Dataset.from_list([dict.fromkeys(names) | row for row in rows]).to_parquet(str(path))
+    elif path.suffix == ".csv":
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        write(path, json.dumps(rows) if path.suffix == ".json" else "\n".join(map(json.dumps, rows)))
 
 
 def test_a_folder_is_read_in_name_order_and_holds_one_type(tmp_path):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import pickle
+import shutil
 import time
 from pathlib import Path
 
@@ -265,6 +266,35 @@ def test_tokens_listed_beside_tokenizer_json_are_added(folder, where):
     )
 
 
+FLAGS = st.fixed_dictionaries(
+    {name: st.booleans() for name in ("lstrip", "rstrip", "normalized", "single_word", "special")}
+)
+WITH_MARKS = ("<|im_start|>", "<|im_end|>", "<think>", "</think>", "  ", " a", "b", "E\u0301", "\n", "x")
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(stored=FLAGS, said=st.dictionaries(st.integers(0, 3), FLAGS), eos=st.booleans(), data=st.data())
+def test_flags_of_added_tokens_are_those_of_tokenizer_config(
+    folders, tmp_path_factory, stored, said, eos, data
+):
+    """As transformers takes them: over those of tokenizer.json, for tokens that it has already too."""
+    folder = shutil.copytree(folders["chatml"], tmp_path_factory.mktemp("flags") / "copy")
+    backend = json.loads((folder / "tokenizer.json").read_text())
+    marks = [token for token in backend["added_tokens"] if token["content"] in WITH_MARKS]
+    for token in marks[1:3]:
+        token |= stored
+    (folder / "tokenizer.json").write_text(json.dumps(backend))
+    decoder = {str(marks[i]["id"]): {"content": marks[i]["content"], **flags} for i, flags in said.items()}
+    names = {"eos_token": "<|im_end|>" if eos else None, "added_tokens_decoder": decoder if said else None}
+    edit(folder / "tokenizer_config.json", **names)
+    ours, theirs = Tokenizer.from_folder(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    text = "".join(data.draw(st.lists(st.sampled_from(WITH_MARKS), max_size=8)))
+    ids = theirs(text, add_special_tokens=False).input_ids
+    assert ours.encode(text) == ids
+    ids += [token["id"] for token in marks]
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
 def test_added_tokens_of_another_tokenizer_are_refused(folder):
     edit(
         folder / "tokenizer_config.json", added_tokens_decoder={"9999": {"content": "<new>", "special": True}}
@@ -290,6 +320,77 @@ def test_truncation_and_padding_stored_in_the_file_are_switched_off(folder):
     tokenizer = Tokenizer.from_folder(folder)
     text = "Hello, who are you? I am Anvil"
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("text", ["Hello \ud83d there", "\ude00", "a\ud83d\n\ude00 b"])
+def test_half_a_character_is_named(pair, text):
+    ours, _ = pair
+    half = r"\\ud83d" if "\ud83d" in text else r"\\ude00"
+    for encode in (ours.encode, lambda text: ours.encode_parts(["x", text])):
+        with pytest.raises(UserError, match=f"holds half a character, '{half}' in .*lone surrogate"):
+            encode(text)
+
+
+def test_what_the_library_refuses_is_a_message_with_the_text(tmp_path):
+    model = tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="[UNK]")
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer.encode("a b") == [0, 1]
+    with pytest.raises(UserError, match="the tokenizer refuses the text 'a c': .*UNK"):
+        tokenizer.encode("a c")
+
+
+def test_tokens_without_a_row_are_refused_where_they_occur_and_nowhere_else(folder):
+    whole = Tokenizer.from_folder(folder)
+    edit(folder / "tokenizer_config.json", added_tokens_decoder={str(whole.vocab_size): {"content": "[PAD]"}})
+    edit(folder / "tokenizer_config.json", pad_token="[PAD]")
+    (folder / "config.json").write_text(json.dumps({"vocab_size": whole.vocab_size}))
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer.encode("Hello <|im_end|>") == whole.encode("Hello <|im_end|>")
+    assert "1 tokens more than the model has rows" in tokenizer.notice and whole.notice is None
+    assert tokenizer.pad_id < whole.vocab_size  # a name without a row is passed over
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_parts(["a", text])):
+        with pytest.raises(
+            UserError, match=rf"holds '\[PAD\]', which is token {whole.vocab_size} of .*vocab_size"
+        ):
+            encode("a[PAD]")
+    (folder / "config.json").write_text(json.dumps({"text_config": {"vocab_size": whole.vocab_size + 1}}))
+    assert Tokenizer.from_folder(folder).encode("[PAD]") == [whole.vocab_size]
+
+
+def test_every_source_of_stop_ids_is_read(folder, tmp_path):
+    """transformers': generation_config.json, else config.json; for an adapter those of its base."""
+    named = Tokenizer.from_folder(folder)
+    start, think = named.token_id("<|im_start|>"), named.token_id("<think>")
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text(json.dumps({"eos_token_id": [think, start]}))
+    assert Tokenizer.from_folder(folder, base).stop_ids == (named.eos_id, think, start)
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": start}))
+    assert Tokenizer.from_folder(folder, base).stop_ids == (named.eos_id, start)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [think]}))
+    assert Tokenizer.from_folder(folder, base).stop_ids == (named.eos_id, think)
+    assert Tokenizer.from_folder(folder).stop_ids == (named.eos_id, think)
+
+
+def test_the_first_stop_word_becomes_eos_where_it_is_a_token(folder):
+    """As LLaMA-Factory's replace_eos; further words, and what ended texts before, end them still."""
+    edit(folder / "tokenizer_config.json", eos_token="<|endoftext|>")
+    edit(folder / "special_tokens_map.json", eos_token="<|endoftext|>")
+    tokenizer = Tokenizer.from_folder(folder)
+    old, start, end, think = map(
+        tokenizer.token_id, ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>")
+    )
+    assert tokenizer.ends(("<|im_end|>", "<|im_start|>", "<|endoftext|>")) == (
+        "<|im_end|>",
+        (end, old, start),
+    )
+    assert tokenizer.ends(("### Instruction:", "<|endoftext|>")) == ("<|endoftext|>", (old,))
+    assert tokenizer.ends(("<|eot_id|>", "<|im_start|>")) == ("<|endoftext|>", (old, start))
+    assert tokenizer.ends(("<think>",)) == ("<think>", (think, old))  # added, not special
+    assert tokenizer.ends(()) == ("<|endoftext|>", (old,))
 
 
 def test_missing_files_say_what_to_do(tmp_path):
@@ -339,8 +440,28 @@ def test_saved_tokenizer_is_the_same_for_us_and_for_transformers(pair, tmp_path)
     assert loaded(text).input_ids == theirs(text).input_ids
     assert loaded.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False) == "Hi!"
     assert again.chat_template == loaded.chat_template
+    end = next(t for t in ("<unk>", "<|im_start|>", "<|eot_id|>") if ours.token_id(t) is not None)
+    ours.save(tmp_path / "ended", eos_token=end)
+    ended = transformers.AutoTokenizer.from_pretrained(tmp_path / "ended")
+    assert ended.eos_token == Tokenizer.from_folder(tmp_path / "ended").eos_token == end
     ours.save(ours.folder)  # onto itself: nothing happens
     assert Tokenizer.from_folder(ours.folder).chat_template is None
+
+
+def test_of_two_templates_the_one_that_counts_is_saved(folder, tmp_path):
+    (folder / "chat_template.jinja").write_text("new")
+    edit(folder / "tokenizer_config.json", chat_template="old")
+    named = folder / "additional_chat_templates"
+    named.mkdir()
+    (named / "tool_use.jinja").write_text("tools")
+    tokenizer = Tokenizer.from_folder(folder)
+    tokenizer.save(tmp_path / "kept")
+    tokenizer.save(tmp_path / "other", chat_template="other")
+    for name, text in (("kept", "new"), ("other", "other")):
+        assert json.loads((tmp_path / name / "tokenizer_config.json").read_text())["chat_template"] == text
+        assert (tmp_path / name / "chat_template.jinja").read_text() == text
+        assert (tmp_path / name / "additional_chat_templates" / "tool_use.jinja").exists() == (name == "kept")
+    assert "old" in (folder / "tokenizer_config.json").read_text()  # the source stays as it is
 
 
 def test_pieces_show_spaces_bytes_and_special_tokens(folders):

@@ -1,0 +1,166 @@
+"""What is saved stops in other programs too: eos and stop ids in every file, one chat template, and
+tokenizers with more tokens than the model has rows. transformers is the oracle."""
+
+import json
+import shutil
+
+import pytest
+import transformers
+from tiny_runs import tiny_runs
+
+import chat
+import export
+from checkpoints.gguf.read import open_gguf
+from templates import get_template
+from text.tokenizer import Tokenizer, as_ids
+
+OLD = "{% for m in messages %}OLD {{ m['content'] }}{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    with tiny_runs(tmp_path_factory.mktemp("saved")) as tiny:
+        yield tiny
+
+
+@pytest.fixture(scope="module")
+def base(tiny):
+    """A model whose texts end at <|endoftext|>, as those of base models do, with a template of its own."""
+    folder = tiny.make_model("base", seed=2)
+    old = Tokenizer.from_folder(folder).token_id("<|endoftext|>")
+    edit(folder / "tokenizer_config.json", eos_token="<|endoftext|>", chat_template=OLD)
+    edit(folder / "special_tokens_map.json", eos_token="<|endoftext|>")
+    edit(folder / "config.json", eos_token_id=old)
+    edit(folder / "generation_config.json", eos_token_id=old, max_length=99)
+    return folder
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps((read(path) if path.exists() else {}) | changes))
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def ends(folder):
+    """(eos of the tokenizer, ids of generation_config.json, ids of config.json or None)."""
+    eos = transformers.AutoTokenizer.from_pretrained(folder).eos_token
+    config = folder / "config.json"
+    config = as_ids(read(config).get("eos_token_id")) if config.exists() else None
+    return eos, as_ids(read(folder / "generation_config.json")["eos_token_id"]), config
+
+
+def exported(tiny, name, source, **keys):
+    folder = tiny.folder / name
+    shutil.rmtree(folder, ignore_errors=True)
+    keys = {"model_name_or_path": source, "export_dir": folder} | keys
+    assert export.main([f"{key}={value}" for key, value in keys.items()]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_run_saves_the_ends_of_its_template_in_every_file(tiny, base, kind, capsys):
+    name, tokenizer = f"ended {kind}", Tokenizer.from_folder(base)
+    end, old, start = map(tokenizer.token_id, ("<|im_end|>", "<|endoftext|>", "<|im_start|>"))
+    keys = {"finetuning_type": kind, "save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    assert tiny.train(name, model_name_or_path=base, **keys) == 0
+    expected = ("<|im_end|>", [end, old, start])
+    result = tiny.folder / name
+    for folder in (result, result / "checkpoint-1"):
+        assert ends(folder) == (*expected, expected[1] if kind == "full" else None)
+        assert Tokenizer.from_folder(folder, base).stop_ids == (end, old, start)
+        templates = (folder / "chat_template.jinja").read_text(), read(folder / "tokenizer_config.json")
+        assert templates[0] == templates[1]["chat_template"] == get_template("chatml").to_jinja()
+    if kind == "full":
+        assert read(result / "generation_config.json")["max_length"] == 99
+    merged = exported(tiny, f"merged {kind}", result)
+    assert ends(merged) == (*expected, expected[1])
+    assert read(merged / "tokenizer_config.json")["chat_template"] == templates[0]
+    metadata = open_gguf(exported(tiny, f"gguf {kind}", result, export_gguf_type="F16") / "model-F16.gguf")[1]
+    found = [metadata[f"tokenizer.ggml.{name}_token_id"] for name in ("eos", "eot", "eom")]
+    assert found == [end, old, start]
+    assert "<|im_end|>" in metadata["tokenizer.chat_template"]
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# template of the run, the base's own, its generation_config -> tokens that end a text, eos first
+CASES = {
+    "its answers end with eos": ("vicuna", None, ["<|endoftext|>"], ["<|endoftext|>"]),
+    "its end is text": ("alpaca", None, ["<|endoftext|>"], ["<|endoftext|>"]),
+    "nothing ends its answers": ("empty", None, ["<|endoftext|>"], ["<|endoftext|>"]),
+    "its end is no token here": ("llama3", None, ["<|endoftext|>"], ["<|endoftext|>"]),
+    "the checkpoint's own": (None, CHATML, ["<|endoftext|>"], ["<|im_end|>", "<|endoftext|>"]),
+    "two ids before": (
+        "chatml",
+        None,
+        ["<|endoftext|>", "<think>"],
+        ["<|im_end|>", "<|endoftext|>", "<think>", "<|im_start|>"],
+    ),
+    "an end that is no special token": (
+        None,
+        CHATML.replace("<|im_end|>", "</think>"),
+        ["<|endoftext|>"],
+        ["</think>", "<|endoftext|>"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ends_of_other_templates(tiny, base, case):
+    template, own, before, after = CASES[case]
+    folder, name = shutil.copytree(base, tiny.folder / f"base of {case}"), f"run of {case}"
+    tokenizer = Tokenizer.from_folder(folder)
+    edit(folder / "generation_config.json", eos_token_id=[tokenizer.token_id(word) for word in before])
+    edit(folder / "tokenizer_config.json", chat_template=own or OLD)
+    assert (
+        tiny.train(name, model_name_or_path=folder, template=template, max_steps=1, finetuning_type="full")
+        == 0
+    )
+    ids = [tokenizer.token_id(word) for word in after]
+    assert ends(tiny.folder / name) == (after[0], ids, ids)
+
+
+def test_plain_text_and_plain_conversion_change_nothing(tiny, base):
+    keys = {"stage": "pt", "dataset": tiny.folder / "text.txt", "template": None, "finetuning_type": "full"}
+    assert tiny.train("plain", model_name_or_path=base, max_steps=1, **keys) == 0
+    for folder in (tiny.folder / "plain", exported(tiny, "converted", base)):
+        assert ends(folder) == ends(base)
+        assert read(folder / "tokenizer_config.json") == read(base / "tokenizer_config.json")
+
+
+def test_more_tokens_than_rows_serve_as_long_as_these_never_occur(tiny, capsys):
+    """transformers generates with such a folder; so do training, chat, export, and what export wrote as GGUF
+    comes back."""
+    tokenizer = Tokenizer.from_folder(tiny.model)
+    rows = tokenizer.vocab_size
+    folder = tiny.make_model("surplus", seed=1, vocab_size=rows)
+    pad = {"content": "[PAD]", "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    edit(folder / "tokenizer_config.json", added_tokens_decoder={str(rows): pad}, pad_token="[PAD]")
+    for kind in ("full", "lora"):
+        name = f"surplus {kind}"
+        assert tiny.train(name, model_name_or_path=folder, finetuning_type=kind, max_steps=1) == 0
+        assert "1 tokens more than the model has rows" in capsys.readouterr().out
+        words = [f"model_name_or_path={tiny.folder / name}", "max_new_tokens=3", "device=cpu"]
+        assert chat.main([*words, "prompt=Hello"]) == 0
+        assert "1 tokens more than the model has rows" in capsys.readouterr().err
+        assert chat.main([*words, "prompt=Hello [PAD]"]) == 2
+        assert f"holds '[PAD]', which is token {rows}" in capsys.readouterr().err
+        merged = exported(tiny, f"merged {name}", tiny.folder / name)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(merged)
+        assert len(transformers.AutoTokenizer.from_pretrained(merged)) == rows + 1 > theirs.vocab_size
+        path = exported(tiny, f"gguf {name}", merged, export_gguf_type="F16") / "model-F16.gguf"
+        metadata = open_gguf(path)[1]
+        assert len(metadata["tokenizer.ggml.tokens"]) == rows > metadata["tokenizer.ggml.padding_token_id"]
+        back = exported(tiny, f"back {name}", path)
+        text = "Hello, who are you?"
+        assert Tokenizer.from_folder(back).encode(text) == tokenizer.encode(text)
+    (tiny.folder / "padded.json").write_text(json.dumps([{"instruction": "a", "output": "b [PAD]"}] * 3))
+    for streamed in (False, True):
+        keys = {"dataset": tiny.folder / "padded.json", "streaming": streamed, "max_steps": 1}
+        assert tiny.train("refused", model_name_or_path=folder, **keys) == 2
+        found = capsys.readouterr().err
+        assert "padded.json:1 (row 0): the text holds '[PAD]'" in found and f"vocab_size {rows}" in found
