@@ -45,6 +45,7 @@ HARMLESS = {
     "every evaluation set is evaluated by itself": "eval_on_each_dataset",
     "the model family is read from config.json": "model_type model_class tuner_backend",
     "what was trained is read from the folder": "finetuning_type",
+    "nothing but an earlier result of its own is ever replaced": "overwrite_output_dir",
     "quantised layers compute in the dtype of the training": "bnb_4bit_comp_dtype bnb_4bit_compute_dtype",
     "codes are always stored as bytes": "bnb_4bit_quant_storage",
     "models are text only": """media_dir image_* video_* audio_sampling_rate use_audio_in_video

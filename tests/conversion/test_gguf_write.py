@@ -417,11 +417,12 @@ def test_a_named_template_and_its_end_of_turn_are_written(llama, tmp_path):
     config = json.loads((folder / "tokenizer_config.json").read_text()) | {"eos_token": "<|endoftext|>"}
     make_model(tmp_path / "model")
     (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "model" / "special_tokens_map.json").unlink()
     path = exported(tmp_path / "model", tmp_path / "out", "F16", template="qwen")
     tokenizer = Tokenizer.from_folder(tmp_path / "model")
     _, metadata = read.open_gguf(path)
-    assert metadata["tokenizer.ggml.eos_token_id"] == tokenizer.token_id("<|endoftext|>")
-    assert metadata["tokenizer.ggml.eot_token_id"] == tokenizer.token_id("<|im_end|>")
+    assert metadata["tokenizer.ggml.eos_token_id"] == tokenizer.token_id("<|im_end|>")
+    assert metadata["tokenizer.ggml.eot_token_id"] == tokenizer.token_id("<|endoftext|>")
     assert "<|im_start|>" in metadata["tokenizer.chat_template"]
 
 
