@@ -33,6 +33,7 @@ from options.config import Config
 from options.errors import StopRun, UserError, refuse, say
 from parallel.atomic import TEMPORARY, alone_in, atomic_file, flush, flush_tree, remove, remove_folder
 from parallel.world import World, lost
+from text.tokenizer import NAMED_TEMPLATES
 from training.instruments import Totals
 from training.monitor import ALL_RESULTS, read_results, write_json
 
@@ -304,13 +305,14 @@ def writing_result(output_dir: Path, world: World) -> Iterator[Path]:
     with _of_all_ranks(output_dir, output_dir / f"{TEMPORARY}result", world) as temporary:
         yield temporary
     if world.is_main:
-        fresh = {path.name for path in temporary.iterdir()}
-        for path in itertools.chain(*map(output_dir.glob, WEIGHTS)):
-            if path.name not in fresh:
+        fresh = [path.relative_to(temporary) for path in temporary.rglob("*") if path.is_file()]
+        for path in itertools.chain(*map(output_dir.glob, (*WEIGHTS, NAMED_TEMPLATES))):
+            if path.relative_to(output_dir) not in fresh:
                 path.unlink()
-        for path in temporary.iterdir():
-            os.replace(path, output_dir / path.name)
-        temporary.rmdir()
+        for path in fresh:
+            (output_dir / path).parent.mkdir(exist_ok=True)
+            os.replace(temporary / path, output_dir / path)
+        remove_folder(temporary)
         flush(output_dir)
     world.barrier()
 

@@ -124,6 +124,18 @@ def test_ends_of_other_templates(tiny, base, case):
     assert ends(tiny.folder / name) == (after[0], ids, ids)
 
 
+def test_named_templates_stay_with_a_run_that_used_them_and_go_with_one_that_did_not(tiny, base):
+    folder = shutil.copytree(base, tiny.folder / "base with tool_use")
+    named = "additional_chat_templates/tool_use.jinja"
+    (folder / named).parent.mkdir()
+    (folder / named).write_text(CHATML)
+    (folder / "chat_template.jinja").write_text(CHATML)
+    keys = {"model_name_or_path": folder, "max_steps": 1, "overwrite_output_dir": True}
+    for template, kept in ((None, True), (None, True), ("chatml", False)):
+        assert tiny.train("named", template=template, **keys) == 0
+        assert (tiny.folder / "named" / named).exists() == kept
+
+
 def test_plain_text_and_plain_conversion_change_nothing(tiny, base):
     keys = {"stage": "pt", "dataset": tiny.folder / "text.txt", "template": None, "finetuning_type": "full"}
     assert tiny.train("plain", model_name_or_path=base, max_steps=1, **keys) == 0
