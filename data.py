@@ -33,12 +33,9 @@ from pipeline.report import DataReport, DatasetReport
 from pipeline.sources import HubAccess, open_hub
 from pipeline.store import ExampleStore, Tally, save_sets
 from pipeline.streaming import RowStream
-from pipeline.tokenise import Tokeniser
+from pipeline.tokenise import DECIDED, Tokeniser
 
 PROMPTS = "prompts of "  # before the name of a set in tokenized_path
-# options that were used when tokenized_path was made, and are not looked at where it exists
-DECIDED = ("dataset", "eval_dataset", "dataset_dir", "split", "max_samples", "val_size", "mix_strategy")
-DECIDED += ("interleave_probs", "overwrite_cache", "preprocessing_num_workers")
 
 
 @dataclass(frozen=True)
@@ -233,10 +230,8 @@ def load_datasets(
     if prompts and template is None:
         raise UserError(f"template: generating from prompts needs one, also in stage {stage}")
     if saved is not None and saved.exists():
-        train, evaluation, report = work.load(saved)
-        ignored = ", ".join(key for key in DECIDED if getattr(options, key) != getattr(DataOptions, key))
-        if ignored:
-            report.notes.append(f"note: tokenized_path: {saved} exists, so these are not used: {ignored}")
+        given = [key for key in DECIDED if getattr(options, key) != getattr(DataOptions, key)]
+        train, evaluation, report = work.load(saved, given)
         asked = {name: evaluation.pop(name) for name in list(evaluation) if name.startswith(PROMPTS)}
         if prompts and evaluation and not asked:
             why = "holds no prompts to generate from; make it anew with predict_with_generate"

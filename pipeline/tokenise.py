@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -31,6 +31,10 @@ from pipeline.report import DataReport, DatasetReport
 from pipeline.sources import DatasetInfo, HubAccess, Row, find_dataset, open_hub, read_rows
 from pipeline.store import ExampleStore, StoreWriter, Tally, TokenArrays, load_sets, partial_folder
 from text import render
+
+# options that were used when tokenized_path was made, and are not looked at where it exists
+DECIDED = ("dataset", "eval_dataset", "dataset_dir", "split", "max_samples", "val_size", "mix_strategy")
+DECIDED += ("interleave_probs", "overwrite_cache", "preprocessing_num_workers")
 
 
 @dataclass(frozen=True)
@@ -72,11 +76,15 @@ class Tokeniser:
             "options": asdict(self.encode),
         }
 
-    def load(self, folder: Path) -> tuple[ExampleStore | None, dict[str, ExampleStore], DataReport]:
+    def load(
+        self, folder: Path, given: Sequence[str]
+    ) -> tuple[ExampleStore | None, dict[str, ExampleStore], DataReport]:
         """What save_sets kept: training set, evaluation sets, report. Refused when tokenizer, template or
-        options would now give other tokens; where only the programs changed, the report says it."""
+        options would now give other tokens; where only the programs changed, the report says it, and it names
+        the `given` options of DECIDED."""
         meta, sets = load_sets(folder)
-        notes = []
+        unused = f"exists, so these are not used: {', '.join(given)}"
+        notes = [f"note: tokenized_path: {folder} {unused}"] if given else []
         for name, now in self.keys().items():
             then = meta["keys"].get(name)
             if then != now and name == "version":

@@ -483,7 +483,7 @@ def _named_tokens(*sources: dict) -> dict[str, str]:
 
 def _chat_template(folder: Path, config: dict) -> str | dict[str, str] | None:
     """The entry of tokenizer_config.json, one or several by name; the files chat_template.jinja and
-    additional_chat_templates/NAME.jinja come before it."""
+    additional_chat_templates/NAME.jinja take its place, where there is one of them."""
     found, where = config.get("chat_template"), folder / "tokenizer_config.json"
     if isinstance(found, list):
         wrong = not all(isinstance(entry, dict) and {"name", "template"} <= entry.keys() for entry in found)
@@ -495,6 +495,7 @@ def _chat_template(folder: Path, config: dict) -> str | dict[str, str] | None:
     files = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     if (folder / "chat_template.jinja").exists():
         files["default"] = folder / "chat_template.jinja"
+    named = {} if files else named
     for name, path in files.items():
         try:
             named = {**named, name: path.read_text(encoding="utf-8")}

@@ -407,10 +407,13 @@ def test_columns_by_path_are_those_of_all_rows(tmp_path, ending):
         "system": "system",
     }
     found = [row for _, _, row in read_rows(info)]
-    assert to_conversation(found[0], info).turns == [("user", "Name a colour."), ("assistant", "red")]
+    assert to_conversation(found[0], info).turns == [
+        Message("user", "Name a colour."),
+        Message("assistant", "red"),
+    ]
     assert to_conversation(found[1], info).turns[:2] == [
-        ("system", "Be brief."),
-        ("user", "Translate:\ngood night"),
+        Message("system", "Be brief."),
+        Message("user", "Translate:\ngood night"),
     ]
     if ending != "csv":  # where nothing is an empty text
         with pytest.raises(Dropped, match="no answer"):
@@ -425,7 +428,7 @@ def test_the_first_value_of_a_column_says_what_it_is(tmp_path, ending):
         info = find_dataset(f"rows.{ending}", tmp_path)
         assert (info.formatting, info.columns) == ("openai", {"kto_tag": "label", "messages": "messages"})
         rows = [row for _, _, row in read_rows(info)]
-        assert to_conversation(rows[1], info).turns == [("user", "a"), ("assistant", "b")]
+        assert to_conversation(rows[1], info).turns == [Message("user", "a"), Message("assistant", "b")]
         for row in (rows[0], rows[2]):
             with pytest.raises(Dropped, match="no messages|no answer"):
                 to_conversation(row, info)

@@ -423,9 +423,10 @@ def test_chat_template_of_every_spelling(folder):
     assert Tokenizer.from_folder(folder).chat_template == "one"
     named = [{"name": "tool_use", "template": "two"}, {"name": "default", "template": "three"}]
     edit(folder / "tokenizer_config.json", chat_template=named)
-    assert Tokenizer.from_folder(folder).chat_template == "three"
+    assert Tokenizer.from_folder(folder).chat_template == {"tool_use": "two", "default": "three"}
     edit(folder / "tokenizer_config.json", chat_template={"default": "four"})
     assert Tokenizer.from_folder(folder).chat_template == "four"
+    edit(folder / "tokenizer_config.json", chat_template=named)
     (folder / "chat_template.jinja").write_text("five")
     assert Tokenizer.from_folder(folder).chat_template == "five"
 
