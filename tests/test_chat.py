@@ -407,7 +407,7 @@ def test_bad_input_gives_one_clear_line_and_status_2(folder, tmp_path, capsys, m
 
 def test_an_error_of_the_program_keeps_its_traceback(folder, monkeypatch):
     """Such as this one of numpy's planted in the way of every answer: it is no mistake of the user's."""
-    monkeypatch.setattr(Tokenizer, "from_folder", lambda folder: np.stack([]))
+    monkeypatch.setattr(Tokenizer, "from_folder", lambda *folders: np.stack([]))
     with pytest.raises(ValueError, match="need at least one array to stack"):
         chat.main(words(model_name_or_path=folder, prompt="Hello"))
 
