@@ -102,8 +102,10 @@ class TokenArrays:
         """Memory-map a finished folder. Raises UserError when a file is missing, short, or changed."""
         folder = Path(folder)
         meta = _read_json(folder / "meta.json")
-        if meta is None or "sizes" not in meta:
-            raise UserError(f"{folder}: meta.json is missing or not readable")
+        if meta is None or meta.get("sizes", {}).keys() != ARRAYS.keys():
+            raise UserError(
+                f"{folder}: meta.json is missing, not readable, or of another version; tokenise anew"
+            )
         arrays = {}
         for name, (file, dtype) in ARRAYS.items():
             path = folder / file

@@ -277,7 +277,7 @@ def test_the_cache_is_used_until_something_that_counts_changes(home, tokenizer, 
     assert len(seen) == 4
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "no meta", "bad meta"])
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "no meta", "bad meta", "other version"])
 def test_a_damaged_cache_is_found_and_made_again(home, tokenizer, monkeypatch, damage, capsys):
     put(home, "a", questions(5))
     before = everything(load(home, tokenizer, "a").train)
@@ -291,6 +291,10 @@ def test_a_damaged_cache_is_found_and_made_again(home, tokenizer, monkeypatch, d
         path.unlink()
     elif damage == "no meta":
         (path.parent / "meta.json").unlink()
+    elif damage == "other version":
+        meta = json.loads((path.parent / "meta.json").read_text())
+        del meta["sizes"]["asked"]
+        (path.parent / "meta.json").write_text(json.dumps(meta))
     else:
         (path.parent / "meta.json").write_text("{")
     seen = count_encoding(monkeypatch)
