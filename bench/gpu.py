@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
     # a copy without .git is told its commit once, and so are the parts
     os.environ.setdefault("COMMIT", commit())
     if device.type == "cpu":
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # at tiny sizes threads do nothing but wait for each other
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # at tiny sizes threads only wait for each other
     folder = measure.results_folder(options["out"], "GPU" if device.type == "cuda" else None).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     command = "python bench/gpu.py " + " ".join(argv)
