@@ -103,6 +103,7 @@ class Tokenizer:
         for name in ("bos", "eos", "pad", "unk"):
             named = [_token_text(source.get(f"{name}_token")) for source in sources]
             ids = [i for source in (generation, described) for i in as_ids(source.get(f"{name}_token_id"))]
+            ids = [i for i in ids if 0 <= i < 2**32]  # -1 stands for none in older files
             known = {text: backend.token_to_id(text) for text in named if text is not None}
             known |= {
                 text: i for i in ids if (text := backend.id_to_token(i)) is not None and text not in known
@@ -116,6 +117,11 @@ class Tokenizer:
         tokenizer.special_tokens = _named_tokens(special_map, config)
         # as in transformers: config.json counts where the other says nothing
         ends = as_ids(generation.get("eos_token_id")) or as_ids(described.get("eos_token_id"))
+        size = max(rows or 0, backend.get_vocab_size(with_added_tokens=True))
+        outside = next((i for i in ends if not 0 <= i < size), None)
+        found = f"eos_token_id {outside} is outside the vocabulary of {size} tokens, so no text would end"
+        wrong = f"{folder}: {found}; correct it in generation_config.json or config.json"
+        refuse(outside is not None, wrong)
         ends = (i for i in ends if rows is None or i < rows)
         tokenizer.stop_ids = tuple(dict.fromkeys([*tokenizer.stop_ids, *ends]))
         return tokenizer
@@ -416,9 +422,10 @@ def _token_text(value) -> str | None:
 
 def as_ids(value) -> list[int]:
     """[7] of 7, [7, 8] of itself, [] of null: the two spellings of eos_token_id."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return [value]
-    return [int(item) for item in value] if isinstance(value, list) else []
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    wrong = not all(isinstance(each, int) and not isinstance(each, bool) for each in ids)
+    refuse(wrong, f"a token id is {value!r}, expected a whole number, or a list of them (eos_token_id, ...)")
+    return ids
 
 
 def _add_listed_tokens(backend: tokenizers.Tokenizer, folder: Path, config: dict, special_map: dict) -> None:

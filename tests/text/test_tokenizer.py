@@ -564,3 +564,14 @@ def test_the_patterns_of_published_tokenizers_are_no_such(tmp_path):
     published = [pattern for each in PRE_TOKENIZERS.values() for pattern in each.regexes]
     published += [r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))", " ?[^(\\s|[.,!?\u2026\u3002])]+"]
     assert not [pattern for pattern in published if _backtracks(pattern)]
+
+
+@pytest.mark.parametrize("value", [-1, 10**6, 2**40, [10**6], [0, 10**6], "2", 2.5, [None], True])
+def test_an_end_of_text_outside_the_vocabulary_is_refused(folder, value):
+    for name in ("generation_config.json", "config.json"):
+        (folder / name).write_text(json.dumps({"eos_token_id": value}))
+        with pytest.raises(UserError, match="eos_token_id"):
+            Tokenizer.from_folder(folder)
+        (folder / name).write_text(json.dumps({"eos_token_id": [0]}))
+        assert 0 in Tokenizer.from_folder(folder).stop_ids
+        (folder / name).unlink()
