@@ -185,7 +185,6 @@ def find_start(config: Config) -> tuple[Path | None, Path]:
     check_adapters(config[ModelOptions], wanted_files(config))
     if options.plan:
         return None, resolve_model(config[ModelOptions], wanted_files(config))
-    run_folder.refuse_foreign(output_dir, named_files(config))
     if options.trains:
         resume = run_folder.find_resume(output_dir, options.resume_from_checkpoint, overwrite)
     source = resolve_model(config[ModelOptions])
@@ -196,6 +195,7 @@ def find_start(config: Config) -> tuple[Path | None, Path]:
         trained_on = adapters[-1] if adapters and not config[LoraOptions].create_new_adapter else None
         sources = {"adapter_name_or_path": adapters, "model_name_or_path": [source]} | folders_beside(config)
         run_folder.refuse_to_destroy(output_dir, overwrite and resume is None, sources, trained_on)
+    run_folder.refuse_foreign(output_dir, named_files(config))
     return resume, source
 
 
