@@ -23,13 +23,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 import parallel.world
-from checkpoints.huggingface import require_saved, restore_trained
+from checkpoints.huggingface import require_saved
 from data import DataOptions, TokenizedDataSaved
 from model import Decoder
 from options import config as configuration
@@ -42,29 +41,15 @@ from stages.stage import Metrics, Stage
 from training import memory, run_folder, setup
 from training.instruments import Health, MetricWindow, peak_memory_gb
 from training.measure import measure, prepare
-from training.monitor import Monitor, write_json
-from training.optimizers import load_optimizer, make_optimizer, set_learning_rate
+from training.monitor import Monitor
+from training.optimizers import make_optimizer, set_learning_rate
 from training.options import OptimOptions, TrainOptions
 from training.predict import PREDICTIONS, write_predictions
-from training.run_folder import Progress, load_best, wants_checkpoint
+from training.run import Run
+from training.run_folder import Progress, wants_checkpoint
 from training.schedules import schedule
 from training.setup import SECTIONS
 from training.signals import Interrupted, Signals
-
-
-@dataclass
-class Run:
-    """What the functions below share; update takes of it what it needs."""
-
-    inputs: setup.Inputs  # options and ranks, the model's folder, tokenizer, template
-    data: setup.Data  # loaders, and how many updates are made of them
-    model: Decoder
-    stage: Stage
-    optimizer: torch.optim.Optimizer | None
-    scaler: torch.amp.GradScaler
-    monitor: Monitor  # log lines and files; monitor.window: the updates since the last line
-    progress: Progress  # counters
-    signals: Signals
 
 
 def main(argv: list[str]) -> int:
@@ -109,7 +94,7 @@ def run(config: configuration.Config, world: World) -> int:
         if options.trains:
             require_saved(model)
             if state is not None:
-                restore(this, state)
+                this.restore(state)
                 del state  # the optimizer has its own copy
             if world.is_main:
                 begin = inputs.resume, options.overwrite_output_dir, config
@@ -150,14 +135,14 @@ def train(this: Run) -> int:
     ended = (early or steps_left == 0) and not progress.evaluation_due
     if ended and run_folder.finished(output_dir):
         world.print(f"note: {output_dir} {progress.already_trained}")
-        take_best(this)
+        this.take_best()
         return 0
     monitor.begin(progress.step, data.total_steps, run_folder.read_history(inputs.resume), progress.seconds)
     health = Health(world, data.names)
     gradient_sum, max_norm = GradientSum(this.model, world), optim_options.max_grad_norm
     this.model.train()
     if progress.evaluation_due and (stop := evaluate_and_track(this)):
-        return leave(this, stop)
+        return this.leave(stop)
     early, norm = progress.out_of_patience(options.early_stopping_steps), None
     with groups(this) as ready:
         for group in itertools.islice(ready, 0 if early else steps_left):
@@ -183,9 +168,9 @@ def train(this: Run) -> int:
                 stop = evaluate_and_track(this)
             early = progress.out_of_patience(options.early_stopping_steps)
             if stop:
-                return leave(this, stop)
+                return this.leave(stop)
             if save or asked or (early and options.save_strategy != "no"):
-                save_checkpoint(this)
+                this.save_checkpoint()
             if early:
                 world.print(f"early stop: no gain in {options.early_stopping_steps} evaluations")
                 break
@@ -193,15 +178,6 @@ def train(this: Run) -> int:
         log_training(this, norm)
     finish(this)
     return 0
-
-
-def leave(this: Run, stop: int) -> int:
-    """After this signal: a checkpoint, and the exit status."""
-    path = save_checkpoint(this)
-    this.monitor.close()
-    stopped = f"{signal.Signals(stop).name}: stopped after step {this.progress.step}"
-    this.inputs.world.print(f"{stopped}; the same command continues from {path}")
-    return 128 + stop
 
 
 @contextmanager
@@ -227,7 +203,7 @@ def save_after_failure(this: Run) -> str:
     """A checkpoint of what was trained before the reward failed, if there can be one; gives its place."""
     if this.inputs.world.size > 1 or this.inputs.options.save_strategy == "no" or not this.progress.step:
         return ""  # other ranks may have their rewards, and know nothing of it
-    return f"; the same command continues from {save_checkpoint(this)}"
+    return f"; the same command continues from {this.save_checkpoint()}"
 
 
 @fitting("a training step", "lower per_device_train_batch_size or cutoff_len")
@@ -306,72 +282,16 @@ def finish(this: Run) -> None:
     options, progress, world = this.inputs.options, this.progress, this.inputs.world
     progress.seconds = this.monitor.seconds()
     this.monitor.close()
-    take_best(this)
+    this.take_best()
     with run_folder.writing_result(this.inputs.output_dir, world) as folder:
         if world.is_main:
-            save_model(this, folder, progress.logged_tokens)
+            this.save_model(folder, progress.logged_tokens)
     if options.plot_loss:
         this.monitor.plot()
     results = progress.results(this.data.epoch(progress.step), peak_memory_gb(world.device))
     this.monitor.save_results("train", results)  # last: from here on the run counts as finished
     world.barrier()
     world.print(f"saved to {this.inputs.output_dir}")
-
-
-def take_best(this: Run) -> None:
-    """Give the model the weights that evaluated best, if that is asked for."""
-    options, progress, world = this.inputs.options, this.progress, this.inputs.world
-    if options.load_best_model_at_end and progress.best_checkpoint:
-        world.print(load_best(this.model, this.inputs.output_dir, progress, options.metric, world))
-
-
-def save_model(this: Run, folder: Path, tokens: int) -> None:
-    """What other programs read: weights, tokenizer, configuration, trainer_state.json of transformers."""
-    setup.save_weights(this.inputs, this.model, folder)
-    total, epoch = this.data.total_steps, this.data.epoch(this.progress.step)
-    state = this.progress.trainer_state(this.inputs.output_dir, total, epoch, tokens)
-    write_json(folder / run_folder.TRAINER_STATE, state | {"log_history": this.monitor.history})
-
-
-def save_checkpoint(this: Run) -> Path:
-    """Write checkpoint-<step>, complete or not at all, and remove those beyond save_total_limit."""
-    options, world = this.inputs.options, this.inputs.world
-    progress, window = this.progress, this.monitor.window
-    started = time.monotonic()
-    progress.seconds = this.monitor.seconds()
-    tokens = progress.logged_tokens + window.totals().tokens
-    own = {"random": run_folder.random_state(world.device), "window": window.state()}
-    own |= {
-        "stage": this.stage.state(),
-        "data": this.data.loader.state(this.data.batches_drawn(progress.step)),
-    }
-    path = this.inputs.output_dir / f"checkpoint-{progress.step}"
-    with run_folder.writing_checkpoint(path, world) as folder:
-        torch.save(own, folder / f"rank_state_{world.rank}.pt")
-        if world.is_main:
-            save_model(this, folder, tokens)
-            state = {"progress": asdict(progress), "fingerprint": this.data.fingerprint}
-            if not options.save_only_model:
-                state |= {"optimizer": this.optimizer.state_dict(), "scaler": this.scaler.state_dict()}
-            torch.save(state, folder / run_folder.STATE_FILE)
-    if world.is_main:
-        run_folder.rotate(path.parent, options.save_total_limit, progress.best_checkpoint)
-    window.leave_out(time.monotonic() - started)
-    return path
-
-
-def restore(this: Run, state: dict) -> None:
-    """Everything back as it was when the checkpoint was written."""
-    world, folder = this.inputs.world, this.inputs.resume
-    restore_trained(this.model, folder)
-    load_optimizer(this.optimizer, state["optimizer"])
-    this.scaler.load_state_dict(state["scaler"])
-    this.progress = Progress(**state["progress"])
-    this.monitor.window.restore(state["rank"]["window"])
-    this.stage.restore(state["rank"]["stage"])
-    this.data.loader.restore(state["rank"].get("data", {}))
-    run_folder.restore_random_state(state["rank"]["random"], world.device)
-    world.print(f"resuming {folder} at step {this.progress.step} of {this.data.total_steps}")
 
 
 if __name__ == "__main__":

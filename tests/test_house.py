@@ -121,7 +121,7 @@ def lines_of(path):
 
 def test_the_main_path_is_read_in_one_sitting():
     assert sum(map(lines_of, MAIN_PATH)) <= 1400
-    budgets = {"train.py": 380, "model.py": 320, "lora.py": 380}
+    budgets = {"train.py": 330, "model.py": 320, "lora.py": 380}
     assert {name: lines_of(name) for name, most in budgets.items() if lines_of(name) > most} == {}
 
 

@@ -11,6 +11,7 @@ In the loop
     instruments  MetricWindow, Health, peak memory
     measure      what an evaluation measures; predict: answers to its rows, and how close they come
 What it leaves
+    run          Run, what train.py's functions share: saved as a checkpoint, restored, left
     run_folder   checkpoint-<step>, complete or absent; Progress, resuming
     signals      what ends a run before its end
     monitor      log lines and files; plot: training_loss.png; trackers: tensorboard, wandb, mlflow
