@@ -408,9 +408,10 @@ def test_the_best_weights_are_looked_at_before_they_are_taken(tiny, tmp_path, mo
         content = bytearray(path.read_bytes())
         content[-1] ^= 1
         path.write_bytes(content)
-        return run_folder.load_best(model, output_dir, *rest)
+        return load_best(model, output_dir, *rest)
 
-    monkeypatch.setattr(train, "load_best", flipping)
+    load_best = run_folder.load_best
+    monkeypatch.setattr(run_folder, "load_best", flipping)
     assert resume(tiny, tmp_path / "run", max_steps=2, **keys) == 2
     assert "checkpoint-2/adapter_model.safetensors: damaged" in capsys.readouterr().err
 
