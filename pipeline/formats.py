@@ -300,6 +300,8 @@ def _message(entry, where: str, roles: dict[str, str], tags: dict[str, str]) -> 
         more["weight"] = more.pop("loss_weight")
     if more.get("weight", 1) not in (0, 1):
         raise _wrong(f"{where}.weight", "0 or 1", more["weight"])
+    if not isinstance(more.get("reasoning_content", ""), str):
+        raise _wrong(f"{where}.reasoning_content", "text", more["reasoning_content"])
     calls = more.pop("tool_calls", None)
     if calls and role in PRODUCED:
         role, more["tool_calls"] = "function", _tool_calls(calls, where)
@@ -321,6 +323,7 @@ def _parts(parts: list, where: str) -> tuple[str, dict]:
     texts, kept, more = [], [], {}
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        kind = kind if isinstance(kind, str) else _show(kind)
         value = part.get(kind, part.get("value", part.get("text"))) if isinstance(part, dict) else None
         if kind == "tool_call":
             more.setdefault("tool_calls", []).append(_read(value, where))
@@ -385,9 +388,10 @@ def _show(value) -> str:
 def _tools(row: dict, column: str | None) -> tuple[dict, ...]:
     """The tool definitions of a row, wrapped: JSON text, as LLaMA-Factory has it, or the list itself."""
     value, where = row.get(column), f"column {column!r} (tools)"
-    if value is None or value == "" or value == []:
+    blank = isinstance(value, str) and not value.strip()
+    value = None if blank else _read(value, where)
+    if value is None:
         return ()
-    value = _read(value, where)
     if not isinstance(value, list):
         raise _wrong(where, "a list of objects", value)
     tools = [_read(tool, f"{where}[{i}]") for i, tool in enumerate(value)]
@@ -421,6 +425,9 @@ def _tool_calls(calls, where: str) -> list[dict]:
         function = call["function"] if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise _wrong(where, "a list of objects with 'function'", call)
+        if "id" not in call and "id" in function:  # of a call alone
+            call["id"] = function["id"]
+            function = {key: value for key, value in function.items() if key != "id"}
         call["function"] = function | {"arguments": function.get("arguments", {})}  # of none: no arguments
     return calls
 

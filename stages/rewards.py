@@ -214,7 +214,7 @@ class FunctionReward(RewardSource):
             if isinstance(values, str | dict | set):  # iterable, but their items are no numbers in order
                 raise TypeError(f"it is a {type(values).__name__}")
             numbers = [None if value is None else float(value) for value in values]
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # a number too large for a float; what a generator of theirs raises
             found = _short(" ".join(repr(values).split()))  # the repr of a tensor has lines
             raise RewardError(f"{where} returned {found}, expected a list of numbers ({error})") from error
         found, wanted = f"{len(numbers)} numbers", len(given["completions"])

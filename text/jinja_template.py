@@ -67,7 +67,10 @@ class JinjaTemplate:
             if answers[-1] == len(messages) - 1 and not _shows_thought(dialogue[-1], whole):
                 whole = _with_thought(written, dialogue, "") or whole
             begin = self._bos_length(whole, bos)
-            return [*_prefix(whole[:begin]), *_marked_spans(whole[begin:], messages)]
+            spans = _marked_spans(whole[begin:], messages)
+            if not generation_prompt:
+                self._check_marked(spans, dialogue[len(dialogue) - len(messages) :])
+            return [*_prefix(whole[:begin]), *spans]
         begin = self._bos_length(whole, bos)
         spans = _prefix(whole[:begin])
         how = {"generation_prompt": generation_prompt, "enable_thinking": enable_thinking}
@@ -124,6 +127,20 @@ class JinjaTemplate:
         owner = len(messages) if generation_prompt else len(messages) - 1
         role = "assistant" if generation_prompt or not messages else messages[-1].role
         return [*spans, Span(whole[cursor:], False, owner, role)]
+
+    def _check_marked(self, spans: list[Span], dialogue: list[dict]) -> None:
+        """UserError for an answer that is marked and whose text, or call, is not within the marks."""
+        marked: dict[int, str] = {}
+        for span in spans:
+            if span.answer:
+                marked[span.turn] = marked.get(span.turn, "") + span.text
+        for turn, text in marked.items():
+            alone = {"content": dialogue[turn].get("content")}
+            said = bare(split_thought(_text_of(alone))[1])
+            if not _shows_answer(dialogue[turn], text) and not (said and _shows_answer(alone, text)):
+                found = f"marks {text[:40]!r} as the answer {_text_of(alone)[:40]!r}"
+                way_out = f"Choose a built-in template, for example `template: {_closest(self.source)}`."
+                raise UserError(f"the checkpoint's chat_template {found}, which does not hold it. {way_out}")
 
     def reads(self, key: str, of_message: bool = True) -> bool:
         """Whether the template names this key of a message (or this variable)."""
@@ -209,7 +226,9 @@ MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 BLANK = "\U000f1002"  # in the place of a content
 
 
-TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError)
+# what filters and methods raise; not Exception, for one from outside stops a template that takes too long
+TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError)
+TEMPLATE_FAULTS += (AttributeError, AssertionError, RuntimeError)
 
 
 def _writer(

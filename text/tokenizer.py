@@ -442,7 +442,7 @@ def _add_listed_tokens(backend: tokenizers.Tokenizer, folder: Path, config: dict
     extra = names.get("extra_special_tokens") or names.get("additional_special_tokens") or []
     named = [value for key, value in names.items() if key.endswith("_token")]
     special = {}
-    for entry in [*named, *(extra.values() if isinstance(extra, dict) else extra)]:
+    for entry in [*named, *_own_names(names).values(), *([] if isinstance(extra, dict) else extra)]:
         if (text := _token_text(entry)) is not None:
             special[text] = _added_token(entry if isinstance(entry, dict) else {"content": text}, True)
 
@@ -482,10 +482,16 @@ def _named_tokens(*sources: dict) -> dict[str, str]:
     """{"sep_token": text, ...} of the special tokens that these files name; bos and eos go their own way."""
     found = {}
     for source in sources:
-        extra = source.get("extra_special_tokens")
-        named = {**source, **(extra if isinstance(extra, dict) else {})}
-        found |= {key: _token_text(value) for key, value in named.items() if key.endswith("_token")}
-    return {key: text for key, text in found.items() if text is not None and key[:3] not in ("bos", "eos")}
+        named = {key: value for key, value in source.items() if key.endswith("_token")} | _own_names(source)
+        found |= {key: _token_text(value) for key, value in named.items()}
+    apart = ("bos_token", "eos_token")
+    return {key: text for key, text in found.items() if text is not None and key not in apart}
+
+
+def _own_names(source: dict) -> dict:
+    """Special tokens that have names of the model's own, in transformers 4's spelling and in 5's."""
+    found = (source.get(key) for key in ("extra_special_tokens", "model_specific_special_tokens"))
+    return {name: token for each in found if isinstance(each, dict) for name, token in each.items()}
 
 
 def _chat_template(folder: Path, config: dict) -> str | dict[str, str] | None:

@@ -21,15 +21,17 @@ def generic_tools(system: str, tools: list[dict]) -> str:
     lines, names = "", []
     for tool in tools:
         tool = tool.get("function", tool)
-        parameters = tool.get("parameters", {})
+        parameters = _object(tool.get("parameters"))
+        needed = parameters.get("required")
         described = ""
-        for name, parameter in parameters.get("properties", {}).items():
-            required = ", required" if name in parameters.get("required", []) else ""
-            kind, text = parameter.get("type", ""), parameter.get("description", "")
-            if parameter.get("enum"):
+        for name, parameter in _object(parameters.get("properties")).items():
+            required = ", required" if isinstance(needed, list) and name in needed else ""
+            parameter = _object(parameter)
+            kind, text = parameter.get("type", ""), str(parameter.get("description", ""))
+            if isinstance(parameter.get("enum"), list) and parameter["enum"]:
                 text += f", should be one of [{', '.join(map(str, parameter['enum']))}]"
             if parameter.get("items"):
-                text += f", where each item should be {parameter['items'].get('type', '')}"
+                text += f", where each item should be {_object(parameter['items']).get('type', '')}"
             described += f"  - {name} ({kind}{required}): {text}\n"
         lines += f"> Tool Name: {tool['name']}\nTool Description: {tool.get('description', '')}\n"
         lines += f"Tool Args:\n{described}\n"
@@ -40,6 +42,11 @@ def generic_tools(system: str, tools: list[dict]) -> str:
         "Action Input: the input to the tool, in a JSON format representing the kwargs "
         '(e.g. ```{"input": "hello world", "num_beams": 5}```)\n```\n'
     )
+
+
+def _object(value) -> dict:
+    """A schema's object; one without names where something else stands there, such as true or a word."""
+    return value if isinstance(value, dict) else {}
 
 
 def qwen_tools(system: str, tools: list[dict]) -> str:

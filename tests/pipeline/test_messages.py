@@ -440,6 +440,9 @@ def test_calls_in_other_spellings():
             "function",
             [{"type": "function", "function": bare}],
         )
+    alone = [{"id": "call00001", **bare}]  # its id is the call's, not the function's
+    found = to_conversation({"messages": [ASK, said("assistant", "", tool_calls=alone)]}, openai()).turns
+    assert found[1].more["tool_calls"] == [{"type": "function", "function": bare, "id": "call00001"}]
     for calls in ("f", {"a": 1}, ["f"], [{"function": "f"}], [{"id": "x"}]):
         with pytest.raises(UserError, match=r"'messages'\[1\]\.tool_calls: "):
             to_conversation({"messages": [ASK, said("assistant", "", tool_calls=calls)]}, openai())
@@ -459,3 +462,63 @@ def test_calls_are_answers_in_every_kind_of_row():
     assert [turn.role for turn in found.turns] == ["user", "function"] and found.notes == ("odd tail cut",)
     with pytest.raises(Dropped, match="alternate"):
         to_conversation({"messages": [ASK, said("tool", "a"), said("assistant", "b")]}, openai())
+
+
+MARKED = (
+    "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' }}{%- if m.role == 'assistant' %}"
+    "{% generation %}{{- TEXT ~ '<|im_end|>' }}{% endgeneration %}{%- else %}{{- m.content ~ '<|im_end|>' }}"
+    "{%- endif %}{{- '\n' }}{%- endfor %}"
+)
+
+
+@pytest.mark.parametrize("text", ["m.content[:2]", "m.content | upper", "''", "m.content[0].text"])
+def test_an_answer_that_is_not_within_the_marks_is_an_error(tokenizer, text):
+    parts = [{"type": "text", "text": "Yes, "}, {"type": "text", "text": "it will."}]
+    answer = parts if "[0]" in text else "Yes, it will."
+    template = get_template(None, MARKED.replace("TEXT", f"({text})"))
+    with pytest.raises(UserError, match=r"row 0 .*chat_template marks .* as the answer 'Yes, it will\.'"):
+        encode({"messages": [ASK, said("assistant", answer)]}, tokenizer, template)
+    template = get_template(None, MARKED.replace("TEXT", "m.content"))
+    assert encode({"messages": [ASK, said("assistant", "Yes.")]}, tokenizer, template)[1] == [
+        "Yes.<|im_end|>"
+    ]
+
+
+@pytest.mark.parametrize(
+    "source", ["m.content | dictsort", "m.content | truncate(-5)", "cycler()", "m.content.pop()", "1 / 0"]
+)
+def test_whatever_a_template_raises_is_one_line_with_the_row(tokenizer, source):
+    template = get_template(None, f"{{%- for m in messages %}}{{{{- {source} }}}}{{%- endfor %}}")
+    with pytest.raises(UserError, match="row 0 .*chat_template refuses a dialogue"):
+        encode({"messages": [ASK, said("assistant", "No.")]}, tokenizer, template)
+
+
+@pytest.mark.parametrize(
+    "message, reason",
+    [
+        (said("assistant", [{"type": ["text"], "text": "a"}]), r"a part of the content is not text but "),
+        (said("assistant", "a", reasoning_content=5), r"reasoning_content: expected text, found int 5"),
+        (said("function_call", '{"name": 5, "arguments": {}}'), "a function call is not JSON of 'name'"),
+    ],
+)
+def test_values_of_another_kind_are_one_line_with_the_row(tokenizer, message, reason):
+    with pytest.raises(UserError, match=rf"row 0 .*'messages'\[1\].*{reason}"):
+        encode({"messages": [ASK, message]}, tokenizer, get_template("qwen3"))
+
+
+@pytest.mark.parametrize("template", ["default", "alpaca", "qwen3"])
+def test_schemas_of_every_form_are_described(tokenizer, template):
+    schemas = ([], {"properties": ["a"]}, {"properties": {"a": True, "b": "text"}, "required": True})
+    schemas += ({"properties": {"a": {"enum": 5, "items": ["x"], "description": 5}}},)
+    tools = [{"name": f"tool{i}", "parameters": schema} for i, schema in enumerate(schemas)]
+    row = {"messages": [ASK, said("assistant", "No.")], "tools": tools}
+    text = encode(row, tokenizer, get_template(template))[0]
+    assert all(tool["name"] in text for tool in tools)
+
+
+@pytest.mark.parametrize("none", [None, "", "  ", "null", "[]", []])
+def test_no_tools_in_any_spelling(tokenizer, none):
+    messages = [ASK, said("assistant", "No.")]
+    template = get_template("qwen3")
+    expected = encode({"messages": messages}, tokenizer, template)
+    assert encode({"messages": messages, "tools": none}, tokenizer, template) == expected

@@ -82,6 +82,8 @@ def test_a_file_that_cannot_serve_says_why(reward_file, text, words, reason):
     [
         ("return [1.0]", "f returned 1 numbers for 3 completions"),
         ("return [1.0, 'none', 2.0]", "expected a list of numbers"),
+        ("return [0, 0, 10**400]", "expected a list of numbers .int too large"),
+        ("return ({}[text] for text in completions)", r"expected a list of numbers \(' 4'\)"),
         ("return None", "f returned None, expected a list of numbers"),
         ("return 1.0", "f returned 1.0, expected a list of numbers"),
         (

@@ -226,6 +226,18 @@ def test_special_tokens_as_objects_and_only_in_the_map(folder):
     assert found == ("<|im_end|>", "<|im_start|>", "<|endoftext|>")
 
 
+@pytest.mark.parametrize("spelling", ["extra_special_tokens", "model_specific_special_tokens"])
+def test_special_tokens_with_names_of_the_models_own(folder, spelling):
+    edit(folder / "tokenizer_config.json", **{spelling: {"image_token": "<think>", "mask": "</think>"}})
+    ours, theirs = Tokenizer.from_folder(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    assert {"image_token": "<think>", "mask": "</think>"}.items() <= ours.special_tokens.items()
+    source = "{{ image_token }}{{ mask }}"
+    hello = [{"role": "user", "content": "Hello"}]
+    assert theirs.apply_chat_template(hello, chat_template=source, tokenize=False) == "<think></think>"
+    ids = ours.encode("a<think></think>")
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True) == "a"
+
+
 def test_ids_in_the_model_configuration_are_the_fallback(folder):
     (folder / "special_tokens_map.json").unlink()
     edit(folder / "tokenizer_config.json", eos_token=None, pad_token=None)
