@@ -22,9 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from options import json_reader
-from options.errors import UserError, refuse
+from options.errors import NOT_FINITE, UserError, refuse
 from parallel.atomic import flush_tree, swept
-from quant.linear import NOT_FINITE
 
 NamedTensor = tuple[str, torch.Tensor]
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -168,7 +168,7 @@ def _text_of(row: dict, info: DatasetInfo) -> str:
     document = info.columns.keys() == {"prompt"} or ("text" in row and "instruction" not in row)
     if info.formatting == "alpaca" and document:
         return to_document(row, info)
-    return "\n".join(text for _, text in to_conversation(row, info).turns)
+    return "\n".join(turn.content for turn in to_conversation(row, info).turns)
 
 
 # The model

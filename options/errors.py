@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+NOT_FINITE = "holds NaN or infinity; the file is damaged, fetch it again"  # what is said of such a weight
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # what the system says of a path that somebody named, whoever opens it; a file that is not there may be a bug
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)

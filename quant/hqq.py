@@ -20,8 +20,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from options.errors import UserError
-from quant.linear import FLOATS, NOT_FINITE, Format, QuantLinear, picked, refuse_others, row_chunks, take
+from options.errors import NOT_FINITE, UserError
+from quant.linear import FLOATS, Format, QuantLinear, picked, refuse_others, row_chunks, take
 
 BITS = (8, 6, 5, 4, 3, 2, 1)
 PACKED = {8: 1, 6: 1, 5: 1, 4: 2, 3: 10, 2: 4, 1: 8}  # bits: rows of codes in one row of W_q

@@ -18,10 +18,9 @@ from torch import Tensor, nn
 
 import kernels
 from kernels.linear import LinearLayer, Part
-from options.errors import UserError
+from options.errors import NOT_FINITE, UserError
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)  # what scales of a checkpoint may be
-NOT_FINITE = "holds NaN or infinity; the file is damaged, fetch it again"
 
 
 class QuantLinear(LinearLayer):

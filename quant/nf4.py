@@ -24,8 +24,8 @@ import kernels
 from kernels.byte_linear import Bytes
 from kernels.linear import Part
 from kernels.nf4 import Codes
-from options.errors import UserError
-from quant.linear import NOT_FINITE, Format, QuantLinear, name_of, refuse_others, take
+from options.errors import NOT_FINITE, UserError
+from quant.linear import Format, QuantLinear, name_of, refuse_others, take
 
 BLOCK = 64  # weights to a scale
 NESTED_BLOCK = 256  # scales to a scale of scales

@@ -576,7 +576,7 @@ def refused(tiny, out, capsys, **keys) -> str:
 def test_a_poisoned_weight_stops_with_the_step_and_the_rows(tiny, out, capsys):
     poisoned = tiny.make_model("poisoned", seed=1)
     weights = load_file(poisoned / "model.safetensors")
-    weights["model.layers.1.mlp.up_proj.weight"][3, 3] = float("nan")
+    weights["model.layers.1.mlp.up_proj.weight"][3] = 3e38  # a number, but no product with it is
     save_file(weights, poisoned / "model.safetensors", metadata={"format": "pt"})
     assert tiny.train(out, model_name_or_path=poisoned, save_strategy="steps", save_steps=1) == 1
     error = capsys.readouterr().err

@@ -25,6 +25,7 @@ import torch
 
 from architectures import config_from_hf
 from architectures.config import to_hf_name
+from architectures.rope import in_both_spellings
 from checkpoints.gguf.blocks import DIVISORS, gguf_name
 from checkpoints.gguf.read_tokenizer import need, read_tokenizer, write_tokenizer
 from checkpoints.safetensors_files import write_json, write_shards
@@ -87,7 +88,7 @@ def convert(gguf_file, folder, shard_gigabytes=1.0, pre=None):
         ids = {key: value for key, value in ids.items() if value is not None}
         with atomic_folder(folder) as temporary:
             write_tokenizer(tokenizer, config["max_position_embeddings"], temporary)
-            write_json(temporary / "config.json", config | ids)
+            write_json(temporary / "config.json", in_both_spellings(config | ids))
             if len(tokenizer.end_ids) > 1:
                 ids["eos_token_id"] = tokenizer.end_ids  # generation may end at any of them
             write_json(temporary / "generation_config.json", ids)

@@ -687,8 +687,9 @@ def test_a_folder_with_files_is_not_touched(whole_file, tmp_path):
 def test_an_empty_folder_and_what_a_killed_one_left_are_fine(whole_file, tmp_path):
     folder = tmp_path / "out"
     folder.mkdir()
-    temporary_name(folder).mkdir()
-    (temporary_name(folder) / "config.json").write_text("half")
+    left = temporary_name(folder)
+    left.mkdir()
+    (left / "config.json").write_text("half")
     gguf_read.convert(whole_file, folder)
     assert sorted(file.name for file in folder.iterdir()) == [
         "config.json",

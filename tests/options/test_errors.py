@@ -123,7 +123,12 @@ def test_a_full_output_is_one_line():
 
 def test_ctrl_c_while_a_program_is_imported_is_one_line():
     run = subprocess.Popen(
-        [sys.executable, "-v", "train.py", "--help"], cwd=ROOT, stdout=-1, stderr=-1, text=True
+        [sys.executable, "-v", "train.py", "--help"],
+        cwd=ROOT,
+        stdout=-1,
+        stderr=-1,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background ignore it
     )
     for line in run.stderr:  # -v tells of every module
         if "torch/__init__" in line:
@@ -135,12 +140,12 @@ def test_ctrl_c_while_a_program_is_imported_is_one_line():
 
 
 def test_a_python_without_torch_is_told_how_to_get_one(capsys, monkeypatch):
-    before = signal.getsignal(signal.SIGINT)
+    found = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SystemExit) as ended:
         begin("train.py")
     listen_to_ctrl_c()
-    assert signal.getsignal(signal.SIGINT) is before is signal.default_int_handler
+    assert signal.signal(signal.SIGINT, found) is signal.default_int_handler
     told = f"train.py: this Python ({sys.executable}) has no torch; make env && source .venv/bin/activate\n"
     assert (ended.value.code, capsys.readouterr().err) == (2, told)
 

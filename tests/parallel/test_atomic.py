@@ -96,7 +96,7 @@ def test_one_process_at_a_time_is_alone_in_a_folder(tmp_path):
     assert not folder.exists()
     (tmp_path / "f").write_text("")
     with (
-        pytest.raises(UserError, match="cannot be made or written"),
+        pytest.raises(UserError, match="is a file; name another folder"),
         alone_in(tmp_path / "f" / "x", "k", "w"),
     ):
         pass

@@ -123,7 +123,7 @@ def test_numbers_that_are_not_finite_are_refused(wrong, tmp_path):
     model = oracle("llama-biases")
     model.model.layers[1].mlp.up_proj.weight.data[3, 4] = wrong
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"tensor model.layers.1.mlp.up_proj.weight: the weight holds NaN"):
+    with pytest.raises(ValueError, match=r"tensor model.layers.1.mlp.up_proj.weight holds NaN"):
         load_model(tmp_path, quantization=NF4Format())
 
 
@@ -291,7 +291,7 @@ def test_quantising_while_loading_needs_less_than_one_tensor_beside_the_model(tm
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     peak, model = map(int, run.stdout.split())
     assert 20e6 < model < 35e6  # of 200 MB
-    assert peak < model + 16.8e6
+    assert peak < model + 17.2e6  # 0.4 MB for what looking at the numbers takes
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from tiny_runs import assert_same_weights, tiny_runs
 from torch import Tensor
 
 from checkpoints.huggingface import load_model
+from checkpoints.safetensors_files import read_plain
 from checkpoints.trainable import prepare_trainable
 from checkpoints.value_head import ValueHead
 from generation.generate import Completion
@@ -23,7 +24,6 @@ from stages.reference import Reference
 from stages.rewards import RewardSource
 from stages.rollouts import Prompt, clipped_losses, completions_batch
 from text.tokenizer import Tokenizer
-from training import run_folder
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -450,7 +450,7 @@ def test_replaying_a_draw_makes_the_same_updates_whatever_is_rolled_out_now(tiny
     files = sorted(path.name for path in (tiny.folder / "saved" / "draws").iterdir())
     assert files == ["draw-1-rank-0.pt"]
     drawn = tiny.folder / "saved" / "draws" / files[0]
-    texts = run_folder.read_state(drawn)["drawn"]
+    texts = read_plain(drawn)["drawn"]
     assert {"logprobs", "values", "kl", "advantages", "returns"} <= texts[0]["per_label"].keys()
     other = keys_of(tiny, top_p=0.2, max_new_tokens=3, max_steps=4)
     assert tiny.train("replayed", ppo_replay=drawn, **other) == 0

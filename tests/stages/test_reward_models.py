@@ -289,7 +289,7 @@ def test_a_wrong_address_is_refused_before_the_model_is_read(tiny, capsys, words
     told = capsys.readouterr()
     assert f"train.py: reward_model: {address}" in told.err and said in told.err
     assert [request["messages"] for request in asked] == [["Hello"]]
-    assert not list((tiny.folder / "nowhere").iterdir())
+    assert not list((tiny.folder / "nowhere").glob("*"))
 
 
 @pytest.mark.parametrize("stage", ["ppo", "grpo"])
