@@ -291,7 +291,9 @@ class TextWriter:
         self.stopped = False
 
     def push(self, token: int) -> str:
-        return self._release(self._decoder.push(token) + self._marks.get(token, ""))
+        if mark := self._marks.get(token):  # behind the text before it, of which SentencePiece's bytes wait
+            return self._release(self._decoder.settle() + mark)
+        return self._release(self._decoder.push(token))
 
     def flush(self) -> str:
         """What was held back, at the end of the text."""

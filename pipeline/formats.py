@@ -219,7 +219,7 @@ def _tag(row: dict, column: str) -> int:
     named = {"true": 1, "1": 1, "false": 0, "0": 0}
     if isinstance(value, str) and value.strip().lower() in named:
         return named[value.strip().lower()]
-    if isinstance(value, bool | int) and value in (0, 1):
+    if isinstance(value, bool | int | float) and value in (0, 1):  # pandas makes 1.0 of it beside a null
         return int(value)
     raise _wrong(f"column {column!r} (kto_tag)", "true or false", value)
 

@@ -31,6 +31,13 @@ class StreamDecoder:
         token = None if token_id in self.skipped else self._backend.id_to_token(token_id)
         return "" if token is None else _fed(self._steps, [token])
 
+    def settle(self) -> str:
+        """What is held back of whole characters; after it, another byte may no longer spoil them."""
+        pieces: list[str] = []
+        for step in self._steps:
+            pieces = [text for piece in pieces for text in step.feed(piece)] + step.settle()
+        return "".join(pieces)
+
     def flush(self) -> str:
         return _fed(self._steps, [], end=True)
 
@@ -64,6 +71,10 @@ class _Step:
         """What was held back."""
         return []
 
+    def settle(self) -> list[str]:
+        """What was held back and is whole characters."""
+        return []
+
 
 class _Replace(_Step):
     def __init__(self, old: str, new: str):
@@ -94,6 +105,13 @@ class _ByteFallback(_Step):
             return [run.decode("utf-8")]
         except UnicodeDecodeError:
             return ["\ufffd"] * len(run)
+
+    def settle(self) -> list[str]:
+        try:
+            self.held.decode("utf-8")
+        except UnicodeDecodeError:
+            return []
+        return self.end()
 
 
 class _Strip(_Step):

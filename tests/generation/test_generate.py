@@ -341,6 +341,15 @@ def test_text_that_only_begins_like_a_stop_word_comes_out(tokenizer):
     assert "".join(write_all(overlapping, [tokenizer.encode(c)[0] for c in "aaaabaa"])) == "aa"
 
 
+@pytest.mark.parametrize("word, shown", [("\n</s>", "Hi"), ("</s>\n", "Hi\n"), ("\u65e5</s>", None)])
+def test_text_in_bytes_stands_before_the_special_token_behind_it(tmp_path, word, shown):
+    tokenizer = Tokenizer.from_folder(make_tokenizer(tmp_path, "llama2"))  # a line break is <0x0A>
+    ids = [i for text in ("Hi", "\n", "</s>", "\n") for i in tokenizer.encode_parts(["a", text])[1]]
+    writer = TextWriter(tokenizer, [word])
+    assert "".join(write_all(writer, ids)) == ("Hi\n\n" if shown is None else shown)
+    assert writer.stopped == (shown is not None)
+
+
 def test_stop_words_that_are_special_tokens_become_stop_tokens(tokenizer):
     end = tokenizer.token_id("<|im_end|>")
     assert split_stop_words(tokenizer, ["<|im_end|>", "User:"]) == ((end,), ("User:",))

@@ -150,6 +150,13 @@ RATED = {
         Message("function", CALL),
         1,
     ),
+    "a column of pandas with a null": (
+        alpaca(kto_tag="ok"),
+        {"instruction": "q", "output": "a", "ok": 1.0},
+        QUESTION,
+        Message("assistant", "a"),
+        1,
+    ),
     "a table": (
         alpaca(kto_tag="ok"),
         {"instruction": "q", "output": "a", "ok": "False"},
