@@ -34,7 +34,7 @@ from checkpoints.hub import ModelOptions
 from checkpoints.huggingface import (
     DTYPES,
     checkpoint_dtype,
-    copy_side_files,
+    copy_generation_config,
     load_config,
     save_tokenizer,
     write_model_json,
@@ -165,7 +165,7 @@ def export(source: Source, options: ExportOptions, request: Request) -> None:
             if packing.rank:
                 packing.save_adapter(folder / REMAINDER, str(target))
         write_model_json(folder, hf, written, codes)
-        copy_side_files(source.base, folder)
+        copy_generation_config(source.base, folder)  # the tokenizer's files are those of one folder alone
         if scores is not None:
             shutil.copyfile(scores / VALUE_HEAD, folder / VALUE_HEAD)
         if template is not None or source.adapters:
@@ -222,7 +222,8 @@ def read_small_files(source: Source) -> tuple[ModelConfig, Tokenizer, ChatTempla
     if tokenizer.notice:
         print(f"note: {tokenizer.notice}")
     name, system = source.template.template, source.template.default_system
-    return config, tokenizer, get_template(name, None, system) if name else None
+    named = tokenizer.chat_template
+    return config, tokenizer, get_template(name, named, system) if name else None
 
 
 def make_merge(source: Source, config: ModelConfig, options: ExportOptions, request: Request) -> Merge:
@@ -330,11 +331,15 @@ def write_record(folder: Path, source: Source, request: Request, files: list[str
 
 
 def earlier_files(target: Path) -> list[str]:
-    """What the export that lies there wrote, as its record says; nothing that leads out of the folder."""
+    """The files that the export that lies there wrote, as its record says; nothing that leads out of the
+    folder, be it through a link."""
     record = read_json(target / EXPORT_RECORD) if (target / EXPORT_RECORD).is_file() else {}
     files = record.get("files")
     files = files if isinstance(files, list) else []
-    return [name for name in files if isinstance(name, str) and not leaves(name)]
+    names = [name for name in files if isinstance(name, str) and "\0" not in name and not leaves(name)]
+    home = target.resolve()
+    inside = [name for name in names if (target / name).parent.resolve().is_relative_to(home)]
+    return [name for name in inside if (target / name).is_file() or (target / name).is_symlink()]
 
 
 def push(folder: Path, repository: str, token: str | None, api=None) -> str:

@@ -347,9 +347,16 @@ def _written_linears(folder: Path, format: Format) -> tuple[list[str], list[str]
 
 def copy_side_files(source: Path, target: Path) -> None:
     """Copy tokenizer files, chat template and generation_config.json."""
-    for name in (*TOKENIZER_FILES, "generation_config.json"):
+    for name in TOKENIZER_FILES:
         if (source / name).is_file() and source.resolve() != target.resolve():
             shutil.copyfile(source / name, target / name)
+    copy_generation_config(source, target)
+
+
+def copy_generation_config(source: Path, target: Path) -> None:
+    name = "generation_config.json"
+    if (source / name).is_file() and source.resolve() != target.resolve():
+        shutil.copyfile(source / name, target / name)
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, template, chat_template: str | None = None) -> None:

@@ -28,7 +28,7 @@ from options.config import read_values
 from options.errors import UserError, refuse
 from quant import QuantOptions
 from quant.linear import Format
-from templates import TemplateOptions, get_template
+from templates import TEMPLATES, TemplateOptions, get_template
 from text.tokenizer import Tokenizer
 
 RUN_CONFIG = "run_config.yaml"  # the resolved configuration of a run, beside its result
@@ -78,8 +78,10 @@ def find_source(
     if not adapters and is_adapter(beside):
         both = f"model_name_or_path={beside} takes both"
         notices.append(f"{beside} belongs to these codes and is left out; {both}")
+    # one of the checkpoint's by name: the run has saved it as the only one
+    saved = run.get("template") not in TEMPLATES and (run_folder / "tokenizer_config.json").is_file()
     for key in ("template", "default_system", "enable_thinking"):
-        if key not in given and run.get(key) is not None:
+        if key not in given and run.get(key) is not None and not (key == "template" and saved):
             template = replace(template, **{key: run[key]})
     if run and template.template and "template" not in given:
         notices.append(f"template {template.template}, {said}")

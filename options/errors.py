@@ -24,6 +24,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # what the system says of a path that somebody named, whoever opens it; a file that is not there may be a bug
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 # what torch, for a CPU and for a GPU, numpy, C++ and the system say
+LOOP = re.compile("Symlink loop from '(.*)'")  # RuntimeError of pathlib in Python up to 3.12
 NO_MEMORY = re.compile(r"out of memory|(can't|[Uu]nable to|Cannot) allocate|not enough memory|bad_alloc")
 
 
@@ -73,8 +74,8 @@ def drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-# of the programs, though not every one of the last three
-EXPECTED = (UserError, StopRun, KeyboardInterrupt, MemoryError, OSError, RuntimeError)
+# of the programs, though not every one of the last four
+EXPECTED = (UserError, StopRun, KeyboardInterrupt, MemoryError, OSError, RuntimeError, ValueError)
 
 
 @contextmanager
@@ -129,9 +130,11 @@ def tell(program: str, error: BaseException) -> int:
     number = error.errno if isinstance(error, OSError) else None
     refused = number in REFUSED and error.filename is not None
     unwritten = isinstance(error, OSError) and error.filename is None and _stdout_fails(number in DISK_FULL)
+    loop = LOOP.fullmatch(str(error)) if isinstance(error, RuntimeError) else None
+    nul = isinstance(error, ValueError) and str(error) == "embedded null byte"  # os: of a path
     interrupted, deep = isinstance(error, KeyboardInterrupt), isinstance(error, RecursionError)
     full, of_memory = number in DISK_FULL, _is_of_memory(error)
-    known = refused or unwritten or interrupted or deep or full or of_memory
+    known = refused or unwritten or interrupted or deep or full or of_memory or loop or nul
     if not (known or isinstance(error, UserError | StopRun)) or os.environ.get("ANVIL_TRACEBACK"):
         raise error
     if unwritten and isinstance(error, BrokenPipeError):  # `| head` has seen enough
@@ -143,6 +146,10 @@ def tell(program: str, error: BaseException) -> int:
         text = f"the output cannot be written ({error.strerror}); send it to another place"
     elif refused:
         text = f"{error.filename}: {error.strerror}; let this user read and write there, or name another path"
+    elif loop:
+        text = f"{loop[1]}: a link that leads back to itself; name another path"
+    elif nul:
+        text = "one of the paths that are named holds a NUL character; write it anew"
     elif full:
         text += "; make room and run the same command again"
     elif deep:
@@ -150,7 +157,7 @@ def tell(program: str, error: BaseException) -> int:
     elif of_memory:
         text = f"out of memory{_asked_for(error)}; take a smaller model, batch or text"
     print(f"{program}: {harmless(text)}", file=sys.stderr, flush=True)
-    return 130 if interrupted else 2 if refused or isinstance(error, UserError) else 1
+    return 130 if interrupted else 2 if refused or loop or nul or isinstance(error, UserError) else 1
 
 
 def _stdout_fails(full: bool) -> bool:

@@ -533,3 +533,25 @@ def test_bad_input_gives_one_clear_line_and_leaves_nothing(untied, tied, tmp_pat
         assert sorted(path.name for path in tmp_path.iterdir()) == before, name
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         assert len(list(file.keys())) == len(tensors) + 1  # the base is as it was
+
+
+def test_a_damaged_record_and_a_link_to_itself(tmp_path, capsys):
+    """Nothing goes that lies behind a link, and no folder."""
+    folder, _ = tmp_path / "base", make_base(tmp_path / "base", False)
+    target, other, loop = tmp_path / "out", tmp_path / "other", tmp_path / "loop"
+    for path in (target / "mine", other):
+        path.mkdir(parents=True)
+        (path / "keep").write_text("kept")
+    (target / "lnk").symlink_to(other)
+    loop.symlink_to(loop)
+    files = ["mine", "lnk/keep", "lnk/../../other/keep", "a\0b", "gone"]
+    (target / export.EXPORT_RECORD).write_text(json.dumps({"files": files}))
+    assert export.main([f"model_name_or_path={folder}", f"export_dir={target}"]) == 0
+    assert (other / "keep").exists() and (target / "mine" / "keep").exists()
+    capsys.readouterr()
+    for path in (loop, loop / "below"):
+        assert export.main([f"model_name_or_path={folder}", f"export_dir={path}"]) == 2
+        told = capsys.readouterr().err
+        assert f"{path}: a link that leads back to itself" in told and told.count("\n") == 1
+    assert export.main([f"model_name_or_path={folder}", f"export_dir={tmp_path}/a\0b"]) == 2
+    assert "holds a NUL character" in capsys.readouterr().err

@@ -136,6 +136,42 @@ def test_named_templates_stay_with_a_run_that_used_them_and_go_with_one_that_did
         assert (tiny.folder / "named" / named).exists() == kept
 
 
+def test_a_template_that_the_checkpoint_has_by_name_is_chosen_in_training_chat_and_export(tiny, base):
+    folder = shutil.copytree(base, tiny.folder / "base with rag")
+    rag = CHATML.replace("<|im_start|>", "<|im_start|>R ")
+    both = [{"name": "default", "template": OLD}, {"name": "rag", "template": rag}]
+    edit(folder / "tokenizer_config.json", chat_template=both)
+    for kind in ("lora", "full"):
+        run = tiny.folder / f"rag {kind}"
+        keys = {"model_name_or_path": folder, "template": "rag", "finetuning_type": kind, "max_steps": 1}
+        assert tiny.train(run.name, **keys) == 0
+        words = [f"model_name_or_path={run}", "max_new_tokens=2", "device=cpu", "prompt=Hello"]
+        assert chat.main(words) == 0
+        merged = exported(tiny, f"merged rag {kind}", run)
+        assert transformers.AutoTokenizer.from_pretrained(merged).chat_template == rag
+        assert ends(merged)[0] == "<|im_end|>"
+        path = exported(tiny, f"gguf rag {kind}", run, export_gguf_type="F16") / "model-F16.gguf"
+        assert open_gguf(path)[1]["tokenizer.chat_template"] == rag
+    chosen = exported(tiny, "chosen rag", folder, template="rag")
+    assert transformers.AutoTokenizer.from_pretrained(chosen).chat_template == rag
+
+
+def test_the_tokenizer_of_an_adapter_is_exported_without_files_of_the_base(tiny, base):
+    """As peft folders of older transformers are: the template stands in tokenizer_config.json alone."""
+    folder = shutil.copytree(base, tiny.folder / "base with a file")
+    (folder / "chat_template.jinja").write_text(OLD)
+    edit(folder / "generation_config.json", temperature=0.5)
+    adapter = tiny.folder / "older adapter"
+    assert tiny.train(adapter.name, model_name_or_path=folder, max_steps=1) == 0
+    for name in ("chat_template.jinja", "run_config.yaml", "special_tokens_map.json"):
+        (adapter / name).unlink()
+    edit(adapter / "tokenizer_config.json", chat_template=CHATML)
+    merged = exported(tiny, "merged older", adapter)
+    assert transformers.AutoTokenizer.from_pretrained(merged).chat_template == CHATML
+    assert not (merged / "special_tokens_map.json").exists()
+    assert read(merged / "generation_config.json")["temperature"] == 0.5
+
+
 def test_plain_text_and_plain_conversion_change_nothing(tiny, base):
     keys = {"stage": "pt", "dataset": tiny.folder / "text.txt", "template": None, "finetuning_type": "full"}
     assert tiny.train("plain", model_name_or_path=base, max_steps=1, **keys) == 0
