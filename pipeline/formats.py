@@ -91,6 +91,8 @@ def to_conversation(row: dict, info: DatasetInfo) -> Conversation:
 
     Raises Dropped (nothing to train on) or UserError that names the column and what was found there.
     """
+    if info.formatting != "alpaca" and "response" in info.columns:
+        row = _with_response(row, info)
     conversation = _question(row, info)
     turns, notes = list(conversation.turns), conversation.notes
     if info.formatting == "alpaca":
@@ -105,6 +107,15 @@ def to_conversation(row: dict, info: DatasetInfo) -> Conversation:
     if not turns or turns[-1].role not in PRODUCED:
         raise Dropped("no answer")
     return replace(conversation, turns=turns, notes=notes)
+
+
+def _with_response(row: dict, info: DatasetInfo) -> dict:
+    """trl's prompt and completion: the messages of both columns in the first."""
+    asked, answer = (_value(row, info.columns[name]) for name in ("messages", "response"))
+    if isinstance(answer, str):
+        answer = [{info.tags["role_tag"]: info.tags["assistant_tag"], info.tags["content_tag"]: answer}]
+    both = isinstance(asked, list) and isinstance(answer, list)
+    return row | {info.columns["messages"]: [*asked, *answer]} if both else row
 
 
 def to_pair(row: dict, info: DatasetInfo) -> tuple[Conversation, Message, Message]:

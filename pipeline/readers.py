@@ -137,6 +137,9 @@ def _read_csv(path: Path) -> Iterator[tuple[str, dict]]:
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:
+            names = reader.fieldnames or []
+            twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
+            refuse(twice is not None, f"{path}:1: two columns have the name {twice!r}; rename one")
             for row in reader:
                 place = f"{path}:{reader.line_num}"
                 if None in row:

@@ -194,6 +194,7 @@ def test_csv_fields_may_be_long_and_hold_line_breaks(tmp_path):
         ("a.json", "[1]", r"a\.json:1 \(row 0\): expected an object"),
         ("a.json", '"text"', r"a\.json:1: expected '\['"),
         ("a.json", "  \n", r"a\.json: the file is empty"),
+        ("a.csv", "a,b,a\n1,2,3\n", r"a\.csv:1: two columns have the name 'a'"),
         ("a.csv", "a,b\n1,2,3\n", r"a\.csv:2: 1 more fields"),
         ("a.csv", "a,b\n1,2\n3\n", r"a\.csv:3: the line ends before the column 'b'"),
         ("a.parquet", "no", r"a\.parquet: not a parquet file"),

@@ -14,7 +14,7 @@ from options.errors import UserError
 from pipeline.encoding import ChunkEncoder, EncodeOptions
 from pipeline.formats import Dropped, to_conversation, to_rated
 from pipeline.report import DataReport, DatasetReport
-from pipeline.sources import OPENAI_TAGS, SHAREGPT_TAGS, DatasetInfo
+from pipeline.sources import OPENAI_TAGS, SHAREGPT_TAGS, DatasetInfo, find_dataset, read_rows
 from pipeline.store import Tally
 from templates import get_template
 from text.tokenizer import Tokenizer
@@ -522,3 +522,16 @@ def test_no_tools_in_any_spelling(tokenizer, none):
     template = get_template("qwen3")
     expected = encode({"messages": messages}, tokenizer, template)
     assert encode({"messages": messages, "tools": none}, tokenizer, template) == expected
+
+
+@pytest.mark.parametrize("answer", ["No.", [said("assistant", "No.")]])
+def test_prompt_and_completion_by_path_are_one_dialogue(tokenizer, tmp_path, answer):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": [ASK], "completion": answer}))
+    info = find_dataset(str(path), tmp_path)
+    (_, _, row), *_ = read_rows(info)
+    whole = {"messages": [ASK, said("assistant", "No.")]}
+    template = get_template("chatml")
+    assert encode(row, tokenizer, template, info) == encode(whole, tokenizer, template)
+    with pytest.raises(Dropped, match="no answer"):
+        to_conversation(row | {"completion": None}, info)
