@@ -289,9 +289,10 @@ class Tokenizer:
             raise ValueError("this tokenizer was not loaded from a folder, so there are no files to copy")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        names = [name for name in TOKENIZER_FILES if (self.folder / name).exists()]
+        names = [name for name in TOKENIZER_FILES if (self.folder / name).is_file()]
         if chat_template is None:
-            names += [str(path.relative_to(self.folder)) for path in self.folder.glob(NAMED_TEMPLATES)]
+            named = filter(Path.is_file, self.folder.glob(NAMED_TEMPLATES))
+            names += [str(path.relative_to(self.folder)) for path in named]
         if self.folder.resolve() == folder.resolve():
             names = []
         for name in names:
@@ -433,13 +434,15 @@ def _add_listed_tokens(backend: tokenizers.Tokenizer, folder: Path, config: dict
     them: where there is an added_tokens_decoder, special_tokens_map.json counts for nothing."""
     listed = config.get("added_tokens_decoder")
     wrong = not isinstance(listed or {}, dict) or not all(
-        i.isdecimal() and isinstance(entry, dict) and _token_text(entry)
+        i.isdecimal() and isinstance(entry, dict) and _token_text(entry) and _has_flags(entry)
         for i, entry in (listed or {}).items()
     )
     expected = "added_tokens_decoder: expected id -> {content, flags}"
     refuse(wrong, f"{folder / 'tokenizer_config.json'}: {expected}")
     names = config if listed is not None else config | special_map
     extra = names.get("extra_special_tokens") or names.get("additional_special_tokens") or []
+    where = f"{folder}: extra_special_tokens (or additional_special_tokens)"
+    refuse(not isinstance(extra, list | dict), f"{where} is {extra!r}, expected a list of tokens")
     named = [value for key, value in names.items() if key.endswith("_token")]
     special = {}
     for entry in [*named, *_own_names(names).values(), *([] if isinstance(extra, dict) else extra)]:
@@ -450,8 +453,10 @@ def _add_listed_tokens(backend: tokenizers.Tokenizer, folder: Path, config: dict
     known = {token.content: repr(token) for token in stored.values()}
     entries = {int(i): _added_token(entry) for i, entry in (listed or {}).items()}
     if not entries:
-        more = _read_json(folder / "added_tokens.json").items()
-        entries = {i: _added_token({"content": t}, t in special) for t, i in more}
+        more = _read_json(folder / "added_tokens.json")
+        with located(str(folder / "added_tokens.json")):
+            as_ids([*more.values()])
+        entries = {i: _added_token({"content": t}, t in special) for t, i in more.items()}
     if listed is None:
         entries |= stored
     for token_id, token in sorted(entries.items()):
@@ -469,6 +474,12 @@ def _add_listed_tokens(backend: tokenizers.Tokenizer, folder: Path, config: dict
     # A name without a row in the vocabulary would get an id behind the embedding table: leave it out.
     rows = [t for text, t in special.items() if text not in known and backend.token_to_id(text) is not None]
     backend.add_tokens(rows)
+
+
+def _has_flags(entry: dict) -> bool:
+    """Whether its flags are truth values, which "false" is not."""
+    flags = (entry.get(name) for name in ("single_word", "lstrip", "rstrip", "special", "normalized"))
+    return all(flag is None or isinstance(flag, bool) for flag in flags)
 
 
 def _added_token(entry: dict, special: bool | None = None) -> tokenizers.AddedToken:
@@ -499,14 +510,14 @@ def _chat_template(folder: Path, config: dict) -> str | dict[str, str] | None:
     additional_chat_templates/NAME.jinja take its place, where there is one of them."""
     found, where = config.get("chat_template"), folder / "tokenizer_config.json"
     if isinstance(found, list):
-        wrong = not all(isinstance(entry, dict) and {"name", "template"} <= entry.keys() for entry in found)
+        wrong = not all(isinstance(entry, dict) and isinstance(entry.get("name"), str) for entry in found)
         refuse(wrong, f"{where}: chat_template: expected entries of name, template")
-        found = {entry["name"]: entry["template"] for entry in found}
+        found = {entry["name"]: entry.get("template") for entry in found}
     named = found if isinstance(found, dict) else {"default": found} if found is not None else {}
     wrong = not all(isinstance(text, str) for text in named.values())
     refuse(wrong, f"{where}: chat_template: expected text, or templates of text by name")
-    files = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
-    if (folder / "chat_template.jinja").exists():
+    files = {path.stem: path for path in sorted(folder.glob(NAMED_TEMPLATES)) if path.is_file()}
+    if (folder / "chat_template.jinja").is_file():
         files["default"] = folder / "chat_template.jinja"
     named = {} if files else named
     for name, path in files.items():

@@ -2,6 +2,7 @@
 tokenizers with more tokens than the model has rows. transformers is the oracle."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -11,6 +12,7 @@ from tiny_runs import tiny_runs
 import chat
 import export
 from checkpoints.gguf.read import open_gguf
+from options.errors import UserError
 from templates import get_template
 from text.tokenizer import Tokenizer, as_ids
 
@@ -212,3 +214,41 @@ def test_more_tokens_than_rows_serve_as_long_as_these_never_occur(tiny, capsys):
         assert tiny.train("refused", model_name_or_path=folder, **keys) == 2
         found = capsys.readouterr().err
         assert "padded.json:1 (row 0): the text holds '[PAD]'" in found and f"vocab_size {rows}" in found
+
+
+SPECIAL = {"content": "zz", "special": "false"}
+WRONG_FILES = {
+    "a name of a template": ("tokenizer_config.json", {"chat_template": [{"name": 5, "template": "x"}]}),
+    "names": ("tokenizer_config.json", {"chat_template": [{"name": ["a"], "template": "x"}]}),
+    "no template": ("tokenizer_config.json", {"chat_template": [{"name": "a"}]}),
+    "extra tokens": ("tokenizer_config.json", {"extra_special_tokens": 5}),
+    "additional tokens": ("tokenizer_config.json", {"additional_special_tokens": "<a>"}),
+    "a flag": ("tokenizer_config.json", {"added_tokens_decoder": {"720": SPECIAL}}),
+    "an id": ("added_tokens.json", {"zz": "5"}),
+    "a list of ids": ("added_tokens.json", {"zz": [5]}),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_FILES)
+def test_a_file_of_the_tokenizer_with_a_wrong_value_is_named(tiny, tmp_path, case):
+    name, values = WRONG_FILES[case]
+    folder = shutil.copytree(tiny.model, tmp_path / "wrong")
+    (folder / name).write_text(json.dumps(values))
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    with pytest.raises(UserError, match=str(folder)) as told:
+        Tokenizer.from_folder(folder)
+    assert "\n" not in str(told.value)
+
+
+def test_what_is_no_file_is_no_template(tiny, tmp_path):
+    """A folder or a pipe of that name, as transformers has it."""
+    folder = shutil.copytree(tiny.model, tmp_path / "folders")
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    edit(folder / "tokenizer_config.json", chat_template=CHATML)
+    (folder / "chat_template.jinja").mkdir()
+    (folder / "additional_chat_templates" / "a.jinja").mkdir(parents=True)
+    os.mkfifo(folder / "additional_chat_templates" / "b.jinja")
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer.chat_template == CHATML
+    tokenizer.save(tmp_path / "saved")
+    assert Tokenizer.from_folder(tmp_path / "saved").chat_template == CHATML
