@@ -321,7 +321,7 @@ def read_adapter_config(folder: Path) -> dict:
     config = read_json(path)
     if config.get("peft_type") != "LORA":
         raise UserError(f"{path}: peft_type {config.get('peft_type')!r}; only LORA adapters are known")
-    if (task := config.get("task_type")) in HEADS:
+    if (task := str(config.get("task_type"))) in HEADS:
         found = f"task_type {task}: it ends in {HEADS[task]} in place of a language model's head"
         raise UserError(f"{path}: {found}; a reward model here is made by stage=rm")
     for key in UNSUPPORTED_ADAPTER_KEYS:

@@ -26,12 +26,19 @@ from checkpoints.value_head import VALUE_HEAD, ValueHead, has_value_head, load_v
 from model import Decoder
 from options.config import read_values
 from options.errors import UserError, refuse
+from options.json_fields import Field, check
 from quant import QuantOptions
 from quant.linear import Format
 from templates import TEMPLATES, TemplateOptions, get_template
 from text.tokenizer import Tokenizer
 
 RUN_CONFIG = "run_config.yaml"  # the resolved configuration of a run, beside its result
+# what the keys of it that are read here may hold
+TEXT_OF_A_RUN = "template default_system rope_scaling model_name_or_path quantization_method"
+RUN_FIELDS = dict.fromkeys(TEXT_OF_A_RUN.split(), Field(str, null=True))
+RUN_FIELDS |= dict.fromkeys(("enable_thinking", "create_new_adapter"), Field(bool, null=True))
+RUN_FIELDS |= dict.fromkeys(("cutoff_len", "quantization_bit"), Field(int, null=True))
+RUN_FIELDS |= {"adapter_name_or_path": Field(str | list, null=True)}
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,7 @@ def find_source(
     expanded: list[Path] = []
     for folder in adapters:
         below = adapters_below(read_run(folder), Path(name) if name else None)
+        below = _without(below, [folder])  # a folder that names itself lies under nothing
         unnamed = [path for path in below if path not in adapters]
         notices += [f"{folder} was trained on top of {path}, which is merged first" for path in unnamed]
         expanded += [path for path in (*below, folder) if path not in expanded]
@@ -145,7 +153,9 @@ def read_run(folder: Path) -> dict:
     """The resolved options of the run that wrote this folder, {} if no run did. UserError names the file."""
     path = folder / RUN_CONFIG
     try:
-        return read_values(path) if path.is_file() else {}
+        run = read_values(path) if path.is_file() else {}
+        check(run, RUN_FIELDS, f"{path}: ")
+        return run
     except UserError as error:
         raise UserError(f"{error}; remove it and give template and adapters yourself") from error
 

@@ -252,3 +252,30 @@ def test_what_is_no_file_is_no_template(tiny, tmp_path):
     assert tokenizer.chat_template == CHATML
     tokenizer.save(tmp_path / "saved")
     assert Tokenizer.from_folder(tmp_path / "saved").chat_template == CHATML
+
+
+WRONG_RUNS = [
+    "template: [x]",
+    "default_system: 5",
+    "rope_scaling: yarn\ncutoff_len: abc",
+    "enable_thinking: maybe",
+]
+WRONG_RUNS += ["adapter_name_or_path: [5, {a: b}]", "adapter_name_or_path: {a: b}", "quantization_bit: four"]
+
+
+def test_what_a_run_says_of_itself_is_checked(tiny, tmp_path, capsys):
+    """run_config.yaml, changed by hand; and one that names its own folder as what it was trained on."""
+    assert tiny.train("told", max_steps=1) == 0
+    run = shutil.copytree(tiny.folder / "told", tmp_path / "run")
+    words = [f"model_name_or_path={run}", "max_new_tokens=1", "device=cpu", "prompt=Hello"]
+    for text in WRONG_RUNS:
+        (run / "run_config.yaml").write_text(f"{text}\n")
+        capsys.readouterr()
+        assert chat.main(words) == 2
+        told = capsys.readouterr().err
+        assert f"{run / 'run_config.yaml'}: " in told and "remove it and give template" in told
+    (run / "run_config.yaml").write_text(f"create_new_adapter: true\nadapter_name_or_path: {run}\n")
+    assert chat.main([*words, "template=chatml"]) == 0
+    assert f"{run} + {run}" not in capsys.readouterr().err
+    edit(run / "adapter_config.json", task_type=["x"])
+    assert chat.main([*words, "template=chatml"]) == 0
