@@ -50,7 +50,7 @@ CASES = {
     "sft_dora": "train.py {cut} use_dora=true gradient_accumulation_steps=2",
     "sft_full": "train.py {cut} finetuning_type=full gradient_checkpointing=full",
     "sft_freeze": "train.py {cut} finetuning_type=freeze num_layer_trainable=1 packing=true",
-    "sft_bf16": "train.py {cut} bf16=true per_device_train_batch_size=1 cutoff_len=32",  # slow on many CPUs
+    "sft_bf16": "train.py {cut} bf16=true per_device_train_batch_size=1 cutoff_len=48",  # slow on many CPUs
     "sft_qlora": "train.py {cut} quantization_bit=4 gradient_accumulation_steps=2",
     "pt": "train.py {cut} stage=pt finetuning_type=full dataset=c4_demo packing=true",
     "dpo": "train.py {cut} stage=dpo dataset=dpo_en_demo template=chatml",

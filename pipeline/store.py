@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from options import json_reader
 from options.errors import UserError
 from parallel.atomic import TEMPORARY, atomic_file, atomic_folder, remove_folder, room_in
 from pipeline.batch import Example
@@ -312,8 +313,8 @@ def _read_json(path: Path):
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError:  # half-written by a full disk: as good as absent
+        return json_reader.read(path, expected=None)
+    except UserError:  # half-written by a full disk: as good as absent
         return None
 
 

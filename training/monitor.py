@@ -13,7 +13,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from options.errors import harmless, say
+from options import json_reader
+from options.errors import UserError, harmless, say
 from parallel.atomic import atomic_file
 from training.plot import plot_history
 from training.trackers import Services
@@ -173,14 +174,12 @@ def read_results(folder: Path, tell: Callable[[str], None] = say) -> dict:
     """all_results.json, {} if there is none; one that is damaged is told of, and counts as none."""
     path = folder / ALL_RESULTS
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return json_reader.read(path, nan=True)
     except FileNotFoundError:
         return {}
-    except ValueError:  # no JSON, no UTF-8
-        found = None
-    if not isinstance(found, dict):
+    except UserError:
         tell(f"note: {path}: damaged, so what earlier runs wrote there is lost")
-    return found if isinstance(found, dict) else {}
+        return {}
 
 
 def _cut_log(path: Path, step: int, tell: Callable[[str], None]) -> None:
