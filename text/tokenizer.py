@@ -443,9 +443,9 @@ def _add_listed_tokens(backend: tokenizers.Tokenizer, folder: Path, config: dict
     extra = names.get("extra_special_tokens") or names.get("additional_special_tokens") or []
     where = f"{folder}: extra_special_tokens (or additional_special_tokens)"
     refuse(not isinstance(extra, list | dict), f"{where} is {extra!r}, expected a list of tokens")
-    named = [value for key, value in names.items() if key.endswith("_token")]
-    special = {}
-    for entry in [*named, *_own_names(names).values(), *([] if isinstance(extra, dict) else extra)]:
+    named = [value for key, value in names.items() if key.endswith("_token")] + [*_own_names(names).values()]
+    special, has_name = {}, set(map(_token_text, named))
+    for entry in [*named, *([] if isinstance(extra, dict) else extra)]:
         if (text := _token_text(entry)) is not None:
             special[text] = _added_token(entry if isinstance(entry, dict) else {"content": text}, True)
 
@@ -460,7 +460,8 @@ def _add_listed_tokens(backend: tokenizers.Tokenizer, folder: Path, config: dict
     if listed is None:
         entries |= stored
     for token_id, token in sorted(entries.items()):
-        token.special |= token.content in special
+        # a list of special tokens changes nothing of what tokenizer.json has, a name does
+        token.special |= token.content in (has_name if token.content in known else special)
         if known.get(token.content) == repr(token):
             continue
         known[token.content] = repr(token)

@@ -285,9 +285,15 @@ WITH_MARKS = ("<|im_start|>", "<|im_end|>", "<think>", "</think>", "  ", " a", "
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(stored=FLAGS, said=st.dictionaries(st.integers(0, 3), FLAGS), eos=st.booleans(), data=st.data())
+@given(
+    stored=FLAGS,
+    said=st.dictionaries(st.integers(0, 3), FLAGS),
+    eos=st.booleans(),
+    listed=st.sampled_from((None, "extra_special_tokens", "additional_special_tokens")),
+    data=st.data(),
+)
 def test_flags_of_added_tokens_are_those_of_tokenizer_config(
-    folders, tmp_path_factory, stored, said, eos, data
+    folders, tmp_path_factory, stored, said, eos, listed, data
 ):
     """As transformers takes them: over those of tokenizer.json, for tokens that it has already too."""
     folder = shutil.copytree(folders["chatml"], tmp_path_factory.mktemp("flags") / "copy")
@@ -298,6 +304,7 @@ def test_flags_of_added_tokens_are_those_of_tokenizer_config(
     (folder / "tokenizer.json").write_text(json.dumps(backend))
     decoder = {str(marks[i]["id"]): {"content": marks[i]["content"], **flags} for i, flags in said.items()}
     names = {"eos_token": "<|im_end|>" if eos else None, "added_tokens_decoder": decoder if said else None}
+    names |= {} if listed is None else {listed: ["<think>", "</think>"]}
     edit(folder / "tokenizer_config.json", **names)
     ours, theirs = Tokenizer.from_folder(folder), transformers.AutoTokenizer.from_pretrained(folder)
     text = "".join(data.draw(st.lists(st.sampled_from(WITH_MARKS), max_size=8)))
