@@ -393,7 +393,11 @@ def read_checkpoint(folder: Path, fingerprint: Mapping[str, str], world: World) 
 def check_files(folder: Path, world: World) -> None:
     """UserError for a checkpoint with a file that is not as it was written. All ranks call it."""
     problem, path = None, folder / CHECKSUMS
-    if world.is_main and path.is_file():  # older versions wrote none
+    if not path.is_file():
+        world.print(
+            f"note: {folder} has no {CHECKSUMS}, as an older version leaves it; its files are not checked"
+        )
+    elif world.is_main:
         try:
             written = json_reader.read(path)
             found = checksums(folder / name for name in written if (folder / name).is_file())
