@@ -394,9 +394,7 @@ def check_files(folder: Path, world: World) -> None:
     """UserError for a checkpoint with a file that is not as it was written. All ranks call it."""
     problem, path = None, folder / CHECKSUMS
     if not path.is_file():
-        world.print(
-            f"note: {folder} has no {CHECKSUMS}, as an older version leaves it; its files are not checked"
-        )
+        world.print(f"note: {folder}: its files are not checked: no {CHECKSUMS}, as older versions leave it")
     elif world.is_main:
         try:
             written = json_reader.read(path)
