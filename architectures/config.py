@@ -89,6 +89,7 @@ FIELDS = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size"), Field
     "rms_norm_eps": Field(NUMBER, 0, 1),
     "initializer_range": Field(NUMBER, 0, 1e6),
     "max_position_embeddings": TOKENS,
+    "original_max_position_embeddings": replace(TOKENS, null=True),
     "rope_theta": THETA,
     "partial_rotary_factor": SCALE,
     "hidden_act": Field(str),

@@ -65,8 +65,8 @@ def rope_of(hf: Mapping[str, Any]) -> dict[str, Any]:
     entry["rope_type"] = "default" if kind == "none" else kind
     entry["rope_theta"] = entry.get("rope_theta") or hf.get("rope_theta") or 10000.0
     maximum, original = hf["max_position_embeddings"], "original_max_position_embeddings"
-    if kind in ("yarn", "llama3"):
-        entry.setdefault(original, maximum)
+    if kind in ("yarn", "llama3"):  # a length beside the rope counts first, as in the models of transformers
+        entry[original] = hf.get(original) or entry.get(original, maximum)
     if kind == "yarn":  # DeepSeek's files give the two lengths alone
         entry.setdefault("factor", maximum / entry[original])
     refuse(kind != "none" and "factor" not in entry, f"config.json: RoPE's factor is missing for type {kind}")

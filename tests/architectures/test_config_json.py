@@ -62,6 +62,7 @@ WRONG = [
         for key in ("beta_fast", "beta_slow", "attention_factor", "mscale")
     ),
     ("rope_scaling", {**YARN, "truncate": "false"}),
+    ("original_max_position_embeddings", "64"),
     ("rope_scaling", {**LLAMA3, "high_freq_factor": 1.0}),
     ("rope_scaling", {**LLAMA3, "low_freq_factor": None, "high_freq_factor": 0.5}),
     ("rope_parameters", {"rope_type": "default", "rope_theta": "1e4"}),
@@ -127,6 +128,10 @@ ROPES = {
         }
     },
     "a length beside it": {"original_max_position_embeddings": 64, "rope_scaling": dict(YARN)},
+    "another length beside it": {
+        "original_max_position_embeddings": 64,
+        "rope_scaling": {**LLAMA3, "original_max_position_embeddings": 128},
+    },
     "both, which differ": {
         "rope_scaling": {"type": "linear", "factor": 4.0},
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
@@ -134,23 +139,32 @@ ROPES = {
 }
 
 
+def rope_of_their_model(folder):
+    """What the model computes by; the configuration alone may not have its final lengths yet."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config).config.rope_parameters
+
+
 @pytest.mark.parametrize("case", ROPES)
 def test_the_rope_is_read_as_by_transformers_and_written_in_both_spellings(case, tmp_path):
     (tmp_path / "given").mkdir()
     given = tmp_path / "given" / "config.json"
     given.write_text(json.dumps({**LLAMA, **ROPES[case]}))
-    theirs = transformers.AutoConfig.from_pretrained(given.parent).rope_parameters
+    theirs = rope_of_their_model(given.parent)
     config = load_config(given.parent)
     assert config.rope.theta == theirs["rope_theta"]
     assert config.rope.kind == theirs["rope_type"].replace("default", "none")
     assert config.rope.factor == theirs.get("factor", 1.0)
+    if "original_max_position_embeddings" in theirs:
+        assert config.rope.original_positions == theirs["original_max_position_embeddings"]
     write_model_json(tmp_path, config.hf, torch.float32, None)
     written = json.loads((tmp_path / "config.json").read_text())
     for spelling in (("rope_theta", "rope_scaling"), ("rope_parameters",), ()):  # without these keys
         (tmp_path / "config.json").write_text(
             json.dumps({k: v for k, v in written.items() if k not in spelling})
         )
-        found = transformers.AutoConfig.from_pretrained(tmp_path).rope_parameters
+        found = rope_of_their_model(tmp_path)
         same = {key: value for key, value in found.items() if key not in ("type", "partial_rotary_factor")}
         theirs.pop("type", None)
         assert same == theirs, spelling
