@@ -18,10 +18,8 @@ from pathlib import Path
 
 from options.errors import UserError
 
-SECONDS, BYTES = (
-    10.0,
-    2**30,
-)  # the dearest template of a published model takes some milliseconds and megabytes
+# the dearest template of a published model takes some milliseconds and megabytes
+SECONDS, BYTES = 10.0, 2**30
 
 
 class _Expired(Exception):
