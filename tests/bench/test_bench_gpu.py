@@ -142,7 +142,7 @@ def test_a_training_step_and_a_decoding_step_are_taken_apart_by_kernels(tmp_path
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_make_gpu_says_so_and_fails():
-    done = subprocess.run(["make", "gpu"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(["make", "--no-print-directory", "gpu"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0 and not done.stdout
     assert "CUDA GPU" in done.stderr and "make test" in done.stderr
 
