@@ -243,8 +243,6 @@ def load_datasets(
     train, evaluation, report = (_prepare_stream if options.streaming else _prepare_stored)(options, work)
     asked = _prompt_sets(work, train, evaluation, report) if prompts else {}
     empty = [name for name, store in (asked or evaluation).items() if len(store) == 0]
-    if isinstance(train, ExampleStore) and len(train) == 0:
-        raise UserError(f"dataset: no row can be trained on\n{report}")
     if empty:
         raise UserError(f"eval_dataset: no row of {empty[0]!r} can be evaluated on\n{report}")
     # an evaluation set whose rows have no answers is of use as prompts only
@@ -280,9 +278,13 @@ def _prepare_stored(options: DataOptions, work: Tokeniser) -> tuple[Train, Sets,
     train, evaluation = None, {}
     if parts:
         how = (options.mix_strategy, options.interleave_probs, work.seed)
-        train = ExampleStore(parts, options.dataset, mix_sets(orders, options.dataset, *how))
-        if options.val_size > 0:
-            train, evaluation["validation"] = train.split(options.val_size, work.seed)
+        try:
+            refuse(not any(map(len, orders)), "dataset: no row can be trained on")
+            train = ExampleStore(parts, options.dataset, mix_sets(orders, options.dataset, *how))
+            if options.val_size > 0:
+                train, evaluation["validation"] = train.split(options.val_size, work.seed)
+        except UserError as error:  # too few are left: the report says what became of the rows
+            raise UserError(f"{error}\n{DataReport(reports)}") from error
     for name, info in evals.items():
         files, order, report = work.dataset(info, "eval")
         evaluation[name] = ExampleStore([files], [name], np.stack([np.zeros_like(order), order], 1))

@@ -88,7 +88,7 @@ def resolve_folder(key: str, name: str, revision: str, options: ModelOptions, wa
 
 
 def _download_hugging_face(name: str, revision: str, options: ModelOptions, wanted: list[str]) -> Path:
-    import huggingface_hub
+    import huggingface_hub.constants
     from huggingface_hub.errors import GatedRepoError, HFValidationError
 
     places = {"revision": revision, "cache_dir": options.cache_dir, "token": options.hf_hub_token}

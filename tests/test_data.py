@@ -215,8 +215,11 @@ def test_the_report_adds_up_for_every_strategy(home, tokenizer, strategy):
 
 def test_a_set_without_any_trained_token_is_refused_with_the_report(home, tokenizer):
     put(home, "none", [{"instruction": "a", "output": None}] * 3)
-    with pytest.raises(ValueError, match=r"no row can be trained on(.|\n)*dropped 3: no answer"):
-        load(home, tokenizer, "none")
+    for keys in ({}, {"val_size": 0.05}):
+        with pytest.raises(
+            ValueError, match=r"^dataset: no row can be trained on(.|\n)*dropped 3: no answer"
+        ):
+            load(home, tokenizer, "none", **keys)
 
 
 @pytest.mark.parametrize("workers", [None, 2])
