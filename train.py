@@ -33,7 +33,8 @@ from data import DataOptions, TokenizedDataSaved
 from model import Decoder
 from options import config as configuration
 from options.errors import EXPECTED, StopRun, end_output, fitting, listen_to_ctrl_c, tell
-from parallel.world import GradientSum, World, clip_gradients
+from parallel.fsdp import accumulated
+from parallel.world import World, clip_gradients
 from pipeline.batch import Batch
 from pipeline.prefetch import ahead
 from stages.rewards import RewardError
@@ -139,7 +140,7 @@ def train(this: Run) -> int:
         return 0
     monitor.begin(progress.step, data.total_steps, run_folder.read_history(inputs.resume), progress.seconds)
     health = Health(world, data.names)
-    gradient_sum, max_norm = GradientSum(this.model, world), optim_options.max_grad_norm
+    max_norm = optim_options.max_grad_norm
     this.model.train()
     if progress.evaluation_due and (stop := evaluate_and_track(this)):
         return this.leave(stop)
@@ -150,7 +151,7 @@ def train(this: Run) -> int:
             this.stage.prepare(this.model, group)
             set_learning_rate(this.optimizer, schedule(progress.step, optim_options, data.total_steps))
             parts = this.model, this.optimizer, this.stage, group, this.scaler
-            loss, norm, metrics = update(*parts, gradient_sum, max_norm)
+            loss, norm, metrics = update(*parts, world, max_norm)
             progress.step += 1
             monitor.window.add(loss, group, metrics)
             monitor.advance(progress.step)
@@ -208,19 +209,18 @@ def save_after_failure(this: Run) -> str:
 
 @fitting("a training step", "lower per_device_train_batch_size or cutoff_len")
 def update(
-    model: Decoder, optimizer, stage: Stage, group: list[Batch], scaler, gradient_sum, max_grad_norm: float
+    model: Decoder, optimizer, stage: Stage, group: list[Batch], scaler, world: World, max_grad_norm: float
 ) -> tuple[torch.Tensor, torch.Tensor, list[Metrics]]:
     """One optimizer step over an accumulation group, which lies on the device.
 
     Gives this rank's share of the mean loss, the gradient norm, both (), and each micro-batch's metrics.
     """
-    world = gradient_sum.world
     # full, not tensor: the latter would copy a number of the host's and wait for it
     total = torch.full((), float(sum(stage.weight(batch) for batch in group)), device=world.device)
     total = world.sum(total).clamp_(min=1)
     loss, metrics = torch.zeros((), device=world.device), []
     for number, batch in enumerate(group, start=1):
-        with gradient_sum(number == len(group)):
+        with accumulated(model, number == len(group)):
             value, measured = stage.loss(model, batch)
             value = value / total
             scaler.scale(value).backward()
@@ -284,8 +284,7 @@ def finish(this: Run) -> None:
     this.monitor.close()
     this.take_best()
     with run_folder.writing_result(this.inputs.output_dir, world) as folder:
-        if world.is_main:
-            this.save_model(folder, progress.logged_tokens)
+        this.save_model(folder, progress.logged_tokens)
     if options.plot_loss:
         this.monitor.plot()
     results = progress.results(this.data.epoch(progress.step), peak_memory_gb(world.device))

@@ -65,25 +65,25 @@ class Anvil:
         self.options = OptimOptions(learning_rate=LEARNING_RATE)
         self.optimizer = make_optimizer(model, self.options)
         self.scaler = torch.amp.GradScaler(device.type, enabled=False)
-        self.gradient_sum = parallel.world.GradientSum(model, parallel.world.World(0, 1, 0, device))
+        self.world = parallel.world.World(0, 1, 0, device)
 
     def prepare(self, group: list[MicroBatch]):
         batches = [collate([_example(one) for row in rows for one in row]) for rows in group]
-        batches = [prepare(batch, self.gradient_sum.world.device) for batch in batches]
+        batches = [prepare(batch, self.world.device) for batch in batches]
         self.tokens = max(self.tokens, *(len(batch.tokens) for batch in batches))
         self._plan_memory()
         return batches
 
     def _plan_memory(self) -> None:
         """What is recomputed: `gradient_checkpointing: auto` decides for what is free now."""
-        model, device = self.model, self.gradient_sum.world.device
+        model, device = self.model, self.world.device
         need, free = memory.need(model, self.tokens, self.options.optim), memory.free_bytes(device)
         layers = model.config.num_layers
         model.runtime.recompute, self.note = memory.plan(self.policy, need, layers, device, free)
 
     def step(self, group) -> torch.Tensor:
-        tools = self.scaler, self.gradient_sum, self.options.max_grad_norm
-        group = [batch.to(self.gradient_sum.world.device) for batch in group]
+        tools = self.scaler, self.world, self.options.max_grad_norm
+        group = [batch.to(self.world.device) for batch in group]
         loss, _, _ = train.update(self.model, self.optimizer, TokenLoss(), group, *tools)
         return loss
 

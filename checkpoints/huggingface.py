@@ -10,6 +10,7 @@ files are put together from their parts on the way (quant/).
 """
 
 import shutil
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from architectures import config_from_hf
 from architectures.config import ModelConfig, from_hf_name, scale_rope, to_hf_name
 from architectures.layers import RMSNorm
 from architectures.rope import in_both_spellings
-from checkpoints.peft import adapter_parameters, read_adapter_tensors, save_adapter
+from checkpoints.peft import adapter_parameters, adapter_state, read_adapter_tensors, save_adapter
 from checkpoints.safetensors_files import (
     read_json,
     refuse_not_finite,
@@ -32,12 +33,13 @@ from checkpoints.safetensors_files import (
     write_shards,
 )
 from checkpoints.value_head import PREFIX as VALUE_HEAD_PREFIX
-from checkpoints.value_head import load_value_head, save_value_head
+from checkpoints.value_head import load_value_head, save_value_head, value_head_state
 from kernels.launch import say_once
 from lora import lora_layers, replace_module
 from model import Decoder, initialize_weights
 from options.errors import UserError, fitting, located, refuse
 from options.progress import Bar
+from parallel.fsdp import assign, whole
 from quant.linear import Format, QuantLinear
 from text.tokenizer import TOKENIZER_FILES, Tokenizer, as_ids
 
@@ -293,7 +295,10 @@ def save_model(
     """
     with staged(folder) as staging:
         tensors = ((to_hf_name(model.config, name), tensor) for name, tensor in model_tensors(model))
-        write_shards(staging, tensors, shard_gigabytes)
+        try:
+            write_shards(staging, tensors, shard_gigabytes)
+        finally:
+            deque(tensors, 0)  # other ranks are giving their shares of the rest
         write_model_json(staging, model.config.hf, model.embed_tokens.weight.dtype, model_format(model))
         if source_folder is not None:
             copy_side_files(Path(source_folder), staging)
@@ -309,7 +314,7 @@ def model_tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
             yield from ((f"{name}.{part}", tensor) for part, tensor in module.tensors().items())
     for name, parameter in model.named_parameters():
         if not name.startswith((*inside, VALUE_HEAD_PREFIX)):
-            yield name, parameter.detach()
+            yield name, whole(parameter.detach())
     for name, layer in layers.items():
         base = layer.base
         dtype = base.dtype if isinstance(base, QuantLinear) else base.weight.dtype
@@ -392,6 +397,13 @@ def save_trained(model: Decoder, folder: Path, source_folder: Path, base_name: s
         save_value_head(model.v_head, folder)
 
 
+def gather_trained(model: Decoder) -> None:
+    """On a rank that writes nothing: give its shares, in the order in which save_trained asks for them."""
+    deque(adapter_state(model).items() if lora_layers(model) else model_tensors(model), 0)
+    if model.v_head is not None:
+        value_head_state(model.v_head)
+
+
 def require_saved(model: Decoder) -> None:
     """UserError where something trains that save_trained does not write: resuming would begin it anew."""
     if not lora_layers(model):
@@ -422,7 +434,7 @@ def restore_trained(model: Decoder, folder: Path) -> None:
             target, fault = None, f"has shape {tuple(tensor.shape)}, this run has {tuple(target.shape)}"
         if target is None:
             raise UserError(f"{folder}: tensor {name} {fault}; was another option changed?")
-        target.copy_(tensor)
+        assign(target, tensor)
     if targets:
         raise UserError(f"{folder}: tensor {next(iter(targets))} is missing; was lora_target changed since?")
     if model.v_head is not None:

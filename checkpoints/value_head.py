@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from checkpoints.safetensors_files import PICKLE, file_notes, file_tensors, write_tensors
 from options.errors import UserError, refuse
+from parallel.fsdp import assign, whole
 
 VALUE_HEAD = "value_head.safetensors"
 PICKLED = "value_head.bin"
@@ -32,9 +33,13 @@ class ValueHead(nn.Module):
         return self.summary(hidden.float())[:, 0]
 
 
+def value_head_state(head: ValueHead) -> dict[str, Tensor]:
+    named = head.named_parameters()
+    return {PREFIX + name: whole(value.detach()).cpu().contiguous() for name, value in named}
+
+
 def save_value_head(head: ValueHead, folder: Path) -> None:
-    tensors = {PREFIX + name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
-    write_tensors(Path(folder) / VALUE_HEAD, tensors)
+    write_tensors(Path(folder) / VALUE_HEAD, value_head_state(head))
 
 
 def has_value_head(folder: Path) -> bool:
@@ -63,5 +68,5 @@ def load_value_head(head: ValueHead, folder: Path) -> None:
             shape = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)}"
             raise UserError(f"{place} {shape}, expected {tuple(parameter.shape)}")
         refuse(not torch.isfinite(tensor).all(), f"{place} is not finite; the reward model is broken")
-        parameter.copy_(tensor)
+        assign(parameter, tensor)
     refuse(found, f"{path}: tensor {next(iter(found), None)} belongs to no value head")

@@ -1,8 +1,6 @@
-"""Several processes as one: process group, gradient sums, rank-0 output. One process needs no launcher.
+"""Several processes as one: process group, sums, rank-0 output. One process needs no launcher.
 
 `torchrun --nproc_per_node N train.py ...` sets RANK, WORLD_SIZE, LOCAL_RANK; without them the size is 1.
-Gradients are SUMMED over ranks: the loop already divides by the number of tokens of all ranks, so (2 ranks x
-batch 4) and (batch 8) give the same gradients.
 """
 
 import datetime
@@ -19,10 +17,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from options.errors import refuse, say
-
-BUCKET_BYTES = 25 * 2**20  # of gradients per reduction, as in torch's DDP: large enough for full bandwidth
 
 
 @dataclass(frozen=True)
@@ -77,6 +74,11 @@ class World:
 _HOST_GROUPS: list = []  # the gloo group beside NCCL's; made in start(), because every rank has to make it
 _PEERS: list = []  # the store of the process group, and [host, process] of each rank
 PATIENCE_SECONDS = 3.0  # for a rank of another host to say that it is there
+
+
+def host_group():
+    """The group of all ranks that needs no GPU; None for one process."""
+    return _HOST_GROUPS[0] if _HOST_GROUPS else None
 
 
 def name_of_rank(program: str) -> str:
@@ -154,69 +156,15 @@ def _is_there(rank: int, peers: list, host: str, store) -> bool:
     return False
 
 
-class GradientSum:
-    """Sums the gradients of a model over ranks while the backward pass still runs.
-
-    Buckets go from the last layer to the first, the order in which backward finishes them. A full one starts
-    its reduction at once, strictly in order, so ranks whose graphs differ (one has an empty batch) meet in
-    the same collectives. Use: `with gradient_sum(last_micro_batch): loss.backward()`
-    """
-
-    def __init__(self, model: nn.Module, world: World):
-        self.world, self.active = world, False
-        self.buckets: list[list[nn.Parameter]] = []
-        room = -1  # bytes that the last bucket still takes
-        for parameter in reversed([p for p in model.parameters() if p.requires_grad and world.size > 1]):
-            if parameter.nbytes > room or self.buckets[-1][0].dtype != parameter.dtype:
-                self.buckets.append([])
-                room = BUCKET_BYTES
-            self.buckets[-1].append(parameter)
-            room -= parameter.nbytes
-            parameter.register_post_accumulate_grad_hook(self._arrived)
-        self.bucket_of = {p: i for i, bucket in enumerate(self.buckets) for p in bucket}
-
-    def __call__(self, active: bool) -> "GradientSum":
-        """active: whether this backward pass is the last of its accumulation group."""
-        self.active = active and self.world.size > 1
-        return self
-
-    def __enter__(self) -> None:
-        self.waiting = [len(bucket) for bucket in self.buckets]
-        self.started: list[tuple[torch.Tensor, dist.Work]] = []
-
-    def __exit__(self, kind, error, trace) -> None:
-        if not self.active or kind is not None:
-            return
-        while len(self.started) < len(self.buckets):  # parameters that this rank's graph did not reach
-            self._start_next()
-        for bucket, (flat, work) in zip(self.buckets, self.started):
-            work.wait()
-            for parameter, piece in zip(bucket, flat.split([p.numel() for p in bucket])):
-                parameter.grad.copy_(piece.view_as(parameter))
-        self.active = False
-
-    def _arrived(self, parameter: nn.Parameter) -> None:
-        if not self.active:
-            return
-        self.waiting[self.bucket_of[parameter]] -= 1
-        while len(self.started) < len(self.buckets) and self.waiting[len(self.started)] == 0:
-            self._start_next()
-
-    def _start_next(self) -> None:
-        bucket = self.buckets[len(self.started)]
-        for parameter in bucket:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        flat = torch.cat([parameter.grad.flatten() for parameter in bucket])
-        self.started.append((flat, dist.all_reduce(flat, async_op=True)))
-
-
 def clip_gradients(parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
     """Scale gradients in place to a total 2-norm of at most max_norm (0: unchanged); returns the norm before.
 
     Without a host synchronisation. A norm that is not finite makes the gradients so; the loop finds it.
     """
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    if isinstance(norm, DTensor):  # of all shares
+        norm = norm.full_tensor()
     if max_norm > 0:
-        return nn.utils.clip_grad_norm_(parameters, max_norm)
-    return nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm

@@ -63,14 +63,18 @@ class QuantLinear(LinearLayer):
         """x (..., in) -> (..., out) in x's dtype; gradient for x alone."""
         return kernels.linears(x, [self.part()])[0]
 
+    def numbers(self) -> list[Tensor]:
+        """What the weight is made of: buffers, which are parameters where the layer is sharded."""
+        return [*self.buffers(), *(value for name, value in self.named_parameters() if name != "bias")]
+
     @property
     def device(self) -> torch.device:
-        return next(self.buffers()).device
+        return next(iter(self.numbers())).device
 
     @property
     def storage_bytes(self) -> int:
         """Bytes of the codes and all that belongs to them; without the bias."""
-        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
+        return sum(number.numel() * number.element_size() for number in self.numbers())
 
     @property
     def bits_per_weight(self) -> float:

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 
+import parallel.checkpoint
 from checkpoints.huggingface import restore_trained
 from model import Decoder
 from stages.stage import Stage
 from training import run_folder, setup
 from training.monitor import Monitor, write_json
-from training.optimizers import load_optimizer
+from training.optimizers import OPTIMIZER, load_optimizer, states
 from training.run_folder import Progress
 from training.signals import Signals
 
@@ -36,7 +37,8 @@ class Run:
         setup.save_weights(self.inputs, self.model, folder)
         total, epoch = self.data.total_steps, self.data.epoch(self.progress.step)
         state = self.progress.trainer_state(self.inputs.output_dir, total, epoch, tokens)
-        write_json(folder / run_folder.TRAINER_STATE, state | {"log_history": self.monitor.history})
+        if self.inputs.world.is_main:
+            write_json(folder / run_folder.TRAINER_STATE, state | {"log_history": self.monitor.history})
 
     def save_checkpoint(self) -> Path:
         """Write checkpoint-<step>, complete or not at all, and remove those beyond save_total_limit."""
@@ -51,11 +53,14 @@ class Run:
         path = self.inputs.output_dir / f"checkpoint-{progress.step}"
         with run_folder.writing_checkpoint(path, world) as folder:
             torch.save(own, folder / f"rank_state_{world.rank}.pt")
+            self.save_model(folder, tokens)
+            optimizer, tensors = states(self.optimizer)
+            if not options.save_only_model:
+                parallel.checkpoint.save(folder / OPTIMIZER, tensors, world)
             if world.is_main:
-                self.save_model(folder, tokens)
                 state = {"progress": asdict(progress), "fingerprint": self.data.fingerprint}
                 if not options.save_only_model:
-                    state |= {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+                    state |= {"optimizer": optimizer, "scaler": self.scaler.state_dict()}
                 torch.save(state, folder / run_folder.STATE_FILE)
         if world.is_main:
             run_folder.rotate(path.parent, options.save_total_limit, progress.best_checkpoint)
@@ -66,7 +71,7 @@ class Run:
         """Everything back as it was when the checkpoint was written."""
         world, folder = self.inputs.world, self.inputs.resume
         restore_trained(self.model, folder)
-        load_optimizer(self.optimizer, state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"], folder / OPTIMIZER, world)
         self.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
         self.monitor.window.restore(state["rank"]["window"])

@@ -285,10 +285,8 @@ def writing_checkpoint(final: Path, world: World) -> Iterator[Path]:
     temporary = final.with_name(f"{TEMPORARY}{final.name}")
     with _of_all_ranks(final, temporary, world):
         yield temporary
-    written = list(temporary.glob(f"rank_state_{world.rank}.pt"))
-    if world.is_main:
-        written += (path for path in temporary.iterdir() if not path.match("rank_state_*"))
-    sums = world.gather(checksums(written))
+    names = [str(path.relative_to(temporary)) for path in temporary.rglob("*") if path.is_file()]
+    sums = world.gather(checksums(temporary, sorted(names)[world.rank :: world.size]))
     with _of_all_ranks(final, temporary, world, begins=False):
         if world.is_main:
             write_json(temporary / CHECKSUMS, dict(itertools.chain(*map(dict.items, sums))))
@@ -347,19 +345,19 @@ def _of_all_ranks(final: Path, temporary: Path, world: World, begins: bool = Tru
     raise StopRun(f"{text}; make room and run the same command to continue") from failure
 
 
-def checksums(paths: Iterable[Path]) -> dict[str, str]:
-    """CRC-32 and size of each file, by its name."""
+def checksums(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """CRC-32 and size of each file, by its name in the folder."""
 
-    def checksum(path: Path) -> str:
+    def checksum(name: str) -> str:
         value = 0
-        with open(path, "rb") as file:
+        with open(folder / name, "rb") as file:
             while piece := file.read(2**22):
                 value = zlib.crc32(piece, value)
             return f"{value:08x} {file.tell()}"
 
-    paths = list(paths)
+    names = list(names)
     with ThreadPoolExecutor(4) as pool:  # crc32 runs beside other threads
-        return dict(zip((path.name for path in paths), pool.map(checksum, paths)))
+        return dict(zip(names, pool.map(checksum, names)))
 
 
 def rotate(output_dir: Path, limit: int | None, keep: str | None) -> None:
@@ -398,7 +396,7 @@ def check_files(folder: Path, world: World) -> None:
     elif world.is_main:
         try:
             written = json_reader.read(path)
-            found = checksums(folder / name for name in written if (folder / name).is_file())
+            found = checksums(folder, [name for name in written if (folder / name).is_file()])
             for name in written:
                 if found.get(name) != written[name]:
                     problem = damaged(folder / name, "its bytes are not those that were written")

@@ -21,6 +21,7 @@ from architectures.layers import RMSNorm
 from checkpoints.hub import ModelOptions, resolve_adapters, resolve_model
 from checkpoints.huggingface import (
     chosen_quantization,
+    gather_trained,
     load_config,
     load_model,
     random_model,
@@ -38,6 +39,7 @@ from lora import LoraOptions, adapted_names
 from model import Decoder
 from options.config import Config
 from options.errors import UserError, refuse
+from parallel.fsdp import ParallelOptions, distribute
 from parallel.world import World
 from pipeline.batch import ROW_MULTIPLE, BatchLoader, StreamingLoader
 from pipeline.report import describe_example
@@ -74,7 +76,7 @@ from training.trackers import check_services
 SECTIONS = [
     *(TrainOptions, ModelOptions, QuantOptions, DataOptions, TemplateOptions, LoraOptions, OptimOptions),
     *(RewardModelOptions, PreferenceOptions, KTOOptions, ReferenceOptions, RewardOptions, GRPOOptions),
-    *(PPOOptions, GenerateOptions),
+    *(PPOOptions, GenerateOptions, ParallelOptions),
 ]
 NO_TRAINING_SET = {"dataset": (), "interleave_probs": (), "mix_strategy": "concat"}
 HEAD_START = 0.1  # share of trl's random start of a value head; see start_value_head
@@ -170,6 +172,7 @@ def build(inputs: Inputs) -> tuple[Data, Decoder, Stage, dict | None]:
     own: dict[str, torch.Tensor] = {}
     model = build_model(config, inputs.source, world, own)
     world.print(describe_model(config, model, world))
+    distribute(model, world, config[ParallelOptions])
     given = config, model, inputs.tokenizer, inputs.template, data.prepared, world
     stage = make_stage(*given, reward=inputs.reward, own=own)
     own.clear()  # what is still needed the stage has
@@ -508,8 +511,12 @@ def choose_recomputation(model: Decoder, loader, config: Config, world: World) -
 
 
 def save_weights(inputs: Inputs, model: Decoder, folder: Path) -> None:
-    """What the user loads later: weights, tokenizer, chat template, resolved configuration."""
+    """What the user loads later: weights, tokenizer, chat template, resolved configuration. All ranks call
+    it, because each may hold a share; rank 0 writes."""
     config, template = inputs.config, inputs.template
+    if not inputs.world.is_main:
+        gather_trained(model)
+        return
     save_trained(model, folder, inputs.source, config[ModelOptions].model_name_or_path)
     named = template is not None and config[TemplateOptions].template is not None
     save_tokenizer(inputs.tokenizer, folder, template, template.to_jinja() if named else None)

@@ -14,13 +14,16 @@ To add one: copy sgd.py, name it in FILES and in OptimOptions.optim (training/op
     set_learning_rate(optimizer, schedules.schedule(step, options, total_steps))        # before each update
 """
 
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
+import parallel.checkpoint
 from options.errors import UserError, refuse
+from parallel.checkpoint import SEPARATOR
 from training.optimizers import adafactor, adamw_torch, bitsandbytes, sgd
 from training.options import OptimOptions
 
@@ -66,8 +69,24 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Bring back what optimizer.state_dict() gave. UserError where other parameters trained then."""
+OPTIMIZER = "optimizer"  # folder of a checkpoint that holds the tensors of the state
+
+
+def states(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """optimizer.state_dict() in two: what is plain, and the tensors as PARAMETER::STATE."""
+    state, tensors = optimizer.state_dict(), {}
+    names = dict(enumerate(name for group in state["param_groups"] for name in group["param_names"]))
+    plain: dict[int, dict] = {}
+    for number, values in state["state"].items():
+        moments = {key: value for key, value in values.items() if torch.is_tensor(value)}
+        tensors |= {f"{names[number]}{SEPARATOR}{key}": value for key, value in moments.items()}
+        plain[number] = {key: value for key, value in values.items() if key not in moments}
+    return state | {"state": plain}, tensors
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], folder: Path, world) -> None:
+    """Bring back what `states` gave, the tensors of which lie in this folder. UserError where other
+    parameters trained then."""
     sides = optimizer.param_groups, state["param_groups"]
     now, then = ([name for group in groups for name in group.get("param_names", ())] for groups in sides)
     for name in now if then != now else ():
@@ -78,6 +97,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
         refuse(
             name not in now, f"{name} trained when the checkpoint was written, but does not; restore the code"
         )
+    parameters = dict(zip(now, (parameter for group in sides[0] for parameter in group["params"])))
+    numbers = {name: number for number, name in enumerate(now)}
+    for name, tensor in parallel.checkpoint.load(folder, parameters, world).items():
+        owner, _, key = name.rpartition(SEPARATOR)
+        state["state"][numbers[owner]][key] = tensor
     optimizer.load_state_dict(state)
     if getattr(optimizer, "is_paged", False):
         bitsandbytes.page_again(optimizer)

@@ -1,0 +1,45 @@
+"""Tensors of many ranks in one folder: torch.distributed.checkpoint, in safetensors files.
+
+    save(folder, {"a.exp_avg": tensor, ...}, world)     # each rank writes the shares that it holds
+    tensors = load(folder, {"a": parameter, ...})       # each reads what it needs, on any number of ranks
+
+The files are those of torch's HuggingFaceStorageWriter: each rank's tensors, with their offsets in the
+header. Its other format keeps a pickle beside them, which nobody should have to open.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor, empty
+
+from parallel.world import World, host_group
+
+SEPARATOR = "::"  # between a parameter's name and that of one of its states
+
+
+def save(folder: Path, tensors: dict[str, Tensor], world: World) -> None:
+    """Write the tensors into `folder`; all ranks call it with the same names. A plain tensor is the same on
+    all ranks, and rank 0 writes it."""
+    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    dcp.save(tensors, storage_writer=writer, process_group=host_group(), no_dist=world.size == 1)
+
+
+def load(folder: Path, parameters: dict[str, Tensor], world: World) -> dict[str, Tensor]:
+    """What `save` wrote as PARAMETER::STATE, in the layout of the parameters of now: what has a parameter's
+    first dimension is sharded like it, the rest is whole on every rank."""
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    targets: dict[str, Tensor] = {}
+    for name, stored in reader.read_metadata().state_dict_metadata.items():
+        like, shape, dtype = parameters[name.rpartition(SEPARATOR)[0]], stored.size, stored.properties.dtype
+        sharded = isinstance(like, DTensor) and len(shape) > 0 and shape[0] == like.shape[0]
+        mesh = {"device_mesh": like.device_mesh, "placements": like.placements} if sharded else {}
+        targets[name] = empty(shape, dtype=dtype, **mesh) if sharded else torch.empty(shape, dtype=dtype)
+    dcp.load(targets, storage_reader=reader, process_group=host_group(), no_dist=world.size == 1)
+    for name, tensor in targets.items():
+        like = parameters[name.rpartition(SEPARATOR)[0]]
+        if isinstance(like, DTensor) and not isinstance(tensor, DTensor) and tensor.dim() > 0:
+            everywhere = [Replicate()] * like.device_mesh.ndim
+            targets[name] = distribute_tensor(tensor, like.device_mesh, everywhere, src_data_rank=None)
+    return targets

@@ -1,0 +1,123 @@
+"""Data parallel, sharded, and both: torch's `fully_shard` (FSDP2), applied from outside to a model.
+
+    distribute(model, world, options)       # parameters become DTensors; blocks gather theirs when they run
+    with accumulated(model, last=True): loss.backward()
+
+One engine on a mesh replicate x shard: `ddp` is (ranks, 1), `fsdp` (1, ranks), `hsdp` (ranks / s, s).
+Gradients are SUMMED over ranks, for the loop has divided by the weight of all of them: the engine's own
+division is off. They are reduced over `shard` after each backward pass, so that no rank ever holds them
+whole, and over `replicate` after the last one of an accumulation group. What is frozen is sharded, but never
+copied: under ddp it stays out of the engine. Codes of quantised layers are buffers in one process and become parameters without
+gradient here, because the engine shards nothing else; they are gathered as the bytes they are.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from options.errors import refuse
+from options.option import RESUMABLE, option
+from parallel.world import World
+
+
+@dataclass(frozen=True)
+class ParallelOptions:
+    parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = option(
+        "auto", "ddp: all weights on each rank; fsdp: a share; hsdp: shares in dp_shard_size", RESUMABLE
+    )
+    dp_shard_size: int | None = option(None, "hsdp: ranks that hold the weights between them", RESUMABLE)
+    fsdp_reshard_after_forward: bool = option(
+        True, "gather weights again for the backward pass: less memory, half as much traffic more", RESUMABLE
+    )
+    fsdp_offload: bool = option(False, "shares, gradients and optimizer state in host memory", RESUMABLE)
+
+    def sizes(self, ranks: int) -> tuple[int, int]:
+        """(replicate, shard), of which the product is `ranks`. Raises UserError."""
+        shard = {"auto": 1, "ddp": 1, "fsdp": ranks, "hsdp": self.dp_shard_size}[self.parallel]
+        sizes = ", ".join(str(size) for size in range(2, ranks) if ranks % size == 0) or "none"
+        fits = f"with {ranks} ranks it can be: {sizes}"
+        refuse(shard is None, f"parallel: hsdp needs dp_shard_size, the ranks that share the weights; {fits}")
+        uneven = self.parallel == "hsdp" and (not 1 < shard < ranks or ranks % shard > 0)
+        refuse(uneven, f"dp_shard_size: {shard} does not divide {ranks} ranks into groups; {fits}")
+        alone = "fsdp_offload: only parallel=fsdp and hsdp have shares to move"
+        refuse(self.fsdp_offload and shard == 1, alone)
+        return ranks // shard, shard
+
+
+def distribute(model: nn.Module, world: World, options: ParallelOptions) -> None:
+    """Hand the model's parameters to the engine, block by block; one process needs none.
+
+    model: has `layers`; everything outside of them stays gathered from its forward pass to the end of the
+    backward pass, because the heads are applied outside of forward.
+    """
+    if world.size == 1:
+        return
+    replicate, shard = options.sizes(world.size)
+    names = ("replicate", "shard")
+    mesh = init_device_mesh(world.device.type, (replicate, shard), mesh_dim_names=names)
+    parameters_from_buffers(model)
+    kept = {p for p in model.parameters() if not p.requires_grad} if shard == 1 else set()
+    how = {"mesh": mesh if replicate > 1 else mesh["shard"], "ignored_params": kept}
+    how["offload_policy"] = CPUOffloadPolicy() if options.fsdp_offload else OffloadPolicy()
+    for block in model.layers:
+        fully_shard(block, reshard_after_forward=options.fsdp_reshard_after_forward, **how)
+    fully_shard(model, reshard_after_forward=False, **how)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    model.set_reduce_scatter_unused_params(True)
+
+
+def parameters_from_buffers(model: nn.Module) -> None:
+    """Turn the buffers of all modules into parameters without gradient, with at least one dimension."""
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            del module._buffers[name]
+            value = buffer.reshape(1) if buffer.dim() == 0 else buffer
+            module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+
+
+@contextmanager
+def accumulated(model: nn.Module, last: bool) -> Iterator[None]:
+    """Around a backward pass; last: of its accumulation group."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(last)
+        model.set_is_last_backward(last)
+    yield
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor of which this rank may hold a share; every rank has to ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def assign(target: Tensor, value: Tensor) -> None:
+    """Write the whole `value` into a tensor of which this rank may hold a share; nobody else is asked."""
+    if isinstance(target, DTensor):
+        share = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
+        target, value = target.to_local(), share.to_local()
+    target.copy_(value)
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Within it every rank holds all weights, and may call the model as often as it likes, alone."""
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for part in parts:
+        part.unshard()
+        part.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(part is not model, recurse=False)
+            part.reshard()
