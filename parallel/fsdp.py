@@ -7,8 +7,9 @@ One engine on a mesh replicate x shard: `ddp` is (ranks, 1), `fsdp` (1, ranks), 
 Gradients are SUMMED over ranks, for the loop has divided by the weight of all of them: the engine's own
 division is off. They are reduced over `shard` after each backward pass, so that no rank ever holds them
 whole, and over `replicate` after the last one of an accumulation group. What is frozen is sharded, but never
-copied: under ddp it stays out of the engine. Codes of quantised layers are buffers in one process and become parameters without
-gradient here, because the engine shards nothing else; they are gathered as the bytes they are.
+copied: under ddp it stays out of the engine. Codes of quantised layers are buffers in one process and become
+parameters without gradient here, because the engine shards nothing else; they are gathered as the bytes that
+they are.
 """
 
 from collections.abc import Iterator
@@ -57,7 +58,7 @@ def distribute(model: nn.Module, world: World, options: ParallelOptions) -> None
     model: has `layers`; everything outside of them stays gathered from its forward pass to the end of the
     backward pass, because the heads are applied outside of forward.
     """
-    if world.size == 1:
+    if world.size == 1 or isinstance(model, FSDPModule):
         return
     replicate, shard = options.sizes(world.size)
     names = ("replicate", "shard")
@@ -73,6 +74,7 @@ def distribute(model: nn.Module, world: World, options: ParallelOptions) -> None
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+            module.reshards = module is not model and options.fsdp_reshard_after_forward
     model.set_reduce_scatter_unused_params(True)
 
 
@@ -110,14 +112,20 @@ def assign(target: Tensor, value: Tensor) -> None:
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Within it every rank holds all weights, and may call the model as often as it likes, alone."""
+    """Within it every rank holds all weights, and may call the model as often as it likes, alone. All ranks
+    enter it as often; within itself it does nothing."""
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    if any(getattr(part, "gathered", False) for part in parts):
+        yield
+        return
     for part in parts:
+        part.gathered = True
         part.unshard()
         part.set_reshard_after_forward(False, recurse=False)
     try:
         yield
     finally:
         for part in parts:
-            part.set_reshard_after_forward(part is not model, recurse=False)
+            part.gathered = False
+            part.set_reshard_after_forward(part.reshards, recurse=False)
             part.reshard()

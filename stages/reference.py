@@ -30,6 +30,7 @@ from options.errors import UserError, refuse, say
 from options.option import option
 from options.progress import Bar
 from parallel.atomic import atomic_file, locked
+from parallel.fsdp import whole
 from parallel.world import World
 from pipeline.batch import ROW_MULTIPLE, Batch, BatchLoader
 from pipeline.store import ExampleStore
@@ -118,8 +119,7 @@ def precompute(
     writes files. Raises UserError for numbers that are not finite.
     """
     key = {"version": CACHE_VERSION, "ld_alpha": reference.ld_alpha}
-    if world.is_main:
-        key["policy"] = weights_key(reference.policy or model, adapters=reference.policy is not None)
+    key["policy"] = weights_key(reference.policy or model, adapters=reference.policy is not None)
     for name, store in stores.items():
         if world.is_main:
             key["data"] = store_key(store)
@@ -171,14 +171,16 @@ def _compute(
 
 
 def weights_key(model: Decoder, adapters: bool) -> str:
-    """A hash of everything that decides what a model computes; adapters: whether they take part."""
+    """A hash of everything that decides what a model computes; adapters: whether they take part. All ranks
+    call it, because each may hold a share."""
     digest = hashlib.blake2b(repr((model.config, model.runtime.compute_dtype)).encode(), digest_size=16)
-    for name, tensor in sorted(itertools.chain(model.named_parameters(), model.named_buffers())):
+    named = dict(itertools.chain(model.named_parameters(), model.named_buffers()))
+    for name, tensor in sorted(named.items()):
         if name.startswith("v_head.") or (not adapters and name.rpartition(".")[2] in ADAPTER_PARTS):
             continue
         name = name if adapters else name.replace(".base.", ".")  # adapted or not, it is the same weight
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        digest.update(whole(tensor.detach()).cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

@@ -17,6 +17,7 @@ from lora import LoraOptions
 from model import Decoder
 from options.config import Config
 from options.errors import UserError, located, refuse
+from parallel.fsdp import ParallelOptions, distribute
 from parallel.world import World
 from pipeline.store import ExampleStore
 from quant import QuantOptions
@@ -124,7 +125,7 @@ def make_stage(
     generation = how_to_write(config[GenerateOptions], tokenizer, template, world)
     if kind is PPO:
         shared |= {"group_size": run.gradient_accumulation_steps, "output_dir": Path(run.output_dir)}
-    return kind(options, generation, reward or make_reward(config, model, tokenizer), **shared)
+    return kind(options, generation, reward or make_reward(config, model, tokenizer, world), **shared)
 
 
 def how_to_write(options: GenerateOptions, tokenizer: Tokenizer, template, world: World) -> GenerateOptions:
@@ -160,7 +161,7 @@ def make_reference(
     live = prepared is None or not computes_ahead(config, prepared, world)
     if config[ReferenceOptions].ref_model is not None:
         otherwise = "train on it with create_new_adapter=true, and the start is the reference"
-        second, folders = second_model(config, "ref_model", model, tokenizer, otherwise)
+        second, folders = second_model(config, "ref_model", model, tokenizer, world, otherwise)
         made, text = Reference(second, ld_alpha), " + ".join(map(str, folders))
     else:
         made = Reference(reference.start_policy(model, live, own), ld_alpha)
@@ -170,6 +171,8 @@ def make_reference(
             if config[ModelOptions].adapter_name_or_path and not config[LoraOptions].create_new_adapter:
                 text += ", so without what the given adapter learned; create_new_adapter=true takes it in"
     world.print(f"reference: {text}")
+    for each in (made.policy or model, model):
+        distribute(each, world, config[ParallelOptions])
     if live:
         return made
     stores = {} if prepared.train is None or not run.trains else {"train": prepared.train}
@@ -212,11 +215,11 @@ def make_reward_ahead(config: Config, tokenizer: Tokenizer) -> RewardSource | No
     return server
 
 
-def make_reward(config: Config, model: Decoder, tokenizer: Tokenizer) -> RewardSource:
+def make_reward(config: Config, model: Decoder, tokenizer: Tokenizer, world: World) -> RewardSource:
     """The model that says what the answers of `model` are worth, by the options. Raises UserError."""
     if config[RewardOptions].reward_model_type == "full":
         otherwise = "set reward_model_type=lora"
-        second, (folder, *adapters) = second_model(config, "reward_model", model, tokenizer, otherwise)
+        second, (folder, *adapters) = second_model(config, "reward_model", model, tokenizer, world, otherwise)
         return ModelReward(second, [*reversed(adapters), folder])
     (folder,) = folders_beside(config)["reward_model"]
     text = f"reward_model: {folder} is no adapter, as lora needs; set reward_model_type=full"
@@ -228,11 +231,15 @@ def make_reward(config: Config, model: Decoder, tokenizer: Tokenizer) -> RewardS
     apart = f"reward_model_type=full reward_model=BASE reward_model_adapters=THEM,{folder}"
     remedy = f"start this run from the same ones with create_new_adapter=true, or set {apart}"
     refuse_other_base("reward_model", folder, merged, remedy)
-    return AdapterReward(model, folder)
+    reward = AdapterReward(model, folder)
+    spread = config[ParallelOptions]
+    found = f"{folder} replaces whole tensors, of which ranks hold shares (parallel={spread.parallel})"
+    refuse(reward.whole and spread.sizes(world.size)[1] > 1, f"reward_model: {found}; set {apart}")
+    return reward
 
 
 def second_model(
-    config: Config, key: str, model: Decoder, tokenizer: Tokenizer, otherwise: str
+    config: Config, key: str, model: Decoder, tokenizer: Tokenizer, world: World, otherwise: str
 ) -> tuple[Decoder, list[Path]]:
     """The frozen model that option `key` names, and the folders it was made of: with `key`_adapters on it,
     quantised to `key`_quantization_bit (none or 0 = as the files have it), in the compute dtype and on the
@@ -246,13 +253,14 @@ def second_model(
     bits, model_options = f"{key}_quantization_bit", config[ModelOptions]
     wanted = quant.in_bits(config.values[bits], config[QuantOptions], bits)
     scaling = None if model_options.rope_scaling == "none" else model_options.rope_scaling
-    device, dtype = model.embed_tokens.weight.device, config[TrainOptions].compute_dtype
+    device, dtype = world.device, config[TrainOptions].compute_dtype
     with located(key):
         format, _ = chosen_quantization(folder, wanted)
         second = load_model(folder, dtype, device, scaling, config[DataOptions].cutoff_len, format)
         apply_adapters(second, adapters)
     second.runtime.compute_dtype, second.runtime.flash_attn = dtype, model.runtime.flash_attn
-    return second.eval().requires_grad_(False), [folder, *adapters]
+    distribute(second.eval().requires_grad_(False), world, config[ParallelOptions])
+    return second, [folder, *adapters]
 
 
 def refuse_other_base(key: str, adapter: Path, merged: Iterable[str], remedy: str) -> None:

@@ -23,6 +23,7 @@ from model import Decoder
 from options.errors import refuse
 from options.progress import Bar
 from parallel.atomic import atomic_file
+from parallel.fsdp import gathered
 from parallel.world import World
 from pipeline.batch import ROW_MULTIPLE, collate
 from pipeline.store import ExampleStore
@@ -91,7 +92,8 @@ class TextPredictor:
             return [(self.template.content(each.text), len(each.ids)) for each in completions]
 
         counts = len(prompts), self.rows_per_batch
-        return _of_all_ranks(write, *counts, f"answering {name}", self.world, look)
+        with gathered(model):
+            return _of_all_ranks(write, *counts, f"answering {name}", self.world, look)
 
     def _check_lengths(self, limit: int) -> None:
         """Before the first step: later a rank that stopped alone would leave the others waiting."""
@@ -125,7 +127,8 @@ class ScorePredictor:
                 return list(zip(*pair_scores(model, batch.to(device))))
 
             counts = len(store), self.rows_per_batch
-            scores = _of_all_ranks(score, *counts, f"scoring {name}", self.world, look)
+            with gathered(model):  # a rank may have one batch less
+                scores = _of_all_ranks(score, *counts, f"scoring {name}", self.world, look)
             wins = sum(chosen > rejected for chosen, rejected in scores)
             margins = sum(chosen - rejected for chosen, rejected in scores)
             measured[name] = {"accuracy": wins / len(scores), "rewards/margins": margins / len(scores)}

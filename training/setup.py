@@ -172,9 +172,9 @@ def build(inputs: Inputs) -> tuple[Data, Decoder, Stage, dict | None]:
     own: dict[str, torch.Tensor] = {}
     model = build_model(config, inputs.source, world, own)
     world.print(describe_model(config, model, world))
-    distribute(model, world, config[ParallelOptions])
     given = config, model, inputs.tokenizer, inputs.template, data.prepared, world
     stage = make_stage(*given, reward=inputs.reward, own=own)
+    distribute(model, world, config[ParallelOptions])
     own.clear()  # what is still needed the stage has
     if data.loader is not None:  # now that a reference and a reward model have taken their memory
         world.print(choose_recomputation(model, data.loader, config, world))
