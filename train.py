@@ -34,6 +34,7 @@ from model import Decoder
 from options import config as configuration
 from options.errors import EXPECTED, StopRun, end_output, fitting, listen_to_ctrl_c, tell
 from parallel.fsdp import accumulated
+from parallel.options import ParallelOptions
 from parallel.world import World, clip_gradients
 from pipeline.batch import Batch
 from pipeline.prefetch import ahead
@@ -59,7 +60,7 @@ def main(argv: list[str]) -> int:
     try:
         config = configuration.load(argv, SECTIONS, program="train.py", description=__doc__.splitlines()[0])
         options = config[TrainOptions]
-        world = parallel.world.start(options.device, options.ddp_timeout)
+        world = parallel.world.start(options.device, options.ddp_timeout, config[ParallelOptions])
         if world.device.type == "cpu":
             memory.keep_freed()
         with nullcontext() if options.plan else run_folder.lock_folder(Path(options.output_dir), world):

@@ -14,8 +14,6 @@ they are.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,33 +21,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from options.errors import refuse
-from options.option import RESUMABLE, option
+from parallel.options import ParallelOptions
 from parallel.world import World
-
-
-@dataclass(frozen=True)
-class ParallelOptions:
-    parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = option(
-        "auto", "ddp: all weights on each rank; fsdp: a share; hsdp: shares in dp_shard_size", RESUMABLE
-    )
-    dp_shard_size: int | None = option(None, "hsdp: ranks that hold the weights between them", RESUMABLE)
-    fsdp_reshard_after_forward: bool = option(
-        True, "gather weights again for the backward pass: less memory, half as much traffic more", RESUMABLE
-    )
-    fsdp_offload: bool = option(False, "shares, gradients and optimizer state in host memory", RESUMABLE)
-
-    def sizes(self, ranks: int) -> tuple[int, int]:
-        """(replicate, shard), of which the product is `ranks`. Raises UserError."""
-        shard = {"auto": 1, "ddp": 1, "fsdp": ranks, "hsdp": self.dp_shard_size}[self.parallel]
-        sizes = ", ".join(str(size) for size in range(2, ranks) if ranks % size == 0) or "none"
-        fits = f"with {ranks} ranks it can be: {sizes}"
-        refuse(shard is None, f"parallel: hsdp needs dp_shard_size, the ranks that share the weights; {fits}")
-        uneven = self.parallel == "hsdp" and (not 1 < shard < ranks or ranks % shard > 0)
-        refuse(uneven, f"dp_shard_size: {shard} does not divide {ranks} ranks into groups; {fits}")
-        alone = "fsdp_offload: only parallel=fsdp and hsdp have shares to move"
-        refuse(self.fsdp_offload and shard == 1, alone)
-        return ranks // shard, shard
 
 
 def distribute(model: nn.Module, world: World, options: ParallelOptions) -> None:
@@ -60,12 +33,12 @@ def distribute(model: nn.Module, world: World, options: ParallelOptions) -> None
     """
     if world.size == 1 or isinstance(model, FSDPModule):
         return
-    replicate, shard = options.sizes(world.size)
-    names = ("replicate", "shard")
-    mesh = init_device_mesh(world.device.type, (replicate, shard), mesh_dim_names=names)
+    replicate, shard = options.engine(world.size)
+    sizes, names = (replicate, shard, options.tp_size), ("replicate", "shard", "tensor")
+    mesh = init_device_mesh(world.device.type, sizes, mesh_dim_names=names)
     parameters_from_buffers(model)
     kept = {p for p in model.parameters() if not p.requires_grad} if shard == 1 else set()
-    how = {"mesh": mesh if replicate > 1 else mesh["shard"], "ignored_params": kept}
+    how = {"mesh": mesh["replicate", "shard"] if replicate > 1 else mesh["shard"], "ignored_params": kept}
     how["offload_policy"] = CPUOffloadPolicy() if options.fsdp_offload else OffloadPolicy()
     for block in model.layers:
         fully_shard(block, reshard_after_forward=options.fsdp_reshard_after_forward, **how)

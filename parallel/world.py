@@ -9,17 +9,19 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from options.errors import refuse, say
+from parallel.options import ParallelOptions
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,26 @@ class World:
     size: int
     local_rank: int
     device: torch.device
+    tensor: int = 1  # ranks that hold each layer between them: the fastest coordinate of a rank
+    context: int = 1  # ranks that hold each row of tokens between them: the next one
+    groups: Mapping[str, dist.ProcessGroup] = field(default_factory=dict)  # "tensor", "context", "sum"
+
+    @property
+    def data_size(self) -> int:
+        """Ranks, or groups of them, that have rows of their own."""
+        return self.size // (self.tensor * self.context)
+
+    @property
+    def data_rank(self) -> int:
+        return self.rank // (self.tensor * self.context)
+
+    @property
+    def context_rank(self) -> int:
+        return self.rank // self.tensor % self.context
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.rank % self.tensor
 
     @property
     def is_main(self) -> bool:
@@ -39,9 +61,16 @@ class World:
             say(*values)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum over ranks, in place, without a host synchronisation."""
+        """Sum over ranks, in place, without a host synchronisation: over those that share no layer, because
+        those that do have computed the same numbers."""
+        if self.size > self.tensor:
+            dist.all_reduce(tensor, group=self.groups.get("sum"))
+        return tensor
+
+    def from_main(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Rank 0's tensor, in place."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            dist.broadcast(tensor, 0)
         return tensor
 
     def max_over_ranks(self, *numbers: int) -> list[int]:
@@ -87,9 +116,11 @@ def name_of_rank(program: str) -> str:
     return f"{program} [rank {rank}]" if rank else program
 
 
-def start(device: str = "auto", timeout_seconds: int = 1800) -> World:
+def start(device: str = "auto", timeout_seconds: int = 1800, options: ParallelOptions | None = None) -> World:
     """Join the process group that torchrun describes. device: auto | cpu | cuda. Raises UserError."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    options = options or ParallelOptions()
+    options.engine(size)  # or else it is refused before anybody waits for the others
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -107,7 +138,13 @@ def start(device: str = "auto", timeout_seconds: int = 1800) -> World:
         backend = "nccl" if place.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         _HOST_GROUPS.append(dist.new_group(backend="gloo", timeout=timeout))
-    world = World(rank, size, local_rank, place)
+    groups = {}
+    if options.tp_size * options.cp_size > 1:
+        sizes, names = (options.data(size), options.cp_size, options.tp_size), ("data", "context", "tensor")
+        mesh = init_device_mesh(place.type, sizes, mesh_dim_names=names)
+        groups = {"context": mesh.get_group("context"), "tensor": mesh.get_group("tensor")}
+        groups["sum"] = mesh["data", "context"]._flatten("sum").get_group()
+    world = World(rank, size, local_rank, place, options.tp_size, options.cp_size, groups)
     _PEERS[:] = [store, world.gather([socket.gethostname(), os.getpid()])] if size > 1 else []
     return world
 

@@ -130,7 +130,7 @@ def precompute(
             if world.any(values is not None):  # on rank 0: the others may not see its disk
                 done = f"read from {path}"
                 values = torch.zeros(*_shape(store)) if values is None else values
-                values = world.sum(values.to(world.device)).cpu()
+                values = world.from_main(values.to(world.device)).cpu()
             else:
                 started = time.monotonic()
                 values = _compute(reference, model, store, rows_per_batch, world, name)
@@ -151,7 +151,7 @@ def _compute(
     reference: Reference, model: Decoder, store: ExampleStore, rows_per_batch: int, world: World, name: str
 ) -> Tensor:
     """_shape(store) fp32 on the CPU, the same on every rank: each computes its share of the batches."""
-    place = {"rank": world.rank, "world": world.size}
+    place = {"rank": world.data_rank, "world": world.data_size}
     loader = BatchLoader(store, rows_per_batch=rows_per_batch, shuffle=False, **place)
     values = torch.zeros(*_shape(store), device=world.device)
     bar = {"unit": " batches", "disable": not world.is_main}

@@ -17,7 +17,8 @@ from lora import LoraOptions
 from model import Decoder
 from options.config import Config
 from options.errors import UserError, located, refuse
-from parallel.fsdp import ParallelOptions, distribute
+from parallel.fsdp import distribute
+from parallel.options import ParallelOptions
 from parallel.world import World
 from pipeline.store import ExampleStore
 from quant import QuantOptions
@@ -193,7 +194,7 @@ def computes_ahead(config: Config, prepared: Prepared, world: World) -> bool:
         return ahead
     if not isinstance(prepared.train, ExampleStore) or prepared.packing or run.max_steps <= 0:
         return not config[DataOptions].streaming
-    per_update = run.per_device_train_batch_size * run.gradient_accumulation_steps * world.size
+    per_update = run.per_device_train_batch_size * run.gradient_accumulation_steps * world.data_size
     return run.max_steps * per_update >= len(prepared.train)
 
 
@@ -234,7 +235,7 @@ def make_reward(config: Config, model: Decoder, tokenizer: Tokenizer, world: Wor
     reward = AdapterReward(model, folder)
     spread = config[ParallelOptions]
     found = f"{folder} replaces whole tensors, of which ranks hold shares (parallel={spread.parallel})"
-    refuse(reward.whole and spread.sizes(world.size)[1] > 1, f"reward_model: {found}; set {apart}")
+    refuse(reward.whole and spread.engine(world.size)[1] > 1, f"reward_model: {found}; set {apart}")
     return reward
 
 

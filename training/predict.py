@@ -144,15 +144,17 @@ def _of_all_ranks(
 ) -> list:
     """make(range) of batches of so many `rows`, joined in order; each rank makes every size-th batch."""
     starts = range(0, count, rows)
-    mine = [range(start, min(start + rows, count)) for start in starts[world.rank :: world.size]]
+    mine = [range(start, min(start + rows, count)) for start in starts[world.data_rank :: world.data_size]]
     made: list[tuple[int, list]] = []
     with Bar(desc=what, total=sum(map(len, mine)), unit=" rows", disable=not world.is_main) as bar:
-        for number in range(-(-len(starts) // world.size)):
+        for number in range(-(-len(starts) // world.data_size)):
             look()  # every rank as often
             for each in mine[number : number + 1]:
                 made.append((each.start, make(each)))
                 bar.update(len(each))
-    return [value for _, values in sorted(itertools.chain(*world.gather(made))) for value in values]
+    copies = world.size // world.data_size  # ranks that share a layer or a row have written the same
+    parts = sorted(itertools.chain(*world.gather(made)[::copies]))
+    return [value for _, values in parts for value in values]
 
 
 def join(measured: dict[str, dict[str, float]], kind: str, digits: int | None = 4) -> dict[str, float]:

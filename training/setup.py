@@ -39,7 +39,8 @@ from lora import LoraOptions, adapted_names
 from model import Decoder
 from options.config import Config
 from options.errors import UserError, refuse
-from parallel.fsdp import ParallelOptions, distribute
+from parallel.fsdp import distribute
+from parallel.options import ParallelOptions
 from parallel.world import World
 from pipeline.batch import ROW_MULTIPLE, BatchLoader, StreamingLoader
 from pipeline.report import describe_example
@@ -168,7 +169,7 @@ def build(inputs: Inputs) -> tuple[Data, Decoder, Stage, dict | None]:
     if inputs.resume is not None:
         state = run_folder.read_checkpoint(inputs.resume, data.fingerprint, world)
     # dropout and noise differ between ranks; adapters do not, for they have a generator of their own
-    torch.manual_seed(inputs.options.seed + world.rank)
+    torch.manual_seed(inputs.options.seed + world.data_rank)
     own: dict[str, torch.Tensor] = {}
     model = build_model(config, inputs.source, world, own)
     world.print(describe_model(config, model, world))
@@ -247,7 +248,7 @@ def load_data(inputs: Inputs) -> Data:
     config, options, world = inputs.config, inputs.options, inputs.world
     prepared = prepare_data(inputs)
     predictor = make_predictor(inputs, prepared)
-    place, loader = {"rank": world.rank, "world": world.size}, None
+    place, loader = {"rank": world.data_rank, "world": world.data_size}, None
     if options.stage in WRITES:
         place["collate"] = partial(prompts_of, tokenizer=inputs.tokenizer)
     if options.trains:

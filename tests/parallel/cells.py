@@ -1,6 +1,6 @@
 """The equality matrix: every stage, with every method, in every mode, against one process.
 
-    PYTHONPATH=.:tests python tests/parallel/cells.py [stage=dpo] [method=qlora] [mode=fsdp] [ranks=2]     # `make parallel`
+    PYTHONPATH=.:tests python tests/parallel/cells.py [stage=dpo] [method=qlora] [mode=fsdp] [ranks=2]
 
 A cell is a run of train.py of a few updates of SGD. Its losses, its gradient norms and its weights have to be
 those of one process on the same rows. All cells of a number of ranks share one start of the processes.

@@ -1,0 +1,47 @@
+"""How a run is spread over its ranks: the options, and the sizes of the mesh that follow from them."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from options.errors import refuse
+from options.option import RESUMABLE, option
+
+
+@dataclass(frozen=True)
+class ParallelOptions:
+    """Many processes: how weights, rows and layers are spread over ranks"""
+
+    parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = option(
+        "auto", "ddp: all weights on each rank; fsdp: a share; hsdp: shares in dp_shard_size", RESUMABLE
+    )
+    dp_shard_size: int | None = option(None, "hsdp: ranks that hold the weights between them", RESUMABLE)
+    fsdp_reshard_after_forward: bool = option(
+        True, "gather weights again for the backward pass: less memory, half as much traffic more", RESUMABLE
+    )
+    fsdp_offload: bool = option(False, "shares, gradients and optimizer state in host memory", RESUMABLE)
+    tp_size: int = option(1, "ranks that hold each layer between them", RESUMABLE)
+    cp_size: int = option(1, "ranks that hold each row of tokens between them", RESUMABLE)
+
+    def data(self, ranks: int) -> int:
+        """How many ranks, or groups of them, have rows of their own. Raises UserError."""
+        for key in ("tp_size", "cp_size"):
+            size = getattr(self, key)
+            sizes = ", ".join(str(each) for each in range(1, ranks + 1) if ranks % each == 0)
+            refuse(size < 1 or ranks % size > 0, f"{key}: {size} does not divide {ranks} ranks; {sizes} do")
+        both = self.tp_size * self.cp_size
+        refuse(ranks % both > 0, f"tp_size: times cp_size it is {both}, which does not divide {ranks} ranks")
+        return ranks // both
+
+    def engine(self, ranks: int) -> tuple[int, int]:
+        """(replicate, shard) of the engine, whose product is the ranks that share no layer: those that share
+        a row take part, because their gradients are sums too. Raises UserError."""
+        ranks = self.data(ranks) * self.cp_size
+        shard = {"auto": 1, "ddp": 1, "fsdp": ranks, "hsdp": self.dp_shard_size}[self.parallel]
+        sizes = ", ".join(str(size) for size in range(2, ranks) if ranks % size == 0) or "none"
+        fits = f"of {ranks} ranks it can be: {sizes}"
+        refuse(shard is None, f"parallel: hsdp needs dp_shard_size, the ranks that share the weights; {fits}")
+        uneven = self.parallel == "hsdp" and (not 1 < shard < ranks or ranks % shard > 0)
+        refuse(uneven, f"dp_shard_size: {shard} does not divide {ranks} ranks into groups; {fits}")
+        alone = "fsdp_offload: only parallel=fsdp and hsdp have shares to move"
+        refuse(self.fsdp_offload and self.parallel not in ("fsdp", "hsdp"), alone)
+        return ranks // shard, shard
