@@ -110,6 +110,7 @@ class Runtime:
     recompute: Plan = field(default_factory=Plan)  # what the blocks keep for the backward pass
     flash_attn: str = "auto"  # which attention, one of kernels.ATTENTION
     embedding_noise: float = 0.0  # NEFTune's alpha (arXiv 2310.05914), in train mode only
+    context: Any = None  # of parallel/context.py alone: the ranks that share a row
     one_row: Any = None  # of generation/ alone: its short way for one token on a CPU
 
 

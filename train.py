@@ -219,14 +219,14 @@ def update(
     # full, not tensor: the latter would copy a number of the host's and wait for it
     total = torch.full((), float(sum(stage.weight(batch) for batch in group)), device=world.device)
     total = world.sum(total).clamp_(min=1)
+    divisor = total * world.context  # the ranks that share a row each have its whole loss
     loss, metrics = torch.zeros((), device=world.device), []
     for number, batch in enumerate(group, start=1):
         with accumulated(model, number == len(group)):
             value, measured = stage.loss(model, batch)
-            value = value / total
-            scaler.scale(value).backward()
+            scaler.scale(value / divisor).backward()
         metrics.append(measured)
-        loss += value.detach()
+        loss += value.detach() / total
     scaler.unscale_(optimizer)
     trained = [parameter for each in optimizer.param_groups for parameter in each["params"]]
     norm = clip_gradients(trained, max_grad_norm)

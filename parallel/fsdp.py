@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from parallel.context import divide_rows
 from parallel.options import ParallelOptions
 from parallel.world import World
 
@@ -35,6 +36,8 @@ def distribute(model: nn.Module, world: World, options: ParallelOptions) -> None
         return
     replicate, shard = options.engine(world.size)
     sizes, names = (replicate, shard, options.tp_size), ("replicate", "shard", "tensor")
+    if world.context > 1:
+        divide_rows(model, world, options.cp_mode)
     mesh = init_device_mesh(world.device.type, sizes, mesh_dim_names=names)
     parameters_from_buffers(model)
     kept = {p for p in model.parameters() if not p.requires_grad} if shard == 1 else set()

@@ -22,6 +22,10 @@ class ParallelOptions:
     tp_size: int = option(1, "ranks that hold each layer between them", RESUMABLE)
     cp_size: int = option(1, "ranks that hold each row of tokens between them", RESUMABLE)
 
+    cp_mode: Literal["ulysses", "ring"] = option(
+        "ulysses", "how: heads change places; ring: keys travel", RESUMABLE
+    )
+
     def data(self, ranks: int) -> int:
         """How many ranks, or groups of them, have rows of their own. Raises UserError."""
         for key in ("tp_size", "cp_size"):
@@ -31,6 +35,20 @@ class ParallelOptions:
         both = self.tp_size * self.cp_size
         refuse(ranks % both > 0, f"tp_size: times cp_size it is {both}, which does not divide {ranks} ranks")
         return ranks // both
+
+    def check_model(self, model, ranks: int) -> None:
+        """UserError where ranks cannot share the rows of this model, an architectures.ModelConfig."""
+        if self.cp_size == 1 or ranks == 1:
+            return
+        heads = model.num_kv_heads
+        fit = ", ".join(str(size) for size in range(2, heads + 1) if heads % size == 0) or "no other"
+        found = (
+            f"cp_size: {self.cp_size} does not divide the model's {heads} key and value heads ({fit} would)"
+        )
+        uneven = self.cp_mode == "ulysses" and heads % self.cp_size > 0
+        refuse(uneven, f"{found}; set such a size, or cp_mode=ring, which takes any")
+        dynamic = "cp_size: rope_scaling dynamic goes by lengths of whole texts, of which ranks have parts"
+        refuse(model.rope.kind == "dynamic", f"{dynamic}; set rope_scaling=yarn, or drop cp_size")
 
     def engine(self, ranks: int) -> tuple[int, int]:
         """(replicate, shard) of the engine, whose product is the ranks that share no layer: those that share

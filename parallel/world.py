@@ -32,7 +32,7 @@ class World:
     device: torch.device
     tensor: int = 1  # ranks that hold each layer between them: the fastest coordinate of a rank
     context: int = 1  # ranks that hold each row of tokens between them: the next one
-    groups: Mapping[str, dist.ProcessGroup] = field(default_factory=dict)  # "tensor", "context", "sum"
+    groups: Mapping[str, dist.ProcessGroup] = field(default_factory=dict)  # "data", "context", "tensor"
 
     @property
     def data_size(self) -> int:
@@ -61,10 +61,10 @@ class World:
             say(*values)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum over ranks, in place, without a host synchronisation: over those that share no layer, because
-        those that do have computed the same numbers."""
-        if self.size > self.tensor:
-            dist.all_reduce(tensor, group=self.groups.get("sum"))
+        """Sum over ranks, in place, without a host synchronisation: over those with rows of their own, for
+        those that share a row or a layer have computed the same numbers."""
+        if self.data_size > 1:
+            dist.all_reduce(tensor, group=self.groups.get("data"))
         return tensor
 
     def from_main(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -142,8 +142,7 @@ def start(device: str = "auto", timeout_seconds: int = 1800, options: ParallelOp
     if options.tp_size * options.cp_size > 1:
         sizes, names = (options.data(size), options.cp_size, options.tp_size), ("data", "context", "tensor")
         mesh = init_device_mesh(place.type, sizes, mesh_dim_names=names)
-        groups = {"context": mesh.get_group("context"), "tensor": mesh.get_group("tensor")}
-        groups["sum"] = mesh["data", "context"]._flatten("sum").get_group()
+        groups = {name: mesh.get_group(name) for name in names}
     world = World(rank, size, local_rank, place, options.tp_size, options.cp_size, groups)
     _PEERS[:] = [store, world.gather([socket.gethostname(), os.getpid()])] if size > 1 else []
     return world

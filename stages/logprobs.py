@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import kernels
 from kernels.cross_entropy import CHUNK_BYTES
 from model import Decoder
+from parallel.context import divided
 from pipeline.batch import Batch
 
 
@@ -40,6 +41,8 @@ def label_states(model: Decoder, batch: Batch) -> tuple[Tensor, Tensor]:
 
 def head_loss(model: Decoder, rows: Tensor, labels: Tensor) -> Tensor:
     """Sum of -log p(label) for hidden rows (L, E) and labels (L,), () fp32."""
+    if model.runtime.context is not None:
+        return -label_logprobs(model, rows, labels).sum()
     if is_one_matrix(model):
         return kernels.linear_cross_entropy(rows, model.head_weight(), labels)
     return sum(chunk.sum() for chunk in _chunked_losses(model, rows, labels))
@@ -47,9 +50,13 @@ def head_loss(model: Decoder, rows: Tensor, labels: Tensor) -> Tensor:
 
 def label_logprobs(model: Decoder, rows: Tensor, labels: Tensor) -> Tensor:
     """log p(label) of hidden rows (L, E) and labels (L,) -> (L,) fp32, with gradient; memory as head_loss."""
-    if is_one_matrix(model):
-        return kernels.linear_logprobs(rows, model.head_weight(), labels)
-    return -torch.cat(_chunked_losses(model, rows, labels))
+
+    def of_rows(rows: Tensor, labels: Tensor) -> Tensor:
+        if is_one_matrix(model):
+            return kernels.linear_logprobs(rows, model.head_weight(), labels)
+        return -torch.cat(_chunked_losses(model, rows, labels))
+
+    return divided(model.runtime.context, rows, labels, of_rows)
 
 
 def is_one_matrix(model: Decoder) -> bool:

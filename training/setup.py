@@ -149,6 +149,7 @@ def read(config: Config, world: World) -> Inputs:
     model_config = load_config(source)
     refuse_on_quantised(config, source, model_config)
     check_names(config, model_config)
+    config[ParallelOptions].check_model(model_config, world.size)
     tokenizer, template = Tokenizer.from_folder(source), None
     if tokenizer.notice:
         world.print(f"note: {tokenizer.notice}")

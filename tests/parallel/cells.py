@@ -24,6 +24,8 @@ MODES = {
     "ddp": {"parallel": "ddp"},
     "fsdp": {"parallel": "fsdp"},
     "hsdp": {"parallel": "hsdp", "dp_shard_size": 2},
+    "ulysses": {"parallel": "fsdp", "cp_size": 2},
+    "ring": {"parallel": "ddp", "cp_size": 2, "cp_mode": "ring"},
 }
 ONE = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
 
@@ -41,7 +43,10 @@ def run_alone(tiny: TinyRuns, stage: str, method: str) -> str:
 
 
 def words_of(tiny: TinyRuns, stage: str, method: str, mode: str, ranks: int) -> list[str]:
-    share = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8 // ranks} | MODES[mode]
+    share = {
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 8 // (ranks // MODES[mode].get("cp_size", 1)),
+    } | MODES[mode]
     return tiny.words(f"{stage}-{method}-{mode}-{ranks}", **keys_of(tiny, stage, method), **share)
 
 
