@@ -39,7 +39,7 @@ from lora import lora_layers, replace_module
 from model import Decoder, initialize_weights
 from options.errors import UserError, fitting, located, refuse
 from options.progress import Bar
-from parallel.fsdp import assign, whole
+from parallel.fsdp import assign, whole, whole_shape
 from quant.linear import Format, QuantLinear
 from text.tokenizer import TOKENIZER_FILES, Tokenizer, as_ids
 
@@ -314,7 +314,7 @@ def model_tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
             yield from ((f"{name}.{part}", tensor) for part, tensor in module.tensors().items())
     for name, parameter in model.named_parameters():
         if not name.startswith((*inside, VALUE_HEAD_PREFIX)):
-            yield name, whole(parameter.detach())
+            yield name, whole(parameter)
     for name, layer in layers.items():
         base = layer.base
         dtype = base.dtype if isinstance(base, QuantLinear) else base.weight.dtype
@@ -430,8 +430,11 @@ def restore_trained(model: Decoder, folder: Path) -> None:
         targets = {to_hf_name(model.config, name): parameter for name, parameter in parameters.items()}
     for name, tensor in tensors:
         target, fault = targets.pop(name, None), "is nothing that this run trains"
-        if target is not None and target.shape != tensor.shape:
-            target, fault = None, f"has shape {tuple(tensor.shape)}, this run has {tuple(target.shape)}"
+        if target is not None and whole_shape(target) != tensor.shape:
+            target, fault = (
+                None,
+                f"has shape {tuple(tensor.shape)}, this run has {tuple(whole_shape(target))}",
+            )
         if target is None:
             raise UserError(f"{folder}: tensor {name} {fault}; was another option changed?")
         assign(target, tensor)

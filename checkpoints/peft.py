@@ -135,7 +135,7 @@ def _peft_targets(model: Decoder, layers: dict[str, LoraLinear]) -> list[str]:
 
 def adapter_state(model: Decoder) -> dict[str, torch.Tensor]:
     """Tensors of a model's adapter under PEFT's names, fully trained modules included."""
-    state = {name: whole(tensor.detach()).cpu().contiguous() for name, tensor in adapter_parameters(model)}
+    state = {name: whole(tensor).cpu().contiguous() for name, tensor in adapter_parameters(model)}
     embedding = PEFT_PREFIX + to_hf_name(model.config, "embed_tokens.weight")
     if model.config.tied_head and embedding in state:
         state[PEFT_PREFIX + "lm_head.weight"] = state[embedding].clone()  # peft asks for it under both names

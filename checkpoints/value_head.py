@@ -35,7 +35,7 @@ class ValueHead(nn.Module):
 
 def value_head_state(head: ValueHead) -> dict[str, Tensor]:
     named = head.named_parameters()
-    return {PREFIX + name: whole(value.detach()).cpu().contiguous() for name, value in named}
+    return {PREFIX + name: whole(value).cpu().contiguous() for name, value in named}
 
 
 def save_value_head(head: ValueHead, folder: Path) -> None:

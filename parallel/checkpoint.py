@@ -28,11 +28,17 @@ def save(folder: Path, tensors: dict[str, Tensor], world: World) -> None:
 
 def load(folder: Path, parameters: dict[str, Tensor], world: World) -> dict[str, Tensor]:
     """What `save` wrote as PARAMETER::STATE, in the layout of the parameters of now: what has a parameter's
-    first dimension is sharded like it, the rest is whole on every rank."""
+    first dimension is sharded like it, the rest is whole on every rank. What belongs to none is left."""
     reader = dcp.HuggingFaceStorageReader(str(folder))
     targets: dict[str, Tensor] = {}
     for name, stored in reader.read_metadata().state_dict_metadata.items():
-        like, shape, dtype = parameters[name.rpartition(SEPARATOR)[0]], stored.size, stored.properties.dtype
+        like, shape, dtype = (
+            parameters.get(name.rpartition(SEPARATOR)[0]),
+            stored.size,
+            stored.properties.dtype,
+        )
+        if like is None:  # of another rank of a tensor group
+            continue
         sharded = isinstance(like, DTensor) and len(shape) > 0 and shape[0] == like.shape[0]
         mesh = {"device_mesh": like.device_mesh, "placements": like.placements} if sharded else {}
         targets[name] = empty(shape, dtype=dtype, **mesh) if sharded else torch.empty(shape, dtype=dtype)

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from parallel.context import divide_rows
 from parallel.options import ParallelOptions
+from parallel.tensor import cut, share_of, sum_parts
 from parallel.world import World
 
 
@@ -34,7 +35,10 @@ def distribute(model: nn.Module, world: World, options: ParallelOptions) -> None
     """
     if world.size == 1 or isinstance(model, FSDPModule):
         return
+    cut(model, world)
     replicate, shard = options.engine(world.size)
+    if replicate * shard == 1:
+        return  # every rank has a slice of its own
     sizes, names = (replicate, shard, options.tp_size), ("replicate", "shard", "tensor")
     if world.context > 1:
         divide_rows(model, world, options.cp_mode)
@@ -43,6 +47,9 @@ def distribute(model: nn.Module, world: World, options: ParallelOptions) -> None
     kept = {p for p in model.parameters() if not p.requires_grad} if shard == 1 else set()
     how = {"mesh": mesh["replicate", "shard"] if replicate > 1 else mesh["shard"], "ignored_params": kept}
     how["offload_policy"] = CPUOffloadPolicy() if options.fsdp_offload else OffloadPolicy()
+    shares = {
+        name: share_of(parameter) for name, parameter in model.named_parameters() if share_of(parameter)
+    }
     for block in model.layers:
         fully_shard(block, reshard_after_forward=options.fsdp_reshard_after_forward, **how)
     fully_shard(model, reshard_after_forward=False, **how)
@@ -51,6 +58,8 @@ def distribute(model: nn.Module, world: World, options: ParallelOptions) -> None
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
             module.reshards = module is not model and options.fsdp_reshard_after_forward
+    for name, share in shares.items():
+        model.get_parameter(name).tensor_share = share  # the engine's parameters are new ones
     model.set_reduce_scatter_unused_params(True)
 
 
@@ -70,16 +79,31 @@ def accumulated(model: nn.Module, last: bool) -> Iterator[None]:
         model.set_requires_all_reduce(last)
         model.set_is_last_backward(last)
     yield
+    if last:
+        sum_parts(model.parameters())
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor of which this rank may hold a share; every rank has to ask for it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+@torch.no_grad()
+def whole(parameter: Tensor) -> Tensor:
+    """All of a parameter of which this rank may hold a share, detached; every rank has to ask for it."""
+    value, share = parameter.detach(), share_of(parameter)
+    value = value.full_tensor() if isinstance(value, DTensor) else value
+    return value if share is None else share.whole(value)
+
+
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """That of `whole`; nobody else is asked."""
+    share, shape = share_of(parameter), list(parameter.shape)
+    if share is not None and share.dim is not None:
+        shape[share.dim] *= share.size
+    return torch.Size(shape)
 
 
 @torch.no_grad()
 def assign(target: Tensor, value: Tensor) -> None:
-    """Write the whole `value` into a tensor of which this rank may hold a share; nobody else is asked."""
+    """Write the whole `value` into a parameter of which this rank may hold a share; nobody else is asked."""
+    if share_of(target) is not None:
+        value = share_of(target).of(value).contiguous()
     if isinstance(target, DTensor):
         share = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
         target, value = target.to_local(), share.to_local()

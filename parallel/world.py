@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from options.errors import refuse, say
 from parallel.options import ParallelOptions
+from parallel.tensor import is_cut, share_of
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,13 @@ class World:
         """Rank 0's tensor, in place."""
         if self.size > 1:
             dist.broadcast(tensor, 0)
+        return tensor
+
+    def as_first(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What the first of the ranks with this rank's rows has, in place."""
+        for size, name in ((self.tensor, "tensor"), (self.context, "context")):
+            if size > 1:
+                dist.broadcast(tensor, group=self.groups[name], group_src=0)
         return tensor
 
     def max_over_ranks(self, *numbers: int) -> list[int]:
@@ -198,9 +206,16 @@ def clip_gradients(parameters: Iterable[torch.Tensor], max_norm: float) -> torch
     Without a host synchronisation. A norm that is not finite makes the gradients so; the loop finds it.
     """
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
-    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
-    if isinstance(norm, DTensor):  # of all shares
-        norm = norm.full_tensor()
+    cut = [parameter for parameter in parameters if is_cut(parameter)]
+    norm = _norm([parameter.grad for parameter in parameters if not is_cut(parameter)])
+    if cut:  # the others are the same on every rank of a tensor group
+        squares = share_of(cut[0]).sum(_norm([parameter.grad for parameter in cut]).square())
+        norm = (norm.to(squares.device).square() + squares).sqrt()
     if max_norm > 0:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
+
+
+def _norm(gradients: list[torch.Tensor]) -> torch.Tensor:
+    norm = nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm  # of all shares

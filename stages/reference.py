@@ -179,8 +179,9 @@ def weights_key(model: Decoder, adapters: bool) -> str:
         if name.startswith("v_head.") or (not adapters and name.rpartition(".")[2] in ADAPTER_PARTS):
             continue
         name = name if adapters else name.replace(".base.", ".")  # adapted or not, it is the same weight
+        tensor = whole(tensor)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(whole(tensor.detach()).cpu().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

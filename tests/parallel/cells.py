@@ -26,6 +26,7 @@ MODES = {
     "hsdp": {"parallel": "hsdp", "dp_shard_size": 2},
     "ulysses": {"parallel": "fsdp", "cp_size": 2},
     "ring": {"parallel": "ddp", "cp_size": 2, "cp_mode": "ring"},
+    "tp": {"parallel": "fsdp", "tp_size": 2},
 }
 ONE = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
 
@@ -43,10 +44,9 @@ def run_alone(tiny: TinyRuns, stage: str, method: str) -> str:
 
 
 def words_of(tiny: TinyRuns, stage: str, method: str, mode: str, ranks: int) -> list[str]:
-    share = {
-        "per_device_train_batch_size": 1,
-        "gradient_accumulation_steps": 8 // (ranks // MODES[mode].get("cp_size", 1)),
-    } | MODES[mode]
+    share = {"per_device_train_batch_size": 1} | MODES[mode]
+    together = share.get("cp_size", 1) * share.get("tp_size", 1)  # ranks that see the same rows
+    share["gradient_accumulation_steps"] = 8 * together // ranks
     return tiny.words(f"{stage}-{method}-{mode}-{ranks}", **keys_of(tiny, stage, method), **share)
 
 

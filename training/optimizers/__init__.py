@@ -24,6 +24,7 @@ from torch import nn
 import parallel.checkpoint
 from options.errors import UserError, refuse
 from parallel.checkpoint import SEPARATOR
+from parallel.tensor import name_of_share
 from training.optimizers import adafactor, adamw_torch, bitsandbytes, sgd
 from training.options import OptimOptions
 
@@ -75,13 +76,20 @@ OPTIMIZER = "optimizer"  # folder of a checkpoint that holds the tensors of the 
 def states(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """optimizer.state_dict() in two: what is plain, and the tensors as PARAMETER::STATE."""
     state, tensors = optimizer.state_dict(), {}
-    names = dict(enumerate(name for group in state["param_groups"] for name in group["param_names"]))
+    names = dict(enumerate(stored_names(optimizer)))
     plain: dict[int, dict] = {}
     for number, values in state["state"].items():
         moments = {key: value for key, value in values.items() if torch.is_tensor(value)}
         tensors |= {f"{names[number]}{SEPARATOR}{key}": value for key, value in moments.items()}
         plain[number] = {key: value for key, value in values.items() if key not in moments}
     return state | {"state": plain}, tensors
+
+
+def stored_names(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The trained parameters by the names under which a checkpoint has the state of what this rank holds."""
+    groups = optimizer.param_groups
+    named = [pair for group in groups for pair in zip(group["param_names"], group["params"])]
+    return {name_of_share(name, parameter): parameter for name, parameter in named}
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], folder: Path, world) -> None:
@@ -97,8 +105,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], fold
         refuse(
             name not in now, f"{name} trained when the checkpoint was written, but does not; restore the code"
         )
-    parameters = dict(zip(now, (parameter for group in sides[0] for parameter in group["params"])))
-    numbers = {name: number for number, name in enumerate(now)}
+    parameters = stored_names(optimizer)
+    numbers = {name: number for number, name in enumerate(parameters)}
     for name, tensor in parallel.checkpoint.load(folder, parameters, world).items():
         owner, _, key = name.rpartition(SEPARATOR)
         state["state"][numbers[owner]][key] = tensor
