@@ -12,7 +12,7 @@ matrix, and the norms of single heads, stay whole but see a part of the heads: t
 summed once for each update (sum_parts). Each parameter remembers what it is (share_of).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -73,61 +73,45 @@ def name_of_share(name: str, parameter: Tensor) -> str:
     return f"{name}@{share_of(parameter).rank}" if is_cut(parameter) else name
 
 
-def refuse_sizes(size: int, config, name: str) -> None:
-    """UserError unless ranks can share this model's layers. config: ModelConfig."""
-    kinds = {kind for layer in range(config.num_layers) for kind in config.kinds(layer)}
-    others = ", ".join(sorted(kinds - {"attention", "mlp"}))
-    refuse(
-        others, f"tp_size: it cuts attention and mlp, but {name} has layers of kind {others}; set tp_size=1"
-    )
-    sizes = config.num_heads, config.num_kv_heads, config.intermediate_size
-    fitting = [str(each) for each in range(1, sizes[1] + 1) if not any(count % each for count in sizes)]
-    found = "{} heads, {} key/value heads and an MLP of {}".format(*sizes)
-    refuse(
-        str(size) not in fitting,
-        f"tp_size: {size} does not divide {name}, which has {found}; {', '.join(fitting)} do",
-    )
-
-
 def cut(model: nn.Module, world) -> None:
-    """Leave this rank its slices of the blocks' layers. Adapters have been added; another model may share
-    parameters with this one. model.config tells of the slices from now on. Raises UserError."""
+    """Leave this rank its slices of the blocks' layers; adapters have been added. Another model may have the
+    same parameters. model.config tells of the slices from now on. Raises UserError."""
     size = world.tensor
-    if size == 1 or getattr(model, "tensor_size", 1) > 1:
+    if size == 1 or hasattr(model, "tensor_size"):
         return
+    cut_linears(dict(model.layers.named_modules()), world)
     share = Share(world.groups["tensor"], world.tensor_rank, size, None)
     for block in model.layers:
         for module, last in ((block.self_attn, "o_proj"), (block.mlp, "down_proj")):
-            for name, layer in module.named_children():
-                if name in CUTS:
-                    cut_linear(layer, CUTS[name], share)
-                else:  # a norm of single heads
-                    layer.weight.tensor_share = share
+            for name in {"q_norm", "k_norm"} & dict(module.named_children()).keys():
+                module.get_submodule(name).weight.tensor_share = share
             module.register_forward_pre_hook(partial(_enter, share))
             module.register_forward_hook(partial(_leave, share, last))
-    config = model.config
-    heads = {"num_heads": config.num_heads // size, "num_kv_heads": config.num_kv_heads // size}
-    model.config = replace(config, intermediate_size=config.intermediate_size // size, **heads)
+    sizes = "num_heads", "num_kv_heads", "intermediate_size"
+    model.config = replace(model.config, **{name: getattr(model.config, name) // size for name in sizes})
     model.tensor_size = size
 
 
 @torch.no_grad()
-def cut_linear(layer: nn.Module, dims: dict[str, int | None], share: Share) -> None:
-    """A linear, or an adapter with the linear that it is around."""
-    for module in layer.modules():
-        coded = next(module.named_buffers(recurse=False), None) is not None
-        refuse(coded, "tp_size: a quantised model cannot be cut; set tp_size=1, or take the 16-bit model")
-        refuse(
-            getattr(module, "magnitude", None) is not None, "tp_size: DoRA needs whole rows; set tp_size=1"
-        )
-        for name, parameter in module.named_parameters(recurse=False):
-            if name in dims and share_of(parameter) is None:
-                parameter.tensor_share = mine = replace(share, dim=dims[name])
-                parameter.data = mine.of(parameter.data).clone()  # so that the rest of it goes
-        if dims is BY_OUTPUTS:
-            module.out_features //= share.size
-        else:
-            module.in_features //= share.size
+def cut_linears(named: Mapping[str, nn.Module], world) -> None:
+    """Those of these modules that CUTS names: linears, or adapters with the linears that they are around."""
+    share = Share(world.groups["tensor"], world.tensor_rank, world.tensor, None)
+    linears = (
+        (CUTS[last], linear) for name, linear in named.items() if (last := name.rpartition(".")[2]) in CUTS
+    )
+    for dims, linear in linears:
+        for module in (each for each in linear.modules() if not hasattr(each, "tensor_size")):
+            coded = next(module.named_buffers(recurse=False), None) is not None
+            refuse(coded, "tp_size: codes of a quantised model are not cut over ranks; set tp_size=1")
+            dora = getattr(module, "magnitude", None) is not None
+            refuse(dora, "tp_size: DoRA's norms need whole rows of the weights; set tp_size=1")
+            for name, parameter in module.named_parameters(recurse=False):
+                if name in dims and share_of(parameter) is None:
+                    parameter.tensor_share = mine = replace(share, dim=dims[name])
+                    parameter.data = mine.of(parameter.data).clone()  # so that the rest of it goes
+            features = "out_features" if dims is BY_OUTPUTS else "in_features"
+            setattr(module, features, getattr(module, features) // world.tensor)
+            module.tensor_size = world.tensor
 
 
 def _enter(share: Share, module: nn.Module, inputs: tuple) -> None:

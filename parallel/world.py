@@ -75,10 +75,12 @@ class World:
         return tensor
 
     def as_first(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What the first of the ranks with this rank's rows has, in place."""
+        """What the first of the ranks with the same rows has, where the tensor lies."""
         for size, name in ((self.tensor, "tensor"), (self.context, "context")):
             if size > 1:
-                dist.broadcast(tensor, group=self.groups[name], group_src=0)
+                shared = tensor.to(self.device)
+                dist.broadcast(shared, group=self.groups[name], group_src=0)
+                tensor = shared.to(tensor.device)
         return tensor
 
     def max_over_ranks(self, *numbers: int) -> list[int]:

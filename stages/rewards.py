@@ -56,6 +56,7 @@ from lora import full_modules, lora_layers, replace_module
 from model import Decoder
 from options.errors import StopRun, UserError, refuse, require
 from options.option import COMMON, RESUMABLE, option
+from parallel.world import World
 from quant.linear import QuantLinear
 from stages.rm import score_texts
 from stages.rollouts import Prompt
@@ -139,6 +140,7 @@ class RewardSource:
     weights: tuple[float, ...] = (1.0,)
     may_abstain = False  # NaN is what `measure` gives where a part has nothing to say
     told = False  # that all parts abstained once
+    world: World | None = None  # ranks with the same rows have to learn from the same numbers
 
     def measure(self, samples: Sequence[Sample]) -> Tensor:
         """(n, K) fp32, not checked yet; n > 0."""
@@ -149,6 +151,8 @@ class RewardSource:
         if not samples:
             return torch.zeros(0, len(self.names))
         values = self.measure(samples)
+        if self.world is not None:
+            values = self.world.as_first(values)  # a function may answer differently, asked twice
         abstained = values.isnan() if self.may_abstain else torch.zeros_like(values, dtype=torch.bool)
         bad = (~torch.isfinite(values) & ~abstained).nonzero()
         if len(bad):

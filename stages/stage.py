@@ -75,6 +75,7 @@ class RolloutStage(Stage):
         self.options, self.generation, self.reward = options, generation, reward
         self.tokenizer, self.stop_ids, self.reference = tokenizer, tuple(stop_ids), reference
         self.seed, self.world = seed, world
+        reward.world = world
         self.temperature = generation.temperature if generation.do_sample else 1.0  # of learning too
         self.draws = 0  # rolled out so far
         self.drawn: list[Batch] = []  # micro-batches of the rollout that updates are being made of

@@ -19,6 +19,7 @@ from options.config import Config
 from options.errors import UserError, located, refuse
 from parallel.fsdp import distribute
 from parallel.options import ParallelOptions
+from parallel.tensor import cut_linears
 from parallel.world import World
 from pipeline.store import ExampleStore
 from quant import QuantOptions
@@ -122,11 +123,12 @@ def make_stage(
         return kind()
     options = config[PPOOptions if kind is PPO else GRPOOptions]
     shared = {"tokenizer": tokenizer, "stop_ids": tokenizer.stop_ids, "seed": run.seed, "world": world}
+    reward = reward or make_reward(config, model, tokenizer, world)  # whose adapter has whole tensors
     shared["reference"] = held_to(None) if kind is PPO or options.beta else None
     generation = how_to_write(config[GenerateOptions], tokenizer, template, world)
     if kind is PPO:
         shared |= {"group_size": run.gradient_accumulation_steps, "output_dir": Path(run.output_dir)}
-    return kind(options, generation, reward or make_reward(config, model, tokenizer, world), **shared)
+    return kind(options, generation, reward, **shared)
 
 
 def how_to_write(options: GenerateOptions, tokenizer: Tokenizer, template, world: World) -> GenerateOptions:
@@ -235,7 +237,10 @@ def make_reward(config: Config, model: Decoder, tokenizer: Tokenizer, world: Wor
     reward = AdapterReward(model, folder)
     spread = config[ParallelOptions]
     found = f"{folder} replaces whole tensors, of which ranks hold shares (parallel={spread.parallel})"
-    refuse(reward.whole and spread.engine(world.size)[1] > 1, f"reward_model: {found}; set {apart}")
+    shared = spread.engine(world.size)[1] > 1 or world.tensor > 1
+    refuse(reward.whole and shared, f"reward_model: {found}; set {apart}")
+    if world.tensor > 1:
+        cut_linears(reward.layers, world)
     return reward
 
 

@@ -41,7 +41,6 @@ from options.config import Config
 from options.errors import UserError, refuse
 from parallel.fsdp import distribute
 from parallel.options import ParallelOptions
-from parallel.tensor import refuse_sizes
 from parallel.world import World
 from pipeline.batch import ROW_MULTIPLE, BatchLoader, StreamingLoader
 from pipeline.report import describe_example
@@ -149,9 +148,8 @@ def read(config: Config, world: World) -> Inputs:
     resume, source = find_start(config)
     model_config = load_config(source)
     refuse_on_quantised(config, source, model_config)
-    refuse_uneven_cuts(config, source)
+    check_shares(config, source)
     check_names(config, model_config)
-    config[ParallelOptions].check_model(model_config, world.size)
     tokenizer, template = Tokenizer.from_folder(source), None
     if tokenizer.notice:
         world.print(f"note: {tokenizer.notice}")
@@ -226,19 +224,17 @@ def refuse_on_quantised(config: Config, source: Path, model_config: ModelConfig)
     refuse(kind != "lora", f"finetuning_type: {kind}, but {base}: {remedy}")
 
 
-def refuse_uneven_cuts(config: Config, source: Path) -> None:
-    """UserError where tp_size cannot cut the model that trains, or one beside it."""
-    size, beside = config[ParallelOptions].tp_size, folders_beside(config)
-    if size == 1:
-        return
-    for folder in (source, *(beside[key][0] for key in ("ref_model", "reward_model") if key in beside)):
-        found = None if is_adapter(folder) else load_config(folder)
-        if found is not None:
-            refuse_sizes(size, found, str(folder))
-            coded = f"tp_size: {folder} is quantised, which cannot be cut; set tp_size=1"
-            refuse(found.hf.get("quantization_config"), f"{coded}, or name a model in 16 bits")
+def check_shares(config: Config, source: Path) -> None:
+    """UserError where ranks cannot share the model that trains, or one beside it, as the options say."""
+    options, beside = config[ParallelOptions], folders_beside(config)
+    folders = [source, *(beside[key][0] for key in ("ref_model", "reward_model") if key in beside)]
+    for folder in (folder for folder in folders if not is_adapter(folder)):
+        found = load_config(folder)
+        options.check_model(found, str(folder))
+        coded = f"tp_size: {folder} is quantised, and codes are not cut over ranks; set tp_size=1"
+        refuse(options.tp_size > 1 and found.hf.get("quantization_config"), f"{coded} (parallel=fsdp)")
     for folder in resolve_adapters(config[ModelOptions], wanted_files(config)):
-        dora = read_adapter_config(folder).get("use_dora")
+        dora = options.tp_size > 1 and read_adapter_config(folder).get("use_dora")
         refuse(dora, f"tp_size: {folder} is a DoRA adapter, whose norms need whole rows; set tp_size=1")
 
 
