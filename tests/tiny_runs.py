@@ -4,6 +4,7 @@ with tiny_runs(folder) as tiny:                        # model, tokenizer and da
     status = tiny.train("out", learning_rate=1e-2)     # train.main in this process, output_dir=<folder>/out
 """
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -216,19 +218,46 @@ def start_ranks(argv: list[str], output: Path, size: int = 2) -> list[Child]:
 
 def start_ranks_in_turn(argvs: list[list[str]], output: Path, size: int = 2) -> list[Child]:
     """The same for several runs, one after another in the same processes, each as a world of its own."""
-    numbered = [(argv, free_port()) for argv in argvs]
-    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"}
-    return [
-        fork(train_in_turn, (numbered,), output.with_suffix(f".{rank}"),
-             shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(size)
-    ]  # fmt: skip
+    return fork_ranks(train_in_turn, ([(argv, next(_MEETINGS)) for argv in argvs],), output, size)
 
 
-def train_in_turn(numbered: list[tuple[list[str], str]]) -> int:
-    """In the child: runs (argv, port) up to the first that fails, whose exit status it gives."""
-    for argv, port in numbered:
-        os.environ["MASTER_PORT"] = port
+def train_in_turn(numbered: list[tuple[list[str], int]]) -> int:
+    """In the child: runs (argv, number of their meeting) up to the first that fails, whose status it gives."""
+    for argv, number in numbered:
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)
         if status := train.main(argv):
             return status
     return 0
+
+
+_MEETINGS = itertools.count()  # a world's own names in the store where its ranks meet
+
+
+@lru_cache
+def store() -> torch.distributed.TCPStore:
+    """Where ranks meet, held by this process as torchrun's agent holds it: no port is guessed."""
+    return torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def fork_ranks(function, arguments: tuple, output: Path, size: int) -> list[Child]:
+    """`size` children of the server that may form one world; output.<rank> takes what each says."""
+    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store().port)}
+    shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(next(_MEETINGS))}
+    named = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
+    outputs = [output.with_suffix(f".{rank}") for rank in range(size)]
+    return [fork(function, arguments, *each) for each in zip(outputs, named)]
+
+
+def wait_for_all(children: list[Child], seconds: float) -> None:
+    """Until all have ended with 0; where one fails, the others are not waited for."""
+    end = time.monotonic() + seconds
+    while any(child.process.exitcode is None for child in children):
+        failed = any(child.process.exitcode for child in children)
+        if failed or time.monotonic() > end:
+            time.sleep(5)  # what the others have to say
+            for child in children:
+                child.process.kill()
+            break
+        time.sleep(0.05)
+    texts = "".join(child.text()[-3000:] for child in children)
+    assert [child.wait() for child in children] == [0] * len(children), texts
