@@ -49,10 +49,10 @@ from conversion.quality import REMAINDER, QualityOptions, check_parent, sample, 
 from conversion.requantise import RANK, MergeOptions, Requantiser
 from generation.generate import context_limit
 from options import config as configuration
+from options.atomic import TEMPORARY, alone_in, atomic_file, free_bytes_on
 from options.errors import StopRun, UserError, exit_status, fitting
 from options.limits import leaves
 from options.option import COMMON, option
-from parallel.atomic import TEMPORARY, alone_in, atomic_file, free_bytes_on
 from pipeline.sources import HubAccess
 from quant import QuantOptions
 from quant.linear import Format

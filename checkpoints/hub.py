@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from options.atomic import room_in
 from options.errors import UserError, located, refuse
 from options.option import COMMON, RESUMABLE, SECRET, option
-from parallel.atomic import room_in
 
 WANTED_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
 WITHOUT_WEIGHTS = [pattern for pattern in WANTED_FILES if "safetensors" not in pattern]

@@ -22,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from options import json_reader
+from options.atomic import flush_tree, swept
 from options.errors import NOT_FINITE, UserError, refuse
-from parallel.atomic import flush_tree, swept
 
 NamedTensor = tuple[str, torch.Tensor]
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -17,6 +17,7 @@ rules.py    Rules between two sections
 help.py     what --help prints
 errors.py   UserError, StopRun, exit_status; what is said when memory or the output ends
 limits.py   bounds for what others wrote: time, memory, paths; the free memory of the host
+atomic.py   files that are complete or absent: atomic_file, atomic_folder; locked: a place in a cache
 progress.py  how far a long piece of work is: Bar
 
 To add an option: a field in its section, nothing else. A new section: add it to the program's SECTIONS. A

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from options import json_reader
+from options.atomic import TEMPORARY, atomic_file, atomic_folder, remove_folder, room_in
 from options.errors import UserError
-from parallel.atomic import TEMPORARY, atomic_file, atomic_folder, remove_folder, room_in
 from pipeline.batch import Example
 from pipeline.mixing import hold_out
 

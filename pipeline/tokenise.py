@@ -20,9 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
+from options.atomic import locked
 from options.errors import DISK_FULL, UserError, say
 from options.progress import Bar
-from parallel.atomic import locked
 from pipeline import sources
 from pipeline.encoding import ChunkEncoder, EncodeOptions, encode_chunks
 from pipeline.formats import check_stage

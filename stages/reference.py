@@ -26,10 +26,10 @@ from torch import Tensor
 from checkpoints.safetensors_files import write_tensors
 from lora import full_modules, lora_layers, lora_off, replace_module
 from model import Decoder
+from options.atomic import atomic_file, locked
 from options.errors import UserError, refuse, say
 from options.option import option
 from options.progress import Bar
-from parallel.atomic import atomic_file, locked
 from parallel.fsdp import whole
 from parallel.world import World
 from pipeline.batch import ROW_MULTIPLE, Batch, BatchLoader

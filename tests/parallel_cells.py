@@ -27,6 +27,7 @@ MODES = {
     "ddp": {"parallel": "ddp"},
     "fsdp": {"parallel": "fsdp"},
     "hsdp": {"parallel": "hsdp", "dp_shard_size": 2},
+    "tp": {"parallel": "fsdp", "tp_size": 2},
     "cp": {"parallel": "fsdp", "cp_size": 2},
     "ring": {"parallel": "ddp", "cp_size": 2, "cp_mode": "ring"},
 }
@@ -149,7 +150,9 @@ def check_mode(tiny: TinyRuns, cell: Cell) -> None:
     share = {"ddp": 1, "fsdp": cell.ranks, "hsdp": 2}[keys["parallel"]] // keys.get("tp_size", 1)
     for each in seen:
         assert each["trained"]["spread"] == each["trained"]["tensors"] > 0, (cell, each)
-        assert (each["frozen"]["spread"] == each["frozen"]["tensors"]) == (share > 1 or cell.method == "full"), (cell, each)
+        assert (each["frozen"]["spread"] == each["frozen"]["tensors"]) == (
+            share > 1 or cell.method == "full"
+        ), (cell, each)
         context = keys.get("cp_size", 1)
         if cell.stage in ("pt", "sft"):
             assert each["tokens"][-len(each["whole"]) :] == [-(-whole // context) for whole in each["whole"]]

@@ -20,8 +20,8 @@ from tiny_tokenizers import make_tokenizer
 
 import data
 from data import DataOptions, TokenizedDataSaved, load_datasets
+from options.atomic import locked
 from options.errors import StopRun, UserError
-from parallel.atomic import locked
 from pipeline import encoding, store, tokenise
 from pipeline.batch import ANSWER, ROLES
 from pipeline.encoding import EncodeOptions

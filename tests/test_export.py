@@ -19,7 +19,7 @@ from tiny_tokenizers import make_tokenizer
 
 import export
 from checkpoints.huggingface import load_config, load_model
-from parallel.atomic import TEMPORARY, alone_in, temporary_name
+from options.atomic import TEMPORARY, alone_in, temporary_name
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = {

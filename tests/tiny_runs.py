@@ -222,7 +222,7 @@ def start_ranks_in_turn(argvs: list[list[str]], output: Path, size: int = 2) -> 
 
 
 def train_in_turn(numbered: list[tuple[list[str], int]]) -> int:
-    """In the child: runs (argv, number of their meeting) up to the first that fails, whose status it gives."""
+    """In the child: runs (argv, number of its meeting) up to the first that fails; gives its status."""
     for argv, number in numbered:
         os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)
         if status := train.main(argv):

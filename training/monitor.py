@@ -14,8 +14,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from options import json_reader
+from options.atomic import atomic_file
 from options.errors import UserError, harmless, say
-from parallel.atomic import atomic_file
 from training.plot import plot_history
 from training.trackers import Services
 

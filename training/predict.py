@@ -20,9 +20,9 @@ from evaluation.rouge_bleu import CHINESE, chinese_is_cut, mean_scores
 from evaluation.rouge_bleu import NAMES as METRICS
 from generation.sampling import GenerateOptions
 from model import Decoder
+from options.atomic import atomic_file
 from options.errors import refuse
 from options.progress import Bar
-from parallel.atomic import atomic_file
 from parallel.fsdp import gathered
 from parallel.world import World
 from pipeline.batch import ROW_MULTIPLE, collate

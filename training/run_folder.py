@@ -29,9 +29,9 @@ from checkpoints.safetensors_files import read_plain
 from checkpoints.source import RUN_CONFIG
 from model import Decoder
 from options import json_reader
+from options.atomic import TEMPORARY, alone_in, atomic_file, flush, flush_tree, remove, remove_folder
 from options.config import Config
 from options.errors import StopRun, UserError, refuse, say
-from parallel.atomic import TEMPORARY, alone_in, atomic_file, flush, flush_tree, remove, remove_folder
 from parallel.world import World, lost
 from text.tokenizer import NAMED_TEMPLATES
 from training.instruments import Totals

@@ -30,9 +30,9 @@ from checkpoints.gguf.blocks import DIVISORS, gguf_name
 from checkpoints.gguf.read_tokenizer import need, read_tokenizer, write_tokenizer
 from checkpoints.safetensors_files import write_json, write_shards
 from model import Decoder
+from options.atomic import atomic_folder, locked
 from options.errors import UserError, located, refuse
 from options.progress import Bar
-from parallel.atomic import atomic_folder, locked
 
 # GGUF architecture -> (model_type, class) of config.json
 ARCHITECTURES = {

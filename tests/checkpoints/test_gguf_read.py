@@ -23,7 +23,7 @@ from checkpoints.gguf import read as gguf_read
 from checkpoints.gguf import read_tokenizer
 from checkpoints.gguf.blocks import PART_NAMES
 from checkpoints.hub import ModelOptions, resolve_folder, resolve_model
-from parallel.atomic import temporary_name
+from options.atomic import temporary_name
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [

@@ -25,8 +25,8 @@ from checkpoints.peft import adapter_parameters
 from checkpoints.safetensors_files import stream_tensors
 from checkpoints.trainable import prepare_trainable
 from lora import LoraOptions
+from options.atomic import TEMPORARY, temporary_name
 from options.errors import UserError
-from parallel.atomic import TEMPORARY, temporary_name
 
 ROOT = Path(__file__).resolve().parents[2]
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

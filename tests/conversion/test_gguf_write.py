@@ -28,7 +28,7 @@ from checkpoints.gguf import blocks, read
 from checkpoints.gguf.read_tokenizer import PRE_TOKENIZERS, splitter
 from checkpoints.huggingface import load_config
 from conversion.gguf import write, write_tokenizer
-from parallel.atomic import temporary_name
+from options.atomic import temporary_name
 from tests.checkpoints.test_gguf_read import tiny
 from text.tokenizer import Tokenizer
 

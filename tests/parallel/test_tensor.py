@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from tiny_runs import fork, free_port
+from tiny_runs import fork_ranks, wait_for_all
 
 import parallel.world
 from architectures.config import ModelConfig
@@ -97,10 +97,11 @@ def texts(model: Decoder) -> list[list[int]]:
     return [text.ids for text in written]
 
 
-def checked(folder, ports: dict[str, str]) -> int:
+def checked(folder, names: list[str]) -> int:
     """In a child: every case of these worlds; what rank 0 found goes to <folder>/<world>-<case>.pt."""
-    for name, port in ports.items():
-        os.environ["MASTER_PORT"] = port
+    meeting = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    for name in names:
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = f"{meeting}-{name}"
         world = parallel.world.start("cpu", 60, WORLDS[name][1])
         for case in CASES:
             found = of_ranks(case, WORLDS[name][1], world)
@@ -129,13 +130,9 @@ def measured(tmp_path_factory):
     """What each world found, of one start of the ranks for each number of them."""
     folder, children = tmp_path_factory.mktemp("tensor"), []
     for size in (3, 4):
-        ports = {name: free_port() for name, (ranks, _) in WORLDS.items() if ranks == size}
-        shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"}
-        for rank in range(size):
-            place = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            children.append(fork(checked, (folder, ports), folder / f"{size}.{rank}", place))
-    statuses = [child.wait(900) for child in children]
-    assert not any(statuses), "".join(child.text()[-3000:] for child in children)
+        names = [name for name, (ranks, _) in WORLDS.items() if ranks == size]
+        children += fork_ranks(checked, (folder, names), folder / str(size), size)
+    wait_for_all(children, 900)
     return folder
 
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from tiny_runs import ROOT, assert_same_weights, fork, free_port, start_ranks, tiny_runs
+from tiny_runs import ROOT, assert_same_weights, fork_ranks, free_port, start_ranks, tiny_runs
 
 import parallel.world
 import train
@@ -79,21 +79,15 @@ def test_torchrun_trains_and_a_signal_to_it_leaves_a_checkpoint(tiny):
 
 def train_elsewhere(words: list[str], folder) -> int:
     """In a child: as on a node with a disk of its own."""
-    os.chdir(folder)
+    os.chdir(folder / os.environ["RANK"])
     return train.main(words)
 
 
 def test_ranks_without_a_common_disk_are_told_so_at_the_start(tiny, tmp_path):
     words = tiny.words("unused", output_dir="run", save_strategy="steps", save_steps=2)
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    children = []
     for rank in range(2):
         (tmp_path / f"{rank}/run").mkdir(parents=True)
-        output, environment = (
-            tmp_path / f"output.{rank}",
-            shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        children.append(fork(train_elsewhere, (words, tmp_path / str(rank)), output, environment))
+    children = fork_ranks(train_elsewhere, (words, tmp_path), tmp_path / "output", 2)
     assert [child.wait() for child in children] == [2, 2]
     for child in children:
         assert (
@@ -103,67 +97,11 @@ def test_ranks_without_a_common_disk_are_told_so_at_the_start(tiny, tmp_path):
     assert not list(tmp_path.glob("*/run/*")) and not list(tmp_path.glob("*/run/.*"))
 
 
-# GradientSum by itself
-
-
-def sum_gradients(folder, rank: int) -> None:
-    """In each of two processes: gradients of a net with several buckets, dtypes, and a branch that rank 1
-    skips."""
-    parallel.world.BUCKET_BYTES = 400  # read at construction, so one net has several buckets
-    world = parallel.world.start("cpu", 60)
-    net = make_net()
-    gradient_sum = parallel.world.GradientSum(net, world)
-    assert len(gradient_sum.buckets) > 3
-    for micro_batch in range(3):
-        with gradient_sum(micro_batch == 2):
-            net_loss(net, rank, micro_batch).backward()
-    torch.save([parameter.grad for parameter in net.parameters()], folder / f"gradients.{rank}")
-    parallel.world.stop()
-
-
-def make_net() -> torch.nn.ModuleDict:
-    torch.manual_seed(3)
-    net = {"a": torch.nn.Linear(7, 11), "b": torch.nn.Linear(11, 11), "c": torch.nn.Linear(11, 5).double()}
-    net["unused"] = torch.nn.Linear(3, 3)
-    net["frozen"] = torch.nn.Linear(11, 11).requires_grad_(False)
-    return torch.nn.ModuleDict(net)
-
-
-def net_loss(net, rank: int, micro_batch: int) -> torch.Tensor:
-    x = torch.randn(4, 7, generator=torch.Generator().manual_seed(10 * rank + micro_batch))
-    hidden = net["frozen"](net["a"](x).tanh())
-    hidden = hidden if rank == 1 else net["b"](hidden)  # ranks whose graphs differ
-    hidden = net["a"].weight.sum() * hidden  # a parameter that is used twice
-    return net["c"](hidden.double()).square().sum()
-
-
-def test_gradient_sum_equals_plain_autograd_over_all_ranks(tmp_path):
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    children = [
-        fork(sum_gradients, (tmp_path, rank), tmp_path / f"output.{rank}", shared | {"RANK": str(rank)})
-        for rank in range(2)
-    ]
-    assert [child.wait() for child in children] == [0, 0], children[0].text() + children[1].text()
-    net = make_net()
-    sum(net_loss(net, rank, micro_batch) for rank in range(2) for micro_batch in range(3)).backward()
-    for rank in range(2):
-        found = torch.load(tmp_path / f"gradients.{rank}", weights_only=True)
-        for (name, parameter), gradient in zip(net.named_parameters(), found):
-            if not parameter.requires_grad:
-                assert gradient is None
-            elif parameter.grad is None:
-                assert not gradient.any(), name  # unused everywhere: zeros, the same on all ranks
-            else:
-                torch.testing.assert_close(gradient, parameter.grad, rtol=1e-5, atol=1e-5, msg=name)
-
-
 def test_one_process_needs_no_group():
     world = parallel.world.start("cpu")
     assert (world.rank, world.size, world.is_main) == (0, 1, True)
     assert world.max_over_ranks(3, 0) == [3, 0] and world.any(True) and not world.any(False)
     assert world.sum(torch.ones(2)).tolist() == [1, 1]
-    with parallel.world.GradientSum(make_net(), world)(True):
-        pass
     parallel.world.stop()
 
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from options.atomic import alone_in, atomic_file, atomic_folder, locked, temporary_name
 from options.errors import StopRun, UserError
-from parallel.atomic import alone_in, atomic_file, atomic_folder, locked, temporary_name
 
 ROOT = Path(__file__).resolve().parents[2]
 KILLED = """
 import os, sys
 from pathlib import Path
-from parallel.atomic import atomic_file, atomic_folder
+from options.atomic import atomic_file, atomic_folder
 with atomic_folder(Path(sys.argv[1])) as folder, atomic_file(Path(sys.argv[2])) as file:
     (folder / "half").write_text("half")
     file.write_text("half")
@@ -74,10 +74,10 @@ def test_a_cache_that_cannot_be_written_or_is_full_is_told_by_its_key(tmp_path):
 def test_a_planted_link_is_not_written_through(tmp_path, monkeypatch):
     victim = tmp_path / "victim"
     victim.write_text("precious")
-    monkeypatch.setattr("parallel.atomic.secrets.token_hex", lambda count: "0" * 8)  # as if it were guessed
-    monkeypatch.setattr("parallel.atomic.os.getpid", lambda: 2**22 + 1)
+    monkeypatch.setattr("options.atomic.secrets.token_hex", lambda count: "0" * 8)  # as if it were guessed
+    monkeypatch.setattr("options.atomic.os.getpid", lambda: 2**22 + 1)
     with monkeypatch.context() as patch:
-        patch.setattr("parallel.atomic.remove", lambda path: None)
+        patch.setattr("options.atomic.remove", lambda path: None)
         temporary_name(tmp_path / "a").symlink_to(victim)
         with pytest.raises(FileExistsError), atomic_file(tmp_path / "a"):
             pass
