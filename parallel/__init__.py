@@ -12,6 +12,6 @@ last one fastest. Gradients are SUMMED over ranks, the loop divides by the weigh
     context     divide_rows: slices of rows, cp_size; Ulysses and Ring in attention
     checkpoint  tensors of many ranks in one folder, by torch.distributed.checkpoint in safetensors files
 
-To add a way to spread a model: a file that changes it from outside, called in fsdp.distribute, and its size in
-options and World.
+To add a way to spread a model: a file that changes it from outside, called in fsdp.distribute, and its size
+in options and World.
 """

@@ -4,7 +4,6 @@ with tiny_runs(folder) as tiny:                        # model, tokenizer and da
     status = tiny.train("out", learning_rate=1e-2)     # train.main in this process, output_dir=<folder>/out
 """
 
-import itertools
 import json
 import multiprocessing
 import os
@@ -14,7 +13,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -218,31 +216,31 @@ def start_ranks(argv: list[str], output: Path, size: int = 2) -> list[Child]:
 
 def start_ranks_in_turn(argvs: list[list[str]], output: Path, size: int = 2) -> list[Child]:
     """The same for several runs, one after another in the same processes, each as a world of its own."""
-    return fork_ranks(train_in_turn, ([(argv, next(_MEETINGS)) for argv in argvs],), output, size)
+    return fork_ranks(train_in_turn, ([(argv, meeting()) for argv in argvs],), output, size)
 
 
-def train_in_turn(numbered: list[tuple[list[str], int]]) -> int:
-    """In the child: runs (argv, number of its meeting) up to the first that fails; gives its status."""
-    for argv, number in numbered:
-        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)
+def train_in_turn(numbered: list[tuple[list[str], str]]) -> int:
+    """In the child: runs (argv, port) up to the first that fails, whose exit status it gives."""
+    for argv, port in numbered:
+        os.environ["MASTER_PORT"] = port
         if status := train.main(argv):
             return status
     return 0
 
 
-_MEETINGS = itertools.count()  # a world's own names in the store where its ranks meet
+_STORES: list[torch.distributed.TCPStore] = []  # that ranks may still be meeting in
 
 
-@lru_cache
-def store() -> torch.distributed.TCPStore:
-    """Where ranks meet, held by this process as torchrun's agent holds it: no port is guessed."""
-    return torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+def meeting() -> str:
+    """The port of a store where the ranks of one world meet, held here as torchrun's agent holds it."""
+    _STORES.append(torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+    return str(_STORES[-1].port)
 
 
 def fork_ranks(function, arguments: tuple, output: Path, size: int) -> list[Child]:
     """`size` children of the server that may form one world; output.<rank> takes what each says."""
-    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store().port)}
-    shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(next(_MEETINGS))}
+    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": meeting()}
+    shared["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     named = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
     outputs = [output.with_suffix(f".{rank}") for rank in range(size)]
     return [fork(function, arguments, *each) for each in zip(outputs, named)]

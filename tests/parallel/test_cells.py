@@ -4,18 +4,17 @@ every pair of a stage and a mode, and of a method and a mode."""
 import itertools
 
 import pytest
-from parallel_cells import LIMIT, MODES, STAGES, Cell, run
+from parallel_cells import LIMIT, MODES, STAGES, Cell, methods_of, run
 from stage_runs import write_stage_data
 from tiny_runs import tiny_runs
 
-USED = ("lora", "full", "qlora")
 ON_FOUR = ("hsdp",)
 
 
 def chosen(ranks: int) -> list[Cell]:
     modes = [mode for mode in MODES if (mode in ON_FOUR) == (ranks == 4)]
     cells = [
-        Cell(stage, USED[(number + place) % len(USED)], mode, ranks)
+        Cell(stage, methods_of(mode)[(number + place) % len(methods_of(mode))], mode, ranks)
         for (number, stage), (place, mode) in itertools.product(enumerate(STAGES), enumerate(modes))
     ]
     return cells + [Cell("sft", "lora", mode, ranks, dropped=True) for mode in modes]

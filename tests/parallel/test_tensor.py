@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from tiny_runs import fork_ranks, wait_for_all
+from tiny_runs import fork_ranks, meeting, wait_for_all
 
 import parallel.world
 from architectures.config import ModelConfig
@@ -97,11 +97,10 @@ def texts(model: Decoder) -> list[list[int]]:
     return [text.ids for text in written]
 
 
-def checked(folder, names: list[str]) -> int:
+def checked(folder, ports: dict[str, str]) -> int:
     """In a child: every case of these worlds; what rank 0 found goes to <folder>/<world>-<case>.pt."""
-    meeting = os.environ["TORCHELASTIC_RESTART_COUNT"]
-    for name in names:
-        os.environ["TORCHELASTIC_RESTART_COUNT"] = f"{meeting}-{name}"
+    for name, port in ports.items():
+        os.environ["MASTER_PORT"] = port
         world = parallel.world.start("cpu", 60, WORLDS[name][1])
         for case in CASES:
             found = of_ranks(case, WORLDS[name][1], world)
@@ -130,8 +129,8 @@ def measured(tmp_path_factory):
     """What each world found, of one start of the ranks for each number of them."""
     folder, children = tmp_path_factory.mktemp("tensor"), []
     for size in (3, 4):
-        names = [name for name, (ranks, _) in WORLDS.items() if ranks == size]
-        children += fork_ranks(checked, (folder, names), folder / str(size), size)
+        ports = {name: meeting() for name, (ranks, _) in WORLDS.items() if ranks == size}
+        children += fork_ranks(checked, (folder, ports), folder / str(size), size)
     wait_for_all(children, 900)
     return folder
 
