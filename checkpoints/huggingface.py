@@ -39,7 +39,7 @@ from lora import lora_layers, replace_module
 from model import Decoder, initialize_weights
 from options.errors import UserError, fitting, located, refuse
 from options.progress import Bar
-from parallel.fsdp import assign, whole, whole_shape
+from parallel.fsdp import assign, settle, whole, whole_shape
 from quant.linear import Format, QuantLinear
 from text.tokenizer import TOKENIZER_FILES, Tokenizer, as_ids
 
@@ -389,6 +389,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, template, chat_template: 
 
 def save_trained(model: Decoder, folder: Path, source_folder: Path, base_name: str) -> None:
     """What training changed: the adapter if there is one, else the whole model."""
+    settle(model)
     if lora_layers(model):
         save_adapter(model, folder, base_name)
     else:
@@ -399,6 +400,7 @@ def save_trained(model: Decoder, folder: Path, source_folder: Path, base_name: s
 
 def gather_trained(model: Decoder) -> None:
     """On a rank that writes nothing: give its shares, in the order in which save_trained asks for them."""
+    settle(model)
     deque(adapter_state(model).items() if lora_layers(model) else model_tensors(model), 0)
     if model.v_head is not None:
         value_head_state(model.v_head)
@@ -419,6 +421,7 @@ def require_saved(model: Decoder) -> None:
 @torch.no_grad()
 def restore_trained(model: Decoder, folder: Path) -> None:
     """Copy back what save_trained wrote, into a model that was prepared the same way. Raises UserError."""
+    settle(model)
     if lora_layers(model):
         tensors, targets = read_adapter_tensors(folder), dict(adapter_parameters(model))
         if model.config.tied_head:

@@ -99,6 +99,14 @@ def whole_shape(parameter: Tensor) -> torch.Size:
     return torch.Size(shape)
 
 
+def settle(model: nn.Module) -> None:
+    """Back to shares: what lies outside of the blocks stays gathered after a forward pass alone, and whoever
+    reads or writes parameters then would have a copy. All ranks call it."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 @torch.no_grad()
 def assign(target: Tensor, value: Tensor) -> None:
     """Write the whole `value` into a parameter of which this rank may hold a share; nobody else is asked."""

@@ -20,7 +20,9 @@ from tiny_runs import TinyRuns, fork_ranks, meeting, tiny_runs, wait_for_all
 from torch.distributed.tensor import DTensor
 
 import train
+from parallel.fsdp import settle
 from parallel.options import ParallelOptions
+from parallel.tensor import is_cut
 
 STAGES = ("pt", "sft", "rm", "dpo", "orpo", "kto", "ppo", "grpo")
 MODES = {
@@ -94,11 +96,13 @@ class Spy:
         self.update, self.dropped, self.seen = update, dropped, {"rows": [], "tokens": []}
 
     def __call__(self, model, optimizer, stage, group, scaler, world, limit):
+        settle(model)
         for kind in ("trained", "frozen"):
             held = [p for p in model.parameters() if p.requires_grad == (kind == "trained")]
             spread = [p for p in held if isinstance(p, DTensor)]
             here = sum(p.to_local().nbytes if isinstance(p, DTensor) else p.nbytes for p in held)
-            self.seen[kind] = {"tensors": len(held), "spread": len(spread), "bytes": here}
+            cut = sum(is_cut(p) for p in held)
+            self.seen[kind] = {"tensors": len(held), "spread": len(spread), "bytes": here, "cut": cut}
         self.seen["rows"] += [source for batch in group for source in batch.sources]
         self.seen["whole"] = [len(batch.tokens) for batch in group]
         hook = model.layers[0].register_forward_pre_hook(
@@ -152,9 +156,11 @@ def check_mode(tiny: TinyRuns, cell: Cell) -> None:
     files = [tiny.folder / cell.name / f"seen-{rank}.json" for rank in range(cell.ranks)]
     seen = [json.loads(file.read_text()) for file in files]
     keys = MODES[cell.mode]
-    share = {"ddp": 1, "fsdp": cell.ranks, "hsdp": 2}[keys["parallel"]] // keys.get("tp_size", 1)
+    engine = cell.ranks // keys.get("tp_size", 1)
+    share = {"ddp": 1, "fsdp": engine, "hsdp": 2}[keys["parallel"]]
     for each in seen:
-        assert each["trained"]["spread"] == each["trained"]["tensors"] > 0, (cell, each)
+        assert each["trained"]["spread"] == each["trained"]["tensors"] * (engine > 1), (cell, each)
+        assert (each["trained"]["cut"] > 0) == (keys.get("tp_size", 1) > 1)
         assert (each["frozen"]["spread"] == each["frozen"]["tensors"]) == (
             share > 1 or cell.method == "full"
         ), (cell, each)
