@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from training.options import OptimOptions
+from training.rounding import noise_of, store
 
 SERVES = {"adafactor": 0.1}  # two vectors for each matrix
 DECAY = -0.8  # second moments forget at the rate step^DECAY: section 7.2
@@ -22,13 +23,14 @@ class Adafactor(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
-        for group in self.param_groups:
-            for parameter in group["params"]:
+        for index, group in enumerate(self.param_groups):
+            for place, parameter in enumerate(group["params"]):
                 if parameter.grad is not None:
                     value = parameter.float()  # itself in fp32
                     value.mul_(1 - group["lr"] * group["weight_decay"])
                     value.sub_(self._update(parameter), alpha=group["lr"])
-                    parameter.copy_(value)
+                    step = self.state[parameter]["step"]
+                    store(parameter, value, noise_of(step, index, place, parameter.device))
 
     def _update(self, parameter: Tensor) -> Tensor:
         """The gradient over the root of its second moment, clipped; fp32, of the parameter's shape."""
