@@ -82,6 +82,7 @@ def test_parts_share_the_folder_and_each_is_told_its_time(tmp_path):
 
 REPORTS = {
     "train": {
+        "machine": {"gpu": "NVIDIA H200"},
         "ceilings": {"sustained_tflops": 700.0},
         "left_out": ["T4"],
         "failed": [],
@@ -92,7 +93,8 @@ REPORTS = {
                     "hf default": {"tokens_per_second": 400.0, "peak_gib": 30.0},
                 },
                 "not_run": {"hf best (no recompute)": "OutOfMemoryError: CUDA out of memory"},
-            }
+            },
+            "T8": {"systems": {"anvil": {"tokens_per_second": 1400.0, "peak_gib": None}}, "not_run": {}},
         },
     },
     "kernels": {
@@ -102,6 +104,11 @@ REPORTS = {
             {"case": "attention", "sizes": "B4", "system": system, "pass": "forward", "share": share,
              "timing": {"seconds": seconds}}
             for system, share, seconds in (("anvil", 0.6, 1), ("anvil triton", 0.5, 1.2), ("cudnn", 0.6, 0.9))
+        ] + [
+            {"case": "dequantise_4bit", "sizes": f"9x8 nf4{double}", "system": system, "pass": "forward",
+             "share": 0.7, "timing": {"seconds": seconds}}
+            for double, theirs in (("", 1.2), (", double quantisation", 1.4))
+            for system, seconds in (("anvil", 1), ("bitsandbytes", theirs))
         ],
     },
 }  # fmt: skip
@@ -124,6 +131,10 @@ def test_every_goal_has_a_row_with_its_number_or_the_reason_why_there_is_none(tm
     auto = by_what["K1", "attention forward, auto: over cuDNN"]
     own = by_what["K1", "attention forward, own: over cuDNN"]
     assert (auto["measured"], own["measured"], own["remark"]) == ("0.9", "0.75", "missed")
+    on = [by_what["T8", f"QLoRA 70B, 1 x 2048, {gpu}: tok/s"] for gpu in ("H100", "H200")]
+    assert on[0]["remark"] == "a mark of H100; this is NVIDIA H200" and on[1]["remark"] == "reached"
+    written = [by_what["K5", f"{double}over bitsandbytes"]["measured"] for double in ("", "double: ")]
+    assert written == ["1.2", "1.4"]
     assert by_what["D1", "share of the bound"]["remark"] == "the part decode was not run"
     old = goals.lines_of(goals.read_reports(tmp_path, "h200", since=time.time() + 60))
     assert {line["measured"] for line in old} == {"not measured"}
