@@ -70,7 +70,7 @@ class Progress:
         self.logged_tokens += since.tokens
         self.logged_examples += since.examples
 
-    def track(self, value: float, gain: bool) -> None:
+    def track(self, value: float | None, gain: bool) -> None:
         """The evaluation after this step measured `value`."""
         self.evaluation_due = False
         self.stale_evaluations = 0 if gain else self.stale_evaluations + 1
