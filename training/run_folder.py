@@ -33,7 +33,7 @@ from options.config import Config
 from options.errors import StopRun, UserError, refuse, say
 from parallel.atomic import TEMPORARY, alone_in, atomic_file, flush, flush_tree, remove, remove_folder
 from parallel.world import World, lost
-from text.tokenizer import NAMED_TEMPLATES
+from text.tokenizer import NAMED_TEMPLATES, TOKENIZER_FILES
 from training.instruments import Totals
 from training.monitor import ALL_RESULTS, read_results, write_json
 
@@ -45,6 +45,7 @@ LOGS = (TRAINER_STATE, RESULTS, "eval_results.json", "predict_results.json", ALL
 LOGS += ("trainer_log.jsonl", "training_loss.png", "generated_samples.jsonl", "generated_predictions.jsonl")
 WEIGHTS = ("adapter_config.json", "adapter_model.safetensors", "value_head.safetensors")
 WEIGHTS += ("model*.safetensors", "model.safetensors.index.json")
+ENDINGS = {Path(name).suffix for name in (*LOGS, *WEIGHTS, *TOKENIZER_FILES, RUN_CONFIG)}  # of what it writes
 PIECES, PIECE_BYTES = 256, 2**16  # 16 MiB of each file: some ms, where all of a large model takes minutes
 _NAME = re.compile(r"checkpoint-(\d+)")
 AS_START = "give its weights as adapter_name_or_path or model_name_or_path"
@@ -168,6 +169,11 @@ def refuse_foreign(output_dir: Path, named: Collection[Path]) -> None:
     refuse(top, f"output_dir: {output_dir} is {top}; {remedy}")
     held = f"{', '.join(strange[:3])}{', ...' if len(strange) > 3 else ''}"
     refuse(strange and not ours, f"output_dir: {output_dir} holds {held} and no earlier run; {remedy}")
+    for name in names:
+        in_the_way = Path(name).suffix in ENDINGS and (output_dir / name).is_dir()
+        refuse(
+            in_the_way, f"output_dir: {output_dir / name} is a folder where a run writes files; move it away"
+        )
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
