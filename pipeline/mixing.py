@@ -78,7 +78,8 @@ def hold_out(sources: np.ndarray, size: float, seed: int) -> np.ndarray:
     rows, row_of = np.unique(sources, axis=0, return_inverse=True)
     count = int(size) if size >= 1 else int(np.ceil(size * len(rows)))
     if count >= len(rows):
-        raise UserError(f"val_size is {size:g}, but there are only {len(rows)} rows to train and evaluate on")
+        left = f"{size:g} of the rows that are used ({len(rows)}) leaves none to train on"
+        raise UserError(f"val_size: {left}; add rows, or set val_size=0")
     held = np.zeros(len(rows), bool)
     held[np.random.default_rng([seed, 2]).permutation(len(rows))[:count]] = True
     return held[row_of.reshape(-1)]

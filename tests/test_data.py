@@ -567,7 +567,7 @@ def test_loading_refuses_what_cannot_work(home, tokenizer):
     put(home, "a", questions(2))
     with pytest.raises(ValueError, match="dataset: none is named"):
         load(home, tokenizer)
-    with pytest.raises(ValueError, match="val_size is 2, but there are only 2 rows"):
+    with pytest.raises(ValueError, match=r"val_size: 2 of the rows that are used \(2\) leaves none"):
         load(home, tokenizer, "a", val_size=2)
     with pytest.raises(ValueError, match="group_by_length: stage pt packs rows"):
         load(home, tokenizer, "a", stage="pt", group_by_length=True)
