@@ -14,7 +14,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -143,6 +143,9 @@ def _publish(staging: Path, folder: Path, earlier: Iterable[str]) -> None:
     heads = [name for name in (SINGLE, INDEX) if name in names]
     first, last = (sorted(names & {name}) for name in (EXPORT_RECORD, "config.json"))
     others = sorted(names.difference(shards, heads, first, last))
+    for name in names:
+        found = f"{folder / name} is a folder where a file is to be written; move it away"
+        refuse((folder / name).is_dir(), found)
     for name in last:
         (folder / name).unlink(missing_ok=True)
     if any((folder / name).exists() for name in shards):
@@ -159,6 +162,8 @@ def _publish(staging: Path, folder: Path, earlier: Iterable[str]) -> None:
         os.replace(staging / name, folder / name)
     for name in set(earlier) - names:
         (folder / name).unlink(missing_ok=True)
+        with suppress(OSError):  # the folder is not empty, or not one of its own
+            (folder / name).parent.rmdir()
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], notes: dict[str, str] | None = None) -> None:

@@ -242,6 +242,9 @@ def begin(output_dir: Path, resume: Path | None, overwrite: bool, config: Config
         remove(path)
     (output_dir / SAVE_REQUEST).unlink(missing_ok=True)
     checkpoints = list_checkpoints(output_dir)
+    for path in output_dir.glob("checkpoint-*"):
+        if _NAME.fullmatch(path.name) and path not in checkpoints:
+            say(f"note: {path}: it has no {STATE_FILE}, so it counts as none")
     if resume is None and overwrite:
         for path in checkpoints:
             remove_folder(path)
@@ -407,7 +410,9 @@ def check_files(folder: Path, world: World) -> None:
             found = checksums(folder / name for name in written if (folder / name).is_file())
             for name in written:
                 if found.get(name) != written[name]:
-                    problem = damaged(folder / name, "its bytes are not those that were written")
+                    why = "its bytes are not those that were written"
+                    missing = f"it is not there, though {CHECKSUMS} names it"
+                    problem = damaged(folder / name, why if name in found else missing)
         except (ValueError, AttributeError) as error:  # no JSON, no UTF-8, no object of names
             problem = damaged(path, str(error))
     if world.any(problem is not None):
