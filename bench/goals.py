@@ -7,6 +7,7 @@ A goal is a ratio to a rival in the same run, a share of a ceiling of the same r
 """
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ def read_reports(folder: Path, machine: str, since: float = 0.0) -> dict[str, An
 
 def lines_of(reports: dict[str, Any]) -> list[dict[str, str]]:
     """One row of texts for each goal."""
-    lines = []
+    lines, on_cpu = [], any(not report["machine"]["gpu"] for report in reports.values())
     for goal in GOALS:
         found = goal.find(reports)
         line = {"goal": goal.name, "what": goal.what}
@@ -60,6 +61,7 @@ def lines_of(reports: dict[str, Any]) -> list[dict[str, str]]:
             continue
         met = [found <= mark if goal.below else found >= mark for mark in (goal.must, goal.wish)]
         verdict = "reached, wish too" if met[1] else "reached" if met[0] else "missed"
+        verdict = "smoke test on a CPU: means nothing" if on_cpu else verdict
         numbers = {"measured": found, "must": goal.must, "wish": goal.wish}
         lines.append(line | {key: f"{value:.3g}" for key, value in numbers.items()} | {"remark": verdict})
     return lines
@@ -70,8 +72,9 @@ def lines_of(reports: dict[str, Any]) -> list[dict[str, str]]:
 
 def _left_out(report: dict, name: str) -> str:
     """Why there is no number: what the part says of it."""
-    words = [*report.get("failed", ()), *(f"left out for time: {each}" for each in report["left_out"])]
-    return next((text for text in words if name.lower() in text.lower()), f"{name} was not run")
+    texts = [*report.get("failed", ()), *(f"left out: {each}" for each in report["left_out"])]
+    word = re.compile(rf"(?<!\w){re.escape(name)}(?!\w)", re.IGNORECASE)  # T2 is not T2b
+    return next(filter(word.search, texts), f"{name} was not run")
 
 
 def of_training(row: str, system: str | None = None, of: Callable[[dict, dict], Found] | None = None):

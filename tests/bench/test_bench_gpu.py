@@ -84,7 +84,7 @@ REPORTS = {
     "train": {
         "machine": {"gpu": "NVIDIA H200"},
         "ceilings": {"sustained_tflops": 700.0},
-        "left_out": ["T4"],
+        "left_out": ["T4p (no time left of 9 s)", "T4 (no time left of 9 s)"],
         "failed": [],
         "rows": {
             "T1": {
@@ -98,6 +98,7 @@ REPORTS = {
         },
     },
     "kernels": {
+        "machine": {"gpu": "NVIDIA H200"},
         "left_out": [],
         "failed": [],
         "rows": [
@@ -127,7 +128,7 @@ def test_every_goal_has_a_row_with_its_number_or_the_reason_why_there_is_none(tm
     assert (speed["measured"], speed["remark"]) == ("2.25", "reached")
     assert by_what["T1e", "share of the rate of products"]["measured"] == "0.7"
     assert "out of memory" in by_what["T1b", "over HF at its best"]["remark"]
-    assert by_what["T4", "Alpaca's lengths: over HF padded"]["remark"] == "left out for time: T4"
+    assert by_what["T4", "Alpaca's lengths: over HF padded"]["remark"] == "left out: T4 (no time left of 9 s)"
     auto = by_what["K1", "attention forward, auto: over cuDNN"]
     own = by_what["K1", "attention forward, own: over cuDNN"]
     assert (auto["measured"], own["measured"], own["remark"]) == ("0.9", "0.75", "missed")
@@ -136,6 +137,10 @@ def test_every_goal_has_a_row_with_its_number_or_the_reason_why_there_is_none(tm
     written = [by_what["K5", f"{double}over bitsandbytes"]["measured"] for double in ("", "double: ")]
     assert written == ["1.2", "1.4"]
     assert by_what["D1", "share of the bound"]["remark"] == "the part decode was not run"
+    reports = goals.read_reports(tmp_path, "h200")
+    reports["train"]["machine"] = {"gpu": None}
+    verdicts = {line["remark"] for line in goals.lines_of(reports) if line["measured"] != "not measured"}
+    assert verdicts == {"smoke test on a CPU: means nothing"}
     old = goals.lines_of(goals.read_reports(tmp_path, "h200", since=time.time() + 60))
     assert {line["measured"] for line in old} == {"not measured"}
 
