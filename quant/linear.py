@@ -48,7 +48,7 @@ class QuantLinear(LinearLayer):
         raise NotImplementedError
 
     def part(self) -> Part:
-        return Part(self, self.bias, layer=self)
+        return Part(self, self.bias, table=self.table, layer=self)
 
     def dequantize(self, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
         """The weight (out, in) in `dtype` (None: self.dtype); written into `out` if that is given."""
