@@ -75,8 +75,9 @@ def _cheap(function, *inputs) -> torch.Tensor:
 
 
 def _is_one_row(x: torch.Tensor) -> bool:
-    """Whether x (T, ...) is one token on a CPU, without a gradient: there each small operation counts."""
-    return x.shape[0] == 1 and x.device.type == "cpu" and not torch.is_grad_enabled() and not _REFERENCE
+    """Whether x (T, E) is one token on a CPU, without a gradient: there each small operation counts."""
+    alone = x.shape[0] == 1 and x.dim() == 2 and x.device.type == "cpu"
+    return alone and not torch.is_grad_enabled() and not _REFERENCE
 
 
 def _missing(device: torch.device) -> str | None:
