@@ -4,6 +4,8 @@ bf16 keeps 8 bits: a step smaller than 1/512 of a weight, and a second moment th
 rounded away, always. Rounded up as often as the rest asks for, on average nothing is lost.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,16 @@ CHUNK = 2**24  # values rounded at a time: the noise takes 64 MiB
 def noise_of(step: int, group: int, place: int, device: torch.device) -> torch.Generator:
     """Of the parameter at that place of that group: the same in every process and in a resumed run."""
     return torch.Generator(device).manual_seed(step << 28 | group << 24 | place)
+
+
+def turns(optimizer: torch.optim.Optimizer) -> Iterator[tuple]:
+    """(parameter, its group, its state, which counts steps, the noise of this one) of all with a gradient."""
+    for index, group in enumerate(optimizer.param_groups):
+        for place, parameter in enumerate(group["params"]):
+            if parameter.grad is not None:
+                state = optimizer.state[parameter]
+                state["step"] = state.get("step", 0) + 1
+                yield parameter, group, state, noise_of(int(state["step"]), index, place, parameter.device)
 
 
 def store(target: Tensor, value: Tensor, noise: torch.Generator) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from training.options import OptimOptions
-from training.rounding import CHUNK, noise_of, store
+from training.rounding import CHUNK, store, turns
 
 SERVES = {"adamw_torch": 2.0, "adamw_torch_fused": 2.0}  # two moments
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")  # where torch.optim.AdamW has a one-kernel update
@@ -29,20 +29,13 @@ class RoundingAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
-        for index, group in enumerate(self.param_groups):
-            for place, parameter in enumerate(group["params"]):
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["step"] = torch.zeros((), dtype=torch.float32)
-                    state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(parameter) for _ in range(2))
-                state["step"] += 1
-                number = int(state["step"])
-                noise = noise_of(number, index, place, parameter.device)
-                tensors = [x.view(-1) for x in (parameter, state["exp_avg"], state["exp_avg_sq"])]
-                for chunk in zip(*(x.split(CHUNK) for x in (*tensors, parameter.grad.reshape(-1)))):
-                    _update(*chunk, group, number, noise)
+        for parameter, group, state, noise in turns(self):
+            if "exp_avg" not in state:
+                state["step"] = torch.ones(())  # as torch's, and as it comes back from a file
+                state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(parameter) for _ in range(2))
+            tensors = [x.view(-1) for x in (parameter, state["exp_avg"], state["exp_avg_sq"])]
+            for chunk in zip(*(x.split(CHUNK) for x in (*tensors, parameter.grad.reshape(-1)))):
+                _update(*chunk, group, int(state["step"]), noise)
 
 
 def _update(weight: Tensor, mean: Tensor, square: Tensor, grad: Tensor, group: dict, step: int, noise):

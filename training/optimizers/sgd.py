@@ -3,7 +3,7 @@
 import torch
 
 from training.options import OptimOptions
-from training.rounding import noise_of, store
+from training.rounding import store, turns
 
 SERVES = {"sgd": 0.0}
 
@@ -18,11 +18,6 @@ class RoundingSGD(torch.optim.SGD):
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
-        for index, group in enumerate(self.param_groups):
-            for place, parameter in enumerate(group["params"]):
-                if parameter.grad is not None:
-                    state = self.state[parameter]  # it counts steps, for the noise
-                    state["step"] = state.get("step", 0) + 1
-                    value = parameter.float().mul_(1 - group["lr"] * group["weight_decay"])
-                    value.sub_(parameter.grad.float(), alpha=group["lr"])
-                    store(parameter, value, noise_of(state["step"], index, place, parameter.device))
+        for parameter, group, _, noise in turns(self):
+            value = parameter.float().mul_(1 - group["lr"] * group["weight_decay"])
+            store(parameter, value.sub_(parameter.grad.float(), alpha=group["lr"]), noise)
