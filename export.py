@@ -216,14 +216,14 @@ def _parts(source: Source) -> str:
 
 
 def read_small_files(source: Source) -> tuple[ModelConfig, Tokenizer, ChatTemplate | None]:
-    """What can be wrong without reading weights. template: the one asked for, None = the tokenizer's own."""
+    """What can be wrong without reading weights. template: what differs from the tokenizer's own, or None."""
     config = scaled_config(source)
     tokenizer = Tokenizer.from_folder(source.tokenizer, source.base)
     if tokenizer.notice:
         print(f"note: {tokenizer.notice}")
     name, system = source.template.template, source.template.default_system
     named = tokenizer.chat_template
-    return config, tokenizer, get_template(name, named, system) if name else None
+    return config, tokenizer, get_template(name, named, system) if name or (named and system) else None
 
 
 def make_merge(source: Source, config: ModelConfig, options: ExportOptions, request: Request) -> Merge:

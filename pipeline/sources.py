@@ -22,6 +22,7 @@ from options import json_reader
 from options.errors import UserError, located, refuse
 from options.limits import leaves
 from pipeline.readers import FILE_TYPES, read_file
+from text.render import parsed
 
 TEXT_COLUMNS = ("prompt", "query", "response", "history", "messages", "system", "tools")
 COLUMN_NAMES = (*TEXT_COLUMNS, "images", "videos", "audios", "chosen", "rejected", "kto_tag")
@@ -207,6 +208,14 @@ def _check_names(given: dict, known: tuple[str, ...], what: str) -> None:
             raise UserError(f"{what} {key!r}; {hint}")
 
 
+def as_messages(value, named: tuple[str, ...] = ("role", "from")):
+    """The messages, or the message, whose JSON a cell of text is; anything else as it is."""
+    found = parsed(value) if isinstance(value, str) else value
+    messages = found if isinstance(found, list) else [found]
+    told = all(isinstance(each, dict) and any(name in each for name in named) for each in messages)
+    return found if messages and told else value
+
+
 def _guess_format(info: DatasetInfo) -> DatasetInfo:
     """Format of a dataset given by path, from the columns of all rows and the first value of each."""
     row: dict = {}
@@ -217,10 +226,13 @@ def _guess_format(info: DatasetInfo) -> DatasetInfo:
     if not rows:
         raise UserError(f"dataset: {info.location} holds no rows")
     info = replace(info, listed=tuple(row))
+    row = {name: as_messages(value) for name, value in row.items()}
     ranked = "chosen" in row and "rejected" in row
     columns = {key: key for key in ("system", "tools", "history", "kto_tag") if key in row}
     columns |= {key: key for key in ("chosen", "rejected") if ranked}
-    if isinstance(row.get("label"), bool):  # trl's name
+    if "functions" in row:  # OpenAI's older name
+        columns.setdefault("tools", "functions")
+    if str(row.get("label")).lower() in ("true", "false"):  # trl's name; a table of text has words
         columns["kto_tag"] = "label"
     listed = ("messages", "conversations", "prompt")
     messages = next((name for name in listed if isinstance(row.get(name), list)), None)

@@ -573,10 +573,17 @@ def test_templates_by_name_as_transformers_chooses_them(tmp_path):
             assert text_of(template.render([USER, ANSWER], None, "</s>", tools=tools)) == expected
         chosen = get_template("rag", ours.chat_template)
         assert text_of(chosen.render([USER, ANSWER], None, "</s>", tools=TOOLS)).startswith("OTHER ")
-    with pytest.raises(
-        ValueError, match="the checkpoint's are tool_use, rag: name one; choices: default, .*rag"
-    ):
-        get_template(None, {"tool_use": tool, "rag": other})
+    with pytest.raises(ValueError, match="the checkpoint's are rag, new: name one; choices: default, .*rag"):
+        get_template(None, {"rag": other, "new": other})
+    theirs.chat_template = {"tool_use": tool, "rag": other}  # none for a dialogue without definitions
+    alone = get_template(None, theirs.chat_template)
+    expected = theirs.apply_chat_template(dicts([USER, ANSWER]), tools=TOOLS, tokenize=False)
+    assert text_of(alone.render([USER, ANSWER], None, "</s>", tools=TOOLS)) == expected
+    assert alone.stop_words("</s>") == ("<|im_end|>", "</s>")
+    with pytest.raises(ValueError, match="no default specified"):
+        theirs.apply_chat_template(dicts([USER, ANSWER]), tokenize=False)
+    with pytest.raises(ValueError, match="definitions alone.*this one has none; `template: tool_use`"):
+        alone.render([USER, ANSWER], None, "</s>")
     path.write_text(json.dumps(config | {"chat_template": 3}))
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match="chat_template: expected text"):

@@ -38,6 +38,7 @@ class JinjaTemplate:
     default_system: str | None = None
     name: str = "checkpoint"
     tool_use: str | None = None  # takes the place of source where there are tool definitions
+    needs_tools: bool = False  # there is no other than that
 
     @IN_BOUNDS
     def render(
@@ -49,6 +50,9 @@ class JinjaTemplate:
         messages: [Message]. enable_thinking: None = the template's own way. variables: {name: value} of what
         else it may read: further special tokens, and what the row itself sets.
         """
+        if self.needs_tools and not tools:
+            found = "the checkpoint has a chat_template for dialogues with tool definitions alone (tool_use)"
+            raise UserError(f"{found}, and this one has none; `template: tool_use` takes it for all")
         if tools and self.tool_use is not None:
             how = {"generation_prompt": generation_prompt, "enable_thinking": enable_thinking, "tools": tools}
             chosen = replace(self, source=self.tool_use, tool_use=None)
@@ -67,7 +71,12 @@ class JinjaTemplate:
             if answers[-1] == len(messages) - 1 and not _shows_thought(dialogue[-1], whole):
                 whole = _with_thought(written, dialogue, "") or whole
             begin = self._bos_length(whole, bos)
-            spans = _marked_spans(whole[begin:], messages)
+            named = dialogue[: len(dialogue) - len(messages)]
+            for turn, entry in enumerate(dialogue[len(named) :]):
+                named.append(_with_name(entry, chr(TURN_NAMES + turn)))
+            spans = _marked_spans(
+                whole[begin:], functools.partial(written, named, generation_prompt), messages
+            )
             if not generation_prompt:
                 self._check_marked(spans, dialogue[len(dialogue) - len(messages) :])
             return [*_prefix(whole[:begin]), *spans]
@@ -160,7 +169,16 @@ class JinjaTemplate:
         return text if probe is None else text.removeprefix(probe.lead)
 
     def to_jinja(self) -> str:
-        return self.source
+        """One text for all dialogues, with the default system text in it."""
+        text = self.source
+        if self.tool_use not in (None, text):
+            with_tools = "{%- if tools %}\n" + self.tool_use.removesuffix("\n")
+            text = with_tools + "{% else %}\n" + text.removesuffix("\n") + "{% endif %}"
+        if self.default_system is None:
+            return text
+        spoken = json.dumps([_said(self.source, "system", self.default_system)], ensure_ascii=False)
+        lacking = "{%- if not messages or messages[0]['role'] not in ['system', 'developer'] %}"
+        return f"{lacking}{{%- set messages = {spoken} + messages %}}{{%- endif %}}\n{text}"
 
     def _dialogue(self, messages: list[Message], enable_thinking: bool | None) -> list[dict]:
         """Messages as the template expects them, where it does not take them as they are."""
@@ -224,6 +242,7 @@ class JinjaTemplate:
 ANSWER_BEGINS, ANSWER_ENDS = "\U000f1000", "\U000f1001"
 MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 BLANK = "\U000f1002"  # in the place of a content
+TURN_NAMES = 0xF2000  # and the characters behind it, one for each turn
 
 
 # what filters and methods raise; not Exception, for one from outside stops a template that takes too long
@@ -411,10 +430,16 @@ def _prefix(bos: str) -> list[Span]:
     return [Span(bos, False, -1, "prefix")] if bos else []
 
 
-def _marked_spans(whole: str, messages: list[Message]) -> list[Span]:
-    """Spans of a template that marks what it trains by {% generation %}."""
-    pieces = re.split(f"{ANSWER_BEGINS}(.*?){ANSWER_ENDS}", whole, flags=re.DOTALL)
-    owners = [*_owners(pieces[1::2], messages), len(messages) - 1]
+def _pieces(whole: str) -> list[str]:
+    """What is not marked and what is, in turns."""
+    return re.split(f"{ANSWER_BEGINS}(.*?){ANSWER_ENDS}", whole, flags=re.DOTALL)
+
+
+def _marked_spans(whole: str, named: Callable[[], str], messages: list[Message]) -> list[Span]:
+    """Spans of a template that marks what it trains by {% generation %}. named: gives the same dialogue, each
+    turn's texts ending with its name."""
+    pieces = _pieces(whole)
+    owners = [*_owners(len(pieces) // 2, named, messages), len(messages) - 1]
     spans = []
     for index, piece in enumerate(pieces):
         turn = owners[index // 2]
@@ -422,18 +447,37 @@ def _marked_spans(whole: str, messages: list[Message]) -> list[Span]:
     return [span for span in spans if span.text]
 
 
-def _owners(marked: list[str], messages: list[Message]) -> list[int]:
-    """The turn of each marked text: one after the other; where that does not come out even (only some answers
-    are marked), the last turn whose words it has, going back from the end."""
+def _owners(marked: int, named: Callable[[], str], messages: list[Message]) -> list[int]:
+    """The turn of each marked text: that of the last text in it or, where it has none, the first answer from
+    the text before it on. Where names change what is marked: one after the other, up to the last."""
     produced = [turn for turn, message in enumerate(messages) if message.role in PRODUCED]
-    if produced and len(marked) % len(produced) == 0:
-        return [turn for turn in produced for _ in range(len(marked) // len(produced))]
-    turns, at = [], len(produced) - 1
-    for text in map(bare, reversed(marked)):
-        said = [bare(split_thought(messages[turn].content)[1]) for turn in produced]
-        at = next((n for n in range(at, -1, -1) if said[n] and (said[n] in text or text in said[n])), at)
-        turns.append(produced[at])
-    return turns[::-1]
+    with contextlib.suppress(UserError):
+        pieces, turns, seen = _pieces(named() if len(produced) > 1 else ""), [], 0
+        for index, piece in enumerate(pieces):
+            found = [ord(letter) - TURN_NAMES for letter in piece]
+            seen = max((turn for turn in found if 0 <= turn < len(messages)), default=seen)
+            if index % 2:
+                turns.append(next((turn for turn in produced if turn >= seen), produced[-1]))
+        if len(turns) == marked:
+            return turns
+    return (produced[:1] * marked + produced)[len(produced) :][-marked:] if marked else []
+
+
+def _with_name(entry: dict, name: str) -> dict:
+    """A message with `name` behind its texts: content, thought, names of calls."""
+    changed = {key: entry[key] + name for key in THOUGHTS if entry.get(key)}
+    if entry.get("tool_calls"):
+        functions = [call["function"] for call in entry["tool_calls"]]
+        functions = [each | {"name": each["name"] + name} for each in functions]
+        changed["tool_calls"] = [call | {"function": f} for call, f in zip(entry["tool_calls"], functions)]
+    content = entry.get("content")
+    if isinstance(content, list):
+        content = [part | ({"text": part["text"] + name} if part.get("text") else {}) for part in content]
+    return (
+        entry
+        | changed
+        | ({"content": content + name if isinstance(content, str) else content} if content else {})
+    )
 
 
 # built-in templates and what a chat_template has whose model knows their tokens; the first that fits

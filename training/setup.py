@@ -518,8 +518,8 @@ def choose_recomputation(model: Decoder, loader, config: Config, world: World) -
 
 def save_weights(inputs: Inputs, model: Decoder, folder: Path) -> None:
     """What the user loads later: weights, tokenizer, chat template, resolved configuration."""
-    config, template = inputs.config, inputs.template
+    config, template, chosen = inputs.config, inputs.template, inputs.config[TemplateOptions]
     save_trained(model, folder, inputs.source, config[ModelOptions].model_name_or_path)
-    named = template is not None and config[TemplateOptions].template is not None
-    save_tokenizer(inputs.tokenizer, folder, template, template.to_jinja() if named else None)
+    other = template is not None and (chosen.template is not None or chosen.default_system)
+    save_tokenizer(inputs.tokenizer, folder, template, template.to_jinja() if other else None)
     config.save(folder / RUN_CONFIG)
