@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 
 from options.errors import UserError, located
 from pipeline.sources import DatasetInfo, as_messages
-from text.render import PRODUCED, THOUGHTS, Message, parsed, split_calls
+from text.render import PRODUCED, THOUGHTS, Message, is_parts, parsed, split_calls
 from text.tools import wrapped
 
 LATER = {"images": "pictures", "videos": "videos", "audios": "sound"}
@@ -308,7 +308,9 @@ def _message(entry, where: str, roles: dict[str, str], tags: dict[str, str]) -> 
     text, more = given.get(content), {}
     if entry[named] == "developer":
         more["role"] = "developer"
-    if isinstance(text, list):
+    if role == "observation" and not (isinstance(text, str | None) or is_parts(text)):
+        text, more["content"] = json.dumps(text, ensure_ascii=False), text  # whatever a tool gave
+    elif isinstance(text, list):
         text, of_parts = _parts(text, where)
         more |= of_parts
     more |= {key: value for key, value in given.items() if key not in (named, content, "role", "content")}
@@ -323,7 +325,8 @@ def _message(entry, where: str, roles: dict[str, str], tags: dict[str, str]) -> 
         calls = calls or [more.pop("function_call")]
     if calls and role in PRODUCED:
         role, more["tool_calls"] = "function", _tool_calls(calls, where)
-    if text is None and (role == "function" or any(key in more for key in THOUGHTS)):
+    none_given = role == "function" or (role == "observation" and content in entry)
+    if text is None and (none_given or any(key in more for key in THOUGHTS)):
         text, more["content"] = "", None
     if content not in entry and text is None:
         raise UserError(f"{where}: no {content!r} (content_tag); the message has {_names(entry)}")

@@ -24,7 +24,7 @@ import jinja2.sandbox
 
 from options.errors import UserError
 from options.limits import bounded
-from text.render import PRODUCED, THOUGHTS, Message, Span, bare, parsed, split_thought
+from text.render import PRODUCED, THOUGHTS, Message, Span, bare, is_parts, parsed, split_thought
 
 # of the time and the memory that one dialogue takes
 IN_BOUNDS = bounded("the checkpoint's chat_template", "choose a built-in one by `template`")
@@ -119,11 +119,13 @@ class JinjaTemplate:
                 if not text.startswith(header):
                     header = written(before, True, enable_thinking=mode) + probe.missing_header
             begin = len(header)
-            if last and not generation_prompt and not _shows_thought(upto[-1], text[begin:]):
+            keeps = text.startswith(header) and _shows_thought(upto[-1], text[begin:])
+            if last and not generation_prompt and not keeps:
                 whole = text = _with_thought(written, upto, header) or text
             finished, text = text, text.removesuffix(probe.after_end)
             fits = cursor <= begin <= len(text) and text.startswith(header) and whole.startswith(text)
-            thinks = fits and _shows_thought(upto[-1], text[begin:])
+            reads = not last and any(map(self.reads, THOUGHTS))
+            thinks = fits and _shows_thought(upto[-1], text[begin:], reads)
             shown = thinks and _shows_answer(upto[-1], text[begin:])
             if shown:
                 spans.append(Span(whole[cursor:begin], False, turn, message.role))
@@ -186,8 +188,8 @@ class JinjaTemplate:
         if self.default_system is not None and not (messages and messages[0].role == "system"):
             dialogue.append(_said(self.source, "system", self.default_system))
         silent = enable_thinking is False and "enable_thinking" in self.source
-        thoughts = any(_names(self.source, key, True) for key in THOUGHTS)
-        for message in messages:
+        thoughts = "think>" not in self.source or any(_names(self.source, key, True) for key in THOUGHTS)
+        for turn, message in enumerate(messages):
             entry = message.entry()
             if entry["role"] == "developer" and not _forms(self.source, "developer"):
                 entry["role"] = "system"
@@ -198,8 +200,13 @@ class JinjaTemplate:
                 entry = {key: value for key, value in entry.items() if key not in THOUGHTS}
                 if isinstance(text, str):
                     entry["content"] = split_thought(text)[1]
-            elif message.role in PRODUCED and thought and not thoughts and "think>" in self.source:
-                entry["content"] = f"<think>\n{thought}\n</think>\n\n{message.content}"
+            elif (
+                message.role in PRODUCED
+                and thought
+                and not thoughts
+                and (turn == len(messages) - 1 or _keeps_thoughts(self.source))
+            ):
+                entry["content"] = _thought_and_text(thought, message.content)
             dialogue.append(self._in_form(message, entry))
         return dialogue
 
@@ -224,6 +231,9 @@ class JinjaTemplate:
         content = entry.get("content")
         if isinstance(content, str):
             return entry | _said(self.source, entry["role"], content)
+        if content is not None and not is_parts(content):  # what a tool gave
+            as_it_is = isinstance(content, dict | list) and "object" in _forms(self.source, "tool")
+            return entry | {"content": content if as_it_is else message.content}
         if isinstance(content, list):
             if "parts" not in _forms(self.source, entry["role"]):
                 return entry | {"content": message.content}
@@ -329,19 +339,20 @@ def _shown(source: str, *dialogue: dict) -> str | None:
 
 @functools.lru_cache(maxsize=256)
 def _forms(source: str, role: str) -> tuple[str, ...]:
-    """In which forms ("text", "parts") a content of this role is shown; () when the sample is refused."""
+    """In which forms ("text", "parts", "object": as JSON) a content of this role is shown; () when the sample
+    is refused."""
     found = []
-    for form in ("text", "parts"):
+    for form in ("text", "parts", "object")[: 3 if role == "tool" else 2]:
         asked, said = (
-            {"role": each, "content": word if form == "text" else [{"type": "text", "text": word}]}
-            for each, word in (("user", "question"), (role, "PROBE"))
+            {"role": each, "content": [{"type": "text", "text": word}] if form == "parts" else word}
+            for each, word in (("user", "question"), (role, {"k": "PROBE"} if form == "object" else "PROBE"))
         )
         call = asked | {"role": "assistant", "tool_calls": [_SAMPLE_CALL]}
         result = said | {"tool_call_id": "abcdef123", "name": "f"}
         dialogues = {"user": [said], "assistant": [asked, said], "tool": [asked, call, result]}
         text = _shown(source, *dialogues.get(role, [said, asked])) or ""
-        # not a list that is printed as it is
-        if "PROBE" in text and not re.search("""['"]text['"]: ['"]PROBE""", text):
+        # not a list or an object that is printed as it is
+        if "PROBE" in text and not re.search("""['"]text['"]: ['"]PROBE|'k': 'PROBE'""", text):
             found.append(form)
     return tuple(found) or (_forms(source, "user") if role == "tool" else ())
 
@@ -381,9 +392,9 @@ def _text_of(entry: dict) -> str:
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
-def _shows_thought(entry: dict, text: str) -> bool:
-    """Whether the thought that stands in an answer's content is in this text."""
-    thought = split_thought(_text_of(entry))[0]
+def _shows_thought(entry: dict, text: str, apart: bool = False) -> bool:
+    """Whether the thought that stands in an answer's content, or also one apart from it, is in this text."""
+    thought = split_thought(_text_of(entry))[0] or (entry.get("reasoning_content") or "") * apart
     return not thought or bare(thought) in bare(text)
 
 
@@ -398,10 +409,23 @@ def _shows_answer(entry: dict, text: str) -> bool:
 def _with_thought(written: Callable[..., str], dialogue: list[dict], header: str) -> str | None:
     """The dialogue with its last content unchanged, where the template leaves a thought out of it: that is
     right for earlier answers, and nothing to learn from for the last. None where it does not fit the header,
-    which may open the thought."""
+    which may open the thought, and a line behind that."""
     *before, answer = dialogue
-    text = written([*before, answer | {"content": BLANK}]).replace(BLANK, _text_of(answer))
-    return text if text.startswith(header) else None
+    said, text = _text_of(answer), written([*before, answer | {"content": BLANK}])
+    ways = [said, _thought_and_text(*split_thought(said))] if "</think>" in said else []
+    texts = (text.replace(BLANK, way) for way in ways)
+    return next((text for text in texts if text.startswith(header)), None)
+
+
+def _thought_and_text(thought: str, text: str) -> str:
+    return f"<think>\n{thought}\n</think>\n\n{text}"
+
+
+@functools.lru_cache(maxsize=64)
+def _keeps_thoughts(source: str) -> bool:
+    """Whether a thought in the content of an earlier answer is shown."""
+    said = ("user", "question"), ("assistant", _thought_and_text("PROBE", "a")), ("user", "question")
+    return "PROBE" in (_shown(source, *(_said(source, *each) for each in said)) or "PROBE")
 
 
 def _end_of(written: Callable[..., str], dialogue: list[dict], whole: str) -> int:
@@ -471,7 +495,7 @@ def _with_name(entry: dict, name: str) -> dict:
         functions = [each | {"name": each["name"] + name} for each in functions]
         changed["tool_calls"] = [call | {"function": f} for call, f in zip(entry["tool_calls"], functions)]
     content = entry.get("content")
-    if isinstance(content, list):
+    if is_parts(content):
         content = [part | ({"text": part["text"] + name} if part.get("text") else {}) for part in content]
     return (
         entry

@@ -28,7 +28,8 @@ class Message(NamedTuple):
 
     The calls of a function turn are more["tool_calls"], as OpenAI wraps them; without that its content is
     their JSON (split_calls). more: the other keys that the row's message has, for templates to read;
-    `role` and `content` there are the row's own where those above are not (developer; parts, or null)."""
+    `role` and `content` there are the row's own where those above are not (developer; parts, null, or what a
+    tool gave that is no text)."""
 
     role: str  # system, user, assistant, observation, function
     content: str
@@ -237,6 +238,12 @@ def parsed(value):
         return value
 
 
+def is_parts(content) -> bool:
+    """Whether a content is a list of parts, each with its type."""
+    listed = isinstance(content, list)
+    return listed and all(isinstance(part, dict) and isinstance(part.get("type"), str) for part in content)
+
+
 def bare(text: str) -> str:
     """A text without its white space: templates strip and join, and that is no loss."""
     return "".join(text.split())
@@ -244,7 +251,8 @@ def bare(text: str) -> str:
 
 def unused(template, messages: list[Message], spans: list[Span], variables: dict) -> list[str]:
     """What a row gave and the template did not write, for the report. variables: the row's own."""
-    keys = dict.fromkeys(key for message in messages for key in message.more)
+    held = (item for message in messages for item in message.more.items())
+    keys = dict.fromkeys(key for key, value in held if value not in ("", [], {}))
     thoughts = any(map(template.reads, THOUGHTS))
     notes, name = [], template.name
     for key in keys:
