@@ -71,14 +71,14 @@ class JinjaTemplate:
             if answers[-1] == len(messages) - 1 and not _shows_thought(dialogue[-1], whole):
                 whole = _with_thought(written, dialogue, "") or whole
             begin = self._bos_length(whole, bos)
-            named = dialogue[: len(dialogue) - len(messages)]
-            for turn, entry in enumerate(dialogue[len(named) :]):
-                named.append(_with_name(entry, chr(TURN_NAMES + turn)))
-            spans = _marked_spans(
-                whole[begin:], functools.partial(written, named, generation_prompt), messages
-            )
+            inserted = len(dialogue) - len(messages)
+            named = dialogue[:inserted]
+            for turn, (message, entry) in enumerate(zip(messages, dialogue[inserted:])):
+                text = message.content + chr(TURN_NAMES + turn)
+                named.append(entry | ({} if turn in answers else _said(self.source, entry["role"], text)))
+            spans = _marked_spans(whole[begin:], lambda: written(named, generation_prompt), messages)
             if not generation_prompt:
-                self._check_marked(spans, dialogue[len(dialogue) - len(messages) :])
+                self._check_marked(spans, dialogue[inserted:])
             return [*_prefix(whole[:begin]), *spans]
         begin = self._bos_length(whole, bos)
         spans = _prefix(whole[:begin])
@@ -188,7 +188,8 @@ class JinjaTemplate:
         if self.default_system is not None and not (messages and messages[0].role == "system"):
             dialogue.append(_said(self.source, "system", self.default_system))
         silent = enable_thinking is False and "enable_thinking" in self.source
-        thoughts = "think>" not in self.source or any(_names(self.source, key, True) for key in THOUGHTS)
+        folds = "think>" in self.source and not any(_names(self.source, key, True) for key in THOUGHTS)
+        keeps = folds and _keeps_thoughts(self.source)
         for turn, message in enumerate(messages):
             entry = message.entry()
             if entry["role"] == "developer" and not _forms(self.source, "developer"):
@@ -200,12 +201,7 @@ class JinjaTemplate:
                 entry = {key: value for key, value in entry.items() if key not in THOUGHTS}
                 if isinstance(text, str):
                     entry["content"] = split_thought(text)[1]
-            elif (
-                message.role in PRODUCED
-                and thought
-                and not thoughts
-                and (turn == len(messages) - 1 or _keeps_thoughts(self.source))
-            ):
+            elif thought and message.role in PRODUCED and folds and (keeps or turn == len(messages) - 1):
                 entry["content"] = _thought_and_text(thought, message.content)
             dialogue.append(self._in_form(message, entry))
         return dialogue
@@ -252,7 +248,7 @@ class JinjaTemplate:
 ANSWER_BEGINS, ANSWER_ENDS = "\U000f1000", "\U000f1001"
 MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 BLANK = "\U000f1002"  # in the place of a content
-TURN_NAMES = 0xF2000  # and the characters behind it, one for each turn
+TURN_NAMES = 0xF2000  # and the characters behind it, one for each turn that asks
 
 
 # what filters and methods raise; not Exception, for one from outside stops a template that takes too long
@@ -461,7 +457,7 @@ def _pieces(whole: str) -> list[str]:
 
 def _marked_spans(whole: str, named: Callable[[], str], messages: list[Message]) -> list[Span]:
     """Spans of a template that marks what it trains by {% generation %}. named: gives the same dialogue, each
-    turn's texts ending with its name."""
+    question ending with its turn's name."""
     pieces = _pieces(whole)
     owners = [*_owners(len(pieces) // 2, named, messages), len(messages) - 1]
     spans = []
@@ -472,36 +468,17 @@ def _marked_spans(whole: str, named: Callable[[], str], messages: list[Message])
 
 
 def _owners(marked: int, named: Callable[[], str], messages: list[Message]) -> list[int]:
-    """The turn of each marked text: that of the last text in it or, where it has none, the first answer from
-    the text before it on. Where names change what is marked: one after the other, up to the last."""
+    """The turn of each marked text: the first answer behind the last question in front of it; the last answer
+    where the template marks something else for the names' sake."""
     produced = [turn for turn, message in enumerate(messages) if message.role in PRODUCED]
+    turns, seen = [], -1
     with contextlib.suppress(UserError):
-        pieces, turns, seen = _pieces(named() if len(produced) > 1 else ""), [], 0
-        for index, piece in enumerate(pieces):
-            found = [ord(letter) - TURN_NAMES for letter in piece]
-            seen = max((turn for turn in found if 0 <= turn < len(messages)), default=seen)
+        for index, piece in enumerate(_pieces(named())):
             if index % 2:
-                turns.append(next((turn for turn in produced if turn >= seen), produced[-1]))
-        if len(turns) == marked:
-            return turns
-    return (produced[:1] * marked + produced)[len(produced) :][-marked:] if marked else []
-
-
-def _with_name(entry: dict, name: str) -> dict:
-    """A message with `name` behind its texts: content, thought, names of calls."""
-    changed = {key: entry[key] + name for key in THOUGHTS if entry.get(key)}
-    if entry.get("tool_calls"):
-        functions = [call["function"] for call in entry["tool_calls"]]
-        functions = [each | {"name": each["name"] + name} for each in functions]
-        changed["tool_calls"] = [call | {"function": f} for call, f in zip(entry["tool_calls"], functions)]
-    content = entry.get("content")
-    if is_parts(content):
-        content = [part | ({"text": part["text"] + name} if part.get("text") else {}) for part in content]
-    return (
-        entry
-        | changed
-        | ({"content": content + name if isinstance(content, str) else content} if content else {})
-    )
+                turns.append(next((turn for turn in produced if turn > seen), produced[-1]))
+            names = (ord(letter) - TURN_NAMES for letter in piece)
+            seen = max((turn for turn in names if 0 <= turn < len(messages)), default=seen)
+    return turns if len(turns) == marked else produced[-1:] * marked
 
 
 # built-in templates and what a chat_template has whose model knows their tokens; the first that fits
