@@ -74,8 +74,7 @@ def refuse_not_finite(tensor: torch.Tensor, place: str) -> None:
     if tensor.numel() and tensor.is_floating_point():
         numbers = tensor if tensor.itemsize > 1 else tensor.float()
         low, high = numbers.aminmax()  # one pass without a copy; a NaN comes out of both
-        if not (low.isfinite() and high.isfinite()):
-            raise UserError(f"{place} {NOT_FINITE}")
+        refuse(not (low.isfinite() and high.isfinite()), f"{place} {NOT_FINITE}")
 
 
 def file_notes(path: Path) -> dict[str, str]:
@@ -108,8 +107,7 @@ def _indexed_files(folder: Path) -> list[Path]:
         raise UserError(f"{index}: key weight_map missing or not a map of file names; fetch it again")
     names = sorted(set(weight_map.values()))
     for name in names:
-        if Path(name).name != name:
-            raise UserError(f"{index}: {name} points outside the folder; refused")
+        refuse(Path(name).name != name, f"{index}: {name} points outside the folder; refused")
         if not (folder / name).is_file():
             raise UserError(f"{folder / name}: named in {INDEX} but not there; the download is incomplete")
     return [folder / name for name in names]
@@ -235,8 +233,7 @@ def read_plain(path: Path) -> object:
             broken = archive.testzip()  # torch.load itself does not look at the checksums
     except (zipfile.BadZipFile, OSError, EOFError, zlib.error) as error:
         raise UserError(str(error)) from error
-    if broken:
-        raise UserError(broken)
+    refuse(broken, broken)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # RuntimeError, errors of pickle: the file may be anybody's

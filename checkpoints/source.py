@@ -216,8 +216,7 @@ def _same_place(one: str | Path | None, other: str | Path | None) -> bool:
 
 def _resolve_base(model: ModelOptions, adapter: Path) -> Path:
     remedy, file = f"give model_name_or_path=BASE adapter_name_or_path={adapter}", adapter / ADAPTER_CONFIG
-    if not model.model_name_or_path:
-        raise UserError(f"model_name_or_path: {file} does not name its base model; {remedy}")
+    refuse(not model.model_name_or_path, f"model_name_or_path: {file} does not name its base model; {remedy}")
     try:
         return resolve_model(model)
     except UserError as error:

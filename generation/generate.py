@@ -127,9 +127,7 @@ class Decoding:
         tokens = self._fixed_step() if self.fixed_shapes and one_each else self._ordinary_step()
         chosen = [(s, token) for s, token in zip(self.rows, tokens) if self.finish_reasons[s] is None]
         if any(token < 0 for _, token in chosen):
-            why = (
-                "its weights are damaged, or too large for float16 (then set infer_dtype=bfloat16 or float32)"
-            )
+            why = "its weights are damaged, or too large for float16 (set infer_dtype=bfloat16 or float32)"
             raise UserError(f"the model's logits are not finite numbers; {why}")
         for sequence, token in chosen:
             self.texts[sequence].append(token)

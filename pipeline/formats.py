@@ -18,7 +18,7 @@ The template writes tool lists and calls as its model knows them; here they are 
 import json
 from dataclasses import dataclass, field, replace
 
-from options.errors import UserError, located
+from options.errors import UserError, located, refuse
 from pipeline.sources import DatasetInfo, as_messages
 from text.render import PRODUCED, THOUGHTS, Message, is_parts, parsed, split_calls
 from text.tools import wrapped
@@ -68,8 +68,7 @@ def check_stage(info: DatasetInfo, stage: str, kind: str | None = None) -> None:
             given, other = ("chosen", "rejected") if "chosen" in info.columns else ("rejected", "chosen")
             raise UserError(f"columns.{given} is given without columns.{other}")
         for column, what in LATER.items():
-            if column in info.columns:
-                raise UserError(f"columns.{column}: {what} cannot be used by stage {stage}")
+            refuse(column in info.columns, f"columns.{column}: {what} cannot be used by stage {stage}")
         if kind == "document" and info.formatting != "alpaca":
             found = f"stage pt reads one text column, but formatting is {info.formatting!r}"
             raise UserError(f'{found}; give it columns: {{"prompt": "<the text column>"}} and no formatting')
@@ -321,7 +320,7 @@ def _message(entry, where: str, roles: dict[str, str], tags: dict[str, str]) -> 
     if not isinstance(more.get("reasoning_content", ""), str):
         raise _wrong(f"{where}.reasoning_content", "text", more["reasoning_content"])
     calls = more.pop("tool_calls", None)
-    if role in PRODUCED and "function_call" in more:  # OpenAI's older form, of one call without an id
+    if role in PRODUCED and more.get("function_call"):  # OpenAI's older form, of one call without an id
         calls = calls or [more.pop("function_call")]
     if calls and role in PRODUCED:
         role, more["tool_calls"] = "function", _tool_calls(calls, where)

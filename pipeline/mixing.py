@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from options.errors import UserError
+from options.errors import UserError, refuse
 
 
 def choose_rows(total: int, count: int, seed: int) -> np.ndarray:
@@ -64,8 +64,7 @@ def mix_sets(
     if len(orders) == 1 or strategy == "concat":
         return np.concatenate(orders)
     for name, order in zip(names, orders):
-        if len(order) == 0:
-            raise UserError(f"dataset {name!r} gives no example, so it cannot be interleaved")
+        refuse(len(order) == 0, f"dataset {name!r} gives no example, so it cannot be interleaved")
     mixed = interleave([len(order) for order in orders], probabilities, strategy == "interleave_under", seed)
     return np.stack([orders[k][i] for k, i in mixed])
 

@@ -90,10 +90,8 @@ def _iterate_json(path: Path) -> Iterator[tuple[int, object, bool]]:
                         continue
                     at = line + text.count("\n", start, error.pos)
                     begun = f" of line {at}, one object began here" if at > line and not in_array else ""
-                    where = f"{path}:{line if begun else at}"
-                    raise UserError(
-                        f"{where}: not JSON ({error.msg}, column {error.colno}{begun})"
-                    ) from error
+                    found = f"not JSON ({error.msg}, column {error.colno}{begun})"
+                    raise UserError(f"{path}:{line if begun else at}: {found}") from error
                 except (ValueError, RecursionError) as error:  # a number of 5,000 digits; nested too deeply
                     raise UserError(f"{path}:{line}: JSON that cannot be read ({error})") from error
                 # a number at the very end of the block may go on in the next one
@@ -103,8 +101,7 @@ def _iterate_json(path: Path) -> Iterator[tuple[int, object, bool]]:
         found = skip_blanks()
         if not found and path.suffix.lower() == ".jsonl":
             return  # no lines, no rows
-        if not found:
-            raise UserError(f"{path}: the file is empty; expected a JSON array of objects")
+        refuse(not found, f"{path}: the file is empty; expected a JSON array of objects")
         if found not in "[{":
             what = repr(text[start : start + 20])
             raise UserError(f"{path}:{line}: expected '[' (an array of objects) or '{{', found {what}")

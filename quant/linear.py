@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import kernels
 from kernels.linear import LinearLayer, Part
-from options.errors import NOT_FINITE, UserError
+from options.errors import NOT_FINITE, UserError, refuse
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)  # what scales of a checkpoint may be
 
@@ -143,15 +143,13 @@ def quantisation_report(model: nn.Module) -> str:
 
 def take(tensors: dict[str, Tensor], name: str, shape: tuple, *dtypes: torch.dtype) -> Tensor:
     """The tensor of this name, with this shape and one of these dtypes. Raises UserError, also for NaN."""
-    if name not in tensors:
-        raise UserError(f"{name} is missing; the checkpoint is incomplete, fetch it again")
+    refuse(name not in tensors, f"{name} is missing; the checkpoint is incomplete, fetch it again")
     tensor = tensors[name]
     if tuple(tensor.shape) != tuple(shape) or tensor.dtype not in dtypes:
         wanted = " or ".join(name_of(dtype) for dtype in dtypes)
         found = f"{name_of(tensor.dtype)} {tuple(tensor.shape)}"
         raise UserError(f"{name} is {found}; config.json asks for {wanted} {tuple(shape)}")
-    if tensor.is_floating_point() and not tensor.isfinite().all():
-        raise UserError(f"{name} {NOT_FINITE}")
+    refuse(tensor.is_floating_point() and not tensor.isfinite().all(), f"{name} {NOT_FINITE}")
     return tensor
 
 
@@ -163,8 +161,7 @@ def name_of(dtype: torch.dtype) -> str:
 def refuse_others(tensors: Iterable[str], known: Iterable[str]) -> None:
     """Raises UserError for a tensor that is no part of a layer of this format."""
     for name in tensors:
-        if name not in known:
-            raise UserError(f"{name} has no place in a layer that is quantised as config.json says")
+        refuse(name not in known, f"{name} has no place in a layer that is quantised as config.json says")
 
 
 def row_chunks(out: Tensor) -> Iterator[slice]:

@@ -113,14 +113,12 @@ class JinjaTemplate:
                     raise
                 continue  # it cannot be asked for here: context of a later answer
             modes = (False, True) if enable_thinking is None and "enable_thinking" in self.source else ()
-            for (
-                mode
-            ) in modes:  # with a thought or without one, it may be the answer to the prompt of that mode
+            for mode in modes:  # with a thought or without one, it may answer the prompt of that mode
                 if not text.startswith(header):
                     header = written(before, True, enable_thinking=mode) + probe.missing_header
             begin = len(header)
-            keeps = text.startswith(header) and _shows_thought(upto[-1], text[begin:])
-            if last and not generation_prompt and not keeps:
+            kept = text.startswith(header) and _shows_thought(upto[-1], text[begin:])
+            if last and not generation_prompt and not kept:
                 whole = text = _with_thought(written, upto, header) or text
             finished, text = text, text.removesuffix(probe.after_end)
             fits = cursor <= begin <= len(text) and text.startswith(header) and whole.startswith(text)
@@ -270,10 +268,11 @@ def _writer(
             return template.render(asked)
         except TEMPLATE_FAULTS as error:  # such as a missing value, or a range too long
             roles = ", ".join(message["role"] for message in dialogue) or "no message"
-            raise UserError(
-                f"the checkpoint's chat_template refuses a dialogue of {roles}: {error}. Change the "
-                f"dialogue, or choose a built-in template, for example `template: {_closest(source)}`."
-            ) from error
+            found = (
+                f"the checkpoint's chat_template refuses a dialogue of {roles}: {error}. Change the dialogue"
+            )
+            way_out = f"choose a built-in template, for example `template: {_closest(source)}`."
+            raise UserError(f"{found}, or {way_out}") from error
 
     return written
 
@@ -339,10 +338,9 @@ def _forms(source: str, role: str) -> tuple[str, ...]:
     is refused."""
     found = []
     for form in ("text", "parts", "object")[: 3 if role == "tool" else 2]:
-        asked, said = (
-            {"role": each, "content": [{"type": "text", "text": word}] if form == "parts" else word}
-            for each, word in (("user", "question"), (role, {"k": "PROBE"} if form == "object" else "PROBE"))
-        )
+        words = "question", {"k": "PROBE"} if form == "object" else "PROBE"
+        contents = ([{"type": "text", "text": word}] if form == "parts" else word for word in words)
+        asked, said = ({"role": who, "content": what} for who, what in zip(("user", role), contents))
         call = asked | {"role": "assistant", "tool_calls": [_SAMPLE_CALL]}
         result = said | {"tool_call_id": "abcdef123", "name": "f"}
         dialogues = {"user": [said], "assistant": [asked, said], "tool": [asked, call, result]}
@@ -436,10 +434,8 @@ def _end_of(written: Callable[..., str], dialogue: list[dict], whole: str) -> in
 def _explain(source: str, answer: dict, prompt: str, finished: str) -> str:
     same = len(os.path.commonprefix([prompt, finished]))
     one, other = prompt[same : same + 40], finished[same : same + 40]
-    found = (
-        "does not show where the answer begins: the prompt for generation continues with "
-        f"{one!r}, the finished dialogue with {other!r}"
-    )
+    found = f"the prompt for generation continues with {one!r}, the finished dialogue with {other!r}"
+    found = f"does not show where the answer begins: {found}"
     if same == len(prompt):
         found = f"does not write the answer {_text_of(answer)[:40]!r}: it writes {other!r}"
     way_out = f"Choose a built-in template, for example `template: {_closest(source)}`."

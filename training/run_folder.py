@@ -421,8 +421,7 @@ def check_files(folder: Path, world: World) -> None:
 
 def read_state(path: Path) -> dict:
     """Our own state file, without unpickling code. Raises UserError when it is missing or damaged."""
-    if not path.is_file():
-        raise UserError(f"{path}: missing; the checkpoint was written by fewer processes than run now")
+    refuse(not path.is_file(), f"{path}: missing; the checkpoint was written by fewer processes than run now")
     try:
         state = read_plain(path)
     except UserError as error:

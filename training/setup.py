@@ -438,8 +438,7 @@ def make_plan(inputs: Inputs) -> str:
     """What the run would take, without its weights; see plan.py."""
     config, options, world, data = inputs.config, inputs.options, inputs.world, load_data(inputs)
     loader, device = data.loader, inputs.world.device
-    if loader is None:
-        raise UserError("plan: there is nothing to plan without training; drop plan, or do_eval")
+    refuse(loader is None, "plan: there is nothing to plan without training; drop plan, or do_eval")
     model = build_model(config, inputs.source, world)
     beside = bytes_beside(config, model)
     free = memory.free_bytes(device) - plan.weight_bytes(model) - sum(beside.values())

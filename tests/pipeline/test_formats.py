@@ -282,7 +282,7 @@ def test_hub_is_chosen_as_llama_factory_does(tmp_path, monkeypatch):
     [
         ([], "expected an object"),
         ({}, "none of hf_hub_url, ms_hub_url and file_name"),
-        ({"script_url": "x"}, "script_url is not supported: it would run Python code"),
+        ({"script_url": "x"}, "script_url: it would run Python code"),
         ({"file_name": ""}, "file_name is ''"),
         ({"file_name": "../x.json"}, "leaves the folder"),
         ({"file_name": "a/../../x.json"}, "leaves the folder"),
