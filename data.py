@@ -93,22 +93,18 @@ class DataOptions:
         counts = ("cutoff_len", "reserved_label_len", "buffer_size", "max_samples")
         for key in (*counts, "preprocessing_num_workers"):
             value = getattr(self, key)
-            if value is not None and value < 1:
-                raise UserError(f"{key} is {value}, expected at least 1")
+            refuse(value is not None and value < 1, f"{key} is {value}, expected at least 1")
         require(self, "data_seed", lambda seed: 0 <= seed < 2**32, "is not in [0, 2**32)")
         length, val_size, shares = self.cutoff_len, self.val_size, self.interleave_probs
-        if length < 2:
-            raise UserError(f"cutoff_len is {length}; one token trains nothing, so at least 2 are needed")
+        refuse(length < 2, f"cutoff_len is {length}; one token trains nothing, so at least 2 are needed")
         if self.reserved_label_len >= length:
             kept = self.reserved_label_len
             raise UserError(f"reserved_label_len is {kept}, expected less than cutoff_len ({length})")
         if val_size < 0 or (val_size > 1 and val_size != int(val_size)):
             raise UserError(f"val_size is {val_size}, expected a share below 1 or a whole number of rows")
         refuse(val_size and self.eval_dataset, "val_size: there is an eval_dataset too; drop one of the two")
-        if val_size and not self.dataset and not self.tokenized_path:
-            raise UserError(
-                "val_size: it is taken from dataset, but none is given; name one, or drop val_size"
-            )
+        none = val_size and not self.dataset and not self.tokenized_path
+        refuse(none, "val_size: it is taken from dataset, but none is given; name one, or drop val_size")
         if self.mix_strategy == "concat" and shares:
             raise UserError("interleave_probs needs mix_strategy interleave_under or interleave_over")
         if shares and len(shares) != len(self.dataset):
@@ -125,10 +121,8 @@ class DataOptions:
             raise UserError("tokenized_path cannot be combined with streaming, which stores nothing")
         if self.max_samples is not None:
             raise UserError("max_samples: it is for data sets that are read whole; drop it, or streaming")
-        if 0 < val_size < 1:
-            raise UserError(
-                "val_size: a share of a stream is unknown; give a number of rows, or drop streaming"
-            )
+        way_out = "give a number of rows, or drop streaming"
+        refuse(0 < val_size < 1, f"val_size: a share of a stream is unknown; {way_out}")
         if self.group_by_length:
             raise UserError("group_by_length: lengths in a stream are not known ahead; drop it, or streaming")
 
@@ -164,8 +158,7 @@ class Prepared:
         place |= {"packing": self.packing, "cutoff_len": self.row_tokens(options)}
         place |= {"rows_per_batch": rows_per_batch, "seed": options.seed_of_data(seed)}
         train = self.train
-        if train is None:
-            raise UserError("dataset: no training set is named")
+        refuse(train is None, "dataset: no training set is named")
         if isinstance(train, ExampleStore):
             return BatchLoader(train, group_by_length=options.group_by_length, **place)
         buffered = {"buffer_size": options.buffer_size, "couple": self.couple}
@@ -176,8 +169,7 @@ class Prepared:
         if isinstance(self.train, RowStream):
             made = (self.train.encoders[k].encode(row, Tally()) for k, row in self.train.rows(0))
             first = next((example for examples in made for example in examples), None)
-            if first is None:
-                raise UserError("dataset: the streamed data holds no row that can be trained on")
+            refuse(first is None, "dataset: the streamed data holds no row that can be trained on")
             return first
         return (self.train if self.train is not None else next(iter(self.eval.values()))).example(0)
 

@@ -50,7 +50,7 @@ from conversion.requantise import RANK, MergeOptions, Requantiser
 from generation.generate import context_limit
 from options import config as configuration
 from options.atomic import TEMPORARY, alone_in, atomic_file, free_bytes_on
-from options.errors import StopRun, UserError, exit_status, fitting
+from options.errors import StopRun, UserError, exit_status, fitting, refuse
 from options.limits import leaves
 from options.option import COMMON, option
 from pipeline.sources import HubAccess
@@ -216,14 +216,14 @@ def _parts(source: Source) -> str:
 
 
 def read_small_files(source: Source) -> tuple[ModelConfig, Tokenizer, ChatTemplate | None]:
-    """What can be wrong without reading weights. template: the one asked for, None = the tokenizer's own."""
+    """What can be wrong without reading weights. template: what differs from the tokenizer's own, or None."""
     config = scaled_config(source)
     tokenizer = Tokenizer.from_folder(source.tokenizer, source.base)
     if tokenizer.notice:
         print(f"note: {tokenizer.notice}")
     name, system = source.template.template, source.template.default_system
     named = tokenizer.chat_template
-    return config, tokenizer, get_template(name, named, system) if name else None
+    return config, tokenizer, get_template(name, named, system) if name or (named and system) else None
 
 
 def make_merge(source: Source, config: ModelConfig, options: ExportOptions, request: Request) -> Merge:
@@ -303,11 +303,9 @@ def check_target(target: Path, source: Source) -> None:
     used = [source.base, source.tokenizer, *source.adapters]
     if any(target.resolve() == path.resolve() or target.resolve() in path.resolve().parents for path in used):
         raise UserError(f"export_dir: {target} is, or holds, a folder that is read; choose another one")
-    if target.exists() and not target.is_dir():
-        raise UserError(f"export_dir: {target} is a file; name a folder")
-    others = (
-        [path for path in target.iterdir() if not path.name.startswith(TEMPORARY)] if target.is_dir() else ()
-    )
+    refuse(target.exists() and not target.is_dir(), f"export_dir: {target} is a file; name a folder")
+    there = target.iterdir() if target.is_dir() else ()
+    others = [path for path in there if not path.name.startswith(TEMPORARY)]
     if others and not (target / EXPORT_RECORD).is_file():
         raise UserError(
             f"export_dir: {target} is not empty and no earlier export (it has no {EXPORT_RECORD}); "

@@ -33,7 +33,7 @@ from architectures.find import find_modules, inside, target_names
 from architectures.layers import Linear
 from kernels.linear import LinearLayer, Part
 from kernels.lora_linear import low_rank
-from options.errors import UserError, located
+from options.errors import UserError, located, refuse
 from options.option import COMMON, option
 from quant.linear import quantised_linears
 
@@ -96,12 +96,9 @@ class LoraOptions:
         if not 0 <= self.lora_dropout < 1:
             raise UserError(f"lora_dropout: {self.lora_dropout} is not in [0, 1)")
         for key in ("lora_target", "name_module_trainable"):
-            if not getattr(self, key):
-                raise UserError(f"{key}: empty; name modules or write all")
-        if self.num_layer_trainable == 0 and not self.freeze_extra_modules:
-            raise UserError(
-                "num_layer_trainable: 0 layers train, and freeze_extra_modules names nothing else"
-            )
+            refuse(not getattr(self, key), f"{key}: empty; name modules or write all")
+        told = "num_layer_trainable: 0 layers train, and freeze_extra_modules names nothing else"
+        refuse(self.num_layer_trainable == 0 and not self.freeze_extra_modules, told)
         for key in ("use_dora", "use_rslora", "additional_target", "create_new_adapter"):
             if getattr(self, key) and self.finetuning_type != "lora":
                 raise UserError(
@@ -240,8 +237,7 @@ class LoraLinear(LinearLayer):
         as the reader of model.head_weight(). forward is cheaper, and exact in bf16 too."""
         if self.off:
             return self.base_weight()
-        if self._drops:
-            raise UserError("lora_dropout: with dropout an adapted layer is no single matrix; call the layer")
+        refuse(self._drops, "lora_dropout: with dropout an adapted layer is no single matrix; call the layer")
         return self._updated_weight()
 
     @torch.no_grad()
@@ -261,8 +257,7 @@ class LoraLinear(LinearLayer):
     def merged_base(self) -> nn.Module:
         """The base with the update in its weight, for good; a dense Linear in place of a quantised base."""
         merged = self.merged_weight()
-        if not torch.isfinite(merged).all():
-            raise UserError("the merged weight is not finite; the adapter is broken")
+        refuse(not torch.isfinite(merged).all(), "the merged weight is not finite; the adapter is broken")
         if isinstance(self.base, nn.Linear):
             self.base.weight.copy_(merged)
             return self.base

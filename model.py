@@ -56,7 +56,7 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x (T, E) -> q (T, H, D), k and v (T, K, D), q and k normalised and rotated."""
         heads = kernels.linears(x, [self.q_proj.part(), self.k_proj.part(), self.v_proj.part()])
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in heads)
+        q, k, v = (part.view(*part.shape[:-1], -1, self.head_dim) for part in heads)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         return *kernels.rope(q, k, cos, sin), v
@@ -111,7 +111,6 @@ class Runtime:
     flash_attn: str = "auto"  # which attention, one of kernels.ATTENTION
     embedding_noise: float = 0.0  # NEFTune's alpha (arXiv 2310.05914), in train mode only
     context: Any = None  # of parallel/context.py alone: the ranks that share a row
-    one_row: Any = None  # of generation/ alone: its short way for one token on a CPU
 
 
 class Decoder(nn.Module):

@@ -191,10 +191,12 @@ def get_template(
     "" means no system turn. UserError when there is neither, or no such name.
 
     chat_template: the checkpoint's, or several by name: "default", "tool_use" where a dialogue has tool
-    definitions, and others that `name` may choose."""
+    definitions (for such alone, where there is no "default"), and others that `name` may choose."""
     named = chat_template if isinstance(chat_template, dict) else {"default": chat_template}
-    if name is None and named.get("default") is not None:
-        return JinjaTemplate(named["default"], default_system or None, tool_use=named.get("tool_use"))
+    tool_use = named.get("tool_use")
+    if name is None and (own := named.get("default", tool_use)) is not None:
+        how = {"tool_use": tool_use, "needs_tools": "default" not in named}
+        return JinjaTemplate(own, default_system or None, **how)
     choices = ", ".join([*TEMPLATES, *(key for key in named if key not in TEMPLATES)])
     if name is None:
         why = "the checkpoint has no chat_template, so the option has to name one"

@@ -256,7 +256,8 @@ def evaluate_and_track(this: Run) -> int:
     finally:
         this.monitor.window.leave_out(time.monotonic() - started)
     this.monitor.log(progress.step, this.data.epoch(progress.step), results)
-    progress.track(results[options.metric], options.better(results[options.metric], progress.best_metric))
+    value = results.get(options.metric)  # None: no answer was there of which it could be said
+    progress.track(value, value is not None and options.better(value, progress.best_metric))
     return 0
 
 

@@ -5,8 +5,8 @@ of this folder, which says where its config.json differs from what is read here.
 """
 
 import math
-from collections.abc import Callable, Container, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from architectures.rope import ROPE_KINDS, SCALE, THETA, TOKENS, Rope, longest_text, rope_from_hf, rope_of
@@ -48,12 +48,6 @@ class ModelConfig:
         """What attention and what feed-forward this layer has."""
         attention = self.attention_kinds[layer] if self.attention_kinds else "attention"
         return attention, self.feed_forward_kinds[layer] if self.feed_forward_kinds else "mlp"
-
-    def switched_beside(self, known: Container[str]) -> list[str]:
-        """Switches that are not at their default, but for these: a shorter way than the decoder's own forward
-        names what it knows, and is taken where this is empty."""
-        others = (item for item in fields(self) if item.name not in known)
-        return [item.name for item in others if getattr(self, item.name) != item.default]
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,12 @@ from torch import Tensor, nn
 
 import kernels
 from architectures.config import ModelConfig
-from kernels.linear import LinearLayer, Part, Table
+from kernels.linear import LinearLayer, Part
 
 
 class Linear(LinearLayer, nn.Linear):
     """nn.Linear that casts its weight to the input's dtype where it is used: fp32 masters under bf16
     compute."""
-
-    table: Table | None = None  # that generation/layout.py has put the weight into
 
     def part(self) -> Part:
         return Part(self.weight, self.bias, table=self.table, layer=self)
@@ -38,11 +36,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return kernels.rms_norm(x, self.weight, self.eps, self.offset)
-
-    def factor(self) -> Tensor:
-        """(size,) what x / rms(x) is multiplied by, for a reader of weights; no gradient."""
-        weight = self.weight.detach()
-        return weight + self.offset if self.offset else weight
 
     def of_sum(self, x: Tensor, delta: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """x, delta (T, E) or None -> the norm of x + delta in `dtype`, and x + delta: one kernel on a GPU."""

@@ -50,10 +50,10 @@ class Part:
 PARTS = [
     Part("tests", 85, 35, tests=True),
     Part("train", 115, 60),
-    Part("decode", 55, 25),
+    Part("decode", 65, 25),
     Part("step_profile", 30, 0),
     Part("kernels", 70, 25),
-    Part("other_tests", 45, 0, tests=True),
+    Part("other_tests", 35, 0, tests=True),
     Part("timing_tests", 15, 10, tests=True),
 ]
 

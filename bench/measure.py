@@ -382,7 +382,7 @@ def _read_with_triton(x: torch.Tensor) -> torch.Tensor:
 
 
 class Session:
-    """One run of a benchmark: its rows, what was left out for time, what failed. The exit status follows from
+    """One run of a benchmark: its rows, what was left out and why, what failed. The exit status follows from
     it."""
 
     def __init__(self, seconds: float):
@@ -399,7 +399,7 @@ class Session:
         """Whether there is time for it; if not, it is noted as left out."""
         if self.left >= needs_seconds:
             return True
-        self.left_out.append(name)
+        self.left_out.append(f"{name} (no time left of {self.seconds:.0f} s)")
         return False
 
     @contextmanager
@@ -416,7 +416,7 @@ class Session:
     def finish(self) -> int:
         """Print what is missing; the exit status: 1 if a part failed."""
         if self.left_out:
-            print(f"left out for time ({self.seconds:.0f} s): {', '.join(self.left_out)}")
+            print(f"left out: {', '.join(self.left_out)}")
         for failure in self.failed:
             print(f"FAILED {failure}")
         return 1 if self.failed else 0

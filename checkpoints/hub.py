@@ -2,14 +2,18 @@
 
 Hugging Face's hub through huggingface_hub; ModelScope's with USE_MODELSCOPE_HUB=1 in the environment. Only
 files that are read here are fetched: no pickles, no second copy of the weights in another layout. A GGUF file
-is converted once into the cache (gguf/read.py).
+is converted once into the cache (gguf/read.py). A plan fetches no weights, and of a checkpoint in codes the
+first bytes of each file, which say how large its tensors are.
 """
 
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from checkpoints.safetensors_files import INDEX, SINGLE
+from options import json_reader
 from options.atomic import room_in
 from options.errors import UserError, located, refuse
 from options.option import COMMON, RESUMABLE, SECRET, option
@@ -19,6 +23,9 @@ WITHOUT_WEIGHTS = [pattern for pattern in WANTED_FILES if "safetensors" not in p
 TOKENIZER_ONLY = ["tokenizer*", "special_tokens_map.json", "*.jinja", "*config.json"]
 UNWANTED_FILES = ["*/*", "consolidated*"]  # other layouts: original/, onnx/, Mistral's own second copy
 TOKEN = (RESUMABLE, SECRET)
+FIRST_BYTES = 100_000  # of a file of weights; in most of them the header ends before
+MOST_BYTES = 100_000_000  # of a header: safetensors' own limit
+HEADER_SECONDS = 10.0  # for each answer of a hub; a server that drips takes no longer either
 
 
 @dataclass(frozen=True)
@@ -101,6 +108,57 @@ def _download_hugging_face(name: str, revision: str, options: ModelOptions, want
         gated = isinstance(error, GatedRepoError)
         remedy = "it is gated: give hf_hub_token" if gated else "check the spelling and the network"
         raise _not_fetched(name, "the Hugging Face hub", revision, error, f"; {remedy}") from error
+
+
+def tensor_sizes(folder: Path, token: str | None) -> dict[str, int]:
+    """Bytes of every tensor of the checkpoint whose files without weights are in `folder`, a snapshot in the
+    cache of Hugging Face's hub, by the name in its files. Raises UserError."""
+    home, index = folder.parents[1].name.split("--"), folder / INDEX
+    refuse(folder.parent.name != "snapshots" or len(home) != 3, "it is no snapshot of the Hugging Face hub")
+    files, sizes = {SINGLE}, {}
+    if index.is_file():
+        weight_map = json_reader.read(index).get("weight_map")
+        refuse(not isinstance(weight_map, dict), f"{index}: key weight_map missing or no map; fetch it again")
+        files = set(map(str, weight_map.values()))
+    for file in sorted(files):
+        place = f"{home[1]}/{home[2]}", file, folder.name
+        first = _first_bytes(*place, token, FIRST_BYTES)
+        end = 8 + int.from_bytes(first[:8], "little")
+        refuse(end > MOST_BYTES, f"{file}: a header of {end:,} bytes is none of safetensors")
+        data = first if end <= len(first) else _first_bytes(*place, token, end)
+        header = json_reader.parse(data[8:end].decode("utf-8", "replace"), f"{file}: header")
+        for name, entry in header.items():
+            begin_end = entry.get("data_offsets") if isinstance(entry, dict) else None
+            if name != "__metadata__":
+                whole = isinstance(begin_end, list) and [type(each) for each in begin_end] == [int, int]
+                refuse(not whole, f"{file}: header: {name} has no data_offsets")
+                sizes[name] = begin_end[1] - begin_end[0]
+    return sizes
+
+
+def _first_bytes(name: str, file: str, revision: str, token: str | None, size: int) -> bytes:
+    """Of a file on the hub; also from a server that knows no ranges no more than these are taken."""
+    import http.client
+    import urllib.request
+
+    import huggingface_hub.constants
+    from huggingface_hub.utils import build_hf_headers
+
+    refuse(huggingface_hub.constants.HF_HUB_OFFLINE, "HF_HUB_OFFLINE is set")
+    address = huggingface_hub.hf_hub_url(name, file, revision=revision)
+    request = urllib.request.Request(address, headers={"Range": f"bytes=0-{size - 1}"})
+    for key, value in build_hf_headers(token=token).items():
+        request.add_unredirected_header(key, value)  # the token is for the hub, not for the store behind it
+    data, end = b"", time.monotonic() + HEADER_SECONDS
+    try:
+        with urllib.request.urlopen(request, timeout=HEADER_SECONDS) as answer:
+            while len(data) < size and (piece := answer.read1(size - len(data))):
+                data += piece
+                if time.monotonic() > end:
+                    raise TimeoutError(f"not there after {HEADER_SECONDS:g} seconds")
+    except (OSError, http.client.HTTPException) as error:
+        raise UserError(f"{address}: {error}") from error
+    return data
 
 
 def _download_modelscope(name: str, revision: str, options: ModelOptions, wanted: list[str]) -> Path:

@@ -378,9 +378,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, template, chat_template: 
         wrong = [part for part in parts if ids and set(as_ids(part.get("eos_token_id"))) != set(ids)]
         for part in wrong:
             part["eos_token_id"] = ids[0] if len(ids) == 1 else list(ids)
-        if wrong and (
-            values.keys() > {"eos_token_id"} or name == "generation_config.json"
-        ):  # no config: adapter
+        # without a config: an adapter
+        if wrong and (values.keys() > {"eos_token_id"} or name == "generation_config.json"):
             write_json(path, values)
 
 

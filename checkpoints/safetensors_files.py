@@ -14,7 +14,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -74,8 +74,7 @@ def refuse_not_finite(tensor: torch.Tensor, place: str) -> None:
     if tensor.numel() and tensor.is_floating_point():
         numbers = tensor if tensor.itemsize > 1 else tensor.float()
         low, high = numbers.aminmax()  # one pass without a copy; a NaN comes out of both
-        if not (low.isfinite() and high.isfinite()):
-            raise UserError(f"{place} {NOT_FINITE}")
+        refuse(not (low.isfinite() and high.isfinite()), f"{place} {NOT_FINITE}")
 
 
 def file_notes(path: Path) -> dict[str, str]:
@@ -108,8 +107,7 @@ def _indexed_files(folder: Path) -> list[Path]:
         raise UserError(f"{index}: key weight_map missing or not a map of file names; fetch it again")
     names = sorted(set(weight_map.values()))
     for name in names:
-        if Path(name).name != name:
-            raise UserError(f"{index}: {name} points outside the folder; refused")
+        refuse(Path(name).name != name, f"{index}: {name} points outside the folder; refused")
         if not (folder / name).is_file():
             raise UserError(f"{folder / name}: named in {INDEX} but not there; the download is incomplete")
     return [folder / name for name in names]
@@ -143,6 +141,9 @@ def _publish(staging: Path, folder: Path, earlier: Iterable[str]) -> None:
     heads = [name for name in (SINGLE, INDEX) if name in names]
     first, last = (sorted(names & {name}) for name in (EXPORT_RECORD, "config.json"))
     others = sorted(names.difference(shards, heads, first, last))
+    for name in names:
+        found = f"{folder / name} is a folder where a file is to be written; move it away"
+        refuse((folder / name).is_dir(), found)
     for name in last:
         (folder / name).unlink(missing_ok=True)
     if any((folder / name).exists() for name in shards):
@@ -159,6 +160,8 @@ def _publish(staging: Path, folder: Path, earlier: Iterable[str]) -> None:
         os.replace(staging / name, folder / name)
     for name in set(earlier) - names:
         (folder / name).unlink(missing_ok=True)
+        with suppress(OSError):  # the folder is not empty, or not one of its own
+            (folder / name).parent.rmdir()
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], notes: dict[str, str] | None = None) -> None:
@@ -230,8 +233,7 @@ def read_plain(path: Path) -> object:
             broken = archive.testzip()  # torch.load itself does not look at the checksums
     except (zipfile.BadZipFile, OSError, EOFError, zlib.error) as error:
         raise UserError(str(error)) from error
-    if broken:
-        raise UserError(broken)
+    refuse(broken, broken)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # RuntimeError, errors of pickle: the file may be anybody's

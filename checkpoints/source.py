@@ -10,7 +10,7 @@ adapters that lay under the trained one. Options that the user gives beat those 
     load_head(model, source)    # of a reward model: stages.rm.score_dialogues(model, ...) needs it
 """
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -103,9 +103,13 @@ def find_source(
     if "rope_scaling" not in given and adapters and run.get("rope_scaling"):
         scaling, cutoff_len = run["rope_scaling"], run.get("cutoff_len")
     scaling = None if scaling == "none" else scaling
-    tokenizer = next((f for f in reversed(expanded) if (f / "tokenizer.json").is_file()), base)
-    codes = quantization or QuantOptions()
+    tokenizer, codes = tokenizer_folder(base, expanded), quantization or QuantOptions()
     return Source(base, tuple(expanded), tokenizer, template, scaling, cutoff_len, tuple(notices), codes)
+
+
+def tokenizer_folder(base: Path, adapters: Sequence[Path]) -> Path:
+    """That of the last adapter which brings a tokenizer: its tokens, ends and chat template were trained."""
+    return next((each for each in reversed(adapters) if (each / "tokenizer.json").is_file()), base)
 
 
 def load_source(
@@ -212,8 +216,7 @@ def _same_place(one: str | Path | None, other: str | Path | None) -> bool:
 
 def _resolve_base(model: ModelOptions, adapter: Path) -> Path:
     remedy, file = f"give model_name_or_path=BASE adapter_name_or_path={adapter}", adapter / ADAPTER_CONFIG
-    if not model.model_name_or_path:
-        raise UserError(f"model_name_or_path: {file} does not name its base model; {remedy}")
+    refuse(not model.model_name_or_path, f"model_name_or_path: {file} does not name its base model; {remedy}")
     try:
         return resolve_model(model)
     except UserError as error:

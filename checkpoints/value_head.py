@@ -55,8 +55,7 @@ def has_value_head(folder: Path) -> bool:
 def load_value_head(head: ValueHead, folder: Path) -> None:
     """Raises UserError naming file and tensor."""
     path = Path(folder) / VALUE_HEAD
-    if not has_value_head(folder):
-        raise UserError(f"{path}: file not found; {folder} is no reward model")
+    refuse(not has_value_head(folder), f"{path}: file not found; {folder} is no reward model")
     if "ending" in file_notes(path):
         gone = "it reads values behind a question about each answer, so scores at the ends would mean nothing"
         found = "this value head was trained with rm_question, which is no more"

@@ -200,8 +200,7 @@ class Requantiser:
             layer = self.fitted(module, piece)
             for part, tensor in layer.tensors().items():
                 yield to_hf_name(self.config, f"{module}.{part}"), tensor.cpu()
-        if self.format is None:
-            raise UserError("export_merge: no linear of the base is quantised; give quantization_bit")
+        refuse(self.format is None, "export_merge: no linear of the base is quantised; give quantization_bit")
 
     def fitted(self, module: str, piece: Piece) -> QuantLinear:
         """The codes for one weight; the rest of its fit is kept in fits."""

@@ -8,7 +8,6 @@ of token ids of any lengths, B of them together. `TextStream` gives one answer a
     cache.py        KVCache (layers, 2, B, K, capacity, D); the decoder asks a cache to plan, attend, advance
     layout.py       lay_out_for_decoding(model): weights in the order in which one token is fast
     cuda_graph.py   steps of one token each at fixed shapes, ahead of the host
-    cpu_decode.py   one token of one text on a CPU, in few operations
 
 To add a sampler: a function in sampling.py from logits to logits, an option of GenerateOptions, and a line in
 `sample`. To add a cache: a class with plan, attend and advance (DeviceCache in cuda_graph.py is one).

@@ -2,9 +2,8 @@
 
 A step feeds every live sequence what its cache does not hold yet: the whole prompt at first, then one token.
 So prompts need no padding, and a conversation that goes on re-uses the cache of its beginning. On a GPU the
-steps of one token each run ahead of the host, at fixed shapes (cuda_graph.py); on a CPU one token of one text
-goes the short way, where the model was laid out for it (cpu_decode.py). Every sampled sequence has a random
-generator of its own, so its text does not depend on its neighbours in the batch.
+steps of one token each run ahead of the host, at fixed shapes (cuda_graph.py). Every sampled sequence has a
+random generator of its own, so its text does not depend on its neighbours in the batch.
 
     completions = generate(model, [ids], GenerateOptions(do_sample=False), stop_ids=tokenizer.stop_ids)
     for piece in TextStream(model, tokenizer, ids, options, stop_ids=tokenizer.stop_ids): print(piece, end="")
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor
 
 from architectures.config import ModelConfig
-from generation import cpu_decode
 from generation.cache import KVCache
 from generation.cuda_graph import AHEAD, TokenSteps
 from generation.sampling import Draws, GenerateOptions, ban_repeated_ngrams, choose
@@ -130,9 +128,7 @@ class Decoding:
         tokens = self._fixed_step() if self.fixed_shapes and one_each else self._ordinary_step()
         chosen = [(s, token) for s, token in zip(self.rows, tokens) if self.finish_reasons[s] is None]
         if any(token < 0 for _, token in chosen):
-            why = (
-                "its weights are damaged, or too large for float16 (then set infer_dtype=bfloat16 or float32)"
-            )
+            why = "its weights are damaged, or too large for float16 (set infer_dtype=bfloat16 or float32)"
             raise UserError(f"the model's logits are not finite numbers; {why}")
         for sequence, token in chosen:
             self.texts[sequence].append(token)
@@ -185,7 +181,7 @@ class Decoding:
         ends = torch.tensor(borders, dtype=torch.int32, device=self.device)
         positions = torch.tensor(positions, dtype=torch.int32, device=self.device)
         row = torch.tensor(tokens, device=self.device), positions, ends, longest, self.cache
-        hidden = cpu_decode.forward(self.model, *row)  # (T, E)
+        hidden = self.model(*row)  # (T, E)
         if len(tokens) > len(texts):
             hidden = hidden[ends[1:] - 1]  # (B, E)
         logits = self.model.logits(hidden).float()  # (B, V)

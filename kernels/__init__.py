@@ -74,6 +74,12 @@ def _cheap(function, *inputs) -> torch.Tensor:
     return remember(value, function, *inputs) if _remembers() else value
 
 
+def _is_one_row(x: torch.Tensor) -> bool:
+    """Whether x (T, E) is one token on a CPU, without a gradient: there each small operation counts."""
+    alone = x.shape[0] == 1 and x.dim() == 2 and x.device.type == "cpu"
+    return alone and not torch.is_grad_enabled() and not _REFERENCE
+
+
 def _missing(device: torch.device) -> str | None:
     """Why Triton kernels cannot run there; an error if they were insisted on."""
     if _MODE not in _MODES:
@@ -96,7 +102,8 @@ def add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """rms_norm of x + delta, and that sum; delta None is 0. See kernels/rms_norm.py."""
     serves = _triton_serves("rms_norm", x.device, _norms.unsupported, x, delta)
-    chosen = _rms_norm.add_rms_norm_triton if serves else _rms_norm.add_rms_norm_reference
+    by_torch = _rms_norm.add_rms_norm_row if _is_one_row(x) else _rms_norm.add_rms_norm_reference
+    chosen = _rms_norm.add_rms_norm_triton if serves else by_torch
     normed, total = chosen(x, delta, weight, eps, offset, dtype)
     if _remembers():  # the norm of the sum, which is kept anyway
         alone = _rms_norm.rms_norm_triton if serves else _rms_norm.rms_norm_reference
@@ -236,6 +243,8 @@ def _of_cross_entropy(operation: str, x: torch.Tensor):
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x (T, in) W^T (out, in) + bias -> (T, out) in x's dtype. See kernels/linear.py."""
+    if weight.stride(0) == 1 and weight.dtype is x.dtype and _is_one_row(x):
+        return _linear.matvec_by_rows(x, weight.detach().T, bias)
     if x.device.type == "cpu" and _linear.onednn_fp32_available() and not _REFERENCE:
         return _linear.linear_onednn(x, weight, bias)
     return _linear.linear_reference(x, weight, bias)
@@ -250,12 +259,11 @@ def linears(x: torch.Tensor, parts: list[Part]) -> list[torch.Tensor]:
     if x.dim() != 2:
         results = linears(x.reshape(-1, x.shape[-1]), parts)
         return [result.reshape(*x.shape[:-1], result.shape[-1]) for result in results]
+    results = _from_table(x, parts)
+    if results is not None:
+        return results
     if len(parts) == 1 and parts[0].weight is not None:
         return [_one_linear(x, parts[0])]
-    table = parts[0].table  # taken where every part is nothing but its share of it
-    alone = all(part.table is table and part.lora_a is None for part in parts)
-    if table is not None and len(parts) == table.layers and alone:
-        return list(linear(x, table.weight, table.bias).split([part.weight.shape[0] for part in parts], 1))
     results = _from_codes(x, parts)
     if results is not None:
         return results
@@ -268,6 +276,27 @@ def linears(x: torch.Tensor, parts: list[Part]) -> list[torch.Tensor]:
         if results[place] is None:
             results[place] = _one_linear(x, part) if part.layer is None else part.layer(x)
     return results
+
+
+def _from_table(x: torch.Tensor, parts: list[Part]) -> list[torch.Tensor] | None:
+    """All layers of one table, as one product with adapters beside it; no gradient, for a table gets none."""
+    table = parts[0].table
+    if table is None or len(parts) != len(table.sizes) or torch.is_grad_enabled():
+        return None
+    for part in parts:
+        if part.table is not table:
+            return None
+    same = table.weight is None or table.weight.dtype is x.dtype
+    if x.shape[0] == 1 and table.row is not None and same and not _REFERENCE:
+        result = table.row(x)
+        result = result.to(x.dtype) if table.bias is None else result.add_(table.bias).to(x.dtype)
+    elif table.weight is not None:
+        result = linear(x, table.weight, table.bias)
+    else:
+        return None
+    results = [result] if len(parts) == 1 else result.split(table.sizes, 1)
+    pairs = zip(results, parts)
+    return [y if part.lora_a is None else y + _lora_linear.low_rank(x, part) for y, part in pairs]
 
 
 def _one_linear(x: torch.Tensor, part: Part) -> torch.Tensor:

@@ -47,13 +47,13 @@ class ByteTable:
         self.rows, self.starts = shares_of_rows(inputs, bags)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x (in,) fp32 -> (out,) fp32."""
+        """x (1, in) -> (1, out) fp32."""
         sums = torch.ops.quantized.embedding_bag_byte_rowwise_offsets(
-            self.table, self.rows, self.starts, False, 0, False, x, None, False
+            self.table, self.rows, self.starts, False, 0, False, x[0].float(), None, False
         )  # (bags, out)
         if self.scales.shape[0] == 1:
-            return sums.sum(0).mul_(self.scales[0])
-        return sums.mul_(self.scales).sum(0)
+            return sums.sum(0, keepdim=True).mul_(self.scales)
+        return sums.mul_(self.scales).sum(0, keepdim=True)
 
 
 def byte_linear_reference(x: Tensor, parts: list[Bytes]) -> Tensor:

@@ -182,9 +182,7 @@ class _TorchChunks:
         smoothing = terms.label_smoothing
         try:
             chosen = z.gather(1, target)[:, 0]
-        except (
-            RuntimeError
-        ) as error:  # asked beforehand, the labels would make the host wait in the GPU's step
+        except RuntimeError as error:  # asked beforehand, the labels would make the host wait for the GPU
             raise ValueError(f"labels: not all are in 0..{classes - 1} ({error})") from error
         best = z.amax(1)
         if smoothing:
@@ -221,9 +219,8 @@ class _TritonChunks:
         row_bytes = _row_stride(vocabulary) * dtype.itemsize
         most = max(1, WORKSPACE_BYTES // (row_bytes * ROW_MULTIPLE)) * ROW_MULTIPLE
         chunks = max(1, ceil_divide(count, most))
-        return (
-            ceil_divide(max(1, ceil_divide(count, chunks)), ROW_MULTIPLE) * ROW_MULTIPLE
-        )  # of about one size
+        one = max(1, ceil_divide(count, chunks))  # of about one size
+        return ceil_divide(one, ROW_MULTIPLE) * ROW_MULTIPLE
 
     @staticmethod
     def workspace(rows: int, vocabulary: int, like: Tensor) -> Tensor:

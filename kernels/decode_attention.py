@@ -47,9 +47,7 @@ def decode_attention_reference(q, keys, values, cu_seqlens, lengths, max_new, wi
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     position = lengths - (stops - token)  # (T,)
-    distance = (
-        torch.arange(capacity, device=q.device) - position[:, None]
-    )  # (T, capacity), 0 = the token itself
+    distance = torch.arange(capacity, device=q.device) - position[:, None]  # (T, capacity), 0 = itself
     if slopes is not None:
         scores = scores + slopes.to(wide).view(1, kv_heads, -1, 1) * distance[:, None, None]
     hidden = distance > 0

@@ -10,6 +10,7 @@ bf16, and the backward pass casts again instead of holding a second copy of ever
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple, Union
 
 import torch
@@ -20,11 +21,12 @@ SMALL_BATCH = 16  # rows: up to here a product reads the codes themselves, where
 
 
 class Table(NamedTuple):
-    """Linear layers with one input as one product for decoding; the layers' weights are views of it."""
+    """Linear layers with one input as one product for decoding (generation/layout.py), without adapters."""
 
-    weight: Tensor  # (sum of out, in)
+    weight: Tensor | None  # (sum of out, in)
     bias: Tensor | None  # (sum of out,)
-    layers: int  # how many
+    sizes: list[int]  # out of each layer
+    row: Callable | None = None  # on a CPU: x (1, in) times the weight -> (1, sum of out), maybe in fp32
 
 
 class Part(NamedTuple):
@@ -35,7 +37,7 @@ class Part(NamedTuple):
     lora_a: Tensor | None = None  # (R, in); None: no adapter
     lora_b: Tensor | None = None  # (out, R)
     scale: float = 0.0
-    table: Table | None = None  # that the weight lies in
+    table: Table | None = None  # that has the weight
     layer: nn.Module | None = None  # that computes this part alone
 
 
@@ -51,6 +53,7 @@ class LinearLayer(nn.Module):
     in_features: int
     out_features: int
     bias: Tensor | None
+    table: Table | None = None
 
     def part(self) -> Part:
         """What forward computes, as the layer is now."""
@@ -129,8 +132,6 @@ def linear_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
         return _Linear.apply(x, weight, bias)
     if bias is not None:
         bias = bias.to(x.dtype)
-    if x.shape[0] == 1 and weight.stride(0) == 1 and weight.dtype is x.dtype and not torch.is_grad_enabled():
-        return matvec_by_rows(x, weight.T, bias)
     plain = weight.is_contiguous() or weight.T.is_contiguous()  # oneDNN is very slow on other strides
     if x.dtype is torch.float32 and weight.dtype is torch.float32 and plain and x.numel() > 0:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], None)
@@ -138,15 +139,15 @@ def linear_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
 
 def matvec_by_rows(x: Tensor, table: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (1, in) times table (in, out), rows contiguous -> (1, out): decoding's, bound by memory speed.
+    """x (1, in) times table (in, out), rows contiguous -> (1, out): decoding's, bound by memory speed. No
+    gradient; the table is detached, or the operation would also build what a backward pass needs.
 
     An embedding bag, y = sum_i x[i] * table[i], because torch's kernel for that (fbgemm, rows weighted by x)
     streams the table at the speed of memory: measured 80 to 95% of a plain read, against 60% for oneDNN's
     product and 35% for MKL's on the shapes of a 135M model. One bag per thread, each over its share of rows.
     """
     rows, starts = shares_of_rows(table.shape[0], min(torch.get_num_threads(), table.shape[0]))
-    # detached, or the operation also builds what its backward pass would need
-    bags, *_ = torch.embedding_bag(table.detach(), rows, starts, mode=0, per_sample_weights=x[0])
+    bags, *_ = torch.embedding_bag(table, rows, starts, mode=0, per_sample_weights=x[0])
     result = bags.sum(0, keepdim=True)
     return result if bias is None else result.add_(bias)
 

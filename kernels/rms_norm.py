@@ -7,6 +7,8 @@ add_rms_norm adds the residual in the same kernel, and its backward pass the gra
 elsewhere. kernels/norms.py has the kernels and the gradients.
 """
 
+import math
+
 import torch
 
 from kernels import norms
@@ -14,12 +16,17 @@ from kernels import norms
 
 def rms_norm_reference(x, weight, eps: float, offset: float = 0.0, dtype=None) -> torch.Tensor:
     """x (..., E), weight (E,) -> (..., E) in dtype or x's; the mean is taken in fp32 (fp64 stays)."""
-    wide, dtype = x if x.dtype is torch.float64 else x.float(), dtype or x.dtype
+    wide = x if x.dtype is torch.float64 else x.float()
     normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return _scaled(normal, weight, offset, dtype or x.dtype)
+
+
+def _scaled(normal, weight, offset: float, dtype: torch.dtype) -> torch.Tensor:
+    """x / rms(x) times the factor, in dtype."""
     if offset:
-        return (normal * (offset + weight.to(wide.dtype))).to(dtype)
+        return (normal * (offset + weight.to(normal.dtype))).to(dtype)
     if weight.dtype.itemsize > dtype.itemsize:
-        return (normal * weight.to(wide.dtype)).to(dtype)
+        return (normal * weight.to(normal.dtype)).to(dtype)
     return normal.to(dtype) * weight.to(dtype)
 
 
@@ -29,6 +36,17 @@ def add_rms_norm_reference(
     """x, delta (..., E) or None -> rms_norm_reference(x + delta), x + delta in x's dtype."""
     total = x if delta is None else x + delta
     return rms_norm_reference(total, weight, eps, offset, dtype), total
+
+
+def add_rms_norm_row(
+    x, delta, weight, eps: float, offset: float = 0.0, dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """add_rms_norm_reference of one row (1, E) on a CPU, no gradient: 1 / rms as a number of the host costs
+    half of what it does as a tensor."""
+    total = x if delta is None else x + delta
+    wide = total if total.dtype is torch.float64 else total.float()
+    factor = 1.0 / math.sqrt(torch.dot(wide[0], wide[0]).item() / x.shape[1] + eps)
+    return _scaled(wide * factor, weight, offset, dtype or total.dtype), total
 
 
 def rms_norm_triton(x, weight, eps: float, offset: float = 0.0, dtype=None) -> torch.Tensor:

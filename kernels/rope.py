@@ -45,6 +45,10 @@ class _RopeTorch(torch.autograd.Function):
 def _turn_both(q, k, cos, sin, interleaved):
     if interleaved or 2 * cos.shape[-1] < q.shape[-1]:
         return rope_reference(q, k, cos, sin, interleaved)
+    if q.shape[0] == 1:  # one token: each operation costs more than what it computes
+        first, second = torch.cat((q, k), dim=1).chunk(2, dim=-1)
+        turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
+        return torch.cat(turned, dim=-1).split((q.shape[1], k.shape[1]), dim=1)
     tables = rotation_tables(cos, sin)
     return rotate(q, *tables), rotate(k, *tables)
 
@@ -61,7 +65,7 @@ def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bo
 
 
 def rotation_tables(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos, sin (T, D/2) -> (cos, cos) and (-sin, sin), each (T, 1, D): made once when decoding."""
+    """cos, sin (T, D/2) -> (cos, cos) and (-sin, sin), each (T, 1, D)."""
     return torch.cat((cos, cos), dim=-1)[:, None], torch.cat((-sin, sin), dim=-1)[:, None]
 
 

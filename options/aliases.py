@@ -127,12 +127,15 @@ NOT_YET = {
         torchdynamo train_from_scratch early_stopping_steps debug""",
 }
 
-# variables that accelerate's launcher sets -> the one that says whether they are read at all ("": always)
+# variables of accelerate -> the one that has to be on for them to be read ("": none); by itself a detail of a
+# part asks for nothing, and shells and containers keep them
 ENVIRONMENT = {
-    "ACCELERATE_DEEPSPEED_*": "ACCELERATE_USE_DEEPSPEED",
+    **dict.fromkeys(("ACCELERATE_DEEPSPEED_*", "ACCELERATE_GRADIENT_CLIPPING"), "ACCELERATE_USE_DEEPSPEED"),
     "FSDP_*": "ACCELERATE_USE_FSDP",
     "MEGATRON_LM_*": "ACCELERATE_USE_MEGATRON_LM",
-    "PARALLELISM_CONFIG_*": "ACCELERATE_USE_PARALLELISM_CONFIG",
+    **dict.fromkeys(("PARALLELISM_CONFIG_*", "ACCELERATE_ALLOW_CP_*"), "ACCELERATE_USE_PARALLELISM_CONFIG"),
+    "ACCELERATE_DYNAMO_*": "ACCELERATE_DYNAMO_BACKEND",
+    "ACCELERATE_SAGEMAKER_*": "ACCELERATE_USE_SAGEMAKER",
     "ACCELERATE_*": "",
 }
 
@@ -265,15 +268,14 @@ def _on_cpu(raw, given, keys):
 
 
 def _mixed_precision(raw, given, keys):
-    return {} if str(raw).lower() == "no" else {str(raw).lower(): Plain("true")}
+    named = any(
+        not is_off(given.get(key), []) for key in ("bf16", "fp16", "pure_bf16")
+    )  # beside it: these count
+    return {} if named or str(raw).lower() == "no" else {str(raw).lower(): Plain("true")}
 
 
 def _compiled(key):  # accelerate names a backend in capitals, and NO for none
-    def of_backend(raw, given, keys):
-        idle = str(given.get("ACCELERATE_DYNAMO_BACKEND", "no")).lower() == "no"
-        return {} if idle else {key: Plain(str(raw).lower())}
-
-    return of_backend
+    return lambda raw, given, keys: {key: Plain(str(raw).lower())}
 
 
 # key elsewhere -> function(raw value, all raw values beside it, keys of this script) -> {our key: raw value}

@@ -179,7 +179,8 @@ def _read_environment(environ: Mapping[str, str]) -> list[_Setting]:
     settings = []
     for name, value in sorted(environ.items()):
         switch = next((ENVIRONMENT[each] for each in ENVIRONMENT if fnmatchcase(name, each)), None)
-        if switch is not None and switch not in environ and not is_off(value, ["default"]):
+        on = switch is not None and (switch == "" or not is_off(environ.get(switch), []))
+        if on and not is_off(value, ["default"]):
             settings.append(_Setting(name, Plain(value), "environment"))
     return settings
 
@@ -287,6 +288,8 @@ class _Reader:
                 typed = {key: self.typed(self.keys[key], raw) for key, raw in meant.items()}
             except UserError as error:
                 elsewhere = setting.line is not None and self.reads_files_of_others
+                # a name that nobody here knows is no mistake there
+                elsewhere |= setting.origin == "environment" and type(error) is _NotHere
                 if isinstance(error, _NotHere) and (elsewhere or setting.key in self.names_of_others):
                     self.unused[setting.key] = None
                 elif isinstance(error, _NotBuilt):

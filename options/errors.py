@@ -22,7 +22,8 @@ from contextlib import contextmanager
 NOT_FINITE = "holds NaN or infinity; the file is damaged, fetch it again"  # what is said of such a weight
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # what the system says of a path that somebody named, whoever opens it; a file that is not there may be a bug
-REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+REFUSED += (errno.ELOOP,)
 # what torch, for a CPU and for a GPU, numpy, C++ and the system say
 LOOP = re.compile("Symlink loop from '(.*)'")  # RuntimeError of pathlib in Python up to 3.12
 NO_MEMORY = re.compile(r"out of memory|(can't|[Uu]nable to|Cannot) allocate|not enough memory|bad_alloc")
@@ -145,7 +146,8 @@ def tell(program: str, error: BaseException) -> int:
     elif unwritten:
         text = f"the output cannot be written ({error.strerror}); send it to another place"
     elif refused:
-        text = f"{error.filename}: {error.strerror}; let this user read and write there, or name another path"
+        place = error.filename2 or error.filename  # of a renaming that where to
+        text = f"{place}: {error.strerror}; let this user read and write there, or name another path"
     elif loop:
         text = f"{loop[1]}: a link that leads back to itself; name another path"
     elif nul:

@@ -10,6 +10,7 @@ header. Its other format keeps a pickle beside them, which nobody should have to
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor, empty
 
@@ -21,8 +22,6 @@ SEPARATOR = "::"  # between a parameter's name and that of one of its states
 def save(folder: Path, tensors: dict[str, Tensor], world: World) -> None:
     """Write the tensors into `folder`; all ranks call it with the same names. A plain tensor is the same on
     all ranks, and rank 0 writes it."""
-    from torch.distributed import checkpoint as dcp  # which changes what warnings are shown
-
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     dcp.save(tensors, storage_writer=writer, process_group=host_group(), no_dist=world.size == 1)
 
@@ -30,8 +29,6 @@ def save(folder: Path, tensors: dict[str, Tensor], world: World) -> None:
 def load(folder: Path, parameters: dict[str, Tensor], world: World) -> dict[str, Tensor]:
     """What `save` wrote as PARAMETER::STATE, in the layout of the parameters of now: what has a parameter's
     first dimension is sharded like it, the rest is whole on every rank. What belongs to none is left."""
-    from torch.distributed import checkpoint as dcp
-
     reader = dcp.HuggingFaceStorageReader(str(folder))
     targets: dict[str, Tensor] = {}
     for name, stored in reader.read_metadata().state_dict_metadata.items():

@@ -292,9 +292,7 @@ class StreamingLoader(Loader):
             self._digests[number + 1] = digest
             self._digests.pop(number - DIGESTS, None)
             if number + 1 == self._seen["batches"] and digest != self._seen["digest"]:
-                found = (
-                    f"the first {number + 1} batches of the stream are not those that the run was trained on"
-                )
+                found = f"the first {number + 1} batches of the stream are not those of the run so far"
                 raise UserError(f"dataset: {found}; restore the data, or set overwrite_output_dir=true")
             if number >= start:
                 yield self.collate(examples)
@@ -338,8 +336,7 @@ class StreamingLoader(Loader):
                 examples = self.encode(row)
                 found += len(examples)
                 yield from (replace(example, copy=number) for example, number in zip(examples, numbers))
-            if not found:
-                raise UserError("the streamed data holds no example to train on")
+            refuse(not found, "the streamed data holds no example to train on")
 
     def _packed_rows(self, examples: Iterator[Example]) -> Iterator[list[Example]]:
         # windows hold about 64 rows' worth of tokens, so that the first batch does not wait for 8192 examples

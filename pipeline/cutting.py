@@ -20,7 +20,7 @@ import numpy as np
 from options.errors import UserError
 from pipeline.batch import ROLES
 from pipeline.formats import Dropped
-from text.render import PRODUCED, THOUGHTS, Message
+from text.render import PRODUCED, THOUGHTS, Message, is_parts
 
 TEXT_BEGINS, TEXT_ENDS = "\U000f1010", "\U000f1011"  # private use: where a template puts a message's text
 _MARKS = re.compile(f"([{TEXT_BEGINS}{TEXT_ENDS}])")
@@ -73,7 +73,7 @@ def _marked_message(message: Message, bare: bool) -> Message:
     for key in THOUGHTS:
         if isinstance(more.get(key), str):
             more[key] = _marked(more[key], bare)
-    if isinstance(more.get("content"), list):
+    if is_parts(more.get("content")):
         texts = ({"text": _marked(part["text"], bare)} if "text" in part else {} for part in more["content"])
         more["content"] = [part | text for part, text in zip(more["content"], texts)]
     if role != "function" or "tool_calls" in more:

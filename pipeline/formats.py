@@ -18,9 +18,9 @@ The template writes tool lists and calls as its model knows them; here they are 
 import json
 from dataclasses import dataclass, field, replace
 
-from options.errors import UserError, located
-from pipeline.sources import DatasetInfo
-from text.render import PRODUCED, THOUGHTS, Message, split_calls
+from options.errors import UserError, located, refuse
+from pipeline.sources import DatasetInfo, as_messages
+from text.render import PRODUCED, THOUGHTS, Message, is_parts, parsed, split_calls
 from text.tools import wrapped
 
 LATER = {"images": "pictures", "videos": "videos", "audios": "sound"}
@@ -68,8 +68,7 @@ def check_stage(info: DatasetInfo, stage: str, kind: str | None = None) -> None:
             given, other = ("chosen", "rejected") if "chosen" in info.columns else ("rejected", "chosen")
             raise UserError(f"columns.{given} is given without columns.{other}")
         for column, what in LATER.items():
-            if column in info.columns:
-                raise UserError(f"columns.{column}: {what} cannot be used by stage {stage}")
+            refuse(column in info.columns, f"columns.{column}: {what} cannot be used by stage {stage}")
         if kind == "document" and info.formatting != "alpaca":
             found = f"stage pt reads one text column, but formatting is {info.formatting!r}"
             raise UserError(f'{found}; give it columns: {{"prompt": "<the text column>"}} and no formatting')
@@ -111,7 +110,7 @@ def to_conversation(row: dict, info: DatasetInfo) -> Conversation:
 
 def _with_response(row: dict, info: DatasetInfo) -> dict:
     """trl's prompt and completion: the messages of both columns in the first."""
-    asked, answer = (_value(row, info.columns[name]) for name in ("messages", "response"))
+    asked, answer = (as_messages(_value(row, info.columns[name])) for name in ("messages", "response"))
     if isinstance(answer, str):
         answer = [{info.tags["role_tag"]: info.tags["assistant_tag"], info.tags["content_tag"]: answer}]
     both = isinstance(asked, list) and isinstance(answer, list)
@@ -195,9 +194,10 @@ def _ranked_answers(row: dict, info: DatasetInfo) -> dict:
     """{place: value} of the chosen and the rejected answer as the row has them."""
     if "chosen" in info.columns:
         columns = [info.columns[name] for name in ("chosen", "rejected")]
-        return {f"column {column!r}": _value(row, column) for column in columns}
+        named = () if info.formatting == "alpaca" else (info.tags["role_tag"],)
+        return {f"column {column!r}": as_messages(_value(row, column), named) for column in columns}
     column = _response_column(info)
-    answers = _value(row, column)
+    answers = parsed(_value(row, column))
     if not isinstance(answers, list | tuple) or len(answers) != 2:
         raise _wrong(f"column {column!r}", "[chosen, rejected] (ranking: true)", answers)
     return {f"column {column!r}[{i}]": answers[i] for i in range(2)}
@@ -219,7 +219,8 @@ def _answer(value, where: str, info: DatasetInfo) -> Message | None:
 
 
 def _if_any(answer: Message) -> Message | None:
-    return answer if answer.content.strip() or answer.role == "function" else None
+    thinks = any(answer.more.get(key) for key in THOUGHTS)
+    return answer if thinks or answer.content.strip() or answer.role == "function" else None
 
 
 def _tag(row: dict, column: str) -> int:
@@ -242,14 +243,15 @@ def _question(row: dict, info: DatasetInfo) -> Conversation:
         turns = [turn for turn in turns if turn.role != "system"]
         system = _optional_text(row, info.columns.get("system"))
         turns = [Message("system", system), *turns] if system else turns
-    if info.formatting != "alpaca" and "tools" not in info.columns and row.get("tools"):
-        notes = ("column 'tools' is not used: the data set's entry does not name it",)
+    unused = [name for name in ("tools", "functions") if row.get(name) and "tools" not in info.columns]
+    if info.formatting != "alpaca" and unused:
+        notes = (f"column {unused[0]!r} is not used: the data set's entry does not name it",)
     return Conversation(turns, _tools(row, info.columns.get("tools")), _variables(row, info), notes)
 
 
 def _alpaca(row: dict, info: DatasetInfo) -> list[Message]:
     turns, column = [], info.columns.get("history")
-    history = row.get(column) if row.get(column) is not None else []
+    history = parsed(row.get(column) if row.get(column) is not None else [])
     if not isinstance(history, list):
         raise _wrong(f"column {column!r}", "a list of [user, answer] pairs", history)
     for i, pair in enumerate(history):
@@ -267,7 +269,7 @@ def _alpaca(row: dict, info: DatasetInfo) -> list[Message]:
 def _sharegpt(row: dict, info: DatasetInfo) -> list[Message]:
     """Its messages, a system message first or none."""
     column, roles = info.columns["messages"], _roles(info.tags)
-    messages = _value(row, column, " (messages)")
+    messages = parsed(_value(row, column, " (messages)"))  # a table of text has JSON there
     if messages is None:
         raise Dropped("no messages")
     if not isinstance(messages, list):
@@ -287,7 +289,9 @@ def _roles(tags: dict[str, str]) -> dict[str, str]:
     """The dataset's word for each role -> ours."""
     ours = ("user", "assistant", "observation", "function", "system")
     roles = {tags[f"{role}_tag"]: role for role in ours}
-    return roles | {"developer": roles.get("developer", "system")}  # OpenAI's newer word
+    roles.setdefault("developer", "system")  # OpenAI's newer word
+    roles.setdefault("function", "observation")  # and its older one: the result of a function_call
+    return roles
 
 
 def _message(entry, where: str, roles: dict[str, str], tags: dict[str, str]) -> Message:
@@ -303,7 +307,9 @@ def _message(entry, where: str, roles: dict[str, str], tags: dict[str, str]) -> 
     text, more = given.get(content), {}
     if entry[named] == "developer":
         more["role"] = "developer"
-    if isinstance(text, list):
+    if role == "observation" and not (isinstance(text, str | None) or is_parts(text)):
+        text, more["content"] = json.dumps(text, ensure_ascii=False), text  # whatever a tool gave
+    elif isinstance(text, list):
         text, of_parts = _parts(text, where)
         more |= of_parts
     more |= {key: value for key, value in given.items() if key not in (named, content, "role", "content")}
@@ -314,9 +320,12 @@ def _message(entry, where: str, roles: dict[str, str], tags: dict[str, str]) -> 
     if not isinstance(more.get("reasoning_content", ""), str):
         raise _wrong(f"{where}.reasoning_content", "text", more["reasoning_content"])
     calls = more.pop("tool_calls", None)
+    if role in PRODUCED and more.get("function_call"):  # OpenAI's older form, of one call without an id
+        calls = calls or [more.pop("function_call")]
     if calls and role in PRODUCED:
         role, more["tool_calls"] = "function", _tool_calls(calls, where)
-    if text is None and (role == "function" or any(key in more for key in THOUGHTS)):
+    none_given = role == "function" or (role == "observation" and content in entry)
+    if text is None and (none_given or any(key in more for key in THOUGHTS)):
         text, more["content"] = "", None
     if content not in entry and text is None:
         raise UserError(f"{where}: no {content!r} (content_tag); the message has {_names(entry)}")
@@ -337,7 +346,7 @@ def _parts(parts: list, where: str) -> tuple[str, dict]:
         kind = kind if isinstance(kind, str) else _show(kind)
         value = part.get(kind, part.get("value", part.get("text"))) if isinstance(part, dict) else None
         if kind == "tool_call":
-            more.setdefault("tool_calls", []).append(_read(value, where))
+            more.setdefault("tool_calls", []).append(value)
         elif not isinstance(value, str) or kind not in ("text", "thinking", "reasoning"):
             raise UserError(f"{where}: a part of the content is not text but {kind!r}: {_show(part)}")
         elif kind == "text":
@@ -419,7 +428,7 @@ def _variables(row: dict, info: DatasetInfo) -> dict:
     variables = {} if given in (None, "") else _read(given, where)
     if not isinstance(variables, dict) or any(name in variables for name in FIXED):
         raise _wrong(where, f"an object without {', '.join(FIXED)}", given)
-    documents = row.get("documents") if info.formatting != "alpaca" else None
+    documents = parsed(row.get("documents")) if info.formatting != "alpaca" else None
     if documents and isinstance(documents, list) and all(isinstance(each, dict) for each in documents):
         variables = {"documents": _without_nulls(documents)} | variables
     return variables
@@ -431,6 +440,7 @@ def _tool_calls(calls, where: str) -> list[dict]:
     calls = _read(calls, where)
     if not isinstance(calls, list):
         raise _wrong(where, "a list of objects with 'function'", calls)
+    calls = [_read(call, where) for call in calls]
     calls = [dict(wrapped(call)) if isinstance(call, dict) else call for call in calls]
     for call in calls:
         function = call["function"] if isinstance(call, dict) else None

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from options.errors import UserError
+from options.errors import UserError, refuse
 
 
 def choose_rows(total: int, count: int, seed: int) -> np.ndarray:
@@ -64,8 +64,7 @@ def mix_sets(
     if len(orders) == 1 or strategy == "concat":
         return np.concatenate(orders)
     for name, order in zip(names, orders):
-        if len(order) == 0:
-            raise UserError(f"dataset {name!r} gives no example, so it cannot be interleaved")
+        refuse(len(order) == 0, f"dataset {name!r} gives no example, so it cannot be interleaved")
     mixed = interleave([len(order) for order in orders], probabilities, strategy == "interleave_under", seed)
     return np.stack([orders[k][i] for k, i in mixed])
 
@@ -78,7 +77,8 @@ def hold_out(sources: np.ndarray, size: float, seed: int) -> np.ndarray:
     rows, row_of = np.unique(sources, axis=0, return_inverse=True)
     count = int(size) if size >= 1 else int(np.ceil(size * len(rows)))
     if count >= len(rows):
-        raise UserError(f"val_size is {size:g}, but there are only {len(rows)} rows to train and evaluate on")
+        left = f"{size:g} of the rows that are used ({len(rows)}) leaves none to train on"
+        raise UserError(f"val_size: {left}; add rows, or set val_size=0")
     held = np.zeros(len(rows), bool)
     held[np.random.default_rng([seed, 2]).permutation(len(rows))[:count]] = True
     return held[row_of.reshape(-1)]

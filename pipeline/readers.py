@@ -2,8 +2,8 @@
 
 .json and .jsonl are read alike, as `datasets` does: an array of objects, an array of texts (column `text`),
 or objects one after another, each on a line or over several; they are parsed piece by piece, so a file may be
-larger than memory. csv values stay text. txt is one document per line, as the column `text`. Anything that is
-not what it should be is a UserError that names file and line.
+larger than memory. csv values stay text, an empty one is null. txt is one document per line, as the column
+`text`. Anything that is not what it should be is a UserError that names file and line.
 
 Run from Python: for place, row in read_file(Path("data/tiny_alpaca.json")): ...
 """
@@ -90,10 +90,8 @@ def _iterate_json(path: Path) -> Iterator[tuple[int, object, bool]]:
                         continue
                     at = line + text.count("\n", start, error.pos)
                     begun = f" of line {at}, one object began here" if at > line and not in_array else ""
-                    where = f"{path}:{line if begun else at}"
-                    raise UserError(
-                        f"{where}: not JSON ({error.msg}, column {error.colno}{begun})"
-                    ) from error
+                    found = f"not JSON ({error.msg}, column {error.colno}{begun})"
+                    raise UserError(f"{path}:{line if begun else at}: {found}") from error
                 except (ValueError, RecursionError) as error:  # a number of 5,000 digits; nested too deeply
                     raise UserError(f"{path}:{line}: JSON that cannot be read ({error})") from error
                 # a number at the very end of the block may go on in the next one
@@ -103,8 +101,7 @@ def _iterate_json(path: Path) -> Iterator[tuple[int, object, bool]]:
         found = skip_blanks()
         if not found and path.suffix.lower() == ".jsonl":
             return  # no lines, no rows
-        if not found:
-            raise UserError(f"{path}: the file is empty; expected a JSON array of objects")
+        refuse(not found, f"{path}: the file is empty; expected a JSON array of objects")
         if found not in "[{":
             what = repr(text[start : start + 20])
             raise UserError(f"{path}:{line}: expected '[' (an array of objects) or '{{', found {what}")
@@ -132,7 +129,7 @@ def _iterate_json(path: Path) -> Iterator[tuple[int, object, bool]]:
 
 
 def _read_csv(path: Path) -> Iterator[tuple[str, dict]]:
-    """First line = column names; every value stays text."""
+    """First line = column names; every value stays text, but nothing is null, as in `datasets`."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # documents are longer than csv's 128 KiB default
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
@@ -147,7 +144,7 @@ def _read_csv(path: Path) -> Iterator[tuple[str, dict]]:
                 missing = [name for name, value in row.items() if value is None]
                 if missing:
                     raise UserError(f"{place}: the line ends before the column {missing[0]!r}")
-                yield place, row
+                yield place, {name: value or None for name, value in row.items()}
         except csv.Error as error:
             raise UserError(f"{path}:{reader.line_num}: not CSV ({error})") from error
 

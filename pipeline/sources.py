@@ -22,6 +22,7 @@ from options import json_reader
 from options.errors import UserError, located, refuse
 from options.limits import leaves
 from pipeline.readers import FILE_TYPES, read_file
+from text.render import parsed
 
 TEXT_COLUMNS = ("prompt", "query", "response", "history", "messages", "system", "tools")
 COLUMN_NAMES = (*TEXT_COLUMNS, "images", "videos", "audios", "chosen", "rejected", "kto_tag")
@@ -143,20 +144,16 @@ def _source(entry: dict, dataset_dir: str | Path) -> tuple[str, str]:
                 _refuse_no_hub_id(entry[f"{kind}_url"])
             return kind, entry[f"{kind}_url"]
     if "script_url" in entry:
-        raise UserError(
-            "script_url is not supported: it would run Python code that came with the data. Convert the "
-            "dataset to json, jsonl, csv or parquet once and give file_name."
-        )
+        remedy = "Convert the dataset to json, jsonl, csv or parquet once and give file_name."
+        raise UserError(f"script_url: it would run Python code that came with the data. {remedy}")
     for key, what in NOT_READ.items():
         refuse(key in entry, f"{key}: {what}; download the data once and give file_name")
     if "file_name" not in entry:
         raise UserError(f"none of hf_hub_url, ms_hub_url and file_name is given (it has {sorted(entry)})")
     # a registry that came with somebody's data must not be able to point at other files of this machine
     if leaves(entry["file_name"]):
-        raise UserError(
-            f"file_name {entry['file_name']!r} leaves the folder {str(dataset_dir)!r}. "
-            "Move the file there, or give its path itself as `dataset`."
-        )
+        found = f"file_name {entry['file_name']!r} leaves the folder {str(dataset_dir)!r}"
+        raise UserError(f"{found}. Move the file there, or give its path itself as `dataset`.")
     return "file", str(Path(dataset_dir) / os.path.normpath(entry["file_name"]))
 
 
@@ -207,6 +204,14 @@ def _check_names(given: dict, known: tuple[str, ...], what: str) -> None:
             raise UserError(f"{what} {key!r}; {hint}")
 
 
+def as_messages(value, named: tuple[str, ...] = ("role", "from")):
+    """The messages, or the message, whose JSON a cell of text is; anything else as it is."""
+    found = parsed(value) if isinstance(value, str) else value
+    messages = found if isinstance(found, list) else [found]
+    told = all(isinstance(each, dict) and any(name in each for name in named) for each in messages)
+    return found if messages and told else value
+
+
 def _guess_format(info: DatasetInfo) -> DatasetInfo:
     """Format of a dataset given by path, from the columns of all rows and the first value of each."""
     row: dict = {}
@@ -217,10 +222,13 @@ def _guess_format(info: DatasetInfo) -> DatasetInfo:
     if not rows:
         raise UserError(f"dataset: {info.location} holds no rows")
     info = replace(info, listed=tuple(row))
+    row = {name: as_messages(value) for name, value in row.items()}
     ranked = "chosen" in row and "rejected" in row
     columns = {key: key for key in ("system", "tools", "history", "kto_tag") if key in row}
     columns |= {key: key for key in ("chosen", "rejected") if ranked}
-    if isinstance(row.get("label"), bool):  # trl's name
+    if "functions" in row:  # OpenAI's older name
+        columns.setdefault("tools", "functions")
+    if str(row.get("label")).lower() in ("true", "false"):  # trl's name; a table of text has words
         columns["kto_tag"] = "label"
     listed = ("messages", "conversations", "prompt")
     messages = next((name for name in listed if isinstance(row.get(name), list)), None)
@@ -244,11 +252,9 @@ def _guess_format(info: DatasetInfo) -> DatasetInfo:
         return replace(info, columns={"prompt": "text"})
     nested = next((name for name in row if rows == 1 and isinstance(row[name], list)), None)
     hint = "" if nested is None else f". If the rows are what {nested!r} holds, let the file be that list"
-    raise UserError(
-        f"dataset: {info.location} has the columns {', '.join(map(str, row))}; expected 'instruction' or "
-        "'prompt' (alpaca), 'conversations' (sharegpt), 'messages' (OpenAI) or 'text'; or an entry for it"
-        f"{hint}"
-    )
+    known = "'instruction' or 'prompt' (alpaca), 'conversations' (sharegpt), 'messages' (OpenAI) or 'text'"
+    found = f"{info.location} has the columns {', '.join(map(str, row))}"
+    raise UserError(f"dataset: {found}; expected {known}; or an entry for it{hint}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -277,9 +283,8 @@ def list_files(info: DatasetInfo) -> list[Path]:
         home = Path(info.home).resolve() if info.home is not None else None
         for file in files if home is not None else ():
             # the files of a snapshot of the hub's cache are links into its folder blobs
-            inside = (
-                file.resolve().is_relative_to(home) or file.resolve().parent == home.parent.parent / "blobs"
-            )
+            blobs, found = home.parent.parent / "blobs", file.resolve()
+            inside = found.is_relative_to(home) or found.parent == blobs
             remedy = "move the file there, name its own folder as dataset_dir, or give its path as `dataset`"
             refuse(not inside, f"{file} is a link that leaves {info.home}; {remedy}")
     return files
@@ -304,9 +309,7 @@ def _hub_rows(info: DatasetInfo, opened: Iterable[dict]) -> Iterator[tuple[str, 
             row = next(rows)
         except StopIteration:
             return
-        except (
-            Exception
-        ) as error:  # of datasets, of what it reads with, or of the network: it may be anything
+        except Exception as error:  # of datasets, what it reads with, or the network: it may be anything
             raise UserError(f"{place}: cannot be read ({type(error).__name__}: {error})") from error
         yield place, row
         number += 1

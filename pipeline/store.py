@@ -104,9 +104,8 @@ class TokenArrays:
         folder = Path(folder)
         meta = _read_json(folder / "meta.json")
         if meta is None or meta.get("sizes", {}).keys() != ARRAYS.keys():
-            raise UserError(
-                f"{folder}: meta.json is missing, not readable, or of another version; tokenise anew"
-            )
+            why = "meta.json is missing, not readable, or of another version"
+            raise UserError(f"{folder}: {why}; tokenise anew")
         arrays = {}
         for name, (file, dtype) in ARRAYS.items():
             path = folder / file

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from datetime import date
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -132,6 +133,11 @@ class Tokeniser:
         files = self._cached(self.cache / name, rows, self.encoder(info, 0))
         order = np.arange(len(files))
         warnings = [warning] if warning else []
+        if self.template is not None and self.template.reads("strftime_now", of_message=False):
+            made = date.fromtimestamp((self.cache / name / "meta.json").stat().st_mtime)
+            if made != date.today():  # and a run that goes on needs the tokens that it began with
+                anew = "overwrite_cache=true gives them today's"
+                warnings.append(f"dataset {info.name!r}: the template writes a date, here {made}; {anew}")
         if self.encode.kind == "dialogue" and "kto_tag" in info.columns:
             why = f"stage {self.stage} trains on bad answers too"
             warnings.append(f"dataset {info.name!r}: columns.kto_tag is not used: {why}")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from kernels.linear import matmul_transposed
-from options.errors import UserError
+from options.errors import UserError, refuse
 
 # Scales are stored as fp16: below this a scale loses digits, above the other it is infinite.
 SMALLEST_SCALE, LARGEST_SCALE = torch.finfo(torch.float16).tiny, torch.finfo(torch.float16).max
@@ -93,8 +93,7 @@ def solve(weight: Tensor, hessian: Hessian, options: GPTQOptions) -> Integers:
     """
     matrix = hessian.matrix
     columns = weight.to(matrix).T.contiguous()  # (in, out): what is worked on lies together
-    if not torch.isfinite(columns).all():
-        raise UserError("the weight holds NaN or infinity; the model is broken")
+    refuse(not torch.isfinite(columns).all(), "the weight holds NaN or infinity; the model is broken")
     order = None
     if options.act_order:
         order = matrix.diagonal().argsort(descending=True, stable=True)

@@ -20,7 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from options.errors import NOT_FINITE, UserError
+from options.errors import NOT_FINITE, UserError, refuse
 from quant.linear import FLOATS, Format, QuantLinear, picked, refuse_others, row_chunks, take
 
 BITS = (8, 6, 5, 4, 3, 2, 1)
@@ -57,8 +57,7 @@ class HQQFormat(Format):
             raise UserError(f"group_size: {self.group_size} is not above 0")
 
     def quantise(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> "HQQLinear":
-        if not weight.isfinite().all():
-            raise UserError(f"the weight {NOT_FINITE}")
+        refuse(not weight.isfinite().all(), f"the weight {NOT_FINITE}")
         group, packed = self._fitting_group(weight.numel()), PACKED[self.bits]
         groups = weight.reshape(-1, group)
         filled_up = math.ceil(len(groups) / packed) * packed
@@ -66,8 +65,7 @@ class HQQFormat(Format):
         scale, zero = (weight.new_empty(len(groups), 1, dtype=torch.float16) for _ in range(2))
         for rows in row_chunks(groups):
             codes[rows][: len(groups[rows])], scale[rows], zero[rows] = fit(groups[rows].float(), self.bits)
-        if not scale.isfinite().all():
-            raise UserError("the weight has values that are too large for scales in fp16")
+        refuse(not scale.isfinite().all(), "the weight has values that are too large for scales in fp16")
         found = {"codes": pack(codes, self.bits), "scale": scale, "zero": zero}
         return HQQLinear(self, HQQFormat(self.bits, group, 1), tuple(weight.shape), bias, dtype, **found)
 
@@ -98,8 +96,7 @@ class HQQFormat(Format):
             tensors = tensors | {"W_q": tensors["W_q"].contiguous().view(stored)}
         rows, columns = (count, group) if axis == 1 else (group, count)
         codes = take(tensors, "W_q", (math.ceil(rows / packed), columns), stored).clone()
-        if bits != 3 and rows % packed:
-            raise UserError(f"W_q: {rows} rows of codes do not pack at {bits} bits")
+        refuse(bits != 3 and rows % packed, f"W_q: {rows} rows of codes do not pack at {bits} bits")
         place = (count, 1) if axis == 1 else (1, count)
         scale, zero = (take(tensors, name, place, *FLOATS).clone() for name in ("scale", "zero"))
         return HQQLinear(self, layer, shape, bias, dtype, codes=codes, scale=scale, zero=zero)
@@ -224,8 +221,7 @@ def from_config(settings: dict) -> HQQFormat:
     given = settings["quant_config"]
     if isinstance(given, dict) and "weight_quant_params" not in given:
         given = next(iter(given.values()), {})  # one for each kind of layer, which the layers' tensors repeat
-    if not isinstance(given, dict):
-        raise UserError(f"quant_config: {given!r} is not an object of keys and values")
+    refuse(not isinstance(given, dict), f"quant_config: {given!r} is not an object of keys and values")
     weights = given["weight_quant_params"]
     if not isinstance(weights, dict):
         raise UserError(f"quant_config.weight_quant_params: {weights!r} is not an object of keys and values")

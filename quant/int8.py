@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kernels.byte_linear import Bytes
 from kernels.linear import SMALL_BATCH, Part
-from options.errors import UserError
+from options.errors import UserError, refuse
 from quant.linear import Format, QuantLinear, refuse_others, row_chunks, take
 
 LEVELS = 127  # the largest code; -128 is not used, so that codes are symmetric
@@ -183,6 +183,5 @@ def int8_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def positive(name: str, scales: Tensor) -> Tensor:
-    if (scales < 0).any():
-        raise UserError(f"{name} holds negative scales; the file is damaged, fetch it again")
+    refuse((scales < 0).any(), f"{name} holds negative scales; the file is damaged, fetch it again")
     return scales

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import kernels
 from kernels.linear import LinearLayer, Part
-from options.errors import NOT_FINITE, UserError
+from options.errors import NOT_FINITE, UserError, refuse
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)  # what scales of a checkpoint may be
 
@@ -48,7 +48,7 @@ class QuantLinear(LinearLayer):
         raise NotImplementedError
 
     def part(self) -> Part:
-        return Part(self, self.bias, layer=self)
+        return Part(self, self.bias, table=self.table, layer=self)
 
     def dequantize(self, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
         """The weight (out, in) in `dtype` (None: self.dtype); written into `out` if that is given."""
@@ -147,15 +147,13 @@ def quantisation_report(model: nn.Module) -> str:
 
 def take(tensors: dict[str, Tensor], name: str, shape: tuple, *dtypes: torch.dtype) -> Tensor:
     """The tensor of this name, with this shape and one of these dtypes. Raises UserError, also for NaN."""
-    if name not in tensors:
-        raise UserError(f"{name} is missing; the checkpoint is incomplete, fetch it again")
+    refuse(name not in tensors, f"{name} is missing; the checkpoint is incomplete, fetch it again")
     tensor = tensors[name]
     if tuple(tensor.shape) != tuple(shape) or tensor.dtype not in dtypes:
         wanted = " or ".join(name_of(dtype) for dtype in dtypes)
         found = f"{name_of(tensor.dtype)} {tuple(tensor.shape)}"
         raise UserError(f"{name} is {found}; config.json asks for {wanted} {tuple(shape)}")
-    if tensor.is_floating_point() and not tensor.isfinite().all():
-        raise UserError(f"{name} {NOT_FINITE}")
+    refuse(tensor.is_floating_point() and not tensor.isfinite().all(), f"{name} {NOT_FINITE}")
     return tensor
 
 
@@ -167,8 +165,7 @@ def name_of(dtype: torch.dtype) -> str:
 def refuse_others(tensors: Iterable[str], known: Iterable[str]) -> None:
     """Raises UserError for a tensor that is no part of a layer of this format."""
     for name in tensors:
-        if name not in known:
-            raise UserError(f"{name} has no place in a layer that is quantised as config.json says")
+        refuse(name not in known, f"{name} has no place in a layer that is quantised as config.json says")
 
 
 def row_chunks(out: Tensor) -> Iterator[slice]:

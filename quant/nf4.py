@@ -24,7 +24,7 @@ import kernels
 from kernels.byte_linear import Bytes
 from kernels.linear import Part
 from kernels.nf4 import Codes
-from options.errors import NOT_FINITE, UserError
+from options.errors import NOT_FINITE, UserError, refuse
 from quant.linear import Format, QuantLinear, name_of, refuse_others, take
 
 BLOCK = 64  # weights to a scale
@@ -174,8 +174,7 @@ def quantise_4bit(weight: Tensor, table: str) -> tuple[Tensor, Tensor]:
         whole = (end - start) % BLOCK == 0
         blocks = flat[start:end].float().view(-1, BLOCK if whole else end - start)
         scales = blocks.abs().amax(1, keepdim=True)
-        if not torch.isfinite(scales).all():
-            raise UserError(f"the weight {NOT_FINITE}")
+        refuse(not torch.isfinite(scales).all(), f"the weight {NOT_FINITE}")
         if not whole:  # there bitsandbytes divides, which may round differently
             scales.clamp_(min=SMALLEST)
             nearest = _nearest(torch.nn.functional.pad(blocks / scales, (0, blocks.numel() % 2)), table)
@@ -329,8 +328,7 @@ def read_layer(format: NF4Format, tensors, shape, bias, dtype) -> NF4Linear:
         found = ", ".join(states) or "none"
         raise UserError(f"{STATE}nf4 or ...fp4: found {found}, expected one; the checkpoint is incomplete")
     state, table = _read_state(states[0], tensors[states[0]], shape), states[0].removeprefix(STATE)
-    if "weight" not in tensors:
-        raise UserError("weight is missing; the checkpoint is incomplete, fetch it again")
+    refuse("weight" not in tensors, "weight is missing; the checkpoint is incomplete, fetch it again")
     codes = _read_codes(tensors["weight"], count)
     found = take(tensors, "weight.quant_map", (16,), torch.float32)
     if not torch.allclose(found, table_tensor(table, found.device), rtol=0, atol=1e-6):
@@ -354,8 +352,7 @@ def _read_codes(weight: Tensor, count: int) -> Tensor:
     """The codes (ceil(count / 2),) uint8, whatever dtype they are stored in (bnb_4bit_quant_storage)."""
     found = f"{name_of(weight.dtype)} {tuple(weight.shape)}"
     wanted = f"{(count + 1) // 2} bytes of codes, two weights each"
-    if weight.dtype not in STORAGE:
-        raise UserError(f"weight is {found}, expected {wanted}")
+    refuse(weight.dtype not in STORAGE, f"weight is {found}, expected {wanted}")
     codes = weight.reshape(-1).view(torch.uint8)
     if len(codes) != (count + 1) // 2:
         raise UserError(f"weight is {found}: {len(codes)} bytes; config.json asks for {wanted}")

@@ -258,7 +258,7 @@ class GroupPolicy(RolloutStage):
 
     def evaluate(self, model: Decoder, prompts: Iterator[list[Prompt]], world: World) -> dict[str, float]:
         """One answer to each prompt, the likeliest tokens: its reward, and whether it is the row's own answer
-        (exact_match, of the rows that have one; 0 where none has)."""
+        (exact_match, of the rows that have one)."""
         asked = [prompt for each in prompts for prompt in each]
         samples = samples_of(asked, self.roll_out(model, asked, [0] * len(asked), do_sample=False))
         columns = [

@@ -255,7 +255,8 @@ class RatedPreference(Stage):
         return losses.sum(), metrics
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
-        return means | {"rewards/margins": means["rewards/chosen"] - means["rewards/rejected"]}
+        both = [means[name] for name in ANSWER_METRICS[:2] if name in means]
+        return means | ({"rewards/margins": both[0] - both[1]} if len(both) == 2 else {})
 
     def evaluate(self, model: Decoder, batches: Iterator[Batch], world: World) -> dict[str, float]:
         """As in training with the whole set as one group: the same numbers whatever the batches' size."""

@@ -1,5 +1,7 @@
 """What is logged beside a loss: sums, and the numbers of things that they are sums over."""
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,12 @@ def by_kind(name: str, values: Tensor) -> dict[str, Tensor]:
     return {f"{name}/{kind}": each for kind, each in zip(KINDS, values)}
 
 
+def means_of(sums: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """name -> mean; what is summed over nothing has none: an answer of that kind was not there."""
+    return {name: total / number for name, (total, number) in sums.items() if number}
+
+
 def means_over_ranks(sums: Metrics, world: World) -> dict[str, float]:
     """name -> mean, of the sums of all ranks, which have the same names. Waits for the device."""
     totals = world.sum(torch.stack(list(sums.values())).double()).tolist()
-    return {name: total / max(number, 1) for name, (total, number) in zip(sums, totals)}
+    return means_of(dict(zip(sums, totals)))

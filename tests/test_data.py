@@ -428,6 +428,20 @@ def test_the_cache_is_keyed_by_the_text_of_the_template(home, tokenizer):
     assert tokenizer.decode(trimmed) == "userKeep my spacesassistantyes"
 
 
+def test_a_date_of_the_cache_is_told_on_another_day(home, tokenizer, monkeypatch):
+    put(home, "a", questions(3))
+    source = "{{ strftime_now('%d %b %Y') }}" + CHATML.to_jinja()
+    prepared = load(home, tokenizer, "a", template=get_template(None, source))
+    assert "writes a date" not in str(prepared.report)
+    (meta,) = (home / "cache").rglob("meta.json")
+    os.utime(meta, (0, 86_400 * 365.5))
+    again = load(home, tokenizer, "a", template=get_template(None, source))
+    assert "the template writes a date, here 1971-01-01; overwrite_cache=true" in str(again.report)
+    assert again.train.digest() == prepared.train.digest()  # a run of yesterday goes on
+    plain = load(home, tokenizer, "a", template=get_template(None, CHATML.to_jinja()))
+    assert "writes a date" not in str(plain.report)
+
+
 def test_the_cache_is_keyed_by_the_programs(home, tokenizer, monkeypatch):
     put(home, "a", questions(3))
     load(home, tokenizer, "a")
@@ -567,7 +581,7 @@ def test_loading_refuses_what_cannot_work(home, tokenizer):
     put(home, "a", questions(2))
     with pytest.raises(ValueError, match="dataset: none is named"):
         load(home, tokenizer)
-    with pytest.raises(ValueError, match="val_size is 2, but there are only 2 rows"):
+    with pytest.raises(ValueError, match=r"val_size: 2 of the rows that are used \(2\) leaves none"):
         load(home, tokenizer, "a", val_size=2)
     with pytest.raises(ValueError, match="group_by_length: stage pt packs rows"):
         load(home, tokenizer, "a", stage="pt", group_by_length=True)

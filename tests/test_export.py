@@ -385,8 +385,11 @@ def test_an_export_replaces_what_an_earlier_one_wrote_and_nothing_else(untied, t
     record = json.loads((real / "export_info.json").read_text())
     assert "model.safetensors.index.json" in record["files"] and not any("gguf" in n for n in record["files"])
     (real / "export_info.json").write_text(
-        json.dumps(record | {"files": [*record["files"], "../keep", "old"]})
+        json.dumps(record | {"files": [*record["files"], "../keep", "old", "sub/old", "eval/old"]})
     )
+    (real / "sub").mkdir()
+    for name in ("sub/old", "eval/old"):
+        (real / name).write_text("of the earlier export")
     (tmp_path / "disk" / "keep").write_text("not of the export")
     (real / "old").write_text("of the earlier export")
     assert run(model=folder, target=link, infer_dtype="bfloat16") == 0
@@ -394,6 +397,18 @@ def test_an_export_replaces_what_an_earlier_one_wrote_and_nothing_else(untied, t
     assert (real / "README.md").read_text() == "about it" and (real / "eval" / "results.json").exists()
     assert (real / "model-F32.gguf").exists() and not list(real.glob("model-*.safetensors"))
     assert load_file(real / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
+    assert not (real / "sub").exists() and os.listdir(real / "eval") == ["results.json"]
+
+
+def test_a_folder_in_the_place_of_a_file_leaves_an_earlier_export_as_it_was(untied, tmp_path, capsys):
+    _, folder = untied
+    assert run(model=folder, target=tmp_path / "out") == 0
+    (tmp_path / "out" / "tokenizer.json").unlink()
+    (tmp_path / "out" / "tokenizer.json").mkdir()
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert run(model=folder, target=tmp_path / "out", infer_dtype="bfloat16") == 2
+    assert "out/tokenizer.json is a folder where a file is to be written" in capsys.readouterr().err
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
 
 
 # Memory

@@ -285,6 +285,7 @@ def test_the_environment_is_read_when_asked_not_at_import(path):
 WATCH = """
 import importlib, json, os, random, sys, threading, warnings
 import numpy, safetensors.torch, tokenizers, torch, tqdm, yaml, jinja2, gguf, huggingface_hub  # not looked at
+import torch.distributed.checkpoint, torch.distributed.tensor
 
 seen, allowed = [], ("__pycache__", ".pyc")
 WATCHED = ("socket.", "subprocess.", "shutil.", "os.system", "os.fork", "os.mkdir", "os.rename", "os.remove")

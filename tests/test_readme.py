@@ -100,6 +100,23 @@ def test_the_options_of_the_page_on_your_own_data_are_accepted(monkeypatch):
         config.load([word for word in given if word != "preview"], programs[program], **about)
 
 
+@needs_model
+def test_the_rows_of_the_page_on_your_own_data_are_all_learnt(monkeypatch, tmp_path, capsys):
+    """Its preview of each of the files that it shows, as it is written there."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    page = (ROOT / "docs" / "your_own_data.md").read_text(encoding="utf-8")
+    files = [text for text in re.findall(r"```json\n(.*?)```", page, flags=re.DOTALL) if text.count("\n{")]
+    assert len(files) == 2
+    for number, text in enumerate(files):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text(text, encoding="utf-8")
+        assert data.main(["preview", "configs/sft_lora.yaml", f"dataset={path}"]) == 0
+        row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(str(path)))
+        count = len(text.splitlines())
+        assert [int(value) for value in row.split()[1:4]] == [count, count, 0]  # rows, used, dropped
+
+
 def test_files_that_the_readme_names_exist():
     for name in set(re.findall(r"`([a-z_]+\.py|[a-z]+/[a-z_./]*)`", README)):
         if name != "__init__.py" and not name.startswith(("saves/", "models/", "output_dir/")):

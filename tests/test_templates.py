@@ -313,6 +313,34 @@ def test_default_system_text_and_its_replacement():
     assert TemplateOptions() == TemplateOptions(template=None, default_system=None, enable_thinking=None)
 
 
+PARTS = (
+    "{% for m in messages %}{{ m.role }}:{% for p in m.content %}{{ p.text }}{% endfor %};{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+@pytest.mark.parametrize("name", ["chatml", "qwen3", "parts", "with tool_use", "begins with lines"])
+def test_a_default_system_text_is_in_the_template_that_is_saved(pairs, name):
+    ours, theirs = pairs["chatml"]
+    source = {
+        "parts": PARTS,
+        "begins with lines": "\n\n  {% if true %}\n x" + fixture("chatml") + "{% endif %}",
+    }
+    source = source.get(name) or fixture("qwen3" if name == "qwen3" else "chatml")
+    named = {"default": source} | ({"tool_use": "TOOL\n" + source + "\n"} if name == "with tool_use" else {})
+    system = 'Be "brief", it\'s {{ no }} \\d\n\u00fc \U0001f600'
+    template = get_template(None, named, default_system=system)
+    for messages, tools in itertools.product(([USER, ANSWER], [SYSTEM, USER, ANSWER]), (None, TOOLS)):
+        parts = [
+            {"role": each.role, "content": [{"type": "text", "text": each.content}]} for each in messages
+        ]
+        how = {"chat_template": template.to_jinja(), "tools": tools, "tokenize": False}
+        found = theirs.apply_chat_template(parts if name == "parts" else dicts(messages), **how)
+        assert found == text_of(render(template, messages, ours, tools=tools))
+        assert (system in found) == (messages[0] is USER)
+    assert get_template(None, source).to_jinja() == source
+
+
 def of_tokens(spans, encoded, name):
     """The turn or the role of every token: that of its span."""
     return [getattr(span, name) for span, count in zip(spans, encoded.counts) for _ in range(count)]
@@ -471,6 +499,19 @@ def test_jinja_that_marks_not_every_answer_once_is_followed(pairs, case):
     assert [span.turn for span in spans if span.answer] == turns[case]
 
 
+@pytest.mark.parametrize("which", [(0,), (1,), (2,), (0, 2), (1, 2), (0, 1, 2)])
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_a_marked_answer_is_that_of_its_turn_whatever_it_says(which, pieces):
+    chosen = f"m.role == 'assistant' and (loop.index0 - 1) // 2 in {list(which)}"
+    source = MARKED.replace("m.role == 'assistant'", chosen)
+    if pieces == 2:
+        cut = "{{ m.content }}{% endgeneration %}{% generation %}{{ eos_token }}"
+        source = source.replace("{{ m.content + eos_token }}", cut)
+    spans = JinjaTemplate(source).render([USER, ANSWER] * 3, None, "</s>")
+    found = [span.turn for span in spans if span.answer]
+    assert found == [2 * answer + 1 for answer in which for _ in range(pieces)]
+
+
 @pytest.mark.parametrize(
     "refused", ["not tools", "messages | length < 4", "messages[0].role != 'system'", "not mood"]
 )
@@ -529,6 +570,31 @@ def test_deepseek_templates_as_llama_factory_has_them():
         assert answers_of(spans) == [f"{trained}</s>"]
 
 
+@pytest.mark.parametrize("said", ["<think>\n\n</think>\n\n4", "<think></think>4", "</think>4"])
+def test_an_empty_thought_follows_the_prompt_that_opens_it(said):
+    jinja = JinjaTemplate(R1.replace("OPENING", "<think>\\n"))
+    spans = jinja.render([Message("user", "2+2?"), Message("assistant", said)], None, "</s>")
+    assert answers_of(spans) == ["\n</think>\n\n4</s>"]
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_the_thought_of_an_earlier_answer_stands_where_the_template_keeps_it(pairs, keeps):
+    _, theirs = pairs["llama3"]
+    source = R1.replace("OPENING", "")
+    if keeps:
+        source = source.replace("c.split('</think>')[-1]", "c")
+    question = Message("user", "2+2?")
+    answer = Message("assistant", "4", {"reasoning_content": "add"})
+    spans = JinjaTemplate(source).render([question, answer, question, answer], None, "</s>")
+    earlier = [
+        entry | ({"content": THOUGHT} if keeps and i else {})
+        for i, entry in enumerate(dicts([question, answer]))
+    ]
+    expected = theirs.apply_chat_template(earlier, chat_template=source, tokenize=False, eos_token="</s>")
+    assert text_of(spans).startswith(expected + "<\uff5cUser\uff5c>")
+    assert answers_of(spans) == [THOUGHT + "</s>"] * (1 + keeps)
+
+
 @pytest.mark.parametrize(
     ("text", "name"),
     [
@@ -573,10 +639,17 @@ def test_templates_by_name_as_transformers_chooses_them(tmp_path):
             assert text_of(template.render([USER, ANSWER], None, "</s>", tools=tools)) == expected
         chosen = get_template("rag", ours.chat_template)
         assert text_of(chosen.render([USER, ANSWER], None, "</s>", tools=TOOLS)).startswith("OTHER ")
-    with pytest.raises(
-        ValueError, match="the checkpoint's are tool_use, rag: name one; choices: default, .*rag"
-    ):
-        get_template(None, {"tool_use": tool, "rag": other})
+    with pytest.raises(ValueError, match="the checkpoint's are rag, new: name one; choices: default, .*rag"):
+        get_template(None, {"rag": other, "new": other})
+    theirs.chat_template = {"tool_use": tool, "rag": other}  # none for a dialogue without definitions
+    alone = get_template(None, theirs.chat_template)
+    expected = theirs.apply_chat_template(dicts([USER, ANSWER]), tools=TOOLS, tokenize=False)
+    assert text_of(alone.render([USER, ANSWER], None, "</s>", tools=TOOLS)) == expected
+    assert alone.stop_words("</s>") == ("<|im_end|>", "</s>")
+    with pytest.raises(ValueError, match="no default specified"):
+        theirs.apply_chat_template(dicts([USER, ANSWER]), tokenize=False)
+    with pytest.raises(ValueError, match="definitions alone.*this one has none; `template: tool_use`"):
+        alone.render([USER, ANSWER], None, "</s>")
     path.write_text(json.dumps(config | {"chat_template": 3}))
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match="chat_template: expected text"):

@@ -24,7 +24,7 @@ import jinja2.sandbox
 
 from options.errors import UserError
 from options.limits import bounded
-from text.render import PRODUCED, THOUGHTS, Message, Span, bare, parsed, split_thought
+from text.render import PRODUCED, THOUGHTS, Message, Span, bare, is_parts, parsed, split_thought
 
 # of the time and the memory that one dialogue takes
 IN_BOUNDS = bounded("the checkpoint's chat_template", "choose a built-in one by `template`")
@@ -38,6 +38,7 @@ class JinjaTemplate:
     default_system: str | None = None
     name: str = "checkpoint"
     tool_use: str | None = None  # takes the place of source where there are tool definitions
+    needs_tools: bool = False  # there is no other than that
 
     @IN_BOUNDS
     def render(
@@ -49,6 +50,9 @@ class JinjaTemplate:
         messages: [Message]. enable_thinking: None = the template's own way. variables: {name: value} of what
         else it may read: further special tokens, and what the row itself sets.
         """
+        if self.needs_tools and not tools:
+            found = "the checkpoint has a chat_template for dialogues with tool definitions alone (tool_use)"
+            raise UserError(f"{found}, and this one has none; `template: tool_use` takes it for all")
         if tools and self.tool_use is not None:
             how = {"generation_prompt": generation_prompt, "enable_thinking": enable_thinking, "tools": tools}
             chosen = replace(self, source=self.tool_use, tool_use=None)
@@ -67,9 +71,14 @@ class JinjaTemplate:
             if answers[-1] == len(messages) - 1 and not _shows_thought(dialogue[-1], whole):
                 whole = _with_thought(written, dialogue, "") or whole
             begin = self._bos_length(whole, bos)
-            spans = _marked_spans(whole[begin:], messages)
+            inserted = len(dialogue) - len(messages)
+            named = dialogue[:inserted]
+            for turn, (message, entry) in enumerate(zip(messages, dialogue[inserted:])):
+                text = message.content + chr(TURN_NAMES + turn)
+                named.append(entry | ({} if turn in answers else _said(self.source, entry["role"], text)))
+            spans = _marked_spans(whole[begin:], lambda: written(named, generation_prompt), messages)
             if not generation_prompt:
-                self._check_marked(spans, dialogue[len(dialogue) - len(messages) :])
+                self._check_marked(spans, dialogue[inserted:])
             return [*_prefix(whole[:begin]), *spans]
         begin = self._bos_length(whole, bos)
         spans = _prefix(whole[:begin])
@@ -104,17 +113,17 @@ class JinjaTemplate:
                     raise
                 continue  # it cannot be asked for here: context of a later answer
             modes = (False, True) if enable_thinking is None and "enable_thinking" in self.source else ()
-            for (
-                mode
-            ) in modes:  # with a thought or without one, it may be the answer to the prompt of that mode
+            for mode in modes:  # with a thought or without one, it may answer the prompt of that mode
                 if not text.startswith(header):
                     header = written(before, True, enable_thinking=mode) + probe.missing_header
             begin = len(header)
-            if last and not generation_prompt and not _shows_thought(upto[-1], text[begin:]):
+            kept = text.startswith(header) and _shows_thought(upto[-1], text[begin:])
+            if last and not generation_prompt and not kept:
                 whole = text = _with_thought(written, upto, header) or text
             finished, text = text, text.removesuffix(probe.after_end)
             fits = cursor <= begin <= len(text) and text.startswith(header) and whole.startswith(text)
-            thinks = fits and _shows_thought(upto[-1], text[begin:])
+            reads = not last and any(map(self.reads, THOUGHTS))
+            thinks = fits and _shows_thought(upto[-1], text[begin:], reads)
             shown = thinks and _shows_answer(upto[-1], text[begin:])
             if shown:
                 spans.append(Span(whole[cursor:begin], False, turn, message.role))
@@ -160,7 +169,16 @@ class JinjaTemplate:
         return text if probe is None else text.removeprefix(probe.lead)
 
     def to_jinja(self) -> str:
-        return self.source
+        """One text for all dialogues, with the default system text in it."""
+        text = self.source
+        if self.tool_use not in (None, text):
+            with_tools = "{%- if tools %}\n" + self.tool_use.removesuffix("\n")
+            text = with_tools + "{% else %}\n" + text.removesuffix("\n") + "{% endif %}"
+        if self.default_system is None:
+            return text
+        spoken = json.dumps([_said(self.source, "system", self.default_system)], ensure_ascii=False)
+        lacking = "{%- if not messages or messages[0]['role'] not in ['system', 'developer'] %}"
+        return f"{lacking}{{%- set messages = {spoken} + messages %}}{{%- endif %}}\n{text}"
 
     def _dialogue(self, messages: list[Message], enable_thinking: bool | None) -> list[dict]:
         """Messages as the template expects them, where it does not take them as they are."""
@@ -168,8 +186,9 @@ class JinjaTemplate:
         if self.default_system is not None and not (messages and messages[0].role == "system"):
             dialogue.append(_said(self.source, "system", self.default_system))
         silent = enable_thinking is False and "enable_thinking" in self.source
-        thoughts = any(_names(self.source, key, True) for key in THOUGHTS)
-        for message in messages:
+        folds = "think>" in self.source and not any(_names(self.source, key, True) for key in THOUGHTS)
+        keeps = folds and _keeps_thoughts(self.source)
+        for turn, message in enumerate(messages):
             entry = message.entry()
             if entry["role"] == "developer" and not _forms(self.source, "developer"):
                 entry["role"] = "system"
@@ -180,8 +199,8 @@ class JinjaTemplate:
                 entry = {key: value for key, value in entry.items() if key not in THOUGHTS}
                 if isinstance(text, str):
                     entry["content"] = split_thought(text)[1]
-            elif message.role in PRODUCED and thought and not thoughts and "think>" in self.source:
-                entry["content"] = f"<think>\n{thought}\n</think>\n\n{message.content}"
+            elif thought and message.role in PRODUCED and folds and (keeps or turn == len(messages) - 1):
+                entry["content"] = _thought_and_text(thought, message.content)
             dialogue.append(self._in_form(message, entry))
         return dialogue
 
@@ -206,6 +225,9 @@ class JinjaTemplate:
         content = entry.get("content")
         if isinstance(content, str):
             return entry | _said(self.source, entry["role"], content)
+        if content is not None and not is_parts(content):  # what a tool gave
+            as_it_is = isinstance(content, dict | list) and "object" in _forms(self.source, "tool")
+            return entry | {"content": content if as_it_is else message.content}
         if isinstance(content, list):
             if "parts" not in _forms(self.source, entry["role"]):
                 return entry | {"content": message.content}
@@ -224,6 +246,7 @@ class JinjaTemplate:
 ANSWER_BEGINS, ANSWER_ENDS = "\U000f1000", "\U000f1001"
 MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 BLANK = "\U000f1002"  # in the place of a content
+TURN_NAMES = 0xF2000  # and the characters behind it, one for each turn that asks
 
 
 # what filters and methods raise; not Exception, for one from outside stops a template that takes too long
@@ -245,10 +268,11 @@ def _writer(
             return template.render(asked)
         except TEMPLATE_FAULTS as error:  # such as a missing value, or a range too long
             roles = ", ".join(message["role"] for message in dialogue) or "no message"
-            raise UserError(
-                f"the checkpoint's chat_template refuses a dialogue of {roles}: {error}. Change the "
-                f"dialogue, or choose a built-in template, for example `template: {_closest(source)}`."
-            ) from error
+            found = (
+                f"the checkpoint's chat_template refuses a dialogue of {roles}: {error}. Change the dialogue"
+            )
+            way_out = f"choose a built-in template, for example `template: {_closest(source)}`."
+            raise UserError(f"{found}, or {way_out}") from error
 
     return written
 
@@ -310,19 +334,19 @@ def _shown(source: str, *dialogue: dict) -> str | None:
 
 @functools.lru_cache(maxsize=256)
 def _forms(source: str, role: str) -> tuple[str, ...]:
-    """In which forms ("text", "parts") a content of this role is shown; () when the sample is refused."""
+    """In which forms ("text", "parts", "object": as JSON) a content of this role is shown; () when the sample
+    is refused."""
     found = []
-    for form in ("text", "parts"):
-        asked, said = (
-            {"role": each, "content": word if form == "text" else [{"type": "text", "text": word}]}
-            for each, word in (("user", "question"), (role, "PROBE"))
-        )
+    for form in ("text", "parts", "object")[: 3 if role == "tool" else 2]:
+        words = "question", {"k": "PROBE"} if form == "object" else "PROBE"
+        contents = ([{"type": "text", "text": word}] if form == "parts" else word for word in words)
+        asked, said = ({"role": who, "content": what} for who, what in zip(("user", role), contents))
         call = asked | {"role": "assistant", "tool_calls": [_SAMPLE_CALL]}
         result = said | {"tool_call_id": "abcdef123", "name": "f"}
         dialogues = {"user": [said], "assistant": [asked, said], "tool": [asked, call, result]}
         text = _shown(source, *dialogues.get(role, [said, asked])) or ""
-        # not a list that is printed as it is
-        if "PROBE" in text and not re.search("""['"]text['"]: ['"]PROBE""", text):
+        # not a list or an object that is printed as it is
+        if "PROBE" in text and not re.search("""['"]text['"]: ['"]PROBE|'k': 'PROBE'""", text):
             found.append(form)
     return tuple(found) or (_forms(source, "user") if role == "tool" else ())
 
@@ -362,9 +386,9 @@ def _text_of(entry: dict) -> str:
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
-def _shows_thought(entry: dict, text: str) -> bool:
-    """Whether the thought that stands in an answer's content is in this text."""
-    thought = split_thought(_text_of(entry))[0]
+def _shows_thought(entry: dict, text: str, apart: bool = False) -> bool:
+    """Whether the thought that stands in an answer's content, or also one apart from it, is in this text."""
+    thought = split_thought(_text_of(entry))[0] or (entry.get("reasoning_content") or "") * apart
     return not thought or bare(thought) in bare(text)
 
 
@@ -379,10 +403,23 @@ def _shows_answer(entry: dict, text: str) -> bool:
 def _with_thought(written: Callable[..., str], dialogue: list[dict], header: str) -> str | None:
     """The dialogue with its last content unchanged, where the template leaves a thought out of it: that is
     right for earlier answers, and nothing to learn from for the last. None where it does not fit the header,
-    which may open the thought."""
+    which may open the thought, and a line behind that."""
     *before, answer = dialogue
-    text = written([*before, answer | {"content": BLANK}]).replace(BLANK, _text_of(answer))
-    return text if text.startswith(header) else None
+    said, text = _text_of(answer), written([*before, answer | {"content": BLANK}])
+    ways = [said, _thought_and_text(*split_thought(said))] if "</think>" in said else []
+    texts = (text.replace(BLANK, way) for way in ways)
+    return next((text for text in texts if text.startswith(header)), None)
+
+
+def _thought_and_text(thought: str, text: str) -> str:
+    return f"<think>\n{thought}\n</think>\n\n{text}"
+
+
+@functools.lru_cache(maxsize=64)
+def _keeps_thoughts(source: str) -> bool:
+    """Whether a thought in the content of an earlier answer is shown."""
+    said = ("user", "question"), ("assistant", _thought_and_text("PROBE", "a")), ("user", "question")
+    return "PROBE" in (_shown(source, *(_said(source, *each) for each in said)) or "PROBE")
 
 
 def _end_of(written: Callable[..., str], dialogue: list[dict], whole: str) -> int:
@@ -397,10 +434,8 @@ def _end_of(written: Callable[..., str], dialogue: list[dict], whole: str) -> in
 def _explain(source: str, answer: dict, prompt: str, finished: str) -> str:
     same = len(os.path.commonprefix([prompt, finished]))
     one, other = prompt[same : same + 40], finished[same : same + 40]
-    found = (
-        "does not show where the answer begins: the prompt for generation continues with "
-        f"{one!r}, the finished dialogue with {other!r}"
-    )
+    found = f"the prompt for generation continues with {one!r}, the finished dialogue with {other!r}"
+    found = f"does not show where the answer begins: {found}"
     if same == len(prompt):
         found = f"does not write the answer {_text_of(answer)[:40]!r}: it writes {other!r}"
     way_out = f"Choose a built-in template, for example `template: {_closest(source)}`."
@@ -411,10 +446,16 @@ def _prefix(bos: str) -> list[Span]:
     return [Span(bos, False, -1, "prefix")] if bos else []
 
 
-def _marked_spans(whole: str, messages: list[Message]) -> list[Span]:
-    """Spans of a template that marks what it trains by {% generation %}."""
-    pieces = re.split(f"{ANSWER_BEGINS}(.*?){ANSWER_ENDS}", whole, flags=re.DOTALL)
-    owners = [*_owners(pieces[1::2], messages), len(messages) - 1]
+def _pieces(whole: str) -> list[str]:
+    """What is not marked and what is, in turns."""
+    return re.split(f"{ANSWER_BEGINS}(.*?){ANSWER_ENDS}", whole, flags=re.DOTALL)
+
+
+def _marked_spans(whole: str, named: Callable[[], str], messages: list[Message]) -> list[Span]:
+    """Spans of a template that marks what it trains by {% generation %}. named: gives the same dialogue, each
+    question ending with its turn's name."""
+    pieces = _pieces(whole)
+    owners = [*_owners(len(pieces) // 2, named, messages), len(messages) - 1]
     spans = []
     for index, piece in enumerate(pieces):
         turn = owners[index // 2]
@@ -422,18 +463,18 @@ def _marked_spans(whole: str, messages: list[Message]) -> list[Span]:
     return [span for span in spans if span.text]
 
 
-def _owners(marked: list[str], messages: list[Message]) -> list[int]:
-    """The turn of each marked text: one after the other; where that does not come out even (only some answers
-    are marked), the last turn whose words it has, going back from the end."""
+def _owners(marked: int, named: Callable[[], str], messages: list[Message]) -> list[int]:
+    """The turn of each marked text: the first answer behind the last question in front of it; the last answer
+    where the template marks something else for the names' sake."""
     produced = [turn for turn, message in enumerate(messages) if message.role in PRODUCED]
-    if produced and len(marked) % len(produced) == 0:
-        return [turn for turn in produced for _ in range(len(marked) // len(produced))]
-    turns, at = [], len(produced) - 1
-    for text in map(bare, reversed(marked)):
-        said = [bare(split_thought(messages[turn].content)[1]) for turn in produced]
-        at = next((n for n in range(at, -1, -1) if said[n] and (said[n] in text or text in said[n])), at)
-        turns.append(produced[at])
-    return turns[::-1]
+    turns, seen = [], -1
+    with contextlib.suppress(UserError):
+        for index, piece in enumerate(_pieces(named())):
+            if index % 2:
+                turns.append(next((turn for turn in produced if turn > seen), produced[-1]))
+            names = (ord(letter) - TURN_NAMES for letter in piece)
+            seen = max((turn for turn in names if 0 <= turn < len(messages)), default=seen)
+    return turns if len(turns) == marked else produced[-1:] * marked
 
 
 # built-in templates and what a chat_template has whose model knows their tokens; the first that fits

@@ -28,7 +28,8 @@ class Message(NamedTuple):
 
     The calls of a function turn are more["tool_calls"], as OpenAI wraps them; without that its content is
     their JSON (split_calls). more: the other keys that the row's message has, for templates to read;
-    `role` and `content` there are the row's own where those above are not (developer; parts, or null)."""
+    `role` and `content` there are the row's own where those above are not (developer; parts, null, or what a
+    tool gave that is no text)."""
 
     role: str  # system, user, assistant, observation, function
     content: str
@@ -39,9 +40,8 @@ class Message(NamedTuple):
         that templates know."""
         role = {"observation": "tool", "function": "assistant"}.get(self.role, self.role)
         entry = {"role": role, "content": self.content}
-        found = (
-            split_calls(self.content) if self.role == "function" and "tool_calls" not in self.more else None
-        )
+        in_content = self.role == "function" and "tool_calls" not in self.more
+        found = split_calls(self.content) if in_content else None
         if found is not None:
             functions = [{"name": name, "arguments": arguments} for name, arguments in found[1]]
             calls = [{"type": "function", "function": function} for function in functions]
@@ -126,10 +126,8 @@ class ChatTemplate:
                 spans += self._answer(messages, turn, last_query, tokens, thinks)
                 continue
             content, before_user = before_user + content, ""
-            more_results = role == "observation" and [
-                each.role for each in messages[turn + 1 : turn + 2]
-            ] == [role]
-            if more_results and self.results is not None:
+            next_role = next((each.role for each in messages[turn + 1 : turn + 2]), None)
+            if role == next_role == "observation" and self.results is not None:
                 before_user = content + self.results
                 continue
             text = _fill(slots[role], tokens, content=content.strip() if self.trim else content)
@@ -237,6 +235,12 @@ def parsed(value):
         return value
 
 
+def is_parts(content) -> bool:
+    """Whether a content is a list of parts, each with its type."""
+    listed = isinstance(content, list)
+    return listed and all(isinstance(part, dict) and isinstance(part.get("type"), str) for part in content)
+
+
 def bare(text: str) -> str:
     """A text without its white space: templates strip and join, and that is no loss."""
     return "".join(text.split())
@@ -244,7 +248,8 @@ def bare(text: str) -> str:
 
 def unused(template, messages: list[Message], spans: list[Span], variables: dict) -> list[str]:
     """What a row gave and the template did not write, for the report. variables: the row's own."""
-    keys = dict.fromkeys(key for message in messages for key in message.more)
+    held = (item for message in messages for item in message.more.items())
+    keys = dict.fromkeys(key for key, value in held if value not in ("", [], {}))
     thoughts = any(map(template.reads, THOUGHTS))
     notes, name = [], template.name
     for key in keys:
@@ -262,11 +267,8 @@ def unused(template, messages: list[Message], spans: list[Span], variables: dict
         if message.role == "function" and "tool_calls" not in message.more:
             continue  # its content is no text
         if message.role != "assistant" and bare(split_thought(message.content)[1]) not in written:
-            what = (
-                "the text beside a tool call"
-                if message.role == "function"
-                else f"a text of role {message.role}"
-            )
+            called = message.role == "function"
+            what = "the text beside a tool call" if called else f"a text of role {message.role}"
             notes.append(f"template {name!r} leaves out {what}")
     thought = messages[-1].entry().get("reasoning_content") if messages and thoughts else None
     if thought and bare(thought) not in written:

@@ -214,8 +214,7 @@ def _decoder_steps(backend: tokenizers.Tokenizer, keep_spaces: bool = False) -> 
         elif kind == "ByteLevel":
             steps.append(_ByteLevel())
         elif kind != "Strip":
-            raise UserError(
-                f"tokenizer.json: decoder {kind!r} cannot be streamed; known are ByteLevel, Metaspace, and "
-                "sequences of Replace, ByteFallback, Fuse, Strip. Use Tokenizer.decode on the finished ids."
-            )
+            known = "ByteLevel, Metaspace, and sequences of Replace, ByteFallback, Fuse, Strip"
+            way_out = f"known are {known}. Use Tokenizer.decode on the finished ids."
+            raise UserError(f"tokenizer.json: decoder {kind!r} cannot be streamed; {way_out}")
     return steps

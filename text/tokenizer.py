@@ -146,10 +146,9 @@ class Tokenizer:
             half = HALF_CHARACTER.search(text)
             if half is None:
                 raise UserError(f"the tokenizer refuses the text {ascii(text[:60])}: {error}") from error
-            shown = f"{ascii(half[0])} in {ascii(text[max(half.start() - 20, 0) : half.end() + 20])}"
-            raise UserError(
-                f"the text holds half a character, {shown} (a lone surrogate); mend it"
-            ) from error
+            around = ascii(text[max(half.start() - 20, 0) : half.end() + 20])
+            found = f"half a character, {ascii(half[0])} in {around} (a lone surrogate)"
+            raise UserError(f"the text holds {found}; mend it") from error
         if self.rows is not None and (largest := max(encoding.ids, default=0)) >= self.rows:
             found = f"the text holds {self.token(largest)!r}, which is token {largest} of {self.folder}"
             few = f"but the model has vocab_size {self.rows} (config.json)"
@@ -365,9 +364,9 @@ def _load_backend(folder: Path) -> tokenizers.Tokenizer:
             f"transformers import AutoTokenizer; AutoTokenizer.from_pretrained('{folder}').save_pretrained("
             f"'{folder}')\"; or take a GGUF file of the model (model_name_or_path=model.gguf) with its own."
         )
+    write = "write it with transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...) elsewhere"
     raise UserError(
-        f"{folder}: tokenizer.json is missing ({found}). Copy it from the model's page, or write it with "
-        "transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...) in another environment."
+        f"{folder}: tokenizer.json is missing ({found}). Copy it from the model's page, or {write}"
     )
 
 
@@ -468,10 +467,11 @@ def _add_listed_tokens(backend: tokenizers.Tokenizer, folder: Path, config: dict
         backend.add_tokens([token])
         found = backend.token_to_id(token.content)
         if found != token_id:
-            raise UserError(
-                f"{folder}: {token.content!r} should have id {token_id} (tokenizer_config.json or "
-                f"added_tokens.json), but tokenizer.json leads to id {found}: files of different tokenizers"
+            wanted = (
+                f"{token.content!r} should have id {token_id} (tokenizer_config.json or added_tokens.json)"
             )
+            other = f"but tokenizer.json leads to id {found}: files of different tokenizers"
+            raise UserError(f"{folder}: {wanted}, {other}")
     # A name without a row in the vocabulary would get an id behind the embedding table: leave it out.
     rows = [t for text, t in special.items() if text not in known and backend.token_to_id(text) is not None]
     backend.add_tokens(rows)

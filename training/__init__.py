@@ -7,7 +7,7 @@ Before the loop
     memory       what a step needs, and so how much is computed twice; plan: before any weight is read
 In the loop
     optimizers/  the file of each value of `optim`: SERVES, make(model, groups, options) -> Optimizer
-    schedules    schedule(step, options, total_steps) -> multiplier of the learning rate, pure
+    schedules    schedule(step, options, total_steps) -> multiplier of the rate, pure; rounding: of bf16
     instruments  MetricWindow, Health, peak memory
     measure      what an evaluation measures; predict: answers to its rows, and how close they come
 What it leaves

@@ -12,7 +12,7 @@ import torch
 from options.errors import StopRun
 from parallel.world import World
 from pipeline.batch import Batch
-from stages.stage import Metrics
+from stages.metrics import Metrics, means_of
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Totals:
     tokens: int
     examples: int
     seconds: float
-    metrics: dict[str, float]  # means
+    metrics: dict[str, float]  # means; not of what was not there
 
 
 class MetricWindow:
@@ -58,9 +58,9 @@ class MetricWindow:
         names = sorted(self.metrics)  # one order on all ranks
         sums = torch.cat([self.loss[None], counts, *(self.metrics[name] for name in names)])
         loss, tokens, examples, *rest = self.world.sum(sums).tolist()
-        means = {name: total / max(count, 1) for name, total, count in zip(names, rest[::2], rest[1::2])}
+        means = means_of({name: pair for name, *pair in zip(names, rest[::2], rest[1::2])})
         seconds = max(time.monotonic() - self.started_at, 1e-9)
-        in_order = {name: means[name] for name in self.metrics}
+        in_order = {name: means[name] for name in self.metrics if name in means}
         return Totals(self.steps, loss, int(tokens), int(examples), seconds, in_order)
 
     def leave_out(self, seconds: float) -> None:

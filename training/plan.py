@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import kernels
 import quant
 from architectures.config import ModelConfig, from_hf_name
+from checkpoints.hub import tensor_sizes
 from checkpoints.huggingface import checkpoint_dtype, load_config
 from checkpoints.peft import ADAPTER_WEIGHTS, read_adapter_config
 from checkpoints.safetensors_files import INDEX, opened, read_json, weight_files
@@ -34,7 +35,7 @@ from generation.generate import FIRST_ROOM
 from kernels import recompute
 from lora import LoraOptions, lora_layers, replace_module
 from model import Decoder
-from options.errors import located
+from options.errors import UserError, located
 from quant.linear import Format, QuantLinear, quantised_linears
 from training import memory
 
@@ -54,23 +55,38 @@ class Unread(QuantLinear):
         """Nothing is written: there are no numbers."""
 
 
-def skeleton(folder: Path, config: ModelConfig, dtype: torch.dtype, quantization: Format | None) -> Decoder:
-    """The decoder that checkpoints.huggingface.load_model would give for this folder, on the meta device."""
+def skeleton(
+    folder: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    quantization: Format | None,
+    token: str | None = None,
+) -> Decoder:
+    """The decoder that checkpoints.huggingface.load_model would give for this folder, on the meta device.
+    token: of the hub, which is asked for the sizes of codes that are not here."""
     model = Decoder(config, dtype=dtype, device="meta")
-    settings, sizes = config.hf.get("quantization_config"), None
+    settings, sizes, unknown = config.hf.get("quantization_config"), None, ""
     if settings:
         quantization = quant.from_config(settings)
-        sizes = _sizes_in_files(folder, config) if any(folder.glob("*.safetensors")) else None
+        if any(folder.glob("*.safetensors")):
+            sizes = _sizes_in_files(folder)
+        else:
+            try:
+                sizes = tensor_sizes(folder, token)
+            except UserError as error:  # some formats have codes of one size whatever the numbers are
+                unknown = f" ({error})"
+        if sizes is not None:
+            sizes = {from_hf_name(config, name): size for name, size in sizes.items()}
     elif quantization is None:
         return model
     bytes_per_number = functools.cache(functools.partial(_bytes_per_number, quantization))
     for name, module in [each for each in model.named_modules() if isinstance(each[1], nn.Linear)]:
         shape = (module.out_features, module.in_features)
         if sizes is not None and f"{name}.{quantization.marker}" in sizes:
-            size = sum(each for key, each in sizes.items() if key.startswith(f"{name}."))
+            size = sum(each for key, each in sizes.items() if key and key.startswith(f"{name}."))
             size -= sizes.get(f"{name}.bias", 0)
         elif sizes is None and name.startswith("layers."):
-            with located(f"plan: {folder}: its weights are not here, and a plan fetches none"):
+            with located(f"plan: {folder}: its weights are not here, and a plan fetches none{unknown}"):
                 size = shape[0] * shape[1] * bytes_per_number(shape[1])
         else:
             continue
@@ -101,17 +117,16 @@ def _bytes_per_number(quantization: Format, inputs: int) -> float:
     return quantization.quantise(weight, None, torch.float32).bits_per_weight / 8
 
 
-def _sizes_in_files(folder: Path, config: ModelConfig) -> dict[str, int]:
-    """Bytes of every tensor by our name, from the headers of the files."""
+def _sizes_in_files(folder: Path) -> dict[str, int]:
+    """Bytes of every tensor by its name there."""
     sizes = {}
     for path in weight_files(Path(folder)):
         with opened(path) as file:
-            for hf_name in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
-                piece, name = file.get_slice(hf_name), from_hf_name(config, hf_name)
-                if name is not None:
-                    kind = piece.get_dtype().partition("_")[0]  # F16, I32, BOOL
-                    bits = int("".join(filter(str.isdigit, kind)) or 8)
-                    sizes[name] = int(np.prod(piece.get_shape(), dtype=np.int64)) * bits // 8
+            for name in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
+                piece = file.get_slice(name)
+                kind = piece.get_dtype().partition("_")[0]  # F16, I32, BOOL
+                bits = int("".join(filter(str.isdigit, kind)) or 8)
+                sizes[name] = int(np.prod(piece.get_shape(), dtype=np.int64)) * bits // 8
     return sizes
 
 
@@ -156,16 +171,17 @@ def cache_bytes(config: ModelConfig, texts: int, prompt: int, new: int, size: in
     return 2.0 * config.num_layers * config.num_kv_heads * config.head_dim * size * texts * held
 
 
-def largest_file(folder: Path) -> float:
-    """Bytes of the largest file of weights; of those that are not here, as if all were of one size."""
+def largest_file(folder: Path, model: Decoder) -> float:
+    """Bytes of the largest file of weights; of those that are not here, as if all were of one size. model:
+    the skeleton, which knows the size of codes."""
     sizes = [path.stat().st_size for path in folder.glob("*.safetensors")]
     if sizes:
         return float(max(sizes))
     config, index = load_config(folder), folder / INDEX
     files = len(set(read_json(index).get("weight_map", {}).values())) if index.is_file() else 1
-    return bytes_of(Decoder(config, dtype=checkpoint_dtype(config), device="meta").parameters()) / max(
-        files, 1
-    )
+    if not config.hf.get("quantization_config"):
+        model = Decoder(config, dtype=checkpoint_dtype(config), device="meta")
+    return weight_bytes(model) / max(files, 1)
 
 
 def weight_bytes(model: Decoder) -> float:

@@ -33,7 +33,7 @@ from options.atomic import TEMPORARY, alone_in, atomic_file, flush, flush_tree, 
 from options.config import Config
 from options.errors import StopRun, UserError, refuse, say
 from parallel.world import World, lost
-from text.tokenizer import NAMED_TEMPLATES
+from text.tokenizer import NAMED_TEMPLATES, TOKENIZER_FILES
 from training.instruments import Totals
 from training.monitor import ALL_RESULTS, read_results, write_json
 
@@ -45,6 +45,7 @@ LOGS = (TRAINER_STATE, RESULTS, "eval_results.json", "predict_results.json", ALL
 LOGS += ("trainer_log.jsonl", "training_loss.png", "generated_samples.jsonl", "generated_predictions.jsonl")
 WEIGHTS = ("adapter_config.json", "adapter_model.safetensors", "value_head.safetensors")
 WEIGHTS += ("model*.safetensors", "model.safetensors.index.json")
+ENDINGS = {Path(name).suffix for name in (*LOGS, *WEIGHTS, *TOKENIZER_FILES, RUN_CONFIG)}  # of what it writes
 PIECES, PIECE_BYTES = 256, 2**16  # 16 MiB of each file: some ms, where all of a large model takes minutes
 _NAME = re.compile(r"checkpoint-(\d+)")
 AS_START = "give its weights as adapter_name_or_path or model_name_or_path"
@@ -70,7 +71,7 @@ class Progress:
         self.logged_tokens += since.tokens
         self.logged_examples += since.examples
 
-    def track(self, value: float, gain: bool) -> None:
+    def track(self, value: float | None, gain: bool) -> None:
         """The evaluation after this step measured `value`."""
         self.evaluation_due = False
         self.stale_evaluations = 0 if gain else self.stale_evaluations + 1
@@ -168,6 +169,11 @@ def refuse_foreign(output_dir: Path, named: Collection[Path]) -> None:
     refuse(top, f"output_dir: {output_dir} is {top}; {remedy}")
     held = f"{', '.join(strange[:3])}{', ...' if len(strange) > 3 else ''}"
     refuse(strange and not ours, f"output_dir: {output_dir} holds {held} and no earlier run; {remedy}")
+    for name in names:
+        in_the_way = Path(name).suffix in ENDINGS and (output_dir / name).is_dir()
+        refuse(
+            in_the_way, f"output_dir: {output_dir / name} is a folder where a run writes files; move it away"
+        )
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -236,6 +242,9 @@ def begin(output_dir: Path, resume: Path | None, overwrite: bool, config: Config
         remove(path)
     (output_dir / SAVE_REQUEST).unlink(missing_ok=True)
     checkpoints = list_checkpoints(output_dir)
+    for path in output_dir.glob("checkpoint-*"):
+        if _NAME.fullmatch(path.name) and path not in checkpoints:
+            say(f"note: {path}: it has no {STATE_FILE}, so it counts as none")
     if resume is None and overwrite:
         for path in checkpoints:
             remove_folder(path)
@@ -399,7 +408,9 @@ def check_files(folder: Path, world: World) -> None:
             found = checksums(folder, [name for name in written if (folder / name).is_file()])
             for name in written:
                 if found.get(name) != written[name]:
-                    problem = damaged(folder / name, "its bytes are not those that were written")
+                    why = "its bytes are not those that were written"
+                    missing = f"it is not there, though {CHECKSUMS} names it"
+                    problem = damaged(folder / name, why if name in found else missing)
         except (ValueError, AttributeError) as error:  # no JSON, no UTF-8, no object of names
             problem = damaged(path, str(error))
     if world.any(problem is not None):
@@ -408,8 +419,7 @@ def check_files(folder: Path, world: World) -> None:
 
 def read_state(path: Path) -> dict:
     """Our own state file, without unpickling code. Raises UserError when it is missing or damaged."""
-    if not path.is_file():
-        raise UserError(f"{path}: missing; the checkpoint was written by fewer processes than run now")
+    refuse(not path.is_file(), f"{path}: missing; the checkpoint was written by fewer processes than run now")
     try:
         state = read_plain(path)
     except UserError as error:

@@ -29,7 +29,7 @@ from checkpoints.huggingface import (
     save_trained,
 )
 from checkpoints.peft import prepare_adapters, read_adapter_config
-from checkpoints.source import RUN_CONFIG, check_adapters, is_adapter
+from checkpoints.source import RUN_CONFIG, check_adapters, is_adapter, tokenizer_folder
 from checkpoints.trainable import freeze, parameter_status, trainable_report
 from checkpoints.value_head import ValueHead, has_value_head, load_value_head
 from data import DataOptions, Prepared, load_datasets
@@ -150,7 +150,10 @@ def read(config: Config, world: World) -> Inputs:
     refuse_on_quantised(config, source, model_config)
     check_shares(config, source)
     check_names(config, model_config)
-    tokenizer, template = Tokenizer.from_folder(source), None
+    folder = tokenizer_folder(source, resolve_adapters(config[ModelOptions], wanted_files(config)))
+    tokenizer, template = Tokenizer.from_folder(folder, source), None
+    if folder != source:
+        world.print(f"note: tokens and chat template are those saved with {folder}")
     if tokenizer.notice:
         world.print(f"note: {tokenizer.notice}")
     if options.stage != "pt" or config[TemplateOptions].template is not None:  # plain text needs none
@@ -316,8 +319,12 @@ def prepare_data(inputs: Inputs) -> Prepared:
 def leave_room(inputs: Inputs, options: DataOptions) -> DataOptions:
     """cutoff_len such that the model takes a prompt and the text that is written to it: longer prompts are
     left out and counted as any that are longer, before the first step, or when a stream brings them."""
-    limit, new = context_of(inputs), inputs.config[GenerateOptions].max_new_tokens
-    found = f"the model takes {limit} tokens with the answer, and max_new_tokens is {new}"
+    takes, new = {"the model": context_of(inputs)}, inputs.config[GenerateOptions].max_new_tokens
+    for key, folders in folders_beside(inputs.config).items():  # these read prompt and answer too
+        whole = [folder for folder in folders if (folder / "config.json").is_file()]
+        takes |= {f"the {key} {folder}": context_of(inputs, load_config(folder)) for folder in whole}
+    limit, who = min((tokens, name) for name, tokens in takes.items())
+    found = f"{who} takes {limit} tokens with the answer, and max_new_tokens is {new}"
     refuse(limit - new < 2, f"max_new_tokens: no room for a prompt: {found}; lower it")
     if options.cutoff_len <= limit - new:
         return options
@@ -325,10 +332,10 @@ def leave_room(inputs: Inputs, options: DataOptions) -> DataOptions:
     return replace(options, cutoff_len=limit - new)
 
 
-def context_of(inputs: Inputs) -> int:
-    """Tokens of text that the model takes, as the run loads it."""
+def context_of(inputs: Inputs, config: ModelConfig | None = None) -> int:
+    """Tokens of text that the model takes, or one of this config.json, as the run loads it."""
     scaling, cutoff_len = inputs.config[ModelOptions].rope_scaling, inputs.config[DataOptions].cutoff_len
-    config = inputs.model_config
+    config = config or inputs.model_config
     return context_limit(scale_rope(config, scaling, cutoff_len) if scaling else config)
 
 
@@ -374,7 +381,8 @@ def build_model(config: Config, source: Path, world: World, own: dict | None = N
     frozen = compute if lora_options.finetuning_type == "lora" or options.pure_bf16 else torch.float32
     trained = torch.bfloat16 if options.pure_bf16 else torch.float32
     if options.plan:
-        model = plan.skeleton(source, load_config(source), frozen, quant.from_options(config[QuantOptions]))
+        asked = quant.from_options(config[QuantOptions]), model_options.hf_hub_token
+        model = plan.skeleton(source, load_config(source), frozen, *asked)
     elif options.train_from_scratch:
         model = random_model(source, frozen, world.device, options.seed)
     else:
@@ -449,8 +457,7 @@ def make_plan(inputs: Inputs) -> str:
     """What the run would take, without its weights; see plan.py."""
     config, options, world, data = inputs.config, inputs.options, inputs.world, load_data(inputs)
     loader, device = data.loader, inputs.world.device
-    if loader is None:
-        raise UserError("plan: there is nothing to plan without training; drop plan, or do_eval")
+    refuse(loader is None, "plan: there is nothing to plan without training; drop plan, or do_eval")
     model = build_model(config, inputs.source, world)
     beside = bytes_beside(config, model)
     free = memory.free_bytes(device) - plan.weight_bytes(model) - sum(beside.values())
@@ -469,7 +476,7 @@ def make_plan(inputs: Inputs) -> str:
         written = f"from,\n  {texts} at once, whose cache takes up to {cache / plan.GIB:.2f} GiB)"
         time = "the time in which the model writes the texts that it learns"
         of_texts = f"\n  (of the updates; to it comes {time} {written}"
-    largest = 0.0 if options.train_from_scratch else plan.largest_file(inputs.source)
+    largest = 0.0 if options.train_from_scratch else plan.largest_file(inputs.source, model)
     peak = plan.predict_peak(model, chosen, need, largest, device, beside, cache=cache)
     bound = plan.bound_speed(model, chosen, lengths, share, tokens, device)
     text = plan.report(peak, bound, memory.free_bytes(device), tokens, device)
@@ -492,7 +499,8 @@ def bytes_beside(config: Config, model: Decoder) -> dict[str, float]:
     for name, key, bits in held:
         for folder in beside.get(key, ()):
             quantization = quant.in_bits(bits, config[QuantOptions], f"{key}_quantization_bit")
-            second = plan.skeleton(folder, load_config(folder), options.compute_dtype, quantization)
+            codes = quantization, config[ModelOptions].hf_hub_token
+            second = plan.skeleton(folder, load_config(folder), options.compute_dtype, *codes)
             found[name] = plan.weight_bytes(second)
     return found
 
@@ -529,11 +537,11 @@ def choose_recomputation(model: Decoder, loader, config: Config, world: World) -
 def save_weights(inputs: Inputs, model: Decoder, folder: Path) -> None:
     """What the user loads later: weights, tokenizer, chat template, resolved configuration. All ranks call
     it, because each may hold a share; rank 0 writes."""
-    config, template = inputs.config, inputs.template
+    config, template, chosen = inputs.config, inputs.template, inputs.config[TemplateOptions]
     if not inputs.world.is_main:
         gather_trained(model)
         return
     save_trained(model, folder, inputs.source, config[ModelOptions].model_name_or_path)
-    named = template is not None and config[TemplateOptions].template is not None
-    save_tokenizer(inputs.tokenizer, folder, template, template.to_jinja() if named else None)
+    other = template is not None and (chosen.template is not None or chosen.default_system)
+    save_tokenizer(inputs.tokenizer, folder, template, template.to_jinja() if other else None)
     config.save(folder / RUN_CONFIG)

@@ -212,8 +212,7 @@ def read_rope_scaling(metadata, architecture, tensors, head_dim):
         return None
     if kind == "linear":
         return {"rope_type": "linear", "factor": need(metadata, prefix + "factor")}
-    if kind != "yarn":
-        raise UserError(f"{prefix}type: '{kind}' is not one of none, linear, yarn")
+    refuse(kind != "yarn", f"{prefix}type: '{kind}' is not one of none, linear, yarn")
     scaling = {"rope_type": "yarn", "factor": need(metadata, prefix + "factor")}
     scaling["original_max_position_embeddings"] = need(metadata, prefix + "original_context_length")
     known = {prefix + name for name in ("type", "factor", "original_context_length", "finetuned")}

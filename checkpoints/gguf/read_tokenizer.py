@@ -148,8 +148,7 @@ def _token_id(metadata, key, tokens, default=None):
 
 def _flag(metadata, name, default, ids):
     key = f"tokenizer.ggml.add_{name}_token"
-    if metadata.get(key) and ids[name] is None:
-        raise UserError(f"{key} is set, but the file has no {name}_token_id")
+    refuse(metadata.get(key) and ids[name] is None, f"{key} is set, but the file has no {name}_token_id")
     return bool(metadata.get(key, default)) and ids[name] is not None
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import decode, decode_cases
-from bench.measure import Ceilings
+from bench.measure import Ceilings, Session
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -80,3 +80,20 @@ def test_the_bound_counts_weights_cache_and_products():
         model, (None, 1000, 0, 1), ceilings
     )  # a thousand rows: arithmetic binds
     assert many == pytest.approx(2 * 6.607e9 * 1000 / 8e14, rel=2e-3)
+
+
+def test_a_case_leaves_time_to_the_next_and_calls_what_compiles_nothing_briefly_first():
+    """In `make gpu` the slow baseline of the first case would otherwise take the time of the second."""
+    calls: list[tuple[str, int]] = []
+
+    def system(name):
+        return lambda prompts, new: calls.append((name, new)) or [[0] * new]
+
+    systems = {name: system(name) for name in ("anvil", "eager")}
+    session, case = Session(100), (decode_cases.TINY, 1, 9, 20)
+    found = decode_cases.measure("d1", case, systems, 3, session)
+    first = [("anvil", 20), ("eager", decode_cases.FIRST_TOKENS["eager"])]
+    assert calls == first + 3 * [("anvil", 20), ("eager", 20)]
+    assert [len(found["eager"][key]) for key in ("seconds", "tokens")] == [3, 1] and first[1][1] < 20
+    one_turn = decode_cases.measure("d1", case, systems, 3, session, kept=200.0)
+    assert len(one_turn["anvil"]["seconds"]) == 1

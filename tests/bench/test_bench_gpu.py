@@ -82,8 +82,9 @@ def test_parts_share_the_folder_and_each_is_told_its_time(tmp_path):
 
 REPORTS = {
     "train": {
+        "machine": {"gpu": "NVIDIA H200"},
         "ceilings": {"sustained_tflops": 700.0},
-        "left_out": ["T4"],
+        "left_out": ["T4p (no time left of 9 s)", "T4 (no time left of 9 s)"],
         "failed": [],
         "rows": {
             "T1": {
@@ -92,16 +93,23 @@ REPORTS = {
                     "hf default": {"tokens_per_second": 400.0, "peak_gib": 30.0},
                 },
                 "not_run": {"hf best (no recompute)": "OutOfMemoryError: CUDA out of memory"},
-            }
+            },
+            "T8": {"systems": {"anvil": {"tokens_per_second": 1400.0, "peak_gib": None}}, "not_run": {}},
         },
     },
     "kernels": {
+        "machine": {"gpu": "NVIDIA H200"},
         "left_out": [],
         "failed": [],
         "rows": [
             {"case": "attention", "sizes": "B4", "system": system, "pass": "forward", "share": share,
              "timing": {"seconds": seconds}}
             for system, share, seconds in (("anvil", 0.6, 1), ("anvil triton", 0.5, 1.2), ("cudnn", 0.6, 0.9))
+        ] + [
+            {"case": "dequantise_4bit", "sizes": f"9x8 nf4{double}", "system": system, "pass": "forward",
+             "share": 0.7, "timing": {"seconds": seconds}}
+            for double, theirs in (("", 1.2), (", double quantisation", 1.4))
+            for system, seconds in (("anvil", 1), ("bitsandbytes", theirs))
         ],
     },
 }  # fmt: skip
@@ -120,11 +128,19 @@ def test_every_goal_has_a_row_with_its_number_or_the_reason_why_there_is_none(tm
     assert (speed["measured"], speed["remark"]) == ("2.25", "reached")
     assert by_what["T1e", "share of the rate of products"]["measured"] == "0.7"
     assert "out of memory" in by_what["T1b", "over HF at its best"]["remark"]
-    assert by_what["T4", "Alpaca's lengths: over HF padded"]["remark"] == "left out for time: T4"
+    assert by_what["T4", "Alpaca's lengths: over HF padded"]["remark"] == "left out: T4 (no time left of 9 s)"
     auto = by_what["K1", "attention forward, auto: over cuDNN"]
     own = by_what["K1", "attention forward, own: over cuDNN"]
     assert (auto["measured"], own["measured"], own["remark"]) == ("0.9", "0.75", "missed")
+    on = [by_what["T8", f"QLoRA 70B, 1 x 2048, {gpu}: tok/s"] for gpu in ("H100", "H200")]
+    assert on[0]["remark"] == "a mark of H100; this is NVIDIA H200" and on[1]["remark"] == "reached"
+    written = [by_what["K5", f"{double}over bitsandbytes"]["measured"] for double in ("", "double: ")]
+    assert written == ["1.2", "1.4"]
     assert by_what["D1", "share of the bound"]["remark"] == "the part decode was not run"
+    reports = goals.read_reports(tmp_path, "h200")
+    reports["train"]["machine"] = {"gpu": None}
+    verdicts = {line["remark"] for line in goals.lines_of(reports) if line["measured"] != "not measured"}
+    assert verdicts == {"smoke test on a CPU: means nothing"}
     old = goals.lines_of(goals.read_reports(tmp_path, "h200", since=time.time() + 60))
     assert {line["measured"] for line in old} == {"not measured"}
 

@@ -1,6 +1,7 @@
 """bench/kernels.py from its command line, on a CPU at tiny sizes: the paths that a GPU run takes, without a
 GPU."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -34,7 +35,10 @@ def test_every_case_is_measured_and_as_exact_as_its_reference(tmp_path):
         assert row["timing"]["low"] <= row["timing"]["seconds"] <= row["timing"]["high"]
         assert "error" in row or row["case"] == "adamw"
     baselines = [row for row in report["rows"] if row["system"] != "anvil"]
-    assert {row["not_run"] for row in baselines if "not_run" in row} <= {"no CPU version"}
+    allowed = {"no CPU version"}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        allowed.add("ModuleNotFoundError: No module named 'bitsandbytes'")
+    assert {row["not_run"] for row in baselines if "not_run" in row} <= allowed
     assert {"eager", "compile", "cudnn", "flash"} <= {
         row["system"] for row in baselines if "not_run" not in row
     }
@@ -74,7 +78,7 @@ def test_a_wrong_kernel_fails_the_run_and_the_other_cases_still_run(tmp_path):
 def test_what_does_not_fit_into_the_time_is_named(tmp_path):
     done = start("device=cpu", "only=rope", "seconds=0", f"out={tmp_path}")
     assert done.returncode == 0, done.stderr
-    assert "left out for time" in done.stdout and ": anvil" in done.stdout
+    assert "(no time left of " in done.stdout and ": anvil" in done.stdout
     assert json.loads((tmp_path / "kernels_rope_cpu.json").read_text())["rows"] == []
 
 

@@ -158,6 +158,34 @@ def test_a_template_that_the_checkpoint_has_by_name_is_chosen_in_training_chat_a
     assert transformers.AutoTokenizer.from_pretrained(chosen).chat_template == rag
 
 
+@pytest.mark.parametrize("anew", [False, True])
+def test_an_adapter_is_continued_with_the_tokenizer_that_it_was_saved_with(tiny, base, capsys, anew):
+    """As chat.py and export.py read it, and peft's users: its tokens and its template were trained."""
+    adapter, name = tiny.folder / f"continued {anew}", f"goes on {anew}"
+    assert tiny.train(adapter.name, model_name_or_path=base, max_steps=1) == 0
+    edit(adapter / "tokenizer.json", added_tokens=[*read(adapter / "tokenizer.json")["added_tokens"], {
+        "id": 700, "content": "<|mine|>", "single_word": False, "lstrip": False, "rstrip": False,
+        "normalized": False, "special": True}])  # fmt: skip
+    capsys.readouterr()
+    keys = {"adapter_name_or_path": adapter, "create_new_adapter": anew, "template": None}
+    assert tiny.train(name, model_name_or_path=base, max_steps=1, **keys) == 0
+    assert f"note: tokens and chat template are those saved with {adapter}" in capsys.readouterr().out
+    there = transformers.AutoTokenizer.from_pretrained(tiny.folder / name)
+    before = transformers.AutoTokenizer.from_pretrained(adapter)
+    assert there.get_vocab() == before.get_vocab() and "<|mine|>" in there.get_vocab()
+    assert there.chat_template == before.chat_template != OLD
+    assert ends(tiny.folder / name)[0] == ends(adapter)[0] == "<|im_end|>"
+    (adapter / "tokenizer.json").unlink()  # as peft alone saves it
+    assert (
+        tiny.train(f"{name} without", model_name_or_path=base, max_steps=1, **(keys | {"template": "chatml"}))
+        == 0
+    )
+    assert (
+        "<|mine|>"
+        not in transformers.AutoTokenizer.from_pretrained(tiny.folder / f"{name} without").get_vocab()
+    )
+
+
 def test_the_tokenizer_of_an_adapter_is_exported_without_files_of_the_base(tiny, base):
     """As peft folders of older transformers are: the template stands in tokenizer_config.json alone."""
     folder = shutil.copytree(base, tiny.folder / "base with a file")

@@ -23,7 +23,7 @@ def test_equals_the_formula(outputs, inputs, groups, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        found = ByteTable(parts)(x)
+        (found,) = ByteTable(parts)(x[None])
     finally:
         torch.set_num_threads(before)
     wide = [Bytes(codes, zero, scales.double()) for codes, zero, scales in parts]

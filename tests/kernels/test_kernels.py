@@ -21,7 +21,7 @@ from kernels.cross_entropy import linear_cross_entropy_reference
 from kernels.gated_mlp import ACTIVATIONS, gated_mlp_reference
 from kernels.linear import Part, linear_onednn, linear_reference, onednn_fp32_available
 from kernels.lora_linear import lora_linears, lora_linears_reference
-from kernels.rms_norm import rms_norm_reference
+from kernels.rms_norm import add_rms_norm_reference, rms_norm_reference
 from kernels.rope import rope_reference
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -371,19 +371,41 @@ def test_rms_norm_takes_the_mean_in_fp32():
     torch.testing.assert_close(kernels.rms_norm(x, torch.ones(64), 1e-6), torch.ones(1, 64).half())
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("wide_stream", [False, True])
+def test_the_norm_of_one_token_in_decoding(wide_stream, offset, dtype):
+    x, delta, weight = random(1, 123, scale=3.0), random(1, 123, seed=1), random(123, seed=2)
+    given = (
+        x.to(torch.float32 if wide_stream else dtype),
+        delta.to(dtype),
+        weight.to(dtype),
+        1e-5,
+        offset,
+        dtype,
+    )
+    truth = rms_norm_reference(given[0].double() + given[1].double(), given[2].double(), 1e-5, offset)
+    normed, total = kernels.add_rms_norm(*given)
+    plain, expected = add_rms_norm_reference(*given)
+    assert torch.equal(total, expected) and normed.dtype is dtype
+    assert relative_error(normed, truth) <= 2 * relative_error(plain, truth) + 1e-6
+    alone, same = kernels.add_rms_norm(expected, None, *given[2:])
+    assert torch.equal(alone, normed) and same is expected
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(("heads", "size", "rotary"), [((1, 1), 2, 2), ((3, 1), 14, 14), ((6, 2), 64, 24)])
 def test_rope(heads, size, rotary, interleaved, dtype):
-    tokens = 17
-    angle = random(tokens, rotary // 2, seed=1, scale=5.0)
-    operands = [
-        random(tokens, heads[0], size),
-        random(tokens, heads[1], size, seed=2),
-        angle.cos(),
-        angle.sin(),
-    ]
-    for trained in ((0, 1), (1,), ()):
+    for tokens, trained in ((17, (0, 1)), (17, (1,)), (17, ()), (1, ())):
+        angle = random(tokens, rotary // 2, seed=1, scale=5.0)
+        operands = [
+            random(tokens, heads[0], size),
+            random(tokens, heads[1], size, seed=2),
+            angle.cos(),
+            angle.sin(),
+        ]
         kernel, reference = (
             partial(function, interleaved=interleaved) for function in (kernels.rope, rope_reference)
         )

@@ -41,6 +41,11 @@ def raises(error):
             "train.py: a.json: Permission denied",
         ),
         (NotADirectoryError(errno.ENOTDIR, "Not a directory", "f/x"), 2, "train.py: f/x: Not a directory"),
+        (
+            IsADirectoryError(errno.EISDIR, "Is a directory", ".tmp", None, "out/a.json"),
+            2,
+            "train.py: out/a.json: Is a directory",
+        ),
     ],
 )
 def test_what_is_told_is_one_line_and_a_status(capsys, monkeypatch, error, status, line):

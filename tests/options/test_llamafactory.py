@@ -234,7 +234,6 @@ def test_accelerates_environment_is_read_as_keys_of_ours(monkeypatch, tmp_path):
     ("variables", "part"),
     [
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_SHARDING_STRATEGY": "FULL_SHARD"}, "FSDP"),
-        ({"FSDP_SHARDING_STRATEGY": "FULL_SHARD"}, "FSDP"),
         ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "DeepSpeed"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true", "MEGATRON_LM_TP_DEGREE": "2"}, "Megatron"),
         ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "8-bit floating point"),
@@ -248,6 +247,38 @@ def test_what_accelerate_was_asked_for_and_is_not_here_is_refused_by_name(monkey
     (line,) = str(caught.value).splitlines()
     name, value = next(iter(variables.items()))
     assert f"{name}={value} (environment)" in line and part in line
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {
+            "FSDP_VERSION": "2",
+            "FSDP_SHARDING_STRATEGY": "FULL_SHARD",
+            "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+        },
+        {"ACCELERATE_USE_FSDP": "false", "FSDP_OFFLOAD_PARAMS": "true"},
+        {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "ACCELERATE_GRADIENT_CLIPPING": "1.0"},
+        {"MEGATRON_LM_TP_DEGREE": "2", "PARALLELISM_CONFIG_TP_SIZE": "2"},
+        {"ACCELERATE_DYNAMO_MODE": "max-autotune", "ACCELERATE_DYNAMO_USE_FULLGRAPH": "True"},
+        {"ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE": "DATA_PARALLEL", "ACCELERATE_ALLOW_CP_STANDALONE": "true"},
+    ],
+)
+def test_details_of_a_part_that_nothing_switches_on_ask_for_nothing(monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert train("").notices == ()
+
+
+def test_a_variable_of_accelerate_that_nobody_here_knows_is_named(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DISABLE_RICH", "1")
+    assert train("").notices == ("not used by this script: ACCELERATE_DISABLE_RICH",)
+
+
+def test_the_precision_of_the_options_beats_that_of_the_environment(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    loaded = train("fp16=true")
+    assert loaded.values["fp16"] and not loaded.values["bf16"]
 
 
 # Messages that misled

@@ -401,7 +401,7 @@ def test_whole_rows_are_held_out(size, rows):
 
 
 def test_holding_out_everything_is_refused():
-    with pytest.raises(ValueError, match="val_size is 5, but there are only 5 rows"):
+    with pytest.raises(ValueError, match=r"val_size: 5 of the rows that are used \(5\) leaves none"):
         hold_out(np.array([(0, row) for row in range(5)]), 5, 0)
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from options.errors import UserError
 from pipeline import readers
-from pipeline.formats import Dropped, check_stage, to_conversation, to_document, to_pair, to_rated
+from pipeline.formats import Dropped, check_stage, is_ranked, to_conversation, to_document, to_pair, to_rated
 from pipeline.readers import read_file
 from pipeline.sources import (
     OPENAI_TAGS,
@@ -75,8 +75,10 @@ def test_every_file_type_gives_the_same_rows(tmp_path):
         pyarrow.ipc.new_stream(file, table.schema) as writer,
     ):
         writer.write_table(table, max_chunksize=2)
-    for name in ("a.json", "b.jsonl", "lines.json", "c.csv", "d.parquet", "e.arrow", "f.arrow"):
+    for name in ("a.json", "b.jsonl", "lines.json", "d.parquet", "e.arrow", "f.arrow"):
         assert rows_of(tmp_path / name) == ROWS, name
+    of_text = datasets.load_dataset("csv", data_files=str(tmp_path / "c.csv"), split="train").to_list()
+    assert rows_of(tmp_path / "c.csv") == of_text == [row | {"input": None} for row in ROWS]
 
 
 def test_arrow_file_of_the_datasets_library(tmp_path):
@@ -280,7 +282,7 @@ def test_hub_is_chosen_as_llama_factory_does(tmp_path, monkeypatch):
     [
         ([], "expected an object"),
         ({}, "none of hf_hub_url, ms_hub_url and file_name"),
-        ({"script_url": "x"}, "script_url is not supported: it would run Python code"),
+        ({"script_url": "x"}, "script_url: it would run Python code"),
         ({"file_name": ""}, "file_name is ''"),
         ({"file_name": "../x.json"}, "leaves the folder"),
         ({"file_name": "a/../../x.json"}, "leaves the folder"),
@@ -416,9 +418,54 @@ def test_columns_by_path_are_those_of_all_rows(tmp_path, ending):
         Message("system", "Be brief."),
         Message("user", "Translate:\ngood night"),
     ]
-    if ending != "csv":  # where nothing is an empty text
-        with pytest.raises(Dropped, match="no answer"):
-            to_conversation(found[2], info)
+    with pytest.raises(Dropped, match="no answer"):
+        to_conversation(found[2], info)
+
+
+TALK = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+SPOKEN = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+TABLES = {
+    "messages": [
+        {"messages": None, "label": True},
+        {"messages": TALK, "label": False, "tools": [{"name": "f"}]},
+    ],
+    "functions": [{"messages": TALK, "functions": [{"name": "f"}]}],
+    "conversations": [{"conversations": SPOKEN, "system": None}],
+    "history": [{"instruction": "a", "output": "b", "history": [["c", "d"]]}],
+    "pairs": [{"prompt": TALK[:1], "chosen": TALK[1:], "rejected": [TALK[1] | {"content": "c"}]}],
+    "whole pairs": [{"chosen": TALK, "rejected": [TALK[0], TALK[1] | {"content": "c"}]}],
+    "completion": [{"prompt": TALK[:1], "completion": TALK[1:]}, {"prompt": TALK[:1], "completion": "b"}],
+    "texts": [
+        {"prompt": "[1, 2] is", "completion": '["a", "list"]'},
+        {"prompt": "{}", "completion": '{"role": 1}'},
+    ],
+}
+
+
+@pytest.mark.parametrize("case", TABLES)
+def test_a_table_of_text_says_what_other_files_say(tmp_path, case):
+    made = []
+    for ending in ("jsonl", "csv"):
+        rows = TABLES[case]
+        if ending == "csv":  # an object is its JSON there, and null an empty cell
+            rows = [
+                {
+                    name: value if isinstance(value, str | bool | None) else json.dumps(value)
+                    for name, value in row.items()
+                }
+                for row in rows
+            ]
+        write_rows(tmp_path / f"rows.{ending}", rows)
+        info = find_dataset(f"rows.{ending}", tmp_path)
+        found = []
+        for _, _, row in read_rows(info):
+            try:
+                found.append(to_pair(row, info) if is_ranked(info) else to_conversation(row, info))
+            except Dropped as reason:
+                found.append(str(reason))
+        made.append(((info.formatting, info.columns, info.ranking), found))
+    assert made[0] == made[1]
+    assert any(not isinstance(each, str) for each in made[0][1])
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "json", "parquet"])

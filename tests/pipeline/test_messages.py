@@ -12,7 +12,7 @@ from tiny_tokenizers import make_tokenizer
 
 from options.errors import UserError
 from pipeline.encoding import ChunkEncoder, EncodeOptions
-from pipeline.formats import Dropped, to_conversation, to_rated
+from pipeline.formats import Dropped, to_conversation, to_pair, to_rated
 from pipeline.report import DataReport, DatasetReport
 from pipeline.sources import OPENAI_TAGS, SHAREGPT_TAGS, DatasetInfo, find_dataset, read_rows
 from pipeline.store import Tally
@@ -77,10 +77,10 @@ def openai(**columns):
     return DatasetInfo("d", "file", "x", "openai", {"messages": "messages", **columns}, OPENAI_TAGS)
 
 
-def encode(row, tokenizer, template, info=None, tally=None, **options):
+def encode(row, tokenizer, template, info=None, tally=None, cutoff=4096, **options):
     """The whole text and the list of trained texts of one row of stage sft."""
     encoder = ChunkEncoder(
-        info or openai(tools="tools"), 0, template, tokenizer, EncodeOptions("dialogue", 4096, **options)
+        info or openai(tools="tools"), 0, template, tokenizer, EncodeOptions("dialogue", cutoff, **options)
     )
     (example,) = encoder.encode((0, "row 0", row), tally or Tally())
     texts, last = [], False
@@ -427,6 +427,58 @@ def test_arguments_are_text_where_the_template_joins_text(tokenizer, theirs):
         assert '{"day": 1}' in encode(spelled, tokenizer, get_template(None, source))[0]
 
 
+@pytest.mark.parametrize("arguments", ['{"day": 1}', {"day": 1}])
+@pytest.mark.parametrize("content", [None, "I look.", "absent"])
+def test_the_function_call_of_older_data_is_a_call_without_an_id(tokenizer, theirs, arguments, content):
+    older = said("assistant", content, function_call={"name": "f", "arguments": arguments})
+    call = {"type": "function", "function": {"name": "f", "arguments": {"day": 1}}}
+    newer = said("assistant", content, tool_calls=[call])
+    if content == "absent":
+        del older["content"], newer["content"]
+    rest = [said("assistant", "No.", function_call=None)]
+    row = {"messages": [ASK, older, said("function", "dry", name="f"), *rest], "functions": [FORECAST]}
+    expected = theirs.apply_chat_template(
+        [ASK, newer, said("tool", "dry", name="f"), *rest], chat_template=ALL, tools=TOOLS, tokenize=False
+    )
+    tally = Tally()
+    text, trained = encode(row, tokenizer, get_template(None, ALL), openai(tools="functions"), tally)
+    assert text == expected and len(trained) == 2 and tally.notes == {}
+    assert '<call >f {"day": 1}<|im_end|>' in trained[0]
+    with pytest.raises(UserError, match=r"'messages'\[1\]\.tool_calls: not JSON"):
+        encode(
+            {"messages": [ASK, said("assistant", None, function_call="f")]}, tokenizer, get_template("qwen")
+        )
+
+
+@pytest.mark.parametrize("result", [{"t": 3}, [1, 2], [{"a": None}], 7, True, None, "dry", []])
+def test_what_a_tool_gives_need_not_be_text(tokenizer, theirs, result):
+    messages = [
+        ASK,
+        said("assistant", "", tool_calls=[call(1, {})]),
+        said("tool", result),
+        said("assistant", "No."),
+    ]
+    plain = [{}] if result == [{"a": None}] else result
+    as_text = result if isinstance(result, str) else "" if result in (None, []) else json.dumps(plain)
+    as_json = ALL.replace(
+        "m.content or ''",
+        "(m.content | tojson if m.content is mapping else m.content) if m.role == 'tool' else m.content",
+    )
+    for source, of_tool in ((ALL, as_text), (as_json, result if isinstance(result, dict) else as_text)):
+        expected = theirs.apply_chat_template(
+            [*messages[:2], said("tool", of_tool), messages[3]], chat_template=source, tokenize=False
+        )
+        text, trained = encode({"messages": messages}, tokenizer, get_template(None, source))
+        assert text == expected and trained[-1].startswith("No.")
+    assert (
+        f"<tool_response>\n{as_text}\n</tool_response>"
+        in encode({"messages": messages}, tokenizer, get_template("qwen"))[0]
+    )
+    for source in (None, as_json):  # also where the row is cut
+        template = get_template(None, source) if source else get_template("qwen")
+        assert encode({"messages": messages}, tokenizer, template, cutoff=90)[1]
+
+
 def test_calls_in_other_spellings():
     bare = {"name": "f", "arguments": {}}
     for calls in (
@@ -451,6 +503,17 @@ def test_calls_in_other_spellings():
         assert to_conversation({"messages": [ASK, message]}, openai()).turns[1].role == "assistant"
     with pytest.raises(UserError, match=r"'messages'\[1\]\.content: expected text, found NoneType"):
         to_conversation({"messages": [ASK, said("assistant", None)]}, openai())
+
+
+def test_an_answer_that_is_a_thought_alone_is_one(tokenizer):
+    thoughts = [said("assistant", text, reasoning_content="Dry.") for text in ("", None)]
+    info = openai(chosen="chosen", rejected="rejected")
+    for thought in thoughts:
+        row = {"messages": [ASK], "chosen": thought, "rejected": said("assistant", "Yes.")}
+        _, chosen, rejected = to_pair(row, info)
+        assert chosen.more["reasoning_content"] == "Dry." and rejected.content == "Yes."
+    with pytest.raises(Dropped, match="empty chosen answer"):
+        to_pair(row | {"chosen": said("assistant", "", reasoning_content="")}, info)
 
 
 def test_calls_are_answers_in_every_kind_of_row():

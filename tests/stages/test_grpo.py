@@ -36,6 +36,7 @@ from stages.reference import Reference
 from stages.rewards import RewardSource
 from stages.rollouts import clipped_losses, prompts_of
 from text.tokenizer import Tokenizer
+from training.instruments import MetricWindow
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 COUNTS = [
@@ -271,6 +272,38 @@ def test_means_are_of_the_answers_that_a_function_speaks_of(tiny):
     advantages = group[1].per_segment["advantages"]
     assert advantages[0] == 0 and advantages[1] == -advantages[2] != 0
     assert stage.evaluate(model, iter(drawn), ALONE)["reward"] == pytest.approx((3 + 8 + 14) / 3)
+
+
+def test_what_nobody_said_anything_of_has_no_mean(tiny):
+    """A column of NaN is trl's; a mean of 0 would be a reward."""
+
+    class Silent(RewardSource):
+        names, weights, may_abstain = ("never", "always"), (1.0, 1.0), True
+
+        def measure(self, samples):
+            return torch.tensor([[NONE, 1.0]] * len(samples))
+
+    class Mute(Silent):
+        def measure(self, samples):
+            return torch.tensor([[NONE, NONE]] * len(samples))
+
+    stage, model, drawn = written_stage(tiny)
+    for reward, known in ((Silent(), {"rewards/always/mean", "reward"}), (Mute(), set())):
+        stage.reward, window = reward, MetricWindow(ALONE)
+        group = next(stage.groups(model, drawn, 0))
+        window.add(torch.zeros(()), group, [stage.loss(model.eval(), batch)[1] for batch in group])
+        means = window.totals().metrics
+        assert {name for name in means if name == "reward" or name.startswith("rewards/")} == known
+        evaluated = stage.evaluate(model, iter(drawn), ALONE)
+        assert ("reward" in evaluated) == bool(known) and "completions/mean_length" in evaluated
+
+
+def test_an_evaluation_without_a_reward_is_no_gain(tiny):
+    (tiny.folder / "mute.py").write_text("def mute(completions, **others): return [None] * len(completions)")
+    keys = tiny.keys | {"reward_file": tiny.folder / "mute.py", "val_size": 2, "evaluation_strategy": "steps"}
+    keys |= {"early_stopping_steps": 2, "max_steps": 5, "eval_steps": 1, "save_strategy": "steps"}
+    assert tiny.train("mute", **keys, metric_for_best_model="reward", save_steps=1) == 0
+    assert "reward" not in tiny.log("mute")[0] and len(tiny.losses("mute")) == 2
 
 
 @pytest.mark.parametrize("estimator, factor", [("grpo", 1.0), ("rloo", 4 / 3)])

@@ -218,6 +218,17 @@ def test_a_prompt_without_room_for_its_answer_is_left_out_before_the_first_step(
         )
 
 
+@pytest.mark.parametrize("key", ["reward_model", "ref_model"])
+def test_the_smallest_context_of_those_that_read_an_answer_counts(tiny, capsys, key):
+    """Before the first step, and before the weights of a small one are missed."""
+    small = tiny.make_model(f"small {key}", seed=2, max_position_embeddings=96)
+    keys = {"reward_file": None, "reward_model_type": "full"} if key == "reward_model" else {"beta": 0.1}
+    keys |= {key: small, "stage": "grpo", "cutoff_len": 2048, "max_steps": 1, "plan": True}
+    assert tiny.train(f"context {key}", **stage_keys(tiny, **keys)) == 0
+    found = f"the {key} {small} takes 96 tokens with the answer, and max_new_tokens is 6"
+    assert f"cutoff_len is 90 here: {found}" in capsys.readouterr().out
+
+
 def test_new_tokens_that_leave_no_room_for_a_prompt_are_refused(tiny, capsys):
     said = refused(tiny, capsys, "grpo", max_new_tokens=511)
     assert "max_new_tokens: no room for a prompt: the model takes 512 tokens with the answer" in said

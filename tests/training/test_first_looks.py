@@ -109,6 +109,9 @@ def test_folders_of_runs_and_what_a_run_names_are_its_own(tmp_path):
         refuse_foreign(mixed, set())
     refuse_foreign(mixed, {mixed / "sft.yaml", mixed / "tokens" / "train"})
     refuse_foreign(mixed, {mixed})  # an adapter that trains on in place
+    (tmp_path / "1" / "adapter_config.json").mkdir()
+    with pytest.raises(UserError, match=r"1/adapter_config.json is a folder where a run writes files"):
+        refuse_foreign(tmp_path / "1", set())
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model.safetensors").touch()
     with pytest.raises(UserError, match="holds model.safetensors"):

@@ -2,18 +2,26 @@
 weights."""
 
 import dataclasses
+import http.server
 import json
 import shutil
+import threading
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import huggingface_hub
+import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_runs import tiny_runs
+from vendor_checkpoints import write_pair
 
 import quant
 from architectures import config_from_hf
-from checkpoints import trainable
+from checkpoints import hub, trainable
 from checkpoints.huggingface import load_config, load_model
 from generation.cache import KVCache
 from generation.generate import generate
@@ -229,3 +237,107 @@ def test_a_plan_on_a_damaged_file_names_it(tiny, capsys):
     (folder / "config.json").write_text(json.dumps(config))
     assert tiny.train("cut run", model_name_or_path=folder, plan="true") == 2
     assert f"{file}: not a complete safetensors file" in capsys.readouterr().err
+
+
+@contextmanager
+def hub_of(folders: dict[str, Path], monkeypatch, answers=None):
+    """A Hugging Face hub on 127.0.0.1 that knows no ranges: gives what was asked of it. answers: file name ->
+    (bytes, seconds between them) in place of the file's own."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            owner, name, _, revision, file = self.path.strip("/").split("/")
+            asked.append((f"{owner}/{name}", revision, file, dict(self.headers)))
+            self.send_response(200)
+            self.end_headers()
+            with suppress(OSError):  # who has read enough goes
+                body, pause = (answers or {}).get(file) or ((folders[name] / file).read_bytes(), 0.0)
+                for place in range(0, len(body), 1 if pause else len(body) or 1):
+                    self.wfile.write(body[place : place + (1 if pause else len(body))])
+                    time.sleep(pause)
+
+        def log_message(self, *arguments):
+            pass
+
+    def download(name, *, allow_patterns, ignore_patterns, cache_dir, **places):
+        home, there = folders[name.partition("/")[2]], Path(cache_dir or home_of_hub)
+        there = there / f"models--{name.replace('/', '--')}" / "snapshots" / "c0ffee"
+        there.mkdir(parents=True, exist_ok=True)
+        files = [path.name for path in home.iterdir()]
+        for file in huggingface_hub.utils.filter_repo_objects(files, allow_patterns=allow_patterns):
+            shutil.copy(home / file, there)
+        return str(there)
+
+    home_of_hub = next(iter(folders.values())).parent / f"hub {time.monotonic_ns()}"
+    served = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=served.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{served.server_port}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
+    try:
+        yield asked
+    finally:
+        served.shutdown()
+        served.server_close()
+
+
+@pytest.mark.parametrize("kind", ["gptq", "awq", "aqlm 2x8", "gptq in two files"])
+def test_a_plan_of_codes_on_a_hub_asks_for_the_headers_of_its_files(tiny, monkeypatch, capsys, kind):
+    folder, _ = write_pair(tiny, kind.removesuffix(" in two files"))
+    if kind.endswith("files"):
+        tensors = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        parts, weight_map = (dict(list(tensors.items())[number::2]) for number in (0, 1)), {}
+        for number, part in enumerate(parts):
+            save_file(part, folder / f"part-{number}.safetensors", {"format": "pt"})
+            weight_map |= dict.fromkeys(part, f"part-{number}.safetensors")
+        index = {"metadata": {}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    monkeypatch.setattr(plan, "measure_products", lambda dtype, device: 1e9)
+    monkeypatch.setattr(plan, "measure_copies", lambda device: 1e9)
+    monkeypatch.setattr(plan, "resident_bytes", lambda: 0)
+    monkeypatch.setattr(plan, "GIB", 2**10)  # so that the digits of the report tell sizes of a tiny model
+    monkeypatch.setattr(hub, "FIRST_BYTES", 4000)  # less than a header
+    lines = []
+    with hub_of({"codes": folder}, monkeypatch) as asked:
+        for name in ("owner/codes", folder):
+            keys = {"model_name_or_path": name, "plan": "true", "hf_hub_token": "secret"}
+            assert tiny.train("planned", **keys) == 0
+            said = capsys.readouterr().out.splitlines()
+            parts = ("trainable", "  weights ", "  adapters ", "  quantised weights")
+            lines.append([line for line in said if line.startswith(parts)])
+    assert lines[0] == lines[1] and len(lines[0]) >= 4
+    assert {each[:2] for each in asked} == {("owner/codes", "c0ffee")}
+    sizes = {each[2]: each[3]["Range"] for each in asked}
+    assert len(sizes) == (2 if kind.endswith("files") else 1)
+    assert all(int(text.partition("-")[2]) < 20_000 for text in sizes.values())
+    assert all(each[3]["Authorization"] == "Bearer secret" for each in asked)
+
+
+@pytest.mark.parametrize(
+    ("body", "problem"),
+    [
+        (b"\xff" * 8 + b"{}", "is none of safetensors"),
+        ((20).to_bytes(8, "little") + b"<html>not here</html>", "header:1: not JSON"),
+        ((40).to_bytes(8, "little") + b'{"weight": {"data_offsets": [0, "1"]}}  ', "has no data_offsets"),
+        (b"", "header: empty"),
+    ],
+)
+def test_a_hub_whose_file_has_no_header_is_told_with_the_reason(tiny, monkeypatch, capsys, body, problem):
+    folder, _ = write_pair(tiny, "gptq")
+    with hub_of({"codes": folder}, monkeypatch, {"model.safetensors": (body, 0.0)}):
+        assert tiny.train("planned", model_name_or_path="owner/codes", plan="true") == 2
+    said = capsys.readouterr().err
+    assert (
+        "its weights are not here, and a plan fetches none (model.safetensors: " in said and problem in said
+    )
+
+
+def test_a_hub_that_drips_is_not_waited_for(tiny, monkeypatch, capsys):
+    folder, _ = write_pair(tiny, "gptq")
+    monkeypatch.setattr(hub, "HEADER_SECONDS", 0.3)
+    with hub_of({"codes": folder}, monkeypatch, {"model.safetensors": (b"\0" * 99_999, 0.02)}):
+        assert tiny.train("planned", model_name_or_path="owner/codes", plan="true") == 2
+    assert "model.safetensors: not there after 0.3 seconds" in capsys.readouterr().err

@@ -396,7 +396,11 @@ def test_a_flipped_bit_in_any_file_of_a_checkpoint_is_found_and_named(tiny, save
             assert str(caught.value).startswith(f"{path}: ")
     assert resume(tiny, folder) == 2
     assert f"{path}: damaged" in capsys.readouterr().err
+    path.unlink()
+    with pytest.raises(UserError, match=f"{name}: damaged .it is not there, though checksums.json names it"):
+        run_folder.check_files(folder / "checkpoint-10", ONE)
     assert resume(tiny, folder, resume_from_checkpoint=folder / "checkpoint-8") == 0
+    assert f"checkpoint-10: it has no {name}, so it counts as none" in capsys.readouterr().out
     run_folder.check_files(saved / "checkpoint-10", ONE)
 
 

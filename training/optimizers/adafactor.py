@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from training.options import OptimOptions
+from training.rounding import store, turns
 
 SERVES = {"adafactor": 0.1}  # two vectors for each matrix
 DECAY = -0.8  # second moments forget at the rate step^DECAY: section 7.2
@@ -22,13 +23,9 @@ class Adafactor(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    value = parameter.float()  # itself in fp32
-                    value.mul_(1 - group["lr"] * group["weight_decay"])
-                    value.sub_(self._update(parameter), alpha=group["lr"])
-                    parameter.copy_(value)
+        for parameter, group, _, noise in turns(self):
+            value = parameter.float().mul_(1 - group["lr"] * group["weight_decay"])  # itself in fp32
+            store(parameter, value.sub_(self._update(parameter), alpha=group["lr"]), noise)
 
     def _update(self, parameter: Tensor) -> Tensor:
         """The gradient over the root of its second moment, clipped; fp32, of the parameter's shape."""
@@ -36,7 +33,6 @@ class Adafactor(torch.optim.Optimizer):
         squares = gradient.square() + SQUARED_EPSILON
         factored = gradient.ndim >= 2
         means = {"rows": squares.mean(-1), "columns": squares.mean(-2)} if factored else {"all": squares}
-        state["step"] = state.get("step", 0) + 1
         for name, mean in means.items():
             kept = state.setdefault(name, torch.zeros_like(mean))
             kept.lerp_(mean, state["step"] ** DECAY)

@@ -1,18 +1,16 @@
 """AdamW (Loshchilov & Hutter, arXiv 1711.05101): torch's, with one fused kernel where the device has one.
 
-Parameters in bf16 (pure_bf16) keep 8 bits: a step smaller than 1/512 of a weight, and a second moment that
-changes by 1/1000, are rounded away, always. `RoundingAdamW` rounds by chance instead, up as often as the rest
-asks for (stochastic rounding, arXiv 1502.02551), so that on average nothing is lost.
+Parameters and moments in bf16 (pure_bf16) are rounded by chance (rounding.py).
 """
 
 import torch
 from torch import Tensor
 
 from training.options import OptimOptions
+from training.rounding import CHUNK, store, turns
 
 SERVES = {"adamw_torch": 2.0, "adamw_torch_fused": 2.0}  # two moments
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")  # where torch.optim.AdamW has a one-kernel update
-CHUNK = 2**24  # values updated at a time: what is wide for a moment takes 64 MiB a tensor
 
 
 def make(model, groups: list[dict], options: OptimOptions) -> torch.optim.Optimizer:
@@ -27,27 +25,17 @@ def make(model, groups: list[dict], options: OptimOptions) -> torch.optim.Optimi
 
 
 class RoundingAdamW(torch.optim.AdamW):
-    """AdamW in fp32 arithmetic; weights and moments in bf16 are rounded by chance, the same in every process
-    and in a resumed run: the noise follows from the number of the step."""
+    """AdamW in fp32 arithmetic; weights and moments in bf16 are rounded by chance."""
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
-        noise: dict[torch.device, torch.Generator] = {}
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["step"] = torch.zeros((), dtype=torch.float32)
-                    state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(parameter) for _ in range(2))
-                state["step"] += 1
-                number, device = int(state["step"]), parameter.device
-                if device not in noise:
-                    noise[device] = torch.Generator(device).manual_seed(number)
-                tensors = [x.view(-1) for x in (parameter, state["exp_avg"], state["exp_avg_sq"])]
-                for chunk in zip(*(x.split(CHUNK) for x in (*tensors, parameter.grad.reshape(-1)))):
-                    _update(*chunk, group, number, noise[device])
+        for parameter, group, state, noise in turns(self):
+            if "exp_avg" not in state:
+                state["step"] = torch.ones(())  # as torch's, and as it comes back from a file
+                state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(parameter) for _ in range(2))
+            tensors = [x.view(-1) for x in (parameter, state["exp_avg"], state["exp_avg_sq"])]
+            for chunk in zip(*(x.split(CHUNK) for x in (*tensors, parameter.grad.reshape(-1)))):
+                _update(*chunk, group, int(state["step"]), noise)
 
 
 def _update(weight: Tensor, mean: Tensor, square: Tensor, grad: Tensor, group: dict, step: int, noise):
@@ -59,11 +47,4 @@ def _update(weight: Tensor, mean: Tensor, square: Tensor, grad: Tensor, group: d
     new = weight.float().mul_(1 - rate * group["weight_decay"])
     new.addcdiv_(new_mean, divisor, value=-rate / (1 - beta1**step))
     for target, value in ((weight, new), (mean, new_mean), (square, new_square)):
-        target.copy_(rounded_by_chance(value, noise) if target.dtype is torch.bfloat16 else value)
-
-
-def rounded_by_chance(value: Tensor, noise: torch.Generator) -> Tensor:
-    """value (n,) fp32 -> numbers of bf16: one of the two neighbours, the nearer the likelier. Its mean is
-    value."""
-    rest = torch.randint(2**16, value.shape, dtype=torch.int32, device=value.device, generator=noise)
-    return (value.view(torch.int32) + rest).bitwise_and_(-(2**16)).view(torch.float32)
+        store(target, value, noise)

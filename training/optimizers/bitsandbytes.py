@@ -10,6 +10,7 @@ from torch import nn
 
 from options.errors import UserError, refuse
 from training.options import OptimOptions
+from training.rounding import noise_of, store
 
 CLASSES = {"adamw_8bit": "AdamW8bit", "adamw_bnb_8bit": "AdamW8bit"}
 CLASSES |= {"paged_adamw_8bit": "PagedAdamW8bit", "paged_adamw_32bit": "PagedAdamW32bit"}
@@ -35,10 +36,27 @@ def make(model: nn.Module, groups: list[dict], options: OptimOptions) -> torch.o
     settings = {"betas": (options.adam_beta1, options.adam_beta2)}
     if "adamw" in name:
         settings["eps"] = options.adam_epsilon
-    optimizer = getattr(bitsandbytes.optim, CLASSES[name])(groups, lr=options.learning_rate, **settings)
+    theirs = getattr(bitsandbytes.optim, CLASSES[name])
+    optimizer = type(theirs.__name__, (_Rounding, theirs), {})(groups, lr=options.learning_rate, **settings)
     if name.endswith("8bit"):
         _keep_embeddings_in_fp32(optimizer, model)
     return optimizer
+
+
+class _Rounding:
+    """Before a class of bitsandbytes: parameters in bf16 are updated in fp32 and rounded by chance."""
+
+    def update_step(self, group: dict, parameter: nn.Parameter, index: int, place: int) -> None:
+        narrow, grad = parameter.data, parameter.grad
+        if narrow.dtype is torch.bfloat16:
+            parameter.grad, parameter.data = None, narrow.float()  # torch asks for one dtype of the two
+            parameter.grad = grad.float()
+        super().update_step(group, parameter, index, place)
+        if narrow.dtype is torch.bfloat16:
+            noise = noise_of(self.state[parameter]["step"], index, place, narrow.device)
+            store(narrow, parameter.data, noise)
+            parameter.grad, parameter.data = None, narrow
+            parameter.grad = grad
 
 
 def _not_of_the_hub(record: logging.LogRecord) -> bool:

@@ -1,5 +1,5 @@
-"""The straight line for one token (CPU): it is taken after the layout for decoding, and equals the
-modules."""
+"""The layout for decoding: the decoder's own forward gives for one token on a CPU what it gave before, and
+what it gives for the whole row; its products come from the tables."""
 
 import copy
 import dataclasses
@@ -13,7 +13,6 @@ import kernels
 from architectures.config import ModelConfig
 from architectures.layers import RMSNorm
 from architectures.rope import Rope
-from generation import cpu_decode
 from generation.cache import KVCache
 from generation.layout import lay_out_for_decoding
 from lora import LoraLinear, lora_off
@@ -21,6 +20,7 @@ from model import FEED_FORWARD, Attention, Block, Decoder, initialize_weights
 from quant.eetq import EETQFormat
 from quant.gptq import GPTQFormat, GPTQLinear
 from quant.int8 import Int8Format
+from quant.linear import QuantLinear
 from quant.nf4 import NF4Format
 
 SIZES = {"vocab_size": 97, "hidden_size": 60, "intermediate_size": 77, "num_layers": 3, "max_positions": 96}
@@ -52,33 +52,38 @@ def token_by_token(model, tokens):
     with torch.inference_mode():
         for place, token in enumerate(tokens):
             borders = torch.tensor([0, 1], dtype=torch.int32)
-            rows.append(cpu_decode.forward(model, token[None], torch.tensor([place]), borders, 1, cache))
+            rows.append(model(token[None], torch.tensor([place]), borders, 1, cache))
     assert cache.lengths == [len(tokens)]
     return torch.cat(rows), cache.storage
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_equals_the_modules(kind, dtype, monkeypatch):
+def test_one_token_gives_what_it_gave_before_the_layout(kind, dtype, monkeypatch):
     model = decoder(kind, dtype)
     tokens = torch.randint(97, (13,), generator=torch.Generator().manual_seed(1))
     exact = token_by_token(copy.deepcopy(model).double(), tokens)
     by_modules = token_by_token(model, tokens)
     lay_out_for_decoding(model)
-    for block in model.layers:  # whoever took the long way would fail
-        monkeypatch.setattr(block, "forward", None)
+    monkeypatch.setattr(kernels, "linear", None)  # a product that passed its table would fail
     for found, plain, truth in zip(token_by_token(model, tokens), by_modules, exact):
         assert relative_error(found, truth) <= 2 * relative_error(plain, truth) + 1e-6
 
 
-def test_is_not_taken_with_gradients_or_for_several_rows():
-    model = decoder("plain", torch.float32)
+def test_a_laid_out_model_still_trains():
+    plain, model = decoder("biases, tied head", torch.float32), decoder("biases, tied head", torch.float32)
     lay_out_for_decoding(model)
-    rows = torch.zeros(2, 60)
-    with torch.no_grad():
-        assert model.runtime.one_row.serves(rows[:1]) and not model.runtime.one_row.serves(rows)
-        assert not model.runtime.one_row.serves(rows[:1].double())
-    assert not model.runtime.one_row.serves(rows[:1])
+    tokens, borders = torch.arange(7), torch.tensor([0, 7], dtype=torch.int32)
+    for each in (plain, model):
+        each(tokens, tokens, borders, 7).square().sum().backward()
+    expected = {name: parameter.grad for name, parameter in plain.named_parameters()}
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], atol=1e-3, rtol=1e-4)
+    with torch.no_grad():  # and the tables follow what an optimizer writes
+        for parameter in [*plain.parameters(), *model.parameters()]:
+            parameter.mul_(0.5)
+    for found, wanted in zip(token_by_token(model, tokens), token_by_token(plain, tokens)):
+        torch.testing.assert_close(found, wanted)
 
 
 def test_a_tied_head_is_turned_in_place_of_being_held_twice():
@@ -154,20 +159,25 @@ def quantised(kind, chosen, dtype, adapters=False, **sizes):
     return model, dense
 
 
+def is_in_bytes(model):
+    tables = [module.table for module in model.layers.modules() if isinstance(module, QuantLinear)]
+    assert None not in tables
+    return all(table.weight is None for table in tables)
+
+
 @pytest.mark.parametrize("adapters", [False, True], ids=["", "adapters"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("chosen", FORMATS)
 @pytest.mark.parametrize("sizes", [{}, BLOCKS_OF_64], ids=["odd", "of 64"])
-def test_quantised_layers_take_the_straight_line_too(sizes, chosen, dtype, adapters, monkeypatch):
+def test_quantised_layers_are_read_from_tables_too(sizes, chosen, dtype, adapters, monkeypatch):
     model, dense = quantised("biases, tied head", FORMATS[chosen], dtype, adapters, **sizes)
     tokens = torch.randint(97, (13,), generator=torch.Generator().manual_seed(1))
     plain = copy.deepcopy(dense).to(dtype)
     exact, by_modules = token_by_token(dense, tokens), token_by_token(plain, tokens)
     lay_out_for_decoding(model)
     in_bytes = "int8" in chosen or (dtype is torch.bfloat16 and bool(sizes))
-    assert model.runtime.one_row.wide == in_bytes  # the others have their weights expanded
-    for block in model.layers:
-        monkeypatch.setattr(block, "forward", None)
+    assert is_in_bytes(model) == in_bytes  # the others have their weights expanded
+    monkeypatch.setattr(QuantLinear, "dequantize", None)
     # the sums of bytes hold x * zero on the way, numbers some times larger than x * weight
     allowed = 1e-5 if in_bytes else 1e-6
     for found, rounded, truth in zip(token_by_token(model, tokens), by_modules, exact):
@@ -183,33 +193,38 @@ def test_whole_numbers_in_groups_are_read_as_bytes(chosen, dtype):
     plain = copy.deepcopy(dense).to(dtype)
     exact, by_modules = token_by_token(dense, tokens), token_by_token(plain, tokens)
     lay_out_for_decoding(model)
-    assert model.runtime.one_row.wide == (chosen != "8 zeros")
+    assert is_in_bytes(model) == (chosen != "8 zeros")
     for found, rounded, truth in zip(token_by_token(model, tokens), by_modules, exact):
         assert relative_error(found, truth) <= 2 * relative_error(rounded, truth) + 1e-5
 
 
-def test_an_adapter_that_changed_or_is_off_is_left_to_the_modules():
-    model, _ = quantised("plain", Int8Format(), torch.float32, adapters=True)
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_may_change_be_switched_off_or_be_more_than_a_sum(dora):
+    model, _ = quantised("plain", NF4Format(), torch.float32, adapters=True)
+    if dora:
+        model.layers[0].mlp.up_proj = LoraLinear(model.layers[0].mlp.up_proj.base, 3, 6.0, dora=True).eval()
     model.requires_grad_(False)
-    lay_out_for_decoding(model)
-    row = torch.zeros(1, 60)
-    with torch.no_grad():
-        assert model.runtime.one_row.serves(row)
-        with lora_off(model):
-            assert not model.runtime.one_row.serves(row)
-        assert model.runtime.one_row.serves(row)
-        model.layers[1].mlp.up_proj.lora_b.mul_(2)
-        assert not model.runtime.one_row.serves(row)
+    laid_out, tokens = copy.deepcopy(model), torch.arange(5)
+    lay_out_for_decoding(laid_out)
+
+    def same():
+        pairs = zip(token_by_token(laid_out, tokens), token_by_token(model, tokens))
+        return all(relative_error(found, plain.double()) < 1e-5 for found, plain in pairs)
+
+    assert same()
+    with lora_off(model):
+        assert not same()
+        with lora_off(laid_out):
+            assert same()
+    for each in (model, laid_out):
+        each.layers[1].mlp.up_proj.lora_b.data.mul_(2)
+    assert same()
 
 
-def test_an_adapter_that_is_not_just_added_is_left_to_the_modules():
-    model, _ = quantised("plain", Int8Format(), torch.float32)
-    model.layers[0].mlp.up_proj = LoraLinear(model.layers[0].mlp.up_proj, 3, 6.0, dora=True)
-    lay_out_for_decoding(model)
-    assert model.runtime.one_row is None
+# Decoders that somebody changed
 
 
-# Decoders that are not what the straight line knows
+attention_forward, block_forward = Attention.forward, Block.forward
 
 
 def one_plus_weight(self, x, delta, dtype):
@@ -217,13 +232,8 @@ def one_plus_weight(self, x, delta, dtype):
     return kernels.rms_norm(total.to(dtype), self.weight, self.eps, 1.0), total
 
 
-def capped(self, x, cos, sin, context):
-    q, k, v = self.project(x, cos, sin, context)
-    out = context.cache.attend(self.layer, q, k, v, context, self.window, self.scale)
-    return self.o_proj(torch.tanh(out.flatten(-2)))
-
-
-block_forward = Block.forward
+def capped(self, x, *row):
+    return torch.tanh(attention_forward(self, x, *row))
 
 
 def half_added(self, *row):
@@ -240,15 +250,20 @@ EDITS = {  # what somebody writes in one place only: (class, method, what it is 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("edit", EDITS)
-def test_a_decoder_that_was_changed_decodes_as_it_computes(edit, dtype, monkeypatch):
+def test_a_decoder_that_was_changed_decodes_as_it_trains(edit, dtype, monkeypatch):
     monkeypatch.setattr(*EDITS[edit])
-    model = decoder("biases, tied head", dtype)
+    decodes_as_it_trains(decoder("biases, tied head", dtype))
+
+
+def decodes_as_it_trains(model):
+    """Token by token in the layout, what the forward pass of training gives for the whole row."""
     tokens = torch.randint(97, (9,), generator=torch.Generator().manual_seed(1))
-    expected = token_by_token(model, tokens)
+    row = tokens, torch.arange(9), torch.tensor([0, 9], dtype=torch.int32), 9
+    with torch.no_grad():
+        truth, trained = copy.deepcopy(model).double()(*row), model(*row)
     lay_out_for_decoding(model)
-    assert model.runtime.one_row is None
-    for found, plain in zip(token_by_token(model, tokens), expected):
-        assert relative_error(found, plain.double()) < (1e-5 if dtype is torch.float32 else 0.02)
+    found, _ = token_by_token(model, tokens)
+    assert relative_error(found, truth) <= 2 * relative_error(trained, truth) + 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,15 +271,22 @@ class WiderConfig(ModelConfig):
     softcap: float = 0.0
 
 
-def test_a_switch_that_the_straight_line_does_not_know_is_left_to_the_modules():
-    for softcap, taken in ((0.0, True), (30.0, False)):
-        model = Decoder(WiderConfig(**SIZES, softcap=softcap)).eval()
-        initialize_weights(model, torch.Generator().manual_seed(3))
-        lay_out_for_decoding(model)
-        assert (model.runtime.one_row is not None) == taken
-    model = Decoder(ModelConfig(**SIZES, qk_norm=True)).eval()
-    lay_out_for_decoding(model)
-    assert model.runtime.one_row is None
+class CappedBlock(Block):
+    def __init__(self, config, layer, **factory):
+        super().__init__(config, layer, **factory)
+        self.softcap = config.softcap
+
+    def forward(self, *row):
+        x, delta = super().forward(*row)
+        return x, self.softcap * torch.tanh(delta / self.softcap) if self.softcap else delta
+
+
+@pytest.mark.parametrize("switch", [{}, {"softcap": 0.5}, {"qk_norm": True}], ids=str)
+def test_a_switch_that_the_layout_does_not_know_is_in_decoding_too(switch, monkeypatch):
+    monkeypatch.setattr("model.Block", CappedBlock)
+    model = Decoder(WiderConfig(**SIZES, **switch)).eval()
+    initialize_weights(model, torch.Generator().manual_seed(3))
+    decodes_as_it_trains(model)
 
 
 class Doubled(nn.Module):
@@ -275,12 +297,8 @@ class Doubled(nn.Module):
         return 2 * x
 
 
-def test_another_kind_of_layer_is_left_to_the_modules(monkeypatch):
+def test_another_kind_of_layer_is_left_as_it_is(monkeypatch):
     monkeypatch.setitem(FEED_FORWARD, "doubled", Doubled)
     model = Decoder(ModelConfig(**SIZES, feed_forward_kinds=("mlp", "doubled", "mlp"))).eval()
     initialize_weights(model, torch.Generator().manual_seed(3))
-    tokens = torch.randint(97, (9,), generator=torch.Generator().manual_seed(1))
-    expected, _ = token_by_token(model, tokens)
-    lay_out_for_decoding(model)
-    assert model.runtime.one_row is None
-    torch.testing.assert_close(token_by_token(model, tokens)[0], expected, atol=1e-4, rtol=1e-4)
+    decodes_as_it_trains(model)
