@@ -139,7 +139,7 @@ def train(this: Run) -> int:
         return 0
     monitor.begin(progress.step, data.total_steps, run_folder.read_history(inputs.resume), progress.seconds)
     health = Health(world, data.names)
-    gradient_sum, max_norm = GradientSum(this.model, world), optim_options.max_grad_norm
+    gradient_sum, max_norm = GradientSum(this.model, world), optim_options.max_grad_norm or 0.0
     this.model.train()
     if progress.evaluation_due and (stop := evaluate_and_track(this)):
         return this.leave(stop)

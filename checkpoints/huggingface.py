@@ -419,8 +419,7 @@ def restore_trained(model: Decoder, folder: Path) -> None:
         target, fault = targets.pop(name, None), "is nothing that this run trains"
         if target is not None and target.shape != tensor.shape:
             target, fault = None, f"has shape {tuple(tensor.shape)}, this run has {tuple(target.shape)}"
-        if target is None:
-            raise UserError(f"{folder}: tensor {name} {fault}; was another option changed?")
+        refuse(target is None, f"{folder}: tensor {name} {fault}; was another option changed?")
         target.copy_(tensor)
     if targets:
         raise UserError(f"{folder}: tensor {next(iter(targets))} is missing; was lora_target changed since?")

@@ -35,7 +35,7 @@ from kernels.launch import say_once
 from kernels.linear import LinearLayer
 from lora import LoraLinear, LoraOptions, full_modules, lora_layers, merge_for_good, replace_module
 from model import Decoder
-from options.errors import UserError, located
+from options.errors import UserError, located, refuse
 from options.json_fields import NUMBER, Field, check
 from options.limits import bounded
 from quant.linear import QuantLinear, quantised_linears
@@ -315,8 +315,7 @@ def _join_tied_head(file: AdapterFile) -> None:
 def read_adapter_config(folder: Path) -> dict:
     """adapter_config.json of a LoRA adapter; UserError for what would silently mean something else here."""
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"adapter_name_or_path: no folder {folder}")
+    refuse(not folder.is_dir(), f"adapter_name_or_path: no folder {folder}")
     path = folder / ADAPTER_CONFIG
     config = read_json(path)
     if config.get("peft_type") != "LORA":

@@ -165,7 +165,9 @@ def _read_words(argv: list[str], is_flag: Callable[[str], bool | None]) -> tuple
         elif not (is_key and equals):
             found = f"{word!r} on the command line is neither a configuration file ({', '.join(_FILES)})"
             wrong = word.startswith("-") or not word.lower().endswith(_FILES)
-            refuse(wrong, f"{found} nor key=value, --key value or --flag. --help lists the keys.")
+            refuse(
+                wrong, f"{found} nor key=value, --key value or --flag; lists are a,b. --help lists the keys."
+            )
             key, text = "config", word
         if key == "config":
             files.append(text)

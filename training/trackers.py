@@ -71,6 +71,11 @@ class Mlflow:
 TRACKERS = {"tensorboard": TensorBoard, "wandb": Wandb, "mlflow": Mlflow}
 
 
+def installed() -> tuple[str, ...]:
+    """What report_to=all means, as in the Hugging Face trainer."""
+    return tuple(name for name in TRACKERS if importlib.util.find_spec(name) is not None)
+
+
 def check_services(services: tuple[str, ...]) -> None:
     """UserError for a service that is unknown or not installed."""
     for name in services:
