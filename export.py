@@ -81,8 +81,7 @@ class ExportOptions:
             raise UserError(
                 "export_dir: missing; name a folder for the model, for example export_dir=out/merged"
             )
-        if not self.export_size > 0:
-            raise UserError(f"export_size: {self.export_size}; expected GB per shard, above 0")
+        refuse(not self.export_size > 0, f"export_size: {self.export_size}; expected GB per shard, above 0")
         if self.export_legacy_format:
             raise UserError(
                 "export_legacy_format: true would write pytorch_model.bin, a pickle, which can run any code "

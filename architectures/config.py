@@ -148,8 +148,7 @@ def scale_rope(config: ModelConfig, kind: str, cutoff_len: int | None) -> ModelC
     scaling of its own keeps it at inference, and for training it grows by that factor. Written back to `hf`.
     Raises UserError for a model that is scaled in another way: its weights are used to that.
     """
-    if kind not in ROPE_KINDS:
-        raise UserError(f"rope_scaling: {kind!r} is not one of {', '.join(ROPE_KINDS)}")
+    refuse(kind not in ROPE_KINDS, f"rope_scaling: {kind!r} is not one of {', '.join(ROPE_KINDS)}")
     stored, longest = config.rope, config.max_positions
     if kind == "none" or (cutoff_len is not None and cutoff_len <= longest):
         return config

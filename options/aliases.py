@@ -130,8 +130,9 @@ NOT_YET = {
         include_inputs_for_metrics use_legacy_prediction_loop""",
     "trained weights of an adapter in bf16 beside others in fp32 (pure_bf16 has all in it)": "lora_bf16_mode",
     "these switches of swift": """loss_scale=default lora_dtype=auto check_dataset_strategy=none
-        task_type=causal_lm train_dataset_mix_ratio lora_lr_ratio use_chat_template=true dataset_shuffle=true model_author
-        model_name self_cognition_sample freeze_parameters* trainable_parameters* packing_length""",
+        task_type=causal_lm train_dataset_mix_ratio lora_lr_ratio use_chat_template=true
+        dataset_shuffle=true model_author model_name self_cognition_sample freeze_parameters*
+        trainable_parameters* packing_length""",
 }
 
 # variables of accelerate -> the one that has to be on for them to be read ("": none); by itself a detail of a

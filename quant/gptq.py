@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from options.errors import UserError
+from options.errors import UserError, refuse
 from quant.grouped import GroupedFormat, GroupedLinear, pack, unpack
 from quant.linear import picked, refuse_others, take
 
@@ -40,8 +40,7 @@ class GPTQFormat(GroupedFormat):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.bits not in BITS:
-            raise UserError(f"bits: {self.bits}; GPTQ has 2, 3, 4 and 8")
+        refuse(self.bits not in BITS, f"bits: {self.bits}; GPTQ has 2, 3, 4 and 8")
         if self.version not in ("gptq", "gptq_v2"):
             raise UserError(f"checkpoint_format: {self.version!r} is not read; gptq and gptq_v2 are")
 

@@ -211,17 +211,18 @@ def test_keys_that_this_finetuning_type_does_not_read_are_named():
         ("save_strategy=no save_steps=9", "save_strategy=no does not use save_steps"),
         ("eval_steps=0.1", "evaluation_strategy=no does not use eval_steps"),
         ("eval_strategy=epoch eval_steps=5 val_size=2", "evaluation_strategy=epoch does not use eval_steps"),
-        ("lr_scheduler_type=constant warmup_ratio=0.1", "lr_scheduler_type=constant does not use warmup_ratio"),
-        ("lr_scheduler_type=constant warmup_steps=5", "lr_scheduler_type=constant does not use warmup_steps"),
+        ("lr_scheduler_type=constant warmup_ratio=0.1 warmup_steps=5",
+         "lr_scheduler_type=constant does not use warmup_steps, warmup_ratio"),
         ("val_size=0.1", "evaluation_strategy=no does not use val_size"),
         ("eval_dataset=e", "evaluation_strategy=no does not use eval_dataset"),
         ("predict_with_generate=true", "evaluation_strategy=no does not use predict_with_generate"),
-        ("streaming=true max_steps=5 save_strategy=epoch", "streaming=true, whose epochs have no known end but "
-         "the last update, does not use save_strategy"),
+        ("streaming=true max_steps=5 save_strategy=epoch",
+         "streaming=true, whose epochs have no known end but the last update, does not use save_strategy"),
         ("max_steps=-1 num_train_epochs=3 save_steps=5 eval_steps=null", None),
         ("val_size=0.1 do_eval=true do_train=true", None),
         ("val_size=2 do_predict=true do_train=true predict_with_generate=true", None),
-        ("lr_scheduler_type=constant_with_warmup warmup_steps=5 eval_strategy=steps eval_steps=2 val_size=2", None),
+        ("lr_scheduler_type=constant_with_warmup warmup_steps=5", None),
+        ("eval_strategy=steps eval_steps=2 val_size=2", None),
     ],
 )  # fmt: skip
 def test_what_another_option_switches_off_is_named(words, notice):

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from options.errors import UserError, refuse
+from options.errors import refuse
 from training.optimizers import adafactor, adamw_torch, bitsandbytes, sgd
 from training.options import OptimOptions
 
@@ -30,8 +30,7 @@ FILES = (adamw_torch, adafactor, sgd, bitsandbytes)
 def file_of(name: str) -> ModuleType:
     """The file that serves a value of `optim`."""
     served = {each: file for file in FILES for each in file.SERVES}
-    if name not in served:
-        raise UserError(f"optim: {name!r} is unknown; known are {', '.join(served)}")
+    refuse(name not in served, f"optim: {name!r} is unknown; known are {', '.join(served)}")
     return served[name]
 
 
