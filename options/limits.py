@@ -1,18 +1,21 @@
 """Bounds for what others wrote, and the memory that there is.
 
-    with bounded("the chat_template", "choose a built-in one by `template`"):
-        template.render(...)            # UserError where it takes SECONDS of computing or BYTES of memory
+    @bounded("the chat_template", "choose a built-in one by `template`")
+    def render(...):                    # UserError where it takes SECONDS of computing or BYTES of memory
 
 Templates and patterns come with a checkpoint and run here; a loop in a loop, or a text times a number, would
 hold the program for hours or take the machine's memory.
 """
 
+import functools
+import multiprocessing
 import os
 import resource
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,15 +29,55 @@ class _Expired(Exception):
     """No UserError: on its way out nothing may take it for a refusal of the template's own."""
 
 
-@contextmanager
-def bounded(what: str, remedy: str) -> Iterator[None]:
-    """UserError where the block takes more than SECONDS of computing, or BYTES beyond what the process has.
+def bounded(what: str, remedy: str) -> Callable[[Callable], Callable]:
+    """Decorates a function: UserError where a call takes more than SECONDS of computing, or BYTES beyond what
+    the process has. Within another one that one counts.
 
-    Within another one that one counts. In other threads than the main one there are no bounds: signals do not
-    reach them, and the limit of memory would be the main thread's too.
+    A call from another thread than the main one is made in a process beside this one, so its arguments and
+    its result are pickled: signals reach main threads alone, and a limit of memory is the whole process's.
     """
-    free = signal.getitimer(signal.ITIMER_VIRTUAL)[0] == 0
-    if threading.current_thread() is not threading.main_thread() or not free:
+
+    def decorate(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            if threading.current_thread() is threading.main_thread():
+                with _within(what, remedy):
+                    return function(*args, **kwargs)
+            try:
+                return _beside().submit(call, *args, **kwargs).result()
+            except BrokenExecutor as error:  # out of memory, or out of stack in a library
+                raise UserError(f"{what} has ended the process that runs it; {remedy}") from error
+
+        return call
+
+    return decorate
+
+
+@functools.cache
+def _beside() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _start_beside)
+
+
+def _start_beside() -> None:
+    """Signals are the parent's to tell, which may want to finish a step; and it ends with it, however."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    serve_parent()
+
+
+def serve_parent() -> None:
+    """In a worker process: Ctrl-C is the parent's to tell, and when that is gone, killed or not, so is this."""
+
+    def follow() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=follow, daemon=True).start()
+
+
+@contextmanager
+def _within(what: str, remedy: str) -> Iterator[None]:
+    if signal.getitimer(signal.ITIMER_VIRTUAL)[0] > 0:
         yield
         return
     limits = resource.getrlimit(resource.RLIMIT_AS)

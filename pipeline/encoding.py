@@ -11,7 +11,6 @@ never is: a longer one is dropped.
 import contextlib
 import multiprocessing
 import os
-import signal
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -22,6 +21,7 @@ from itertools import chain, islice
 import numpy as np
 
 from options.errors import located
+from options.limits import serve_parent
 from pipeline import cutting
 from pipeline.batch import ANSWER, ROLES, Example
 from pipeline.formats import Conversation, Dropped, to_conversation, to_document, to_pair, to_prompt, to_rated
@@ -323,7 +323,7 @@ _worker_encoder: list[ChunkEncoder] = []  # filled in worker processes, so that 
 
 
 def _start_worker(encoder: ChunkEncoder) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to tell
+    serve_parent()
     _worker_encoder[:] = [encoder]
 
 

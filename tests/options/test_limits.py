@@ -1,10 +1,12 @@
 """limits.py: what others wrote ends in time and memory, wherever it is run; and the least of the limits of
 memory counts."""
 
+import multiprocessing
 import os
 import resource
-import threading
+import signal
 import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import pytest
 
@@ -38,6 +40,8 @@ def soon(monkeypatch):
         ("{{ '%1000000000d' % 1 }}", "GiB of memory"),
         ("{{ 7 ** 7 ** 7777 }}", "refuses a dialogue"),
         (GROW.format("3", "*"), "bits"),
+        ("{{ 5 | round(-10**10) }}", "bits"),
+        ("{{ ('f' * 9999999) | int(base=16) // 7 }}", "bits"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "refuses a dialogue"),
         ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "is not valid jinja"),
         ("{% for m in messages %}" * 30 + "{% endfor %}" * 30, "is not valid jinja"),
@@ -58,20 +62,60 @@ def test_a_template_is_bounded_wherever_it_is_asked(soon):
             ask(JinjaTemplate(LOOP))
 
 
-def test_only_the_outer_bound_counts_and_other_threads_are_left_alone(soon):
-    with pytest.raises(UserError, match="^outer takes"), bounded("outer", "x"), bounded("inner", "x"):
-        while True:
-            pass
-    ended = []
+@bounded("outer", "x")
+def outer():
+    inner()
 
-    def run():
-        with bounded("a thread", "x"):
-            ended.append(sum(range(10**5)))
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    assert ended
+@bounded("inner", "x")
+def inner():
+    while True:
+        pass
+
+
+@bounded("a process", "mend it")
+def in_a_process(ends: bool) -> int:
+    if ends:
+        os._exit(3)
+    return os.getpid()
+
+
+def test_only_the_outer_bound_counts(soon):
+    with pytest.raises(UserError, match="^outer takes"):
+        outer()
+
+
+def in_a_thread(function, *arguments):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def test_what_a_thread_asks_for_is_bounded_too(soon, monkeypatch):
+    forked = ProcessPoolExecutor(1, multiprocessing.get_context("fork"), limits._start_beside)  # has `soon`
+    monkeypatch.setattr(limits, "_beside", lambda: forked)
+    with forked:
+        for source, message in (
+            (LOOP, "0.3 seconds"),
+            ("{{ 'x' * 10**10 }}", "GiB"),
+            ("{{ 1 / 0 }}", "zero"),
+        ):
+            with pytest.raises(UserError, match=message):
+                in_a_thread(JinjaTemplate(source).render, DIALOGUE, "<s>", "</s>")
+
+
+def test_a_thread_asks_one_process_beside_this_one():
+    """A pattern holds every thread up, and a limit of memory is every thread's."""
+    limits._beside.cache_clear()
+    before = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)
+    template = JinjaTemplate("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    ask = template.render, DIALOGUE, "", ""
+    assert in_a_thread(*ask) == template.render(DIALOGUE, "", "")
+    one, other = (in_a_thread(in_a_process, False) for _ in range(2))
+    assert one == other != os.getpid()
+    assert (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)) == before
+    with pytest.raises(UserError, match="^a process has ended the process that runs it; mend it"):
+        in_a_thread(in_a_process, True)
+    limits._beside.cache_clear()
 
 
 def test_a_pattern_of_an_adapter_ends_in_time(soon):
