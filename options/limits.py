@@ -65,7 +65,7 @@ def _start_beside() -> None:
 
 
 def serve_parent() -> None:
-    """In a worker process: Ctrl-C is the parent's to tell, and when that is gone, killed or not, so is this."""
+    """In a worker process: Ctrl-C is the parent's to tell, and once that is gone, however, so is this."""
 
     def follow() -> None:
         multiprocessing.parent_process().join()

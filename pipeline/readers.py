@@ -16,8 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from options.errors import UserError, refuse
-from options.limits import free_host_bytes
+from options.limits import BYTES, free_host_bytes
 
+BATCH_ROWS = 1024  # of parquet and arrow files that are Python's at once
+MOST_GROWTH = 50  # of rows that take gigabytes: numbers of one byte become objects of 40
 READ_CHARACTERS = 1 << 20  # of a .json file held while one object is parsed; grows for longer ones
 
 
@@ -150,14 +152,27 @@ def _read_csv(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, dict]]:
-    import pyarrow.parquet
+    from pyarrow import parquet
 
-    with _damage_named(path, "a parquet file"), pyarrow.parquet.ParquetFile(path) as file:
-        groups = map(file.metadata.row_group, range(file.num_row_groups))
-        largest, free = max((group.total_byte_size for group in groups), default=0), free_host_bytes()
+    with _damage_named(path, "a parquet file"):
+        about = parquet.read_metadata(path)
+        columns = [about.schema.column(i) for i in range(about.num_columns)]
+        groups, free = [about.row_group(i) for i in range(about.num_row_groups)], free_host_bytes()
+        # one row of a column of lists may hold any number of values, and the file count where it holds one
+        lists = [i for i, column in enumerate(columns) if column.max_repetition_level > 0]
+        sizes = (each.total_byte_size + sum(8 * each.column(i).num_values for i in lists) for each in groups)
+        largest = max(sizes, default=0)
         found = f"a row group of {largest / 1e9:.1f} GB, {free / 1e9:.1f} GB of memory are free"
         refuse(largest > free, f"{path}: {found}; write the file with smaller row groups")
-        yield from _arrow_rows(path, file.iter_batches(batch_size=1024))
+        # a text that is stored once for many rows stays so until they are weighed; stored as the difference
+        # from the one before (DELTA_BYTE_ARRAY) it cannot, but it is no larger than its row group
+        used = [{name for each in groups for name in each.column(i).encodings} for i in range(len(columns))]
+        kept = [column.path for column, names in zip(columns, used) if "BYTE_ARRAY" not in " ".join(names)]
+        rows = BATCH_ROWS if len(kept) == len(columns) else min(BATCH_ROWS, 1 + BYTES // (1 + largest))
+        how = {"metadata": about, "read_dictionary": kept}
+        with parquet.ParquetFile(path, **how) as file:
+            plain, batches = about.schema.to_arrow_schema(), _weighed(path, file.iter_batches(rows))
+            yield from _arrow_rows(path, (batch.cast(plain) for batch in batches))
 
 
 def _read_arrow(path: Path) -> Iterator[tuple[str, dict]]:
@@ -171,7 +186,7 @@ def _read_arrow(path: Path) -> Iterator[tuple[str, dict]]:
         else:
             source.seek(0)
             batches = iter(pyarrow.ipc.open_stream(source))
-        yield from _arrow_rows(path, batches)
+        yield from _arrow_rows(path, _weighed(path, batches))
 
 
 @contextmanager
@@ -182,6 +197,18 @@ def _damage_named(path: Path, expected: str) -> Iterator[None]:
         yield
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: not {expected} ({error})") from error
+
+
+def _weighed(path: Path, batches) -> Iterator:
+    """The same rows in batches that Python can hold. UserError for a few that would take all memory."""
+    number = 0
+    for batch in (each.slice(i, BATCH_ROWS) for each in batches for i in range(0, len(each), BATCH_ROWS)):
+        size = sum(map(_python_bytes, batch.columns))
+        wrong = size > BYTES and (size > MOST_GROWTH * batch.nbytes or size > free_host_bytes())
+        found = f"{len(batch)} rows become {size / 1e9:.1f} GB, of {batch.nbytes / 1e6:.1f} MB in the file"
+        refuse(wrong, f"{path} row {number}: {found}; leave out the column that repeats a long text or list")
+        number += len(batch)
+        yield batch
 
 
 def _arrow_rows(path: Path, batches) -> Iterator[tuple[str, dict]]:
@@ -195,6 +222,26 @@ def _arrow_rows(path: Path, batches) -> Iterator[tuple[str, dict]]:
         for row in rows:
             yield f"{path} row {number}", row
             number += 1
+
+
+def _python_bytes(array) -> int:
+    """About what to_pylist makes of it; a text that a dictionary holds once comes for every row."""
+    from pyarrow import ArrowNotImplementedError, compute, types
+
+    size, kind = 40 * len(array), array.type
+    if types.is_nested(kind):
+        if types.is_map(kind):  # as lists of keys and of values
+            first, last = (array.offsets[i].as_py() for i in (0, -1))
+            parts = [each.slice(first, last - first) for each in (array.keys, array.items)]
+        else:
+            parts = array.flatten()  # a list's values, or a struct's columns
+        return size + sum(map(_python_bytes, parts if isinstance(parts, list) else [parts]))
+    try:
+        lengths = compute.binary_length(array.dictionary if types.is_dictionary(kind) else array)
+    except ArrowNotImplementedError:  # of numbers
+        return size
+    lengths = lengths.take(array.indices) if types.is_dictionary(kind) else lengths
+    return size + (compute.sum(lengths).as_py() or 0)
 
 
 def _one_row(batch, i: int, place: str) -> dict:

@@ -637,6 +637,57 @@ def test_a_row_group_that_memory_cannot_hold_is_refused(tmp_path, monkeypatch):
         rows_of(path)
 
 
+@pytest.mark.parametrize("shape", ["text", "list", "objects", "map", "numbers"])
+def test_rows_that_are_small_in_the_file_alone_are_refused(tmp_path, monkeypatch, shape):
+    """A column of one long text, stored once; in a list one row of it is enough."""
+    monkeypatch.setattr(readers, "BYTES", 2**22)
+    few, count = pyarrow.array(["x" * 40_000]), 1000
+    column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * count, pyarrow.int32()), few)
+    ends = pyarrow.array([0, 0, count], pyarrow.int32())
+    if shape == "numbers":
+        column = pyarrow.nulls(count * 200)
+        ends = pyarrow.array([0, 0, count * 200], pyarrow.int32())
+    if shape == "objects":
+        column = pyarrow.StructArray.from_arrays([column], names=["content"])
+    if shape == "map":
+        column = pyarrow.MapArray.from_arrays(ends, column.dictionary_decode(), pyarrow.nulls(count))
+    elif shape != "text":
+        column = pyarrow.ListArray.from_arrays(ends, column)
+    table = pyarrow.table({"text": column})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert (tmp_path / "a.parquet").stat().st_size < 30_000
+    with pytest.raises(UserError, match=r"a.parquet row 0: \d+ rows become .* leave out the column"):
+        rows_of(tmp_path / "a.parquet")
+    with pyarrow.ipc.new_file(tmp_path / "b.arrow", table.schema) as writer:
+        writer.write_table(table)
+    if shape != "map":  # there every text is in the file
+        with pytest.raises(UserError, match=r"b.arrow row 0: \d+ rows become .* leave out the column"):
+            rows_of(tmp_path / "b.arrow")
+
+
+def test_columns_of_every_kind_are_as_they_were_written(tmp_path):
+    pairs = pyarrow.array([[("k", "v")], None], pyarrow.map_(pyarrow.string(), pyarrow.string()))
+    columns = {"a": [1, None], "b": ["x", None], "c": [[{"k": "v", "n": [1]}], None], "d": [b"\xff", b""]}
+    columns |= {
+        "pairs": pairs,
+        "none": pyarrow.nulls(2),
+        "few": pyarrow.array(["q", "q"]).dictionary_encode(),
+    }
+    table = pyarrow.table(
+        columns | {"two": pyarrow.array([[1, 2], [3, 4]], pyarrow.list_(pyarrow.int8(), 2))}
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert rows_of(tmp_path / "a.parquet") == table.to_pylist()
+
+
+def test_texts_stored_as_differences(tmp_path, monkeypatch):
+    how = {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}}
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["x" * 40_000] * 1000}), tmp_path / "a.parquet", **how)
+    assert rows_of(tmp_path / "a.parquet") == [{"text": "x" * 40_000}] * 1000
+    monkeypatch.setattr(readers, "BYTES", 2**22)
+    assert len(rows_of(tmp_path / "a.parquet")) == 1000  # a few at a time
+
+
 def test_what_is_no_file_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "rows.jsonl")
     with pytest.raises(UserError, match="is no file or folder"):
