@@ -40,9 +40,7 @@ class ModelConfig:
     sliding_windows: tuple[int | None, ...] = ()  # tokens per layer, None = all; length num_layers
     tied_head: bool = False
     initializer_range: float = 0.02  # standard deviation of fresh weights
-    hf: Mapping[str, Any] = field(
-        default_factory=dict, compare=False, repr=False
-    )  # the config.json it came from
+    hf: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)  # its config.json
 
     def kinds(self, layer: int) -> tuple[str, str]:
         """What attention and what feed-forward this layer has."""

@@ -219,9 +219,10 @@ def read_adapter(folder: str | Path, model: Decoder) -> AdapterFile:
         refuse_not_finite(tensor, f"{path}: tensor {key}")
         file.modules.setdefault(module, {})[part] = tensor
     try:
-        frozen = json.loads(file_notes(path).get(FROZEN, "[]"))
+        note = f"{path}: its note of frozen tensors"
+        frozen = json_reader.parse(file_notes(path).get(FROZEN, "[]"), note, expected=list)
         file.frozen.update(_split_name(model.config, key, path) for key in frozen)
-    except (json.JSONDecodeError, TypeError, AttributeError) as error:
+    except (TypeError, AttributeError) as error:
         raise file.fault(f"its note of frozen tensors is damaged ({error})") from error
     if not file.modules:
         raise file.fault("holds no tensor")

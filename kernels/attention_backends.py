@@ -125,9 +125,7 @@ def missing_package(flash_attn: str) -> str | None:
     return f"flash_attn={flash_attn} needs the package {module}, which is not installed ({command})"
 
 
-def attention_package(
-    name: str, q, k, v, cu_seqlens, max_seqlen, window, scale, causal, softcap, alibi_slopes
-):
+def attention_package(name, q, k, v, cu_seqlens, max_seqlen, window, scale, causal, softcap, alibi_slopes):
     """flash_attn: fa2 or fa3. ValueError for a missing package or a switch that it has not."""
     missing = missing_package(name)
     refuse(missing is not None, missing)

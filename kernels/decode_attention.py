@@ -180,9 +180,7 @@ def _decode_kernel(
 ):  # fmt: skip
     split = tl.program_id(0)
     own_head = tl.program_id(1) % kv_heads
-    row = tl.program_id(1) // kv_heads * ROWS + tl.arange(
-        0, ROWS
-    )  # rows: token-major, then the heads of the group
+    row = tl.program_id(1) // kv_heads * ROWS + tl.arange(0, ROWS)  # token-major, then heads of the group
     sequence = tl.program_id(2)
     token, head = row // GROUP, own_head * GROUP + row % GROUP
     first_token = tl.load(borders + sequence)

@@ -236,9 +236,7 @@ def _device_map(raw, given, keys):
     """One process, one device: what places the whole model there is its device."""
     place = str(raw[""] if isinstance(raw, dict) and list(raw) == [""] else raw).lower()
     several = place not in ("", "auto", "none", "null", "cpu", "cuda", "cuda:0", "0")
-    refuse(
-        several, "this version has one device per process, CUDA_VISIBLE_DEVICES says which; remove the key"
-    )
+    refuse(several, "this version has one device per process, CUDA_VISIBLE_DEVICES says which; remove it")
     place = "cuda" if place in ("cuda:0", "0") else place
     return {"device": Plain(place)} if "device" in keys and place in ("cpu", "cuda") else {}
 
@@ -278,9 +276,7 @@ def _on_cpu(raw, given, keys):
 
 
 def _mixed_precision(raw, given, keys):
-    named = any(
-        not is_off(given.get(key), []) for key in ("bf16", "fp16", "pure_bf16")
-    )  # beside it: these count
+    named = any(not is_off(given.get(key), []) for key in ("bf16", "fp16", "pure_bf16"))  # these count
     return {} if named or str(raw).lower() == "no" else {str(raw).lower(): Plain("true")}
 
 

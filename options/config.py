@@ -35,6 +35,7 @@ from options.aliases import (
     lookup,
 )
 from options.errors import UserError, located, refuse
+from options.limits import small
 from options.option import REQUIRED, Option, declared, title
 from options.values import BOOLEANS, NULLS, Plain, choices_of, convert, members_of, node_value, show, untyped
 
@@ -213,7 +214,7 @@ def _read_file(name: str) -> list[_Setting]:
     refuse(strange, f"{where}: expected a name that ends in {', '.join(_FILES)}")
     refuse(not path.is_file(), f"{where}: there is no such file (looked in {Path.cwd()})")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = small(path, 2**20).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{where}: not UTF-8 text that can be read ({error})") from error
     seen: dict[str, _Setting] = {}

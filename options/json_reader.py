@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from options.errors import UserError, refuse
+from options.limits import small
 
 KINDS = {dict: "a JSON object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
 MOST_DIGITS = 400  # beyond the largest float; Python refuses to read 4,300
@@ -21,16 +22,14 @@ MOST_DIGITS = 400  # beyond the largest float; Python refuses to read 4,300
 def read(path: Path, *, expected: type | None = dict, way_out: str = "", nan: bool = False) -> Any:
     """The value in this file; OSError if there is none. The other arguments: see parse."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = small(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         found = f"{path}: not UTF-8 text ({error.reason} at byte {error.start})"
         raise UserError(_with(found, way_out)) from error
     return parse(text, str(path), expected=expected, way_out=way_out, nan=nan)
 
 
-def parse(
-    text: str, place: str, *, expected: type | None = dict, way_out: str = "", nan: bool = False
-) -> Any:
+def parse(text: str, place: str, *, expected: type | None = dict, way_out: str = "", nan: bool = False):
     """The value of this JSON. Raises UserError that begins with `place`.
 
     expected: the kind of the whole value; None = any.  nan: whether NaN may be in it, as in a log of losses.

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import stat
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from options.errors import UserError
+from options.errors import UserError, refuse
 
 # the dearest template of a published model takes some milliseconds and megabytes
 SECONDS, BYTES = 10.0, 2**30
@@ -30,12 +31,9 @@ class _Expired(Exception):
 
 
 def bounded(what: str, remedy: str) -> Callable[[Callable], Callable]:
-    """Decorates a function: UserError where a call takes more than SECONDS of computing, or BYTES beyond what
-    the process has. Within another one that one counts.
-
-    A call from another thread than the main one is made in a process beside this one, so its arguments and
-    its result are pickled: signals reach main threads alone, and a limit of memory is the whole process's.
-    """
+    """Decorates: UserError where a call takes more than SECONDS of computing, or BYTES beyond what there is;
+    within another one that one counts. A call in another thread than the main one is made, pickled, in a
+    process beside this one: signals reach main threads alone, a limit of memory would be every thread's."""
 
     def decorate(function: Callable) -> Callable:
         @functools.wraps(function)
@@ -45,7 +43,7 @@ def bounded(what: str, remedy: str) -> Callable[[Callable], Callable]:
                     return function(*args, **kwargs)
             try:
                 return _beside().submit(call, *args, **kwargs).result()
-            except BrokenExecutor as error:  # out of memory, or out of stack in a library
+            except BrokenExecutor as error:
                 raise UserError(f"{what} has ended the process that runs it; {remedy}") from error
 
         return call
@@ -55,24 +53,15 @@ def bounded(what: str, remedy: str) -> Callable[[Callable], Callable]:
 
 @functools.cache
 def _beside() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _start_beside)
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), serve_parent, (signal.SIGTERM,))
 
 
-def _start_beside() -> None:
-    """Signals are the parent's to tell, which may want to finish a step; and it ends with it, however."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    serve_parent()
-
-
-def serve_parent() -> None:
-    """In a worker process: Ctrl-C is the parent's to tell, and once that is gone, however, so is this."""
-
-    def follow() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=follow, daemon=True).start()
+def serve_parent(*also: int) -> None:
+    """In a worker process: Ctrl-C is the parent's to tell, and once that is gone so is this."""
+    for number in (signal.SIGINT, *also):
+        signal.signal(number, signal.SIG_IGN)
+    gone = multiprocessing.parent_process().join
+    threading.Thread(target=lambda: (gone(), os._exit(1)), daemon=True).start()
 
 
 @contextmanager
@@ -88,10 +77,8 @@ def _within(what: str, remedy: str) -> Iterator[None]:
             resource.setrlimit(resource.RLIMIT_AS, (_least(limits[0], _address_bytes() + BYTES), limits[1]))
         yield
     except (_Expired, MemoryError) as error:
-        too_much = (
-            f"{SECONDS:g} seconds" if isinstance(error, _Expired) else f"{BYTES / 2**30:g} GiB of memory"
-        )
-        raise UserError(f"{what} takes more than {too_much}; {remedy}") from error
+        much = f"{SECONDS:g} seconds" if isinstance(error, _Expired) else f"{BYTES / 2**30:g} GiB of memory"
+        raise UserError(f"{what} takes more than {much}; {remedy}") from error
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         resource.setrlimit(resource.RLIMIT_AS, limits)
@@ -109,6 +96,17 @@ def _address_bytes() -> int:
 
 def _least(limit: int, other: int) -> int:
     return other if limit == resource.RLIM_INFINITY else min(limit, other)
+
+
+def small(path: Path, most: int = 2**28) -> Path:
+    """The same path, of a file that is read as a whole: OSError if there is none, UserError if it has more
+    bytes, or is a pipe or a device, which may have no end."""
+    status = path.stat()
+    endless = not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode))
+    refuse(endless, f"{path}: a pipe or a device, expected a file")
+    too_large = f"{path}: more than {most >> 20} MiB, which is no such file; fetch it again"
+    refuse(status.st_size > most, too_large)
+    return path
 
 
 def leaves(path: str) -> bool:

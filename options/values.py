@@ -100,7 +100,7 @@ def untyped(raw: object):
         return [untyped(value) for value in raw]
     try:
         return json.loads(raw) if isinstance(raw, Plain) else raw
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # also a number of 5,000 digits
         return str(raw)
 
 

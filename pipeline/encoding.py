@@ -145,9 +145,7 @@ class ChunkEncoder:
         roles = np.repeat(np.array([ROLE_NUMBER.get(span.role, 0) for span in spans], np.uint8), counts)
         return [np.array(ids, np.int32), produced, turns, roles + produced * np.uint8(ANSWER)]
 
-    def _prompt(
-        self, number: int, conversation: Conversation, answer: Message | None
-    ) -> tuple[Example, tuple]:
+    def _prompt(self, number, conversation: Conversation, answer: Message | None) -> tuple[Example, tuple]:
         """What generation is given, as chat.py gives it; behind it the row's own answer as the label, if it
         has one: its text alone, not what the template puts around it; for comparing, never for reading."""
         tokens, _, turns, roles = self._render(conversation, prompt=True)
@@ -203,9 +201,7 @@ class ChunkEncoder:
             ranks[first:last] = np.arange(last - first)
         return ranks
 
-    def _answers(
-        self, number: int, conversation: Conversation, answers, tag: int
-    ) -> tuple[Example, int, bool]:
+    def _answers(self, number, conversation: Conversation, answers, tag: int) -> tuple[Example, int, bool]:
         """prompt + answer for each answer, as segments. All keep the same tokens of the prompt."""
         segments = []
         for answer in answers:

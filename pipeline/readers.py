@@ -9,10 +9,11 @@ Run from Python: for place, row in read_file(Path("data/tiny_alpaca.json")): ...
 """
 
 import csv
+import itertools
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from options.errors import UserError, refuse
@@ -32,15 +33,20 @@ def read_file(path: Path) -> Iterator[tuple[str, dict]]:
         raise UserError(f"{path}: not UTF-8 text ({error.reason}: {found:#04x})") from error
 
 
-def _read_text(path: Path) -> Iterator[tuple[int, str]]:
-    with open(path, encoding="utf-8-sig") as file:
-        yield from enumerate(file, start=1)
+def _lines(file, path: Path) -> Iterator[str]:
+    for number in itertools.count(1):
+        line = file.readline(BYTES)
+        refuse(len(line) == BYTES, f"{path}:{number}: a line of more than {BYTES >> 20} MiB; divide the text")
+        if not line:
+            return
+        yield line
 
 
 def _read_lines(path: Path) -> Iterator[tuple[str, dict]]:
     """.txt: one document per line. Blank lines come as empty documents, which the report counts."""
-    for line, text in _read_text(path):
-        yield f"{path}:{line}", {"text": text.rstrip("\r\n")}
+    with open(path, encoding="utf-8-sig") as file:
+        for line, text in enumerate(_lines(file, path), start=1):
+            yield f"{path}:{line}", {"text": text.rstrip("\r\n")}
 
 
 def _object(row, place: str) -> dict:
@@ -66,6 +72,7 @@ def _iterate_json(path: Path) -> Iterator[tuple[int, object, bool]]:
 
         def more() -> bool:
             nonlocal text, start, step
+            refuse(step > BYTES, f"{path}:{line}: a row of more than {BYTES >> 20} MiB, or no JSON")
             block = file.read(step)
             text, start = text[start:] + block, 0
             step *= 2  # doubling keeps a single huge object from being parsed again and again
@@ -134,7 +141,7 @@ def _read_csv(path: Path) -> Iterator[tuple[str, dict]]:
     """First line = column names; every value stays text, but nothing is null, as in `datasets`."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # documents are longer than csv's 128 KiB default
     with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
+        reader = csv.DictReader(_lines(file, path), strict=True)
         try:
             names = reader.fieldnames or []
             twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
@@ -164,15 +171,12 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, dict]]:
         largest = max(sizes, default=0)
         found = f"a row group of {largest / 1e9:.1f} GB, {free / 1e9:.1f} GB of memory are free"
         refuse(largest > free, f"{path}: {found}; write the file with smaller row groups")
-        # a text that is stored once for many rows stays so until they are weighed; stored as the difference
-        # from the one before (DELTA_BYTE_ARRAY) it cannot, but it is no larger than its row group
-        used = [{name for each in groups for name in each.column(i).encodings} for i in range(len(columns))]
-        kept = [column.path for column, names in zip(columns, used) if "BYTE_ARRAY" not in " ".join(names)]
+        # a text stored once for many rows stays so until they are weighed; not one of DELTA_BYTE_ARRAY
+        used = [" ".join(name for g in groups for name in g.column(i).encodings) for i in range(len(columns))]
+        kept = [column.path for column, names in zip(columns, used) if "BYTE_ARRAY" not in names]
         rows = BATCH_ROWS if len(kept) == len(columns) else min(BATCH_ROWS, 1 + BYTES // (1 + largest))
-        how = {"metadata": about, "read_dictionary": kept}
-        with parquet.ParquetFile(path, **how) as file:
-            plain, batches = about.schema.to_arrow_schema(), _weighed(path, file.iter_batches(rows))
-            yield from _arrow_rows(path, (batch.cast(plain) for batch in batches))
+        with parquet.ParquetFile(path, metadata=about, read_dictionary=kept) as file:
+            yield from _arrow_rows(path, file.iter_batches(rows), about.schema.to_arrow_schema())
 
 
 def _read_arrow(path: Path) -> Iterator[tuple[str, dict]]:
@@ -186,7 +190,7 @@ def _read_arrow(path: Path) -> Iterator[tuple[str, dict]]:
         else:
             source.seek(0)
             batches = iter(pyarrow.ipc.open_stream(source))
-        yield from _arrow_rows(path, _weighed(path, batches))
+        yield from _arrow_rows(path, batches)
 
 
 @contextmanager
@@ -199,21 +203,15 @@ def _damage_named(path: Path, expected: str) -> Iterator[None]:
         raise UserError(f"{path}: not {expected} ({error})") from error
 
 
-def _weighed(path: Path, batches) -> Iterator:
-    """The same rows in batches that Python can hold. UserError for a few that would take all memory."""
+def _arrow_rows(path: Path, batches, plain=None) -> Iterator[tuple[str, dict]]:
+    """plain: the schema without dictionaries. UserError for a few rows that would take all memory."""
     number = 0
     for batch in (each.slice(i, BATCH_ROWS) for each in batches for i in range(0, len(each), BATCH_ROWS)):
         size = sum(map(_python_bytes, batch.columns))
         wrong = size > BYTES and (size > MOST_GROWTH * batch.nbytes or size > free_host_bytes())
         found = f"{len(batch)} rows become {size / 1e9:.1f} GB, of {batch.nbytes / 1e6:.1f} MB in the file"
         refuse(wrong, f"{path} row {number}: {found}; leave out the column that repeats a long text or list")
-        number += len(batch)
-        yield batch
-
-
-def _arrow_rows(path: Path, batches) -> Iterator[tuple[str, dict]]:
-    number = 0
-    for batch in batches:
+        batch = batch if plain is None else batch.cast(plain)
         try:
             rows = batch.to_pylist()
         except (ValueError, OverflowError, LookupError):  # bytes that are no text, a date that Python lacks
@@ -230,18 +228,13 @@ def _python_bytes(array) -> int:
 
     size, kind = 40 * len(array), array.type
     if types.is_nested(kind):
-        if types.is_map(kind):  # as lists of keys and of values
-            first, last = (array.offsets[i].as_py() for i in (0, -1))
-            parts = [each.slice(first, last - first) for each in (array.keys, array.items)]
-        else:
-            parts = array.flatten()  # a list's values, or a struct's columns
+        parts = [array.keys, array.items] if types.is_map(kind) else array.flatten()
         return size + sum(map(_python_bytes, parts if isinstance(parts, list) else [parts]))
-    try:
-        lengths = compute.binary_length(array.dictionary if types.is_dictionary(kind) else array)
-    except ArrowNotImplementedError:  # of numbers
-        return size
-    lengths = lengths.take(array.indices) if types.is_dictionary(kind) else lengths
-    return size + (compute.sum(lengths).as_py() or 0)
+    values = array.dictionary if types.is_dictionary(kind) else array
+    with suppress(ArrowNotImplementedError):  # for numbers
+        lengths = compute.binary_length(values)
+        size += compute.sum(lengths if values is array else lengths.take(array.indices)).as_py() or 0
+    return size
 
 
 def _one_row(batch, i: int, place: str) -> dict:

@@ -161,9 +161,7 @@ def _refuse_no_hub_id(name: str) -> None:
     """`datasets` takes the names of its readers (json, csv), paths and addresses in the same place."""
     files = "files are named by file_name in dataset_info.json"
     refuse(not HUB_ID.fullmatch(name), f"{name!r} is no id of a hub (owner/name); {files}")
-    refuse(
-        Path(name).exists(), f"{name!r} is a path here, which would be read in place of the hub's; {files}"
-    )
+    refuse(Path(name).exists(), f"{name!r} is a path here, read in place of the hub's; {files}")
 
 
 def _hub_kind() -> str:

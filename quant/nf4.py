@@ -363,12 +363,8 @@ def _read_state(name: str, packed: Tensor, shape: tuple[int, int]) -> dict:
     """The settings that bitsandbytes stores as JSON in a tensor of bytes."""
     if packed.dtype is not torch.uint8 or packed.dim() != 1:
         raise UserError(f"{name} is {packed.dtype} {tuple(packed.shape)}, expected the bytes of JSON")
-    try:
-        state = json.loads(packed.numpy().tobytes().decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{name} is not JSON ({error}); the file is damaged, fetch it again") from error
-    if not isinstance(state, dict):
-        raise UserError(f"{name} holds a {type(state).__name__}, expected an object")
+    text, way_out = packed.numpy().tobytes().decode("utf-8", "replace"), "the file is damaged, fetch it again"
+    state = json_reader.parse(text, name, way_out=way_out)
     expected = {"quant_type": name.removeprefix(STATE), "blocksize": BLOCK, "shape": list(shape)}
     if "nested_blocksize" in state:
         expected |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32"}

@@ -345,7 +345,7 @@ class ApiReward(RewardSource):
         try:
             scores = json.loads(answer)["scores"]
             scores = torch.tensor([float(score) for score in scores])
-        except (ValueError, TypeError, KeyError) as error:  # not JSON is a ValueError too
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             text = _short(answer.decode("utf-8", "replace"))
             raise RewardError(f'{where} answered {text!r}, expected {{"scores": [number, ...]}}') from error
         found, wanted = len(scores), len(samples)
@@ -362,7 +362,7 @@ class ApiReward(RewardSource):
             try:
                 return _answer(request, self.timeout_seconds)
             except urllib.error.HTTPError as error:
-                problem = f"HTTP status {error.code} ({error.reason})"
+                problem = f"HTTP status {error.code} ({_short(' '.join(str(error.reason).split()))})"
                 if error.code < 500:  # the request is wrong, and would be again
                     break
             except (OSError, http.client.HTTPException) as error:

@@ -289,9 +289,7 @@ class _Probe(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def _sample_probe(
-    source: str, bos: str | None, eos: str | None, enable_thinking: bool | None
-) -> _Probe | None:
+def _sample_probe(source: str, bos: str | None, eos: str | None, enable_thinking) -> _Probe | None:
     """What a template does around the answer to a plain question."""
     question = _said(source, "user", "question")
     return _probe(_writer(source, bos or "", eos or "", enable_thinking), [question], source)

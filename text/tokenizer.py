@@ -12,6 +12,7 @@ Sources: decoders and offsets of huggingface/tokenizers 0.23; SentencePiece's pr
 Run: python -c "from text.tokenizer import Tokenizer; print(Tokenizer.from_folder('FOLDER').encode('Hello'))"
 """
 
+import base64
 import bisect
 import itertools
 import json
@@ -24,6 +25,7 @@ import tokenizers
 
 from options import json_reader
 from options.errors import UserError, located, refuse
+from options.limits import small
 from text.stream import StreamDecoder, readable
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -105,9 +107,7 @@ class Tokenizer:
             ids = [i for source in (generation, described) for i in as_ids(source.get(f"{name}_token_id"))]
             ids = [i for i in ids if 0 <= i < 2**32]  # -1 stands for none in older files
             known = {text: backend.token_to_id(text) for text in named if text is not None}
-            known |= {
-                text: i for i in ids if (text := backend.id_to_token(i)) is not None and text not in known
-            }
+            known |= {t: i for i in ids if (t := backend.id_to_token(i)) is not None and t not in known}
             # A name that the vocabulary does not have is passed over, and so is one without a row.
             fits = (text for text, i in known.items() if i is not None and (rows is None or i < rows))
             special[name] = next(fits, None)
@@ -279,9 +279,7 @@ class Tokenizer:
         eos = stop_words[0] if replaces else self.eos_token
         return eos, tuple(dict.fromkeys([*ids[: bool(replaces)], *self.stop_ids, *ids]))
 
-    def save(
-        self, folder: str | Path, chat_template: str | None = None, eos_token: str | None = None
-    ) -> None:
+    def save(self, folder: str | Path, chat_template: str | None = None, eos_token: str | None = None):
         """Copy the tokenizer's files into `folder`; chat_template and eos_token replace those that came with
         them, in every file that names one."""
         if self.folder is None:
@@ -346,6 +344,7 @@ def _load_backend(folder: Path) -> tokenizers.Tokenizer:
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder; expected a checkpoint with tokenizer.json")
     if path.is_file():
+        small(path)
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception for every kind of damage
@@ -378,17 +377,22 @@ def _refuse_endless(backend: tokenizers.Tokenizer) -> None:
     """UserError for patterns that take 2^n steps for n letters, such as (a+)+, and for replacements that make
     gigabytes of a word: nothing can stop the library once it has begun."""
     growth = 1.0
-    parts = [part for part in (backend.normalizer, backend.pre_tokenizer) if part]
+    parts = [part for part in (backend.normalizer, backend.pre_tokenizer, backend.decoder) if part]
     waiting = [json.loads(part.__getstate__()) for part in parts]
     while waiting:
         entry = waiting.pop()
-        waiting += [*entry.get("normalizers", ()), *entry.get("pretokenizers", ())]
+        waiting += (
+            part for key in ("normalizers", "pretokenizers", "decoders") for part in entry.get(key, ())
+        )
+        map_of_letters = base64.b64decode(entry.get("precompiled_charsmap") or "")
+        begin = 4 + int.from_bytes(map_of_letters[:4], "little")  # of what stands for them, behind the tree
+        growth *= max(map(len, map_of_letters[begin:].split(b"\0"))) or 1
         pattern = entry.get("pattern")
         if isinstance(pattern, dict):
             growth *= max(1.0, len(entry.get("content", "")) / max(1, len(pattern.get("String", ""))))
             text = pattern.get("Regex", "")
             refuse(_backtracks(text), f"the pattern {text!r} repeats a repetition, which may take for ever")
-    refuse(growth > MOST_GROWTH, f"its normalizer makes a text up to {growth:.0f} times as long")
+    refuse(growth > MOST_GROWTH, f"its normalizer or decoder makes a text up to {growth:.0f} times as long")
 
 
 def _backtracks(pattern: str) -> bool:
@@ -523,7 +527,7 @@ def _chat_template(folder: Path, config: dict) -> str | dict[str, str] | None:
     named = {} if files else named
     for name, path in files.items():
         try:
-            named = {**named, name: path.read_text(encoding="utf-8")}
+            named = {**named, name: small(path).read_text(encoding="utf-8")}
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8 text ({error}). Download the file again.") from error
     return named["default"] if named.keys() == {"default"} else named or None

@@ -9,14 +9,19 @@ import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import pytest
+import tokenizers
 
 from checkpoints.peft import _by_pattern
 from checkpoints.source import merged_into, read_run
-from options import limits
+from conversion.quality import windows
+from options import json_reader, limits
+from options.config import read_values
 from options.errors import UserError
 from options.limits import bounded, free_host_bytes, leaves
+from pipeline.sources import read_dataset_info
 from text.jinja_template import JinjaTemplate
 from text.render import Message
+from text.tokenizer import Tokenizer
 
 DIALOGUE = [Message("user", "Hello"), Message("assistant", "Hello")]
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% set c = a * b %}{% endfor %}{% endfor %}"
@@ -91,7 +96,7 @@ def in_a_thread(function, *arguments):
 
 
 def test_what_a_thread_asks_for_is_bounded_too(soon, monkeypatch):
-    forked = ProcessPoolExecutor(1, multiprocessing.get_context("fork"), limits._start_beside)  # has `soon`
+    forked = ProcessPoolExecutor(1, multiprocessing.get_context("fork"), limits.serve_parent)  # has `soon`
     monkeypatch.setattr(limits, "_beside", lambda: forked)
     with forked:
         for source, message in (
@@ -133,6 +138,43 @@ def test_records_of_exports_that_name_each_other_end(tmp_path):
     (tmp_path / "a" / "export_info.json").write_text('{"adapters": [3]}')
     with pytest.raises(UserError, match="adapters or base are no paths"):
         merged_into(tmp_path / "a")
+
+
+def read_template(path):
+    (path.parent / "tokenizer.json").write_text(tokenizers.Tokenizer(tokenizers.models.BPE()).to_str())
+    return Tokenizer.from_folder(path.parent)
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("a.json", json_reader.read),
+        ("config.json", lambda path: Tokenizer.from_folder(path.parent)),
+        ("run.yaml", read_values),
+        ("tokenizer.json", lambda path: Tokenizer.from_folder(path.parent)),
+        ("chat_template.jinja", read_template),
+        ("sample.txt", lambda path: windows(None, path)),
+        ("dataset_info.json", lambda path: read_dataset_info(path.parent)),
+    ],
+)
+def test_a_file_that_is_read_as_a_whole_is_small_and_ends(tmp_path, name, read):
+    with open(tmp_path / name, "wb") as file:
+        file.truncate(2**40)  # without a byte on the disk
+    if name == "config.json":
+        (tmp_path / "tokenizer.json").write_text(tokenizers.Tokenizer(tokenizers.models.BPE()).to_str())
+    with pytest.raises(UserError, match=f"{name}: more than .* MiB"):
+        read(tmp_path / name)
+    if name in ("a.json", "sample.txt"):  # whoever reads the others takes it for a file that is not there
+        (tmp_path / name).unlink()
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(UserError, match=f"{name}: a pipe or a device, expected a file"):
+            read(tmp_path / name)
+
+
+def test_a_number_of_thousands_of_digits_in_a_run(tmp_path):
+    (tmp_path / "run_config.yaml").write_text(f"cutoff_len: {'9' * 5000}")
+    with pytest.raises(UserError, match="run_config.yaml: cutoff_len is '9999.*remove it"):
+        read_run(tmp_path)
 
 
 def test_a_record_of_gigabytes_is_not_read(tmp_path):

@@ -688,6 +688,19 @@ def test_texts_stored_as_differences(tmp_path, monkeypatch):
     assert len(rows_of(tmp_path / "a.parquet")) == 1000  # a few at a time
 
 
+@pytest.mark.parametrize(
+    ("name", "begin"), [("a.txt", "x"), ("a.csv", "t\n"), ("a.jsonl", '{"t": 1}'), ("a.json", "[")]
+)
+def test_a_row_that_does_not_end_is_not_read_to_its_end(tmp_path, monkeypatch, name, begin):
+    monkeypatch.setattr(readers, "BYTES", 2**21)
+    monkeypatch.setattr(readers, "READ_CHARACTERS", 2**12)
+    (tmp_path / name).write_text(begin)
+    with open(tmp_path / name, "ab") as file:
+        file.truncate(2**40)  # without a byte on the disk
+    with pytest.raises(UserError, match=rf"{name}:[12]: (a line|a row|not JSON|expected)"):
+        rows_of(tmp_path / name)
+
+
 def test_what_is_no_file_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "rows.jsonl")
     with pytest.raises(UserError, match="is no file or folder"):

@@ -216,6 +216,8 @@ def test_a_server_that_fails_for_a_moment_is_asked_again(tiny):
     [
         ({"answer": b'{"scores": [1.0, 2.0]}'}, "gave 2 scores for 3 texts", 1),
         ({"answer": b"<html>"}, "answered '<html>', expected", 1),
+        ({"answer": b'{"scores": ' + b"[" * 100_000}, 'expected {"scores"', 1),
+        ({"answer": b'{"scores": [1' + b"0" * 400 + b"]}"}, 'expected {"scores"', 1),
         ({"answer": b'{"score": 1}'}, 'expected {"scores"', 1),
         ({"answer": b'{"scores": [1, null, 2]}'}, 'expected {"scores"', 1),
         ({"answer": b'{"scores": [1, NaN, 2]}'}, "is nan, expected a finite number", 1),

@@ -1,9 +1,12 @@
 """tokenizer.py against transformers and tokenizers, on four tiny tokenizers (see tiny_tokenizers.py)."""
 
+import base64
+import contextlib
 import itertools
 import json
 import pickle
 import shutil
+import struct
 import time
 from pathlib import Path
 
@@ -572,10 +575,18 @@ def test_a_pattern_that_may_take_for_ever_is_refused(tmp_path, pattern):
 
 def test_replacements_that_make_gigabytes_of_a_word_are_refused(tmp_path):
     double = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
-    with pytest.raises(UserError, match="makes a text up to 1048576 times as long"):
-        Tokenizer.from_folder(
-            hostile(tmp_path, normalizer={"type": "Sequence", "normalizers": [double] * 20})
-        )
+    for part, parts in (("normalizer", "normalizers"), ("decoder", "decoders")):
+        with pytest.raises(UserError, match="makes a text up to 1048576 times as long"):
+            Tokenizer.from_folder(hostile(tmp_path, **{part: {"type": "Sequence", parts: [double] * 20}}))
+    for text, allowed in ((b"x" * 33, True), (b"x" * 5000, False)):  # of SentencePiece's map of characters
+        charsmap = base64.b64encode(struct.pack("<II", 4, 0) + b"A\0" + text + b"\0").decode()
+        folder = hostile(tmp_path, normalizer={"type": "Precompiled", "precompiled_charsmap": charsmap})
+        with (
+            contextlib.nullcontext()
+            if allowed
+            else pytest.raises(UserError, match="up to 5000 times as long")
+        ):
+            Tokenizer.from_folder(folder)
     Tokenizer.from_folder(hostile(tmp_path, normalizer={"type": "Sequence", "normalizers": [double] * 3}))
 
 

@@ -70,9 +70,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     sides = optimizer.param_groups, state["param_groups"]
     now, then = ([name for group in groups for name in group.get("param_names", ())] for groups in sides)
     for name in now if then != now else ():
-        refuse(
-            name not in then, f"{name} trains, but did not when the checkpoint was written; restore the code"
-        )
+        refuse(name not in then, f"{name} trains, but did not when the checkpoint was made; restore the code")
     for name in then if then != now else ():
         refuse(
             name not in now, f"{name} trained when the checkpoint was written, but does not; restore the code"
