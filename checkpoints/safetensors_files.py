@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from options import json_reader
-from options.errors import NOT_FINITE, UserError
+from options.errors import NOT_FINITE, UserError, refuse
 from parallel.atomic import flush_tree, swept
 
 NamedTensor = tuple[str, torch.Tensor]

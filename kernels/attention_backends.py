@@ -213,9 +213,7 @@ class Chooser:
         best = min(times, key=times.__getitem__, default=next(iter(candidates)))
         said = [f"{name} {time:.3f} ms" for name, time in times.items()] + said
         q, k, longest = arguments[0], arguments[1], arguments[4]
-        shape = (
-            f"{q.shape[0]} tokens, segments up to {longest}, {q.shape[1]}/{k.shape[1]} heads of {q.shape[2]}"
-        )
+        shape = f"{q.shape[0]} tokens, texts up to {longest}, {q.shape[1]}/{k.shape[1]} heads of {q.shape[2]}"
         say_once(f"kernels: attention on {shape}: {', '.join(said)} -> {best}")
         return best
 

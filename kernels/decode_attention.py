@@ -114,9 +114,7 @@ def decode_attention_triton(
     kv_heads, capacity = keys.shape[1:3]
     sequences = len(lengths)
     if keys.stride() != values.stride() or keys.stride(3) != 1:
-        raise ValueError(
-            f"decode_attention: keys and values must lie alike, not {keys.stride()}, {values.stride()}"
-        )
+        raise ValueError(f"keys and values must lie alike, not {keys.stride()}, {values.stride()}")
     q = q if q.stride(2) == 1 else q.contiguous()
     group = heads // kv_heads
     blocks = sizes(group, max_new, head_dim, q.dtype)

@@ -104,8 +104,8 @@ def small(path: Path, most: int = 2**28) -> Path:
     status = path.stat()
     endless = not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode))
     refuse(endless, f"{path}: a pipe or a device, expected a file")
-    too_large = f"{path}: more than {most >> 20} MiB, which is no such file; fetch it again"
-    refuse(status.st_size > most, too_large)
+    large = status.st_size > most
+    refuse(large, f"{path}: more than {most >> 20} MiB, which is no such file; fetch it again")
     return path
 
 

@@ -129,10 +129,8 @@ class ChunkEncoder:
         turns, tools = [*conversation.turns, *answer], list(conversation.tools) or None
         own, tokenizer = conversation.variables, self.tokenizer
         how = {"variables": tokenizer.special_tokens | own, "generation_prompt": prompt, "tools": tools}
-        thinks = own.get("enable_thinking", self.options.enable_thinking)
-        spans = self.template.render(
-            turns, tokenizer.bos_token, tokenizer.eos_token, enable_thinking=thinks, **how
-        )
+        how["enable_thinking"] = own.get("enable_thinking", self.options.enable_thinking)
+        spans = self.template.render(turns, tokenizer.bos_token, tokenizer.eos_token, **how)
         self.unused += unused(self.template, turns, spans, own)
         return spans
 

@@ -72,9 +72,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     for name in now if then != now else ():
         refuse(name not in then, f"{name} trains, but did not when the checkpoint was made; restore the code")
     for name in then if then != now else ():
-        refuse(
-            name not in now, f"{name} trained when the checkpoint was written, but does not; restore the code"
-        )
+        refuse(name not in now, f"{name} trained when the checkpoint was made, but not now; restore the code")
     optimizer.load_state_dict(state)
     if getattr(optimizer, "is_paged", False):
         bitsandbytes.page_again(optimizer)
