@@ -24,6 +24,7 @@ import kernels
 from kernels.byte_linear import Bytes
 from kernels.linear import Part
 from kernels.nf4 import Codes
+from options import json_reader
 from options.errors import NOT_FINITE, UserError, refuse
 from quant.linear import Format, QuantLinear, name_of, refuse_others, take
 

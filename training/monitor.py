@@ -194,12 +194,7 @@ def _cut_log(path: Path, step: int, tell: Callable[[str], None]) -> None:
             entry = json.loads(line or "{}")
             if line and entry["current_steps"] <= step:
                 kept.append(line + "\n")
-        except (
-            ValueError,
-            RecursionError,
-            KeyError,
-            TypeError,
-        ):  # as the last one when the process was killed
+        except (ValueError, RecursionError, KeyError, TypeError):  # as the last one when it was killed
             damaged.append(str(number))
     with atomic_file(path) as temporary:
         temporary.write_text("".join(kept), encoding="utf-8")

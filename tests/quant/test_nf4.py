@@ -334,7 +334,11 @@ MALFORMED = {
     "no nested table": ("weight.nested_quant_map", None, "weight.nested_quant_map is missing"),
     "no state": (STATE, None, "quant_state.bitsandbytes__nf4 or ...fp4: found none"),
     "state cut": (STATE, lambda t: t[:-2], "not JSON"),
-    "state a number": (STATE, lambda t: torch.tensor(list(b"17"), dtype=torch.uint8), "expected an object"),
+    "state a number": (
+        STATE,
+        lambda t: torch.tensor(list(b"17"), dtype=torch.uint8),
+        "expected a JSON object",
+    ),
     "state of another dtype": (STATE, lambda t: t.float(), "expected the bytes"),
     "another block": (STATE, state_with(blocksize=128), "blocksize is 128"),
     "another nested block": (STATE, state_with(nested_blocksize=512), "nested_blocksize is 512"),
