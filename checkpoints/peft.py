@@ -35,6 +35,7 @@ from kernels.launch import say_once
 from kernels.linear import LinearLayer
 from lora import LoraLinear, LoraOptions, full_modules, lora_layers, merge_for_good, replace_module
 from model import Decoder
+from options import json_reader
 from options.errors import UserError, located, refuse
 from options.json_fields import NUMBER, Field, check
 from options.limits import bounded
