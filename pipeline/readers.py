@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from options import json_reader
 from options.errors import UserError, refuse
 from options.limits import BYTES, free_host_bytes
 
@@ -66,7 +67,7 @@ def _read_json(path: Path) -> Iterator[tuple[str, dict]]:
 
 def _iterate_json(path: Path) -> Iterator[tuple[int, object, bool]]:
     """(line, value, whether in an array) of each row, holding only the value being parsed and a block."""
-    decoder = json.JSONDecoder()
+    decoder = json_reader.decoder(nan=True)
     with open(path, encoding="utf-8-sig") as file:
         text, start, line, step = "", 0, 1, READ_CHARACTERS
 
@@ -101,7 +102,7 @@ def _iterate_json(path: Path) -> Iterator[tuple[int, object, bool]]:
                     begun = f" of line {at}, one object began here" if at > line and not in_array else ""
                     found = f"not JSON ({error.msg}, column {error.colno}{begun})"
                     raise UserError(f"{path}:{line if begun else at}: {found}") from error
-                except (ValueError, RecursionError) as error:  # a number of 5,000 digits; nested too deeply
+                except (UserError, RecursionError) as error:  # a name twice, 5,000 digits; nested too deeply
                     raise UserError(f"{path}:{line}: JSON that cannot be read ({error})") from error
                 # a number at the very end of the block may go on in the next one
                 if end < len(text) or not more():

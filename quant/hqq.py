@@ -221,6 +221,6 @@ def from_config(settings: dict) -> HQQFormat:
         given = next(iter(given.values()), {})  # one for each kind of layer, which the layers' tensors repeat
     refuse(not isinstance(given, dict), f"quant_config: {given!r} is not an object of keys and values")
     weights = given["weight_quant_params"]
-    if not isinstance(weights, dict):
-        raise UserError(f"quant_config.weight_quant_params: {weights!r} is not an object of keys and values")
+    wrong = f"quant_config.weight_quant_params: {weights!r} is not an object of keys and values"
+    refuse(not isinstance(weights, dict), wrong)
     return HQQFormat(weights["nbits"], weights.get("group_size", 64), weights.get("axis", 1))

@@ -264,6 +264,71 @@ def test_a_named_token_without_a_row_in_the_vocabulary_is_not_added(folder):
     assert Tokenizer.from_folder(folder).pad_token == "<|im_end|>"
 
 
+def test_names_that_are_no_tokens_are_told(folder):
+    """transformers adds them behind the model's rows, where nothing was trained."""
+    config, names = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
+    assert Tokenizer.from_folder(folder).notice is None
+    edit(config, additional_special_tokens=["<|im_start|>", "<a>", {"content": "<b>"}])
+    edit(names, eos_token="<|end|>")
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer.eos_token == "<|im_end|>"  # of the other file
+    assert all(text in tokenizer.notice for text in ("'<|end|>'", "'<a>'", "'<b>'", str(folder)))
+    assert "im_start" not in tokenizer.notice and "\n" not in tokenizer.notice
+    edit(folder / "generation_config.json", stop_strings=["Human:"])
+    assert "stop_strings ['Human:']" in Tokenizer.from_folder(folder).notice
+
+
+def test_an_end_that_is_no_token_is_refused_where_nothing_else_ends_a_text(tmp_path):
+    model = {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "a"}
+    (tmp_path / "tokenizer.json").write_text(
+        json.dumps({"version": "1.0", "added_tokens": [], "model": model})
+    )
+    edit(tmp_path / "tokenizer_config.json", eos_token="</s>")
+    with pytest.raises(
+        UserError, match="name '</s>', which tokenizer.json does not have, so no text would end"
+    ):
+        Tokenizer.from_folder(tmp_path)
+    edit(tmp_path / "generation_config.json", eos_token_id=1)
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer.stop_ids == (1,) and "'</s>'" in tokenizer.notice
+
+
+OTHER_KINDS = {
+    "tokenizer_config.json": {
+        "eos_token": (5, True, [], ["a"], {}, {"content": 5}, {"content": "</s>", "lstrip": "false"}),
+        "mask_token": (0, {"text": "a"}),
+        "extra_special_tokens": (5, True, "a", [1], [None], [["a"]], {"a": 5}, {"a": None}),
+        "additional_special_tokens": (5, False, "a", [{}], [{"content": "a", "special": 1}]),
+        "model_specific_special_tokens": ("a", [], 5, {"a": 5}),
+    },
+    "special_tokens_map.json": {"pad_token": (5, ["a"]), "additional_special_tokens": ("a", [7])},
+    "added_tokens.json": {"<a>": (None, "7", 7.0, True, -1, [7])},
+    "generation_config.json": {
+        "eos_token_id": ("7", 7.0, True, [[7]], [True], {"a": 7}, ["7"], [None]),
+        "pad_token_id": ("7", False, [7.5]),
+        "stop_strings": (5, [5], {"a": "b"}),
+    },
+    "config.json": {
+        "bos_token_id": ("7", True, [None]),
+        "vocab_size": ("99", 0, -1, True, 99.5, [99], 10**30),
+        "text_config": ({"eos_token_id": "7"}, {"vocab_size": "99"}),
+    },
+}
+
+
+@pytest.mark.parametrize("name", OTHER_KINDS)
+def test_a_value_of_another_kind_is_named_with_its_file_and_key(folder, name):
+    before = (folder / name).read_text() if (folder / name).exists() else None
+    for key, values in OTHER_KINDS[name].items():
+        for value in values:
+            (folder / name).write_text(json.dumps(json.loads(before or "{}") | {key: value}))
+            named = next(iter(value)) if key == "text_config" else key
+            with pytest.raises(UserError) as caught:
+                Tokenizer.from_folder(folder)
+            assert name in str(caught.value) and named in str(caught.value), (key, value, caught.value)
+            assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("where", ["tokenizer_config.json", "added_tokens.json"])
 def test_tokens_listed_beside_tokenizer_json_are_added(folder, where):
     size = Tokenizer.from_folder(folder).vocab_size
