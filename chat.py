@@ -102,8 +102,7 @@ def open_conversation(config: configuration.Config) -> "Conversation":
     if tokenizer.notice:
         _say(f"note: {tokenizer.notice}")
     dtype = model.embed_tokens.weight.dtype
-    kernels.require_attention(named.flash_attn, device, dtype)
-    model.runtime.flash_attn = named.flash_attn
+    model.runtime.flash_attn = kernels.require_attention(named.flash_attn, device, dtype)
     if quantised_linears(model):
         _say(quantisation_report(model))
     if options.score is None:

@@ -59,7 +59,9 @@ class DataOptions:
     )
     train_on_prompt: bool = option(False, "train on the prompt too", also="train_on_source")
     mask_history: bool = option(False, "train on the last answer only")
-    packing: bool | None = option(None, "fill rows to cutoff_len tokens; none = only in stage pt", COMMON)
+    packing: bool | None = option(
+        None, "fill rows to cutoff_len tokens; none = only in stage pt", COMMON, also="sft_packing"
+    )
     group_by_length: bool = option(False, "batches of examples of similar length")
     max_samples: int | None = option(
         None, "use the first so many rows of each data set", COMMON, also="max_train_samples"
@@ -68,7 +70,7 @@ class DataOptions:
         0.0,
         "evaluation rows taken from `dataset`: share below 1, count from 1",
         COMMON,
-        also="dataset_test_ratio split_dataset_ratio eval_dataset_size",
+        also="dataset_test_ratio split_dataset_ratio eval_dataset_size dev_ratio",
     )
     mix_strategy: Literal["concat", "interleave_under", "interleave_over"] = option(
         "concat",

@@ -81,8 +81,7 @@ class ExportOptions:
             raise UserError(
                 "export_dir: missing; name a folder for the model, for example export_dir=out/merged"
             )
-        if not self.export_size > 0:
-            raise UserError(f"export_size: {self.export_size}; expected GB per shard, above 0")
+        refuse(not self.export_size > 0, f"export_size: {self.export_size}; expected GB per shard, above 0")
         if self.export_legacy_format:
             raise UserError(
                 "export_legacy_format: true would write pytorch_model.bin, a pickle, which can run any code "
@@ -196,9 +195,7 @@ def export_gguf(source: Source, options: ExportOptions, request: Request) -> Non
     config, tokenizer, template = read_small_files(source)
     merge = make_merge(source, config, options, replace(request, dtype=request.dtype or torch.float32))
     if merge.quantization is not None and not source.adapters:
-        raise UserError(
-            f"quantization_bit: export_gguf_type={kind} has codes of its own; drop one of the two"
-        )
+        raise UserError(f"quantization_bit: export_gguf_type={kind} has codes of its own; drop one of them")
     layout = write.lay_out(config, merge.hf_shapes(), kind, tokenizer, template, source.base.resolve().name)
     for notice in layout.notices:
         print(f"note: {notice}")
@@ -261,9 +258,7 @@ def in_codes(config: ModelConfig, request: Request) -> Format | None:
     if not config.hf.get("quantization_config"):
         return request.quantization
     if request.quantization is not None and request.way == "dequantise":
-        raise UserError(
-            "export_merge: dequantise writes 16 bit, and the base is quantised; drop quantization_bit"
-        )
+        raise UserError("export_merge: dequantise writes 16 bit, the base has codes; drop quantization_bit")
     return None
 
 
@@ -351,9 +346,7 @@ def push(folder: Path, repository: str, token: str | None, api=None) -> str:
     api = HfApi(token=token) if api is None else api
     try:
         url = api.create_repo(repository, private=True, exist_ok=True)
-        api.upload_folder(
-            repo_id=repository, folder_path=str(folder), commit_message="Upload the merged model"
-        )
+        api.upload_folder(repo_id=repository, folder_path=str(folder), commit_message="Upload a merged model")
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(

@@ -89,12 +89,10 @@ class LoraOptions:
     )
 
     def __post_init__(self):
-        if self.lora_rank < 1:
-            raise UserError(f"lora_rank: {self.lora_rank} must be at least 1")
+        refuse(self.lora_rank < 1, f"lora_rank: {self.lora_rank} must be at least 1")
         if self.lora_alpha is not None and not (math.isfinite(self.lora_alpha) and self.lora_alpha > 0):
             raise UserError(f"lora_alpha: {self.lora_alpha} must be above 0")
-        if not 0 <= self.lora_dropout < 1:
-            raise UserError(f"lora_dropout: {self.lora_dropout} is not in [0, 1)")
+        refuse(not 0 <= self.lora_dropout < 1, f"lora_dropout: {self.lora_dropout} is not in [0, 1)")
         for key in ("lora_target", "name_module_trainable"):
             refuse(not getattr(self, key), f"{key}: empty; name modules or write all")
         told = "num_layer_trainable: 0 layers train, and freeze_extra_modules names nothing else"

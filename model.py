@@ -51,9 +51,7 @@ class Attention(nn.Module):
         self.window = config.sliding_windows[layer]  # tokens; None = all
         self.layer = layer  # its place in a cache
 
-    def project(
-        self, x: Tensor, cos: Tensor, sin: Tensor, context: ForwardContext
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor, context: ForwardContext) -> tuple[Tensor, ...]:
         """x (T, E) -> q (T, H, D), k and v (T, K, D), q and k normalised and rotated."""
         heads = kernels.linears(x, [self.q_proj.part(), self.k_proj.part(), self.v_proj.part()])
         q, k, v = (part.view(*part.shape[:-1], -1, self.head_dim) for part in heads)
@@ -166,9 +164,7 @@ class Decoder(nn.Module):
         scale = self.config.embedding_scale  # rounded as x is, like the models that were trained with one
         return x if scale == 1.0 else x * torch.tensor(scale, dtype=x.dtype)
 
-    def rotation(
-        self, positions: Tensor, context: ForwardContext, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
+    def rotation(self, positions: Tensor, context: ForwardContext, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """cos and sin (T, D/2) of the angles by which q and k turn."""
         config, lengths = self.config, None if context.cache is None else context.lengths
         return rope.rotation(config.rope, config.head_dim, positions, context.cu_seqlens, lengths, dtype)

@@ -83,7 +83,9 @@ def run(config: configuration.Config, world: World) -> int:
     inputs = setup.read(config, world)
     options = inputs.options
     if options.plan:
-        world.print(setup.make_plan(inputs))
+        plan = setup.make_plan(inputs)
+        if world.is_main:
+            print(plan)
         return 0
     data, model, stage, state = setup.build(inputs)
     optimizer = make_optimizer(model, config[OptimOptions]) if options.trains else None
@@ -141,7 +143,7 @@ def train(this: Run) -> int:
         return 0
     monitor.begin(progress.step, data.total_steps, run_folder.read_history(inputs.resume), progress.seconds)
     health = Health(world, data.names)
-    max_norm = optim_options.max_grad_norm
+    max_norm = optim_options.max_grad_norm or 0.0
     this.model.train()
     if progress.evaluation_due and (stop := evaluate_and_track(this)):
         return this.leave(stop)

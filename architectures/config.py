@@ -40,9 +40,7 @@ class ModelConfig:
     sliding_windows: tuple[int | None, ...] = ()  # tokens per layer, None = all; length num_layers
     tied_head: bool = False
     initializer_range: float = 0.02  # standard deviation of fresh weights
-    hf: Mapping[str, Any] = field(
-        default_factory=dict, compare=False, repr=False
-    )  # the config.json it came from
+    hf: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)  # its config.json
 
     def kinds(self, layer: int) -> tuple[str, str]:
         """What attention and what feed-forward this layer has."""
@@ -148,8 +146,7 @@ def scale_rope(config: ModelConfig, kind: str, cutoff_len: int | None) -> ModelC
     scaling of its own keeps it at inference, and for training it grows by that factor. Written back to `hf`.
     Raises UserError for a model that is scaled in another way: its weights are used to that.
     """
-    if kind not in ROPE_KINDS:
-        raise UserError(f"rope_scaling: {kind!r} is not one of {', '.join(ROPE_KINDS)}")
+    refuse(kind not in ROPE_KINDS, f"rope_scaling: {kind!r} is not one of {', '.join(ROPE_KINDS)}")
     stored, longest = config.rope, config.max_positions
     if kind == "none" or (cutoff_len is not None and cutoff_len <= longest):
         return config

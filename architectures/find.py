@@ -34,9 +34,7 @@ def _why_nothing(model: nn.Module, modules: dict[str, nn.Module], linears: list[
     known = ", ".join(sorted({last_name(name) for name in linears})) or "none"
     others = [module for name, module in modules.items() if ends_with(name, target)]
     if target in HEAD_NAMES and _has_tied_head(model):
-        return (
-            f"{target!r} is tied to embed_tokens in this model and has no weight of its own; linears: {known}"
-        )
+        return f"{target!r} is tied to embed_tokens in this model and has no own weight; linears: {known}"
     if others and is_linear(others[0]):
         return f"{target!r} is trained in full already (additional_target); name it once; linears: {known}"
     if others:

@@ -60,8 +60,7 @@ def rope_of(hf: Mapping[str, Any]) -> dict[str, Any]:
     entry = {key: value for key, value in given.items() if value is not None and key != "type"}
     kind = given.get("rope_type") or given.get("type") or "none"
     kind = "none" if kind == "default" else kind
-    if kind not in ROPE_KINDS:
-        raise UserError(f"config.json: rope type {kind!r} is not one of {', '.join(ROPE_KINDS)}")
+    refuse(kind not in ROPE_KINDS, f"config.json: rope type {kind!r} is not one of {', '.join(ROPE_KINDS)}")
     entry["rope_type"] = "default" if kind == "none" else kind
     entry["rope_theta"] = entry.get("rope_theta") or hf.get("rope_theta") or 10000.0
     maximum, original = hf["max_position_embeddings"], "original_max_position_embeddings"

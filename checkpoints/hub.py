@@ -51,7 +51,7 @@ class ModelOptions:
     )
     flash_attn: Literal["auto", "triton", "sdpa", "disabled", "fa2", "fa3"] = option(
         "auto",
-        "attention kernel; auto = on a GPU what measures fastest; fa2 and fa3 need their packages",
+        "attention kernel; auto = on a GPU what measures fastest; without its package fa2 or fa3 is auto",
         RESUMABLE,
         also="attn_impl attn_implementation",
     )

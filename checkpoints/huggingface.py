@@ -432,13 +432,9 @@ def restore_trained(model: Decoder, folder: Path) -> None:
         targets = {to_hf_name(model.config, name): parameter for name, parameter in parameters.items()}
     for name, tensor in tensors:
         target, fault = targets.pop(name, None), "is nothing that this run trains"
-        if target is not None and whole_shape(target) != tensor.shape:
-            target, fault = (
-                None,
-                f"has shape {tuple(tensor.shape)}, this run has {tuple(whole_shape(target))}",
-            )
-        if target is None:
-            raise UserError(f"{folder}: tensor {name} {fault}; was another option changed?")
+        if target is not None and (wanted := whole_shape(target)) != tensor.shape:
+            target, fault = None, f"has shape {tuple(tensor.shape)}, this run has {tuple(wanted)}"
+        refuse(target is None, f"{folder}: tensor {name} {fault}; was another option changed?")
         assign(target, tensor)
     if targets:
         raise UserError(f"{folder}: tensor {next(iter(targets))} is missing; was lora_target changed since?")

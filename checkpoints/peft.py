@@ -35,7 +35,8 @@ from kernels.launch import say_once
 from kernels.linear import LinearLayer
 from lora import LoraLinear, LoraOptions, full_modules, lora_layers, merge_for_good, replace_module
 from model import Decoder
-from options.errors import UserError, located
+from options import json_reader
+from options.errors import UserError, located, refuse
 from options.json_fields import NUMBER, Field, check
 from options.limits import bounded
 from parallel.fsdp import whole
@@ -57,10 +58,12 @@ FIELDS = {  # what the keys that are read here may hold
     "r": Field(int, 1, 2**20),
     "lora_alpha": Field(NUMBER, -1e6, 1e6),
     "layers_to_transform": Field(int | list, null=True, items=int),
+    "lora_dropout": Field(NUMBER, 0, 1, null=True),
     "modules_to_save": Field(list, null=True),
     "base_model_name_or_path": Field(str, null=True),
 }
-FIELDS |= dict.fromkeys(("rank_pattern", "alpha_pattern"), Field(dict, null=True))
+PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}  # of modules that have another number
+FIELDS |= dict.fromkeys(PATTERNS, Field(dict, null=True))
 FIELDS |= dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), Field(str | list, null=True))
 FIELDS |= dict.fromkeys(("use_dora", "use_rslora", "ensure_weight_tying"), Field(bool, null=True))
 # Ways to start A and B that take something out of the base weight; peft repeats that when it loads such an
@@ -219,11 +222,10 @@ def read_adapter(folder: str | Path, model: Decoder) -> AdapterFile:
         module, part = _split_name(model.config, key, path)
         refuse_not_finite(tensor, f"{path}: tensor {key}")
         file.modules.setdefault(module, {})[part] = tensor
-    try:
-        frozen = json.loads(file_notes(path).get(FROZEN, "[]"))
-        file.frozen.update(_split_name(model.config, key, path) for key in frozen)
-    except (json.JSONDecodeError, TypeError, AttributeError) as error:
-        raise file.fault(f"its note of frozen tensors is damaged ({error})") from error
+    note = f"{path}: its note of frozen tensors"
+    frozen = json_reader.parse(file_notes(path).get(FROZEN, "[]"), note, expected=list)
+    refuse(not Field(list).allows(frozen), f"{note} is {frozen!r}, expected a list of names")
+    file.frozen.update(_split_name(model.config, key, path) for key in frozen)
     if not file.modules:
         raise file.fault("holds no tensor")
     if model.config.tied_head:
@@ -300,9 +302,7 @@ def _match(key: str, pattern: str, name: str, before="", after="", match=re.matc
 def _join_tied_head(file: AdapterFile) -> None:
     """In a tied model the head is the embedding: peft writes both, and they must be one."""
     head, embedding = file.modules.pop("lm_head", {}), file.modules.get("embed_tokens", {})
-    remedy = (
-        "this model's head is tied to embed_tokens; export.py merges it (adapter_name_or_path=, export_dir=)"
-    )
+    remedy = "its head is tied to embed_tokens; export.py merges it (adapter_name_or_path=, export_dir=)"
     if "lora_A" in head or "lora_B" in head:
         raise file.fault(f"adapts lm_head alone, but {remedy}")
     if "weight" in head and "weight" not in embedding:
@@ -316,8 +316,7 @@ def _join_tied_head(file: AdapterFile) -> None:
 def read_adapter_config(folder: Path) -> dict:
     """adapter_config.json of a LoRA adapter; UserError for what would silently mean something else here."""
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"adapter_name_or_path: no folder {folder}")
+    refuse(not folder.is_dir(), f"adapter_name_or_path: no folder {folder}")
     path = folder / ADAPTER_CONFIG
     config = read_json(path)
     if config.get("peft_type") != "LORA":
@@ -329,6 +328,14 @@ def read_adapter_config(folder: Path) -> dict:
         if (value := config.get(key)) not in OFF:
             raise UserError(f"{path}: {key}={value!r} is not supported; merge that adapter with peft first")
     check(config, FIELDS, f"{path}: ")
+    with located(str(folder)):
+        for key, common in PATTERNS.items():
+            for pattern, value in (config.get(key) or {}).items():
+                _match(key, pattern, "", "(", ")")
+                check({common: value}, FIELDS, f"{ADAPTER_CONFIG}: of {key} {pattern} ")
+        for key in ("target_modules", "exclude_modules", "layers_pattern"):
+            if isinstance(config.get(key), str):
+                _match(key, config[key], "", "(", ")")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(BASE_CHANGING_INITS):
         found = f"init_lora_weights={start!r}: such an adapter belongs on a changed base model"
@@ -371,7 +378,6 @@ def _by_pattern(config: dict, patterns_key: str, common_key: str, module: str) -
         if _match(patterns_key, pattern, module, r"(.*\.)?(", ")$"):
             value = other
             break
-    check({common_key: value}, FIELDS, f"{ADAPTER_CONFIG}: of {module} ")
     return value
 
 

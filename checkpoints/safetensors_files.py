@@ -29,7 +29,6 @@ NamedTensor = tuple[str, torch.Tensor]
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARDS = "model-*-of-*.safetensors"
 EXPORT_RECORD = "export_info.json"  # marks a folder as an export, which the next one there may replace
-MOST_JSON_BYTES = 2**28  # the index of the largest model has some MB
 PICKLE = "a pickle, which can run any code when it is read, so it is refused"
 
 
@@ -40,8 +39,6 @@ def read_json(path: Path) -> dict:
     """A JSON object from a file; UserError names the file and the line."""
     if not path.is_file():
         raise UserError(f"{path}: file not found; is {path.parent} a complete model or adapter folder?")
-    too_large = path.stat().st_size > MOST_JSON_BYTES
-    refuse(too_large, f"{path}: more than {MOST_JSON_BYTES >> 20} MiB, which is no such file; fetch it again")
     return json_reader.read(path, way_out="the file is damaged, fetch it again")
 
 

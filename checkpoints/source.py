@@ -184,8 +184,8 @@ def merged_into(base: Path) -> list[str]:
         seen.add(base.resolve())
         told = read_json(record)
         adapters, below = told.get("adapters") or [], told.get("base") or ""
-        texts = isinstance(adapters, list) and all(isinstance(each, str) for each in (*adapters, below))
-        refuse(not texts, f"{record}: adapters or base are no paths; export the model again")
+        texts = {"adapters": Field(list, null=True), "base": Field(str, null=True)}
+        check(told, texts, f"{record}: ")
         found += adapters
         base = Path(below) if below else base
     return found

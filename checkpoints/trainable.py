@@ -9,7 +9,7 @@ from torch import nn
 
 from architectures.find import ends_with, find_modules, inside, last_name
 from lora import LoraOptions, add_lora
-from options.errors import UserError
+from options.errors import UserError, refuse
 from quant.linear import quantised_linears
 
 
@@ -38,8 +38,7 @@ def freeze(model: nn.Module, options: LoraOptions) -> None:
     """
     stack_name, stack = _layer_stack(model)
     count = options.num_layer_trainable
-    if abs(count) > len(stack):
-        raise UserError(f"num_layer_trainable: {count}, but the model has {len(stack)} layers")
+    refuse(abs(count) > len(stack), f"num_layer_trainable: {count}, but the model has {len(stack)} layers")
     blocks = list(stack)[-count:] if count > 0 else list(stack)[:-count]
     names = [name for name, _ in model.named_modules() if name]
     outside = [name for name in names if not inside(name, [stack_name]) and not inside(stack_name, [name])]

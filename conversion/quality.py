@@ -30,6 +30,7 @@ from kernels.linear import LinearLayer
 from lora import LoraLinear, replace_module
 from model import Decoder
 from options.errors import UserError, refuse
+from options.limits import small
 from options.option import option
 from quant.linear import QuantLinear
 from text.tokenizer import Tokenizer
@@ -64,7 +65,7 @@ def windows(tokenizer: Tokenizer, path: Path, length=WINDOW, tokens: int | None 
     """The text's tokens (the beginning-of-text token first, where the tokenizer has one) in rows of at most
     `length`, (<= length,) int64 each; at most `tokens` in all. Raises UserError naming the file."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = small(Path(path), 2**32).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"export_sample_text: {path} cannot be read as UTF-8 text ({error})") from error
     if tokens is not None:

@@ -183,9 +183,7 @@ class Requantiser:
 
     config: ModelConfig
     format: Format | None  # of the result; None = each piece's own base's
-    dtype: (
-        torch.dtype | None
-    )  # of the values of the codes, and of the rest of the model; None = as in the base
+    dtype: torch.dtype | None  # of the codes' values and of the rest of the model; None = as in the base
     rank: int
     rounds: int | None  # None = requantise, otherwise LoftQ's
     fits: dict[str, Fit] = field(default_factory=dict)  # by our name of the linear; without the codes

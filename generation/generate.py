@@ -283,6 +283,8 @@ class TextWriter:
         for token, mark in self._marks.items():
             marked = tuple(word.replace(hidden[token], mark) for word in marked)
         self._words = tuple(dict.fromkeys(words + marked))
+        # any other one that is not shown ends a word, as in transformers' stop_strings: it is in none
+        self._marks = dict.fromkeys(hidden, chr(FIRST_SURROGATE + len(within))) | self._marks
         self._shown = str.maketrans(dict.fromkeys(self._marks.values()))
         self._held = ""
         self.stopped = False

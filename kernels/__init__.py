@@ -115,20 +115,26 @@ ATTENTION = ("auto", "triton", "sdpa", "disabled", "fa2", "fa3")  # values of `f
 _chooser, _steady = _backends.Chooser(_backends.time_on_gpu), _backends.Steady()
 
 
-def require_attention(flash_attn: str, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
-    """Raise UserError, before there is work to lose, if KERNELS or this `flash_attn` cannot be had there."""
+def require_attention(flash_attn: str, device: torch.device | str, dtype: torch.dtype | None = None) -> str:
+    """`flash_attn`, or auto where a package of others cannot serve there, which is said once: LLaMA-Factory's
+    files ask for fa2, and it goes on too. UserError, before there is work to lose, if KERNELS or triton
+    cannot be had there."""
     if _REFERENCE:
-        return
+        return flash_attn
     device = torch.device(device)
     missing = _missing(device)
     if flash_attn == "triton" and missing is not None:
         raise UserError(f"flash_attn=triton: {missing}; or set flash_attn=auto")
-    _backends.require_package(flash_attn)
     if flash_attn in _backends.PACKAGES:
+        problem = _backends.missing_package(flash_attn)
         if device.type != "cuda":
-            raise UserError(f"flash_attn={flash_attn}: it runs on a GPU, not on {device.type}; set auto")
-        if dtype is torch.float32:
-            raise UserError(f"flash_attn={flash_attn}: it knows no fp32; compute in bf16, or set it to auto")
+            problem = f"flash_attn={flash_attn} runs on a GPU, not on {device.type}"
+        elif dtype is torch.float32:
+            problem = f"flash_attn={flash_attn} knows no fp32"
+        if problem is not None:
+            launch.say_once(f"kernels: {problem}, so attention is chosen as by flash_attn=auto")
+            return "auto"
+    return flash_attn
 
 
 def attention(

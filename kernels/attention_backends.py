@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels.attention import attention_reference, attention_sdpa
 from kernels.launch import next_power_of_2, say_once
-from options.errors import UserError
+from options.errors import UserError, refuse
 
 TIMED = 5  # calls of each candidate after a first one, which compiles and plans; their median counts
 LONG = 50.0  # milliseconds: of a call that takes longer, one tells enough
@@ -117,21 +117,18 @@ def attention_torch(
     return attention_sdpa(*arguments)
 
 
-def require_package(flash_attn: str) -> None:
-    """Raise ValueError if this value of flash_attn needs a package that is not installed."""
-    module, command = PACKAGES.get(flash_attn, (None, None))
-    if module is not None and importlib.util.find_spec(module) is None:
-        raise UserError(
-            f"flash_attn={flash_attn} needs the package {module}, which is not "
-            f"installed: {command}; or set flash_attn=auto"
-        )
+def missing_package(flash_attn: str) -> str | None:
+    """That the package of this value is not installed, and how to install it."""
+    module, command = PACKAGES[flash_attn]
+    if importlib.util.find_spec(module) is not None:
+        return None
+    return f"flash_attn={flash_attn} needs the package {module}, which is not installed ({command})"
 
 
-def attention_package(
-    name: str, q, k, v, cu_seqlens, max_seqlen, window, scale, causal, softcap, alibi_slopes
-):
+def attention_package(name, q, k, v, cu_seqlens, max_seqlen, window, scale, causal, softcap, alibi_slopes):
     """flash_attn: fa2 or fa3. ValueError for a missing package or a switch that it has not."""
-    require_package(name)
+    missing = missing_package(name)
+    refuse(missing is not None, missing)
     module, _ = PACKAGES[name]
     options = {"window_size": (-1, -1) if window is None else (window - 1, 0)}
     if softcap is not None:
@@ -216,9 +213,7 @@ class Chooser:
         best = min(times, key=times.__getitem__, default=next(iter(candidates)))
         said = [f"{name} {time:.3f} ms" for name, time in times.items()] + said
         q, k, longest = arguments[0], arguments[1], arguments[4]
-        shape = (
-            f"{q.shape[0]} tokens, segments up to {longest}, {q.shape[1]}/{k.shape[1]} heads of {q.shape[2]}"
-        )
+        shape = f"{q.shape[0]} tokens, texts up to {longest}, {q.shape[1]}/{k.shape[1]} heads of {q.shape[2]}"
         say_once(f"kernels: attention on {shape}: {', '.join(said)} -> {best}")
         return best
 

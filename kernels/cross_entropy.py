@@ -533,9 +533,7 @@ def _long_row_kernel(
         label = tl.load(labels + row)
         target = _target(start, label, size, bias, softcap, logit_scale)
         maximum = float("-inf")
-        sums = tl.zeros(
-            (BLOCK,), tl.float32
-        )  # one of each lane; one maximum for all, so that lanes can be added
+        sums = tl.zeros((BLOCK,), tl.float32)  # one of each lane; one maximum for all, so lanes can be added
         values = tl.zeros((BLOCK,), tl.float32)
         for block in tl.range(0, blocks, num_stages=STAGES):
             places = block * BLOCK + columns

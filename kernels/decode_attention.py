@@ -114,9 +114,7 @@ def decode_attention_triton(
     kv_heads, capacity = keys.shape[1:3]
     sequences = len(lengths)
     if keys.stride() != values.stride() or keys.stride(3) != 1:
-        raise ValueError(
-            f"decode_attention: keys and values must lie alike, not {keys.stride()}, {values.stride()}"
-        )
+        raise ValueError(f"keys and values must lie alike, not {keys.stride()}, {values.stride()}")
     q = q if q.stride(2) == 1 else q.contiguous()
     group = heads // kv_heads
     blocks = sizes(group, max_new, head_dim, q.dtype)
@@ -180,9 +178,7 @@ def _decode_kernel(
 ):  # fmt: skip
     split = tl.program_id(0)
     own_head = tl.program_id(1) % kv_heads
-    row = tl.program_id(1) // kv_heads * ROWS + tl.arange(
-        0, ROWS
-    )  # rows: token-major, then the heads of the group
+    row = tl.program_id(1) // kv_heads * ROWS + tl.arange(0, ROWS)  # token-major, then heads of the group
     sequence = tl.program_id(2)
     token, head = row // GROUP, own_head * GROUP + row % GROUP
     first_token = tl.load(borders + sequence)

@@ -87,9 +87,7 @@ class _Book:
     """Within it, a tensor that was remembered is saved for the backward pass as its recipe."""
 
     def __init__(self):
-        self.recipes: dict[
-            tuple, tuple[Tensor, _Recipe]
-        ] = {}  # the tensor too: its address must not serve another
+        self.recipes: dict[tuple, tuple[Tensor, _Recipe]] = {}  # with it, for no other to have its address
         self.hooks = saved_tensors_hooks(self._pack, _unpack)
 
     def add(self, value: Tensor, function: Callable, inputs: tuple) -> None:

@@ -40,7 +40,7 @@ HARMLESS = {
         gradient_checkpointing_kwargs activation_checkpointing_kwargs tf32 torch_compile
         torch_compile_backend torch_compile_mode torch_empty_cache_steps""",
     "losses are always computed in fp32": "upcast_lmhead_output",
-    "there is no padding": "ignore_pad_token_for_loss dataloader_drop_last sortish_sampler",
+    "there is no padding": "ignore_pad_token_for_loss dataloader_drop_last sortish_sampler padding_free",
     "generation always uses the cache and streams": "use_cache use_kv_cache use_streamer",
     "every evaluation set is evaluated by itself": "eval_on_each_dataset",
     "the model family is read from config.json": "model_type model_class tuner_backend",
@@ -57,8 +57,8 @@ HARMLESS = {
     "it belongs to a switch that is off": """galore_* apollo_* badam_* pissa_iter pissa_convert oft_*
         module_dropout loraplus_lr_embedding asft_alpha eaft_alpha fp8_* fsdp_* kt_* hyper_parallel_args
         vllm_* sglang_* hub_model_id hub_strategy push_hub_strategy hub_revision hub_private_repo
-        hub_always_push swanlab_* trackio_* profiler_* profile_modules ray_init_kwargs master_addr
-        master_port ACCELERATE_FP8_*""",
+        hub_always_push push_to_hub_* swanlab_* trackio_* profiler_* profile_modules ray_init_kwargs
+        master_addr master_port ACCELERATE_FP8_*""",
     "bookkeeping of another trainer": """overwrite_cache preprocessing_batch_size remove_unused_columns
         dataloader_* label_names length_column_name log_level log_level_replica log_on_each_node logging_dir
         logging_nan_inf_filter logging_first_step disable_tqdm skip_memory_metrics
@@ -68,7 +68,8 @@ HARMLESS = {
         fp16_full_eval fp16_backend fp16_opt_level half_precision_backend use_ipex jit_mode_eval ddp_*
         local_rank run_name project om_hub_token save_generation_config test_oom_error show_dataset_sample
         eval_human ignore_args_error load_from_local data_shared_file_system sample_backend init_config
-        restore_callback_states_from_checkpoint enable_jit_checkpoint batching_strategy
+        restore_callback_states_from_checkpoint enable_jit_checkpoint batching_strategy ppo_logger
+        add_version lazy_tokenize print_trainable_parameters
         ACCELERATE_DEBUG_MODE ACCELERATE_LOG_LEVEL ACCELERATE_CPU_AFFINITY ACCELERATE_ENABLE_RICH
         ACCELERATE_NUM_PROCESSES ACCELERATE_DEBUG_RDV_FILE ACCELERATE_BYPASS_DEVICE_MAP
         ACCELERATE_INIT_INCLUDE_BUFFERS ACCELERATE_CONFIG_DS_FIELDS ACCELERATE_TORCH_DEVICE""",
@@ -85,7 +86,7 @@ NOT_YET = {
     "LLaMA Pro, mixture-of-depths and shifted attention": "use_llama_pro mixture_of_depths shift_attn",
     "mixture-of-experts training": "moe_aux_loss_coef router_aux_loss_coef",
     "growing the vocabulary": """resize_vocab add_tokens add_special_tokens new_special_tokens_config
-        init_special_tokens=noise_init""",
+        init_special_tokens=noise_init new_special_tokens""",
     "splitting special tokens of a text into letters (it reads them as tokens)": "split_special_tokens",
     "DeepSpeed, FSDP and other sharded training": """deepspeed* fsdp zero_stage tensor_parallel_*
         sequence_parallel_size=1 cp_size=1 cp_mode dist_config accelerator_config parallelism_config
@@ -99,7 +100,7 @@ NOT_YET = {
     "KTransformers": "use_kt",
     "hyper-parallel training": "use_hyper_parallel",
     "Ray": """ray_num_workers=1 ray_run_name ray_storage_path=./saves ray_storage_filesystem
-        placement_strategy=pack resources_per_worker""",
+        placement_strategy=pack resources_per_worker ray_scope=last""",
     "batches and data sets as LLaMA-Factory's v1 names them (dataset is read)": """train_dataset
         global_batch_size""",
     "spreading one model over several devices": "quantization_device_map max_memory",
@@ -124,7 +125,14 @@ NOT_YET = {
     "pushing to a hub from a training run (export.py does it)": "push_to_hub",
     "these switches of the Hugging Face trainer": """label_smoothing_factor auto_find_batch_size optim_args
         optim_target_modules full_determinism eval_delay eval_on_start ignore_data_skip disable_shuffling
-        torchdynamo train_from_scratch early_stopping_steps debug""",
+        torchdynamo train_from_scratch early_stopping_steps debug use_mps_device sharded_ddp past_index=-1
+        mp_parameters tpu_num_cores tpu_metrics_debug xpu_backend split_batches dispatch_batches
+        include_inputs_for_metrics use_legacy_prediction_loop""",
+    "trained weights of an adapter in bf16 beside others in fp32 (pure_bf16 has all in it)": "lora_bf16_mode",
+    "these switches of swift": """loss_scale=default lora_dtype=auto check_dataset_strategy=none
+        task_type=causal_lm train_dataset_mix_ratio lora_lr_ratio use_chat_template=true
+        dataset_shuffle=true model_author model_name self_cognition_sample freeze_parameters*
+        trainable_parameters* packing_length""",
 }
 
 # variables of accelerate -> the one that has to be on for them to be read ("": none); by itself a detail of a
@@ -144,6 +152,8 @@ NOT_YET_VALUES = {
     "finetuning_type": "oft lisa longlora adalora ia3 llamapro qalora",
     "rope_scaling": "longrope ntk",
     "mix_strategy": "interleave_once",
+    "save_strategy": "best",
+    "lr_scheduler_type": "reduce_lr_on_plateau greedy",
     "optim": "adamw_apex_fused ademamix rmsprop adagrad galore_adamw lomo grokadamw schedule_free",
 }
 
@@ -226,9 +236,7 @@ def _device_map(raw, given, keys):
     """One process, one device: what places the whole model there is its device."""
     place = str(raw[""] if isinstance(raw, dict) and list(raw) == [""] else raw).lower()
     several = place not in ("", "auto", "none", "null", "cpu", "cuda", "cuda:0", "0")
-    refuse(
-        several, "this version has one device per process, CUDA_VISIBLE_DEVICES says which; remove the key"
-    )
+    refuse(several, "this version has one device per process, CUDA_VISIBLE_DEVICES says which; remove it")
     place = "cuda" if place in ("cuda:0", "0") else place
     return {"device": Plain(place)} if "device" in keys and place in ("cpu", "cuda") else {}
 
@@ -268,9 +276,7 @@ def _on_cpu(raw, given, keys):
 
 
 def _mixed_precision(raw, given, keys):
-    named = any(
-        not is_off(given.get(key), []) for key in ("bf16", "fp16", "pure_bf16")
-    )  # beside it: these count
+    named = any(not is_off(given.get(key), []) for key in ("bf16", "fp16", "pure_bf16"))  # these count
     return {} if named or str(raw).lower() == "no" else {str(raw).lower(): Plain("true")}
 
 
@@ -294,6 +300,7 @@ CONVERTED: dict[str, Callable[[object, Mapping, Iterable], dict[str, object]]] =
     "disable_gradient_checkpointing": _no_recomputation,
     "neat_packing": lambda raw, given, keys: {"packing": raw} if _truth(raw) else {},  # ours never leaks
     "train_sampling_strategy": _sampling,
+    "resume_lora_training": _negated("create_new_adapter"),
     "max_length": _max_length,
     "device_map": _device_map,
     "max_memory_MB": _max_memory,

@@ -35,6 +35,7 @@ from options.aliases import (
     lookup,
 )
 from options.errors import UserError, located, refuse
+from options.limits import small
 from options.option import REQUIRED, Option, declared, title
 from options.values import BOOLEANS, NULLS, Plain, choices_of, convert, members_of, node_value, show, untyped
 
@@ -165,7 +166,9 @@ def _read_words(argv: list[str], is_flag: Callable[[str], bool | None]) -> tuple
         elif not (is_key and equals):
             found = f"{word!r} on the command line is neither a configuration file ({', '.join(_FILES)})"
             wrong = word.startswith("-") or not word.lower().endswith(_FILES)
-            refuse(wrong, f"{found} nor key=value, --key value or --flag. --help lists the keys.")
+            refuse(
+                wrong, f"{found} nor key=value, --key value or --flag; lists are a,b. --help lists the keys."
+            )
             key, text = "config", word
         if key == "config":
             files.append(text)
@@ -211,7 +214,7 @@ def _read_file(name: str) -> list[_Setting]:
     refuse(strange, f"{where}: expected a name that ends in {', '.join(_FILES)}")
     refuse(not path.is_file(), f"{where}: there is no such file (looked in {Path.cwd()})")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = small(path, 2**20).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{where}: not UTF-8 text that can be read ({error})") from error
     seen: dict[str, _Setting] = {}

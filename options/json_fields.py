@@ -9,7 +9,7 @@ JSON's true is no number and its "false" no truth value, and NaN and Infinity, w
 import reprlib
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
 from options.errors import refuse
@@ -25,13 +25,14 @@ class Field:
     least: float = -inf
     most: float = inf
     null: bool = False  # whether null may stand there
-    items: type = str  # of a list
+    items: object = str  # of a list, within the same bounds
 
     def allows(self, value: object) -> bool:
         if value is None or isinstance(value, bool):
             return self.null if value is None else self.kind is bool
         if isinstance(value, list):
-            return isinstance(value, self.kind) and all(type(item) is self.items for item in value)
+            each = replace(self, kind=self.items, null=False)
+            return isinstance(value, self.kind) and all(map(each.allows, value))
         inside = not isinstance(value, NUMBER) or (self.least <= value <= self.most and abs(value) != inf)
         return isinstance(value, self.kind) and inside  # NaN lies between no bounds
 

@@ -1,22 +1,26 @@
 """Bounds for what others wrote, and the memory that there is.
 
-    with bounded("the chat_template", "choose a built-in one by `template`"):
-        template.render(...)            # UserError where it takes SECONDS of computing or BYTES of memory
+    @bounded("the chat_template", "choose a built-in one by `template`")
+    def render(...):                    # UserError where it takes SECONDS of computing or BYTES of memory
 
 Templates and patterns come with a checkpoint and run here; a loop in a loop, or a text times a number, would
 hold the program for hours or take the machine's memory.
 """
 
+import functools
+import multiprocessing
 import os
 import resource
 import signal
+import stat
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from options.errors import UserError
+from options.errors import UserError, refuse
 
 # the dearest template of a published model takes some milliseconds and megabytes
 SECONDS, BYTES = 10.0, 2**30
@@ -26,15 +30,43 @@ class _Expired(Exception):
     """No UserError: on its way out nothing may take it for a refusal of the template's own."""
 
 
-@contextmanager
-def bounded(what: str, remedy: str) -> Iterator[None]:
-    """UserError where the block takes more than SECONDS of computing, or BYTES beyond what the process has.
+def bounded(what: str, remedy: str) -> Callable[[Callable], Callable]:
+    """Decorates: UserError where a call takes more than SECONDS of computing, or BYTES beyond what there is;
+    within another one that one counts. A call in another thread than the main one is made, pickled, in a
+    process beside this one: signals reach main threads alone, a limit of memory would be every thread's."""
 
-    Within another one that one counts. In other threads than the main one there are no bounds: signals do not
-    reach them, and the limit of memory would be the main thread's too.
-    """
-    free = signal.getitimer(signal.ITIMER_VIRTUAL)[0] == 0
-    if threading.current_thread() is not threading.main_thread() or not free:
+    def decorate(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            if threading.current_thread() is threading.main_thread():
+                with _within(what, remedy):
+                    return function(*args, **kwargs)
+            try:
+                return _beside().submit(call, *args, **kwargs).result()
+            except BrokenExecutor as error:
+                raise UserError(f"{what} has ended the process that runs it; {remedy}") from error
+
+        return call
+
+    return decorate
+
+
+@functools.cache
+def _beside() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), serve_parent, (signal.SIGTERM,))
+
+
+def serve_parent(*also: int) -> None:
+    """In a worker process: Ctrl-C is the parent's to tell, and once that is gone so is this."""
+    for number in (signal.SIGINT, *also):
+        signal.signal(number, signal.SIG_IGN)
+    gone = multiprocessing.parent_process().join
+    threading.Thread(target=lambda: (gone(), os._exit(1)), daemon=True).start()
+
+
+@contextmanager
+def _within(what: str, remedy: str) -> Iterator[None]:
+    if signal.getitimer(signal.ITIMER_VIRTUAL)[0] > 0:
         yield
         return
     limits = resource.getrlimit(resource.RLIMIT_AS)
@@ -45,10 +77,8 @@ def bounded(what: str, remedy: str) -> Iterator[None]:
             resource.setrlimit(resource.RLIMIT_AS, (_least(limits[0], _address_bytes() + BYTES), limits[1]))
         yield
     except (_Expired, MemoryError) as error:
-        too_much = (
-            f"{SECONDS:g} seconds" if isinstance(error, _Expired) else f"{BYTES / 2**30:g} GiB of memory"
-        )
-        raise UserError(f"{what} takes more than {too_much}; {remedy}") from error
+        much = f"{SECONDS:g} seconds" if isinstance(error, _Expired) else f"{BYTES / 2**30:g} GiB of memory"
+        raise UserError(f"{what} takes more than {much}; {remedy}") from error
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         resource.setrlimit(resource.RLIMIT_AS, limits)
@@ -66,6 +96,17 @@ def _address_bytes() -> int:
 
 def _least(limit: int, other: int) -> int:
     return other if limit == resource.RLIM_INFINITY else min(limit, other)
+
+
+def small(path: Path, most: int = 2**28) -> Path:
+    """The same path, of a file that is read as a whole: OSError if there is none, UserError if it has more
+    bytes, or is a pipe or a device, which may have no end."""
+    status = path.stat()
+    endless = not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode))
+    refuse(endless, f"{path}: a pipe or a device, expected a file")
+    large = status.st_size > most
+    refuse(large, f"{path}: more than {most >> 20} MiB, which is no such file; fetch it again")
+    return path
 
 
 def leaves(path: str) -> bool:

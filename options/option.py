@@ -21,8 +21,8 @@ SECRET = "secret"  # never written and never shown, because run folders and logs
 
 def option(default: object, help: str, *facts: str, also: str = "", stages: str = "", when: str = ""):
     """A field of a section. facts: COMMON, RESUMABLE, SECRET; also: what other systems call it, in words;
-    stages: those that read it, in words; when: the `key=value` beside which alone it is read (elsewhere it is
-    noticed that it does nothing)."""
+    stages: those that read it, in words; when: the `key=value` or `key!=value` beside which alone it is read
+    (elsewhere it is noticed that it does nothing)."""
     said = {"help": help, "also": tuple(also.split()), "when": when} | dict.fromkeys(facts, True)
     if stages:
         said["stages"] = tuple(stages.split())
@@ -49,7 +49,8 @@ class Option:
     def unread(self, values: Mapping[str, object]) -> str | None:
         """What keeps it from being read, as `key=value`; None where it is read."""
         key, _, wanted = self.when.partition("=")
-        return f"{key}={values[key]}" if key in values and values[key] != wanted else None
+        key, unequal = key.removesuffix("!"), key.endswith("!")
+        return f"{key}={values[key]}" if key in values and (f"{values[key]}" == wanted) == unequal else None
 
 
 def declared(sections: Iterable[type]) -> dict[str, Option]:

@@ -13,6 +13,7 @@ from types import NoneType, UnionType
 
 import yaml
 
+from options import json_reader
 from options.errors import UserError, refuse
 
 BOOLEANS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
@@ -99,8 +100,8 @@ def untyped(raw: object):
     if isinstance(raw, list):
         return [untyped(value) for value in raw]
     try:
-        return json.loads(raw) if isinstance(raw, Plain) else raw
-    except json.JSONDecodeError:
+        return json_reader.parse(raw, "", expected=None, nan=True) if isinstance(raw, Plain) else raw
+    except UserError:
         return str(raw)
 
 

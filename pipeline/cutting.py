@@ -130,9 +130,7 @@ def least_lengths(source: np.ndarray, targets: list[np.ndarray], reserved: int) 
     return int((source <= 0).sum()), max(least, min(reserved, max(map(len, targets))))
 
 
-def ratio_lengths(
-    source: np.ndarray, targets: list[np.ndarray], budget: int, reserved: int
-) -> tuple[int, int] | None:
+def ratio_lengths(source: np.ndarray, targets: list[np.ndarray], budget, reserved) -> tuple[int, int] | None:
     """How many tokens stay of a prompt and of each of its answers, given their ranks: as infer_seqlen says,
     or, where that is less than least_lengths, these and shares of the rest. None where they do not fit."""
     least, whole = least_lengths(source, targets, reserved), (len(source), max(map(len, targets)))

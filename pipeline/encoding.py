@@ -11,7 +11,6 @@ never is: a longer one is dropped.
 import contextlib
 import multiprocessing
 import os
-import signal
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -22,6 +21,7 @@ from itertools import chain, islice
 import numpy as np
 
 from options.errors import located
+from options.limits import serve_parent
 from pipeline import cutting
 from pipeline.batch import ANSWER, ROLES, Example
 from pipeline.formats import Conversation, Dropped, to_conversation, to_document, to_pair, to_prompt, to_rated
@@ -129,10 +129,8 @@ class ChunkEncoder:
         turns, tools = [*conversation.turns, *answer], list(conversation.tools) or None
         own, tokenizer = conversation.variables, self.tokenizer
         how = {"variables": tokenizer.special_tokens | own, "generation_prompt": prompt, "tools": tools}
-        thinks = own.get("enable_thinking", self.options.enable_thinking)
-        spans = self.template.render(
-            turns, tokenizer.bos_token, tokenizer.eos_token, enable_thinking=thinks, **how
-        )
+        how["enable_thinking"] = own.get("enable_thinking", self.options.enable_thinking)
+        spans = self.template.render(turns, tokenizer.bos_token, tokenizer.eos_token, **how)
         self.unused += unused(self.template, turns, spans, own)
         return spans
 
@@ -145,9 +143,7 @@ class ChunkEncoder:
         roles = np.repeat(np.array([ROLE_NUMBER.get(span.role, 0) for span in spans], np.uint8), counts)
         return [np.array(ids, np.int32), produced, turns, roles + produced * np.uint8(ANSWER)]
 
-    def _prompt(
-        self, number: int, conversation: Conversation, answer: Message | None
-    ) -> tuple[Example, tuple]:
+    def _prompt(self, number, conversation: Conversation, answer: Message | None) -> tuple[Example, tuple]:
         """What generation is given, as chat.py gives it; behind it the row's own answer as the label, if it
         has one: its text alone, not what the template puts around it; for comparing, never for reading."""
         tokens, _, turns, roles = self._render(conversation, prompt=True)
@@ -203,9 +199,7 @@ class ChunkEncoder:
             ranks[first:last] = np.arange(last - first)
         return ranks
 
-    def _answers(
-        self, number: int, conversation: Conversation, answers, tag: int
-    ) -> tuple[Example, int, bool]:
+    def _answers(self, number, conversation: Conversation, answers, tag: int) -> tuple[Example, int, bool]:
         """prompt + answer for each answer, as segments. All keep the same tokens of the prompt."""
         segments = []
         for answer in answers:
@@ -323,7 +317,7 @@ _worker_encoder: list[ChunkEncoder] = []  # filled in worker processes, so that 
 
 
 def _start_worker(encoder: ChunkEncoder) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to tell
+    serve_parent()
     _worker_encoder[:] = [encoder]
 
 

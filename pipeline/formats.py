@@ -18,6 +18,7 @@ The template writes tool lists and calls as its model knows them; here they are 
 import json
 from dataclasses import dataclass, field, replace
 
+from options import json_reader
 from options.errors import UserError, located, refuse
 from pipeline.sources import DatasetInfo, as_messages
 from text.render import PRODUCED, THOUGHTS, Message, is_parts, parsed, split_calls
@@ -457,7 +458,4 @@ def _read(value, where: str):
     """What a text spells as JSON; anything else without the nulls of Arrow."""
     if not isinstance(value, str):
         return _without_nulls(value)
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:  # also a number of 5,000 digits; nested too deeply
-        raise UserError(f"{where}: not JSON ({error}): {_show(value)}") from error
+    return json_reader.parse(value, where, expected=None, way_out=f"found {_show(value)}")

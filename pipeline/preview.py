@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
 
-from options.errors import UserError, require
+from options.errors import refuse, require
 from options.option import COMMON, REQUIRED, RESUMABLE, SECRET, option
 from pipeline.batch import ANSWER, IGNORED, ROLES, Batch
 from pipeline.report import segment_name
@@ -43,8 +43,7 @@ class PreviewOptions:
     hf_hub_token: str | None = option(None, "Hugging Face token", RESUMABLE, SECRET, also="hub_token")
 
     def __post_init__(self):
-        if self.index < 0:
-            raise UserError(f"index is {self.index}, expected at least 0")
+        refuse(self.index < 0, f"index is {self.index}, expected at least 0")
         require(self, "seed", lambda seed: 0 <= seed < 2**32, "is not in [0, 2**32)")
 
 

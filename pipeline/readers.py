@@ -9,15 +9,19 @@ Run from Python: for place, row in read_file(Path("data/tiny_alpaca.json")): ...
 """
 
 import csv
+import itertools
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from options import json_reader
 from options.errors import UserError, refuse
-from options.limits import free_host_bytes
+from options.limits import BYTES, free_host_bytes
 
+BATCH_ROWS = 1024  # of parquet and arrow files that are Python's at once
+MOST_GROWTH = 50  # of rows that take gigabytes: numbers of one byte become objects of 40
 READ_CHARACTERS = 1 << 20  # of a .json file held while one object is parsed; grows for longer ones
 
 
@@ -30,15 +34,20 @@ def read_file(path: Path) -> Iterator[tuple[str, dict]]:
         raise UserError(f"{path}: not UTF-8 text ({error.reason}: {found:#04x})") from error
 
 
-def _read_text(path: Path) -> Iterator[tuple[int, str]]:
-    with open(path, encoding="utf-8-sig") as file:
-        yield from enumerate(file, start=1)
+def _lines(file, path: Path) -> Iterator[str]:
+    for number in itertools.count(1):
+        line = file.readline(BYTES)
+        refuse(len(line) == BYTES, f"{path}:{number}: a line of more than {BYTES >> 20} MiB; divide the text")
+        if not line:
+            return
+        yield line
 
 
 def _read_lines(path: Path) -> Iterator[tuple[str, dict]]:
     """.txt: one document per line. Blank lines come as empty documents, which the report counts."""
-    for line, text in _read_text(path):
-        yield f"{path}:{line}", {"text": text.rstrip("\r\n")}
+    with open(path, encoding="utf-8-sig") as file:
+        for line, text in enumerate(_lines(file, path), start=1):
+            yield f"{path}:{line}", {"text": text.rstrip("\r\n")}
 
 
 def _object(row, place: str) -> dict:
@@ -58,12 +67,13 @@ def _read_json(path: Path) -> Iterator[tuple[str, dict]]:
 
 def _iterate_json(path: Path) -> Iterator[tuple[int, object, bool]]:
     """(line, value, whether in an array) of each row, holding only the value being parsed and a block."""
-    decoder = json.JSONDecoder()
+    decoder = json_reader.decoder(nan=True)
     with open(path, encoding="utf-8-sig") as file:
         text, start, line, step = "", 0, 1, READ_CHARACTERS
 
         def more() -> bool:
             nonlocal text, start, step
+            refuse(step > BYTES, f"{path}:{line}: a row of more than {BYTES >> 20} MiB, or no JSON")
             block = file.read(step)
             text, start = text[start:] + block, 0
             step *= 2  # doubling keeps a single huge object from being parsed again and again
@@ -92,7 +102,7 @@ def _iterate_json(path: Path) -> Iterator[tuple[int, object, bool]]:
                     begun = f" of line {at}, one object began here" if at > line and not in_array else ""
                     found = f"not JSON ({error.msg}, column {error.colno}{begun})"
                     raise UserError(f"{path}:{line if begun else at}: {found}") from error
-                except (ValueError, RecursionError) as error:  # a number of 5,000 digits; nested too deeply
+                except (UserError, RecursionError) as error:  # a name twice, 5,000 digits; nested too deeply
                     raise UserError(f"{path}:{line}: JSON that cannot be read ({error})") from error
                 # a number at the very end of the block may go on in the next one
                 if end < len(text) or not more():
@@ -132,7 +142,7 @@ def _read_csv(path: Path) -> Iterator[tuple[str, dict]]:
     """First line = column names; every value stays text, but nothing is null, as in `datasets`."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # documents are longer than csv's 128 KiB default
     with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
+        reader = csv.DictReader(_lines(file, path), strict=True)
         try:
             names = reader.fieldnames or []
             twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
@@ -150,14 +160,24 @@ def _read_csv(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, dict]]:
-    import pyarrow.parquet
+    from pyarrow import parquet
 
-    with _damage_named(path, "a parquet file"), pyarrow.parquet.ParquetFile(path) as file:
-        groups = map(file.metadata.row_group, range(file.num_row_groups))
-        largest, free = max((group.total_byte_size for group in groups), default=0), free_host_bytes()
+    with _damage_named(path, "a parquet file"):
+        about = parquet.read_metadata(path)
+        columns = [about.schema.column(i) for i in range(about.num_columns)]
+        groups, free = [about.row_group(i) for i in range(about.num_row_groups)], free_host_bytes()
+        # one row of a column of lists may hold any number of values, and the file count where it holds one
+        lists = [i for i, column in enumerate(columns) if column.max_repetition_level > 0]
+        sizes = (each.total_byte_size + sum(8 * each.column(i).num_values for i in lists) for each in groups)
+        largest = max(sizes, default=0)
         found = f"a row group of {largest / 1e9:.1f} GB, {free / 1e9:.1f} GB of memory are free"
         refuse(largest > free, f"{path}: {found}; write the file with smaller row groups")
-        yield from _arrow_rows(path, file.iter_batches(batch_size=1024))
+        # a text stored once for many rows stays so until they are weighed; not one of DELTA_BYTE_ARRAY
+        used = [" ".join(name for g in groups for name in g.column(i).encodings) for i in range(len(columns))]
+        kept = [column.path for column, names in zip(columns, used) if "BYTE_ARRAY" not in names]
+        rows = BATCH_ROWS if len(kept) == len(columns) else min(BATCH_ROWS, 1 + BYTES // (1 + largest))
+        with parquet.ParquetFile(path, metadata=about, read_dictionary=kept) as file:
+            yield from _arrow_rows(path, file.iter_batches(rows), about.schema.to_arrow_schema())
 
 
 def _read_arrow(path: Path) -> Iterator[tuple[str, dict]]:
@@ -184,9 +204,15 @@ def _damage_named(path: Path, expected: str) -> Iterator[None]:
         raise UserError(f"{path}: not {expected} ({error})") from error
 
 
-def _arrow_rows(path: Path, batches) -> Iterator[tuple[str, dict]]:
+def _arrow_rows(path: Path, batches, plain=None) -> Iterator[tuple[str, dict]]:
+    """plain: the schema without dictionaries. UserError for a few rows that would take all memory."""
     number = 0
-    for batch in batches:
+    for batch in (each.slice(i, BATCH_ROWS) for each in batches for i in range(0, len(each), BATCH_ROWS)):
+        size = sum(map(_python_bytes, batch.columns))
+        wrong = size > BYTES and (size > MOST_GROWTH * batch.nbytes or size > free_host_bytes())
+        found = f"{len(batch)} rows become {size / 1e9:.1f} GB, of {batch.nbytes / 1e6:.1f} MB in the file"
+        refuse(wrong, f"{path} row {number}: {found}; leave out the column that repeats a long text or list")
+        batch = batch if plain is None else batch.cast(plain)
         try:
             rows = batch.to_pylist()
         except (ValueError, OverflowError, LookupError):  # bytes that are no text, a date that Python lacks
@@ -195,6 +221,21 @@ def _arrow_rows(path: Path, batches) -> Iterator[tuple[str, dict]]:
         for row in rows:
             yield f"{path} row {number}", row
             number += 1
+
+
+def _python_bytes(array) -> int:
+    """About what to_pylist makes of it; a text that a dictionary holds once comes for every row."""
+    from pyarrow import ArrowNotImplementedError, compute, types
+
+    size, kind = 40 * len(array), array.type
+    if types.is_nested(kind):
+        parts = [array.keys, array.items] if types.is_map(kind) else array.flatten()
+        return size + sum(map(_python_bytes, parts if isinstance(parts, list) else [parts]))
+    values = array.dictionary if types.is_dictionary(kind) else array
+    with suppress(ArrowNotImplementedError):  # for numbers
+        lengths = compute.binary_length(values)
+        size += compute.sum(lengths if values is array else lengths.take(array.indices)).as_py() or 0
+    return size
 
 
 def _one_row(batch, i: int, place: str) -> dict:

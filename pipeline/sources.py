@@ -20,6 +20,7 @@ from pathlib import Path
 
 from options import json_reader
 from options.errors import UserError, located, refuse
+from options.json_fields import Field, check
 from options.limits import leaves
 from pipeline.readers import FILE_TYPES, read_file
 from text.render import parsed
@@ -37,7 +38,11 @@ SOURCES = ("hf_hub_url", "ms_hub_url", "file_name", "script_url")
 TEXTS = ("subset", "split", "folder", "revision", "file_sha1")
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 NOT_READ = {"om_hub_url": "the Modelers hub is not read", "cloud_file_name": "cloud storage is not read"}
-OTHERS = ("om_hub_url", "cloud_file_name", "num_samples", "ranking", "formatting", "columns", "tags")
+FIELDS = dict.fromkeys((*SOURCES, *NOT_READ, "formatting"), Field(str)) | {"ranking": Field(bool, null=True)}
+FIELDS |= dict.fromkeys(TEXTS, Field(str, null=True)) | {"num_samples": Field(int, 1, null=True)}
+FIELDS |= dict.fromkeys(("columns", "tags"), Field(dict, null=True))
+# what another source has; "train" is what a file has too
+NOT_OF = {"file": ("subset", "split", "revision"), "ms_hub": ("revision",), "hf_hub": ()}
 
 
 Row = tuple[int, str, dict]  # number; place, "file:line" or "file row n", for messages; columns
@@ -114,30 +119,27 @@ def parse_entry(name: str, entry: dict, dataset_dir: str | Path, default_split: 
     """One entry of dataset_info.json -> DatasetInfo, every field checked."""
     with located(f"{Path(dataset_dir) / 'dataset_info.json'}: dataset {name!r}"):
         refuse(not isinstance(entry, dict), f"expected an object, found {type(entry).__name__}")
-        _check_names(entry, (*SOURCES, *TEXTS, *OTHERS), "unknown field")
+        _check_names(entry, tuple(FIELDS), "unknown field")
+        check(entry, FIELDS)
         kind, location = _source(entry, dataset_dir)
         formatting = entry.get("formatting", "alpaca")
         if formatting not in ("alpaca", "sharegpt", "openai"):
             raise UserError(f"formatting is {formatting!r}, expected 'alpaca', 'sharegpt' or 'openai'")
-        num_samples, ranking = entry.get("num_samples"), entry.get("ranking", False)
-        if num_samples is not None and (type(num_samples) is not int or num_samples < 1):
-            raise UserError(f"num_samples is {num_samples!r}, expected a whole number of at least 1")
-        refuse(ranking not in (True, False), f"ranking is {ranking!r}, expected true or false")
-        for key in TEXTS:
-            refuse(not isinstance(entry.get(key), str | None), f"{key} is {entry.get(key)!r}, expected text")
+        wrong = {key: entry[key] for key in NOT_OF[kind] if entry.get(key) not in (None, "train")}
+        refuse(wrong, f"{wrong} does not apply to {location}; take it out (num_samples takes fewer rows)")
         for key in ("folder", "subset", "revision"):
             refuse(leaves(entry.get(key) or ""), f"{key} {entry.get(key)!r} leaves {location}")
         columns, tags = _columns(entry, formatting), _tags(entry, formatting)
     texts = {key: entry.get(key) for key in TEXTS} | {"split": entry.get("split") or default_split}
-    shared = {"columns": columns, "tags": tags, "num_samples": num_samples, "ranking": bool(ranking)}
-    return DatasetInfo(name, kind, location, formatting, home=str(dataset_dir), **shared, **texts)
+    shared = {"columns": columns, "tags": tags, "home": str(dataset_dir), **texts}
+    shared |= {"num_samples": entry.get("num_samples"), "ranking": bool(entry.get("ranking"))}
+    return DatasetInfo(name, kind, location, formatting, **shared)
 
 
 def _source(entry: dict, dataset_dir: str | Path) -> tuple[str, str]:
     """LLaMA-Factory's order: hub ids first (ModelScope's when USE_MODELSCOPE_HUB=1), script, file."""
     for key in SOURCES:
-        if key in entry and (not isinstance(entry[key], str) or not entry[key]):
-            raise UserError(f"{key} is {entry[key]!r}, expected text")
+        refuse(entry.get(key) == "", f"{key} is '', expected text")
     for kind in sorted(("hf_hub", "ms_hub"), key=lambda kind: kind != _hub_kind()):
         if f"{kind}_url" in entry:
             with located(f"{kind}_url"):
@@ -161,9 +163,7 @@ def _refuse_no_hub_id(name: str) -> None:
     """`datasets` takes the names of its readers (json, csv), paths and addresses in the same place."""
     files = "files are named by file_name in dataset_info.json"
     refuse(not HUB_ID.fullmatch(name), f"{name!r} is no id of a hub (owner/name); {files}")
-    refuse(
-        Path(name).exists(), f"{name!r} is a path here, which would be read in place of the hub's; {files}"
-    )
+    refuse(Path(name).exists(), f"{name!r} is a path here, read in place of the hub's; {files}")
 
 
 def _hub_kind() -> str:
@@ -189,10 +189,8 @@ def _tags(entry: dict, formatting: str) -> dict[str, str]:
 
 def _checked_mapping(given, known: tuple[str, ...], where: str) -> dict[str, str]:
     """What is given, without what is null."""
-    refuse(not isinstance(given, dict), f"{where} is {given!r}, expected an object")
     _check_names(given, known, f"{where}: unknown key")
-    for key, value in given.items():
-        refuse(not isinstance(value, str | None), f"{where}.{key} is {value!r}, expected text")
+    check(given, dict.fromkeys(given, Field(str, null=True)), f"{where}.")
     return {key: value for key, value in given.items() if value is not None}
 
 

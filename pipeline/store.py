@@ -301,7 +301,7 @@ def load_sets(folder: Path) -> tuple[dict, dict[str, ExampleStore]]:
         path = folder / f"index-{number}.npy"
         try:
             index = np.load(path, allow_pickle=False)
-        except (OSError, EOFError, ValueError) as error:
+        except (OSError, EOFError, ValueError, MemoryError) as error:
             raise UserError(f"{path}: missing or damaged ({error})") from error
         parts = [opened[part] for part in entry["parts"]]
         sets[entry["name"]] = ExampleStore(parts, entry["datasets"], index)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from options.errors import UserError
+from options.errors import UserError, refuse
 from quant.linear import FLOATS, Format, QuantLinear, picked, refuse_others, row_chunks, take
 
 
@@ -29,8 +29,7 @@ class AQLMFormat(Format):
     out_group: int = 1
 
     def __post_init__(self):
-        if not 1 <= self.code_bits <= 16:
-            raise UserError(f"nbits_per_codebook: {self.code_bits} is not from 1 to 16")
+        refuse(not 1 <= self.code_bits <= 16, f"nbits_per_codebook: {self.code_bits} is not from 1 to 16")
         for key in ("num_codebooks", "in_group_size", "out_group_size"):
             if self.config()[key] < 1:
                 raise UserError(f"{key}: {self.config()[key]} is not at least 1")

@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from options.errors import UserError
+from options.errors import UserError, refuse
 from quant.grouped import GroupedFormat, GroupedLinear, pack, unpack
 from quant.linear import picked, refuse_others, take
 
@@ -40,8 +40,7 @@ class GPTQFormat(GroupedFormat):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.bits not in BITS:
-            raise UserError(f"bits: {self.bits}; GPTQ has 2, 3, 4 and 8")
+        refuse(self.bits not in BITS, f"bits: {self.bits}; GPTQ has 2, 3, 4 and 8")
         if self.version not in ("gptq", "gptq_v2"):
             raise UserError(f"checkpoint_format: {self.version!r} is not read; gptq and gptq_v2 are")
 
@@ -62,9 +61,7 @@ class GPTQFormat(GroupedFormat):
             found = unpack(zeros, self.bits).unique().tolist()
             wanted = f"{2 ** (self.bits - 1)} alone, as sym (true) in config.json asks for"
             remedy = "if they are right, sym is false or checkpoint_format another (gptq_v2 = as they are)"
-            raise UserError(
-                f"qzeros stands for the zeros {reprlib.repr(found)} instead of {wanted}; {remedy}"
-            )
+            raise UserError(f"qzeros stands for the zeros {reprlib.repr(found)} not {wanted}; {remedy}")
         return GPTQLinear(self, codes.T.contiguous(), zeros, scales, group_of, bias, dtype)
 
     def _plain_zeros(self, stored: Tensor) -> Tensor:

@@ -49,10 +49,8 @@ class HQQFormat(Format):
     axis: int = 1
 
     def __post_init__(self):
-        if self.bits not in BITS:
-            raise UserError(f"nbits: {self.bits}; HQQ has 8, 6, 5, 4, 3, 2 and 1")
-        if self.axis not in (0, 1):
-            raise UserError(f"axis: {self.axis} is neither 0 nor 1")
+        refuse(self.bits not in BITS, f"nbits: {self.bits}; HQQ has 8, 6, 5, 4, 3, 2 and 1")
+        refuse(self.axis not in (0, 1), f"axis: {self.axis} is neither 0 nor 1")
         if self.group_size is not None and self.group_size < 1:
             raise UserError(f"group_size: {self.group_size} is not above 0")
 
@@ -223,6 +221,6 @@ def from_config(settings: dict) -> HQQFormat:
         given = next(iter(given.values()), {})  # one for each kind of layer, which the layers' tensors repeat
     refuse(not isinstance(given, dict), f"quant_config: {given!r} is not an object of keys and values")
     weights = given["weight_quant_params"]
-    if not isinstance(weights, dict):
-        raise UserError(f"quant_config.weight_quant_params: {weights!r} is not an object of keys and values")
+    wrong = f"quant_config.weight_quant_params: {weights!r} is not an object of keys and values"
+    refuse(not isinstance(weights, dict), wrong)
     return HQQFormat(weights["nbits"], weights.get("group_size", 64), weights.get("axis", 1))

@@ -24,7 +24,9 @@ import kernels
 from kernels.byte_linear import Bytes
 from kernels.linear import Part
 from kernels.nf4 import Codes
+from options import json_reader
 from options.errors import NOT_FINITE, UserError, refuse
+from options.json_fields import NUMBER, Field, check
 from quant.linear import Format, QuantLinear, name_of, refuse_others, take
 
 BLOCK = 64  # weights to a scale
@@ -363,12 +365,8 @@ def _read_state(name: str, packed: Tensor, shape: tuple[int, int]) -> dict:
     """The settings that bitsandbytes stores as JSON in a tensor of bytes."""
     if packed.dtype is not torch.uint8 or packed.dim() != 1:
         raise UserError(f"{name} is {packed.dtype} {tuple(packed.shape)}, expected the bytes of JSON")
-    try:
-        state = json.loads(packed.numpy().tobytes().decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{name} is not JSON ({error}); the file is damaged, fetch it again") from error
-    if not isinstance(state, dict):
-        raise UserError(f"{name} holds a {type(state).__name__}, expected an object")
+    damaged = "the file is damaged, fetch it again"
+    state = json_reader.parse(packed.numpy().tobytes(), name, way_out=damaged)
     expected = {"quant_type": name.removeprefix(STATE), "blocksize": BLOCK, "shape": list(shape)}
     if "nested_blocksize" in state:
         expected |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32"}
@@ -376,7 +374,5 @@ def _read_state(name: str, packed: Tensor, shape: tuple[int, int]) -> dict:
         if state.get(key) != value:
             raise UserError(f"{name}: {key} is {state.get(key)!r}; only {value!r} fits here")
     if "nested_blocksize" in state:
-        offset = state.get("nested_offset")
-        if not isinstance(offset, float | int) or not math.isfinite(offset):
-            raise UserError(f"{name}: nested_offset is {offset!r}, expected a number")
+        check({"nested_offset": state.get("nested_offset")}, {"nested_offset": Field(NUMBER)}, f"{name}: ")
     return state

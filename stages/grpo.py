@@ -252,9 +252,7 @@ class GroupPolicy(RolloutStage):
         if reference is not None and in_loss is None:
             sums["kl"] = k3_divergence(logprobs.detach(), reference).sum()
         measured = {name: values for name, values in known.items() if name not in NO_METRICS}
-        return total, {name: of_known(values) for name, values in measured.items()} | summed(
-            sums, len(logprobs)
-        )
+        return total, {name: of_known(each) for name, each in measured.items()} | summed(sums, len(logprobs))
 
     def evaluate(self, model: Decoder, prompts: Iterator[list[Prompt]], world: World) -> dict[str, float]:
         """One answer to each prompt, the likeliest tokens: its reward, and whether it is the row's own answer

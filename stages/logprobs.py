@@ -134,8 +134,6 @@ def answer_sums(values: Tensor, batch: Batch, ld_alpha: float | None = None) -> 
     if ld_alpha is not None:
         shared = counts.view(2, batch.pairs).amin(0).repeat(2)  # (N,) labels that both answers of a pair have
         starts = counts.cumsum(0) - counts
-        place = torch.arange(labels, device=counts.device) - spread(
-            starts, counts, labels
-        )  # (L,) in its answer
+        place = torch.arange(labels, device=counts.device) - spread(starts, counts, labels)  # (L,) within it
         values = torch.where(place < spread(shared, counts, labels), values, ld_alpha * values)
     return segment_sums(values, counts)

@@ -43,8 +43,14 @@ ADAPTER_PARTS = ("lora_a", "lora_b", "magnitude")  # of an adapted linear, which
 
 @dataclass(frozen=True)
 class ReferenceOptions:
-    ref_model: str | None = option(None, "model to which the policy is held; default: the start of the run")
-    ref_model_adapters: tuple[str, ...] = option((), "adapters on ref_model, in this order")
+    ref_model: str | None = option(
+        None, "model to which the policy is held; default: the start of the run", also="dpo_ref_model"
+    )
+    ref_model_adapters: tuple[str, ...] = option(
+        (),
+        "adapters on ref_model, in this order",
+        also="dpo_ref_model_adapters dpo_ref_model_checkpoint ref_model_checkpoint",
+    )
     ref_model_quantization_bit: int | None = option(None, "quantise ref_model to this many bits")
     precompute_ref_log_probs: bool | None = option(
         None, "reference log-probabilities before training, kept in the cache; default: if it saves work"

@@ -54,6 +54,7 @@ from checkpoints.value_head import ValueHead, has_value_head, load_value_head
 from generation.generate import Completion
 from lora import full_modules, lora_layers, replace_module
 from model import Decoder
+from options import json_reader
 from options.errors import StopRun, UserError, refuse, require
 from options.option import COMMON, RESUMABLE, option
 from parallel.world import World
@@ -346,16 +347,18 @@ class ApiReward(RewardSource):
         messages = [self.tokenizer.decode(text, skip_special=False) for text in _texts(samples)]
         answer = self._ask(json.dumps({"model": "model", "messages": messages}).encode())
         where = f"reward_model: {self.address}"
+        given = _short(answer.decode("utf-8", "replace"))
         try:
-            scores = json.loads(answer)["scores"]
-            scores = torch.tensor([float(score) for score in scores])
-        except (ValueError, TypeError, KeyError) as error:  # not JSON is a ValueError too
-            text = _short(answer.decode("utf-8", "replace"))
-            raise RewardError(f'{where} answered {text!r}, expected {{"scores": [number, ...]}}') from error
+            scores = json_reader.parse(answer, "the answer", nan=True).get("scores")
+            refuse(not isinstance(scores, list), "no list of scores")
+            refuse({*map(type, scores)} - {int, float}, "a score that is no number")
+        except UserError as error:
+            expected = f'answered {given!r}, expected {{"scores": [number, ...]}} ({error})'
+            raise RewardError(f"{where} {expected}") from error
         found, wanted = len(scores), len(samples)
         if found != wanted:
             raise RewardError(f"{where} gave {found} scores for {wanted} texts; give one for each")
-        return scores[:, None]
+        return torch.tensor(scores, dtype=torch.float32)[:, None]
 
     def _ask(self, body: bytes) -> bytes:
         """The body of the answer. Tries again after what may pass. Raises RewardError."""
@@ -366,7 +369,7 @@ class ApiReward(RewardSource):
             try:
                 return _answer(request, self.timeout_seconds)
             except urllib.error.HTTPError as error:
-                problem = f"HTTP status {error.code} ({error.reason})"
+                problem = f"HTTP status {error.code} ({_short(' '.join(str(error.reason).split()))})"
                 if error.code < 500:  # the request is wrong, and would be again
                     break
             except (OSError, http.client.HTTPException) as error:

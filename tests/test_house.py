@@ -257,6 +257,17 @@ def test_nothing_is_unpickled_or_made_from_text(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_json_is_read_by_the_one_reader(path):
+    """But what the program itself has just written: a library's state, a message between the ranks."""
+    place = str(path.relative_to(ROOT))
+    own = ("options/json_reader.py", "text/tokenizer.py", "text/stream.py", "parallel/world.py")
+    tree = tree_of(path)
+    assert not {"orjson", "ujson", "simplejson", "json.loads", "json.load"} & set(imports(tree))
+    names = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert place in own or not {"json.loads", "json.load", "json.JSONDecoder"} & names
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
 def test_nothing_of_another_module_is_replaced(path):
     """No `module.name = ...`: what a module means does not depend on who imported it."""
     tree = tree_of(path)

@@ -157,12 +157,14 @@ class JinjaTemplate:
             return True  # if not by that name, then in the content
         return _names(f"{self.source} {self.tool_use}", key, of_message)
 
+    @IN_BOUNDS
     def stop_words(self, eos: str | None) -> tuple[str, ...]:
         """The template's end-of-turn mark and the tokenizer's eos."""
         probe = _sample_probe(self.source, "", eos, None)
         end = "" if probe is None else probe.end_mark.strip()
         return tuple(dict.fromkeys(word for word in (end, eos) if word))
 
+    @IN_BOUNDS
     def content(self, text: str) -> str:
         """A generated text as an assistant's content: without the space that some templates begin with."""
         probe = _sample_probe(self.source, "", "", None)
@@ -287,10 +289,7 @@ class _Probe(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-@IN_BOUNDS
-def _sample_probe(
-    source: str, bos: str | None, eos: str | None, enable_thinking: bool | None
-) -> _Probe | None:
+def _sample_probe(source: str, bos: str | None, eos: str | None, enable_thinking) -> _Probe | None:
     """What a template does around the answer to a plain question."""
     question = _said(source, "user", "question")
     return _probe(_writer(source, bos or "", eos or "", enable_thinking), [question], source)
@@ -523,27 +522,35 @@ def _raise_exception(message: str):
     raise jinja2.TemplateError(message)
 
 
-class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """transformers' sandbox, without whole numbers of thousands of digits, whose arithmetic nothing stops."""
+def _refuse_long(bits: int) -> None:
+    """For whole numbers of thousands of digits, whose arithmetic nothing stops."""
+    if bits > 10_000:
+        raise OverflowError(f"a number of {bits} bits")
 
-    intercepted_binops = frozenset(("*", "**"))
+
+def _round(value, precision=0, method="common") -> float:
+    _refuse_long(4 * abs(precision))  # jinja's own takes that power of ten
+    return jinja2.filters.do_round(value, precision, method)
+
+
+class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """transformers' sandbox, with short numbers."""
+
+    intercepted_binops = frozenset(("*", "**", "//", "%"))
 
     def call_binop(self, context, operator, left, right):
         if isinstance(left, int) and isinstance(right, int):
-            bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
-            if bits > 10_000:
-                raise OverflowError(f"a number of {bits} bits")
+            _refuse_long(left.bit_length() * (right if operator == "**" else 1) + right.bit_length())
         return super().call_binop(context, operator, left, right)
 
 
 @functools.lru_cache(maxsize=16)
-@IN_BOUNDS
 def _compile(source: str) -> jinja2.Template:
     """In the environment of transformers' apply_chat_template: sandboxed, for strangers wrote the code."""
     extensions = [_Generation, jinja2.ext.loopcontrols]
     layout = {"trim_blocks": True, "lstrip_blocks": True}
     environment = _Sandbox(extensions=extensions, **layout)
-    environment.filters["tojson"] = _tojson
+    environment.filters |= {"tojson": _tojson, "round": _round}
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     try:

@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from options import json_reader
 from options.errors import UserError
 from text.tools import TOOL_TEXTS, generic_tools, qwen_tools
 
@@ -230,9 +231,11 @@ def split_calls(content: str) -> tuple[str, list[tuple[str, dict]]] | None:
 def parsed(value):
     """The value that a text spells as JSON; anything else as it is, for a tool may take plain text."""
     try:
-        return json.loads(value) if isinstance(value, str) else value
-    except (ValueError, RecursionError):  # also a number of 5,000 digits; nested too deeply
-        return value
+        return json_reader.parse(value, "a call", expected=None) if isinstance(value, str) else value
+    except UserError as error:
+        if isinstance(error.__cause__, json.JSONDecodeError):
+            return value
+        raise
 
 
 def is_parts(content) -> bool:

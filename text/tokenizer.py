@@ -12,6 +12,7 @@ Sources: decoders and offsets of huggingface/tokenizers 0.23; SentencePiece's pr
 Run: python -c "from text.tokenizer import Tokenizer; print(Tokenizer.from_folder('FOLDER').encode('Hello'))"
 """
 
+import base64
 import bisect
 import itertools
 import json
@@ -24,12 +25,23 @@ import tokenizers
 
 from options import json_reader
 from options.errors import UserError, located, refuse
+from options.json_fields import Field, check
+from options.limits import small
 from text.stream import StreamDecoder, readable
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 TOKENIZER_FILES += ("chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt")
 NAMED_TEMPLATES = "additional_chat_templates/*.jinja"
 SHORT_TAIL = 256  # characters; texts up to this length between a special token and a border are remembered
+NAMES = [f"{name}_token" for name in ("bos", "eos", "unk", "pad", "sep", "cls", "mask")]
+LISTS = ("extra_special_tokens", "additional_special_tokens", "model_specific_special_tokens")
+# of the files beside tokenizer.json, config.json and generation_config.json among them
+FIELDS = dict.fromkeys([f"{name}_id" for name in NAMES], Field(int | list, null=True, items=int))
+FIELDS |= {"vocab_size": Field(int, 1, 2**24, null=True), "stop_strings": Field(str | list, null=True)}
+FIELDS |= dict.fromkeys(NAMES, Field(str | dict, null=True)) | {LISTS[2]: Field(dict, null=True)}
+FIELDS |= dict.fromkeys(LISTS[:2], Field(list | dict, null=True, items=str | dict))
+FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "special", "normalized"), Field(bool, null=True))
+FLAGS["content"] = Field(str)
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 REMEMBERED_TAILS = 4096  # entries; bounds the memory of that table to a few MB
 
@@ -59,6 +71,7 @@ class Tokenizer:
         self.chat_template: str | dict[str, str] | None = None  # as transformers': one, or several by name
         self.special_tokens: dict[str, str] = {}  # sep_token and other names that a chat_template may read
         self.stop_ids: tuple[int, ...] = ()
+        self.notices: list[str] = []  # what these files ask for and is not done
 
         self.bos_token, self.eos_token, self.unk_token = (special.get(name) for name in ("bos", "eos", "unk"))
         if self.eos_token is None and backend.token_to_id("<|endoftext|>") is not None:
@@ -84,9 +97,9 @@ class Tokenizer:
         if not there, for the tokenizer of an adapter. Raises UserError with the way out."""
         folder = Path(folder)
         backend = _load_backend(folder)
-        config = _read_json(folder / "tokenizer_config.json")
-        special_map = _read_json(folder / "special_tokens_map.json")
-        _add_listed_tokens(backend, folder, config, special_map)
+        config, special_map = (_read_json(folder / name) for name in TOKENIZER_FILES[1:3])
+        with located(str(folder)):
+            unknown = _add_listed_tokens(backend, folder, config, special_map)
 
         homes = [folder] if model is None else [folder, Path(model)]
         generation, described = (
@@ -95,8 +108,8 @@ class Tokenizer:
         )
         if isinstance(described.get("text_config"), dict):
             described = described | described["text_config"]
+            check(described, FIELDS, f"{folder}: config.json: text_config.")
         rows = described.get("vocab_size")
-        rows = rows if isinstance(rows, int) else None
         special, sources = {}, (config, special_map)
         if "added_tokens_decoder" not in config:
             sources = sources[::-1]
@@ -105,9 +118,7 @@ class Tokenizer:
             ids = [i for source in (generation, described) for i in as_ids(source.get(f"{name}_token_id"))]
             ids = [i for i in ids if 0 <= i < 2**32]  # -1 stands for none in older files
             known = {text: backend.token_to_id(text) for text in named if text is not None}
-            known |= {
-                text: i for i in ids if (text := backend.id_to_token(i)) is not None and text not in known
-            }
+            known |= {t: i for i in ids if (t := backend.id_to_token(i)) is not None and t not in known}
             # A name that the vocabulary does not have is passed over, and so is one without a row.
             fits = (text for text, i in known.items() if i is not None and (rows is None or i < rows))
             special[name] = next(fits, None)
@@ -120,10 +131,18 @@ class Tokenizer:
         size = max(rows or 0, backend.get_vocab_size(with_added_tokens=True))
         outside = next((i for i in ends if not 0 <= i < size), None)
         found = f"eos_token_id {outside} is outside the vocabulary of {size} tokens, so no text would end"
-        wrong = f"{folder}: {found}; correct it in generation_config.json or config.json"
-        refuse(outside is not None, wrong)
+        refuse(outside is not None, f"{folder}: {found}; correct generation_config.json or config.json")
         ends = (i for i in ends if rows is None or i < rows)
         tokenizer.stop_ids = tuple(dict.fromkeys([*tokenizer.stop_ids, *ends]))
+        named = f"{folder}: {' and '.join(TOKENIZER_FILES[1:3])} name {', '.join(map(repr, unknown))}"
+        named += ", which tokenizer.json does not have"
+        ends_none = unknown and not tokenizer.stop_ids and any(source.get("eos_token") for source in sources)
+        refuse(ends_none, f"{named}, so no text would end; let eos_token be one of its tokens")
+        tokenizer.notices += [f"{named}; left out"] if unknown else []
+        if words := generation.get("stop_strings"):
+            tokenizer.notices.append(
+                f"generation_config.json: stop_strings {words!r} are not used; give stop="
+            )
         return tokenizer
 
     def encode(self, text: str, add_special: bool = False) -> list[int]:
@@ -263,12 +282,14 @@ class Tokenizer:
 
     @property
     def notice(self) -> str | None:
-        """A line for the user where tokens have no row in the model."""
-        if self.rows is None:
-            return None
-        first = next((self.token(i) for i in range(self.rows, self.vocab_size) if self.token(i)), "")
-        more = f"the tokenizer has {self.vocab_size - self.rows} tokens more than the model has rows"
-        return f"{self.folder}: {more} ({self.rows}); a text with one of them ({first!r}) is refused"
+        """A line for the user where tokens have no row in the model or are no tokens."""
+        lines = self.notices
+        if self.rows is not None:
+            first = next((self.token(i) for i in range(self.rows, self.vocab_size) if self.token(i)), "")
+            more = f"the tokenizer has {self.vocab_size - self.rows} tokens more than the model has rows"
+            told = f"{self.folder}: {more} ({self.rows}); a text with one of them ({first!r}) is refused"
+            lines = [*lines, told]
+        return "; ".join(lines) or None
 
     def ends(self, stop_words: Sequence[str]) -> tuple[str | None, tuple[int, ...]]:
         """(eos, all ids that end a text, eos first) for a template with these stop words. Its first one is
@@ -279,9 +300,7 @@ class Tokenizer:
         eos = stop_words[0] if replaces else self.eos_token
         return eos, tuple(dict.fromkeys([*ids[: bool(replaces)], *self.stop_ids, *ids]))
 
-    def save(
-        self, folder: str | Path, chat_template: str | None = None, eos_token: str | None = None
-    ) -> None:
+    def save(self, folder: str | Path, chat_template: str | None = None, eos_token: str | None = None):
         """Copy the tokenizer's files into `folder`; chat_template and eos_token replace those that came with
         them, in every file that names one."""
         if self.folder is None:
@@ -346,6 +365,7 @@ def _load_backend(folder: Path) -> tokenizers.Tokenizer:
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder; expected a checkpoint with tokenizer.json")
     if path.is_file():
+        small(path)
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception for every kind of damage
@@ -357,17 +377,12 @@ def _load_backend(folder: Path) -> tokenizers.Tokenizer:
         return backend
     present = sorted(p.name for p in folder.iterdir() if "token" in p.name or p.name in TOKENIZER_FILES)
     found = f"found {', '.join(present)}" if present else "no tokenizer file at all is there"
+    write = f"AutoTokenizer.from_pretrained('{folder}').save_pretrained('{folder}') of transformers"
     if (folder / "tokenizer.model").exists():
-        raise UserError(
-            f"{folder}: there is tokenizer.model but no tokenizer.json. The SentencePiece file has to be "
-            'converted once, in any environment with transformers and sentencepiece: python -c "from '
-            f"transformers import AutoTokenizer; AutoTokenizer.from_pretrained('{folder}').save_pretrained("
-            f"'{folder}')\"; or take a GGUF file of the model (model_name_or_path=model.gguf) with its own."
-        )
-    write = "write it with transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...) elsewhere"
-    raise UserError(
-        f"{folder}: tokenizer.json is missing ({found}). Copy it from the model's page, or {write}"
-    )
+        found = "there is tokenizer.model"
+        write += " with sentencepiece; or take a GGUF file of the model (model_name_or_path=model.gguf)"
+    missing = f"{folder}: tokenizer.json is missing ({found})"
+    raise UserError(f"{missing}. Copy it from the model's page, or write it with {write}")
 
 
 ENDLESS = r"(?:[*+]|\{\d+,\})"  # a repetition without an upper end
@@ -378,17 +393,22 @@ def _refuse_endless(backend: tokenizers.Tokenizer) -> None:
     """UserError for patterns that take 2^n steps for n letters, such as (a+)+, and for replacements that make
     gigabytes of a word: nothing can stop the library once it has begun."""
     growth = 1.0
-    parts = [part for part in (backend.normalizer, backend.pre_tokenizer) if part]
+    parts = [part for part in (backend.normalizer, backend.pre_tokenizer, backend.decoder) if part]
     waiting = [json.loads(part.__getstate__()) for part in parts]
     while waiting:
         entry = waiting.pop()
-        waiting += [*entry.get("normalizers", ()), *entry.get("pretokenizers", ())]
+        waiting += (
+            part for key in ("normalizers", "pretokenizers", "decoders") for part in entry.get(key, ())
+        )
+        map_of_letters = base64.b64decode(entry.get("precompiled_charsmap") or "")
+        begin = 4 + int.from_bytes(map_of_letters[:4], "little")  # of what stands for them, behind the tree
+        growth *= max(map(len, map_of_letters[begin:].split(b"\0"))) or 1
         pattern = entry.get("pattern")
         if isinstance(pattern, dict):
             growth *= max(1.0, len(entry.get("content", "")) / max(1, len(pattern.get("String", ""))))
             text = pattern.get("Regex", "")
             refuse(_backtracks(text), f"the pattern {text!r} repeats a repetition, which may take for ever")
-    refuse(growth > MOST_GROWTH, f"its normalizer makes a text up to {growth:.0f} times as long")
+    refuse(growth > MOST_GROWTH, f"its normalizer or decoder makes a text up to {growth:.0f} times as long")
 
 
 def _backtracks(pattern: str) -> bool:
@@ -403,7 +423,11 @@ def _backtracks(pattern: str) -> bool:
 
 
 def _read_json(path: Path) -> dict:
-    return json_reader.read(path, way_out="download the file again") if path.is_file() else {}
+    values = json_reader.read(path, way_out="download the file again") if path.is_file() else {}
+    check(values, FIELDS, f"{path}: ")
+    for key in (key for key in NAMES if isinstance(values.get(key), dict)):
+        check({"content": None} | values[key], FLAGS, f"{path}: {key}: ")
+    return values
 
 
 def _change_json(path: Path, changes: dict) -> None:
@@ -416,32 +440,26 @@ def _change_json(path: Path, changes: dict) -> None:
 def _token_text(value) -> str | None:
     """A token's text from either spelling: "</s>" or {"content": "</s>", ...}."""
     if isinstance(value, dict):
-        value = value.get("content")
+        check({"content": None} | value, FLAGS, f"{TOKENIZER_FILES[1]}: a token of {LISTS[1]}: ")
+        value = value["content"]
     return value if isinstance(value, str) and value else None
 
 
 def as_ids(value) -> list[int]:
     """[7] of 7, [7, 8] of itself, [] of null: the two spellings of eos_token_id."""
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    wrong = not all(isinstance(each, int) and not isinstance(each, bool) for each in ids)
-    refuse(wrong, f"a token id is {value!r}, expected a whole number, or a list of them (eos_token_id, ...)")
-    return ids
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def _add_listed_tokens(backend: tokenizers.Tokenizer, folder: Path, config: dict, special_map: dict) -> None:
+def _add_listed_tokens(backend: tokenizers.Tokenizer, folder: Path, config: dict, special_map: dict) -> list:
     """Tokens that only the other files list, and the flags that they give to any token, as transformers takes
-    them: where there is an added_tokens_decoder, special_tokens_map.json counts for nothing."""
+    them: where there is an added_tokens_decoder, special_tokens_map.json counts for nothing. Gives names that
+    are no tokens."""
     listed = config.get("added_tokens_decoder")
-    wrong = not isinstance(listed or {}, dict) or not all(
-        i.isdecimal() and isinstance(entry, dict) and _token_text(entry) and _has_flags(entry)
-        for i, entry in (listed or {}).items()
-    )
-    expected = "added_tokens_decoder: expected id -> {content, flags}"
-    refuse(wrong, f"{folder / 'tokenizer_config.json'}: {expected}")
+    entries = (listed or {}).items() if isinstance(listed or {}, dict) else [("", None)]
+    wrong = not all(i.isdecimal() and isinstance(entry, dict) and _token_text(entry) for i, entry in entries)
+    refuse(wrong, "tokenizer_config.json: added_tokens_decoder: expected id -> {content, flags}")
     names = config if listed is not None else config | special_map
     extra = names.get("extra_special_tokens") or names.get("additional_special_tokens") or []
-    where = f"{folder}: extra_special_tokens (or additional_special_tokens)"
-    refuse(not isinstance(extra, list | dict), f"{where} is {extra!r}, expected a list of tokens")
     named = [value for key, value in names.items() if key.endswith("_token")] + [*_own_names(names).values()]
     special, has_name = {}, set(map(_token_text, named))
     for entry in [*named, *([] if isinstance(extra, dict) else extra)]:
@@ -453,8 +471,7 @@ def _add_listed_tokens(backend: tokenizers.Tokenizer, folder: Path, config: dict
     entries = {int(i): _added_token(entry) for i, entry in (listed or {}).items()}
     if not entries:
         more = _read_json(folder / "added_tokens.json")
-        with located(str(folder / "added_tokens.json")):
-            as_ids([*more.values()])
+        check(more, dict.fromkeys(more, Field(int, 0)), "added_tokens.json: ")
         entries = {i: _added_token({"content": t}, t in special) for t, i in more.items()}
     if listed is None:
         entries |= stored
@@ -471,19 +488,15 @@ def _add_listed_tokens(backend: tokenizers.Tokenizer, folder: Path, config: dict
                 f"{token.content!r} should have id {token_id} (tokenizer_config.json or added_tokens.json)"
             )
             other = f"but tokenizer.json leads to id {found}: files of different tokenizers"
-            raise UserError(f"{folder}: {wanted}, {other}")
+            raise UserError(f"{wanted}, {other}")
     # A name without a row in the vocabulary would get an id behind the embedding table: leave it out.
     rows = [t for text, t in special.items() if text not in known and backend.token_to_id(text) is not None]
     backend.add_tokens(rows)
-
-
-def _has_flags(entry: dict) -> bool:
-    """Whether its flags are truth values, which "false" is not."""
-    flags = (entry.get(name) for name in ("single_word", "lstrip", "rstrip", "special", "normalized"))
-    return all(flag is None or isinstance(flag, bool) for flag in flags)
+    return [text for text in special if text not in known and text not in rows]
 
 
 def _added_token(entry: dict, special: bool | None = None) -> tokenizers.AddedToken:
+    check(entry, FLAGS, f"{TOKENIZER_FILES[1]}: added_tokens_decoder or {LISTS[1]}: {entry['content']!r}: ")
     flags = {name: bool(entry.get(name, False)) for name in ("single_word", "lstrip", "rstrip", "special")}
     flags |= {} if special is None else {"special": special}
     flags["normalized"] = bool(entry.get("normalized", not flags["special"]))
@@ -503,7 +516,9 @@ def _named_tokens(*sources: dict) -> dict[str, str]:
 def _own_names(source: dict) -> dict:
     """Special tokens that have names of the model's own, in transformers 4's spelling and in 5's."""
     found = (source.get(key) for key in ("extra_special_tokens", "model_specific_special_tokens"))
-    return {name: token for each in found if isinstance(each, dict) for name, token in each.items()}
+    names = {name: token for each in found if isinstance(each, dict) for name, token in each.items()}
+    check(names, dict.fromkeys(names, Field(str | dict)), f"{TOKENIZER_FILES[1]}: {LISTS[0]} or {LISTS[2]}: ")
+    return names
 
 
 def _chat_template(folder: Path, config: dict) -> str | dict[str, str] | None:
@@ -523,7 +538,7 @@ def _chat_template(folder: Path, config: dict) -> str | dict[str, str] | None:
     named = {} if files else named
     for name, path in files.items():
         try:
-            named = {**named, name: path.read_text(encoding="utf-8")}
+            named = {**named, name: small(path).read_text(encoding="utf-8")}
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8 text ({error}). Download the file again.") from error
     return named["default"] if named.keys() == {"default"} else named or None

@@ -46,13 +46,22 @@ def notices(config: Config) -> list[str]:
         changed, reason = config.values[name] != option.default, option.unread(config.values)
         if option.does_nothing(stage):
             reason = f"stage {stage}" if changed else None
-        elif name not in config.given:
+        elif name not in config.given or config.values[name] in (None, ()):
             continue
         reasons.setdefault(reason, []).append(name)
     reasons.pop(None, None)
-    if optim.warmup_steps and optim.warmup_ratio:
+    run, data = config[TrainOptions], config[DataOptions]
+    if run.evaluation_strategy == "no" and not run.do_eval and run.trains:
+        unseen = {"val_size": data.val_size, "eval_dataset": data.eval_dataset}
+        unseen |= {"predict_with_generate": run.predict_with_generate}
+        given = [key for key, value in unseen.items() if value and not run.do_predict]
+        reasons.setdefault("evaluation_strategy=no", []).extend(given)
+    by_epochs = [key for key in ("evaluation_strategy", "save_strategy") if config.values[key] == "epoch"]
+    if data.streaming and by_epochs:
+        reasons["streaming=true, whose epochs have no known end but the last update,"] = by_epochs
+    if optim.warmup_steps and optim.warmup_ratio and optim.lr_scheduler_type != "constant":
         reasons[f"warmup_steps={optim.warmup_steps:g}"] = ["warmup_ratio"]
-    return [f"{reason} does not use {', '.join(names)}" for reason, names in reasons.items()]
+    return [f"{reason} does not use {', '.join(names)}" for reason, names in reasons.items() if names]
 
 
 def folders_beside(config: Config) -> dict[str, list[Path]]:

@@ -191,10 +191,10 @@ def _cut_log(path: Path, step: int, tell: Callable[[str], None]) -> None:
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     for number, line in enumerate(lines if step else (), start=1):
         try:
-            entry = json.loads(line or "{}")
+            entry = json_reader.parse(line or "{}", "", nan=True)
             if line and entry["current_steps"] <= step:
                 kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError, TypeError):  # as the last one when the process was killed
+        except (UserError, KeyError, TypeError):  # as the last one when the process was killed
             damaged.append(str(number))
     with atomic_file(path) as temporary:
         temporary.write_text("".join(kept), encoding="utf-8")

@@ -12,6 +12,7 @@ from torch.compiler import list_backends
 from options import json_reader
 from options.errors import located, refuse, require
 from options.option import COMMON, RESUMABLE, option
+from training.trackers import installed
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # of inductor
 # kind -> the keys that lr_scheduler_kwargs may hold, with their defaults; ... marks a key that must be given.
@@ -29,6 +30,7 @@ SCHEDULE_KEYS: dict[str, dict[str, Any]] = {
     | {"num_cycles": 0.5, "warmup_type": "linear", "decay_type": "cosine"},
 }
 MOST = 2**31  # of what a run counts
+WARMS_UP = "lr_scheduler_type!=constant"
 RAMPS = ("linear", "cosine", "1-sqrt")  # values of warmup_type and decay_type
 
 
@@ -56,7 +58,7 @@ class TrainOptions:
         8, "the same for evaluation", COMMON, RESUMABLE, also="eval_batch_size per_gpu_eval_batch_size"
     )
     gradient_accumulation_steps: int = option(1, "micro-batches per update", COMMON)
-    num_train_epochs: float = option(3.0, "passes over the data", COMMON, RESUMABLE)
+    num_train_epochs: float = option(3.0, "passes over the data", COMMON, RESUMABLE, when="max_steps=-1")
     max_steps: int = option(-1, "updates; above 0 it beats num_train_epochs", COMMON, RESUMABLE)
     bf16: bool = option(False, "bf16 compute, fp32 trainable weights", COMMON)
     fp16: bool = option(False, "fp16 compute with loss scaling, fp32 trainable weights")
@@ -91,9 +93,15 @@ class TrainOptions:
         "steps", "when to save; and at the end, but with no", COMMON, RESUMABLE
     )
     save_steps: int | float = option(
-        500, "updates between checkpoints; below 1: share of the run", COMMON, RESUMABLE
+        500,
+        "updates between checkpoints; below 1: share of the run",
+        COMMON,
+        RESUMABLE,
+        when="save_strategy=steps",
     )
-    save_total_limit: int | None = option(None, "keep so many checkpoints, and the best", COMMON, RESUMABLE)
+    save_total_limit: int | None = option(
+        None, "keep so many checkpoints, and the best; 0: all", COMMON, RESUMABLE
+    )
     save_only_model: bool = option(
         False, "no optimizer state in checkpoints: they cannot be resumed", RESUMABLE, also="only_save_model"
     )
@@ -105,6 +113,7 @@ class TrainOptions:
         "updates between evaluations; below 1: share of the run; default: logging_steps",
         COMMON,
         RESUMABLE,
+        when="evaluation_strategy=steps",
     )
     load_best_model_at_end: bool = option(False, "finish with the checkpoint that evaluated best", RESUMABLE)
     metric_for_best_model: str | None = option(None, "eval_<set>_loss, ...; else eval_loss or eval_reward")
@@ -115,11 +124,12 @@ class TrainOptions:
         missing = "missing; name a folder for the run, for example output_dir=saves/first"
         refuse(not self.output_dir, f"output_dir: {missing}")
         counts = "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
-        counts += "early_stopping_steps save_total_limit ddp_timeout"
+        counts += "early_stopping_steps ddp_timeout"
         require(self, counts, lambda number: 1 <= number < MOST, f"must be at least 1 and below {MOST}")
         whole = "must be a whole number of at least 1, or a share of the run below 1"
         every = "logging_steps save_steps eval_steps"
         require(self, every, lambda count: 0 < count < 1 or (1 <= count < MOST and count % 1 == 0), whole)
+        require(self, "save_total_limit", lambda limit: 0 <= limit < MOST, f"is not in [0, {MOST})")
         require(self, "seed", lambda seed: 0 <= seed < 2**32, "is not in [0, 2**32)")
         by_epochs = f"must be -1 (num_train_epochs counts), or at least 1 and below {MOST}"
         require(self, "max_steps", lambda steps: steps == -1 or 1 <= steps < MOST, by_epochs)
@@ -215,7 +225,8 @@ class TrainOptions:
 
     @property
     def services(self) -> tuple[str, ...]:
-        return tuple(name for name in self.report_to if name not in ("none", ""))
+        all_here = installed() if "all" in self.report_to else ()
+        return (*all_here, *(name for name in self.report_to if name not in ("none", "", "all")))
 
     @property
     def metric(self) -> str:
@@ -242,14 +253,16 @@ class OptimOptions:
     adam_beta1: float = option(0.9, "AdamW: decay of the first moment; lion: its part in an update")
     adam_beta2: float = option(0.999, "AdamW: decay of the second moment; lion: of its one moment")
     adam_epsilon: float = option(1e-8, "AdamW: added to the square root of the second moment")
-    max_grad_norm: float = option(1.0, "gradients are scaled down to this total norm; 0 = not at all", COMMON)
+    max_grad_norm: float | None = option(
+        1.0, "gradients are scaled down to this total norm; 0 = not at all", COMMON
+    )
     lr_scheduler_type: Literal[*SCHEDULE_KEYS] = option(
         "linear", "shape of the learning rate; constant has no warm-up", COMMON, also="lr_scheduler"
     )
     lr_scheduler_kwargs: str | None = option(None, 'numbers of the schedule as JSON: {"num_cycles": 2}')
-    warmup_steps: float = option(0.0, "updates of warm-up (below 1: share of the run)", COMMON)
+    warmup_steps: float = option(0.0, "updates of warm-up (below 1: share of the run)", COMMON, when=WARMS_UP)
     warmup_ratio: float | None = option(
-        0.0, "warm-up as a share of all updates, rounded up; warmup_steps beats it", COMMON
+        0.0, "warm-up as a share of all updates, rounded up; warmup_steps beats it", COMMON, when=WARMS_UP
     )
 
     def __post_init__(self):

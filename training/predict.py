@@ -18,7 +18,6 @@ from typing import Protocol
 
 from evaluation.rouge_bleu import CHINESE, chinese_is_cut, mean_scores
 from evaluation.rouge_bleu import NAMES as METRICS
-from generation.sampling import GenerateOptions
 from model import Decoder
 from options.atomic import atomic_file
 from options.errors import refuse
@@ -44,9 +43,7 @@ class Predictor(Protocol):
 class TextPredictor:
     """Answers to the prompts of each evaluation set, in the order of its rows."""
 
-    def __init__(
-        self, sets, tokenizer, template, options: GenerateOptions, *, seed, context, rows_per_batch, world
-    ):
+    def __init__(self, sets, tokenizer, template, options, *, seed, context, rows_per_batch, world):
         """sets: name -> ExampleStore of kind "prompt".  context: tokens that the model takes.
         rows_per_batch: texts at a time, on each rank."""
         self.tokenizer, self.template = tokenizer, template

@@ -373,7 +373,7 @@ def rotate(output_dir: Path, limit: int | None, keep: str | None) -> None:
     """Remove the oldest checkpoints beyond `limit`; the newest and the one named `keep` (the best) stay."""
     checkpoints = list_checkpoints(output_dir)
     removable = [path for path in checkpoints[:-1] if path.name != keep]
-    for path in removable[: max(0, len(checkpoints) - limit)] if limit is not None else ():
+    for path in removable[: max(0, len(checkpoints) - limit)] if limit else ():
         remove_folder(path)
 
 

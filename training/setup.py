@@ -422,7 +422,8 @@ def build_model(config: Config, source: Path, world: World, own: dict | None = N
             remedy = "name a reward model as adapter_name_or_path or model_name_or_path, or train one"
             refuse(not has_value_head(folder), f"do_train: false, but {missing}; {remedy}")
         model.v_head = start_value_head(model, source, adapters, generator, world)
-    model.runtime.compute_dtype, model.runtime.flash_attn = compute, model_options.flash_attn
+    model.runtime.compute_dtype = compute
+    model.runtime.flash_attn = kernels.require_attention(model_options.flash_attn, world.device, compute)
     model.runtime.embedding_noise = options.neftune_noise_alpha or 0.0
     return model
 
@@ -431,7 +432,7 @@ def describe_model(config: Config, model: Decoder, world: World) -> str:
     """What trains, what is quantised, and which kernels serve it."""
     status = parameter_status(model) if config[LoraOptions].print_param_status else []
     quantised = [quantisation_report(model)] if quantised_linears(model) else []
-    chosen = kernels.choices(world.device, config[ModelOptions].flash_attn)
+    chosen = kernels.choices(world.device, model.runtime.flash_attn)
     return "\n".join([*status, trainable_report(model), *quantised, chosen])
 
 

@@ -22,9 +22,7 @@ class Signals:
         self.world, self.received, self.first_at, self.raises = world, [], 0.0, False
 
     def __enter__(self) -> "Signals":
-        self.before = {
-            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        self.before = {each: signal.signal(each, self._note) for each in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *error) -> None:

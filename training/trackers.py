@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from options.errors import UserError, say
+from options.errors import UserError, refuse, say
 
 PARAMETERS, PARAMETER_CHARACTERS = 100, 250  # mlflow takes so many at once, and so much of each
 
@@ -71,11 +71,15 @@ class Mlflow:
 TRACKERS = {"tensorboard": TensorBoard, "wandb": Wandb, "mlflow": Mlflow}
 
 
+def installed() -> tuple[str, ...]:
+    """What report_to=all means, as in the Hugging Face trainer."""
+    return tuple(name for name in TRACKERS if importlib.util.find_spec(name) is not None)
+
+
 def check_services(services: tuple[str, ...]) -> None:
     """UserError for a service that is unknown or not installed."""
     for name in services:
-        if name not in TRACKERS:
-            raise UserError(f"report_to: {name!r} is not one of none, {', '.join(TRACKERS)}")
+        refuse(name not in TRACKERS, f"report_to: {name!r} is not one of none, {', '.join(TRACKERS)}")
         if importlib.util.find_spec(name) is None:
             raise UserError(f"report_to: {name} is not installed; pip install {name}")
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from options.errors import UserError
+from options.errors import UserError, refuse
 
 # Hugging Face's name -> GGUF's, of parts of a block and of the rest
 PART_NAMES = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
@@ -65,8 +65,7 @@ def encode_rows(weight: Tensor, kind: str) -> Iterator[Tensor]:
 
 def encode(numbers: Tensor, kind: str) -> Tensor:
     """numbers (R, C) fp32 -> (R, row_bytes(C)) uint8. Raises UserError as encode_rows."""
-    if not torch.isfinite(numbers).all():
-        raise UserError("NaN or infinity")
+    refuse(not torch.isfinite(numbers).all(), "NaN or infinity")
     if kind == "F32":
         return numbers.contiguous().view(torch.uint8)
     if kind in ("F16", "BF16"):

@@ -177,8 +177,7 @@ def read_config(metadata, tensors):
     config |= {"attention_bias": "blk.0.attn_q.bias" in tensors, "mlp_bias": "blk.0.ffn_up.bias" in tensors}
     # of no use to a trained model; transformers' own defaults
     config |= {"attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True}
-    if any(isinstance(value, list) for key, value in config.items() if key != "architectures"):
-        raise UserError(unlike)
+    refuse(any(isinstance(value, list) for key, value in config.items() if key != "architectures"), unlike)
     return _sliding_window(config, get("attention.sliding_window"), architecture)
 
 

@@ -372,6 +372,21 @@ def test_stop_words_of_text_and_special_tokens_are_found(tokenizer, word):
             assert writer.stopped and "".join(pieces) == wanted
 
 
+@pytest.mark.parametrize(
+    "text", ["ab Hu<|im_start|>man: c", "ab Human: c", "ab Human<|im_start|>: c", "Human:"]
+)
+def test_a_special_token_within_a_word_parts_it_as_in_transformers(tokenizer, text):
+    """Though what is shown reads as the word; oracle: StopStringCriteria."""
+    theirs = transformers.AutoTokenizer.from_pretrained(tokenizer.folder)
+    criteria = transformers.StopStringCriteria(theirs, ["Human:"])
+    ids = tokenizer.encode(text)
+    stops = any(bool(criteria(torch.tensor([ids[:n]]), None)[0]) for n in range(1, len(ids) + 1))
+    writer = TextWriter(tokenizer, ["Human:"])
+    pieces = write_all(writer, ids)
+    assert writer.stopped == stops == ("Human:" in text)
+    assert "".join(pieces) == (text.partition("Human:")[0] if stops else tokenizer.decode(ids))
+
+
 def test_what_only_begins_like_a_stop_word_with_a_special_token_comes_out(tokenizer):
     ids = tokenizer.encode("a b<|im_end|>")
     writer = TextWriter(tokenizer, ["b<|im_end|>c", "<|im_end|><|im_end|>"])

@@ -1,20 +1,27 @@
 """limits.py: what others wrote ends in time and memory, wherever it is run; and the least of the limits of
 memory counts."""
 
+import multiprocessing
 import os
 import resource
-import threading
+import signal
 import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import pytest
+import tokenizers
 
 from checkpoints.peft import _by_pattern
 from checkpoints.source import merged_into, read_run
-from options import limits
+from conversion.quality import windows
+from options import json_reader, limits
+from options.config import read_values
 from options.errors import UserError
 from options.limits import bounded, free_host_bytes, leaves
+from pipeline.sources import read_dataset_info
 from text.jinja_template import JinjaTemplate
 from text.render import Message
+from text.tokenizer import Tokenizer
 
 DIALOGUE = [Message("user", "Hello"), Message("assistant", "Hello")]
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% set c = a * b %}{% endfor %}{% endfor %}"
@@ -38,6 +45,8 @@ def soon(monkeypatch):
         ("{{ '%1000000000d' % 1 }}", "GiB of memory"),
         ("{{ 7 ** 7 ** 7777 }}", "refuses a dialogue"),
         (GROW.format("3", "*"), "bits"),
+        ("{{ 5 | round(-10**10) }}", "bits"),
+        ("{{ ('f' * 9999999) | int(base=16) // 7 }}", "bits"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "refuses a dialogue"),
         ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "is not valid jinja"),
         ("{% for m in messages %}" * 30 + "{% endfor %}" * 30, "is not valid jinja"),
@@ -58,20 +67,60 @@ def test_a_template_is_bounded_wherever_it_is_asked(soon):
             ask(JinjaTemplate(LOOP))
 
 
-def test_only_the_outer_bound_counts_and_other_threads_are_left_alone(soon):
-    with pytest.raises(UserError, match="^outer takes"), bounded("outer", "x"), bounded("inner", "x"):
-        while True:
-            pass
-    ended = []
+@bounded("outer", "x")
+def outer():
+    inner()
 
-    def run():
-        with bounded("a thread", "x"):
-            ended.append(sum(range(10**5)))
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    assert ended
+@bounded("inner", "x")
+def inner():
+    while True:
+        pass
+
+
+@bounded("a process", "mend it")
+def in_a_process(ends: bool) -> int:
+    if ends:
+        os._exit(3)
+    return os.getpid()
+
+
+def test_only_the_outer_bound_counts(soon):
+    with pytest.raises(UserError, match="^outer takes"):
+        outer()
+
+
+def in_a_thread(function, *arguments):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def test_what_a_thread_asks_for_is_bounded_too(soon, monkeypatch):
+    forked = ProcessPoolExecutor(1, multiprocessing.get_context("fork"), limits.serve_parent)  # has `soon`
+    monkeypatch.setattr(limits, "_beside", lambda: forked)
+    with forked:
+        for source, message in (
+            (LOOP, "0.3 seconds"),
+            ("{{ 'x' * 10**10 }}", "GiB"),
+            ("{{ 1 / 0 }}", "zero"),
+        ):
+            with pytest.raises(UserError, match=message):
+                in_a_thread(JinjaTemplate(source).render, DIALOGUE, "<s>", "</s>")
+
+
+def test_a_thread_asks_one_process_beside_this_one():
+    """A pattern holds every thread up, and a limit of memory is every thread's."""
+    limits._beside.cache_clear()
+    before = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)
+    template = JinjaTemplate("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    ask = template.render, DIALOGUE, "", ""
+    assert in_a_thread(*ask) == template.render(DIALOGUE, "", "")
+    one, other = (in_a_thread(in_a_process, False) for _ in range(2))
+    assert one == other != os.getpid()
+    assert (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)) == before
+    with pytest.raises(UserError, match="^a process has ended the process that runs it; mend it"):
+        in_a_thread(in_a_process, True)
+    limits._beside.cache_clear()
 
 
 def test_a_pattern_of_an_adapter_ends_in_time(soon):
@@ -89,6 +138,43 @@ def test_records_of_exports_that_name_each_other_end(tmp_path):
     (tmp_path / "a" / "export_info.json").write_text('{"adapters": [3]}')
     with pytest.raises(UserError, match="adapters or base are no paths"):
         merged_into(tmp_path / "a")
+
+
+def read_template(path):
+    (path.parent / "tokenizer.json").write_text(tokenizers.Tokenizer(tokenizers.models.BPE()).to_str())
+    return Tokenizer.from_folder(path.parent)
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("a.json", json_reader.read),
+        ("config.json", lambda path: Tokenizer.from_folder(path.parent)),
+        ("run.yaml", read_values),
+        ("tokenizer.json", lambda path: Tokenizer.from_folder(path.parent)),
+        ("chat_template.jinja", read_template),
+        ("sample.txt", lambda path: windows(None, path)),
+        ("dataset_info.json", lambda path: read_dataset_info(path.parent)),
+    ],
+)
+def test_a_file_that_is_read_as_a_whole_is_small_and_ends(tmp_path, name, read):
+    with open(tmp_path / name, "wb") as file:
+        file.truncate(2**40)  # without a byte on the disk
+    if name == "config.json":
+        (tmp_path / "tokenizer.json").write_text(tokenizers.Tokenizer(tokenizers.models.BPE()).to_str())
+    with pytest.raises(UserError, match=f"{name}: more than .* MiB"):
+        read(tmp_path / name)
+    if name in ("a.json", "sample.txt"):  # whoever reads the others takes it for a file that is not there
+        (tmp_path / name).unlink()
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(UserError, match=f"{name}: a pipe or a device, expected a file"):
+            read(tmp_path / name)
+
+
+def test_a_number_of_thousands_of_digits_in_a_run(tmp_path):
+    (tmp_path / "run_config.yaml").write_text(f"cutoff_len: {'9' * 5000}")
+    with pytest.raises(UserError, match="run_config.yaml: cutoff_len is '9999.*remove it"):
+        read_run(tmp_path)
 
 
 def test_a_record_of_gigabytes_is_not_read(tmp_path):

@@ -203,6 +203,79 @@ def test_keys_that_this_finetuning_type_does_not_read_are_named():
     assert dpo == ["pref_loss=sigmoid does not use simpo_gamma"]
 
 
+@pytest.mark.parametrize(
+    ("words", "notice"),
+    [
+        ("max_steps=9 num_train_epochs=3", "max_steps=9 does not use num_train_epochs"),
+        ("save_strategy=epoch save_steps=9", "save_strategy=epoch does not use save_steps"),
+        ("save_strategy=no save_steps=9", "save_strategy=no does not use save_steps"),
+        ("eval_steps=0.1", "evaluation_strategy=no does not use eval_steps"),
+        ("eval_strategy=epoch eval_steps=5 val_size=2", "evaluation_strategy=epoch does not use eval_steps"),
+        ("lr_scheduler_type=constant warmup_ratio=0.1 warmup_steps=5",
+         "lr_scheduler_type=constant does not use warmup_steps, warmup_ratio"),
+        ("val_size=0.1", "evaluation_strategy=no does not use val_size"),
+        ("eval_dataset=e", "evaluation_strategy=no does not use eval_dataset"),
+        ("predict_with_generate=true", "evaluation_strategy=no does not use predict_with_generate"),
+        ("streaming=true max_steps=5 save_strategy=epoch",
+         "streaming=true, whose epochs have no known end but the last update, does not use save_strategy"),
+        ("max_steps=-1 num_train_epochs=3 save_steps=5 eval_steps=null", None),
+        ("val_size=0.1 do_eval=true do_train=true", None),
+        ("val_size=2 do_predict=true do_train=true predict_with_generate=true", None),
+        ("lr_scheduler_type=constant_with_warmup warmup_steps=5", None),
+        ("eval_strategy=steps eval_steps=2 val_size=2", None),
+    ],
+)  # fmt: skip
+def test_what_another_option_switches_off_is_named(words, notice):
+    assert make_stage.notices(train(words)) == ([] if notice is None else [notice])
+
+
+@pytest.mark.parametrize(
+    ("word", "read"),
+    [
+        ("sft_packing=true", {"packing": True}),
+        ("dev_ratio=0.1", {"val_size": 0.1}),
+        ("resume_lora_training=true", {"create_new_adapter": False}),
+        (
+            "stage=dpo dpo_ref_model=a dpo_ref_model_checkpoint=b",
+            {"ref_model": "a", "ref_model_adapters": ("b",)},
+        ),
+        ("max_grad_norm=null", {"max_grad_norm": None}),
+        ("save_total_limit=0", {"save_total_limit": 0}),
+    ],
+)
+def test_older_names_and_values_are_read(word, read):
+    loaded = train(word)
+    assert {key: loaded.values[key] for key in read} == read
+
+
+def test_fields_that_the_trainer_had_before_are_accepted_at_their_defaults_alone(tmp_path):
+    before = {"use_mps_device": False, "xpu_backend": None, "tpu_num_cores": None, "past_index": -1}
+    before |= {"mp_parameters": "", "sharded_ddp": "", "fsdp_min_num_params": 0, "dispatch_batches": None}
+    before |= {"split_batches": None, "push_to_hub_model_id": None, "push_to_hub_token": None}
+    before |= {"ray_scope": "last", "include_inputs_for_metrics": False, "lora_bf16_mode": False}
+    before |= {"loss_scale": "default", "lora_dtype": "AUTO", "padding_free": True, "ppo_logger": "wandb"}
+    load("output_dir=x", folder=tmp_path, **before)
+    for word in ("use_mps_device=true", "new_special_tokens=<a>", "loss_scale=react", "past_index=2"):
+        with pytest.raises(UserError, match="known key, but this version does not have"):
+            train(word)
+    for word in ("save_strategy=best", "lr_scheduler_type=reduce_lr_on_plateau"):
+        with pytest.raises(UserError, match="known, but this version does not have that part"):
+            train(word)
+
+
+def test_report_to_all_means_those_that_are_installed(monkeypatch):
+    present = {"tensorboard", "mlflow"}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name in present else None)
+    assert set(train("report_to=all")[TrainOptions].services) == present
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert train("report_to=all")[TrainOptions].services == ()
+
+
+def test_a_list_in_words_is_told_how_lists_are_written():
+    with pytest.raises(UserError, match="'v_proj' on the command line .*lists are a,b"):
+        train("--lora_target q_proj v_proj")
+
+
 # accelerate's launcher
 
 

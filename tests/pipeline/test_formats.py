@@ -296,6 +296,25 @@ def test_hub_is_chosen_as_llama_factory_does(tmp_path, monkeypatch):
         ({"file_name": "x.json", "num_samples": True}, "num_samples is True"),
         ({"file_name": "x.json", "subset": 3}, "subset is 3"),
         ({"file_name": "x.json", "ranking": "yes"}, "ranking is 'yes'"),
+        ({"file_name": "x.json", "ranking": 1}, "ranking is 1, expected true or false"),
+        ({"file_name": "x.json", "num_samples": 2.0}, "num_samples is 2.0"),
+        ({"file_name": "x.json", "num_samples": "5"}, "num_samples is '5'"),
+        ({"file_name": "x.json", "formatting": None}, "formatting is None"),
+        ({"file_name": "x.json", "formatting": ["alpaca"]}, "formatting is"),
+        ({"file_name": "x.json", "columns": []}, r"columns is \[\], expected an object"),
+        ({"file_name": "x.json", "tags": False}, "tags is False, expected an object"),
+        ({"file_name": "x.json", "split": 3}, "split is 3, expected text"),
+        (
+            {"file_name": "x.json", "split": "train[:1]"},
+            r"'split': 'train\[:1\]'.* does not apply.*num_samples",
+        ),
+        ({"file_name": "x.json", "split": "test"}, r"'split': 'test'.* does not apply"),
+        ({"file_name": "x.json", "subset": "en"}, r"'subset': 'en'.* does not apply"),
+        ({"file_name": "x.json", "revision": "v1"}, r"'revision': 'v1'.* does not apply"),
+        ({"ms_hub_url": "a/b", "revision": "v1"}, r"'revision': 'v1'.* does not apply"),
+        ({"file_name": None}, "file_name is None, expected text"),
+        ({"hf_hub_url": ["a/b"]}, "hf_hub_url is"),
+        ({"file_name": "x.json", "file_sha1": 5}, "file_sha1 is 5"),
         (
             {"file_name": "x.json", "columns": {"promt": "a"}},
             "columns: unknown key 'promt'; did you mean 'prompt'",
@@ -635,6 +654,70 @@ def test_a_row_group_that_memory_cannot_hold_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "free_host_bytes", lambda: 10)
     with pytest.raises(UserError, match="x.parquet: a row group of .* smaller row groups"):
         rows_of(path)
+
+
+@pytest.mark.parametrize("shape", ["text", "list", "objects", "map", "numbers"])
+def test_rows_that_are_small_in_the_file_alone_are_refused(tmp_path, monkeypatch, shape):
+    """A column of one long text, stored once; in a list one row of it is enough."""
+    monkeypatch.setattr(readers, "BYTES", 2**22)
+    few, count = pyarrow.array(["x" * 40_000]), 1000
+    column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * count, pyarrow.int32()), few)
+    ends = pyarrow.array([0, 0, count], pyarrow.int32())
+    if shape == "numbers":
+        column = pyarrow.nulls(count * 200)
+        ends = pyarrow.array([0, 0, count * 200], pyarrow.int32())
+    if shape == "objects":
+        column = pyarrow.StructArray.from_arrays([column], names=["content"])
+    if shape == "map":
+        column = pyarrow.MapArray.from_arrays(ends, column.dictionary_decode(), pyarrow.nulls(count))
+    elif shape != "text":
+        column = pyarrow.ListArray.from_arrays(ends, column)
+    table = pyarrow.table({"text": column})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert (tmp_path / "a.parquet").stat().st_size < 30_000
+    with pytest.raises(UserError, match=r"a.parquet row 0: \d+ rows become .* leave out the column"):
+        rows_of(tmp_path / "a.parquet")
+    with pyarrow.ipc.new_file(tmp_path / "b.arrow", table.schema) as writer:
+        writer.write_table(table)
+    if shape != "map":  # there every text is in the file
+        with pytest.raises(UserError, match=r"b.arrow row 0: \d+ rows become .* leave out the column"):
+            rows_of(tmp_path / "b.arrow")
+
+
+def test_columns_of_every_kind_are_as_they_were_written(tmp_path):
+    pairs = pyarrow.array([[("k", "v")], None], pyarrow.map_(pyarrow.string(), pyarrow.string()))
+    columns = {"a": [1, None], "b": ["x", None], "c": [[{"k": "v", "n": [1]}], None], "d": [b"\xff", b""]}
+    columns |= {
+        "pairs": pairs,
+        "none": pyarrow.nulls(2),
+        "few": pyarrow.array(["q", "q"]).dictionary_encode(),
+    }
+    table = pyarrow.table(
+        columns | {"two": pyarrow.array([[1, 2], [3, 4]], pyarrow.list_(pyarrow.int8(), 2))}
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert rows_of(tmp_path / "a.parquet") == table.to_pylist()
+
+
+def test_texts_stored_as_differences(tmp_path, monkeypatch):
+    how = {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}}
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["x" * 40_000] * 1000}), tmp_path / "a.parquet", **how)
+    assert rows_of(tmp_path / "a.parquet") == [{"text": "x" * 40_000}] * 1000
+    monkeypatch.setattr(readers, "BYTES", 2**22)
+    assert len(rows_of(tmp_path / "a.parquet")) == 1000  # a few at a time
+
+
+@pytest.mark.parametrize(
+    ("name", "begin"), [("a.txt", "x"), ("a.csv", "t\n"), ("a.jsonl", '{"t": 1}'), ("a.json", "[")]
+)
+def test_a_row_that_does_not_end_is_not_read_to_its_end(tmp_path, monkeypatch, name, begin):
+    monkeypatch.setattr(readers, "BYTES", 2**21)
+    monkeypatch.setattr(readers, "READ_CHARACTERS", 2**12)
+    (tmp_path / name).write_text(begin)
+    with open(tmp_path / name, "ab") as file:
+        file.truncate(2**40)  # without a byte on the disk
+    with pytest.raises(UserError, match=rf"{name}:[12]: (a line|a row|not JSON|expected)"):
+        rows_of(tmp_path / name)
 
 
 def test_what_is_no_file_is_not_waited_for(tmp_path):

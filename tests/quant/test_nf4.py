@@ -334,7 +334,17 @@ MALFORMED = {
     "no nested table": ("weight.nested_quant_map", None, "weight.nested_quant_map is missing"),
     "no state": (STATE, None, "quant_state.bitsandbytes__nf4 or ...fp4: found none"),
     "state cut": (STATE, lambda t: t[:-2], "not JSON"),
-    "state a number": (STATE, lambda t: torch.tensor(list(b"17"), dtype=torch.uint8), "expected an object"),
+    "state a number": (
+        STATE,
+        lambda t: torch.tensor(list(b"17"), dtype=torch.uint8),
+        "expected a JSON object",
+    ),
+    "a name twice": (
+        STATE,
+        lambda t: torch.cat([t[:-1], torch.tensor([44]).byte(), t[1:]]),
+        "is there twice",
+    ),
+    "an offset of another kind": (STATE, state_with(nested_offset=True), "nested_offset is True"),
     "state of another dtype": (STATE, lambda t: t.float(), "expected the bytes"),
     "another block": (STATE, state_with(blocksize=128), "blocksize is 128"),
     "another nested block": (STATE, state_with(nested_blocksize=512), "nested_blocksize is 512"),

@@ -1,9 +1,12 @@
 """tokenizer.py against transformers and tokenizers, on four tiny tokenizers (see tiny_tokenizers.py)."""
 
+import base64
+import contextlib
 import itertools
 import json
 import pickle
 import shutil
+import struct
 import time
 from pathlib import Path
 
@@ -259,6 +262,71 @@ def test_a_named_token_without_a_row_in_the_vocabulary_is_not_added(folder):
     assert tokenizer.vocab_size == size
     edit(folder / "special_tokens_map.json", pad_token=None)
     assert Tokenizer.from_folder(folder).pad_token == "<|im_end|>"
+
+
+def test_names_that_are_no_tokens_are_told(folder):
+    """transformers adds them behind the model's rows, where nothing was trained."""
+    config, names = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
+    assert Tokenizer.from_folder(folder).notice is None
+    edit(config, additional_special_tokens=["<|im_start|>", "<a>", {"content": "<b>"}])
+    edit(names, eos_token="<|end|>")
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer.eos_token == "<|im_end|>"  # of the other file
+    assert all(text in tokenizer.notice for text in ("'<|end|>'", "'<a>'", "'<b>'", str(folder)))
+    assert "im_start" not in tokenizer.notice and "\n" not in tokenizer.notice
+    edit(folder / "generation_config.json", stop_strings=["Human:"])
+    assert "stop_strings ['Human:']" in Tokenizer.from_folder(folder).notice
+
+
+def test_an_end_that_is_no_token_is_refused_where_nothing_else_ends_a_text(tmp_path):
+    model = {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "a"}
+    (tmp_path / "tokenizer.json").write_text(
+        json.dumps({"version": "1.0", "added_tokens": [], "model": model})
+    )
+    edit(tmp_path / "tokenizer_config.json", eos_token="</s>")
+    with pytest.raises(
+        UserError, match="name '</s>', which tokenizer.json does not have, so no text would end"
+    ):
+        Tokenizer.from_folder(tmp_path)
+    edit(tmp_path / "generation_config.json", eos_token_id=1)
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer.stop_ids == (1,) and "'</s>'" in tokenizer.notice
+
+
+OTHER_KINDS = {
+    "tokenizer_config.json": {
+        "eos_token": (5, True, [], ["a"], {}, {"content": 5}, {"content": "</s>", "lstrip": "false"}),
+        "mask_token": (0, {"text": "a"}),
+        "extra_special_tokens": (5, True, "a", [1], [None], [["a"]], {"a": 5}, {"a": None}),
+        "additional_special_tokens": (5, False, "a", [{}], [{"content": "a", "special": 1}]),
+        "model_specific_special_tokens": ("a", [], 5, {"a": 5}),
+    },
+    "special_tokens_map.json": {"pad_token": (5, ["a"]), "additional_special_tokens": ("a", [7])},
+    "added_tokens.json": {"<a>": (None, "7", 7.0, True, -1, [7])},
+    "generation_config.json": {
+        "eos_token_id": ("7", 7.0, True, [[7]], [True], {"a": 7}, ["7"], [None]),
+        "pad_token_id": ("7", False, [7.5]),
+        "stop_strings": (5, [5], {"a": "b"}),
+    },
+    "config.json": {
+        "bos_token_id": ("7", True, [None]),
+        "vocab_size": ("99", 0, -1, True, 99.5, [99], 10**30),
+        "text_config": ({"eos_token_id": "7"}, {"vocab_size": "99"}),
+    },
+}
+
+
+@pytest.mark.parametrize("name", OTHER_KINDS)
+def test_a_value_of_another_kind_is_named_with_its_file_and_key(folder, name):
+    before = (folder / name).read_text() if (folder / name).exists() else None
+    for key, values in OTHER_KINDS[name].items():
+        for value in values:
+            (folder / name).write_text(json.dumps(json.loads(before or "{}") | {key: value}))
+            named = next(iter(value)) if key == "text_config" else key
+            with pytest.raises(UserError) as caught:
+                Tokenizer.from_folder(folder)
+            assert name in str(caught.value) and named in str(caught.value), (key, value, caught.value)
+            assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("where", ["tokenizer_config.json", "added_tokens.json"])
@@ -572,10 +640,18 @@ def test_a_pattern_that_may_take_for_ever_is_refused(tmp_path, pattern):
 
 def test_replacements_that_make_gigabytes_of_a_word_are_refused(tmp_path):
     double = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
-    with pytest.raises(UserError, match="makes a text up to 1048576 times as long"):
-        Tokenizer.from_folder(
-            hostile(tmp_path, normalizer={"type": "Sequence", "normalizers": [double] * 20})
-        )
+    for part, parts in (("normalizer", "normalizers"), ("decoder", "decoders")):
+        with pytest.raises(UserError, match="makes a text up to 1048576 times as long"):
+            Tokenizer.from_folder(hostile(tmp_path, **{part: {"type": "Sequence", parts: [double] * 20}}))
+    for text, allowed in ((b"x" * 33, True), (b"x" * 5000, False)):  # of SentencePiece's map of characters
+        charsmap = base64.b64encode(struct.pack("<II", 4, 0) + b"A\0" + text + b"\0").decode()
+        folder = hostile(tmp_path, normalizer={"type": "Precompiled", "precompiled_charsmap": charsmap})
+        with (
+            contextlib.nullcontext()
+            if allowed
+            else pytest.raises(UserError, match="up to 5000 times as long")
+        ):
+            Tokenizer.from_folder(folder)
     Tokenizer.from_folder(hostile(tmp_path, normalizer={"type": "Sequence", "normalizers": [double] * 3}))
 
 

@@ -57,6 +57,12 @@ def test_a_training_example_trains_an_adapter(tiny, example):
     assert len(json.loads((output / "trainer_state.json").read_text())["log_history"]) > 0
 
 
+def test_an_example_that_asks_for_a_package_goes_on_without_it(tiny, capsys):
+    output = run(tiny, "ascend/qwen3_full_sft_fsdp2.yaml", "without_fa2")
+    assert (output / "model.safetensors").is_file()
+    assert "attention fa2" not in capsys.readouterr().out
+
+
 def test_an_sft_script_of_0_7_trains(tiny):
     """Bare flags, fp16, and steps of evaluation with the best model at the end."""
     held = {"val_size": 0.2, "fp16": False, "dataset": "identity", "eval_steps": 1, "save_steps": 1}

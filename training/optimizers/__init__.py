@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 import parallel.checkpoint
-from options.errors import UserError, refuse
+from options.errors import refuse
 from parallel.checkpoint import SEPARATOR
 from parallel.tensor import name_of_share
 from training.optimizers import adafactor, adamw_torch, bitsandbytes, sgd
@@ -34,8 +34,7 @@ FILES = (adamw_torch, adafactor, sgd, bitsandbytes)
 def file_of(name: str) -> ModuleType:
     """The file that serves a value of `optim`."""
     served = {each: file for file in FILES for each in file.SERVES}
-    if name not in served:
-        raise UserError(f"optim: {name!r} is unknown; known are {', '.join(served)}")
+    refuse(name not in served, f"optim: {name!r} is unknown; known are {', '.join(served)}")
     return served[name]
 
 
@@ -98,13 +97,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], fold
     sides = optimizer.param_groups, state["param_groups"]
     now, then = ([name for group in groups for name in group.get("param_names", ())] for groups in sides)
     for name in now if then != now else ():
-        refuse(
-            name not in then, f"{name} trains, but did not when the checkpoint was written; restore the code"
-        )
+        refuse(name not in then, f"{name} trains, but did not when the checkpoint was made; restore the code")
     for name in then if then != now else ():
-        refuse(
-            name not in now, f"{name} trained when the checkpoint was written, but does not; restore the code"
-        )
+        refuse(name not in now, f"{name} trained when the checkpoint was made, but not now; restore the code")
     parameters = stored_names(optimizer)
     numbers = {name: number for number, name in enumerate(parameters)}
     for name, tensor in parallel.checkpoint.load(folder, parameters, world).items():
