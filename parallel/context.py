@@ -24,6 +24,9 @@ from torch import Tensor, nn
 import kernels
 from parallel.world import World
 
+# torch 2.13's names, and the older ones
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 PIECE = 512  # queries whose scores exist at a time
 
 
@@ -34,14 +37,14 @@ class _Gather(torch.autograd.Function):
     def forward(ctx, x: Tensor, group) -> Tensor:
         ctx.group = group
         whole = x.new_empty((dist.get_world_size(group) * x.shape[0], *x.shape[1:]))
-        dist.all_gather_into_tensor(whole, x.contiguous(), group=group)
+        _all_gather(whole, x.contiguous(), group=group)
         return whole
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
         ranks = dist.get_world_size(ctx.group)
         mine = gradient.new_empty((gradient.shape[0] // ranks, *gradient.shape[1:]))
-        dist.reduce_scatter_tensor(mine, gradient.contiguous(), group=ctx.group)
+        _reduce_scatter(mine, gradient.contiguous(), group=ctx.group)
         return mine, None
 
 
@@ -222,7 +225,8 @@ def _keep_slice(world: World, kind: type[Ulysses], model: nn.Module, row: tuple)
 def _join(world: World, model: nn.Module, row: tuple, hidden: Tensor) -> Tensor:
     if not isinstance(row[4], Ulysses):
         return hidden
-    return _Gather.apply(hidden, world.groups["context"])[: row[4].tokens]
+    whole = _Gather.apply(hidden, world.groups["context"])
+    return whole if len(whole) == row[4].tokens else whole[: row[4].tokens].clone()  # no view, for the engine
 
 
 def divided(world: World | None, rows: Tensor, labels: Tensor, function: Callable) -> Tensor:
