@@ -302,7 +302,8 @@ def _match(key: str, pattern: str, name: str, before="", after="", match=re.matc
 def _join_tied_head(file: AdapterFile) -> None:
     """In a tied model the head is the embedding: peft writes both, and they must be one."""
     head, embedding = file.modules.pop("lm_head", {}), file.modules.get("embed_tokens", {})
-    remedy = "its head is tied to embed_tokens; export.py merges it (adapter_name_or_path=, export_dir=)"
+    merged = "export.py merges it (adapter_name_or_path=, export_dir=)"
+    remedy = f"this model's head is tied to embed_tokens; {merged}"
     if "lora_A" in head or "lora_B" in head:
         raise file.fault(f"adapts lm_head alone, but {remedy}")
     if "weight" in head and "weight" not in embedding:

@@ -59,9 +59,9 @@ class GPTQFormat(GroupedFormat):
         zeros = self._plain_zeros(zeros) if self.version == "gptq" else zeros.clone()
         if self.sym and not (unpack(zeros, self.bits) == 2 ** (self.bits - 1)).all():
             found = unpack(zeros, self.bits).unique().tolist()
-            wanted = f"{2 ** (self.bits - 1)} alone, as sym (true) in config.json asks for"
+            wanted = f"instead of {2 ** (self.bits - 1)} alone, as sym (true) in config.json asks for"
             remedy = "if they are right, sym is false or checkpoint_format another (gptq_v2 = as they are)"
-            raise UserError(f"qzeros stands for the zeros {reprlib.repr(found)} not {wanted}; {remedy}")
+            raise UserError(f"qzeros stands for the zeros {reprlib.repr(found)} {wanted}; {remedy}")
         return GPTQLinear(self, codes.T.contiguous(), zeros, scales, group_of, bias, dtype)
 
     def _plain_zeros(self, stored: Tensor) -> Tensor:

@@ -136,7 +136,7 @@ def test_records_of_exports_that_name_each_other_end(tmp_path):
         (tmp_path / name / "export_info.json").write_text(record)
     assert merged_into(tmp_path / "a") == ["of a", "of b"] and merged_into(tmp_path / "c") == ["of c"]
     (tmp_path / "a" / "export_info.json").write_text('{"adapters": [3]}')
-    with pytest.raises(UserError, match="adapters or base are no paths"):
+    with pytest.raises(UserError, match="adapters is .3., expected a list of names"):
         merged_into(tmp_path / "a")
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from parallel.world import clip_gradients
+import parallel.checkpoint
+from parallel.world import World, clip_gradients
 from training import rounding
 from training.optimizers import (
     FILES,
@@ -21,8 +22,18 @@ from training.optimizers import (
     parameter_groups,
     set_learning_rate,
     state_per_byte,
+    states,
 )
 from training.options import OptimOptions
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
+
+
+def take_over(optimizer, other, folder) -> None:
+    """Its state as it comes back from a checkpoint."""
+    plain, tensors = states(other)
+    parallel.checkpoint.save(folder / "optimizer", tensors, ALONE)
+    load_optimizer(optimizer, plain, folder / "optimizer", ALONE)
 
 
 def test_groups_equal_those_of_the_hugging_face_trainer():
@@ -221,7 +232,7 @@ def test_lion_is_that_of_the_paper(kind):
         assert 0 < distance(model, expected) < 0.3 * distance(expected, small_model())
 
 
-def test_paged_state_is_paged_again_when_it_is_read_back():
+def test_paged_state_is_paged_again_when_it_is_read_back(tmp_path):
     """On a CPU bitsandbytes makes plain tensors of it, in the same place."""
     import bitsandbytes
 
@@ -241,11 +252,8 @@ def test_paged_state_is_paged_again_when_it_is_read_back():
     whole, half = (fresh(model) for model in models)
     train(models[0], whole, 6)
     train(models[1], half, 3)
-    saved = io.BytesIO()
-    torch.save(half.state_dict(), saved)
-    saved.seek(0)
     again = fresh(models[1])
-    load_optimizer(again, torch.load(saved))
+    take_over(again, half, tmp_path)
     states = [again.state[p][key] for p in models[1].parameters() for key in ("state1", "state2")]
     assert {id(state) for state in states} == {id(buffer) for buffer in again.made}
     train(models[1], again, 3, first=3)
@@ -417,7 +425,7 @@ def test_rounded_to_the_nearest_they_do_not():
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "sgd", "adafactor", "adamw_8bit"])
-def test_rounding_by_chance_repeats_and_goes_on_where_it_was(optim):
+def test_rounding_by_chance_repeats_and_goes_on_where_it_was(optim, tmp_path):
     """The same bits in a second run, and after a state that was saved half-way; moments stay in bf16."""
     whole, _ = steps_of(torch.bfloat16, 6, optim)
     assert torch.equal(whole, steps_of(torch.bfloat16, 6, optim)[0])
@@ -425,7 +433,7 @@ def test_rounding_by_chance_repeats_and_goes_on_where_it_was(optim):
     model = Sheet(torch.bfloat16)
     model.weight.data.copy_(half)
     resumed = make_optimizer(model, OptimOptions(optim=optim, learning_rate=1e-5, weight_decay=0.01))
-    load_optimizer(resumed, optimizer.state_dict())
+    take_over(resumed, optimizer, tmp_path)
     for number in range(3, 6):
         noise = torch.randn(60, 50, generator=torch.Generator().manual_seed(number))
         model.weight.grad = (noise + torch.linspace(-2, 2, 50)).bfloat16()

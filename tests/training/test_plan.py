@@ -320,7 +320,7 @@ def test_a_plan_of_codes_on_a_hub_asks_for_the_headers_of_its_files(tiny, monkey
     ("body", "problem"),
     [
         (b"\xff" * 8 + b"{}", "is none of safetensors"),
-        ((20).to_bytes(8, "little") + b"<html>not here</html>", "header:1: not JSON"),
+        ((20).to_bytes(8, "little") + b"<html>not here</html>", "header: not JSON"),
         ((40).to_bytes(8, "little") + b'{"weight": {"data_offsets": [0, "1"]}}  ', "has no data_offsets"),
         (b"", "header: empty"),
     ],

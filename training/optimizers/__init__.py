@@ -97,9 +97,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], fold
     sides = optimizer.param_groups, state["param_groups"]
     now, then = ([name for group in groups for name in group.get("param_names", ())] for groups in sides)
     for name in now if then != now else ():
-        refuse(name not in then, f"{name} trains, but did not when the checkpoint was made; restore the code")
+        lacking = f"{name} trains, but did not when the checkpoint was written"
+        refuse(name not in then, f"{lacking}; restore the code")
     for name in then if then != now else ():
-        refuse(name not in now, f"{name} trained when the checkpoint was made, but not now; restore the code")
+        lacking = f"{name} trained when the checkpoint was written, but does not"
+        refuse(name not in now, f"{lacking}; restore the code")
     parameters = stored_names(optimizer)
     numbers = {name: number for number, name in enumerate(parameters)}
     for name, tensor in parallel.checkpoint.load(folder, parameters, world).items():
