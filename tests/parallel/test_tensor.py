@@ -2,10 +2,12 @@
 
 import itertools
 import os
+import re
 
 import pytest
 import torch
-from tiny_runs import fork_ranks, meeting, wait_for_all
+from stage_runs import held_out, stage_keys, write_stage_data
+from tiny_runs import assert_same_weights, fork_ranks, meeting, start_ranks_in_turn, tiny_runs, wait_for_all
 
 import parallel.world
 from architectures.config import ModelConfig
@@ -15,9 +17,12 @@ from generation.sampling import GenerateOptions
 from kernels.recompute import Plan
 from lora import LoraOptions, add_lora
 from model import Decoder, initialize_weights
+from options import config
+from options.errors import UserError
 from parallel.fsdp import accumulated, assign, distribute, gathered, whole, whole_shape
 from parallel.options import ParallelOptions
 from parallel.world import World, clip_gradients
+from training.setup import SECTIONS
 
 # 9 heads over 3 key and value heads, as SmolLM2 has them; 21 = 3 * 7
 SIZES = {"vocab_size": 53, "hidden_size": 11, "intermediate_size": 21, "num_layers": 3, "max_positions": 64}
@@ -148,3 +153,89 @@ def test_gradients_and_texts_are_those_of_one_process(measured, name, case):
     assert worst(found, truth) < 1e-9
     assert worst(found["lost"], truth) > 0.1  # and a rank's gradient is missed
     assert found["texts"] == texts(model)
+
+
+# Whole runs of two ranks, one after another in the same processes
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    with tiny_runs(tmp_path_factory.mktemp("tensor-runs")) as made:
+        write_stage_data(made)
+        keys = {"max_steps": 2, "learning_rate": 1e-2, "lora_rank": 2}
+        assert made.train("judge", **stage_keys(made, "rm", **keys)) == 0
+        made.make_model("other", seed=5)
+        yield made
+
+
+def runs_of(tiny) -> dict[str, dict]:
+    """Keys by the name of the run."""
+    short = {"max_steps": 4, "lora_rank": 3, "optim": "sgd", "learning_rate": 0.05, "num_train_epochs": None}
+    short |= {"per_device_train_batch_size": 4}
+    begin = tiny.folder / "saved-2/checkpoint-2"
+    texts = {"predict_with_generate": True, "do_predict": True, "do_sample": False, "max_new_tokens": 5}
+    saved = {"optim": "adamw_torch", "learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 2}
+    saved |= {"finetuning_type": "full", "do_train": True, "lora_rank": None} | held_out("sft") | texts
+    judge, base = {"reward_model": tiny.folder / "judge", "reward_file": None}, {"reward_model": tiny.model}
+    of_model = {"reward_model_type": "full", "reward_model_adapters": tiny.folder / "judge"}
+    return {
+        "saved": stage_keys(tiny, "sft", **short | saved),
+        "resumed": stage_keys(tiny, "sft", **short | saved, resume_from_checkpoint=begin),
+        "by adapter": stage_keys(tiny, "ppo", **short | judge),
+        "by model": stage_keys(tiny, "grpo", **short | judge | base | of_model),
+        "other reference": stage_keys(tiny, "dpo", **short, ref_model=tiny.folder / "other"),
+    }  # fmt: skip
+
+
+def test_runs_of_two_ranks_are_those_of_one_process(tiny):
+    """Checkpoint and resume, evaluation, texts, references and both kinds of reward models."""
+    runs = runs_of(tiny)
+    words = [tiny.words(f"{name}-2", **keys, tp_size=2) for name, keys in runs.items()]
+    children = start_ranks_in_turn(words, tiny.folder / "two", 2)
+    for name in runs.keys() - {"resumed"}:
+        assert tiny.train(f"{name}-1", **runs[name]) == 0
+    wait_for_all(children, 900)
+    assert children[1].text() == "" and "resuming" in children[0].text()  # only rank 0 speaks
+    for name in runs:
+        alone = "saved-1" if name == "resumed" else f"{name}-1"
+        for key in ("loss", "grad_norm", "reward"):
+            mine, theirs = tiny.losses(f"{name}-2", key), tiny.losses(alone, key)
+            assert mine == pytest.approx({step: theirs[step] for step in mine}, rel=1e-5, abs=1e-5), name
+        tolerance = 1e-4 if "saved" in alone else 1e-5  # Adam divides small gradients by their own size
+        assert_same_weights(tiny.weights(f"{name}-2"), tiny.weights(alone), tolerance)
+    assert_same_weights(tiny.weights("saved-2"), tiny.weights("resumed-2"))  # bit for bit
+    seen = [tiny.losses(f"saved-{ranks}", "eval_loss") for ranks in (1, 2)]
+    assert seen[0] and seen[1] == pytest.approx(seen[0], rel=1e-5)
+    texts = [(tiny.folder / f"saved-{ranks}/generated_predictions.jsonl").read_text() for ranks in (1, 2)]
+    assert texts[0] == texts[1] != ""
+
+
+# What cannot be
+
+
+@pytest.mark.parametrize(
+    ("size", "changes", "said"),
+    [
+        (
+            2,
+            {},
+            "tp_size: 2 does not divide 9 heads, 3 key and value heads and an MLP of 21, as it has (3 would)",
+        ),
+        (3, {"intermediate_size": 22}, "(nothing else would)"),
+        (3, {"feed_forward_kinds": ("mlp", "moe", "mlp")}, "it cuts attention and mlp, it has moe"),
+    ],
+)
+def test_sizes_and_layers_that_cannot_be_cut_are_refused_by_name(size, changes, said):
+    model = ModelConfig(**SIZES | changes)
+    ParallelOptions().check_model(model, "it")
+    with pytest.raises(UserError, match=re.escape(said)):
+        ParallelOptions(tp_size=size).check_model(model, "it")
+
+
+@pytest.mark.parametrize(
+    "other", ["quantization_bit=4", "fp16=true", "use_dora=true", "torch_compile=true", "optim=adafactor"]
+)
+def test_options_that_need_whole_layers_are_refused_by_name(other):
+    words = ["model_name_or_path=m", "dataset=d", "output_dir=o", "tp_size=2", other]
+    with pytest.raises(UserError, match=f"tp_size.*{other.partition('=')[0]}.*: .*set "):
+        config.load(words, SECTIONS, program="train.py", description="")

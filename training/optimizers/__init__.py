@@ -24,6 +24,7 @@ from torch import nn
 import parallel.checkpoint
 from options.errors import refuse
 from parallel.checkpoint import SEPARATOR
+from parallel.fsdp import settle
 from parallel.tensor import name_of_share
 from training.optimizers import adafactor, adamw_torch, bitsandbytes, sgd
 from training.options import OptimOptions
@@ -45,6 +46,7 @@ def state_per_byte(name: str) -> float:
 
 def make_optimizer(model: nn.Module, options: OptimOptions) -> torch.optim.Optimizer:
     """The optimizer over model's trainable parameters. Raises UserError where the device cannot run it."""
+    settle(model)  # a reference may just have been asked
     groups = parameter_groups(model, options.weight_decay)
     optimizer = file_of(options.optim).make(model, groups, options)
     for group in optimizer.param_groups:
