@@ -58,7 +58,8 @@ class MLP(nn.Module):
         if x.dtype is torch.float16:
             scale = _row_scale(gate, up)
             gated = kernels.gated_mlp(gate, up * scale.to(up.dtype), self.activation)
-            return self.down_proj(gated).float() / scale
+            out, bias = self.down_proj(gated).float(), self.down_proj.bias
+            return out / scale if bias is None else (out - bias) / scale + bias
         return self.down_proj(kernels.gated_mlp(gate, up, self.activation))
 
 
