@@ -210,10 +210,9 @@ class RatedPreference(Stage):
             self.rewards += torch.stack([self.beta * sums[0], sums[1]])
 
     def ratio_sums(self, model: Decoder, batch: Batch, other_answers: bool) -> Tensor:
-        """(2,) fp64: sum of r over the batch, of other rows' answers or of its own; their number."""
+        """(2,) fp64: sum of r over the batch, of other rows' answers or of its own; their number. An empty
+        batch goes through the model too: other ranks may need this one's share of it."""
         part = half(batch, other_answers)
-        if not part.sources:
-            return torch.zeros(2, dtype=torch.float64, device=self.kl.device)
         logprobs = segment_sums(batch_logprobs(model, part), part.label_counts)
         total = (logprobs - self.reference.sums(model, part)).sum(dtype=torch.float64)
         return torch.stack([total, torch.full_like(total, len(part))])

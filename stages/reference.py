@@ -65,9 +65,11 @@ class ReferenceOptions:
 class Reference:
     """Log-probabilities under the reference policy: no gradient, no dropout; the model's mode stays."""
 
-    def __init__(self, policy: Decoder | None = None, ld_alpha: float | None = None):
-        """policy: None = the trained model with its adapters off.  ld_alpha: as in logprobs.answer_sums."""
-        self.policy, self.ld_alpha = policy, ld_alpha
+    def __init__(self, policy: Decoder | None = None, ld_alpha: float | None = None, ahead: bool = False):
+        """policy: None = the trained model with its adapters off.  ld_alpha: as in logprobs.answer_sums.
+        ahead: every batch brings its numbers, so that no rank calls a model; else all do, for an empty batch
+        too, because they may hold shares of it."""
+        self.policy, self.ld_alpha, self.ahead = policy, ld_alpha, ahead
 
     @torch.no_grad()
     def logprobs(self, model: Decoder, batch: Batch, temperature: float = 1.0) -> Tensor:
@@ -78,7 +80,7 @@ class Reference:
 
     def sums(self, model: Decoder, batch: Batch) -> Tensor:
         """(N,) fp32: log-probability of each segment's labels; known ahead, or computed now."""
-        if "reference" in batch.per_segment:
+        if "reference" in batch.per_segment and (self.ahead or len(batch)):
             return batch.per_segment["reference"]
         return answer_sums(self.logprobs(model, batch), batch, self.ld_alpha)
 

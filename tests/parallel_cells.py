@@ -64,7 +64,10 @@ class Cell(NamedTuple):
 
 
 def keys_of(tiny: TinyRuns, cell: Cell) -> dict:
-    keys = METHODS[cell.method] | {"overwrite_cache": True}  # the reference's numbers are made in every cell
+    keys = METHODS[cell.method] | {
+        "overwrite_cache": True,
+        "ddp_timeout": 120,
+    }  # the reference's numbers are made in every cell
     keys |= {"max_steps": 3, "num_train_epochs": None, "seed": 3}
     return stage_keys(tiny, cell.stage, **keys, optim="sgd", learning_rate=0.05)
 
@@ -184,7 +187,7 @@ def main(argv: list[str]) -> None:
     chosen = {key: asked[key].split(",") if key in asked else sorted(all_, key=list(all_).index)
               for key, all_ in every.items()}  # fmt: skip
     with tempfile.TemporaryDirectory() as folder, tiny_runs(Path(folder)) as tiny:
-        write_stage_data(tiny)
+        write_stage_data(tiny, count=11)
         for ranks in map(int, chosen["ranks"]):
             modes = [mode for mode in chosen["mode"] if mode != "hsdp" or ranks == 4]
             parts = itertools.product(chosen["stage"], chosen["method"], modes)

@@ -193,7 +193,7 @@ def make_reference(
     cache = Path(config[ModelOptions].cache_dir or default_cache_dir()) / "reference"
     rows, afresh = run.per_device_eval_batch_size, config[DataOptions].overwrite_cache
     reference.precompute(made, model, stores, rows, cache, world, afresh)
-    return Reference(None, ld_alpha)  # every batch brings its own now
+    return Reference(None, ld_alpha, ahead=True)
 
 
 def computes_ahead(config: Config, prepared: Prepared, world: World) -> bool:

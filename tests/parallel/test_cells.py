@@ -23,7 +23,7 @@ def chosen(ranks: int) -> list[Cell]:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     with tiny_runs(tmp_path_factory.mktemp("cells")) as made:
-        write_stage_data(made)
+        write_stage_data(made, count=11)
         yield made
 
 

@@ -14,7 +14,7 @@ MODES = {name: keys for name, keys in MODES.items() if name != "hsdp"}
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     with tiny_runs(tmp_path_factory.mktemp("predictions")) as made:
-        write_stage_data(made)
+        write_stage_data(made, count=11)
         yield made
 
 
