@@ -215,7 +215,8 @@ def _damage_named(path: Path, expected: str) -> Iterator[None]:
 def _arrow_rows(
     path: Path, batches, unread: int, number: int, plain=None
 ) -> Iterator[tuple[str, dict | None]]:
-    """number: of the first row. plain: the schema without dictionaries. UserError for a few rows that would take all memory."""
+    """number: of the first row. plain: the schema without dictionaries. UserError for a few rows that would
+    take all memory."""
     for batch in (each.slice(i, BATCH_ROWS) for each in batches for i in range(0, len(each), BATCH_ROWS)):
         if number + len(batch) <= unread:
             yield from itertools.repeat((str(path), None), len(batch))
