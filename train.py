@@ -105,6 +105,7 @@ def run(config: configuration.Config, world: World) -> int:
                 run_folder.begin(inputs.output_dir, *begin, this.progress.best_checkpoint)
             status = train(this)
             if config[DataOptions].streaming:
+                data.loader.gather_tallies(world)
                 world.print(data.prepared.report)  # only now is it known what was dropped and cut
         return status or conclude(this)
 

@@ -10,6 +10,7 @@ name (OTHERS). The first reason stands for all of a file.
 """
 
 import sys
+from contextlib import chdir
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,11 +34,12 @@ OTHERS = ("vl", "omni", "audio", "video", "llava")  # of a path or of a model's 
 
 def main(argv: list[str]) -> int:
     options = read_options(argv, DEFAULTS, __doc__)
-    folder = Path(options["folder"])
+    folder = Path(options["folder"]).resolve()
     files = {str(path.relative_to(folder)): path for path in text_files(folder)} if options["folder"] else {}
     if not files:
         raise SystemExit(f"folder={options['folder']}: no example of LLaMA-Factory there; give its examples/")
-    reasons = {name: refusal(name, path) for name, path in files.items()}
+    with chdir(folder.parent):  # files name others of the examples from there
+        reasons = {name: refusal(name, path) for name, path in files.items()}
     accepted = sum(reason is None for reason in reasons.values())
     print(table([{"file": name, "": reason or "accepted"} for name, reason in reasons.items()]))
     print(f"{accepted} of {len(files)} files are accepted")

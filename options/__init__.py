@@ -12,6 +12,7 @@ config.py   load: files and words -> values of known keys -> sections; Config
 values.py   text -> typed values: int, float, bool, str, Literal, tuple, unions of them and None
 json_fields.py  what keys of other programs' JSON files (config.json) may hold: kinds and ranges
 json_reader.py  every JSON file: one behaviour
+launchers.py  DeepSpeed's files, accelerate's environment, the trainer's fsdp -> keys of parallel
 aliases.py  keys of other systems: converted, harmless, not built yet
 rules.py    Rules between two sections
 help.py     what --help prints

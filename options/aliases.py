@@ -8,7 +8,9 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 
+from options import launchers
 from options.errors import refuse
+from options.launchers import TORCHRUN, Meant
 from options.values import BOOLEANS, NULLS, Plain, convert_scalar, truth_word
 
 # our key -> {value elsewhere: our value}; a value that our key's own choices list is never rewritten
@@ -55,7 +57,8 @@ HARMLESS = {
         export_quantization_maxlen""",
     # whoever sets the switch itself is refused, see NOT_YET
     "it belongs to a switch that is off": """galore_* apollo_* badam_* pissa_iter pissa_convert oft_*
-        module_dropout loraplus_lr_embedding asft_alpha eaft_alpha fp8_* fsdp_* kt_* hyper_parallel_args
+        module_dropout loraplus_lr_embedding asft_alpha eaft_alpha fp8_* kt_*
+        fsdp_transformer_layer_cls_to_wrap fsdp_min_num_params hyper_parallel_args
         vllm_* sglang_* hub_model_id hub_strategy push_hub_strategy hub_revision hub_private_repo
         hub_always_push push_to_hub_* swanlab_* trackio_* profiler_* profile_modules ray_init_kwargs
         master_addr master_port ACCELERATE_FP8_*""",
@@ -88,12 +91,9 @@ NOT_YET = {
     "growing the vocabulary": """resize_vocab add_tokens add_special_tokens new_special_tokens_config
         init_special_tokens=noise_init new_special_tokens""",
     "splitting special tokens of a text into letters (it reads them as tokens)": "split_special_tokens",
-    "DeepSpeed, FSDP and other sharded training": """deepspeed* fsdp zero_stage tensor_parallel_*
-        sequence_parallel_size=1 cp_size=1 cp_mode dist_config accelerator_config parallelism_config
-        FSDP_* PARALLELISM_CONFIG_* ACCELERATE_DEEPSPEED_* ACCELERATE_USE_FSDP ACCELERATE_USE_DEEPSPEED
-        ACCELERATE_USE_PARALLELISM_CONFIG""",
-    "Megatron": """use_mca tensor_model_parallel_size=1 pipeline_model_parallel_size=1 sequence_parallel
-        expert_model_parallel_size=1 context_parallel_size=1 use_distributed_optimizer overlap_param_gather
+    "other settings of DeepSpeed and accelerate": "deepspeed_* accelerator_config",
+    "Megatron": """use_mca pipeline_model_parallel_size=1 sequence_parallel
+        expert_model_parallel_size=1 use_distributed_optimizer overlap_param_gather
         overlap_grad_reduce bias_activation_fusion apply_rope_fusion moe_grouped_gemm
         moe_token_dispatcher_type recompute_granularity mixed_precision use_packed_sequences
         export_hf_on_finish MEGATRON_LM_* ACCELERATE_USE_MEGATRON_LM""",
@@ -103,9 +103,9 @@ NOT_YET = {
         placement_strategy=pack resources_per_worker ray_scope=last""",
     "batches and data sets as LLaMA-Factory's v1 names them (dataset is read)": """train_dataset
         global_batch_size""",
-    "spreading one model over several devices": "quantization_device_map max_memory",
+    f"spreading one model over several devices ({TORCHRUN})": "quantization_device_map max_memory",
     "SageMaker and further settings of accelerate": """ACCELERATE_USE_SAGEMAKER ACCELERATE_SAGEMAKER_*
-        ACCELERATE_DYNAMO_USE_* ACCELERATE_GRADIENT_CLIPPING ACCELERATE_DOWNCAST_BF16
+        ACCELERATE_DYNAMO_USE_* ACCELERATE_DOWNCAST_BF16
         ACCELERATE_ALLOW_CP_STANDALONE""",
     "other inference engines": "infer_backend=huggingface,hf,pt,auto",
     "merging inside the training run (export.py does it)": "merge_lora_and_save",
@@ -233,10 +233,13 @@ def _max_length(raw, given, keys):
 
 
 def _device_map(raw, given, keys):
-    """One process, one device: what places the whole model there is its device."""
+    """One process, one device: what places the whole model there is its device. What spreads it over several
+    has another launch in its place."""
     place = str(raw[""] if isinstance(raw, dict) and list(raw) == [""] else raw).lower()
-    several = place not in ("", "auto", "none", "null", "cpu", "cuda", "cuda:0", "0")
-    refuse(several, "this version has one device per process, CUDA_VISIBLE_DEVICES says which; remove it")
+    known = place in ("", "auto", "none", "null", "cpu", "cuda", "cuda:0", "0")
+    refuse(not known, f"a process has one device, CUDA_VISIBLE_DEVICES says which; {TORCHRUN}")
+    if place == "auto" and "bf16" in keys:
+        return Meant({}, TORCHRUN)
     place = "cuda" if place in ("cuda:0", "0") else place
     return {"device": Plain(place)} if "device" in keys and place in ("cpu", "cuda") else {}
 
@@ -313,5 +316,6 @@ CONVERTED: dict[str, Callable[[object, Mapping, Iterable], dict[str, object]]] =
     "ACCELERATE_DYNAMO_BACKEND": _compiled("torch_compile_backend"),
     "ACCELERATE_DYNAMO_MODE": _compiled("torch_compile_mode"),
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": lambda raw, given, keys: {"gradient_accumulation_steps": raw},
+    **launchers.CONVERTED,
     "use_auth_token": lambda raw, given, keys: {} if str(raw).lower() in BOOLEANS else {"hf_hub_token": raw},
 }

@@ -23,7 +23,7 @@ from types import MappingProxyType
 
 import yaml
 
-from options import help, rules
+from options import help, launchers, rules
 from options.aliases import (
     CONVERTED,
     ENVIRONMENT,
@@ -181,11 +181,19 @@ def _read_environment(environ: Mapping[str, str]) -> list[_Setting]:
     """What accelerate's launcher leaves there for a training; a file and the command line beat it."""
     settings = []
     for name, value in sorted(environ.items()):
-        switch = next((ENVIRONMENT[each] for each in ENVIRONMENT if fnmatchcase(name, each)), None)
-        on = switch is not None and (switch == "" or not is_off(environ.get(switch), []))
-        if on and not is_off(value, ["default"]):
-            settings.append(_Setting(name, Plain(value), "environment"))
+        switch = _switch_of(name)
+        apart = switch not in (None, "", *launchers.CONVERTED) and not is_off(environ.get(switch), [])
+        if not (switch == "" or apart) or is_off(value, ["default"]):
+            continue
+        theirs = {each: Plain(environ[each]) for each in sorted(environ) if _switch_of(each) == name}
+        together = name in launchers.CONVERTED and name in ENVIRONMENT.values()
+        settings.append(_Setting(name, theirs if together else Plain(value), "environment"))
     return settings
+
+
+def _switch_of(name: str) -> str | None:
+    """The variable that says whether this one is read ("": always); None for one of other programs."""
+    return next((ENVIRONMENT[pattern] for pattern in ENVIRONMENT if fnmatchcase(name, pattern)), None)
 
 
 def _next_value(key: str, rest: list[str], flag: bool | None) -> str:
@@ -198,7 +206,8 @@ def _next_value(key: str, rest: list[str], flag: bool | None) -> str:
     if flag is None and (following is None or "=" in following):
         return "true"
     # --trust_remote_code run.yaml has no value, --deepspeed ds.json has one
-    if flag is None and following.endswith(_FILES) and lookup(NOT_YET, key)[0] is None:
+    known = key in launchers.CONVERTED or lookup(NOT_YET, key)[0] is not None
+    if flag is None and following.endswith(_FILES) and not known:
         return "true"
     return rest.pop(0)
 
@@ -313,8 +322,11 @@ class _Reader:
         meant, result = CONVERTED[name](raw, self.given, self.keys), {}
         for key, value in meant.items():
             result |= self.own_meaning(key, value)
-        ours = ", ".join(show(key, value) for key, value in meant.items())
-        self.renamed[show(name, raw)] = ours or "nothing to change"
+        told = [show(key, value) for key, value in meant.items()]
+        note = getattr(meant, "note", "")  # of launchers.Meant
+        theirs = name if isinstance(raw, dict) else show(name, raw)
+        ours = ", ".join(told) + f" ({note})" * bool(told and note)
+        self.renamed[theirs] = ours or note or "nothing to change"
         return result
 
     def own_meaning(self, name: str, raw: object) -> dict[str, object]:

@@ -19,9 +19,15 @@ class ParallelOptions:
         True, "gather weights again for the backward pass: less memory, half as much traffic more", RESUMABLE
     )
     fsdp_offload: bool = option(False, "shares, gradients and optimizer state in host memory", RESUMABLE)
-    tp_size: int = option(1, "ranks that hold each layer between them")
-    cp_size: int = option(1, "ranks that hold each row of tokens between them", RESUMABLE)
-
+    tp_size: int = option(
+        1, "ranks that hold each layer between them", also="tensor_parallel_size tensor_model_parallel_size"
+    )
+    cp_size: int = option(
+        1,
+        "ranks that hold each row of tokens between them",
+        RESUMABLE,
+        also="sequence_parallel_size context_parallel_size",
+    )
     cp_mode: Literal["ulysses", "ring"] = option(
         "ulysses", "how: heads change places; ring: keys travel", RESUMABLE
     )

@@ -1,7 +1,8 @@
 """What LLaMA-Factory and the Hugging Face trainer write: example files, and the defaults of their fields.
 
-tests/fixtures/llamafactory_examples.json: the text examples of commit ff6d4d12 and, of releases 0.7.0 to
-0.9.5, those with other keys or values: [file, program here, key that is refused or null, options or words].
+tests/fixtures/deepspeed_configs.json: its examples/deepspeed.
+llamafactory_examples.json: the text examples of commit ff6d4d12 and, of releases 0.7.0 to 0.9.5, those with
+other keys or values: [file, program here, key that is refused or null, options or words].
 fields_of_others.json: every field of LLaMA-Factory 0.9.5's dataclasses and of transformers'
 Seq2SeqTrainingArguments with its default.
 """
@@ -33,6 +34,15 @@ def load(*words, program="train.py", folder=None, **keys):
     others = program != "train.py"
     shared = {"program": program, "description": "", "reads_files_of_others": others}
     return config.load(list(words), SECTIONS[program], **shared)
+
+
+@pytest.fixture(autouse=True)
+def deepspeed_files(tmp_path, monkeypatch):
+    """LLaMA-Factory's, where its examples look for them."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples/deepspeed").mkdir(parents=True)
+    for name, content in json.loads((FIXTURES / "deepspeed_configs.json").read_text()).items():
+        (tmp_path / "examples/deepspeed" / name).write_text(json.dumps(content))
 
 
 def train(words: str):
@@ -306,8 +316,6 @@ def test_accelerates_environment_is_read_as_keys_of_ours(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("variables", "part"),
     [
-        ({"ACCELERATE_USE_FSDP": "true", "FSDP_SHARDING_STRATEGY": "FULL_SHARD"}, "FSDP"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "DeepSpeed"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true", "MEGATRON_LM_TP_DEGREE": "2"}, "Megatron"),
         ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "8-bit floating point"),
     ],
@@ -375,7 +383,7 @@ def test_the_missing_part_is_named_for_what_it_is(word, part):
 
 def test_keys_of_one_missing_part_share_a_line():
     with pytest.raises(UserError) as caught:
-        train("use_galore=true use_badam=true deepspeed=a.json lora_rnak=1")
+        train("use_galore=true use_badam=true deepspeed_config=a.json lora_rnak=1")
     lines = str(caught.value).splitlines()
     assert len(lines) == 3 and any("use_galore=true" in line and "use_badam=true" in line for line in lines)
 
