@@ -1,4 +1,5 @@
-"""Layers cut over ranks give the gradients, the texts and the files of one process."""
+"""Every way to spread a model gives the gradients of one process in float64, and the texts; layers cut over
+ranks its files too."""
 
 import itertools
 import os
@@ -40,6 +41,11 @@ WORLDS = {  # ranks, options
     "tp 3": (3, ParallelOptions(tp_size=3)),
     "ddp x tp 2": (4, ParallelOptions(tp_size=2, parallel="ddp")),
     "fsdp x tp 2": (4, ParallelOptions(tp_size=2, parallel="fsdp")),
+    "cp 3": (3, ParallelOptions(cp_size=3)),
+    "fsdp 4": (4, ParallelOptions(parallel="fsdp")),
+    "hsdp 2 x 2": (4, ParallelOptions(parallel="hsdp", dp_shard_size=2)),
+    "fsdp x ring 2": (4, ParallelOptions(cp_size=2, cp_mode="ring", parallel="fsdp")),
+    "ring 2 x tp 2": (4, ParallelOptions(cp_size=2, cp_mode="ring", tp_size=2)),
 }
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -63,7 +69,7 @@ def made(case: str, options: ParallelOptions) -> Decoder:
 
 def step(model: Decoder, world: World, lose: bool = False) -> dict[str, torch.Tensor]:
     """Loss, gradient norm and whole gradients of two accumulated rows on each data rank, four in all; the
-    rows differ in length, and one of them is not trained on. lose: one rank of a tensor group has none."""
+    rows differ in length, and one of them is not trained on. lose: the first rank's are left out."""
     rows, loss = 4 // world.data_size, 0.0
     for row in range(rows):
         number = world.data_rank * rows + row
@@ -75,11 +81,8 @@ def step(model: Decoder, world: World, lose: bool = False) -> dict[str, torch.Te
         with accumulated(model, row == rows - 1):
             hidden = model(tokens, places, borders, len(tokens) - 4)
             value = (model.logits(hidden) * weights).sum() * (number != 3)
-            value.backward()
+            (value / world.context * (not (lose and world.rank == 0))).backward()
         loss += value.detach()
-    if lose and world.tensor_rank == 1:
-        for parameter in model.parameters():
-            parameter.grad = None if parameter.grad is None else parameter.grad * 0
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     found = {"norm": clip_gradients(trained, 0.0), "loss": world.sum(loss)}
     for name, parameter in model.named_parameters():
