@@ -81,7 +81,7 @@ def main(argv: list[str]) -> int:
 def run(config: configuration.Config, world: World) -> int:
     """Build everything, cheap mistakes first, then train, evaluate, predict. Gives the exit status."""
     inputs = setup.read(config, world)
-    options = inputs.options
+    config, options = inputs.config, inputs.options
     if options.plan:
         plan = setup.make_plan(inputs)
         if world.is_main:
@@ -92,22 +92,24 @@ def run(config: configuration.Config, world: World) -> int:
     scaler = torch.amp.GradScaler(world.device.type, enabled=options.fp16)
     services = options.services, options.run_name or options.output_dir
     monitor = Monitor(inputs.output_dir, *services, world.is_main, MetricWindow(world), config.shown)
-    with Signals(world) as signals:
-        this = Run(inputs, data, model, stage, optimizer, scaler, monitor, Progress(), signals)
+    progress = Progress()
+    with run_folder.naming_lost(inputs.output_dir, world, progress), Signals(world) as signals:
+        this = Run(inputs, data, model, stage, optimizer, scaler, monitor, progress, signals)
         status = 0
         if options.trains:
             require_saved(model)
             if state is not None:
                 this.restore(state)
                 del state  # the optimizer has its own copy
-            if world.is_main:
-                begin = inputs.resume, options.overwrite_output_dir, config
-                run_folder.begin(inputs.output_dir, *begin, this.progress.best_checkpoint)
+            begin = inputs.resume, options.overwrite_output_dir, config, progress.best_checkpoint
+            run_folder.begin(inputs.output_dir, *begin, world)
             status = train(this)
             if config[DataOptions].streaming:
                 data.loader.gather_tallies(world)
                 world.print(data.prepared.report)  # only now is it known what was dropped and cut
-        return status or conclude(this)
+        status = status or conclude(this)
+    preempted = options.enable_jit_checkpoint and status == 128 + signal.SIGTERM
+    return 0 if preempted else status
 
 
 def conclude(this: Run) -> int:
@@ -206,8 +208,8 @@ def groups(this: Run) -> Iterator[Iterator[list[Batch]]]:
 
 def save_after_failure(this: Run) -> str:
     """A checkpoint of what was trained before the reward failed, if there can be one; gives its place."""
-    if this.inputs.world.size > 1 or this.inputs.options.save_strategy == "no" or not this.progress.step:
-        return ""  # other ranks may have their rewards, and know nothing of it
+    if this.inputs.options.save_strategy == "no" or not this.progress.step:
+        return ""
     return f"; the same command continues from {this.save_checkpoint()}"
 
 

@@ -293,15 +293,15 @@ def save_model(
     Quantised linears are written in their format's layout, adapters are merged on the way (into 16 bit where
     the base is quantised). A model that stands in `folder` stays until the new one is written.
     """
-    with staged(folder) as staging:
-        tensors = ((to_hf_name(model.config, name), tensor) for name, tensor in model_tensors(model))
-        try:
+    tensors = ((to_hf_name(model.config, name), tensor) for name, tensor in model_tensors(model))
+    try:
+        with staged(folder) as staging:
             write_shards(staging, tensors, shard_gigabytes)
-        finally:
-            deque(tensors, 0)  # other ranks are giving their shares of the rest
-        write_model_json(staging, model.config.hf, model.embed_tokens.weight.dtype, model_format(model))
-        if source_folder is not None:
-            copy_side_files(Path(source_folder), staging)
+            write_model_json(staging, model.config.hf, model.embed_tokens.weight.dtype, model_format(model))
+            if source_folder is not None:
+                copy_side_files(Path(source_folder), staging)
+    finally:
+        deque(tensors, 0)  # where that failed other ranks are still giving their shares of the rest
 
 
 def model_tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
@@ -389,20 +389,21 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, template, chat_template: 
 def save_trained(model: Decoder, folder: Path, source_folder: Path, base_name: str) -> None:
     """What training changed: the adapter if there is one, else the whole model."""
     settle(model)
+    head = None if model.v_head is None else value_head_state(model.v_head)
     if lora_layers(model):
         save_adapter(model, folder, base_name)
     else:
         save_model(model, folder, source_folder)
-    if model.v_head is not None:
-        save_value_head(model.v_head, folder)
+    if head is not None:
+        save_value_head(head, folder)
 
 
 def gather_trained(model: Decoder) -> None:
     """On a rank that writes nothing: give its shares, in the order in which save_trained asks for them."""
     settle(model)
-    deque(adapter_state(model).items() if lora_layers(model) else model_tensors(model), 0)
     if model.v_head is not None:
         value_head_state(model.v_head)
+    deque(adapter_state(model).items() if lora_layers(model) else model_tensors(model), 0)
 
 
 def require_saved(model: Decoder) -> None:

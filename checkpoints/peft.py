@@ -88,8 +88,11 @@ def save_adapter(model: Decoder, folder: str | Path, base_name: str) -> None:
     """adapter_config.json and adapter_model.safetensors as peft reads them; an old one stays until then."""
     if not lora_layers(model):
         raise ValueError("save_adapter: the model has no adapter")
+    state = adapter_state(
+        model
+    )  # first, for other ranks give their shares of it whatever becomes of the disk
     with staged(folder) as staging:
-        write_tensors(staging / ADAPTER_WEIGHTS, adapter_state(model), _frozen_parts(model))
+        write_tensors(staging / ADAPTER_WEIGHTS, state, _frozen_parts(model))
         write_json(staging / ADAPTER_CONFIG, adapter_config(model, base_name))
 
 

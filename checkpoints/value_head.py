@@ -38,8 +38,9 @@ def value_head_state(head: ValueHead) -> dict[str, Tensor]:
     return {PREFIX + name: whole(value).cpu().contiguous() for name, value in named}
 
 
-def save_value_head(head: ValueHead, folder: Path) -> None:
-    write_tensors(Path(folder) / VALUE_HEAD, value_head_state(head))
+def save_value_head(state: dict[str, Tensor], folder: Path) -> None:
+    """state: value_head_state of the head."""
+    write_tensors(Path(folder) / VALUE_HEAD, state)
 
 
 def has_value_head(folder: Path) -> bool:

@@ -71,7 +71,7 @@ HARMLESS = {
         fp16_full_eval fp16_backend fp16_opt_level half_precision_backend use_ipex jit_mode_eval ddp_*
         local_rank run_name project om_hub_token save_generation_config test_oom_error show_dataset_sample
         eval_human ignore_args_error load_from_local data_shared_file_system sample_backend init_config
-        restore_callback_states_from_checkpoint enable_jit_checkpoint batching_strategy ppo_logger
+        restore_callback_states_from_checkpoint batching_strategy ppo_logger
         add_version lazy_tokenize print_trainable_parameters
         ACCELERATE_DEBUG_MODE ACCELERATE_LOG_LEVEL ACCELERATE_CPU_AFFINITY ACCELERATE_ENABLE_RICH
         ACCELERATE_NUM_PROCESSES ACCELERATE_DEBUG_RDV_FILE ACCELERATE_BYPASS_DEVICE_MAP

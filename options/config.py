@@ -16,7 +16,7 @@ import difflib
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import MappingProxyType
@@ -67,6 +67,12 @@ class Config:
     def shown(self) -> dict[str, object]:
         """Every key and its value but what is never shown."""
         return {name: self.values[name] for name, option in self.options.items() if not option.secret}
+
+    def changed(self, section: type, **values) -> "Config":
+        """The same with other values of this section."""
+        sections = {**self.sections, section: replace(self[section], **values)}
+        read_only = MappingProxyType(sections), MappingProxyType({**self.values, **values})
+        return replace(self, sections=read_only[0], values=read_only[1])
 
     def save(self, path: str | Path) -> None:
         """Write a YAML file that `load` reads back to equal values. Hub tokens are left out, as a comment."""

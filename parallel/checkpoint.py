@@ -23,7 +23,11 @@ def save(folder: Path, tensors: dict[str, Tensor], world: World) -> None:
     """Write the tensors into `folder`; all ranks call it with the same names. A plain tensor is the same on
     all ranks, and rank 0 writes it."""
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    dcp.save(tensors, storage_writer=writer, process_group=host_group(), no_dist=world.size == 1)
+    try:
+        dcp.save(tensors, storage_writer=writer, process_group=host_group(), no_dist=world.size == 1)
+    except dcp.CheckpointException as error:  # on all ranks, of those where something failed
+        (_, (failure, _)), *_ = error.failures.items()
+        raise failure from error
 
 
 def load(folder: Path, parameters: dict[str, Tensor], world: World) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@
 import datetime
 import json
 import os
+import re
 import signal
 import socket
 import time
@@ -113,6 +114,8 @@ class World:
 _HOST_GROUPS: list = []  # the gloo group beside NCCL's; made in start(), because every rank has to make it
 _PEERS: list = []  # the store of the process group, and [host, process] of each rank
 PATIENCE_SECONDS = 3.0  # for a rank of another host to say that it is there
+SILENT = "is gone or does not answer"
+TIMED_OUT = re.compile("time[d ]*out", re.IGNORECASE)  # of gloo, NCCL and the store
 
 
 def host_group():
@@ -169,37 +172,47 @@ def stop() -> None:
 def lost(error: BaseException, world: World) -> str | None:
     """`rank 1 on HOST is gone`, for an error of a collective; None for any other. Leaves the process group.
 
-    Whether ranks of this host are gone their processes say; those of another host have PATIENCE_SECONDS to
-    leave a word in the group's store, which they do when they come here themselves.
+    Of ranks of this host /proc says what has become of them; those of another host, and all that others have
+    waited for in vain, have PATIENCE_SECONDS to leave a word in the group's store, as they do when they come
+    here themselves.
     """
     if not _PEERS or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
         return None
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, for the ranks that are left: a moment yet
     store, peers = _PEERS
+    store.set_timeout(
+        datetime.timedelta(seconds=PATIENCE_SECONDS)
+    )  # who holds it may be the one that is gone
     with suppress(RuntimeError):
         store.set(f"here {world.rank}", "")
     stop()  # or a third rank would wait for this one
-    end, host = time.monotonic() + PATIENCE_SECONDS, peers[world.rank][0]
+    end, late = time.monotonic() + PATIENCE_SECONDS, TIMED_OUT.search(str(error)) is not None
     while True:
-        missing = [rank for rank in range(world.size) if not _is_there(rank, peers, host, store)]
-        known = missing and all(peers[rank][0] == host for rank in missing)
-        if known or time.monotonic() > end:
+        found = {rank: _fate(rank, peers, world.rank, store, late) for rank in range(world.size)}
+        found = {rank: fate for rank, fate in found.items() if fate is not None and rank != world.rank}
+        if (found and SILENT not in found.values()) or time.monotonic() > end:
             break
         time.sleep(0.05)
-    names = ", ".join(f"rank {rank} on {peers[rank][0]}" for rank in missing)
-    if names:
-        return f"{names} {'are' if len(missing) > 1 else 'is'} gone"
+    if found:
+        return ", ".join(f"rank {rank} on {peers[rank][0]} {fate}" for rank, fate in found.items())
     return f"the ranks have lost each other ({str(error).strip().splitlines()[0]})"
 
 
-def _is_there(rank: int, peers: list, host: str, store) -> bool:
-    if peers[rank][0] != host:
-        with suppress(RuntimeError):  # rank 0 may hold the store, and be gone
-            return store.check([f"here {rank}"])
-        return False
-    with suppress(OSError):
-        return Path(f"/proc/{peers[rank][1]}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    return False
+def _fate(rank: int, peers: list, mine: int, store, late: bool) -> str | None:
+    """None: it is well. late: whoever is well has run out of time, too, and comes to say so."""
+    host, process = peers[rank]
+    if host == peers[mine][0]:
+        try:
+            state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            state = "X"
+        if state in "ZXT":
+            return "is stopped (SIGSTOP)" if state == "T" else "is gone"
+        if not late:
+            return None
+    with suppress(RuntimeError):  # rank 0 may hold the store, and be gone
+        return None if store.check([f"here {rank}"]) else SILENT
+    return SILENT
 
 
 def clip_gradients(parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:

@@ -148,12 +148,25 @@ class RewardSource:
         raise NotImplementedError
 
     def parts(self, samples: Sequence[Sample]) -> Tensor:
-        """(n, K) fp32 on the CPU, NaN where a part abstains. Raises RewardError for a number that is none."""
-        if not samples:
-            return torch.zeros(0, len(self.names))
+        """(n, K) fp32 on the CPU, NaN where a part abstains. All ranks call it. Raises RewardError on all of
+        them where one has a failure, or a number that is none."""
+        values, failure = torch.zeros(0, len(self.names)), None
+        try:
+            values = self._checked(samples) if samples else values
+        except RewardError as error:
+            failure = error
+        if self.world is None:
+            if failure is not None:
+                raise failure
+            return values
+        said = self.world.gather(failure and str(failure))  # all stop here, and can save what was trained
+        for rank, text in enumerate(said):
+            if text is not None:
+                raise failure or RewardError(f"rank {rank}: {text}")
+        return self.world.as_first(values)  # a function may answer differently, asked twice
+
+    def _checked(self, samples: Sequence[Sample]) -> Tensor:
         values = self.measure(samples)
-        if self.world is not None:
-            values = self.world.as_first(values)  # a function may answer differently, asked twice
         abstained = values.isnan() if self.may_abstain else torch.zeros_like(values, dtype=torch.bool)
         bad = (~torch.isfinite(values) & ~abstained).nonzero()
         if len(bad):

@@ -12,7 +12,7 @@ In the loop
     measure      what an evaluation measures; predict: answers to its rows, and how close they come
 What it leaves
     run          Run, what train.py's functions share: saved as a checkpoint, restored, left
-    run_folder   checkpoint-<step>, complete or absent; Progress, resuming
+    run_folder   checkpoint-<step>, complete or absent; Progress, resuming; layout: on other ranks
     signals      what ends a run before its end
     monitor      log lines and files; plot: training_loss.png; trackers: tensorboard, wandb, mlflow
 

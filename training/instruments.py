@@ -80,6 +80,16 @@ class MetricWindow:
         self.started_at = time.monotonic() - state["seconds"]
 
 
+def joined(states: list[dict], like: dict) -> dict:
+    """What several ranks counted, each MetricWindow.state(), as if one had; of none the names of `like`."""
+    counts = {key: sum(state[key] for state in states) for key in ("tokens", "examples", "loss")}
+    sums = {
+        name: sum((state["metrics"][name] for state in states), torch.zeros_like(values))
+        for name, values in like["metrics"].items()
+    }
+    return like | counts | {"loss": float(counts["loss"]), "metrics": sums}
+
+
 class Health:
     """Finds the first update whose loss or gradient is not finite; waits for the device only when asked."""
 

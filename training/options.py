@@ -80,6 +80,12 @@ class TrainOptions:
     seed: int = option(42, "seed of adapters, dropout and, without data_seed, of the data order")
     tf32: bool | None = option(None, "fp32 matrices multiply in TF32 (10 bits) on a GPU", RESUMABLE)
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: a GPU if there is one", RESUMABLE)
+    enable_jit_checkpoint: bool = option(
+        False,
+        "exit with 0 after SIGTERM and its checkpoint, for machines that are taken away",
+        RESUMABLE,
+        also="exit_signal_handler",
+    )
     ddp_timeout: int = option(1800, "seconds that ranks wait for one another", RESUMABLE)
     logging_strategy: Literal["steps", "epoch", "no"] = option(
         "steps", "when to log; at the end in any case", RESUMABLE

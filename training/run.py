@@ -52,8 +52,10 @@ class Run:
         own |= {"stage": self.stage.state(), "data": self.data.loader.state(consumed)}
         path = self.inputs.output_dir / f"checkpoint-{progress.step}"
         with run_folder.writing_checkpoint(path, world) as folder:
-            torch.save(own, folder / f"rank_state_{world.rank}.pt")
-            self.save_model(folder, tokens)
+            with run_folder.together(world):  # what follows waits for all ranks
+                torch.save(own, folder / f"rank_state_{world.rank}.pt")
+            with run_folder.together(world):
+                self.save_model(folder, tokens)
             optimizer, tensors = states(self.optimizer)
             if not options.save_only_model:
                 parallel.checkpoint.save(folder / OPTIMIZER, tensors, world)
@@ -73,11 +75,14 @@ class Run:
         restore_trained(self.model, folder)
         load_optimizer(self.optimizer, state["optimizer"], folder / OPTIMIZER, world)
         self.scaler.load_state_dict(state["scaler"])
-        self.progress = Progress(**state["progress"])
+        vars(self.progress).update(state["progress"])
         self.monitor.window.restore(state["rank"]["window"])
         self.stage.restore(state["rank"]["stage"])
         self.data.loader.restore(state["rank"].get("data", {}))
-        run_folder.restore_random_state(state["rank"]["random"], world.device)
+        if state["rank"]["random"] is None:  # rows lay on other ranks
+            torch.manual_seed(hash((self.inputs.options.seed, self.progress.step, world.data_rank)))
+        else:
+            run_folder.restore_random_state(state["rank"]["random"], world.device)
         world.print(f"resuming {folder} at step {self.progress.step} of {self.data.total_steps}")
 
     def take_best(self) -> None:

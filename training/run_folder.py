@@ -34,11 +34,14 @@ from options.config import Config
 from options.errors import StopRun, UserError, refuse, say
 from parallel.world import World, lost
 from text.tokenizer import NAMED_TEMPLATES, TOKENIZER_FILES
-from training.instruments import Totals
+from training import layout
+from training.instruments import Totals, joined
+from training.layout import Layout
 from training.monitor import ALL_RESULTS, read_results, write_json
 
 STATE_FILE, TRAINER_STATE, CHECKSUMS = "training_state.pt", "trainer_state.json", "checksums.json"
 RESULTS = "train_results.json"
+LAUNCHERS = ".launchers"  # of the ranks that have begun; torchrun may start theirs again
 SAVE_REQUEST = "SAVE"  # `touch output_dir/SAVE` asks a running training for a checkpoint
 # what an overwriting run removes beside the checkpoints; weights stay until the new ones replace them
 LOGS = (TRAINER_STATE, RESULTS, "eval_results.json", "predict_results.json", ALL_RESULTS)
@@ -124,14 +127,36 @@ def lock_folder(output_dir: Path, world: World) -> Iterator[None]:
                 problem = error
         if world.any(problem is not None):
             raise problem or UserError(f"output_dir: {output_dir}: rank 0 cannot use it")
-        try:
+        with naming_lost(output_dir, world):
             yield
-        except RuntimeError as error:  # of a collective: another rank was killed, or its host went down
-            if (gone := lost(error, world)) is None:
-                raise
-            there = list_checkpoints(output_dir)
-            again = f"continues from {there[-1]}" if there else "starts anew: there is no checkpoint yet"
-            raise StopRun(f"{gone}; the same command {again}") from error
+
+
+@contextmanager
+def naming_lost(output_dir: Path, world: World, progress: Progress | None = None) -> Iterator[None]:
+    """Where another rank was killed, is stopped or does not answer within ddp_timeout: StopRun that names it,
+    the last step and the checkpoint that there is."""
+    try:
+        yield
+    except RuntimeError as error:  # of a collective
+        if (gone := lost(error, world)) is None:
+            raise
+        last, there = f" after step {progress.step}" if progress else "", list_checkpoints(output_dir)
+        again = f"continues from {there[-1]}" if there else "starts anew: there is no checkpoint yet"
+        raise StopRun(f"{gone}{last}; the same command {again}") from error
+
+
+def launcher() -> str:
+    """Who has started this process."""
+    return f"{socket.gethostname()} {os.getppid()}"
+
+
+def begun_before(output_dir: Path, world: World) -> bool:
+    """Whether torchrun starts the ranks again (--max-restarts) of a run that had begun in the folder: then
+    what it began with, overwrite_output_dir or another checkpoint, is behind it. All ranks call it."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
+        return False
+    path, ours = output_dir / LAUNCHERS, set(world.gather(launcher()))
+    return path.is_file() and not ours.isdisjoint(path.read_text().splitlines())
 
 
 def require_common_disk(output_dir: Path, world: World) -> None:
@@ -189,14 +214,18 @@ def finished(output_dir: Path) -> bool:
     return (output_dir / RESULTS).exists() and "train_loss" in read_results(output_dir)
 
 
-def find_resume(output_dir: Path, resume_from_checkpoint: str | None, overwrite: bool) -> Path | None:
+def find_resume(
+    output_dir: Path, resume_from_checkpoint: str | None, overwrite: bool, again: bool = False
+) -> Path | None:
     """The checkpoint to continue from, or None to start anew. UserError when the folder holds something else.
 
     resume_from_checkpoint: None = the newest in output_dir unless `overwrite`; "true" the same but there has
-    to be one; "false" = start anew; else a path.
+    to be one; "false" = start anew; else a path. again: see begun_before.
     """
     choice, key = (resume_from_checkpoint or "").lower(), "resume_from_checkpoint"
     checkpoints = list_checkpoints(output_dir)
+    if again and checkpoints:
+        return checkpoints[-1]
     if choice in ("true", "yes", "1"):
         refuse(not checkpoints, f"{key}: no complete checkpoint-<step> in {output_dir}")
         return checkpoints[-1]
@@ -235,9 +264,14 @@ def refuse_to_destroy(
         refuse(removed, f"overwrite_output_dir: would remove {source}, which {key} names; {another}")
 
 
-def begin(output_dir: Path, resume: Path | None, overwrite: bool, config: Config, best: str | None) -> None:
+def begin(
+    output_dir: Path, resume: Path | None, overwrite: bool, config: Config, best: str | None, world: World
+) -> None:
     """Make the folder ready for this run, and leave the resolved configuration in it. best: the name of the
-    checkpoint that a resumed run holds for the best."""
+    checkpoint that a resumed run holds for the best. All ranks call it, rank 0 does it."""
+    launchers = world.gather(launcher())
+    if not world.is_main:
+        return
     for path in output_dir.glob(f"{TEMPORARY}*"):  # what killed processes left
         remove(path)
     (output_dir / SAVE_REQUEST).unlink(missing_ok=True)
@@ -265,6 +299,8 @@ def begin(output_dir: Path, resume: Path | None, overwrite: bool, config: Config
         rotate(output_dir, config.values["save_total_limit"], best)  # a kill may have come before
     with atomic_file(output_dir / RUN_CONFIG) as temporary:
         config.save(temporary)
+    if "TORCHELASTIC_RESTART_COUNT" in os.environ:
+        (output_dir / LAUNCHERS).write_text("\n".join(launchers))
 
 
 def wants_checkpoint(output_dir: Path, world: World) -> bool:
@@ -328,30 +364,41 @@ def writing_result(output_dir: Path, world: World) -> Iterator[Path]:
 def _of_all_ranks(final: Path, temporary: Path, world: World, begins: bool = True) -> Iterator[Path]:
     """The folder `temporary`, on the disk when the block ends; where a rank fails, no folder and StopRun.
     begins: with nothing in it."""
-    failure: Exception | None = None
     try:
-        if world.is_main and begins:
-            remove_folder(temporary)
-            temporary.mkdir(parents=True)
-    except OSError as error:
-        failure = error
-    world.barrier()
+        with together(world):
+            if world.is_main and begins:
+                remove_folder(temporary)
+                temporary.mkdir(parents=True)
+        with together(world):
+            yield temporary
+            if world.is_main:
+                flush_tree(temporary)
+    except Unwritten as failure:
+        if not world.is_main:
+            raise StopRun(f"{final} could not be written ({failure})") from failure
+        free = shutil.disk_usage(final.parent).free / 1e9
+        shutil.rmtree(temporary, ignore_errors=True)
+        left = "Nothing half-written is left and earlier checkpoints are complete"
+        text = f"output_dir: {final} could not be written ({failure}; {free:.2f} GB are free). {left}"
+        raise StopRun(f"{text}; make room and run the same command to continue") from failure
+
+
+class Unwritten(Exception):
+    """Why a rank could not write: on all ranks."""
+
+
+@contextmanager
+def together(world: World) -> Iterator[None]:
+    """What one rank cannot write raises Unwritten on all of them: none waits for it in what comes next. All
+    ranks enter it; within, nobody may wait for a rank that has failed."""
+    failure, reason = None, None
     try:
-        yield temporary
-        if world.is_main:
-            flush_tree(temporary)
+        yield
     except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch.save on a full disk
-        failure = failure or error
-    if not world.any(failure is not None):
-        return
-    reason = str(failure or "another rank failed").splitlines()[0]
-    if not world.is_main:
-        raise StopRun(f"{final} could not be written ({reason})") from failure
-    free = shutil.disk_usage(final.parent).free / 1e9
-    shutil.rmtree(temporary, ignore_errors=True)
-    left = "Nothing half-written is left and earlier checkpoints are complete"
-    text = f"output_dir: {final} could not be written ({reason}; {free:.2f} GB are free). {left}"
-    raise StopRun(f"{text}; make room and run the same command to continue") from failure
+        failure, reason = error, str(error).splitlines()[0]
+    reasons = world.gather(reason)
+    for rank in (rank for rank, each in enumerate(reasons) if each is not None):
+        raise Unwritten(reasons[rank] if rank == 0 else f"rank {rank}: {reasons[rank]}") from failure
 
 
 def checksums(folder: Path, names: Iterable[str]) -> dict[str, str]:
@@ -380,13 +427,18 @@ def rotate(output_dir: Path, limit: int | None, keep: str | None) -> None:
 # Reading
 
 
-def read_checkpoint(folder: Path, fingerprint: Mapping[str, str], world: World) -> dict:
+def read_checkpoint(
+    folder: Path, fingerprint: Mapping[str, str], world: World, grouped: bool, updates: int
+) -> dict:
     """The state in a checkpoint and this rank's own. Raises UserError unless this run may continue it: with
-    the settings of the fingerprint, but for keys that are new in this version."""
+    the settings of the fingerprint, but for keys that are new in this version, and for how the rows of an
+    update are divided. grouped: see Layout.same_rows; updates: of a rollout."""
     check_files(folder, world)
     state = read_state(folder / STATE_FILE)
     before, now = state["fingerprint"], fingerprint
-    differing = [key for key in now if before.get(key, now[key]) != now[key]]
+    layouts = Layout.read(before), Layout.read(now)
+    free = layout.KEYS if layouts[0].same_rows(layouts[1], grouped) else ()
+    differing = [key for key in now if key not in free and before.get(key, now[key]) != now[key]]
     changed = "; ".join(f"{key} was {before[key]}, is {now[key]}" for key in differing)
     remedy = f"choose another output_dir ({AS_START}), or set overwrite_output_dir=true to start anew"
     found = f"cannot be continued with other settings: {changed}. Restore them"
@@ -394,7 +446,20 @@ def read_checkpoint(folder: Path, fingerprint: Mapping[str, str], world: World) 
     remedy = f"set overwrite_output_dir=true, or {AS_START} of another run"
     lacking = "saved with save_only_model, so there is no optimizer state to continue from"
     refuse("optimizer" not in state, f"{folder}: {lacking}; {remedy}")
-    return state | {"rank": read_state(folder / f"rank_state_{world.rank}.pt")}
+    if layouts[0] == layouts[1]:
+        return state | {"rank": read_state(folder / f"rank_state_{world.rank}.pt")}
+    own = of_another_layout(folder, layouts[0], world)
+    layout.refuse_within_rollout(folder, own["stage"], layouts[0], updates)
+    return state | {"rank": own}
+
+
+def of_another_layout(folder: Path, then: Layout, world: World) -> dict:
+    """This rank's own state where rows lay on other ranks when it was written: what all of them counted since
+    the last log line goes to the first, random numbers are drawn anew, the rest was equal on all."""
+    first = read_state(folder / "rank_state_0.pt")
+    owners = range(0, then.ranks, then.ranks // then.data) if world.data_rank == 0 else ()
+    windows = [read_state(folder / f"rank_state_{rank}.pt")["window"] for rank in owners]
+    return first | {"window": joined(windows, first["window"]), "random": None, "data": {}}
 
 
 def check_files(folder: Path, world: World) -> None:
@@ -410,7 +475,7 @@ def check_files(folder: Path, world: World) -> None:
                 if found.get(name) != written[name]:
                     why = "its bytes are not those that were written"
                     missing = f"it is not there, though {CHECKSUMS} names it"
-                    problem = damaged(folder / name, why if name in found else missing)
+                    problem = damaged(folder / name, why if name in found else missing, folder)
         except (ValueError, AttributeError) as error:  # no JSON, no UTF-8, no object of names
             problem = damaged(path, str(error))
     if world.any(problem is not None):
@@ -419,7 +484,8 @@ def check_files(folder: Path, world: World) -> None:
 
 def read_state(path: Path) -> dict:
     """Our own state file, without unpickling code. Raises UserError when it is missing or damaged."""
-    refuse(not path.is_file(), f"{path}: missing; the checkpoint was written by fewer processes than run now")
+    if not path.is_file():
+        raise damaged(path, "it is not there")
     try:
         state = read_plain(path)
     except UserError as error:
@@ -430,9 +496,10 @@ def read_state(path: Path) -> dict:
     return state
 
 
-def damaged(path: Path, why: str) -> UserError:
-    """What to say of a file of a checkpoint that cannot be used."""
-    others = [other.name for other in list_checkpoints(path.parent.parent) if other != path.parent]
+def damaged(path: Path, why: str, folder: Path | None = None) -> UserError:
+    """What to say of a file of a checkpoint that cannot be used; it lies in `folder`, or below."""
+    folder = folder or path.parent
+    others = [other.name for other in list_checkpoints(folder.parent) if other != folder]
     there = f" (there are {', '.join(others)})" if others else ""
     remedy = f"give another checkpoint as resume_from_checkpoint{there}, or set overwrite_output_dir=true"
     return UserError(f"{path}: damaged ({why}); {remedy} to start anew")
@@ -453,7 +520,7 @@ def fingerprint(config: Config, world: World, described: Mapping[str, str]) -> d
     """Every setting that decides the weights, as text; `described`: what the options name, but do not say."""
     deciding = [key.name for key in config.options.values() if not (key.resumable or key.secret)]
     kept = {name: str(config.values[name]) for name in deciding}
-    return kept | {"number of processes": str(world.size)} | described
+    return kept | Layout.of(config, world).described | described
 
 
 def digest(paths: Iterable[Path]) -> str:

@@ -61,7 +61,7 @@ from stages.rollouts import TOGETHER, prompts_of
 from stages.stage import Stage
 from templates import TemplateOptions, get_template, marks_split_up
 from text.tokenizer import Tokenizer
-from training import memory, plan, run_folder
+from training import layout, memory, plan, run_folder
 from training.make_stage import (
     folders_beside,
     make_reward_ahead,
@@ -146,7 +146,10 @@ def read(config: Config, world: World) -> Inputs:
     kernels.require_attention(config[ModelOptions].flash_attn, world.device, options.compute_dtype)
     if options.trains and not options.plan:
         run_folder.require_common_disk(Path(options.output_dir), world)
-    resume, source = find_start(config)
+    resume, source = find_start(config, world)
+    if resume is not None:
+        written = run_folder.read_state(resume / run_folder.STATE_FILE)["fingerprint"]
+        config = layout.fitted(config, world, resume, written)
     model_config = load_config(source)
     refuse_on_quantised(config, source, model_config)
     check_shares(config, source)
@@ -172,7 +175,8 @@ def build(inputs: Inputs) -> tuple[Data, Decoder, Stage, dict | None]:
     config, world, state = inputs.config, inputs.world, None
     data = load_data(inputs)
     if inputs.resume is not None:
-        state = run_folder.read_checkpoint(inputs.resume, data.fingerprint, world)
+        asked = data.fingerprint, world, config[DataOptions].group_by_length, data.updates_per_draw
+        state = run_folder.read_checkpoint(inputs.resume, *asked)
     # dropout and noise differ between ranks; adapters do not, for they have a generator of their own
     torch.manual_seed(inputs.options.seed + world.data_rank)
     own: dict[str, torch.Tensor] = {}
@@ -187,7 +191,7 @@ def build(inputs: Inputs) -> tuple[Data, Decoder, Stage, dict | None]:
     return data, model, stage, state
 
 
-def find_start(config: Config) -> tuple[Path | None, Path]:
+def find_start(config: Config, world: World) -> tuple[Path | None, Path]:
     """(checkpoint to continue or None, model folder); refuses to overwrite what the run starts from."""
     options, output_dir = config[TrainOptions], Path(config[TrainOptions].output_dir)
     resume, overwrite = None, options.overwrite_output_dir
@@ -195,7 +199,9 @@ def find_start(config: Config) -> tuple[Path | None, Path]:
     if options.plan:
         return None, resolve_model(config[ModelOptions], wanted_files(config))
     if options.trains:
-        resume = run_folder.find_resume(output_dir, options.resume_from_checkpoint, overwrite)
+        again = run_folder.begun_before(output_dir, world)
+        overwrite = overwrite and not again
+        resume = run_folder.find_resume(output_dir, options.resume_from_checkpoint, overwrite, again)
     source = resolve_model(config[ModelOptions])
     remedy = f"set adapter_name_or_path={source} and model_name_or_path to the model it was trained on"
     refuse(is_adapter(source), f"model_name_or_path: {source} is an adapter; {remedy}")

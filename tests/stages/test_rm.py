@@ -18,7 +18,7 @@ from checkpoints.huggingface import load_model
 from checkpoints.peft import load_adapter
 from checkpoints.source import find_source, load_head, load_source
 from checkpoints.trainable import prepare_trainable
-from checkpoints.value_head import ValueHead, load_value_head, save_value_head
+from checkpoints.value_head import ValueHead, load_value_head, save_value_head, value_head_state
 from lora import LoraOptions
 from options.errors import UserError
 from pipeline.batch import Example, collate
@@ -233,7 +233,7 @@ def test_scores_need_a_value_head(tiny):
 
 def test_the_head_is_saved_as_trl_and_llama_factory_name_it_and_read_in_any_dtype(tmp_path):
     head, other = ValueHead(7, generator=torch.Generator().manual_seed(1)), ValueHead(7)
-    save_value_head(head, tmp_path)
+    save_value_head(value_head_state(head), tmp_path)
     tensors = load_file(tmp_path / "value_head.safetensors")
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     assert shapes == {"v_head.summary.weight": (1, 7), "v_head.summary.bias": (1,)}

@@ -1,0 +1,133 @@
+"""When one rank of a run fails: all end and say which and why, and the next start goes on."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from stage_runs import stage_keys, write_stage_data
+from tiny_runs import ROOT, assert_same_weights, fork_ranks, free_port, start_ranks, tiny_runs
+
+import train
+from training import run_folder
+
+LONG = {"num_train_epochs": 900, "per_device_train_batch_size": 1, "save_strategy": "steps", "save_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    with tiny_runs(tmp_path_factory.mktemp("failures")) as made:
+        write_stage_data(made)
+        yield made
+
+
+def ended(ranks, seconds: float = 120) -> tuple[list[int], list[str]]:
+    return [rank.wait(seconds) for rank in ranks], [rank.text() for rank in ranks]
+
+
+def train_with_little_room(words: list[str], full: int, limit: int) -> int:
+    """In a child: rank `full` has a disk that takes files up to this size."""
+    if os.environ["RANK"] == str(full):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    return train.main(words)
+
+
+@pytest.mark.parametrize("full", [0, 1])
+@pytest.mark.parametrize("limit", [2_000, 20_000, 45_000], ids=["random state", "weights", "optimizer state"])
+def test_a_disk_that_is_full_for_one_rank_ends_all_and_leaves_nothing_half_written(tiny, full, limit):
+    name = f"full-{full}-{limit}"
+    keys = {"finetuning_type": "full", "parallel": "fsdp", "max_steps": 2, "save_strategy": "steps"}
+    words = tiny.words(name, **keys, save_steps=1, logging_steps=9)
+    ranks = fork_ranks(train_with_little_room, (words, full, limit), tiny.folder / f"{name}-said", 2)
+    statuses, texts = ended(ranks)
+    assert statuses == [1, 1], texts
+    assert f"output_dir: {tiny.folder / name}/checkpoint-1 could not be written" in texts[0], texts
+    assert "could not be written" in texts[1] and "Traceback" not in "".join(texts)
+    assert not list((tiny.folder / name).glob("*checkpoint-*"))
+
+
+def test_a_rank_that_stands_still_is_named_after_ddp_timeout(tiny):
+    ranks = start_ranks(tiny.words("still", **LONG, ddp_timeout=5), tiny.folder / "still-said")
+    ranks[1].wait_for(lambda: tiny.checkpoints("still"))
+    ranks[1].signal(signal.SIGSTOP)
+    status = ranks[0].wait(120)
+    ranks[1].signal(signal.SIGKILL)
+    text = ranks[0].text()
+    assert status == 1 and "rank 1 on " in text and "is stopped (SIGSTOP) after step " in text, text
+    assert f"continues from {tiny.folder / 'still'}/checkpoint-" in text and "Traceback" not in text
+
+
+REWARD = """import os
+
+
+def letters(completions, **others):
+    with open(os.path.join(os.path.dirname(__file__), "calls-" + os.environ["RANK"]), "a") as calls:
+        calls.write("1")
+        if os.environ["RANK"] == "1" and calls.tell() == 2:
+            raise ValueError("the judge is away")
+    return [text.count("e") - len(text) / 20 for text in completions]
+"""
+
+
+@pytest.mark.parametrize("stage", ["ppo", "grpo"])
+def test_a_reward_that_fails_on_one_rank_leaves_a_checkpoint_on_all(tiny, stage):
+    folder = tiny.folder / f"reward-{stage}"
+    folder.mkdir()
+    (folder / "rewards.py").write_text(REWARD)
+    keys = stage_keys(tiny, stage, max_steps=8, num_train_epochs=None, save_strategy="steps", save_steps=99)
+    words = tiny.words(f"judged-{stage}", **keys | {"reward_file": folder / "rewards.py"})
+    statuses, texts = ended(start_ranks(words, folder / "said"))
+    assert statuses == [1, 1], texts
+    (step,) = tiny.checkpoints(f"judged-{stage}")
+    for text in texts:
+        assert (
+            "the judge is away" in text
+            and f"continues from {tiny.folder}/judged-{stage}/checkpoint-{step}" in text
+        )
+    statuses, texts = ended(start_ranks(words, folder / "again"))
+    assert statuses == [0, 0] and "resuming" in texts[0], texts
+
+
+def torchrun(tiny, name: str, *words: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1"]
+    command += [f"--master_port={free_port()}", str(ROOT / "train.py"), *words]
+    return subprocess.Popen(command, stdout=-1, stderr=-2, text=True)
+
+
+def ranks_of(launcher: int) -> list[int]:
+    found = subprocess.run(
+        ["ps", "--ppid", str(launcher), "-o", "pid="], capture_output=True, text=True
+    ).stdout
+    return sorted(map(int, found.split()))
+
+
+def test_torchrun_starts_a_run_again_that_goes_on_even_if_it_overwrites(tiny):
+    keys = {"lora_dropout": 0.2, "per_device_train_batch_size": 1, "save_steps": 2, "save_strategy": "steps"}
+    keys |= {"max_steps": 40, "num_train_epochs": None}
+    assert tiny.train("again", max_steps=1, save_strategy="steps", save_steps=1) == 0  # what is overwritten
+    process = torchrun(tiny, "again", *tiny.words("again", **keys, overwrite_output_dir=True))
+    end = time.monotonic() + 120
+    while not {2, 4, 6}.intersection(tiny.checkpoints("again")):
+        assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
+        time.sleep(0.02)
+    os.kill(ranks_of(process.pid)[1], signal.SIGKILL)
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == 0 and "is gone after step" in text and "resuming" in text, text
+    assert text.count("removed 1 checkpoints of the earlier run") == 1
+    statuses, texts = ended(start_ranks(tiny.words("calm", **keys), tiny.folder / "calm-said"))
+    assert statuses == [0, 0], texts
+    assert tiny.losses("again") == tiny.losses("calm")
+    assert_same_weights(tiny.weights("again"), tiny.weights("calm"))
+
+
+def test_a_preempted_run_ends_with_0_when_asked(tiny):
+    ranks = start_ranks(tiny.words("taken", **LONG, enable_jit_checkpoint=True), tiny.folder / "taken-said")
+    ranks[1].wait_for(lambda: tiny.checkpoints("taken"))
+    ranks[1].signal(signal.SIGTERM)
+    statuses, texts = ended(ranks)
+    assert statuses == [0, 0] and "SIGTERM: stopped after step" in texts[0], texts
+    assert not (tiny.folder / "taken" / run_folder.RESULTS).exists()
