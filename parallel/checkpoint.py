@@ -7,6 +7,9 @@ The files are those of torch's HuggingFaceStorageWriter: each rank's tensors, wi
 header. Its other format keeps a pickle beside them, which nobody should have to open.
 """
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -24,7 +27,8 @@ def save(folder: Path, tensors: dict[str, Tensor], world: World) -> None:
     all ranks, and rank 0 writes it."""
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
-        dcp.save(tensors, storage_writer=writer, process_group=host_group(), no_dist=world.size == 1)
+        with _quiet_alone():
+            dcp.save(tensors, storage_writer=writer, process_group=host_group(), no_dist=world.size == 1)
     except dcp.CheckpointException as error:  # on all ranks, of those where something failed
         (_, (failure, _)), *_ = error.failures.items()
         raise failure from error
@@ -43,10 +47,19 @@ def load(folder: Path, parameters: dict[str, Tensor], world: World) -> dict[str,
         sharded = isinstance(like, DTensor) and len(shape) > 0 and shape[0] == like.shape[0]
         mesh = {"device_mesh": like.device_mesh, "placements": like.placements} if sharded else {}
         targets[name] = empty(shape, dtype=dtype, **mesh) if sharded else torch.empty(shape, dtype=dtype)
-    dcp.load(targets, storage_reader=reader, process_group=host_group(), no_dist=world.size == 1)
+    with _quiet_alone():
+        dcp.load(targets, storage_reader=reader, process_group=host_group(), no_dist=world.size == 1)
     for name, tensor in targets.items():
         like = parameters[name.rpartition(SEPARATOR)[0]]
         if isinstance(like, DTensor) and not isinstance(tensor, DTensor) and tensor.dim() > 0:
             everywhere = [Replicate()] * like.device_mesh.ndim
             targets[name] = distribute_tensor(tensor, like.device_mesh, everywhere, src_data_rank=None)
     return targets
+
+
+@contextmanager
+def _quiet_alone() -> Iterator[None]:
+    """One process is what was asked for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield

@@ -83,7 +83,8 @@ class Run:
             torch.manual_seed(hash((self.inputs.options.seed, self.progress.step, world.data_rank)))
         else:
             run_folder.restore_random_state(state["rank"]["random"], world.device)
-        world.print(f"resuming {folder} at step {self.progress.step} of {self.data.total_steps}")
+        anew = ", with new random numbers for dropout" if state["rank"]["random"] is None else ""
+        world.print(f"resuming {folder} at step {self.progress.step} of {self.data.total_steps}{anew}")
 
     def take_best(self) -> None:
         """Give the model the weights that evaluated best, if that is asked for."""
