@@ -79,7 +79,7 @@ def assert_equal_runs(tiny, whole: str, parts: str) -> None:
     for index in optimizers[0]:
         assert_equal_states(optimizers[0][index], optimizers[1][index])
     files = [files_below(tiny.folder / name / f"checkpoint-{last}/optimizer") for name in (whole, parts)]
-    assert [path.name for path in files[0]] == [path.name for path in files[1]] and files[0]
+    assert [path.name for path in files[0]] == [path.name for path in files[1]]
     for mine, other in zip(*files):
         assert_equal_states(load_file(mine), load_file(other))
 
