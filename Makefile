@@ -16,10 +16,10 @@ QUESTION := Who are you?
 WORKERS := 2
 TESTS := tests
 
-.PHONY: help env demo test lint bench stages gpu clean
+.PHONY: help env demo test lint bench stages parallel gpu clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 env: $(VENV)/.installed $(MODEL)/config.json ## make the environment .venv and fetch the demonstration model; then: source .venv/bin/activate
 
@@ -43,6 +43,11 @@ bench: $(VENV)/.installed-tests $(MODEL)/config.json ## training and decoding ag
 
 stages: $(VENV)/.installed $(MODEL)/config.json ## reward model, DPO, SimPO, ORPO, KTO, PPO, GRPO on the real model, with thresholds
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON) bench/stages.py out=bench/results
+
+# CELLS narrows it: make parallel CELLS="stage=sft mode=fsdp ranks=2"
+parallel: $(VENV)/.installed-tests ## every stage and method in every mode on 2 and 4 processes against one; an hour and more
+	@mkdir -p bench/results
+	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(PYTHON) tests/parallel_cells.py $(CELLS) | tee $(or $(out),bench/results)/parallel.txt
 
 # A GPU machine may have torch but no network, so nothing is installed here: the python3 that sees the GPU is taken.
 gpu: ## on a GPU: kernel tests, then all GPU benchmarks, under 9 minutes (QUICK=1: 4); out=FOLDER takes results

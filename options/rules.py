@@ -163,6 +163,10 @@ RULES = (
          lambda run: run.tp_size > 1
          and bool(run.torch_compile or run.torch_compile_backend or run.torch_compile_mode),
          "the sums over ranks stand in hooks, which break a compiled block; set tp_size=1, or drop it"),
+    Rule("whole parameters in shares", "optim parallel tp_size",
+         lambda run: (run.parallel in ("fsdp", "hsdp") or run.tp_size > 1) and "bit" in run.optim,
+         "bitsandbytes steps whole parameters, of which ranks have shares; set optim=adamw_torch, which has "
+         "its state shared too, or parallel=ddp"),
     Rule("adafactor in slices", "tp_size optim",
          lambda run: run.tp_size > 1 and run.optim == "adafactor",
          "it takes means over whole matrices; set optim=adamw_torch, or tp_size=1"),

@@ -9,12 +9,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from parallel.fsdp import local, number_of_share
+
 CHUNK = 2**24  # values rounded at a time: the noise takes 64 MiB
 
 
-def noise_of(step: int, group: int, place: int, device: torch.device) -> torch.Generator:
-    """Of the parameter at that place of that group: the same in every process and in a resumed run."""
-    return torch.Generator(device).manual_seed(step << 28 | group << 24 | place)
+def noise_of(step: int, group: int, place: int, device: torch.device, share: int = 0) -> torch.Generator:
+    """Of the parameter at that place of that group, or of a share of it: the same in every process that has
+    it and in a resumed run."""
+    return torch.Generator(device).manual_seed(step << 28 | group << 24 | place ^ share << 52)
 
 
 def turns(optimizer: torch.optim.Optimizer) -> Iterator[tuple]:
@@ -24,11 +27,18 @@ def turns(optimizer: torch.optim.Optimizer) -> Iterator[tuple]:
             if parameter.grad is not None:
                 state = optimizer.state[parameter]
                 state["step"] = state.get("step", 0) + 1
-                yield parameter, group, state, noise_of(int(state["step"]), index, place, parameter.device)
+                share = number_of_share(parameter)
+                yield (
+                    parameter,
+                    group,
+                    state,
+                    noise_of(int(state["step"]), index, place, parameter.device, share),
+                )
 
 
 def store(target: Tensor, value: Tensor, noise: torch.Generator) -> None:
-    """value, fp32, into target, which has its shape; both contiguous."""
+    """value, fp32, into target, which has its shape; both contiguous. Of shares each rank stores its own."""
+    target, value = local(target), local(value)
     for narrow, wide in zip(target.view(-1).split(CHUNK), value.view(-1).split(CHUNK)):
         narrow.copy_(rounded_by_chance(wide, noise) if target.dtype is torch.bfloat16 else wide)
 

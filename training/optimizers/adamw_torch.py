@@ -6,6 +6,7 @@ Parameters and moments in bf16 (pure_bf16) are rounded by chance (rounding.py).
 import torch
 from torch import Tensor
 
+from parallel.fsdp import local
 from training.options import OptimOptions
 from training.rounding import CHUNK, store, turns
 
@@ -33,8 +34,8 @@ class RoundingAdamW(torch.optim.AdamW):
             if "exp_avg" not in state:
                 state["step"] = torch.ones(())  # as torch's, and as it comes back from a file
                 state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(parameter) for _ in range(2))
-            tensors = [x.view(-1) for x in (parameter, state["exp_avg"], state["exp_avg_sq"])]
-            for chunk in zip(*(x.split(CHUNK) for x in (*tensors, parameter.grad.reshape(-1)))):
+            tensors = [local(x).view(-1) for x in (parameter, state["exp_avg"], state["exp_avg_sq"])]
+            for chunk in zip(*(x.split(CHUNK) for x in (*tensors, local(parameter.grad).reshape(-1)))):
                 _update(*chunk, group, int(state["step"]), noise)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from options.errors import UserError, refuse
+from parallel.fsdp import local
 from training.options import OptimOptions
 from training.rounding import noise_of, store
 
@@ -40,7 +41,41 @@ def make(model: nn.Module, groups: list[dict], options: OptimOptions) -> torch.o
     optimizer = type(theirs.__name__, (_Rounding, theirs), {})(groups, lr=options.learning_rate, **settings)
     if name.endswith("8bit"):
         _keep_embeddings_in_fp32(optimizer, model)
+    _Plain(optimizer)
     return optimizer
+
+
+class _Plain:
+    """During a step the optimizer sees plain tensors in place of torch's DTensors, of which its kernels know
+    nothing: the same memory, because under ddp each rank has all of a parameter (options/rules.py)."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self.groups: list[list[nn.Parameter]] = []
+        optimizer.register_step_pre_hook(self.begin)
+        optimizer.register_step_post_hook(self.end)
+
+    def begin(self, optimizer, *arguments) -> None:
+        self.groups = [group["params"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["params"] = [self._plain(parameter, optimizer.state) for parameter in group["params"]]
+
+    def end(self, optimizer, *arguments) -> None:
+        for group, parameters in zip(optimizer.param_groups, self.groups):
+            for plain, parameter in zip(group["params"], parameters):
+                if plain is not parameter and plain in optimizer.state:
+                    optimizer.state[parameter] = optimizer.state.pop(plain)
+            group["params"] = parameters
+        self.groups = []
+
+    def _plain(self, parameter: nn.Parameter, state: dict) -> nn.Parameter:
+        if local(parameter) is parameter:
+            return parameter
+        plain = nn.Parameter(local(parameter.detach()), requires_grad=True)
+        plain.grad = None if parameter.grad is None else local(parameter.grad)
+        if parameter in state:
+            values = state.pop(parameter).items()
+            state[plain] = {key: local(value) if torch.is_tensor(value) else value for key, value in values}
+        return plain
 
 
 class _Rounding:
@@ -72,7 +107,8 @@ def _keep_embeddings_in_fp32(optimizer: torch.optim.Optimizer, model: nn.Module)
     moments = ("state1",) if "Lion" in type(optimizer).__name__ else ("state1", "state2")
     for module in model.modules():
         if isinstance(module, nn.Embedding) and module.weight.requires_grad:
-            buffers = {key: optimizer.get_state_buffer(module.weight, torch.float32) for key in moments}
+            weight = nn.Parameter(local(module.weight.detach()))
+            buffers = {key: optimizer.get_state_buffer(weight, torch.float32) for key in moments}
             optimizer.state[module.weight] = {"step": 0, **buffers}
 
 
