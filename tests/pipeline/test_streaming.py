@@ -1,11 +1,16 @@
 """Streams: no row lost or drawn twice over ranks, each tokenised by one rank, and going on in the middle."""
 
 import itertools
+import json
 
+import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from pipeline.batch import Example
+from pipeline.sources import DatasetInfo, read_rows
 from pipeline.streaming import RowStream, StreamingLoader, shuffle_buffer
 
 
@@ -92,14 +97,14 @@ def test_one_lane_gives_each_row_once_a_pass(way, buffer_size):
 def test_ranks_and_accumulation_train_the_groups_of_one_process_and_each_tokenises_its_share(
     counts, mixing, way
 ):
-    """Lanes are 12: batches of 12, 4 x 3 accumulated, 2 ranks x 3 x 2, 3 ranks x 2 x 2, 4 ranks x 1 x 3."""
+    """Lanes are 12: batches of 12, 4 x 3 accumulated, 2 ranks x 3 x 2, 4 ranks x 1 x 3."""
 
     def groups(ranks, rows, size):
-        drawn, encoded = [[] for _ in range(15)], []
+        drawn, encoded = [[] for _ in range(6)], []
         for rank in range(ranks):
             source = Numbers(*counts, **mixing)
             draws = loader(source, rows_per_batch=rows, rank=rank, world=ranks, lanes=12, **way).draws(size)
-            for number, draw in enumerate(itertools.islice(draws, 15)):
+            for number, draw in enumerate(itertools.islice(draws, 6)):
                 assert len(draw) == size
                 drawn[number] += [
                     (*source, batch.tokens[at].item())
@@ -110,7 +115,7 @@ def test_ranks_and_accumulation_train_the_groups_of_one_process_and_each_tokenis
         return [sorted(group) for group in drawn], encoded
 
     one, (alone,) = groups(1, 12, 1)
-    for ranks, rows, size in ((1, 4, 3), (2, 3, 2), (3, 2, 2), (4, 1, 3)):
+    for ranks, rows, size in ((1, 4, 3), (2, 3, 2), (4, 1, 3)):
         found, encoded = groups(ranks, rows, size)
         assert found == one
         assert sum(encoded) == alone  # nothing is tokenised twice
@@ -122,12 +127,22 @@ def test_lanes_that_ranks_do_not_share_evenly_cost_time_and_nothing_else():
     assert [batch for three in zip(*ranks) for batch in three] == one
 
 
+@pytest.mark.parametrize("longest", [400])
+def test_rows_of_a_lane_are_packed_as_tightly_as_those_of_large_windows(longest):
+    lengths = np.random.default_rng(0).gamma(2.0, longest, 8000).astype(int).clip(10, 2048)
+    source = Numbers(8000)
+    source.encode = lambda drawn: [example(drawn.row[0], int(lengths[drawn.row[0]]))]
+    batches = itertools.islice(loader(source, packing=True, cutoff_len=2048).batches(), 200)
+    sizes = [len(batch.tokens) for batch in batches]
+    assert max(sizes) <= 2048 and np.mean(sizes) > 0.97 * 2048
+
+
 @pytest.mark.parametrize("lanes", [1, 4, 7])
 def test_in_the_long_run_each_row_comes_equally_often(lanes):
     """Rows that stand at the same places in every pass are not always those of one lane: 8 rows, of which one
     is dropped, in file order."""
     source = Numbers(8, dropped=lambda number: number == 3)
-    flat = [row for batch in taken(loader(source, lanes=lanes, buffer_size=1), 8 * 7 * 9) for row, _ in batch]
+    flat = [row for batch in taken(loader(source, lanes=lanes, buffer_size=1), 8 * 7 * 4) for row, _ in batch]
     counts = np.bincount(flat, minlength=8)
     counts[5] = counts[5] / 2  # it gives two examples
     assert counts[3] == 0 and np.delete(counts, 3).min() >= np.delete(counts, 3).max() - lanes
@@ -138,20 +153,20 @@ def test_in_the_long_run_each_row_comes_equally_often(lanes):
 @pytest.mark.parametrize("buffer_size", [1, 5])
 def test_a_stream_goes_on_where_it_stopped(counts, mixing, way, buffer_size):
     how = {"rows_per_batch": 2, "rank": 1, "world": 2, "lanes": 8, "buffer_size": buffer_size, **way}
-    straight = taken(loader(Numbers(*counts, **mixing), **how), 40)
-    for stop in (0, 1, 2, 3, 7, 18, 33):
+    straight = taken(loader(Numbers(*counts, **mixing), **how), 20)
+    for stop in (0, 1, 2, 7, 17):
         first = loader(Numbers(*counts, **mixing), **how)
         taken(first, stop + 3)  # more than was trained on
         state = first.state(stop)
         again = loader(Numbers(*counts, **mixing), **how)
         again.restore(state)
         assert again.state(stop) == state  # before the first one is drawn, too
-        assert taken(again, 40 - stop, stop) == straight[stop:]
-        later = again.state(40)
+        assert taken(again, 20 - stop, stop) == straight[stop:]
+        later = again.state(20)
         twice = loader(Numbers(*counts, **mixing), **how)
         twice.restore(later)
         both = [loader(Numbers(*counts, **mixing), **how), twice]
-        assert taken(both[0], 9, 40) == taken(both[1], 9, 40)
+        assert taken(both[0], 5, 20) == taken(both[1], 5, 20)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -175,8 +190,7 @@ def test_another_number_of_ranks_goes_on_with_the_states_of_all():
     for ranks in (1, 2, 4):
         made = [loader(lanes=4, rows_per_batch=4 // ranks, rank=rank, world=ranks) for rank in range(ranks)]
         for each in made:
-            for state in states:
-                each.restore(state)
+            each.restore(*states)
         parts = [taken(each, 10, done) for each in made]
         found += [item for step in zip(*parts) for batch in step for item in batch]
         done += 10
@@ -241,3 +255,140 @@ def test_rows_that_come_again_are_copies_of_their_own():
         made = loader(Numbers(9), lanes=2, rank=rank, world=2, collate=list)
         drawn += [each for batch in itertools.islice(made.batches(), 40) for each in batch]
     assert len({each.copy for each in drawn}) == 80
+
+
+# ---------------------------------------------------------------------------------------------------------
+# reading from the middle
+
+ROWS = [{"text": f"row {number}\n\u00e9" if number % 3 else "x" * 40} for number in range(37)]
+
+
+def write(path, rows, style):
+    texts = [json.dumps(row, ensure_ascii=False) for row in rows]
+    if style == "arrow":
+        table = pyarrow.Table.from_pylist(rows)
+        with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table, max_chunksize=5)
+    elif style == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=4)
+    else:
+        text = {
+            "lines": "\n".join(texts) + "\n",
+            "two on a line": "\n".join(" ".join(texts[i : i + 2]) for i in range(0, len(texts), 2)),
+            "array": json.dumps(rows, indent=1),
+            "commas first": "[" + "\n, ".join(texts) + "]",
+            "one line": json.dumps(rows),
+            "txt": "".join(row["text"].replace("\n", " ") + "\n" for row in rows),
+            "csv": "text\n" + "".join('"' + row["text"] + '"\n' for row in rows),
+        }[style]
+        path.write_text(text, encoding="utf-8")
+
+
+STYLES = {
+    "lines": "jsonl",
+    "two on a line": "jsonl",
+    "array": "json",
+    "commas first": "json",
+    "one line": "json",
+    "txt": "txt",
+    "csv": "csv",
+    "parquet": "parquet",
+    "arrow": "arrow",
+}
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_file_is_read_from_any_row_on_with_and_without_a_bookmark(tmp_path, style, monkeypatch):
+    monkeypatch.setattr("pipeline.readers.READ_CHARACTERS", 64)
+    monkeypatch.setattr("pipeline.streaming.BOOKMARK_ROWS", 3)
+    for name, rows in (("a", ROWS[:17]), ("b", ROWS[17:18]), ("c", ROWS[18:])):
+        write(tmp_path / f"{name}.{STYLES[style]}", rows, style)
+    info = DatasetInfo("made", "file", str(tmp_path))
+    whole = list(read_rows(info))
+    assert len(whole) == 37
+    stream = Files(info)
+    assert list(stream.open(0, 0)) == whole
+    marks = stream.bookmarks[0]
+    assert (len(marks) > 3) == (style != "one line")
+    for start in range(0, 37, 2):
+        assert list(read_rows(info, None, start)) == whole[start:]
+        again = Files(info)
+        again.restore(stream.state())
+        assert list(again.open(0, start)) == whole[start:]
+
+
+class Files(RowStream):
+    def __init__(self, info, opened=None):
+        self.infos = [info]
+        super().__init__([Encoder(info)], [opened], "concat", (), seed=1)
+
+
+class Encoder:
+    def __init__(self, info):
+        self.info = info
+
+
+@pytest.mark.parametrize("style", ["lines", "txt"])
+def test_what_lies_before_a_bookmark_is_not_looked_at(tmp_path, style, monkeypatch):
+    monkeypatch.setattr("pipeline.streaming.BOOKMARK_ROWS", 3)
+    path = tmp_path / f"a.{STYLES[style]}"
+    write(path, ROWS, style)
+    stream = Files(DatasetInfo("made", "file", str(path)))
+    whole = list(stream.open(0, 0))
+    lines = path.read_text().split("\n")
+    path.write_text("\n".join(["{ no JSON", *["nor here"] * 18, *lines[19:]]))
+    assert list(stream.open(0, 20)) == whole[20:]
+    path.unlink()
+    (tmp_path / "b.txt").write_text("another")
+    moved = Files(DatasetInfo("made", "file", str(tmp_path)))
+    moved.restore(stream.state())
+    with pytest.raises(ValueError, match=r"a\.\w+, which the run has read, is gone"):
+        list(moved.open(0, 20))
+
+
+def test_row_groups_of_parquet_before_the_first_wanted_row_are_not_read(tmp_path, monkeypatch):
+    write(tmp_path / "a.parquet", ROWS, "parquet")
+    original, asked = pyarrow.parquet.ParquetFile.iter_batches, []
+
+    def noted(self, *sizes, row_groups=None, **keys):
+        asked.append(row_groups)
+        return original(self, *sizes, row_groups=row_groups, **keys)
+
+    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", noted)
+    rows = list(read_rows(DatasetInfo("made", "file", str(tmp_path / "a.parquet")), None, 30))
+    assert [row[0] for row in rows] == list(range(30, 37)) and asked == [[7, 8, 9]]
+
+
+def test_a_streamed_hub_set_is_read_from_the_middle(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.streaming.BOOKMARK_ROWS", 4)
+    for name, rows in (("a", ROWS[:17]), ("b", ROWS[17:])):
+        write(tmp_path / f"{name}.jsonl", rows, "lines")
+    files = [str(tmp_path / f"{name}.jsonl") for name in "ab"]
+    how = {"data_files": files, "split": "train", "streaming": True, "cache_dir": str(tmp_path / "cache")}
+    info = DatasetInfo("made", "hf_hub", "some/where")
+    stream = Files(info, datasets.load_dataset("json", **how))
+    whole = list(stream.open(0, 0))
+    assert len(whole) == 37 and len(stream.bookmarks[0]) == 9
+    for start in (0, 3, 4, 5, 18, 36):
+        again = Files(info, datasets.load_dataset("json", **how))
+        assert list(again.open(0, start)) == whole[start:]
+        again.restore(stream.state())
+        assert list(again.open(0, start)) == whole[start:]
+        assert list(again.open(0, 0)) == whole  # the next pass
+
+
+@pytest.mark.parametrize("under", [True, False])
+@pytest.mark.parametrize("probabilities", [(), (0.7, 0.2, 0.1)])
+def test_a_stream_is_interleaved_as_the_datasets_library_does(under, probabilities):
+    counts = (5, 9, 3)
+    sets = [datasets.Dataset.from_dict({"k": [k] * n, "i": list(range(n))}) for k, n in enumerate(counts)]
+    stop = "first_exhausted" if under else "all_exhausted"
+    how = {"probabilities": list(probabilities) or None, "stopping_strategy": stop}
+    source = Numbers(
+        *counts, strategy=f"interleave_{'under' if under else 'over'}", probabilities=probabilities
+    )
+    for epoch in range(3):
+        wanted = datasets.interleave_datasets(sets, seed=[source.seed, epoch], **how)
+        assert [(each.part, each.row[0]) for each in source.rows(epoch)] == [
+            (row["k"], row["i"]) for row in wanted
+        ]
