@@ -185,9 +185,8 @@ class Loader:
         """What a checkpoint holds of the first so many batches."""
         return {}
 
-    def restore(self, *states: dict) -> None:
-        """What `state` gave of the batches that come before the next one: on this rank, or, after a run on
-        another number of ranks, on all of them."""
+    def restore(self, state: dict) -> None:
+        """What `state` gave of the batches that come before the next one."""
 
 
 class BatchLoader(Loader):

@@ -33,9 +33,8 @@ from pipeline.store import Tally
 
 MARKS = 2**14  # that a stream remembers: more than are drawn ahead of the update that is saved
 CHECKED_ROWS = 1000  # before the place where a run goes on
-# A window is packed as soon as its rows are so full: the fill of windows of 64 rows (0.98 for chats of 300 to
-# 800 tokens), but after 9 to 17 rows, so that the first batch does not wait long
-LEAST_ROWS, MOST_ROWS, FILL = 8, 64, 0.98
+WINDOW_ROWS = 64  # packed at once in all lanes, so that the first batch does not wait for 8192 examples
+LEAST_WINDOW = 8  # rows of a lane
 BOOKMARK_ROWS, BOOKMARKS = 1000, 1000  # one every so many rows, and the latest are kept
 IDLE_ROWS = 1000  # of a lane, in whole passes without an example
 NOTHING = "the streamed data holds no example to train on"
@@ -236,18 +235,21 @@ class StreamingLoader(Loader):
             "checks": [(start, position, self._checksum_of(start, position))],
         }
 
-    def restore(self, *states: dict) -> None:
-        for state in states:
-            if "marks" not in state:
-                continue
-            if state["lanes"] != self.lanes:
-                self._set_lanes(state["lanes"])
-            before = self._restored or {"marks": {}, "begins": {}, "checks": []}
-            together = {key: before[key] | state[key] for key in ("marks", "begins")}
-            self._restored = state | together | {"checks": before["checks"] + state["checks"]}
-            self._begin |= {lane: Mark(*at) for lane, at in state["marks"].items() if lane in self._begin}
-            self._begins = dict(sorted(self._restored["begins"].items()))
-            self.source.restore(state["source"])
+    def restore(self, state: dict) -> None:
+        """What was saved of this rank, or, one after another, of all ranks of a run of another size."""
+        if not state:
+            return
+        if state["lanes"] != self.lanes:
+            self._set_lanes(state["lanes"])
+        before = self._restored or {"marks": {}, "begins": state["begins"], "checks": []}
+        self._restored = state | {
+            "marks": before["marks"] | state["marks"],
+            "begins": before["begins"] | state["begins"],
+            "checks": before["checks"] + state["checks"],
+        }
+        self._begin |= {lane: Mark(*mark) for lane, mark in state["marks"].items() if lane in self._begin}
+        self._begins = dict(sorted(self._restored["begins"].items()))
+        self.source.restore(state["source"])
         self._restart()
 
     def gather_tallies(self, world: World) -> None:
@@ -352,29 +354,23 @@ class StreamingLoader(Loader):
         """The examples or packed rows of a lane with their numbers."""
         origins: deque[tuple[int, int, int]] = deque()
         examples = self.couple(self._encoded(lane, mark, rows, origins))
+        least = max(LEAST_WINDOW, WINDOW_ROWS // self.lanes) * self.cutoff_len if self.packing else 0
         number = mark.units
         while True:
             window = [next(examples)]
-            units = self._packed(window, examples) if self.packing else [[0]]
+            total = len(window[0])
+            while total < least:
+                window.append(next(examples))
+                total += len(window[-1])
             while origins[0][0] * self.lanes + lane != window[0].copy:
                 origins.popleft()
             before, position, skip = origins[0]
             self._marks[lane].append(Mark(number, position, skip, before))
+            lengths = np.array([len(example) for example in window])
+            units = pack(lengths, self.cutoff_len, np.arange(len(window))) if self.packing else [[0]]
             for unit in units:
                 yield number, [window[i] for i in unit]
                 number += 1
-
-    def _packed(self, window: list[Example], examples: Iterator[Example]) -> list[list[int]]:
-        """Packed rows of a window, which gets further examples until they fill them well."""
-        size, total = self.cutoff_len, len(window[0])
-        while True:
-            last = total >= MOST_ROWS * size
-            if last or total >= max(LEAST_ROWS, FILL * -(-total // size)) * size:
-                rows = pack(np.array(list(map(len, window))), size, np.arange(len(window)))
-                if last or total >= FILL * size * len(rows):
-                    return rows
-            window.append(next(examples))
-            total += len(window[-1])
 
 
 class _Dealer:

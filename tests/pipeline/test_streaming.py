@@ -97,14 +97,14 @@ def test_one_lane_gives_each_row_once_a_pass(way, buffer_size):
 def test_ranks_and_accumulation_train_the_groups_of_one_process_and_each_tokenises_its_share(
     counts, mixing, way
 ):
-    """Lanes are 12: batches of 12, 4 x 3 accumulated, 2 ranks x 3 x 2, 4 ranks x 1 x 3."""
+    """Lanes are 12: batches of 12, 4 x 3 accumulated, 2 ranks x 3 x 2, 3 ranks x 2 x 2, 4 ranks x 1 x 3."""
 
     def groups(ranks, rows, size):
-        drawn, encoded = [[] for _ in range(6)], []
+        drawn, encoded = [[] for _ in range(15)], []
         for rank in range(ranks):
             source = Numbers(*counts, **mixing)
             draws = loader(source, rows_per_batch=rows, rank=rank, world=ranks, lanes=12, **way).draws(size)
-            for number, draw in enumerate(itertools.islice(draws, 6)):
+            for number, draw in enumerate(itertools.islice(draws, 15)):
                 assert len(draw) == size
                 drawn[number] += [
                     (*source, batch.tokens[at].item())
@@ -115,7 +115,7 @@ def test_ranks_and_accumulation_train_the_groups_of_one_process_and_each_tokenis
         return [sorted(group) for group in drawn], encoded
 
     one, (alone,) = groups(1, 12, 1)
-    for ranks, rows, size in ((1, 4, 3), (2, 3, 2), (4, 1, 3)):
+    for ranks, rows, size in ((1, 4, 3), (2, 3, 2), (3, 2, 2), (4, 1, 3)):
         found, encoded = groups(ranks, rows, size)
         assert found == one
         assert sum(encoded) == alone  # nothing is tokenised twice
@@ -127,22 +127,12 @@ def test_lanes_that_ranks_do_not_share_evenly_cost_time_and_nothing_else():
     assert [batch for three in zip(*ranks) for batch in three] == one
 
 
-@pytest.mark.parametrize("longest", [400])
-def test_rows_of_a_lane_are_packed_as_tightly_as_those_of_large_windows(longest):
-    lengths = np.random.default_rng(0).gamma(2.0, longest, 8000).astype(int).clip(10, 2048)
-    source = Numbers(8000)
-    source.encode = lambda drawn: [example(drawn.row[0], int(lengths[drawn.row[0]]))]
-    batches = itertools.islice(loader(source, packing=True, cutoff_len=2048).batches(), 200)
-    sizes = [len(batch.tokens) for batch in batches]
-    assert max(sizes) <= 2048 and np.mean(sizes) > 0.97 * 2048
-
-
 @pytest.mark.parametrize("lanes", [1, 4, 7])
 def test_in_the_long_run_each_row_comes_equally_often(lanes):
     """Rows that stand at the same places in every pass are not always those of one lane: 8 rows, of which one
     is dropped, in file order."""
     source = Numbers(8, dropped=lambda number: number == 3)
-    flat = [row for batch in taken(loader(source, lanes=lanes, buffer_size=1), 8 * 7 * 4) for row, _ in batch]
+    flat = [row for batch in taken(loader(source, lanes=lanes, buffer_size=1), 8 * 7 * 9) for row, _ in batch]
     counts = np.bincount(flat, minlength=8)
     counts[5] = counts[5] / 2  # it gives two examples
     assert counts[3] == 0 and np.delete(counts, 3).min() >= np.delete(counts, 3).max() - lanes
@@ -153,20 +143,20 @@ def test_in_the_long_run_each_row_comes_equally_often(lanes):
 @pytest.mark.parametrize("buffer_size", [1, 5])
 def test_a_stream_goes_on_where_it_stopped(counts, mixing, way, buffer_size):
     how = {"rows_per_batch": 2, "rank": 1, "world": 2, "lanes": 8, "buffer_size": buffer_size, **way}
-    straight = taken(loader(Numbers(*counts, **mixing), **how), 20)
-    for stop in (0, 1, 2, 7, 17):
+    straight = taken(loader(Numbers(*counts, **mixing), **how), 40)
+    for stop in (0, 1, 2, 3, 7, 18, 33):
         first = loader(Numbers(*counts, **mixing), **how)
         taken(first, stop + 3)  # more than was trained on
         state = first.state(stop)
         again = loader(Numbers(*counts, **mixing), **how)
         again.restore(state)
         assert again.state(stop) == state  # before the first one is drawn, too
-        assert taken(again, 20 - stop, stop) == straight[stop:]
-        later = again.state(20)
+        assert taken(again, 40 - stop, stop) == straight[stop:]
+        later = again.state(40)
         twice = loader(Numbers(*counts, **mixing), **how)
         twice.restore(later)
         both = [loader(Numbers(*counts, **mixing), **how), twice]
-        assert taken(both[0], 5, 20) == taken(both[1], 5, 20)
+        assert taken(both[0], 9, 40) == taken(both[1], 9, 40)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -190,7 +180,8 @@ def test_another_number_of_ranks_goes_on_with_the_states_of_all():
     for ranks in (1, 2, 4):
         made = [loader(lanes=4, rows_per_batch=4 // ranks, rank=rank, world=ranks) for rank in range(ranks)]
         for each in made:
-            each.restore(*states)
+            for state in states:
+                each.restore(state)
         parts = [taken(each, 10, done) for each in made]
         found += [item for step in zip(*parts) for batch in step for item in batch]
         done += 10
