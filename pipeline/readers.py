@@ -25,15 +25,13 @@ MOST_GROWTH = 50  # of rows that take gigabytes: numbers of one byte become obje
 READ_CHARACTERS = 1 << 20  # of a .json file held while one object is parsed; grows for longer ones
 
 
-def read_file(path: Path, unread: int = 0, line: int = 1) -> Iterator[tuple[str, dict | None]]:
+def read_file(path: Path, unread: int = 0) -> Iterator[tuple[str, dict | None]]:
     """Yield (place, row); place is "file:line", or "file row n" where there are no lines.
 
-    unread: of so many rows at the beginning only their number is asked; they may come as None. line: leave
-    out the rows before the one that begins here; for .json, .jsonl and .txt.
+    unread: of so many rows at the beginning only their number is asked; they may come as None.
     """
-    ending = path.suffix.lower()
     try:
-        yield from _READERS[ending](path, line if ending in BY_LINE else unread)
+        yield from _READERS[path.suffix.lower()](path, unread)
     except UnicodeDecodeError as error:
         found = error.object[error.start]
         raise UserError(f"{path}: not UTF-8 text ({error.reason}: {found:#04x})") from error
@@ -48,10 +46,10 @@ def _lines(file, path: Path) -> Iterator[str]:
         yield line
 
 
-def _read_lines(path: Path, begin: int) -> Iterator[tuple[str, dict]]:
+def _read_lines(path: Path, unread: int) -> Iterator[tuple[str, dict]]:
     """.txt: one document per line. Blank lines come as empty documents, which the report counts."""
     with open(path, encoding="utf-8-sig") as file:
-        for line, text in itertools.islice(enumerate(_lines(file, path), start=1), begin - 1, None):
+        for line, text in enumerate(_lines(file, path), start=1):
             yield f"{path}:{line}", {"text": text.rstrip("\r\n")}
 
 
@@ -62,18 +60,16 @@ def _object(row, place: str) -> dict:
     return row
 
 
-def _read_json(path: Path, begin: int) -> Iterator[tuple[str, dict]]:
+def _read_json(path: Path, unread: int) -> Iterator[tuple[str, dict]]:
     of_texts = False
-    for number, (line, value, in_array) in enumerate(_iterate_json(path, begin)):
+    for number, (line, value, in_array) in enumerate(_iterate_json(path)):
         of_texts |= number == 0 and in_array and isinstance(value, str)
         row = {"text": value} if of_texts and isinstance(value, str) else value
         yield f"{path}:{line}", _object(row, f"{path}:{line}{f' (row {number})' if in_array else ''}")
 
 
-def _iterate_json(path: Path, begin: int = 1) -> Iterator[tuple[int, object, bool]]:
-    """(line, value, whether in an array) of each row, holding only the value being parsed and a block.
-
-    begin: the line of the first row that is wanted; nothing before it is parsed."""
+def _iterate_json(path: Path) -> Iterator[tuple[int, object, bool]]:
+    """(line, value, whether in an array) of each row, holding only the value being parsed and a block."""
     decoder = json_reader.decoder(nan=True)
     with open(path, encoding="utf-8-sig") as file:
         text, start, line, step = "", 0, 1, READ_CHARACTERS
@@ -95,16 +91,6 @@ def _iterate_json(path: Path, begin: int = 1) -> Iterator[tuple[int, object, boo
                     start += 1
                 if start < len(text) or not more():
                     return text[start : start + 1]
-
-        def skip_lines(count: int) -> None:
-            nonlocal start, line, step
-            while (here := text.count("\n", start)) < count:
-                line, count, start, step = line + here, count - here, len(text), READ_CHARACTERS
-                if not more():
-                    return
-            for _ in range(count):
-                start = text.index("\n", start) + 1
-            line += count
 
         def parse() -> tuple[object, int]:
             """The value that begins at `start`, and its end."""
@@ -136,12 +122,6 @@ def _iterate_json(path: Path, begin: int = 1) -> Iterator[tuple[int, object, boo
         if in_array:
             start += 1
             found = skip_blanks()
-        if begin > line:
-            skip_lines(begin - line)
-            found = skip_blanks()
-            if found == "," and in_array:
-                start += 1
-                found = skip_blanks()
         while found and not (in_array and found == "]"):
             step = READ_CHARACTERS
             value, end = parse()
@@ -282,4 +262,3 @@ def _one_row(batch, i: int, place: str) -> dict:
 _READERS = {".json": _read_json, ".jsonl": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
 _READERS |= {".arrow": _read_arrow, ".txt": _read_lines}
 FILE_TYPES = tuple(_READERS)
-BY_LINE = (".json", ".jsonl", ".txt")  # of which reading can begin at the line of a row

@@ -14,17 +14,15 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from options import json_reader
 from options.errors import UserError, located, refuse
 from options.json_fields import Field, check
 from options.limits import leaves
-from pipeline.readers import BY_LINE, FILE_TYPES, read_file
+from pipeline.readers import FILE_TYPES, read_file
 from text.render import parsed
 
 TEXT_COLUMNS = ("prompt", "query", "response", "history", "messages", "system", "tools")
@@ -261,9 +259,6 @@ def _guess_format(info: DatasetInfo) -> DatasetInfo:
 # rows
 
 
-Bookmark = tuple[int, Any]  # number of a row, and where it is: its place in a file, the state of an iterable
-
-
 def list_files(info: DatasetInfo) -> list[Path]:
     """The data files of a `file` dataset in reading order: itself, or a folder's files by name."""
     path = Path(info.location) / (info.folder or "")
@@ -293,62 +288,32 @@ def list_files(info: DatasetInfo) -> list[Path]:
     return files
 
 
-def read_rows(
-    info: DatasetInfo, opened=None, start: int = 0, bookmark: Bookmark | None = None
-) -> Iterator[Row]:
-    """Every row from number `start` on, in a fixed order. opened: what open_hub returned, for a hub data set.
-    bookmark: of a row that does not come later, to read less of what lies before."""
+def read_rows(info: DatasetInfo, opened: Iterable[dict] | None = None, start: int = 0) -> Iterator[Row]:
+    """Every row from number `start` on, in a fixed order. opened: what open_hub returned, for a hub data
+    set."""
     if info.kind == "file":
-        rows = _file_rows(info, start, bookmark)
+        rows = _file_rows(list_files(info), start)
     else:
-        number, opened = _hub_at(opened, start, bookmark)
-        rows = islice(enumerate(_hub_rows(info, opened, number), number), start - number, None)
+        rows = enumerate(_hub_rows(info, opened, start), start)
     absent = dict.fromkeys(info.listed)
     for number, (place, row) in rows:
         yield number, place, absent | row if absent else row
 
 
-def bookmark_at(row: Row, opened=None) -> Bookmark | None:
-    """Of the row that was read last, or of the next one; none where this cannot be had."""
-    number, place, _ = row
-    if opened is None:
-        return number, place
-    return (number + 1, opened.state_dict()) if hasattr(opened, "state_dict") else None
-
-
-def _file_rows(info: DatasetInfo, start: int, bookmark: Bookmark | None) -> Iterator[tuple[int, tuple]]:
-    files, number, line = list_files(info), 0, 1
-    ending = files[0].suffix.lower()  # that of all
-    if bookmark is not None and ending != ".csv":  # in which a place is the last line of a row
-        number, place = bookmark
-        name, _, found = place.rpartition(":" if ending in BY_LINE else " row ")
-        names = [file.name for file in files]
-        gone = f"dataset {info.name!r}: {name}, which the run has read, is gone; restore it"
-        refuse(Path(name).name not in names, gone)
-        files = files[names.index(Path(name).name) :]
-        if ending in BY_LINE:
-            line = int(found)
-        else:
-            number -= int(found)
+def _file_rows(files: list[Path], start: int) -> Iterator[tuple[int, tuple[str, dict]]]:
+    number = 0
     for file in files:
-        for row in read_file(file, start - number, line):
+        for row in read_file(file, start - number):
             if number >= start:
                 yield number, row
             number += 1
-        line = 1
 
 
-def _hub_at(opened, start: int, bookmark: Bookmark | None) -> tuple[int, Any]:
-    """The number of a row at or before `start`, and what reads from there on."""
-    if bookmark is not None:
-        opened = deepcopy(opened)  # a state that is loaded stays for every pass
-        opened.load_state_dict(bookmark[1])
-        return bookmark[0], opened
-    return (start, opened.skip(start)) if start and hasattr(opened, "skip") else (0, opened)
-
-
-def _hub_rows(info: DatasetInfo, opened: Iterable[dict], number: int) -> Iterator[tuple[str, dict]]:
-    rows = iter(opened)
+def _hub_rows(info: DatasetInfo, opened: Iterable[dict], start: int) -> Iterator[tuple[str, dict]]:
+    if start and hasattr(opened, "skip"):
+        number, rows = start, iter(opened.skip(start))
+    else:
+        number, rows = start, islice(opened, start, None)
     while True:
         place = f"{info.location} row {number}"
         try:

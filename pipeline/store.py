@@ -244,14 +244,11 @@ class StoreWriter:
 
     def append(self, chunk: TokenArrays) -> None:
         for name, (_, dtype) in ARRAYS.items():
-            array = getattr(chunk, name)
-            for start in range(0, len(array), CHECK_BYTES // dtype.itemsize):  # it may be a mapped file
-                piece = array[start : start + CHECK_BYTES // dtype.itemsize]
-                data = piece.astype(dtype, copy=False).tobytes()
-                self.files[name].write(data)
-                self.sizes[name] += len(data)
-                self.checksums[name] = zlib.crc32(data, self.checksums[name])
+            data = getattr(chunk, name).astype(dtype, copy=False).tobytes()
+            self.files[name].write(data)
             self.files[name].flush()
+            self.sizes[name] += len(data)
+            self.checksums[name] = zlib.crc32(data, self.checksums[name])
         self.tally.add(chunk.tally)
         self._state("progress.json")
 

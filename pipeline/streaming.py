@@ -18,7 +18,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,14 +28,13 @@ from pipeline.batch import Batch, Example, Loader
 from pipeline.encoding import ChunkEncoder
 from pipeline.mixing import mixing_ends, turns
 from pipeline.packing import pack
-from pipeline.sources import Row, bookmark_at, read_rows
+from pipeline.sources import Row, read_rows
 from pipeline.store import Tally
 
 MARKS = 2**14  # that a stream remembers: more than are drawn ahead of the update that is saved
 CHECKED_ROWS = 1000  # before the place where a run goes on
 WINDOW_ROWS = 64  # packed at once in all lanes, so that the first batch does not wait for 8192 examples
 LEAST_WINDOW = 8  # rows of a lane
-BOOKMARK_ROWS, BOOKMARKS = 1000, 1000  # one every so many rows, and the latest are kept
 IDLE_ROWS = 1000  # of a lane, in whole passes without an example
 NOTHING = "the streamed data holds no example to train on"
 
@@ -71,10 +70,9 @@ class RowStream:
     held_out: frozenset[tuple[int, int]] = frozenset()  # (data set, row) of the evaluation rows
     tallies: list[Tally] = field(default_factory=list)  # of what this rank tokenised, every pass counted
     lengths: dict[int, int] = field(default_factory=dict)  # rows of the data sets that were read to their end
-    bookmarks: list[dict[int, Any]] = field(default_factory=list)  # of each data set: row -> where it is
 
     def __post_init__(self):
-        self.tallies, self.bookmarks = [Tally() for _ in self.encoders], [{} for _ in self.encoders]
+        self.tallies = [Tally() for _ in self.encoders]
 
     @property
     def datasets(self) -> list[str]:
@@ -92,28 +90,7 @@ class RowStream:
 
     def open(self, part: int, start: int) -> Iterator[Row]:
         """The rows of a data set from number `start` on."""
-        marks = self.bookmarks[part]
-        known = max((number for number in marks if number <= start), default=0)
-        found = (known, marks[known]) if known else None
-        latest = None
-        for row in read_rows(self.encoders[part].info, self.opened[part], start, found):
-            # of rows on one line only the first has a place of its own
-            if row[0] % BOOKMARK_ROWS == BOOKMARK_ROWS - 1 and latest not in (None, row[1]):
-                if (found := bookmark_at(row, self.opened[part])) is not None:
-                    marks[found[0]] = found[1]
-                if len(marks) > BOOKMARKS:
-                    marks.pop(next(iter(marks)))
-            latest = row[1]
-            yield row
-
-    def state(self) -> dict:
-        """For `restore` of a stream of the same data."""
-        return {"lengths": dict(self.lengths), "bookmarks": [dict(marks) for marks in self.bookmarks]}
-
-    def restore(self, state: dict) -> None:
-        self.lengths |= state["lengths"]
-        for marks, more in zip(self.bookmarks, state["bookmarks"]):
-            marks |= more
+        return read_rows(self.encoders[part].info, self.opened[part], start)
 
     def _turn(self, part: int, turn: int, first: First) -> Iterator[Drawn]:
         start, known = first(part, turn), self.lengths.get(part, math.inf)
@@ -162,7 +139,7 @@ class Mark(NamedTuple):
 class StreamingLoader(Loader):
     """Batches of an endless stream, for data that is never stored.
 
-    `source` is a RowStream, or what else has its methods. `couple` makes other
+    `source` is a RowStream, or what else has its `rows`, `encode` and `lengths`. `couple` makes other
     examples of the shuffled ones, one of each in their order, by what it sees of later ones. Layouts over
     ranks and batches with the same number of lanes train the same groups of rows.
     """
@@ -231,7 +208,7 @@ class StreamingLoader(Loader):
             "lanes": self.lanes,
             "marks": {lane: tuple(mark) for lane, mark in marks.items()},
             "begins": {n: begin for n, begin in begins.items() if n >= epoch},
-            "source": self.source.state(),
+            "lengths": dict(self.source.lengths),
             "checks": [(start, position, self._checksum_of(start, position))],
         }
 
@@ -249,7 +226,7 @@ class StreamingLoader(Loader):
         }
         self._begin |= {lane: Mark(*mark) for lane, mark in state["marks"].items() if lane in self._begin}
         self._begins = dict(sorted(self._restored["begins"].items()))
-        self.source.restore(state["source"])
+        self.source.lengths |= state["lengths"]
         self._restart()
 
     def gather_tallies(self, world: World) -> None:

@@ -741,19 +741,6 @@ def test_an_empty_store_can_be_written_and_read(tmp_path):
     assert len(ExampleStore([files], ["a"])) == 0
 
 
-def test_a_store_is_copied_in_pieces(tmp_path, home, tokenizer, monkeypatch):
-    put(home, "a", questions(20))
-    part = load(home, tokenizer, "a").train.parts[0]
-    written = []
-    for name, size in (("whole", 1 << 24), ("pieces", 40)):
-        monkeypatch.setattr("pipeline.store.CHECK_BYTES", size)
-        writer = StoreWriter(tmp_path / name)
-        writer.append(part)
-        writer.finish()
-        written.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
-    assert written[0] == written[1]
-
-
 def test_a_writer_removes_what_a_killed_one_left_half_written(tmp_path):
     partial = tmp_path / "s.partial"
     partial.mkdir()

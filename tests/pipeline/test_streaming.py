@@ -1,16 +1,11 @@
 """Streams: no row lost or drawn twice over ranks, each tokenised by one rank, and going on in the middle."""
 
 import itertools
-import json
 
-import datasets
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 
 from pipeline.batch import Example
-from pipeline.sources import DatasetInfo, read_rows
 from pipeline.streaming import RowStream, StreamingLoader, shuffle_buffer
 
 
@@ -246,140 +241,3 @@ def test_rows_that_come_again_are_copies_of_their_own():
         made = loader(Numbers(9), lanes=2, rank=rank, world=2, collate=list)
         drawn += [each for batch in itertools.islice(made.batches(), 40) for each in batch]
     assert len({each.copy for each in drawn}) == 80
-
-
-# ---------------------------------------------------------------------------------------------------------
-# reading from the middle
-
-ROWS = [{"text": f"row {number}\n\u00e9" if number % 3 else "x" * 40} for number in range(37)]
-
-
-def write(path, rows, style):
-    texts = [json.dumps(row, ensure_ascii=False) for row in rows]
-    if style == "arrow":
-        table = pyarrow.Table.from_pylist(rows)
-        with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
-            writer.write_table(table, max_chunksize=5)
-    elif style == "parquet":
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=4)
-    else:
-        text = {
-            "lines": "\n".join(texts) + "\n",
-            "two on a line": "\n".join(" ".join(texts[i : i + 2]) for i in range(0, len(texts), 2)),
-            "array": json.dumps(rows, indent=1),
-            "commas first": "[" + "\n, ".join(texts) + "]",
-            "one line": json.dumps(rows),
-            "txt": "".join(row["text"].replace("\n", " ") + "\n" for row in rows),
-            "csv": "text\n" + "".join('"' + row["text"] + '"\n' for row in rows),
-        }[style]
-        path.write_text(text, encoding="utf-8")
-
-
-STYLES = {
-    "lines": "jsonl",
-    "two on a line": "jsonl",
-    "array": "json",
-    "commas first": "json",
-    "one line": "json",
-    "txt": "txt",
-    "csv": "csv",
-    "parquet": "parquet",
-    "arrow": "arrow",
-}
-
-
-@pytest.mark.parametrize("style", STYLES)
-def test_a_file_is_read_from_any_row_on_with_and_without_a_bookmark(tmp_path, style, monkeypatch):
-    monkeypatch.setattr("pipeline.readers.READ_CHARACTERS", 64)
-    monkeypatch.setattr("pipeline.streaming.BOOKMARK_ROWS", 3)
-    for name, rows in (("a", ROWS[:17]), ("b", ROWS[17:18]), ("c", ROWS[18:])):
-        write(tmp_path / f"{name}.{STYLES[style]}", rows, style)
-    info = DatasetInfo("made", "file", str(tmp_path))
-    whole = list(read_rows(info))
-    assert len(whole) == 37
-    stream = Files(info)
-    assert list(stream.open(0, 0)) == whole
-    marks = stream.bookmarks[0]
-    assert (len(marks) > 3) == (style != "one line")
-    for start in range(0, 37, 2):
-        assert list(read_rows(info, None, start)) == whole[start:]
-        again = Files(info)
-        again.restore(stream.state())
-        assert list(again.open(0, start)) == whole[start:]
-
-
-class Files(RowStream):
-    def __init__(self, info, opened=None):
-        self.infos = [info]
-        super().__init__([Encoder(info)], [opened], "concat", (), seed=1)
-
-
-class Encoder:
-    def __init__(self, info):
-        self.info = info
-
-
-@pytest.mark.parametrize("style", ["lines", "txt"])
-def test_what_lies_before_a_bookmark_is_not_looked_at(tmp_path, style, monkeypatch):
-    monkeypatch.setattr("pipeline.streaming.BOOKMARK_ROWS", 3)
-    path = tmp_path / f"a.{STYLES[style]}"
-    write(path, ROWS, style)
-    stream = Files(DatasetInfo("made", "file", str(path)))
-    whole = list(stream.open(0, 0))
-    lines = path.read_text().split("\n")
-    path.write_text("\n".join(["{ no JSON", *["nor here"] * 18, *lines[19:]]))
-    assert list(stream.open(0, 20)) == whole[20:]
-    path.unlink()
-    (tmp_path / "b.txt").write_text("another")
-    moved = Files(DatasetInfo("made", "file", str(tmp_path)))
-    moved.restore(stream.state())
-    with pytest.raises(ValueError, match=r"a\.\w+, which the run has read, is gone"):
-        list(moved.open(0, 20))
-
-
-def test_row_groups_of_parquet_before_the_first_wanted_row_are_not_read(tmp_path, monkeypatch):
-    write(tmp_path / "a.parquet", ROWS, "parquet")
-    original, asked = pyarrow.parquet.ParquetFile.iter_batches, []
-
-    def noted(self, *sizes, row_groups=None, **keys):
-        asked.append(row_groups)
-        return original(self, *sizes, row_groups=row_groups, **keys)
-
-    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", noted)
-    rows = list(read_rows(DatasetInfo("made", "file", str(tmp_path / "a.parquet")), None, 30))
-    assert [row[0] for row in rows] == list(range(30, 37)) and asked == [[7, 8, 9]]
-
-
-def test_a_streamed_hub_set_is_read_from_the_middle(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.streaming.BOOKMARK_ROWS", 4)
-    for name, rows in (("a", ROWS[:17]), ("b", ROWS[17:])):
-        write(tmp_path / f"{name}.jsonl", rows, "lines")
-    files = [str(tmp_path / f"{name}.jsonl") for name in "ab"]
-    how = {"data_files": files, "split": "train", "streaming": True, "cache_dir": str(tmp_path / "cache")}
-    info = DatasetInfo("made", "hf_hub", "some/where")
-    stream = Files(info, datasets.load_dataset("json", **how))
-    whole = list(stream.open(0, 0))
-    assert len(whole) == 37 and len(stream.bookmarks[0]) == 9
-    for start in (0, 3, 4, 5, 18, 36):
-        again = Files(info, datasets.load_dataset("json", **how))
-        assert list(again.open(0, start)) == whole[start:]
-        again.restore(stream.state())
-        assert list(again.open(0, start)) == whole[start:]
-        assert list(again.open(0, 0)) == whole  # the next pass
-
-
-@pytest.mark.parametrize("under", [True, False])
-@pytest.mark.parametrize("probabilities", [(), (0.7, 0.2, 0.1)])
-def test_a_stream_is_interleaved_as_the_datasets_library_does(under, probabilities):
-    counts = (5, 9, 3)
-    sets = [datasets.Dataset.from_dict({"k": [k] * n, "i": list(range(n))}) for k, n in enumerate(counts)]
-    stop = "first_exhausted" if under else "all_exhausted"
-    how = {"probabilities": list(probabilities) or None, "stopping_strategy": stop}
-    source = Numbers(
-        *counts, strategy=f"interleave_{'under' if under else 'over'}", probabilities=probabilities
-    )
-    for epoch in range(3):
-        wanted = datasets.interleave_datasets(sets, seed=[source.seed, epoch], **how)
-        assert [(each.part, each.row[0]) for each in source.rows(epoch)] == [
-            (row["k"], row["i"]) for row in wanted
-        ]
