@@ -25,14 +25,14 @@ import numpy as np
 
 from options.errors import UserError, refuse, require
 from options.option import COMMON, RESUMABLE, option
-from pipeline.batch import BatchLoader, Example
+from pipeline.batch import BatchLoader, Example, StreamingLoader
 from pipeline.encoding import EncodeOptions, refuse_unguarded_worker
 from pipeline.formats import KINDS
 from pipeline.mixing import mix_sets
 from pipeline.report import DataReport, DatasetReport
 from pipeline.sources import HubAccess, open_hub
 from pipeline.store import ExampleStore, Tally, save_sets
-from pipeline.streaming import RowStream, StreamingLoader
+from pipeline.streaming import RowStream
 from pipeline.tokenise import DECIDED, Tokeniser
 
 PROMPTS = "prompts of "  # before the name of a set in tokenized_path
@@ -151,11 +151,11 @@ class Prepared:
     couple: Callable[[Iterator[Example]], Iterator[Example]] = iter
 
     def train_loader(
-        self, options: DataOptions, *, rows_per_batch: int, seed: int, rows_per_update: int = 1, **place
+        self, options: DataOptions, *, rows_per_batch: int, seed: int, **place
     ) -> BatchLoader | StreamingLoader:
         """The loader that the options ask for, over the stored or the streamed training set.
 
-        rows_per_update: over all ranks. place: rank, world and collate of a loader.
+        place: rank, world and collate of a loader.
         """
         place |= {"packing": self.packing, "cutoff_len": self.row_tokens(options)}
         place |= {"rows_per_batch": rows_per_batch, "seed": options.seed_of_data(seed)}
@@ -163,15 +163,13 @@ class Prepared:
         refuse(train is None, "dataset: no training set is named")
         if isinstance(train, ExampleStore):
             return BatchLoader(train, group_by_length=options.group_by_length, **place)
-        # what looks at the next row of the stream has to have it
-        buffered = {"lanes": rows_per_update if self.couple is iter else 1, "couple": self.couple}
-        return StreamingLoader(train, buffer_size=options.buffer_size, **buffered, **place)
+        buffered = {"buffer_size": options.buffer_size, "couple": self.couple}
+        return StreamingLoader(train.rows, train.encode, **buffered, **place)
 
     def first_example(self) -> Example:
         """What to show before training starts."""
         if isinstance(self.train, RowStream):
-            rows = ((each.part, each.row) for each in self.train.rows(0))
-            made = (self.train.encoders[k].encode(row, Tally()) for k, row in rows)
+            made = (self.train.encoders[k].encode(row, Tally()) for k, row in self.train.rows(0))
             first = next((example for examples in made for example in examples), None)
             refuse(first is None, "dataset: the streamed data holds no row that can be trained on")
             return first
@@ -302,7 +300,7 @@ def _prepare_stream(options: DataOptions, work: Tokeniser) -> tuple[Train, Sets,
     for name, tally in zip(stream.datasets, stream.tallies):
         report.datasets.append(DatasetReport(name, "streamed so far", tally, work.encode.kind))
     if options.val_size > 0:
-        held = [(each.part, each.row) for each in islice(stream.rows(0), int(options.val_size))]
+        held = list(islice(stream.rows(0), int(options.val_size)))
         tally, examples = Tally(), []
         for k, row in held:
             examples += encoders[k].encode(row, tally)
@@ -322,7 +320,7 @@ def _prompt_sets(work: Tokeniser, train: Train, evaluation: Sets, report: DataRe
             encoders = [work.encoder(encoder.info, k) for k, encoder in enumerate(train.encoders)]
             stream, tally = replace(train, encoders=encoders, held_out=frozenset()), Tally()
             held = islice(stream.rows(0), len(train.held_out))
-            examples = [example for each in held for example in encoders[each.part].encode(each.row, tally)]
+            examples = [example for k, row in held for example in encoders[k].encode(row, tally)]
             sets[name] = ExampleStore.from_examples(examples, stream.datasets)
             report.datasets.append(DatasetReport(name, "prompts", tally, "prompt"))
             continue
@@ -373,9 +371,7 @@ def main(argv: list[str]) -> int:
         how = {"cache_dir": run.cache_dir, "enable_thinking": named.enable_thinking, "hub": hub}
         prepared = load_datasets(options, template, tokenizer, run.stage, seed=run.seed, **how)
         print(prepared.report)
-        rows, batches = run.per_device_train_batch_size, run.gradient_accumulation_steps
-        sizes = {"rows_per_batch": rows, "rows_per_update": rows * batches}
-        loader = prepared.train_loader(options, **sizes, seed=run.seed)
+        loader = prepared.train_loader(options, rows_per_batch=run.per_device_train_batch_size, seed=run.seed)
         batch, count = next(loader.batches(run.index)), loader.batches_per_epoch
         print(f"\nbatch {run.index}{f' (of {count} in an epoch)' if count is not None else ''}:")
         names = prepared.train.datasets

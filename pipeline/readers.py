@@ -25,13 +25,10 @@ MOST_GROWTH = 50  # of rows that take gigabytes: numbers of one byte become obje
 READ_CHARACTERS = 1 << 20  # of a .json file held while one object is parsed; grows for longer ones
 
 
-def read_file(path: Path, unread: int = 0) -> Iterator[tuple[str, dict | None]]:
-    """Yield (place, row); place is "file:line", or "file row n" where there are no lines.
-
-    unread: of so many rows at the beginning only their number is asked; they may come as None.
-    """
+def read_file(path: Path) -> Iterator[tuple[str, dict]]:
+    """Yield (place, row); place is "file:line", or "file row n" where there are no lines."""
     try:
-        yield from _READERS[path.suffix.lower()](path, unread)
+        yield from _READERS[path.suffix.lower()](path)
     except UnicodeDecodeError as error:
         found = error.object[error.start]
         raise UserError(f"{path}: not UTF-8 text ({error.reason}: {found:#04x})") from error
@@ -46,7 +43,7 @@ def _lines(file, path: Path) -> Iterator[str]:
         yield line
 
 
-def _read_lines(path: Path, unread: int) -> Iterator[tuple[str, dict]]:
+def _read_lines(path: Path) -> Iterator[tuple[str, dict]]:
     """.txt: one document per line. Blank lines come as empty documents, which the report counts."""
     with open(path, encoding="utf-8-sig") as file:
         for line, text in enumerate(_lines(file, path), start=1):
@@ -60,7 +57,7 @@ def _object(row, place: str) -> dict:
     return row
 
 
-def _read_json(path: Path, unread: int) -> Iterator[tuple[str, dict]]:
+def _read_json(path: Path) -> Iterator[tuple[str, dict]]:
     of_texts = False
     for number, (line, value, in_array) in enumerate(_iterate_json(path)):
         of_texts |= number == 0 and in_array and isinstance(value, str)
@@ -141,7 +138,7 @@ def _iterate_json(path: Path) -> Iterator[tuple[int, object, bool]]:
                 raise UserError(f"{path}:{line}: expected the end of the file after ']', found {rest!r}")
 
 
-def _read_csv(path: Path, unread: int) -> Iterator[tuple[str, dict]]:
+def _read_csv(path: Path) -> Iterator[tuple[str, dict]]:
     """First line = column names; every value stays text, but nothing is null, as in `datasets`."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # documents are longer than csv's 128 KiB default
     with open(path, encoding="utf-8-sig", newline="") as file:
@@ -162,7 +159,7 @@ def _read_csv(path: Path, unread: int) -> Iterator[tuple[str, dict]]:
             raise UserError(f"{path}:{reader.line_num}: not CSV ({error})") from error
 
 
-def _read_parquet(path: Path, unread: int) -> Iterator[tuple[str, dict]]:
+def _read_parquet(path: Path) -> Iterator[tuple[str, dict]]:
     from pyarrow import parquet
 
     with _damage_named(path, "a parquet file"):
@@ -179,16 +176,11 @@ def _read_parquet(path: Path, unread: int) -> Iterator[tuple[str, dict]]:
         used = [" ".join(name for g in groups for name in g.column(i).encodings) for i in range(len(columns))]
         kept = [column.path for column, names in zip(columns, used) if "BYTE_ARRAY" not in names]
         rows = BATCH_ROWS if len(kept) == len(columns) else min(BATCH_ROWS, 1 + BYTES // (1 + largest))
-        ends = list(itertools.accumulate(group.num_rows for group in groups))
-        wanted = [group for group, end in enumerate(ends) if end > unread]
-        before = sum(group.num_rows for group in groups[: len(groups) - len(wanted)])
-        yield from itertools.repeat((str(path), None), before)
         with parquet.ParquetFile(path, metadata=about, read_dictionary=kept) as file:
-            batches = file.iter_batches(rows, row_groups=wanted) if wanted else ()
-            yield from _arrow_rows(path, batches, unread, before, about.schema.to_arrow_schema())
+            yield from _arrow_rows(path, file.iter_batches(rows), about.schema.to_arrow_schema())
 
 
-def _read_arrow(path: Path, unread: int) -> Iterator[tuple[str, dict]]:
+def _read_arrow(path: Path) -> Iterator[tuple[str, dict]]:
     """Both layouts: the file format (with footer) and the stream format that `datasets` writes."""
     import pyarrow
 
@@ -199,7 +191,7 @@ def _read_arrow(path: Path, unread: int) -> Iterator[tuple[str, dict]]:
         else:
             source.seek(0)
             batches = iter(pyarrow.ipc.open_stream(source))
-        yield from _arrow_rows(path, batches, unread, 0)
+        yield from _arrow_rows(path, batches)
 
 
 @contextmanager
@@ -212,16 +204,10 @@ def _damage_named(path: Path, expected: str) -> Iterator[None]:
         raise UserError(f"{path}: not {expected} ({error})") from error
 
 
-def _arrow_rows(
-    path: Path, batches, unread: int, number: int, plain=None
-) -> Iterator[tuple[str, dict | None]]:
-    """number: of the first row. plain: the schema without dictionaries. UserError for a few rows that would
-    take all memory."""
+def _arrow_rows(path: Path, batches, plain=None) -> Iterator[tuple[str, dict]]:
+    """plain: the schema without dictionaries. UserError for a few rows that would take all memory."""
+    number = 0
     for batch in (each.slice(i, BATCH_ROWS) for each in batches for i in range(0, len(each), BATCH_ROWS)):
-        if number + len(batch) <= unread:
-            yield from itertools.repeat((str(path), None), len(batch))
-            number += len(batch)
-            continue
         size = sum(map(_python_bytes, batch.columns))
         wrong = size > BYTES and (size > MOST_GROWTH * batch.nbytes or size > free_host_bytes())
         found = f"{len(batch)} rows become {size / 1e9:.1f} GB, of {batch.nbytes / 1e6:.1f} MB in the file"

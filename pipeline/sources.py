@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 
 from options import json_reader
@@ -288,32 +288,19 @@ def list_files(info: DatasetInfo) -> list[Path]:
     return files
 
 
-def read_rows(info: DatasetInfo, opened: Iterable[dict] | None = None, start: int = 0) -> Iterator[Row]:
-    """Every row from number `start` on, in a fixed order. opened: what open_hub returned, for a hub data
-    set."""
+def read_rows(info: DatasetInfo, opened: Iterable[dict] | None = None) -> Iterator[Row]:
+    """Every row in a fixed order. opened: what open_hub returned, for a hub data set."""
     if info.kind == "file":
-        rows = _file_rows(list_files(info), start)
+        rows = chain.from_iterable(map(read_file, list_files(info)))
     else:
-        rows = enumerate(_hub_rows(info, opened, start), start)
+        rows = _hub_rows(info, opened)
     absent = dict.fromkeys(info.listed)
-    for number, (place, row) in rows:
+    for number, (place, row) in enumerate(rows):
         yield number, place, absent | row if absent else row
 
 
-def _file_rows(files: list[Path], start: int) -> Iterator[tuple[int, tuple[str, dict]]]:
-    number = 0
-    for file in files:
-        for row in read_file(file, start - number):
-            if number >= start:
-                yield number, row
-            number += 1
-
-
-def _hub_rows(info: DatasetInfo, opened: Iterable[dict], start: int) -> Iterator[tuple[str, dict]]:
-    if start and hasattr(opened, "skip"):
-        number, rows = start, iter(opened.skip(start))
-    else:
-        number, rows = start, islice(opened, start, None)
+def _hub_rows(info: DatasetInfo, opened: Iterable[dict]) -> Iterator[tuple[str, dict]]:
+    number, rows = 0, iter(opened)
     while True:
         place = f"{info.location} row {number}"
         try:

@@ -641,7 +641,7 @@ def test_a_stream_interleaves_as_stored_data_does(home, tokenizer, strategy, pro
     how = {"mix_strategy": strategy, "interleave_probs": probabilities}
     stream = load(home, tokenizer, "a", "b", streaming=True, **how).train
     stored = interleave([3, 5], probabilities, strategy == "interleave_under", [1, 0])
-    assert [(each.part, each.row[0]) for each in stream.rows(0)] == [tuple(pair) for pair in stored.tolist()]
+    assert [(k, row[0]) for k, row in stream.rows(0)] == [tuple(pair) for pair in stored.tolist()]
 
 
 def test_validation_rows_of_a_stream_are_never_trained(home, tokenizer):

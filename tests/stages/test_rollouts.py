@@ -4,7 +4,6 @@ are the texts' own tokens."""
 import itertools
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,9 +15,8 @@ from checkpoints import trainable
 from checkpoints.huggingface import load_model
 from generation.sampling import GenerateOptions
 from lora import LoraOptions
-from pipeline.batch import IGNORED, ROW_MULTIPLE, Example
+from pipeline.batch import IGNORED, ROW_MULTIPLE, Example, StreamingLoader
 from pipeline.store import ExampleStore
-from pipeline.streaming import Drawn, StreamingLoader
 from stages import rollouts
 from stages.logprobs import batch_logprobs
 from stages.rollouts import Prompt, completions_batch, prompts_of, roll_out, seed_of
@@ -136,12 +134,7 @@ def test_rows_that_an_order_repeats_are_copies_of_their_own(tokenizer):
 def test_a_stream_that_comes_to_its_end_begins_again_with_other_copies(tokenizer):
     rows = batch_of(tokenizer, ROWS)
     collate = partial(prompts_of, tokenizer=tokenizer)
-    source = SimpleNamespace(lengths={})
-    source.rows = lambda epoch, first: (
-        Drawn(0, 0, (number, "", row.tokens.tolist())) for number, row in enumerate(rows)
-    )
-    source.encode = lambda drawn: [rows[drawn.row[0]]]
-    loader = StreamingLoader(source, rows_per_batch=5, collate=collate)
+    loader = StreamingLoader(lambda epoch: iter(rows), lambda row: [row], rows_per_batch=5, collate=collate)
     prompts = next(loader.batches())
     assert len({prompt.source for prompt in prompts}) == 3
     assert len({(prompt.source, prompt.copy) for prompt in prompts}) == 5
