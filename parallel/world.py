@@ -6,14 +6,9 @@
 import datetime
 import json
 import os
-import re
-import signal
 import socket
-import time
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -112,10 +107,7 @@ class World:
 
 
 _HOST_GROUPS: list = []  # the gloo group beside NCCL's; made in start(), because every rank has to make it
-_PEERS: list = []  # the store of the process group, and [host, process] of each rank
-PATIENCE_SECONDS = 3.0  # for a rank of another host to say that it is there
-SILENT = "is gone or does not answer"
-TIMED_OUT = re.compile("time[d ]*out", re.IGNORECASE)  # of gloo, NCCL and the store
+PEERS: list = []  # the store of the process group, and [host, process] of each rank
 
 
 def host_group():
@@ -159,7 +151,7 @@ def start(device: str = "auto", timeout_seconds: int = 1800, options: ParallelOp
         mesh = init_device_mesh(place.type, sizes, mesh_dim_names=names)
         groups = {name: mesh.get_group(name) for name in names}
     world = World(rank, size, local_rank, place, options.tp_size, options.cp_size, groups)
-    _PEERS[:] = [store, world.gather([socket.gethostname(), os.getpid()])] if size > 1 else []
+    PEERS[:] = [store, world.gather([socket.gethostname(), os.getpid()])] if size > 1 else []
     return world
 
 
@@ -168,53 +160,7 @@ def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
         _HOST_GROUPS.clear()
-        _PEERS.clear()
-
-
-def lost(error: BaseException, world: World) -> str | None:
-    """`rank 1 on HOST is gone`, for an error of a collective; None for any other. Leaves the process group.
-
-    Of ranks of this host /proc says what has become of them; those of another host, and all that others have
-    waited for in vain, have PATIENCE_SECONDS to leave a word in the group's store, as they do when they come
-    here themselves.
-    """
-    if not _PEERS or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
-        return None
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, for the ranks that are left: a moment yet
-    store, peers = _PEERS
-    store.set_timeout(
-        datetime.timedelta(seconds=PATIENCE_SECONDS)
-    )  # who holds it may be the one that is gone
-    with suppress(RuntimeError):
-        store.set(f"here {world.rank}", "")
-    stop()  # or a third rank would wait for this one
-    end, late = time.monotonic() + PATIENCE_SECONDS, TIMED_OUT.search(str(error)) is not None
-    while True:
-        found = {rank: _fate(rank, peers, world.rank, store, late) for rank in range(world.size)}
-        found = {rank: fate for rank, fate in found.items() if fate is not None and rank != world.rank}
-        if (found and SILENT not in found.values()) or time.monotonic() > end:
-            break
-        time.sleep(0.05)
-    if found:
-        return ", ".join(f"rank {rank} on {peers[rank][0]} {fate}" for rank, fate in found.items())
-    return f"the ranks have lost each other ({str(error).strip().splitlines()[0]})"
-
-
-def _fate(rank: int, peers: list, mine: int, store, late: bool) -> str | None:
-    """None: it is well. late: whoever is well has run out of time, too, and comes to say so."""
-    host, process = peers[rank]
-    if host == peers[mine][0]:
-        try:
-            state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            state = "X"
-        if state in "ZXT":
-            return "is stopped (SIGSTOP)" if state == "T" else "is gone"
-        if not late:
-            return None
-    with suppress(RuntimeError):  # rank 0 may hold the store, and be gone
-        return None if store.check([f"here {rank}"]) else SILENT
-    return SILENT
+        PEERS.clear()
 
 
 def clip_gradients(parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:

@@ -13,7 +13,7 @@ In the loop
 What it leaves
     run          Run, what train.py's functions share: saved as a checkpoint, restored, left
     run_folder   checkpoint-<step>, complete or absent; Progress, resuming; layout: on other ranks
-    signals      what ends a run before its end
+    signals      what ends a run before its end; lost: which rank is gone
     monitor      log lines and files; plot: training_loss.png; trackers: tensorboard, wandb, mlflow
 
 To add an optimizer: copy optimizers/sgd.py, name it in optimizers/__init__ and in OptimOptions.optim; a

@@ -32,11 +32,12 @@ from options import json_reader
 from options.atomic import TEMPORARY, alone_in, atomic_file, flush, flush_tree, remove, remove_folder
 from options.config import Config
 from options.errors import StopRun, UserError, refuse, say
-from parallel.world import World, lost
+from parallel.world import World
 from text.tokenizer import NAMED_TEMPLATES, TOKENIZER_FILES
 from training import layout
 from training.instruments import Totals, joined
 from training.layout import Layout
+from training.lost import lost
 from training.monitor import ALL_RESULTS, read_results, write_json
 
 STATE_FILE, TRAINER_STATE, CHECKSUMS = "training_state.pt", "trainer_state.json", "checksums.json"

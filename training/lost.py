@@ -1,0 +1,62 @@
+"""Which rank is gone, asked when a collective has failed on this one."""
+
+import datetime
+import re
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import torch.distributed as dist
+
+from parallel.world import PEERS, World, stop
+
+PATIENCE_SECONDS = 3.0  # for a rank of another host to say that it is there
+SILENT = "is gone or does not answer"
+TIMED_OUT = re.compile("time[d ]*out", re.IGNORECASE)  # of gloo, NCCL and the store
+
+
+def lost(error: BaseException, world: World) -> str | None:
+    """`rank 1 on HOST is gone`, for an error of a collective; None for any other. Leaves the process group.
+
+    Of ranks of this host /proc says what has become of them; those of another host, and all that others have
+    waited for in vain, have PATIENCE_SECONDS to leave a word in the group's store, as they do when they come
+    here themselves.
+    """
+    if not PEERS or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        return None
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, for the ranks that are left: a moment yet
+    store, peers = PEERS
+    store.set_timeout(
+        datetime.timedelta(seconds=PATIENCE_SECONDS)
+    )  # who holds it may be the one that is gone
+    with suppress(RuntimeError):
+        store.set(f"here {world.rank}", "")
+    stop()  # or a third rank would wait for this one
+    end, late = time.monotonic() + PATIENCE_SECONDS, TIMED_OUT.search(str(error)) is not None
+    while True:
+        found = {rank: _fate(rank, peers, world.rank, store, late) for rank in range(world.size)}
+        found = {rank: fate for rank, fate in found.items() if fate is not None and rank != world.rank}
+        if (found and SILENT not in found.values()) or time.monotonic() > end:
+            break
+        time.sleep(0.05)
+    if found:
+        return ", ".join(f"rank {rank} on {peers[rank][0]} {fate}" for rank, fate in found.items())
+    return f"the ranks have lost each other ({str(error).strip().splitlines()[0]})"
+
+
+def _fate(rank: int, peers: list, mine: int, store, late: bool) -> str | None:
+    """None: it is well. late: whoever is well has run out of time, too, and comes to say so."""
+    host, process = peers[rank]
+    if host == peers[mine][0]:
+        try:
+            state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            state = "X"
+        if state in "ZXT":
+            return "is stopped (SIGSTOP)" if state == "T" else "is gone"
+        if not late:
+            return None
+    with suppress(RuntimeError):  # rank 0 may hold the store, and be gone
+        return None if store.check([f"here {rank}"]) else SILENT
+    return SILENT
