@@ -3,6 +3,7 @@
 Before the loop
     options      TrainOptions (the run), OptimOptions (optimizer and learning rate)
     setup        read(config) -> Inputs, cheap; build(inputs) -> data, model, stage, state of a checkpoint
+    weights      build_model: the weights that train, as shares where ranks share them
     make_stage   the stage with its reference and reward, from the options
     memory       what a step needs, and so how much is computed twice; plan: before any weight is read
 In the loop

@@ -17,21 +17,11 @@ import torch
 import kernels
 import quant
 from architectures.config import ModelConfig, scale_rope
-from architectures.layers import RMSNorm
 from checkpoints.hub import ModelOptions, resolve_adapters, resolve_model
-from checkpoints.huggingface import (
-    chosen_quantization,
-    gather_trained,
-    load_config,
-    load_model,
-    random_model,
-    save_tokenizer,
-    save_trained,
-)
-from checkpoints.peft import prepare_adapters, read_adapter_config
+from checkpoints.huggingface import gather_trained, load_config, save_tokenizer, save_trained
+from checkpoints.peft import read_adapter_config
 from checkpoints.source import RUN_CONFIG, check_adapters, is_adapter, tokenizer_folder
 from checkpoints.trainable import freeze, parameter_status, trainable_report
-from checkpoints.value_head import ValueHead, has_value_head, load_value_head
 from data import DataOptions, Prepared, load_datasets
 from generation.generate import context_limit
 from generation.sampling import GenerateOptions
@@ -74,6 +64,7 @@ from training.measure import check_metric
 from training.options import OptimOptions, TrainOptions
 from training.predict import Predictor, ScorePredictor, TextPredictor
 from training.trackers import check_services
+from training.weights import build_model
 
 SECTIONS = [
     *(TrainOptions, ModelOptions, QuantOptions, DataOptions, TemplateOptions, LoraOptions, OptimOptions),
@@ -81,7 +72,6 @@ SECTIONS = [
     *(PPOOptions, GenerateOptions, ParallelOptions),
 ]
 NO_TRAINING_SET = {"dataset": (), "interleave_probs": (), "mix_strategy": "concat"}
-HEAD_START = 0.1  # share of trl's random start of a value head; see start_value_head
 
 
 @dataclass(frozen=True)
@@ -379,87 +369,12 @@ def make_predictor(inputs: Inputs, prepared: Prepared) -> Predictor | None:
     return None
 
 
-def build_model(config: Config, source: Path, world: World, own: dict | None = None) -> Decoder:
-    """Weights on the device, in the dtypes that the precision options ask for, with what trains marked.
-
-    own: takes up the base's values of what a given adapter trains in full, for the reference.
-    """
-    options, model_options, lora_options = config[TrainOptions], config[ModelOptions], config[LoraOptions]
-    compute = options.compute_dtype
-    frozen = compute if lora_options.finetuning_type == "lora" or options.pure_bf16 else torch.float32
-    trained = torch.bfloat16 if options.pure_bf16 else torch.float32
-    if options.plan:
-        asked = quant.from_options(config[QuantOptions]), model_options.hf_hub_token
-        model = plan.skeleton(source, load_config(source), frozen, *asked)
-    elif options.train_from_scratch:
-        model = random_model(source, frozen, world.device, options.seed)
-    else:
-        scaling = None if model_options.rope_scaling == "none" else model_options.rope_scaling
-        cutoff_len = config[DataOptions].cutoff_len
-        quantization, notice = chosen_quantization(source, quant.from_options(config[QuantOptions]))
-        if notice is not None:
-            world.print(f"note: {notice}")
-        norms = torch.float32 if options.upcast_layernorm is not False else None
-        model = load_model(source, frozen, world.device, scaling, cutoff_len, quantization, norms)
-    wide_norms = quantised_linears(model) if options.upcast_layernorm is None else options.upcast_layernorm
-    norms = {id(module.weight) for module in model.modules() if wide_norms and isinstance(module, RMSNorm)}
-    if lora_options.lora_dropout and not STAGES[options.stage].uses_dropout:
-        unused = f"lora_dropout {lora_options.lora_dropout:g} is not used: stage {options.stage}"
-        world.print(f"note: {unused} compares log-probabilities, to which dropout would add noise")
-        lora_options = replace(lora_options, lora_dropout=0.0)
-    generator = torch.Generator().manual_seed(options.seed)
-    adapters = resolve_adapters(model_options, wanted_files(config))
-    name = model_options.model_name_or_path
-    for folder in adapters:
-        base = read_adapter_config(folder).get("base_model_name_or_path") or ""
-        if base and Path(base).name != Path(name).name:  # the same model may lie in several places
-            world.print(f"note: the adapter {folder} was trained on {base}, and lies on {name} here")
-    if options.plan:
-        adapters, lora_options = plan.without_weights(model, adapters, lora_options)
-    replaced = prepare_adapters(model, adapters, lora_options, generator, trained)
-    if own is not None:
-        own |= replaced
-    for parameter in model.parameters():
-        # frozen weights in the compute dtype, trained ones in full precision
-        if id(parameter) not in norms:
-            parameter.data = parameter.data.to(trained if parameter.requires_grad else compute)
-    if STAGES[options.stage].has_value_head:
-        if options.stage == "rm" and not options.trains:  # else scores would be those of a random head
-            folder = (adapters or [source])[-1]
-            missing = f"there is no value_head.safetensors in {folder}, so scores would be random"
-            remedy = "name a reward model as adapter_name_or_path or model_name_or_path, or train one"
-            refuse(not has_value_head(folder), f"do_train: false, but {missing}; {remedy}")
-        model.v_head = start_value_head(model, source, adapters, generator, world)
-    model.runtime.compute_dtype = compute
-    model.runtime.flash_attn = kernels.require_attention(model_options.flash_attn, world.device, compute)
-    model.runtime.embedding_noise = options.neftune_noise_alpha or 0.0
-    return model
-
-
 def describe_model(config: Config, model: Decoder, world: World) -> str:
     """What trains, what is quantised, and which kernels serve it."""
     status = parameter_status(model) if config[LoraOptions].print_param_status else []
     quantised = [quantisation_report(model)] if quantised_linears(model) else []
     chosen = kernels.choices(world.device, model.runtime.flash_attn)
     return "\n".join([*status, trainable_report(model), *quantised, chosen])
-
-
-def start_value_head(
-    model: Decoder, source: Path, adapters: list[Path], generator: torch.Generator, world: World
-) -> ValueHead:
-    """That of a reward model, where one lies beside the last adapter, or beside the model if there is none.
-
-    Else a tenth of trl's random start: hidden states are long vectors, so with the whole of it the values of
-    a pair would differ by noise of about 1, which takes a hundred updates to unlearn.
-    """
-    head = ValueHead(model.config.hidden_size, world.device, generator)
-    for parameter in head.parameters():
-        parameter.data.mul_(HEAD_START)
-    folder = (adapters or [source])[-1]
-    if has_value_head(folder):
-        load_value_head(head, folder)
-        world.print(f"the value head starts from {folder}")
-    return head
 
 
 def make_plan(inputs: Inputs) -> str:
