@@ -36,7 +36,8 @@ class Engine:
         if replicate * self.shard > 1:  # else every rank has a slice of its own
             sizes, names = (replicate, self.shard, options.tp_size), ("replicate", "shard", "tensor")
             mesh = init_device_mesh(world.device.type, sizes, mesh_dim_names=names)
-            offload = CPUOffloadPolicy() if options.fsdp_offload else OffloadPolicy()
+            pinned = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
+            offload = pinned if options.fsdp_offload else OffloadPolicy()
             mesh = mesh["replicate", "shard"] if replicate > 1 else mesh["shard"]
             self.how = {"mesh": mesh, "offload_policy": offload}
 
@@ -90,7 +91,7 @@ def parameters_from_buffers(model: nn.Module) -> None:
         for name, buffer in list(module.named_buffers(recurse=False)):
             del module._buffers[name]
             value = buffer.reshape(1) if buffer.dim() == 0 else buffer
-            module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+            module.register_parameter(name, nn.Parameter(value.contiguous(), requires_grad=False))
 
 
 @contextmanager

@@ -10,6 +10,7 @@ In the loop
     optimizers/  the file of each value of `optim`: SERVES, make(model, groups, options) -> Optimizer
     schedules    schedule(step, options, total_steps) -> multiplier of the rate, pure; rounding: of bf16
     instruments  MetricWindow, Health, peak memory
+    probe        test_oom: the largest batch before the first update
     measure      what an evaluation measures; predict: answers to its rows, and how close they come
 What it leaves
     run          Run, what train.py's functions share: saved as a checkpoint, restored, left

@@ -25,12 +25,14 @@ from checkpoints.trainable import freeze, parameter_status, trainable_report
 from data import DataOptions, Prepared, load_datasets
 from generation.generate import context_limit
 from generation.sampling import GenerateOptions
+from kernels.recompute import Plan
 from lora import LoraOptions, adapted_names
 from model import Decoder
 from options.config import Config
 from options.errors import UserError, refuse
 from parallel.fsdp import distribute
 from parallel.options import ParallelOptions
+from parallel.tensor import cut
 from parallel.world import World
 from pipeline.batch import ROW_MULTIPLE, BatchLoader
 from pipeline.report import describe_example
@@ -134,6 +136,9 @@ def read(config: Config, world: World) -> Inputs:
     if options.tf32 is not None:
         torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
     kernels.require_attention(config[ModelOptions].flash_attn, world.device, options.compute_dtype)
+    alone = "optim_in_backward: gradients of several ranks are summed behind the backward pass; drop it"
+    ranks = options.plan_ranks or world.size
+    refuse(config[OptimOptions].optim_in_backward and ranks > 1, f"{alone} (parallel=fsdp shares gradients)")
     if options.trains and not options.plan:
         run_folder.require_common_disk(Path(options.output_dir), world)
     resume, source = find_start(config, world)
@@ -383,11 +388,21 @@ def make_plan(inputs: Inputs) -> str:
     loader, device = data.loader, inputs.world.device
     refuse(loader is None, "plan: there is nothing to plan without training; drop plan, or do_eval")
     model = build_model(config, inputs.source, world)
-    beside = bytes_beside(config, model)
-    free = memory.free_bytes(device) - plan.weight_bytes(model) - sum(beside.values())
+    shares = config[ParallelOptions]
+    ranks = options.plan_ranks or world.size
+    spread = memory.Spread.of(shares, ranks, device)
+    cut(model, replace(world, size=ranks, tensor=shares.tp_size, groups={"tensor": None}))
+    trained = trainable_report(model)
+    beside = {name: size / spread.shard for name, size in bytes_beside(config, model).items()}
+    held = 0.0 if spread.away else plan.weight_bytes(model, spread) + sum(beside.values())
+    free, optim = memory.free_bytes(device) - held, config[OptimOptions]
     tokens = largest_row(loader, config, world)
-    need = memory.need(model, tokens, config[OptimOptions].optim, world.size)
-    chosen, line = memory.plan(options.recomputation, need, model.config.num_layers, device, free)
+
+    def decided(tokens: int) -> tuple[memory.Need, Plan, str]:
+        need = memory.need(model, tokens, optim.optim, spread, optim.optim_in_backward)
+        return need, *memory.plan(options.recomputation, need, model.config.num_layers, device, free)
+
+    need, chosen, line = decided(tokens)
     lengths, share, rows = np.full(1, config[DataOptions].cutoff_len), 1.0, data.prepared.train
     if isinstance(rows, ExampleStore):
         lengths, share = rows.segment_lengths, rows.trained_share
@@ -401,10 +416,27 @@ def make_plan(inputs: Inputs) -> str:
         time = "the time in which the model writes the texts that it learns"
         of_texts = f"\n  (of the updates; to it comes {time} {written}"
     largest = 0.0 if options.train_from_scratch else plan.largest_file(inputs.source, model)
-    peak = plan.predict_peak(model, chosen, need, largest, device, beside, cache=cache)
-    bound = plan.bound_speed(model, chosen, lengths, share, tokens, device)
-    text = plan.report(peak, bound, memory.free_bytes(device), tokens, device)
-    return f"{trainable_report(model)}\n{line}\n\n{text}{of_texts}"
+
+    def peak_of(need: memory.Need, chosen: Plan) -> dict[str, float]:
+        kind = {"cache": cache, "spread": spread, "accumulates": options.gradient_accumulation_steps > 1}
+        return plan.predict_peak(model, chosen, need, largest, device, beside, **kind)
+
+    available = memory.free_bytes(device)
+
+    def fits(tokens: int) -> bool:
+        need, chosen, _ = decided(tokens)
+        peak = peak_of(need, chosen)
+        return sum(peak.values()) - peak.get("process", 0.0) <= available
+
+    peak, bound = peak_of(need, chosen), plan.bound_speed(model, chosen, lengths, share, tokens, device)
+    text = plan.report(peak, bound, available, tokens, device)
+    if spread.away:
+        inside = (plan.weight_bytes(model, spread) + need.host) / plan.GIB
+        text += f"\n  in host memory, for each rank: {inside:.2f} GiB of shares, gradients, optimizer state"
+    if ranks > 1:
+        text = text.replace("\n", f" on each of {ranks} ranks ({shares.describe(ranks)})\n", 1)
+    text += "\n" + plan.suggestion(plan.largest_that_fits(fits), tokens, options.per_device_train_batch_size)
+    return f"{trained}\n{line}\n\n{text}{of_texts}"
 
 
 def bytes_beside(config: Config, model: Decoder) -> dict[str, float]:
@@ -419,7 +451,7 @@ def bytes_beside(config: Config, model: Decoder) -> dict[str, float]:
         held.append(("reference", "ref_model", config[ReferenceOptions].ref_model_quantization_bit))
         if "ref_model" not in beside and config[LoraOptions].finetuning_type != "lora":
             trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
-            found["reference"] = plan.bytes_of(trained)
+            found["reference"] = memory.bytes_of(trained)
     for name, key, bits in held:
         for folder in beside.get(key, ()):
             quantization = quant.in_bits(bits, config[QuantOptions], f"{key}_quantization_bit")
@@ -447,7 +479,9 @@ def largest_row(loader, config: Config, world: World) -> int:
 def choose_recomputation(model: Decoder, loader, config: Config, world: World) -> str:
     """Tell the model what its blocks keep for the backward pass; gives a line that says so."""
     options = config[TrainOptions]
-    need = memory.need(model, largest_row(loader, config, world), config[OptimOptions].optim, world.size)
+    spread = memory.Spread.of(config[ParallelOptions], world.size, world.device)
+    tokens, optim = largest_row(loader, config, world), config[OptimOptions]
+    need = memory.need(model, tokens, optim.optim, spread, optim.optim_in_backward)
     if options.compiles:  # compiled blocks drop what is cheap by themselves or not at all
         need = replace(need, selective=need.everything)
         kind = {"backend": options.torch_compile_backend or "inductor", "mode": options.torch_compile_mode}
