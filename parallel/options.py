@@ -64,14 +64,6 @@ class ParallelOptions:
         stretched = self.cp_size > 1 and model.rope.kind == "dynamic"
         refuse(stretched, f"{dynamic}; set rope_scaling=yarn, or drop cp_size")
 
-    def describe(self, ranks: int) -> str:
-        """'fsdp of 4, tp_size=2': what is not 1."""
-        replicate, shard = self.engine(ranks)
-        words = [f"ddp of {replicate}"] * (replicate > 1) + [f"fsdp of {shard}"] * (shard > 1)
-        sizes = {"tp_size": self.tp_size, "cp_size": self.cp_size}
-        words += [f"{key}={size}" for key, size in sizes.items() if size > 1]
-        return ", ".join([*words, *(["fsdp_offload"] * self.fsdp_offload)])
-
     def shares_weights(self, ranks: int) -> bool:
         """Whether each rank holds a part of the weights."""
         return self.engine(ranks)[1] * self.tp_size > 1

@@ -82,8 +82,9 @@ class Need:
     everything: float  # per block and policy
     selective: float
     full: float
-    first: float = 0.0  # gradients that are there when the last block goes backward
+    first: float = 0.0  # gradients of the last block, which goes backward first, and of what lies behind it
     gathered: float = 0.0  # weights of which a rank has a share, while they are used
+    message: float = 0.0  # of these, what of the next block has arrived
     summed: float = 0.0  # gradients, while they are summed over ranks
     host: float = 0.0  # gradients and optimizer state that are not on the device, but in host memory
 
@@ -125,10 +126,11 @@ def need(
     blocks, outside = [spread.held(block) for block in model.layers], spread.held(model, "layers.")
     largest = max(blocks, key=bytes_of)
     mine, own = (bytes_of(tensor for tensor in each if tensor.requires_grad) for each in (outside, largest))
-    first, gathered, summed = mine + own, 0.0, 0.0
+    first, gathered, message, summed = min(mine + own, gradients), 0.0, 0.0, 0.0
     if spread.ranks > 1:
-        first, summed = own / spread.shard, max(2 * own + mine, 2 * mine)
-        gathered = bytes_of(outside) + (1 + (spread.shard > 1)) * bytes_of(largest)
+        first, summed = mine + own, max(2 * own + mine, 2 * mine)
+        message = bytes_of(largest) if spread.shard > 1 else 0.0
+        gathered = bytes_of(outside) + bytes_of(largest) + message
 
     hidden, middle = config.hidden_size, config.intermediate_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -154,8 +156,9 @@ def need(
         everything=block + copies,
         selective=block + copies - tokens * cheap * size,
         full=tokens * hidden * stream,
-        first=0.0 if spread.away else min(first, gradients),
+        first=first,
         gathered=gathered,
+        message=message,
         summed=summed,
         host=gradients + state if spread.away else 0.0,
     )

@@ -36,6 +36,7 @@ from kernels import recompute
 from lora import LoraOptions, lora_layers, replace_module
 from model import Decoder
 from options.errors import UserError, located
+from parallel.options import ParallelOptions
 from quant.linear import Format, QuantLinear, quantised_linears
 from training import memory
 
@@ -162,9 +163,16 @@ def predict_peak(
         loading["file being read"] = file_bytes
     parts |= beside or {}
     writing = parts | {"optimizer": need.optimizer, "cache of the texts": cache}
-    parts["gradients"] = need.gradients if accumulates else need.first
+    if cache and spread.shard > 1:  # every rank writes by itself (parallel.fsdp.gathered)
+        writing["gathered weights"] = memory.bytes_of(spread.held(model))
+    stay = accumulates or device.type != "cuda"  # a process does not give back what was theirs
+    parts["gradients"] = need.gradients if stay else 0.0
     parts["optimizer"] = need.optimizer
-    parts["gathered weights"], parts["gradients being summed"] = need.gathered, need.summed
+    if spread.ranks == 1:
+        parts["gradients"] = max(parts["gradients"], need.first)
+    parts["gathered weights"] = need.gathered
+    several = spread.ranks > 1  # the message of a block's gradients goes when its activations have gone
+    parts["gradients being summed"] = max(need.first, need.summed - need.everything) if several else 0.0
     below = model.config.num_layers - need.blocks  # blocks without a backward pass keep nothing
     counts = max(0, chosen.full - below), min(chosen.selective, need.blocks)
     parts["activations"] = need.activations(*counts, offload=chosen.offload is not None)
@@ -172,8 +180,10 @@ def predict_peak(
     largest = max((module.in_features * module.out_features for module in packed), default=0)
     parts["buffers"] = float(largest * model.compute_dtype.itemsize)
     block = need.block - parts["buffers"]  # there it is counted too
+    block = max(block, need.message)  # before it begins both are there, the weights and their message
     parts["head" if need.head > block else "one block's backward"] = max(need.head, block)
-    ending = parts | {"gradients": need.gradients, "activations": 0.0}  # of the first block alone
+    ending = parts | {"gradients": need.gradients, "activations": 0.0}  # the first block's end
+    ending |= {"gathered weights": need.gathered - need.message, "gradients being summed": need.summed}
     return max(parts, ending, loading, writing, key=lambda moment: sum(moment.values()))
 
 
@@ -222,6 +232,15 @@ def largest_that_fits(fits: Callable[[int], bool], most: int = 2**24) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
+
+
+def describe(options: ParallelOptions, ranks: int) -> str:
+    """'on each of 4 ranks (fsdp of 2, tp_size=2)'."""
+    sizes = dict(zip(("ddp of ", "fsdp of "), options.engine(ranks)))
+    sizes |= {"tp_size=": options.tp_size, "cp_size=": options.cp_size}
+    words = [f"{word}{size}" for word, size in sizes.items() if size > 1]
+    words += ["fsdp_offload"] * options.fsdp_offload
+    return f"on each of {ranks} ranks ({', '.join(words)})"
 
 
 def suggestion(most: int, tokens: int, rows: int) -> str:

@@ -419,7 +419,8 @@ def make_plan(inputs: Inputs) -> str:
 
     def peak_of(need: memory.Need, chosen: Plan) -> dict[str, float]:
         kind = {"cache": cache, "spread": spread, "accumulates": options.gradient_accumulation_steps > 1}
-        return plan.predict_peak(model, chosen, need, largest, device, beside, **kind)
+        here = {} if spread.away else beside
+        return plan.predict_peak(model, chosen, need, largest, device, here, **kind)
 
     available = memory.free_bytes(device)
 
@@ -431,10 +432,10 @@ def make_plan(inputs: Inputs) -> str:
     peak, bound = peak_of(need, chosen), plan.bound_speed(model, chosen, lengths, share, tokens, device)
     text = plan.report(peak, bound, available, tokens, device)
     if spread.away:
-        inside = (plan.weight_bytes(model, spread) + need.host) / plan.GIB
+        inside = (plan.weight_bytes(model, spread) + sum(beside.values()) + need.host) / plan.GIB
         text += f"\n  in host memory, for each rank: {inside:.2f} GiB of shares, gradients, optimizer state"
     if ranks > 1:
-        text = text.replace("\n", f" on each of {ranks} ranks ({shares.describe(ranks)})\n", 1)
+        text = text.replace("\n", f" {plan.describe(shares, ranks)}\n", 1)
     text += "\n" + plan.suggestion(plan.largest_that_fits(fits), tokens, options.per_device_train_batch_size)
     return f"{trained}\n{line}\n\n{text}{of_texts}"
 
