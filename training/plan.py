@@ -180,9 +180,9 @@ def predict_peak(
     largest = max((module.in_features * module.out_features for module in packed), default=0)
     parts["buffers"] = float(largest * model.compute_dtype.itemsize)
     block = need.block - parts["buffers"]  # there it is counted too
-    block = max(block, need.message)  # before it begins both are there, the weights and their message
-    parts["head" if need.head > block else "one block's backward"] = max(need.head, block)
-    ending = parts | {"gradients": need.gradients, "activations": 0.0}  # the first block's end
+    name = "head" if need.head > block else "one block's backward"
+    parts[name] = max(need.head, block, need.message)  # before it begins its weights are there twice
+    ending = parts | {"gradients": need.gradients, "activations": 0.0, name: max(need.head, block)}
     ending |= {"gathered weights": need.gathered - need.message, "gradients being summed": need.summed}
     return max(parts, ending, loading, writing, key=lambda moment: sum(moment.values()))
 
