@@ -137,6 +137,7 @@ class LoraLinear(LinearLayer):
         self.scale = alpha / math.sqrt(rank) if rslora else alpha / rank
         self.dropout_probability = dropout_probability
         self.off = False
+        self.seed = None if generator is None else generator.initial_seed()  # so that it can be made again
         self._frozen_ratio: Tensor | None = None  # (out,) fp32, see freeze_adapter
         device = next(itertools.chain(base.parameters(), base.buffers())).device
         lora_a = torch.empty(rank, self.in_features)

@@ -44,9 +44,10 @@ from training import memory, run_folder, setup
 from training.instruments import Health, MetricWindow, peak_memory_gb
 from training.measure import measure, prepare
 from training.monitor import Monitor
-from training.optimizers import make_optimizer, set_learning_rate
+from training.optimizers import make_optimizer, set_learning_rate, step_in_backward
 from training.options import OptimOptions, TrainOptions
 from training.predict import PREDICTIONS, write_predictions
+from training.probe import try_largest
 from training.run import Run
 from training.run_folder import Progress, wants_checkpoint
 from training.schedules import schedule
@@ -60,7 +61,8 @@ def main(argv: list[str]) -> int:
     try:
         config = configuration.load(argv, SECTIONS, program="train.py", description=__doc__.splitlines()[0])
         options = config[TrainOptions]
-        world = parallel.world.start(options.device, options.ddp_timeout, config[ParallelOptions])
+        spread = None if options.plan and options.plan_ranks else config[ParallelOptions]
+        world = parallel.world.start(options.device, options.ddp_timeout, spread)
         if world.device.type == "cpu":
             memory.keep_freed()
         with nullcontext() if options.plan else run_folder.lock_folder(Path(options.output_dir), world):
@@ -145,6 +147,10 @@ def train(this: Run) -> int:
         return 0
     monitor.begin(progress.step, data.total_steps, run_folder.read_history(inputs.resume), progress.seconds)
     health = Health(world, data.names)
+    if options.test_oom:
+        try_largest(this)
+    if optim_options.optim_in_backward:
+        step_in_backward(this.optimizer)
     max_norm = optim_options.max_grad_norm or 0.0
     this.model.train()
     if progress.evaluation_due and (stop := evaluate_and_track(this)):

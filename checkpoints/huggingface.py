@@ -11,7 +11,7 @@ files are put together from their parts on the way (quant/).
 
 import shutil
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -109,13 +109,16 @@ def load_model(
     cutoff_len: int | None = None,
     quantization: Format | None = None,
     norm_dtype: torch.dtype | None = None,
+    ready: Callable[[Decoder, str], None] | None = None,
 ) -> Decoder:
     """The decoder in this folder, weights in `dtype` (None = the checkpoint's own) on `device`, in eval mode.
 
     quantization: quantise the linears of the blocks while they are read; `dtype` is then that of the values
     they stand for. A checkpoint that is quantised stays in its format, but for its head. norm_dtype: that of
-    the norms' weights; None = `dtype`. rope_scaling, cutoff_len: see architectures.scale_rope. Raises
-    UserError for missing, extra, misshapen tensors, and for quantising what is quantised.
+    the norms' weights; None = `dtype`. rope_scaling, cutoff_len: see architectures.scale_rope. ready: called
+    with the name of each block as soon as all of it is on the device, and at last with "" for what lies
+    outside of them: who keeps a share alone never has to hold all of it. Raises UserError for missing,
+    extra, misshapen tensors, and for quantising what is quantised.
     """
     config = load_config(folder)
     if rope_scaling:
@@ -127,28 +130,53 @@ def load_model(
         raise UserError(f"quantization_bit: {folder} is quantised already ({method}); drop quantization_bit")
     model = Decoder(config, dtype=dtype, device="meta")
     inside = block_linears(model)
-    biases: dict[str, Tensor] = {}
     weights = stream_weights(folder, config, dtype)
     if quantization is not None:
         total = len(list(model.parameters()))
         weights = Bar(weights, "quantising", total, unit="tensor")
-    for name, value in weights:
-        owner = name.rpartition(".")[0]
-        if isinstance(value, QuantLinear) and name not in inside:  # head, embedding
-            set_parameter(model, f"{name}.weight", nn.Parameter(value.to(device).dequantize(dtype)))
-        elif isinstance(value, QuantLinear):
-            replace_module(model, name, value.to(device))
-        elif quantization is not None and owner in inside and name.endswith(".bias"):
-            biases[owner] = _own(value, dtype, device)
-        elif quantization is not None and owner in inside:
-            with located(f"{folder}: tensor {to_hf_name(config, name)}"):
-                replace_module(model, owner, quantization.quantise(value.to(device), None, dtype))
-        else:
-            chosen = norm_dtype if norm_dtype and isinstance(model.get_submodule(owner), RMSNorm) else dtype
-            set_parameter(model, name, nn.Parameter(_own(value, chosen, device)))
-    for name, bias in biases.items():
-        model.get_submodule(name).bias = nn.Parameter(bias, requires_grad=False)
+    for part, tensors in [("", weights)] if ready is None else by_blocks(model, weights):
+        biases: dict[str, Tensor] = {}
+        for name, value in tensors:
+            owner = name.rpartition(".")[0]
+            if isinstance(value, QuantLinear) and name not in inside:  # head, embedding
+                set_parameter(model, f"{name}.weight", nn.Parameter(value.to(device).dequantize(dtype)))
+            elif isinstance(value, QuantLinear):
+                replace_module(model, name, value.to(device))
+            elif quantization is not None and owner in inside and name.endswith(".bias"):
+                biases[owner] = _own(value, dtype, device)
+            elif quantization is not None and owner in inside:
+                with located(f"{folder}: tensor {to_hf_name(config, name)}"):
+                    replace_module(model, owner, quantization.quantise(value.to(device), None, dtype))
+            else:
+                norm = norm_dtype and isinstance(model.get_submodule(owner), RMSNorm)
+                moved = _own(value, norm_dtype if norm else dtype, device)
+                set_parameter(model, name, nn.Parameter(moved))
+        for name, bias in biases.items():
+            model.get_submodule(name).bias = nn.Parameter(bias, requires_grad=False)
+        if ready is not None:
+            ready(model, part)
     return model.eval()
+
+
+def by_blocks(model: Decoder, weights: Iterable) -> Iterator[tuple[str, list]]:
+    """(name of a block, its pairs of stream_weights) as soon as there are all of them; at last "" and those
+    outside of the blocks. Until then they lean on the mapped file."""
+    left: dict[str, set[str]] = {}
+    for name, _ in model.named_parameters():
+        left.setdefault(block_of(name), set()).add(name)
+    held = {part: [] for part in left}
+    for name, value in weights:
+        part = block_of(name)
+        held[part].append((name, value))
+        left[part] -= {f"{name}.weight", f"{name}.bias"} if isinstance(value, QuantLinear) else {name}
+        if part and not left[part]:
+            yield part, held.pop(part)
+    yield "", held[""]
+
+
+def block_of(name: str) -> str:
+    """The name of the block that a parameter belongs to; "" for one outside of the blocks."""
+    return ".".join(name.split(".")[:2]) if name.startswith("layers.") else ""
 
 
 def block_linears(model: Decoder) -> list[str]:

@@ -10,6 +10,7 @@ from torch import nn
 from architectures.find import ends_with, find_modules, inside, last_name
 from lora import LoraOptions, add_lora
 from options.errors import UserError, refuse
+from parallel.fsdp import whole_shape
 from quant.linear import quantised_linears
 
 
@@ -66,9 +67,10 @@ def _layer_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 def trainable_report(model: nn.Module) -> str:
     """'trainable 2,442,240 of 136,957,632 parameters (1.78 %)'; quantised weights by element."""
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trainable = sum(whole_shape(p).numel() for p in model.parameters() if p.requires_grad)
     packed = quantised_linears(model)
-    total = sum(p.numel() for name, p in model.named_parameters() if not inside(name, packed))
+    named = model.named_parameters()
+    total = sum(whole_shape(parameter).numel() for name, parameter in named if not inside(name, packed))
     for module in packed.values():
         total += module.in_features * module.out_features
         total += 0 if module.bias is None else module.out_features
@@ -79,8 +81,11 @@ def parameter_status(model: nn.Module) -> list[str]:
     """One line per parameter, and per weight that is held in codes: name, shape, dtype or bits, device,
     trained or frozen; in the model's order."""
     rows = []
+    codes = {id(number) for layer in quantised_linears(model).values() for number in layer.numbers()}
     for name, p in model.named_parameters():
-        rows.append((name, p.shape, str(p.dtype).removeprefix("torch."), p.device, p.requires_grad))
+        if id(p) in codes:  # of a sharded model
+            continue
+        rows.append((name, whole_shape(p), str(p.dtype).removeprefix("torch."), p.device, p.requires_grad))
     for name, layer in quantised_linears(model).items():
         shape = layer.out_features, layer.in_features
         rows.append((f"{name}.weight", shape, f"{layer.bits_per_weight:.3f} bits", layer.device, False))

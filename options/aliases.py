@@ -69,7 +69,7 @@ HARMLESS = {
         include_for_metrics average_tokens_across_devices prediction_loss_only eval_accumulation_steps
         eval_do_concat_batches eval_use_gather_object batch_eval_metrics save_on_each_node bf16_full_eval
         fp16_full_eval fp16_backend fp16_opt_level half_precision_backend use_ipex jit_mode_eval ddp_*
-        local_rank run_name project om_hub_token save_generation_config test_oom_error show_dataset_sample
+        local_rank run_name project om_hub_token save_generation_config show_dataset_sample
         eval_human ignore_args_error load_from_local data_shared_file_system sample_backend init_config
         restore_callback_states_from_checkpoint batching_strategy ppo_logger
         add_version lazy_tokenize print_trainable_parameters

@@ -23,43 +23,65 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from parallel.context import divide_rows
 from parallel.options import ParallelOptions
-from parallel.tensor import cut, share_of, sum_parts
+from parallel.tensor import cut, cut_block, share_of, sum_parts
 from parallel.world import World
 
 
-def distribute(model: nn.Module, world: World, options: ParallelOptions) -> None:
+class Engine:
+    """fully_shard on the mesh that the options ask for: takes a model's parts, one by one."""
+
+    def __init__(self, world: World, options: ParallelOptions):
+        self.world, self.options, self.how = world, options, None
+        replicate, self.shard = options.engine(world.size)
+        if replicate * self.shard > 1:  # else every rank has a slice of its own
+            sizes, names = (replicate, self.shard, options.tp_size), ("replicate", "shard", "tensor")
+            mesh = init_device_mesh(world.device.type, sizes, mesh_dim_names=names)
+            pinned = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
+            offload = pinned if options.fsdp_offload else OffloadPolicy()
+            mesh = mesh["replicate", "shard"] if replicate > 1 else mesh["shard"]
+            self.how = {"mesh": mesh, "offload_policy": offload}
+
+    def take_block(self, block: nn.Module) -> None:
+        """Nothing changes it from outside any more: this rank keeps its share of it."""
+        if not isinstance(block, FSDPModule):
+            cut_block(block, self.world)
+            self.take(block, self.options.fsdp_reshard_after_forward)
+
+    def take(self, module: nn.Module, reshard: bool) -> None:
+        """All of its parameters that no part of it has given yet. reshard: after each forward pass."""
+        if self.how is None:
+            return
+        parameters_from_buffers(module)
+        kept = {p for p in module.parameters() if not p.requires_grad} if self.shard == 1 else set()
+        named = module.named_parameters()
+        shares = {name: share for name, parameter in named if (share := share_of(parameter)) is not None}
+        fully_shard(module, reshard_after_forward=reshard, ignored_params=kept, **self.how)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+        module.reshards = reshard
+        for name, share in shares.items():
+            module.get_parameter(name).tensor_share = share  # the engine's parameters are new ones
+
+
+def distribute(
+    model: nn.Module, world: World, options: ParallelOptions, engine: Engine | None = None
+) -> None:
     """Hand the model's parameters to the engine, block by block; one process needs none.
 
     model: has `layers`; everything outside of them stays gathered from its forward pass to the end of the
-    backward pass, because the heads are applied outside of forward.
+    backward pass, because the heads are applied outside of forward. engine: has taken blocks already.
     """
     if world.size == 1 or isinstance(model, FSDPModule):
         return
+    engine = engine or Engine(world, options)
+    for block in model.layers:
+        engine.take_block(block)
     cut(model, world)
-    replicate, shard = options.engine(world.size)
-    if replicate * shard == 1:
-        return  # every rank has a slice of its own
-    sizes, names = (replicate, shard, options.tp_size), ("replicate", "shard", "tensor")
+    if engine.how is None:
+        return
     if world.context > 1:
         divide_rows(model, world, options.cp_mode)
-    mesh = init_device_mesh(world.device.type, sizes, mesh_dim_names=names)
-    parameters_from_buffers(model)
-    kept = {p for p in model.parameters() if not p.requires_grad} if shard == 1 else set()
-    how = {"mesh": mesh["replicate", "shard"] if replicate > 1 else mesh["shard"], "ignored_params": kept}
-    how["offload_policy"] = CPUOffloadPolicy() if options.fsdp_offload else OffloadPolicy()
-    shares = {
-        name: share_of(parameter) for name, parameter in model.named_parameters() if share_of(parameter)
-    }
-    for block in model.layers:
-        fully_shard(block, reshard_after_forward=options.fsdp_reshard_after_forward, **how)
-    fully_shard(model, reshard_after_forward=False, **how)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
-            module.reshards = module is not model and options.fsdp_reshard_after_forward
-    for name, share in shares.items():
-        model.get_parameter(name).tensor_share = share  # the engine's parameters are new ones
+    engine.take(model, reshard=False)
     model.set_reduce_scatter_unused_params(True)
 
 
@@ -69,7 +91,7 @@ def parameters_from_buffers(model: nn.Module) -> None:
         for name, buffer in list(module.named_buffers(recurse=False)):
             del module._buffers[name]
             value = buffer.reshape(1) if buffer.dim() == 0 else buffer
-            module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+            module.register_parameter(name, nn.Parameter(value.contiguous(), requires_grad=False))
 
 
 @contextmanager

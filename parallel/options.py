@@ -64,6 +64,10 @@ class ParallelOptions:
         stretched = self.cp_size > 1 and model.rope.kind == "dynamic"
         refuse(stretched, f"{dynamic}; set rope_scaling=yarn, or drop cp_size")
 
+    def shares_weights(self, ranks: int) -> bool:
+        """Whether each rank holds a part of the weights."""
+        return self.engine(ranks)[1] * self.tp_size > 1
+
     def engine(self, ranks: int) -> tuple[int, int]:
         """(replicate, shard) of the engine, whose product is the ranks that share no layer: those that share
         a row take part, because their gradients are sums too. Raises UserError."""

@@ -246,6 +246,13 @@ class BatchLoader(Loader):
             lengths = np.array([lengths[row].sum() for row in self.rows])
         return int(np.sort(lengths)[-self.rows_per_batch :].sum())
 
+    def largest(self) -> Batch:
+        """A batch of the longest rows, which an epoch's order can make."""
+        lengths = np.asarray(self.store.lengths)
+        rows = np.arange(len(lengths))[:, None] if self.rows is None else self.rows
+        longest = np.argsort([lengths[row].sum() for row in rows], kind="stable")[-self.rows_per_batch :]
+        return self.collate([self.store.example(int(i)) for unit in longest for i in rows[unit]])
+
     def most_examples(self) -> int:
         """Examples of the largest batch that an epoch's order can make."""
         if self.rows is None:

@@ -3,12 +3,14 @@
 Before the loop
     options      TrainOptions (the run), OptimOptions (optimizer and learning rate)
     setup        read(config) -> Inputs, cheap; build(inputs) -> data, model, stage, state of a checkpoint
+    weights      build_model: the weights that train, as shares where ranks share them
     make_stage   the stage with its reference and reward, from the options
     memory       what a step needs, and so how much is computed twice; plan: before any weight is read
 In the loop
     optimizers/  the file of each value of `optim`: SERVES, make(model, groups, options) -> Optimizer
     schedules    schedule(step, options, total_steps) -> multiplier of the rate, pure; rounding: of bf16
     instruments  MetricWindow, Health, peak memory
+    probe        test_oom: the largest batch before the first update
     measure      what an evaluation measures; predict: answers to its rows, and how close they come
 What it leaves
     run          Run, what train.py's functions share: saved as a checkpoint, restored, left

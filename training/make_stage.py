@@ -17,7 +17,7 @@ from lora import LoraOptions
 from model import Decoder
 from options.config import Config
 from options.errors import UserError, located, refuse
-from parallel.fsdp import distribute
+from parallel.fsdp import Engine, distribute
 from parallel.options import ParallelOptions
 from parallel.tensor import cut_linears
 from parallel.world import World
@@ -246,8 +246,7 @@ def make_reward(config: Config, model: Decoder, tokenizer: Tokenizer, world: Wor
     reward = AdapterReward(model, folder)
     spread = config[ParallelOptions]
     found = f"{folder} replaces whole tensors, of which ranks hold shares (parallel={spread.parallel})"
-    shared = spread.engine(world.size)[1] > 1 or world.tensor > 1
-    refuse(reward.whole and shared, f"reward_model: {found}; set {apart}")
+    refuse(reward.whole and spread.shares_weights(world.size), f"reward_model: {found}; set {apart}")
     if world.tensor > 1:
         cut_linears(reward.layers, world)
     return reward
@@ -269,12 +268,19 @@ def second_model(
     wanted = quant.in_bits(config.values[bits], config[QuantOptions], bits)
     scaling = None if model_options.rope_scaling == "none" else model_options.rope_scaling
     device, dtype = world.device, config[TrainOptions].compute_dtype
+    engine = Engine(world, config[ParallelOptions])
+
+    def take_block(model: Decoder, part: str) -> None:
+        if part and world.size > 1:  # at once, so that no rank holds more than its share and this block
+            engine.take_block(model.get_submodule(part).requires_grad_(False))
+
     with located(key):
         format, _ = chosen_quantization(folder, wanted)
-        second = load_model(folder, dtype, device, scaling, config[DataOptions].cutoff_len, format)
+        how = dtype, device, scaling, config[DataOptions].cutoff_len, format
+        second = load_model(folder, *how, ready=None if adapters else take_block)
         apply_adapters(second, adapters)
     second.runtime.compute_dtype, second.runtime.flash_attn = dtype, model.runtime.flash_attn
-    distribute(second.eval().requires_grad_(False), world, config[ParallelOptions])
+    distribute(second.eval().requires_grad_(False), world, config[ParallelOptions], engine)
     return second, [folder, *adapters]
 
 

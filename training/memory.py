@@ -9,23 +9,65 @@ With MHA (HD = KD = E) that is 131.6 KB per token and block of a 7B model in bf1
 cheap to make again. Under fp16 the residual stream counts twice, being fp32. To it come gradients, optimizer
 state, one block's backward pass, the loss, and the dense weight that quantised layers are used through. The
 numbers are estimates on the safe side (tests compare them with what torch keeps); a wrong one costs time.
+
+Of many ranks each counts for itself. A rank's share of weights, gradients and optimizer state is 1 / shard,
+its rows are 1 / context of a micro-batch's, and model.config and the layers tell of its slices already
+(parallel/tensor.py). What torch's engine holds for a moment comes to it, W_b and G_b being the bytes of the
+largest block and of what trains in it, W_o and G_o those outside of the blocks:
+
+    gathered   W_o + 2 W_b     the block at work and its neighbour's message; without shards what trains
+    summed     2 G_b + G_o     a block's gradients and the message of them; or at the end 2 G_o
 """
 
 import ctypes
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 
 from kernels.recompute import CudaTransfers, Offload, Plan
 from lora import lora_layers
 from model import Decoder
 from options.limits import free_host_bytes
+from parallel.options import ParallelOptions
 from quant.linear import quantised_linears
 from training.optimizers import state_per_byte
 
 LOGIT_BYTES = 2 * 256 * 2**20  # two buffers of the chunked loss at its largest
 RESERVE_BYTES = 2**29  # workspaces of cuBLAS and NCCL, and what the allocator rounds up
 SLACK = 1.05  # of everything that is estimated
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Among how many ranks a run divides what."""
+
+    ranks: int = 1  # of the engine
+    shard: int = 1  # of these hold the weights between them
+    context: int = 1  # ranks that hold each row of tokens between them
+    away: bool = False  # shares, gradients and optimizer state are in host memory, the model on a GPU
+
+    @classmethod
+    def of(cls, options: ParallelOptions, ranks: int, device: torch.device) -> "Spread":
+        replicate, shard = options.engine(ranks)
+        return cls(replicate * shard, shard, options.cp_size, options.fsdp_offload and device.type == "cuda")
+
+    def share(self, tensors: Iterable[Tensor]) -> float:
+        """Bytes of a rank's shares of these: whole rows, of which the last ranks may have padding."""
+        rows = ((len(t) if t.dim() else 1, t.numel() * t.element_size()) for t in tensors if t.numel())
+        return float(sum(-(-count // self.shard) * (size // count) for count, size in rows))
+
+    def held(self, module: nn.Module, prefix: str = "") -> list[Tensor]:
+        """What the engine has of a module: all of it, without shards what trains."""
+        tensors = itertools.chain(module.named_parameters(), module.named_buffers())
+        inside = (tensor for name, tensor in tensors if not (prefix and name.startswith(prefix)))
+        return [tensor for tensor in inside if self.shard > 1 or tensor.requires_grad]
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> float:
+    return float(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
 
 
 @dataclass(frozen=True)
@@ -40,10 +82,15 @@ class Need:
     everything: float  # per block and policy
     selective: float
     full: float
+    first: float = 0.0  # gradients of the last block, which goes backward first, and of what lies behind it
+    gathered: float = 0.0  # weights of which a rank has a share, while they are used
+    message: float = 0.0  # of these, what of the next block has arrived
+    summed: float = 0.0  # gradients, while they are summed over ranks
+    host: float = 0.0  # gradients and optimizer state that are not on the device, but in host memory
 
     @property
     def fixed(self) -> float:
-        return self.gradients + self.optimizer + self.head + self.block
+        return self.gradients + self.optimizer + self.head + self.block + self.gathered + self.summed
 
     def activations(self, full: int, selective: int, offload: bool = False) -> float:
         """Bytes kept at the end of the forward pass, or when the last block runs again, if these are more."""
@@ -57,11 +104,33 @@ class Need:
         return SLACK * (self.fixed + self.activations(full, selective, offload)) + RESERVE_BYTES
 
 
-def need(model: Decoder, tokens: int, optimizer: str = "adamw_torch", ranks: int = 1) -> Need:
-    """What a micro-batch of `tokens` takes at most. optimizer: its name among the options."""
+def need(
+    model: Decoder,
+    tokens: int,
+    optimizer: str = "adamw_torch",
+    spread: Spread | None = None,
+    in_backward: bool = False,
+) -> Need:
+    """What a micro-batch of `tokens` takes at most, on each rank. optimizer: its name among the options.
+    model: may be sharded, or an outline that shall be. in_backward: optim_in_backward."""
+    spread = spread or Spread()
+    tokens = -(-tokens // spread.context)
     config, compute, size = model.config, model.compute_dtype, model.compute_dtype.itemsize
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    gradients = sum(parameter.numel() * parameter.element_size() for parameter in trained)
+    gradients = spread.share(trained)
+    state = gradients * state_per_byte(optimizer)
+    if in_backward:  # one at a time
+        gradients = max(
+            spread.share([parameter]) for parameter in model.parameters() if parameter.requires_grad
+        )
+    blocks, outside = [spread.held(block) for block in model.layers], spread.held(model, "layers.")
+    largest = max(blocks, key=bytes_of)
+    mine, own = (bytes_of(tensor for tensor in each if tensor.requires_grad) for each in (outside, largest))
+    first, gathered, message, summed = min(mine + own, gradients), 0.0, 0.0, 0.0
+    if spread.ranks > 1:
+        first, summed = mine + own, max(2 * own + mine, 2 * mine)
+        message = bytes_of(largest) if spread.shard > 1 else 0.0
+        gathered = bytes_of(outside) + bytes_of(largest) + message
 
     hidden, middle = config.hidden_size, config.intermediate_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -80,13 +149,18 @@ def need(model: Decoder, tokens: int, optimizer: str = "adamw_torch", ranks: int
     values = 8 * tokens * hidden if model.v_head is not None else 0  # its rows in fp32, and their gradient
     return Need(
         blocks=config.num_layers - first_trained(model),
-        gradients=gradients * (2 if ranks > 1 else 1),
-        optimizer=gradients * state_per_byte(optimizer),
+        gradients=0.0 if spread.away else gradients,
+        optimizer=0.0 if spread.away else state,
         head=head_rows + logits + trained_head + narrow_head + values,
         block=block + _shared_weight(model, size),
         everything=block + copies,
         selective=block + copies - tokens * cheap * size,
         full=tokens * hidden * stream,
+        first=first,
+        gathered=gathered,
+        message=message,
+        summed=summed,
+        host=gradients + state if spread.away else 0.0,
     )
 
 

@@ -75,7 +75,13 @@ class TrainOptions:
     torch_compile_backend: str | None = option(None, "backend of torch.compile (inductor); turns it on")
     torch_compile_mode: str | None = option(None, "mode of inductor, as max-autotune; turns it on too")
     neftune_noise_alpha: float | None = option(None, "noise on embeddings, about 5", also="neftune_alpha")
+    test_oom: bool = option(
+        False,
+        "try the largest batch before the first update, to run out of memory now",
+        also="test_oom_error",
+    )
     plan: bool = option(False, "print the predicted memory and bound on tokens/s, read no weights, and end")
+    plan_ranks: int | None = option(None, "plan for so many ranks, which nobody starts", when="plan=true")
     train_from_scratch: bool = option(False, "random weights; the folder gives config.json and tokenizer")
     seed: int = option(42, "seed of adapters, dropout and, without data_seed, of the data order")
     tf32: bool | None = option(None, "fp32 matrices multiply in TF32 (10 bits) on a GPU", RESUMABLE)
@@ -262,6 +268,9 @@ class OptimOptions:
     max_grad_norm: float | None = option(
         1.0, "gradients are scaled down to this total norm; 0 = not at all", COMMON
     )
+    optim_in_backward: bool = option(
+        False, "update each tensor as soon as its gradient is there: no memory for gradients; one process"
+    )
     lr_scheduler_type: Literal[*SCHEDULE_KEYS] = option(
         "linear", "shape of the learning rate; constant has no warm-up", COMMON, also="lr_scheduler"
     )
@@ -275,6 +284,10 @@ class OptimOptions:
         finite = "learning_rate weight_decay adam_epsilon max_grad_norm warmup_steps"
         require(self, finite, lambda number: 0 <= number < math.inf, "is not a finite number of at least 0")
         require(self, "adam_beta1 adam_beta2", lambda beta: 0 <= beta < 1, "is not in [0, 1)")
+        clipped = (
+            f"max_grad_norm: {self.max_grad_norm}, but optim_in_backward never has all gradients at once"
+        )
+        refuse(self.optim_in_backward and self.max_grad_norm, f"{clipped}; set max_grad_norm=0, or drop it")
         steps = self.warmup_steps
         share = "is not in [0, 1]; warmup_steps counts updates"
         require(self, "warmup_ratio", lambda ratio: 0 <= ratio <= 1, share)

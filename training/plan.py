@@ -36,6 +36,7 @@ from kernels import recompute
 from lora import LoraOptions, lora_layers, replace_module
 from model import Decoder
 from options.errors import UserError, located
+from parallel.options import ParallelOptions
 from quant.linear import Format, QuantLinear, quantised_linears
 from training import memory
 
@@ -134,22 +135,44 @@ def _sizes_in_files(folder: Path) -> dict[str, int]:
 
 
 def predict_peak(
-    model: Decoder, chosen: recompute.Plan, need: memory.Need, file_bytes, device, beside=None, *, cache=0.0
+    model: Decoder,
+    chosen: recompute.Plan,
+    need: memory.Need,
+    file_bytes,
+    device,
+    beside=None,
+    *,
+    cache=0.0,
+    spread: memory.Spread | None = None,
+    accumulates=False,
 ) -> dict[str, float]:
     """-> bytes by part at the fullest moment of a run. model: the skeleton, prepared as for training; chosen,
     need: of memory.plan and memory.need; file_bytes: of the largest file of weights; beside: bytes of other
     models that are held (reference, reward); cache: cache_bytes of a stage that writes texts, which it does
-    between its updates."""
+    between its updates; spread: then all of it is of each rank, on its device; accumulates: gradients stay
+    from one micro-batch to the next, else they come as the activations go."""
+    spread = spread or memory.Spread()
     parts = {} if device.type == "cuda" else {"process": float(resident_bytes())}
-    trained = bytes_of(p for p in model.parameters() if p.requires_grad)
-    parts["weights"] = weight_bytes(model) - trained
-    parts["adapters" if lora_layers(model) else "trained weights"] = trained
+    trained, fixed = resident(model, spread)
+    parts["weights"] = 0.0 if spread.away else fixed
+    parts["adapters" if lora_layers(model) else "trained weights"] = 0.0 if spread.away else trained
     loading = dict(parts)
+    if spread.shard > 1:
+        loading["block being read"] = max(memory.bytes_of(spread.held(block)) for block in model.layers)
     if device.type != "cuda":  # the pages of the mapped file that have been read count until it is closed
         loading["file being read"] = file_bytes
     parts |= beside or {}
     writing = parts | {"optimizer": need.optimizer, "cache of the texts": cache}
-    parts["gradients"], parts["optimizer"] = need.gradients, need.optimizer
+    if cache and spread.shard > 1:  # every rank writes by itself (parallel.fsdp.gathered)
+        writing["gathered weights"] = memory.bytes_of(spread.held(model))
+    stay = accumulates or device.type != "cuda"  # a process does not give back what was theirs
+    parts["gradients"] = need.gradients if stay else 0.0
+    parts["optimizer"] = need.optimizer
+    if spread.ranks == 1:
+        parts["gradients"] = max(parts["gradients"], need.first)
+    parts["gathered weights"] = need.gathered
+    several = spread.ranks > 1  # the message of a block's gradients goes when its activations have gone
+    parts["gradients being summed"] = max(need.first, need.summed - need.everything) if several else 0.0
     below = model.config.num_layers - need.blocks  # blocks without a backward pass keep nothing
     counts = max(0, chosen.full - below), min(chosen.selective, need.blocks)
     parts["activations"] = need.activations(*counts, offload=chosen.offload is not None)
@@ -157,8 +180,11 @@ def predict_peak(
     largest = max((module.in_features * module.out_features for module in packed), default=0)
     parts["buffers"] = float(largest * model.compute_dtype.itemsize)
     block = need.block - parts["buffers"]  # there it is counted too
-    parts["head" if need.head > block else "one block's backward"] = max(need.head, block)
-    return max(parts, loading, writing, key=lambda moment: sum(moment.values()))
+    name = "head" if need.head > block else "one block's backward"
+    parts[name] = max(need.head, block, need.message)  # before it begins its weights are there twice
+    ending = parts | {"gradients": need.gradients, "activations": 0.0, name: max(need.head, block)}
+    ending |= {"gathered weights": need.gathered - need.message, "gradients being summed": need.summed}
+    return max(parts, ending, loading, writing, key=lambda moment: sum(moment.values()))
 
 
 def cache_bytes(config: ModelConfig, texts: int, prompt: int, new: int, size: int) -> float:
@@ -184,14 +210,46 @@ def largest_file(folder: Path, model: Decoder) -> float:
     return weight_bytes(model) / max(files, 1)
 
 
-def weight_bytes(model: Decoder) -> float:
-    """Of all parameters and quantised layers."""
-    packed = (module for module in model.modules() if isinstance(module, QuantLinear))
-    return bytes_of(model.parameters()) + sum(module.storage_bytes for module in packed)
+def weight_bytes(model: Decoder, spread: memory.Spread | None = None) -> float:
+    """Of all parameters and quantised layers, on each rank."""
+    return sum(resident(model, spread or memory.Spread()))
 
 
-def bytes_of(parameters) -> float:
-    return float(sum(p.numel() * p.element_size() for p in parameters))
+def resident(model: Decoder, spread: memory.Spread) -> tuple[float, float]:
+    """Bytes that a rank holds between steps of what trains, and of what does not: parameters and codes."""
+    tensors = [*model.parameters(), *model.buffers()]
+    trained = spread.share(tensor for tensor in tensors if tensor.requires_grad)
+    return trained, spread.share(tensor for tensor in tensors if not tensor.requires_grad)
+
+
+def largest_that_fits(fits: Callable[[int], bool], most: int = 2**24) -> int:
+    """The most tokens of a micro-batch for which `fits` is true, in steps of one part in 64; 0 for none."""
+    low, high = 0, 64
+    while high < most and fits(high):
+        low, high = high, 2 * high
+    step = max(1, low // 64)
+    while high - low > step:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def describe(options: ParallelOptions, ranks: int) -> str:
+    """'on each of 4 ranks (fsdp of 2, tp_size=2)'."""
+    sizes = dict(zip(("ddp of ", "fsdp of "), options.engine(ranks)))
+    sizes |= {"tp_size=": options.tp_size, "cp_size=": options.cp_size}
+    words = [f"{word}{size}" for word, size in sizes.items() if size > 1]
+    words += ["fsdp_offload"] * options.fsdp_offload
+    return f"on each of {ranks} ranks ({', '.join(words)})"
+
+
+def suggestion(most: int, tokens: int, rows: int) -> str:
+    """What to set, where so many tokens of a micro-batch fit, which has these tokens and rows now."""
+    longest = -(-tokens // rows)
+    if most < longest:
+        return f"  at most {most:,} tokens fit: lower cutoff_len, or set more ranks, fsdp, or fewer bits"
+    sizes = f"per_device_train_batch_size={most // longest} as the rows are, or cutoff_len={most // rows}"
+    return f"  at most {most:,} tokens fit: {sizes} at {rows} rows"
 
 
 def resident_bytes() -> int:

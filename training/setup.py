@@ -17,30 +17,22 @@ import torch
 import kernels
 import quant
 from architectures.config import ModelConfig, scale_rope
-from architectures.layers import RMSNorm
 from checkpoints.hub import ModelOptions, resolve_adapters, resolve_model
-from checkpoints.huggingface import (
-    chosen_quantization,
-    gather_trained,
-    load_config,
-    load_model,
-    random_model,
-    save_tokenizer,
-    save_trained,
-)
-from checkpoints.peft import prepare_adapters, read_adapter_config
+from checkpoints.huggingface import gather_trained, load_config, save_tokenizer, save_trained
+from checkpoints.peft import read_adapter_config
 from checkpoints.source import RUN_CONFIG, check_adapters, is_adapter, tokenizer_folder
 from checkpoints.trainable import freeze, parameter_status, trainable_report
-from checkpoints.value_head import ValueHead, has_value_head, load_value_head
 from data import DataOptions, Prepared, load_datasets
 from generation.generate import context_limit
 from generation.sampling import GenerateOptions
+from kernels.recompute import Plan
 from lora import LoraOptions, adapted_names
 from model import Decoder
 from options.config import Config
 from options.errors import UserError, refuse
 from parallel.fsdp import distribute
 from parallel.options import ParallelOptions
+from parallel.tensor import cut
 from parallel.world import World
 from pipeline.batch import ROW_MULTIPLE, BatchLoader, StreamingLoader
 from pipeline.report import describe_example
@@ -73,6 +65,7 @@ from training.measure import check_metric
 from training.options import OptimOptions, TrainOptions
 from training.predict import Predictor, ScorePredictor, TextPredictor
 from training.trackers import check_services
+from training.weights import build_model
 
 SECTIONS = [
     *(TrainOptions, ModelOptions, QuantOptions, DataOptions, TemplateOptions, LoraOptions, OptimOptions),
@@ -80,7 +73,6 @@ SECTIONS = [
     *(PPOOptions, GenerateOptions, ParallelOptions),
 ]
 NO_TRAINING_SET = {"dataset": (), "interleave_probs": (), "mix_strategy": "concat"}
-HEAD_START = 0.1  # share of trl's random start of a value head; see start_value_head
 
 
 @dataclass(frozen=True)
@@ -143,6 +135,9 @@ def read(config: Config, world: World) -> Inputs:
     if options.tf32 is not None:
         torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
     kernels.require_attention(config[ModelOptions].flash_attn, world.device, options.compute_dtype)
+    alone = "optim_in_backward: gradients of several ranks are summed behind the backward pass; drop it"
+    ranks = options.plan_ranks or world.size
+    refuse(config[OptimOptions].optim_in_backward and ranks > 1, f"{alone} (parallel=fsdp shares gradients)")
     if options.trains and not options.plan:
         run_folder.require_common_disk(Path(options.output_dir), world)
     resume, source = find_start(config, world)
@@ -377,63 +372,6 @@ def make_predictor(inputs: Inputs, prepared: Prepared) -> Predictor | None:
     return None
 
 
-def build_model(config: Config, source: Path, world: World, own: dict | None = None) -> Decoder:
-    """Weights on the device, in the dtypes that the precision options ask for, with what trains marked.
-
-    own: takes up the base's values of what a given adapter trains in full, for the reference.
-    """
-    options, model_options, lora_options = config[TrainOptions], config[ModelOptions], config[LoraOptions]
-    compute = options.compute_dtype
-    frozen = compute if lora_options.finetuning_type == "lora" or options.pure_bf16 else torch.float32
-    trained = torch.bfloat16 if options.pure_bf16 else torch.float32
-    if options.plan:
-        asked = quant.from_options(config[QuantOptions]), model_options.hf_hub_token
-        model = plan.skeleton(source, load_config(source), frozen, *asked)
-    elif options.train_from_scratch:
-        model = random_model(source, frozen, world.device, options.seed)
-    else:
-        scaling = None if model_options.rope_scaling == "none" else model_options.rope_scaling
-        cutoff_len = config[DataOptions].cutoff_len
-        quantization, notice = chosen_quantization(source, quant.from_options(config[QuantOptions]))
-        if notice is not None:
-            world.print(f"note: {notice}")
-        norms = torch.float32 if options.upcast_layernorm is not False else None
-        model = load_model(source, frozen, world.device, scaling, cutoff_len, quantization, norms)
-    wide_norms = quantised_linears(model) if options.upcast_layernorm is None else options.upcast_layernorm
-    norms = {id(module.weight) for module in model.modules() if wide_norms and isinstance(module, RMSNorm)}
-    if lora_options.lora_dropout and not STAGES[options.stage].uses_dropout:
-        unused = f"lora_dropout {lora_options.lora_dropout:g} is not used: stage {options.stage}"
-        world.print(f"note: {unused} compares log-probabilities, to which dropout would add noise")
-        lora_options = replace(lora_options, lora_dropout=0.0)
-    generator = torch.Generator().manual_seed(options.seed)
-    adapters = resolve_adapters(model_options, wanted_files(config))
-    name = model_options.model_name_or_path
-    for folder in adapters:
-        base = read_adapter_config(folder).get("base_model_name_or_path") or ""
-        if base and Path(base).name != Path(name).name:  # the same model may lie in several places
-            world.print(f"note: the adapter {folder} was trained on {base}, and lies on {name} here")
-    if options.plan:
-        adapters, lora_options = plan.without_weights(model, adapters, lora_options)
-    replaced = prepare_adapters(model, adapters, lora_options, generator, trained)
-    if own is not None:
-        own |= replaced
-    for parameter in model.parameters():
-        # frozen weights in the compute dtype, trained ones in full precision
-        if id(parameter) not in norms:
-            parameter.data = parameter.data.to(trained if parameter.requires_grad else compute)
-    if STAGES[options.stage].has_value_head:
-        if options.stage == "rm" and not options.trains:  # else scores would be those of a random head
-            folder = (adapters or [source])[-1]
-            missing = f"there is no value_head.safetensors in {folder}, so scores would be random"
-            remedy = "name a reward model as adapter_name_or_path or model_name_or_path, or train one"
-            refuse(not has_value_head(folder), f"do_train: false, but {missing}; {remedy}")
-        model.v_head = start_value_head(model, source, adapters, generator, world)
-    model.runtime.compute_dtype = compute
-    model.runtime.flash_attn = kernels.require_attention(model_options.flash_attn, world.device, compute)
-    model.runtime.embedding_noise = options.neftune_noise_alpha or 0.0
-    return model
-
-
 def describe_model(config: Config, model: Decoder, world: World) -> str:
     """What trains, what is quantised, and which kernels serve it."""
     status = parameter_status(model) if config[LoraOptions].print_param_status else []
@@ -442,35 +380,27 @@ def describe_model(config: Config, model: Decoder, world: World) -> str:
     return "\n".join([*status, trainable_report(model), *quantised, chosen])
 
 
-def start_value_head(
-    model: Decoder, source: Path, adapters: list[Path], generator: torch.Generator, world: World
-) -> ValueHead:
-    """That of a reward model, where one lies beside the last adapter, or beside the model if there is none.
-
-    Else a tenth of trl's random start: hidden states are long vectors, so with the whole of it the values of
-    a pair would differ by noise of about 1, which takes a hundred updates to unlearn.
-    """
-    head = ValueHead(model.config.hidden_size, world.device, generator)
-    for parameter in head.parameters():
-        parameter.data.mul_(HEAD_START)
-    folder = (adapters or [source])[-1]
-    if has_value_head(folder):
-        load_value_head(head, folder)
-        world.print(f"the value head starts from {folder}")
-    return head
-
-
 def make_plan(inputs: Inputs) -> str:
     """What the run would take, without its weights; see plan.py."""
     config, options, world, data = inputs.config, inputs.options, inputs.world, load_data(inputs)
     loader, device = data.loader, inputs.world.device
     refuse(loader is None, "plan: there is nothing to plan without training; drop plan, or do_eval")
     model = build_model(config, inputs.source, world)
-    beside = bytes_beside(config, model)
-    free = memory.free_bytes(device) - plan.weight_bytes(model) - sum(beside.values())
+    shares = config[ParallelOptions]
+    ranks = options.plan_ranks or world.size
+    spread = memory.Spread.of(shares, ranks, device)
+    cut(model, replace(world, size=ranks, tensor=shares.tp_size, groups={"tensor": None}))
+    trained = trainable_report(model)
+    beside = {name: size / spread.shard for name, size in bytes_beside(config, model).items()}
+    held = 0.0 if spread.away else plan.weight_bytes(model, spread) + sum(beside.values())
+    free, optim = memory.free_bytes(device) - held, config[OptimOptions]
     tokens = largest_row(loader, config, world)
-    need = memory.need(model, tokens, config[OptimOptions].optim, world.size)
-    chosen, line = memory.plan(options.recomputation, need, model.config.num_layers, device, free)
+
+    def decided(tokens: int) -> tuple[memory.Need, Plan, str]:
+        need = memory.need(model, tokens, optim.optim, spread, optim.optim_in_backward)
+        return need, *memory.plan(options.recomputation, need, model.config.num_layers, device, free)
+
+    need, chosen, line = decided(tokens)
     lengths, share, rows = np.full(1, config[DataOptions].cutoff_len), 1.0, data.prepared.train
     if isinstance(rows, ExampleStore):
         lengths, share = rows.segment_lengths, rows.trained_share
@@ -484,10 +414,28 @@ def make_plan(inputs: Inputs) -> str:
         time = "the time in which the model writes the texts that it learns"
         of_texts = f"\n  (of the updates; to it comes {time} {written}"
     largest = 0.0 if options.train_from_scratch else plan.largest_file(inputs.source, model)
-    peak = plan.predict_peak(model, chosen, need, largest, device, beside, cache=cache)
-    bound = plan.bound_speed(model, chosen, lengths, share, tokens, device)
-    text = plan.report(peak, bound, memory.free_bytes(device), tokens, device)
-    return f"{trainable_report(model)}\n{line}\n\n{text}{of_texts}"
+
+    def peak_of(need: memory.Need, chosen: Plan) -> dict[str, float]:
+        kind = {"cache": cache, "spread": spread, "accumulates": options.gradient_accumulation_steps > 1}
+        here = {} if spread.away else beside
+        return plan.predict_peak(model, chosen, need, largest, device, here, **kind)
+
+    available = memory.free_bytes(device)
+
+    def fits(tokens: int) -> bool:
+        need, chosen, _ = decided(tokens)
+        peak = peak_of(need, chosen)
+        return sum(peak.values()) - peak.get("process", 0.0) <= available
+
+    peak, bound = peak_of(need, chosen), plan.bound_speed(model, chosen, lengths, share, tokens, device)
+    text = plan.report(peak, bound, available, tokens, device)
+    if spread.away:
+        inside = (plan.weight_bytes(model, spread) + sum(beside.values()) + need.host) / plan.GIB
+        text += f"\n  in host memory, for each rank: {inside:.2f} GiB of shares, gradients, optimizer state"
+    if ranks > 1:
+        text = text.replace("\n", f" {plan.describe(shares, ranks)}\n", 1)
+    text += "\n" + plan.suggestion(plan.largest_that_fits(fits), tokens, options.per_device_train_batch_size)
+    return f"{trained}\n{line}\n\n{text}{of_texts}"
 
 
 def bytes_beside(config: Config, model: Decoder) -> dict[str, float]:
@@ -502,7 +450,7 @@ def bytes_beside(config: Config, model: Decoder) -> dict[str, float]:
         held.append(("reference", "ref_model", config[ReferenceOptions].ref_model_quantization_bit))
         if "ref_model" not in beside and config[LoraOptions].finetuning_type != "lora":
             trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
-            found["reference"] = plan.bytes_of(trained)
+            found["reference"] = memory.bytes_of(trained)
     for name, key, bits in held:
         for folder in beside.get(key, ()):
             quantization = quant.in_bits(bits, config[QuantOptions], f"{key}_quantization_bit")
@@ -530,7 +478,9 @@ def largest_row(loader, config: Config, world: World) -> int:
 def choose_recomputation(model: Decoder, loader, config: Config, world: World) -> str:
     """Tell the model what its blocks keep for the backward pass; gives a line that says so."""
     options = config[TrainOptions]
-    need = memory.need(model, largest_row(loader, config, world), config[OptimOptions].optim, world.size)
+    spread = memory.Spread.of(config[ParallelOptions], world.size, world.device)
+    tokens, optim = largest_row(loader, config, world), config[OptimOptions]
+    need = memory.need(model, tokens, optim.optim, spread, optim.optim_in_backward)
     if options.compiles:  # compiled blocks drop what is cheap by themselves or not at all
         need = replace(need, selective=need.everything)
         kind = {"backend": options.torch_compile_backend or "inductor", "mode": options.torch_compile_mode}

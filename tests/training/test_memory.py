@@ -96,7 +96,8 @@ def test_memory_grows_with_the_tokens_of_a_micro_batch_and_with_what_is_trained(
     assert memory.need(large("full"), 2048, "sgd").fixed < full.fixed - 7.9 * weights
     copies = (full.everything - memory.need(lora_7b, 2048).everything) * 32
     assert copies == pytest.approx(2 * weights, rel=0.1)  # the blocks' weights in bf16 beside the fp32 ones
-    assert memory.need(lora_7b, 2048, ranks=2).fixed > memory.need(lora_7b, 2048).fixed
+    two = memory.Spread(ranks=2)
+    assert memory.need(lora_7b, 2048, spread=two).fixed > memory.need(lora_7b, 2048).fixed
 
 
 def test_blocks_without_a_backward_pass_keep_nothing():

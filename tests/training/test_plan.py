@@ -29,6 +29,7 @@ from generation.sampling import GenerateOptions
 from kernels.recompute import Plan
 from lora import LoraOptions
 from model import Decoder
+from parallel.options import ParallelOptions
 from quant import QuantOptions
 from quant.linear import QuantLinear
 from tests.training.test_memory import LLAMA_7B
@@ -140,7 +141,7 @@ def test_the_buffer_of_quantised_layers_counts_once(tiny):
     need = dataclasses.replace(memory.need(model, 64), head=0.0)
     peak = plan.predict_peak(model, Plan(), need, file_bytes=0.0, device=torch.device("cuda"))
     assert peak["buffers"] == 128 * 192 * 4
-    states = plan.weight_bytes(model) + need.gradients + need.optimizer
+    states = plan.weight_bytes(model) + need.first + need.optimizer
     assert sum(peak.values()) == states + need.activations(0, 0) + need.block
 
 
@@ -341,3 +342,60 @@ def test_a_hub_that_drips_is_not_waited_for(tiny, monkeypatch, capsys):
     with hub_of({"codes": folder}, monkeypatch, {"model.safetensors": (b"\0" * 99_999, 0.02)}):
         assert tiny.train("planned", model_name_or_path="owner/codes", plan="true") == 2
     assert "model.safetensors: not there after 0.3 seconds" in capsys.readouterr().err
+
+
+def test_70b_in_4_bits_trains_on_two_gpus_of_24_gib_with_shares_in_host_memory(tmp_path):
+    """By arithmetic, from config.json alone."""
+    sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "vocab_size": 128256}
+    heads = {"num_attention_heads": 64, "num_key_value_heads": 8, "dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_7B | sizes | heads))
+    codes = quant.from_options(QuantOptions(4))
+    model = plan.skeleton(tmp_path, load_config(tmp_path), torch.bfloat16, codes)
+    trainable.prepare_trainable(model, LoraOptions(lora_rank=16))
+    model.runtime.compute_dtype = torch.bfloat16
+    numbers = plan.weight_bytes(model)
+    assert 38e9 < numbers < 42e9  # 68.5e9 numbers of 4.13 bits, embedding and head of 16
+    gpu, room = torch.device("cuda"), 24 * 2**30
+    total, host = {}, {}
+    for away in (False, True):
+        spread = memory.Spread.of(ParallelOptions(parallel="fsdp", fsdp_offload=away), 2, gpu)
+        held = 0.0 if away else plan.weight_bytes(model, spread)
+        need = memory.need(model, 2048, spread=spread)
+        full, selective = memory.choose(need, room - held)
+        peak = plan.predict_peak(model, Plan(full, selective), need, 0.0, gpu, spread=spread)
+        total[away], host[away] = sum(peak.values()), plan.weight_bytes(model, spread) + need.host
+    assert total[True] < room < total[False]
+    assert numbers / 2 < host[True] < 24e9  # the shares, and what trains of them three times more
+    assert plan.weight_bytes(model, spread) == pytest.approx(numbers / 2, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"parallel": "fsdp", "plan_ranks": 4}, "on each of 4 ranks (fsdp of 4)"),
+        ({"parallel": "hsdp", "dp_shard_size": 2, "plan_ranks": 4}, "4 ranks (ddp of 2, fsdp of 2)"),
+        ({"parallel": "fsdp", "tp_size": 2, "plan_ranks": 4}, "4 ranks (fsdp of 2, tp_size=2)"),
+        ({"cp_size": 2, "plan_ranks": 2}, "on each of 2 ranks (ddp of 2, cp_size=2)"),
+    ],
+)
+def test_a_plan_of_many_ranks_counts_one_of_them(tiny, capsys, keys, words):
+    def weights(**keys) -> tuple[float, str]:
+        capsys.readouterr()
+        assert (
+            tiny.train("planned", plan=True, finetuning_type="full", model_name_or_path=folder, **keys) == 0
+        )
+        said = capsys.readouterr().out
+        (line,) = [line for line in said.splitlines() if line.strip().startswith("trained weights")]
+        return float(line.split()[2]), said
+
+    folder = tiny.make_model("planned", seed=1, hidden_size=512, intermediate_size=4096, head_dim=128)
+    (alone, _), (mine, said) = weights(), weights(**keys)
+    assert words in said and "tokens fit: per_device_train_batch_size=" in said
+    share = {"fsdp": 4, "hsdp": 2}.get(keys.get("parallel"), 1)
+    assert mine == pytest.approx(alone / share, abs=0.012)
+
+
+def test_the_most_tokens_that_fit_are_found():
+    for most in (0, 63, 64, 1000, 123456):
+        found = plan.largest_that_fits(lambda tokens, most=most: tokens <= most)
+        assert (most - most / 32 - 1 <= found <= most) or (most < 64 and found <= most)

@@ -114,6 +114,19 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], fold
         bitsandbytes.page_again(optimizer)
 
 
+def step_in_backward(optimizer: torch.optim.Optimizer) -> None:
+    """From now on each parameter is updated within the backward pass, as soon as its gradient is complete,
+    which is then forgotten: no more than one gradient is there at a time."""
+
+    def update(parameter: torch.Tensor) -> None:
+        optimizer.step()  # the others have no gradient, and are passed over
+        parameter.grad = None
+
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.register_post_accumulate_grad_hook(update)
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, multiplier: float) -> None:
     """Every group's rate = its own peak rate * multiplier (groups may differ in their peak)."""
     for group in optimizer.param_groups:
