@@ -126,17 +126,6 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def number_of_share(tensor: Tensor) -> int:
-    """Which share of a tensor this rank holds; 0 where it has all."""
-    if not isinstance(tensor, DTensor):
-        return 0
-    places = zip(tensor.device_mesh.get_coordinate(), tensor.device_mesh.shape, tensor.placements)
-    number = 0
-    for place, size, placement in places:
-        number = number * size + place if placement.is_shard() else number
-    return number
-
-
 def settle(model: nn.Module) -> None:
     """Back to shares: what lies outside of the blocks stays gathered after a forward pass alone, and whoever
     reads or writes parameters then would have a copy. All ranks call it."""

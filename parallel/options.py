@@ -42,28 +42,6 @@ class ParallelOptions:
         refuse(ranks % both > 0, f"tp_size: times cp_size it is {both}, which does not divide {ranks} ranks")
         return ranks // both
 
-    def check_model(self, model, name: str) -> None:
-        """UserError where ranks cannot share the layers or the rows of this model (a ModelConfig)."""
-        counts = model.num_heads, model.num_kv_heads, model.intermediate_size
-        fit = ", ".join(str(each) for each in range(2, counts[1] + 1) if not any(n % each for n in counts))
-        found = "{} heads, {} key and value heads and an MLP of {}".format(*counts)
-        uneven = any(count % self.tp_size for count in counts)
-        has = f"tp_size: {self.tp_size} does not divide {found}, as {name} has"
-        refuse(uneven, f"{has} ({fit or 'nothing else'} would); set such a size")
-        kinds = {kind for layer in range(model.num_layers) for kind in model.kinds(layer)}
-        others = ", ".join(kinds - {"attention", "mlp"})
-        refuse(
-            self.tp_size > 1 and others, f"tp_size: it cuts attention and mlp, {name} has {others}; drop it"
-        )
-        heads = model.num_kv_heads // self.tp_size
-        fit = ", ".join(str(size) for size in range(2, heads + 1) if heads % size == 0) or "no other"
-        found = f"cp_size: {self.cp_size} does not divide the {heads} key and value heads of {name}"
-        uneven = self.cp_mode == "ulysses" and heads % self.cp_size > 0
-        refuse(uneven, f"{found} ({fit} would); set such a size, or cp_mode=ring, which takes any")
-        dynamic = "cp_size: rope_scaling dynamic goes by lengths of whole texts, of which ranks have parts"
-        stretched = self.cp_size > 1 and model.rope.kind == "dynamic"
-        refuse(stretched, f"{dynamic}; set rope_scaling=yarn, or drop cp_size")
-
     def shares_weights(self, ranks: int) -> bool:
         """Whether each rank holds a part of the weights."""
         return self.engine(ranks)[1] * self.tp_size > 1

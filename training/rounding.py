@@ -8,8 +8,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from parallel.fsdp import local, number_of_share
+from parallel.fsdp import local
 
 CHUNK = 2**24  # values rounded at a time: the noise takes 64 MiB
 
@@ -48,3 +49,14 @@ def rounded_by_chance(value: Tensor, noise: torch.Generator) -> Tensor:
     value."""
     rest = torch.randint(2**16, value.shape, dtype=torch.int32, device=value.device, generator=noise)
     return (value.view(torch.int32) + rest).bitwise_and_(-(2**16)).view(torch.float32)
+
+
+def number_of_share(tensor: Tensor) -> int:
+    """Which share of a tensor this rank holds; 0 where it has all."""
+    if not isinstance(tensor, DTensor):
+        return 0
+    places = zip(tensor.device_mesh.get_coordinate(), tensor.device_mesh.shape, tensor.placements)
+    number = 0
+    for place, size, placement in places:
+        number = number * size + place if placement.is_shard() else number
+    return number

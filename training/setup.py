@@ -234,12 +234,35 @@ def check_shares(config: Config, source: Path) -> None:
     folders = [source, *(beside[key][0] for key in ("ref_model", "reward_model") if key in beside)]
     for folder in (folder for folder in folders if not is_adapter(folder)):
         found = load_config(folder)
-        options.check_model(found, str(folder))
+        check_sizes(options, found, str(folder))
         coded = f"tp_size: {folder} is quantised, and codes are not cut over ranks; set tp_size=1"
         refuse(options.tp_size > 1 and found.hf.get("quantization_config"), f"{coded} (parallel=fsdp)")
     for folder in resolve_adapters(config[ModelOptions], wanted_files(config)):
         dora = options.tp_size > 1 and read_adapter_config(folder).get("use_dora")
         refuse(dora, f"tp_size: {folder} is a DoRA adapter, whose norms need whole rows; set tp_size=1")
+
+
+def check_sizes(options: ParallelOptions, model: ModelConfig, name: str) -> None:
+    """UserError where ranks cannot share the layers or the rows of this model."""
+    counts = model.num_heads, model.num_kv_heads, model.intermediate_size
+    fit = ", ".join(str(each) for each in range(2, counts[1] + 1) if not any(n % each for n in counts))
+    found = "{} heads, {} key and value heads and an MLP of {}".format(*counts)
+    uneven = any(count % options.tp_size for count in counts)
+    has = f"tp_size: {options.tp_size} does not divide {found}, as {name} has"
+    refuse(uneven, f"{has} ({fit or 'nothing else'} would); set such a size")
+    kinds = {kind for layer in range(model.num_layers) for kind in model.kinds(layer)}
+    others = ", ".join(kinds - {"attention", "mlp"})
+    refuse(
+        options.tp_size > 1 and others, f"tp_size: it cuts attention and mlp, {name} has {others}; drop it"
+    )
+    heads = model.num_kv_heads // options.tp_size
+    fit = ", ".join(str(size) for size in range(2, heads + 1) if heads % size == 0) or "no other"
+    found = f"cp_size: {options.cp_size} does not divide the {heads} key and value heads of {name}"
+    uneven = options.cp_mode == "ulysses" and heads % options.cp_size > 0
+    refuse(uneven, f"{found} ({fit} would); set such a size, or cp_mode=ring, which takes any")
+    dynamic = "cp_size: rope_scaling dynamic goes by lengths of whole texts, of which ranks have parts"
+    stretched = options.cp_size > 1 and model.rope.kind == "dynamic"
+    refuse(stretched, f"{dynamic}; set rope_scaling=yarn, or drop cp_size")
 
 
 def check_names(config: Config, model_config: ModelConfig) -> None:

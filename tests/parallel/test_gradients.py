@@ -23,7 +23,7 @@ from options.errors import UserError
 from parallel.fsdp import accumulated, assign, distribute, gathered, whole, whole_shape
 from parallel.options import ParallelOptions
 from parallel.world import World, clip_gradients
-from training.setup import SECTIONS
+from training.setup import SECTIONS, check_sizes
 
 # 9 heads over 3 key and value heads, as SmolLM2 has them; 21 = 3 * 7
 SIZES = {"vocab_size": 53, "hidden_size": 11, "intermediate_size": 21, "num_layers": 3, "max_positions": 64}
@@ -230,9 +230,9 @@ def test_runs_of_two_ranks_are_those_of_one_process(tiny):
 )
 def test_sizes_and_layers_that_cannot_be_cut_are_refused_by_name(size, changes, said):
     model = ModelConfig(**SIZES | changes)
-    ParallelOptions().check_model(model, "it")
+    check_sizes(ParallelOptions(), model, "it")
     with pytest.raises(UserError, match=re.escape(said)):
-        ParallelOptions(tp_size=size).check_model(model, "it")
+        check_sizes(ParallelOptions(tp_size=size), model, "it")
 
 
 @pytest.mark.parametrize(
