@@ -181,7 +181,9 @@ def check_mode(tiny: TinyRuns, cell: Cell) -> None:
     assert len({json.dumps(rows) for rows in owners}) == len(owners)
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
+    """The exit status: 1 where a cell differs."""
+    status = False
     asked = dict(word.split("=") for word in argv)
     every = {"stage": STAGES, "method": ("full", "lora", "qlora"), "mode": MODES, "ranks": ("2", "4")}
     chosen = {key: asked[key].split(",") if key in asked else sorted(all_, key=list(all_).index)
@@ -194,7 +196,9 @@ def main(argv: list[str]) -> None:
             cells = [Cell(*part, ranks) for part in parts if part[1] in methods_of(part[2])]
             for cell, worst in run(tiny, cells).items():
                 print(f"{cell.name:24} {worst:.1e}", "" if worst < LIMIT else "DIFFERS", flush=True)
+                status |= worst >= LIMIT
+    return int(status)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))
