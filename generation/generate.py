@@ -99,8 +99,9 @@ class Decoding:
             room = max(self.prompt_lengths) + min(options.max_new_tokens, FIRST_ROOM)
             cache = new_cache(model, len(prompts), room)
         self.cache = cache
-        if fixed_shapes is None:  # a graph holds no sums over ranks
-            fixed_shapes = self.device.type == "cuda" and getattr(model, "tensor_size", 1) == 1
+        if fixed_shapes is None:  # a graph holds no sums over ranks, nor the engine's streams
+            spread = hasattr(model, "tensor_size") or hasattr(model, "unshard")
+            fixed_shapes = self.device.type == "cuda" and not spread
         self.fixed_shapes = fixed_shapes and not options.no_repeat_ngram_size  # which reads texts on the host
         self.steps: TokenSteps | None = None
         self.draws = None

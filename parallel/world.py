@@ -142,7 +142,7 @@ def start(device: str = "auto", timeout_seconds: int = 1800, options: ParallelOp
         store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=timeout))
         # torchrun may keep the store for ranks that it starts again, with addresses of those that are gone
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        backend = "nccl" if place.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"  # shares may wait on the host
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         _HOST_GROUPS.append(dist.new_group(backend="gloo", timeout=timeout))
     groups = {}

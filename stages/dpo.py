@@ -40,6 +40,7 @@ from stages.logprobs import (
     MeanLogits,
     answer_sums,
     batch_logprobs,
+    device_of,
     in_eval_mode,
     label_logprobs,
     label_states,
@@ -191,7 +192,7 @@ class PairPreference(Stage):
     @torch.no_grad()
     def ratio_sums(self, model: Decoder, group: Iterable[Batch]) -> Tensor:
         """(3,) over all ranks: ratios of the chosen answers, of the rejected ones, pairs."""
-        sums = torch.zeros(3, device=model.embed_tokens.weight.device)
+        sums = torch.zeros(3, device=device_of(model))
         for batch in group:
             ratios = self.ratios(model, batch, self.answers(batch_logprobs(model, batch), batch))
             sums[:2] += ratios.sum(1)

@@ -191,7 +191,7 @@ class RatedPreference(Stage):
         return len(batch)
 
     def state(self) -> dict:
-        return {"rewards": self.rewards.cpu()}
+        return {"rewards": self.rewards.cpu().clone()}
 
     def restore(self, state: dict) -> None:
         self.rewards.copy_(state["rewards"])

@@ -29,6 +29,15 @@ def in_eval_mode(model: Decoder) -> Iterator[None]:
         model.train(was_training)
 
 
+def device_of(model: Decoder) -> torch.device:
+    """Where the model computes; shares of its weights may wait in host memory (fsdp_offload)."""
+    weight = model.embed_tokens.weight
+    mesh = getattr(weight, "device_mesh", None)
+    if mesh is None or mesh.device_type == "cpu":
+        return weight.device
+    return torch.device(mesh.device_type, torch.cuda.current_device())
+
+
 def hidden_states(model: Decoder, batch: Batch) -> Tensor:
     """(T, E) in the compute dtype."""
     return model(batch.tokens, batch.positions, batch.cu_seqlens, batch.max_seqlen)

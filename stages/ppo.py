@@ -23,6 +23,7 @@ texts would be rolled out now.
 """
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -247,7 +248,10 @@ class PPO(RolloutStage):
         """Roll out, score, and note for every token what the updates need."""
         number = self.draws + 1
         if self.replay is not None:
-            self._take_over(Path(self.replay))
+            mine = self.replay
+            if self.world.size > 1:  # each rank has a file of its own
+                mine = re.sub(r"rank-\d+(?=\.pt$)", f"rank-{self.world.rank}", mine)
+            self._take_over(Path(mine))
             self.replay, self.draws = None, number
             return self.drawn
         self.kl_coef = self.controller.value

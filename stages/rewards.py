@@ -59,6 +59,7 @@ from options.errors import StopRun, UserError, refuse, require
 from options.option import COMMON, RESUMABLE, option
 from parallel.world import World
 from quant.linear import QuantLinear
+from stages.logprobs import device_of
 from stages.rm import score_texts
 from stages.rollouts import Prompt
 from text.tokenizer import Tokenizer
@@ -140,6 +141,7 @@ class RewardSource:
     names: tuple[str, ...] = ("reward",)  # of its parts, K of them
     weights: tuple[float, ...] = (1.0,)
     may_abstain = False  # NaN is what `measure` gives where a part has nothing to say
+    asks_model = False  # of which ranks may hold shares: a rank without an answer asks it too
     told = False  # that all parts abstained once
     world: World | None = None  # ranks with the same rows have to learn from the same numbers
 
@@ -152,7 +154,7 @@ class RewardSource:
         them where one has a failure, or a number that is none."""
         values, failure = torch.zeros(0, len(self.names)), None
         try:
-            values = self._checked(samples) if samples else values
+            values = self._checked(samples) if samples or self.asks_model else values
         except RewardError as error:
             failure = error
         if self.world is None:
@@ -298,6 +300,8 @@ def _line_of(error: BaseException, path: Path) -> int | None:
 class ModelReward(RewardSource):
     """A model with a value head (stage rm): the score of prompt and answer."""
 
+    asks_model = True
+
     def __init__(self, model: Decoder, folders: Iterable[Path]):
         """The value head is that of the first of these folders which has one. Raises UserError."""
         self.model = model
@@ -309,6 +313,8 @@ class ModelReward(RewardSource):
 
 class AdapterReward(RewardSource):
     """An adapter and a value head of stage rm on the policy's own base, in use while answers are scored."""
+
+    asks_model = True
 
     def __init__(self, policy: Decoder, folder: Path):
         """Raises UserError when the folder is no adapter of this base, or has no value head."""
@@ -432,7 +438,7 @@ def _read_head(model: Decoder, folders: Sequence[Path]) -> ValueHead:
         names = ", ".join(map(str, folders))
         raise UserError(f"reward_model: there is no value_head.safetensors in {names}; stage rm writes one")
     generator = torch.Generator()  # the start is overwritten: leave the global generator alone
-    head = ValueHead(model.config.hidden_size, model.embed_tokens.weight.device, generator)
+    head = ValueHead(model.config.hidden_size, device_of(model), generator)
     load_value_head(head, found)
     return head.requires_grad_(False)
 

@@ -31,7 +31,7 @@ from options.errors import UserError
 from options.option import option
 from parallel.fsdp import gathered
 from pipeline.batch import ROW_MULTIPLE, Batch, Example, collate
-from stages.logprobs import hidden_states, in_eval_mode
+from stages.logprobs import device_of, hidden_states, in_eval_mode
 from stages.metrics import Metrics, by_kind, summed
 from stages.stage import Stage
 from text.render import Message, encode_dialogue
@@ -114,7 +114,7 @@ def score_texts(model: Decoder, texts: Sequence[Sequence[int]], most_tokens: int
     texts: token ids up to the end of the answer, at least one each; none depends on the others."""
     if model.v_head is None:
         raise ValueError("the model has no value head, so it gives no scores (checkpoints/value_head.py)")
-    device, scores = model.embed_tokens.weight.device, torch.empty(len(texts))
+    device, scores = device_of(model), torch.empty(len(texts))
     with in_eval_mode(model), gathered(model):  # ranks have texts of other lengths
         for numbers in _together(texts, most_tokens):
             batch = collate([_example(texts[number]) for number in numbers])

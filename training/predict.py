@@ -113,7 +113,7 @@ class ScorePredictor:
 
     def run(self, model: Decoder, kind: str, look=lambda: None) -> tuple[dict[str, float], list[dict]]:
         """Rows: number of the row, score of the chosen and of the rejected answer."""
-        was_training, device = model.training, model.embed_tokens.weight.device
+        was_training, device = model.training, self.world.device
         model.eval()
         measured: dict[str, dict[str, float]] = {}
         rows: list[dict] = []

@@ -124,7 +124,7 @@ def lock_folder(output_dir: Path, world: World) -> Iterator[None]:
         if world.is_main:
             try:
                 held.enter_context(alone_in(output_dir, "output_dir", "training"))
-            except UserError as error:
+            except (UserError, StopRun, OSError) as error:
                 problem = error
         if world.any(problem is not None):
             raise problem or UserError(f"output_dir: {output_dir}: rank 0 cannot use it")

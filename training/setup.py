@@ -509,7 +509,9 @@ def choose_recomputation(model: Decoder, loader, config: Config, world: World) -
         kind = {"backend": options.torch_compile_backend or "inductor", "mode": options.torch_compile_mode}
         for block in model.layers:
             block.compile(**kind)
-    free, layers = memory.free_bytes(world.device), model.config.num_layers
+    # the least of all ranks: those that share layers or rows have to run the same blocks again
+    free = -world.max_over_ranks(-int(memory.free_bytes(world.device)))[0]
+    layers = model.config.num_layers
     model.runtime.recompute, line = memory.plan(options.recomputation, need, layers, world.device, free)
     return line
 

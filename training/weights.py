@@ -204,7 +204,8 @@ def why_whole(config: Config, adapters: list[Path]) -> str | None:
         return "adapters are merged into it (export.py merges them once)"
     if options.only_predicts:
         return None
-    if options.stage in WRITES and config[RewardOptions].reward_model_type == "lora":
+    rewards = config[RewardOptions]
+    if options.stage in WRITES and rewards.reward_model and rewards.reward_model_type == "lora":
         return "an adapter that rewards is laid on it (reward_model_type=full)"
     needs = {"dpo": config[PreferenceOptions].needs_reference, "grpo": config[GRPOOptions].beta > 0}
     reference = needs.get(options.stage, options.stage in ("kto", "ppo"))

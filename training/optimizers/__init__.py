@@ -106,7 +106,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], fold
         refuse(name not in now, f"{lacking}; restore the code")
     parameters = stored_names(optimizer)
     numbers = {name: number for number, name in enumerate(parameters)}
-    for name, tensor in parallel.checkpoint.load(folder, parameters, world).items():
+    older = f"{folder}: not there; the checkpoint is of an older version, which one process can continue"
+    refuse(not folder.is_dir() and world.size > 1, older)
+    stored = parallel.checkpoint.load(folder, parameters, world) if folder.is_dir() else {}
+    for name, tensor in stored.items():
         owner, _, key = name.rpartition(SEPARATOR)
         state["state"][numbers[owner]][key] = tensor
     optimizer.load_state_dict(state)

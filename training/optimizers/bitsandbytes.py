@@ -116,8 +116,8 @@ def page_again(optimizer: torch.optim.Optimizer) -> None:
     """After load_state_dict, which puts paged state into GPU memory: what fitted would not fit any more."""
     for parameter, values in optimizer.state.items():
         for key in {"state1", "state2"} & values.keys():
-            buffer = optimizer.get_state_buffer(parameter, values[key].dtype)
+            buffer = optimizer.get_state_buffer(local(parameter), values[key].dtype)
             if parameter.is_cuda:
                 torch.cuda.synchronize(parameter.device)  # the zeros of the new buffer are written by then
-            buffer.copy_(values[key])
+            buffer.copy_(local(values[key]))
             values[key] = buffer

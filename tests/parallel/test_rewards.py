@@ -1,0 +1,53 @@
+"""Reward models of which ranks hold shares, where a rank has nothing to score; plans of ranks that differ."""
+
+import pytest
+import torch
+from stage_runs import stage_keys, write_stage_data
+from tiny_runs import assert_same_weights, fork_ranks, start_ranks, tiny_runs, wait_for_all
+
+import train
+from training import memory
+
+SGD = {"optim": "sgd", "learning_rate": 0.05, "lora_rank": 3}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    with tiny_runs(tmp_path_factory.mktemp("rewards")) as made:
+        write_stage_data(made, count=11)
+        yield made
+
+
+def test_a_rank_without_an_answer_asks_the_reward_model_too(tiny):
+    """11 rows in groups of 8 on 4 ranks: in the second draw the last rank has none."""
+    assert tiny.train("judge", **stage_keys(tiny, "rm", finetuning_type="full", max_steps=1)) == 0
+    keys = {"reward_file": None, "reward_model": tiny.folder / "judge", "reward_model_type": "full"}
+    keys = stage_keys(tiny, "ppo", **SGD, max_steps=4, num_train_epochs=None) | keys
+    shares = {"parallel": "fsdp", "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    ranks = start_ranks(tiny.words("four", **keys, **shares), tiny.folder / "four-output", 4)
+    assert tiny.train("one", **keys, per_device_train_batch_size=8) == 0
+    wait_for_all(ranks, 300)
+    assert tiny.losses("four") == pytest.approx(tiny.losses("one"), abs=3e-5)
+    assert_same_weights(tiny.weights("four"), tiny.weights("one"), tolerance=3e-6)
+
+
+def crowded(words: list[str]) -> int:
+    """In a rank: one of them has less free memory than the other."""
+    free = memory.free_bytes
+
+    def less(device: torch.device) -> float:
+        world = torch.distributed.get_rank()
+        return 2.0**29 + 2**19 if world == 1 else free(device)
+
+    memory.free_bytes = less
+    return train.main(words)
+
+
+def test_ranks_that_share_layers_run_the_same_blocks_again(tiny):
+    keys = stage_keys(tiny, "sft", **SGD, max_steps=2, num_train_epochs=None)
+    rows = {"per_device_train_batch_size": 8, "tp_size": 2}
+    ranks = fork_ranks(crowded, (tiny.words("crowded", **keys, **rows),), tiny.folder / "crowded-output", 2)
+    assert tiny.train("roomy", **keys, per_device_train_batch_size=8) == 0
+    wait_for_all(ranks, 120)
+    assert "2 of 2 blocks" in ranks[0].text()
+    assert tiny.losses("crowded") == pytest.approx(tiny.losses("roomy"), abs=3e-5)
