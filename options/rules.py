@@ -174,8 +174,6 @@ RULES = (
          "fp16 skips updates by all gradients at once; set bf16 in place of fp16, or drop optim_in_backward"),
     Rule("rows not known ahead", "test_oom streaming", lambda run: run.test_oom and run.streaming,
          "which row of a stream is the longest nobody knows; set plan=true, which counts cutoff_len"),
-    Rule("texts not known ahead", "test_oom stage", lambda run: run.test_oom and run.stage in ("ppo", "grpo"),
-         "the model writes the texts that this stage learns from; plan=true counts max_new_tokens"),
     Rule("adafactor in slices", "tp_size optim",
          lambda run: run.tp_size > 1 and run.optim == "adafactor",
          "it takes means over whole matrices; set optim=adamw_torch, or tp_size=1"),

@@ -257,5 +257,6 @@ def wait_for_all(children: list[Child], seconds: float) -> None:
                 child.process.kill()
             break
         time.sleep(0.05)
+    _STORES.clear()  # each holds some files open
     texts = "".join(child.text()[-3000:] for child in children)
     assert [child.wait() for child in children] == [0] * len(children), texts

@@ -142,6 +142,8 @@ class TrainOptions:
         every = "logging_steps save_steps eval_steps"
         require(self, every, lambda count: 0 < count < 1 or (1 <= count < MOST and count % 1 == 0), whole)
         require(self, "save_total_limit", lambda limit: 0 <= limit < MOST, f"is not in [0, {MOST})")
+        unknown = "test_oom: nobody knows the texts ahead that this stage learns from"
+        refuse(self.test_oom and self.stage in ("ppo", "grpo"), f"{unknown}; plan=true counts max_new_tokens")
         require(self, "seed", lambda seed: 0 <= seed < 2**32, "is not in [0, 2**32)")
         by_epochs = f"must be -1 (num_train_epochs counts), or at least 1 and below {MOST}"
         require(self, "max_steps", lambda steps: steps == -1 or 1 <= steps < MOST, by_epochs)

@@ -141,6 +141,7 @@ class TrainPart:
     fp16: bool = option(False, "compute in fp16")
     pure_bf16: bool = option(False, "all in bf16")
     disable_gradient_checkpointing: bool = option(False, "keep activations")
+    test_oom: bool = option(False, "the largest batch first", also="test_oom_error")
     resume_from_checkpoint: str | None = option(None, "folder")
     train_from_scratch: bool = option(False, "random weights")
     seed: int = option(42, "seed")
@@ -542,7 +543,7 @@ def test_swift_command_runs():
         "cutoff_len": 1024, "lora_target": ("all",), "lora_rank": 8, "lora_alpha": 32.0, "lora_dropout": 0.05,
         "per_device_train_batch_size": 1, "per_device_eval_batch_size": 2,
         "disable_gradient_checkpointing": True, "save_only_model": True, "optim": "adamw_torch",
-        "quantization_bit": 0,
+        "quantization_bit": 0, "test_oom": False,
     }  # fmt: skip
 
 
