@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from options import json_reader
-from options.errors import UserError, refuse
+from options.errors import UserError, located, refuse
 from options.values import Plain, convert, convert_scalar, truth_word, untyped
 
 
@@ -149,7 +149,7 @@ def _meaning(content: dict, given: Mapping, keys: Mapping) -> Meant:
     values, found, idle = _flat(content), {}, []
     values = {name: value for name, value in values.items() if not name.startswith("_")}  # remarks
     stage = values.pop("zero_optimization.stage", 0)
-    refuse(stage not in STAGES or isinstance(stage, bool), f"zero_optimization.stage: {stage} is not 0 to 3")
+    refuse(type(stage) is not int or stage not in STAGES, f"zero_optimization.stage: {stage} is not 0 to 3")
     found |= STAGES[stage]
     total = values.pop("train_batch_size", "auto")
     kind, schedule = values.pop("optimizer.type", "AdamW"), values.pop("scheduler.type", None)
@@ -227,7 +227,8 @@ def _check_total(total: object, found: dict, given: Mapping, keys: Mapping) -> N
         other = _beside(key, given, keys)
         return int(found.get(key, keys[key].default if other is None else other))
 
-    ranks = int(os.environ.get("WORLD_SIZE", 1)) // (size("tp_size") * size("cp_size"))
+    together = max(1, size("tp_size") * size("cp_size"))  # the section says what is wrong with 0
+    ranks = int(os.environ.get("WORLD_SIZE", 1)) // together
     micro, steps = size("per_device_train_batch_size"), size("gradient_accumulation_steps")
     made = f"per_device_train_batch_size {micro} * gradient_accumulation_steps {steps} * {ranks} ranks"
     refuse(total != micro * steps * ranks, f'train_batch_size: {total} is not {made}; set it to "auto"')
@@ -255,7 +256,7 @@ def _of_accelerate(variables, given, keys):
 
 def _strategy(name: str) -> dict[str, Plain]:
     """One of STRATEGIES, or its number. A hybrid shares the weights within a node."""
-    name = STRATEGIES[int(name) - 1] if name in "12345" and name else name.upper()
+    name = STRATEGIES[int(name) - 1] if name in tuple("12345") else name.upper()
     refuse(name not in STRATEGIES, f"expected one of {', '.join(STRATEGIES)}")
     if name == "NO_SHARD":
         return STAGES[0]
@@ -348,6 +349,14 @@ def _fsdp_config(raw, given, keys):
     return _fsdp_settings({name.removeprefix("fsdp_"): value for name, value in untyped(raw or {}).items()})
 
 
+def _count(name: str, raw: object) -> int:
+    """Ranks; absent is 1. UserError with the name."""
+    with located(name):
+        count = 1 if raw is None else convert_scalar(raw if isinstance(raw, str) else str(raw), int)
+        refuse(count < 1, f"{count} must be at least 1")
+    return count
+
+
 def _parallelism(raw, given, keys):
     """accelerate's ParallelismConfig: its variables, or its fields."""
     if _is_off(raw):
@@ -357,7 +366,7 @@ def _parallelism(raw, given, keys):
     refuse(not isinstance(raw, dict), "expected keys and values")
     names = {name.removeprefix("PARALLELISM_CONFIG_").lower(): value for name, value in raw.items()}
     sizes = ("dp_replicate_size", "dp_shard_size", "tp_size", "cp_size", "sp_size")
-    replicate, shard, tensor, ring, heads = (int(names.pop(name, None) or 1) for name in sizes)
+    replicate, shard, tensor, ring, heads = (_count(name, names.pop(name, None)) for name in sizes)
     refuse(ring > 1 and heads > 1, "cp_size and sp_size: rows are divided once; keep one of them")
     idle = [name for name in names if name.startswith(("cp_", "sp_", "accelerate_"))]
     refuse(set(names) - set(idle), f"{', '.join(set(names) - set(idle))}: unknown; remove it")

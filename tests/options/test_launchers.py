@@ -231,3 +231,25 @@ def test_sizes_under_other_names_and_models_over_several_devices():
     for word in ("device_map=balanced", "max_memory=20GB"):
         with pytest.raises(UserError, match="torchrun --nproc_per_node"):
             train(word)
+
+
+@pytest.mark.parametrize(
+    ("switch", "name", "value", "said"),
+    [
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "PARALLELISM_CONFIG_TP_SIZE", "two", "tp_size: expected a"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "PARALLELISM_CONFIG_CP_SIZE", "0", "cp_size: 0 must be at"),
+        ("ACCELERATE_USE_FSDP", "FSDP_SHARDING_STRATEGY", "12", "expected one of FULL_SHARD"),
+        ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_ZERO_STAGE", "two", "expected a whole number"),
+    ],
+)  # fmt: skip
+def test_a_value_of_another_kind_is_refused_with_its_variable(monkeypatch, switch, name, value, said):
+    monkeypatch.setenv(switch, "true")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"{switch}.*{said}"):
+        train()
+
+
+@pytest.mark.parametrize("stage", ["two", [1], True, None, 4])
+def test_a_stage_of_zero_that_is_none_is_refused(stage):
+    with pytest.raises(UserError, match="zero_optimization.stage"):
+        train(f"deepspeed={json.dumps({'zero_optimization': {'stage': stage}})}")
