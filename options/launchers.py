@@ -10,6 +10,7 @@ would change numbers or places and cannot be had is refused by its name.
 import os
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
+from functools import wraps
 from pathlib import Path
 
 from options import json_reader
@@ -117,12 +118,21 @@ def _is_off(raw: object) -> bool:
     return raw in (None, "", {}, []) or str(raw).lower() in ("null", "none", "false", "no")
 
 
+def _where_on(converter: Callable) -> Callable:
+    """Nothing where the key is off; a program that trains nothing does not open what it names."""
+
+    @wraps(converter)
+    def converted(raw, given, keys):
+        if _is_off(raw):
+            return {}
+        return converter(raw, given, keys) if "parallel" in keys else {"parallel": Plain("auto")}
+
+    return converted
+
+
+@_where_on
 def _deepspeed(raw, given, keys):
     """A file, its content as keys and values or as JSON, or the name of one of swift's files."""
-    if _is_off(raw):
-        return {}
-    if "parallel" not in keys:  # a program that trains nothing does not open the file
-        return {"parallel": Plain("auto")}
     path = Path(str(raw)).expanduser()
     if isinstance(raw, dict):
         content = untyped(raw)
@@ -312,12 +322,9 @@ def _fsdp_environment(variables, given, keys):
     return Meant(sizes | kept, meant.note)
 
 
+@_where_on
 def _fsdp(raw, given, keys):
     """The Hugging Face trainer's: "full_shard auto_wrap offload", or true."""
-    if _is_off(raw):
-        return {}
-    if "parallel" not in keys:
-        return {"parallel": Plain("auto")}
     words = raw if isinstance(raw, list) else str(raw).replace(",", " ").split()
     found, words = dict(FULL), [str(word).lower() for word in words]
     for word in words:
@@ -333,12 +340,9 @@ def _fsdp(raw, given, keys):
     return Meant(found, "without effect: auto_wrap" * ("auto_wrap" in words))
 
 
+@_where_on
 def _fsdp_config(raw, given, keys):
     """Keys and values, or a JSON file of them; it counts where `fsdp` does."""
-    if _is_off(raw):
-        return {}
-    if "parallel" not in keys:
-        return {"parallel": Plain("auto")}
     if _is_off(given.get("fsdp")):
         return Meant({}, "fsdp is off")
     if isinstance(raw, str):
@@ -357,12 +361,9 @@ def _count(name: str, raw: object) -> int:
     return count
 
 
+@_where_on
 def _parallelism(raw, given, keys):
     """accelerate's ParallelismConfig: its variables, or its fields."""
-    if _is_off(raw):
-        return {}
-    if "parallel" not in keys:
-        return {"parallel": Plain("auto")}
     refuse(not isinstance(raw, dict), "expected keys and values")
     names = {name.removeprefix("PARALLELISM_CONFIG_").lower(): value for name, value in raw.items()}
     sizes = ("dp_replicate_size", "dp_shard_size", "tp_size", "cp_size", "sp_size")
@@ -380,12 +381,9 @@ def _parallelism(raw, given, keys):
     return Meant(found, f"without effect: {', '.join(idle)}" * bool(idle))
 
 
+@_where_on
 def _dist_config(raw, given, keys):
     """LLaMA-Factory's v1: the name of an engine, and its file."""
-    if _is_off(raw):
-        return {}
-    if "parallel" not in keys:
-        return {"parallel": Plain("auto")}
     refuse(not isinstance(raw, dict), "expected keys and values")
     rest = dict(raw)
     name, file = str(rest.pop("name", "")).lower(), rest.pop("config_file", None)
