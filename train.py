@@ -252,6 +252,7 @@ def evaluate(this: Run) -> dict[str, float]:
     with this.signals.end_this():
         asked = this.data.eval_loaders, predictor, this.inputs.world, this.signals.look
         results, rows = measure(this.model, this.stage, *asked)
+    results = this.inputs.world.gather(results)[0]  # what is best, and when to stop, all ranks see alike
     this.monitor.show_samples(this.progress.step, rows)
     return results
 

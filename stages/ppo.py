@@ -272,14 +272,18 @@ class PPO(RolloutStage):
         return self.drawn
 
     def _keep_draw(self, path: Path) -> None:
-        """Raises StopRun."""
+        """Raises StopRun, on all ranks where one cannot write its file."""
+        failure = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save(self.state(), path)
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
             path.unlink(missing_ok=True)
-            why = f"{path} could not be written ({str(error).splitlines()[0]})"
-            raise StopRun(f"ppo_save_draws: {why}; make room and run the same command to continue") from error
+            failure = error
+        if self.world.any(failure is not None):
+            why = str(failure or "another rank's file").splitlines()[0]
+            text = f"ppo_save_draws: {path} could not be written ({why})"
+            raise StopRun(f"{text}; make room and run the same command to continue") from failure
 
     def _take_over(self, path: Path) -> None:
         """The draw in this file, in place of one of our own."""
