@@ -35,7 +35,7 @@ from options import config as configuration
 from options.errors import EXPECTED, StopRun, end_output, fitting, listen_to_ctrl_c, tell
 from parallel.fsdp import accumulated
 from parallel.options import ParallelOptions
-from parallel.world import World, clip_gradients
+from parallel.world import World
 from pipeline.batch import Batch
 from pipeline.prefetch import ahead
 from stages.rewards import RewardError
@@ -44,7 +44,7 @@ from training import memory, run_folder, setup
 from training.instruments import Health, MetricWindow, peak_memory_gb
 from training.measure import measure, prepare
 from training.monitor import Monitor
-from training.optimizers import make_optimizer, set_learning_rate, step_in_backward
+from training.optimizers import clip_gradients, make_optimizer, set_learning_rate, step_in_backward
 from training.options import OptimOptions, TrainOptions
 from training.predict import PREDICTIONS, write_predictions
 from training.probe import try_largest

@@ -159,8 +159,7 @@ def our_model(folder: str, adapter: str, dtype: torch.dtype):
 
 
 def our_update(model) -> Callable[[], None]:
-    from parallel.world import clip_gradients
-    from training.optimizers import make_optimizer
+    from training.optimizers import clip_gradients, make_optimizer
     from training.options import OptimOptions
 
     optimizer = make_optimizer(model, OptimOptions(learning_rate=LEARNING_RATE))

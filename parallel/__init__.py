@@ -6,7 +6,7 @@ One process has size 1, where all of it does nothing or the obvious. Ranks lie a
 last one fastest. Gradients are SUMMED over ranks, the loop divides by the weight of all of them.
 
     options     the keys, and the sizes of the mesh that follow from them
-    world       World, start and stop; clip_gradients
+    world       World, start and stop
     fsdp        distribute: ddp, fsdp and hsdp by fully_shard; whole and assign between shares and tensors
     tensor      cut: slices of layers, tp_size
     context     divide_rows: slices of rows, cp_size; Ulysses and Ring in attention

@@ -7,18 +7,16 @@ import datetime
 import json
 import os
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
 
 from options.errors import refuse, say
 from parallel.options import ParallelOptions
-from parallel.tensor import is_cut, share_of
 
 
 @dataclass(frozen=True)
@@ -161,24 +159,3 @@ def stop() -> None:
         dist.destroy_process_group()
         _HOST_GROUPS.clear()
         PEERS.clear()
-
-
-def clip_gradients(parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
-    """Scale gradients in place to a total 2-norm of at most max_norm (0: unchanged); returns the norm before.
-
-    Without a host synchronisation. A norm that is not finite makes the gradients so; the loop finds it.
-    """
-    parameters = [parameter for parameter in parameters if parameter.grad is not None]
-    cut = [parameter for parameter in parameters if is_cut(parameter)]
-    norm = _norm([parameter.grad for parameter in parameters if not is_cut(parameter)])
-    if cut:  # the others are the same on every rank of a tensor group
-        squares = share_of(cut[0]).sum(_norm([parameter.grad for parameter in cut]).square())
-        norm = (norm.to(squares.device).square() + squares).sqrt()
-    if max_norm > 0:
-        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm
-
-
-def _norm(gradients: list[torch.Tensor]) -> torch.Tensor:
-    norm = nn.utils.get_total_norm(gradients)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm  # of all shares

@@ -27,10 +27,9 @@ from checkpoints.peft import (
 )
 from checkpoints.trainable import prepare_trainable
 from lora import LoraOptions, lora_layers
-from parallel.world import clip_gradients
 from pipeline.batch import Example, collate
 from stages.sft import TokenLoss
-from training.optimizers import make_optimizer, set_learning_rate
+from training.optimizers import clip_gradients, make_optimizer, set_learning_rate
 from training.options import OptimOptions
 from training.schedules import schedule
 

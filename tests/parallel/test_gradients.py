@@ -22,7 +22,8 @@ from options import config
 from options.errors import UserError
 from parallel.fsdp import accumulated, assign, distribute, gathered, whole, whole_shape
 from parallel.options import ParallelOptions
-from parallel.world import World, clip_gradients
+from parallel.world import World
+from training.optimizers import clip_gradients
 from training.setup import SECTIONS, check_sizes
 
 # 9 heads over 3 key and value heads, as SmolLM2 has them; 21 = 3 * 7

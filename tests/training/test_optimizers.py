@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 import parallel.checkpoint
-from parallel.world import World, clip_gradients
+from parallel.world import World
 from training import rounding
 from training.optimizers import (
     FILES,
     adamw_torch,
     bitsandbytes,
+    clip_gradients,
     file_of,
     load_optimizer,
     make_optimizer,

@@ -12,20 +12,23 @@ To add one: copy sgd.py, name it in FILES and in OptimOptions.optim (training/op
 
     optimizer = make_optimizer(model, options)
     set_learning_rate(optimizer, schedules.schedule(step, options, total_steps))        # before each update
+    norm = clip_gradients(parameters, max_norm)
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 import parallel.checkpoint
 from options.errors import refuse
 from parallel.checkpoint import SEPARATOR
 from parallel.fsdp import settle
-from parallel.tensor import name_of_share
+from parallel.tensor import is_cut, name_of_share, share_of
 from training.optimizers import adafactor, adamw_torch, bitsandbytes, sgd
 from training.options import OptimOptions
 
@@ -134,3 +137,24 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, multiplier: float) -> No
     """Every group's rate = its own peak rate * multiplier (groups may differ in their peak)."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * multiplier
+
+
+def clip_gradients(parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
+    """Scale gradients in place to a total 2-norm of at most max_norm (0: unchanged); returns the norm before.
+
+    Without a host synchronisation. A norm that is not finite makes the gradients so; the loop finds it.
+    """
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    cut = [parameter for parameter in parameters if is_cut(parameter)]
+    norm = _norm([parameter.grad for parameter in parameters if not is_cut(parameter)])
+    if cut:  # the others are the same on every rank of a tensor group
+        squares = share_of(cut[0]).sum(_norm([parameter.grad for parameter in cut]).square())
+        norm = (norm.to(squares.device).square() + squares).sqrt()
+    if max_norm > 0:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+def _norm(gradients: list[torch.Tensor]) -> torch.Tensor:
+    norm = nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm  # of all shares
