@@ -217,37 +217,38 @@ def finished(output_dir: Path) -> bool:
 
 def find_resume(
     output_dir: Path, resume_from_checkpoint: str | None, overwrite: bool, again: bool = False
-) -> Path | None:
-    """The checkpoint to continue from, or None to start anew. UserError when the folder holds something else.
+) -> list[Path]:
+    """Checkpoints to continue from, the last one if it is whole; none to start anew. UserError when the
+    folder holds something else.
 
-    resume_from_checkpoint: None = the newest in output_dir unless `overwrite`; "true" the same but there has
-    to be one; "false" = start anew; else a path. again: see begun_before.
+    resume_from_checkpoint: None = those in output_dir unless `overwrite`; "true" the same but there has to be
+    one; "false" = start anew; else a path. again: see begun_before.
     """
     choice, key = (resume_from_checkpoint or "").lower(), "resume_from_checkpoint"
     checkpoints = list_checkpoints(output_dir)
     if again and checkpoints:
-        return checkpoints[-1]
+        return checkpoints
     if choice in ("true", "yes", "1"):
         refuse(not checkpoints, f"{key}: no complete checkpoint-<step> in {output_dir}")
-        return checkpoints[-1]
+        return checkpoints
     anew = choice in ("false", "no", "0")
     if choice and not anew:
         path = Path(resume_from_checkpoint)
         incomplete = f"{key}: {path} is no complete checkpoint (it has no {STATE_FILE})"
         refuse(not (path / STATE_FILE).is_file(), incomplete)
-        return path
+        return [path]
     if overwrite:
-        return None
+        return []
     if anew and checkpoints:  # they would be rotated, or resumed from, as if they were this run's
         remedy = "choose another output_dir, or set overwrite_output_dir=true to remove the old checkpoints"
         held = f"{output_dir} holds {checkpoints[-1].name} of an earlier run"
         raise UserError(f"{key}: false, but {held}; {remedy}")
     if checkpoints:
-        return checkpoints[-1]
+        return checkpoints
     remedy = "choose another folder or set overwrite_output_dir=true"
     finished = f"{output_dir} holds a finished run and no checkpoint to continue"
     refuse((output_dir / RESULTS).exists(), f"output_dir: {finished}; {remedy}")
-    return None
+    return []
 
 
 def refuse_to_destroy(
@@ -461,6 +462,24 @@ def of_another_layout(folder: Path, then: Layout, world: World) -> dict:
     owners = range(0, then.ranks, then.ranks // then.data) if world.data_rank == 0 else ()
     windows = [read_state(folder / f"rank_state_{rank}.pt")["window"] for rank in owners]
     return first | {"window": joined(windows, first["window"]), "random": None, "data": {}}
+
+
+def newest_whole(checkpoints: Sequence[Path], world: World) -> Path | None:
+    """The last of these whose files are as they were written; None of none. UserError, which names the last
+    one's damage, where none is whole. All ranks call it."""
+    damage = []
+    for path in reversed(checkpoints):
+        try:
+            check_files(path, world)
+        except UserError as error:
+            damage.append(error)
+            continue
+        for each in damage:
+            world.print(f"note: {str(each).partition('; ')[0]}; going back to {path.name}")
+        return path
+    if damage:
+        raise damage[0]
+    return None
 
 
 def check_files(folder: Path, world: World) -> None:

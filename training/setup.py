@@ -195,7 +195,8 @@ def find_start(config: Config, world: World) -> tuple[Path | None, Path]:
     if options.trains:
         again = run_folder.begun_before(output_dir, world)
         overwrite = overwrite and not again
-        resume = run_folder.find_resume(output_dir, options.resume_from_checkpoint, overwrite, again)
+        found = run_folder.find_resume(output_dir, options.resume_from_checkpoint, overwrite, again)
+        resume = run_folder.newest_whole(found, world)
     source = resolve_model(config[ModelOptions])
     remedy = f"set adapter_name_or_path={source} and model_name_or_path to the model it was trained on"
     refuse(is_adapter(source), f"model_name_or_path: {source} is an adapter; {remedy}")

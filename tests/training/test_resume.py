@@ -361,18 +361,29 @@ def test_a_run_killed_before_its_result_was_written_gets_one(tiny, saved, copied
     assert tiny.results(copied)["train_loss"] == tiny.results(saved)["train_loss"]
 
 
-def test_a_damaged_checkpoint_is_named_with_the_way_out(tiny, copied, capsys):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(tiny, saved, copied, capsys):
     for file in ("training_state.pt", "rank_state_0.pt", "adapter_model.safetensors", "trainer_state.json"):
         folder = shutil.copytree(copied, copied.parent / f"without-{file}")
         path = folder / "checkpoint-10" / file
         path.write_bytes(path.read_bytes()[:-100])
-        assert resume(tiny, folder, num_train_epochs=3) == 2, file
+        named = folder / "checkpoint-10"
+        assert resume(tiny, folder, resume_from_checkpoint=named) == 2, file
         error = capsys.readouterr().err
-        assert str(path) in error and ("damaged" in error or "not a complete" in error)
-        assert resume(tiny, folder, resume_from_checkpoint=folder / "checkpoint-8") == 0
-        assert "checkpoint-10 is newer than checkpoint-8" in capsys.readouterr().out
-        assert tiny.checkpoints(folder)[:5] == [2, 4, 6, 8, 10]
+        assert str(path) in error and "damaged" in error and "there are checkpoint-2" in error
+        assert resume(tiny, folder) == 0
+        said = capsys.readouterr().out
+        assert f"note: {path}: damaged (its bytes are not those that were written); going back to" in said
+        assert "checkpoint-10 is newer than checkpoint-8" in said
+        assert tiny.checkpoints(folder) == [2, 4, 6, 8, 10]
         assert (folder / "old-checkpoint-10").is_dir()
+        assert_same_weights(tiny.weights(saved), tiny.weights(folder))
+
+
+def test_of_damaged_checkpoints_only_the_newest_is_named(tiny, copied, capsys):
+    for path in copied.glob("checkpoint-*/rank_state_0.pt"):
+        path.write_bytes(path.read_bytes()[:-1])
+    assert resume(tiny, copied) == 2
+    assert f"{copied}/checkpoint-10/rank_state_0.pt: damaged" in capsys.readouterr().err
 
 
 def test_flipped_bits_in_the_state_are_found(tiny, copied, capsys):
@@ -381,9 +392,9 @@ def test_flipped_bits_in_the_state_are_found(tiny, copied, capsys):
     for place in (2000, len(content) // 2):
         content[place] ^= 16
     path.write_bytes(content)
-    assert resume(tiny, copied) == 2
-    error = capsys.readouterr().err
-    assert str(path) in error and "damaged" in error and "checkpoint-8" in error
+    assert resume(tiny, copied) == 0
+    said = capsys.readouterr().out
+    assert str(path) in said and "damaged" in said and "going back to checkpoint-8" in said
 
 
 def test_a_flipped_bit_in_any_file_of_a_checkpoint_is_found_and_named(tiny, saved, tmp_path, capsys):
@@ -404,7 +415,7 @@ def test_a_flipped_bit_in_any_file_of_a_checkpoint_is_found_and_named(tiny, save
         assert ": damaged (" in str(caught.value) and "there are checkpoint-8" in str(caught.value)
         if name != "checksums.json":
             assert str(caught.value).startswith(f"{path}: ")
-    assert resume(tiny, folder) == 2
+    assert resume(tiny, folder, resume_from_checkpoint=folder / "checkpoint-10") == 2
     assert f"{path}: damaged" in capsys.readouterr().err
     path.unlink()
     with pytest.raises(UserError, match=f"{name}: damaged .it is not there, though checksums.json names it"):
@@ -466,7 +477,7 @@ def test_damaged_logs_are_named_and_cost_nothing_else(tiny, copied, capsys):
     (copied / "train_results.json").unlink()
     for path in (copied / "checkpoint-10/trainer_state.json", copied / "checkpoint-10/checksums.json"):
         path.write_text("[]")  # of an older version, without checksums: what reads the file finds it
-    assert resume(tiny, copied) == 2
+    assert resume(tiny, copied, resume_from_checkpoint=copied / "checkpoint-10") == 2
     assert "checkpoint-10/checksums.json: damaged" in capsys.readouterr().err
     (copied / "checkpoint-10/checksums.json").unlink()
     assert resume(tiny, copied) == 2
