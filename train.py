@@ -58,6 +58,7 @@ from training.signals import Interrupted, Signals
 def main(argv: list[str]) -> int:
     """Join the other ranks, keep other runs out of the folder, run. Gives the exit status."""
     listen_to_ctrl_c()
+    failed = True
     try:
         config = configuration.load(argv, SECTIONS, program="train.py", description=__doc__.splitlines()[0])
         options = config[TrainOptions]
@@ -66,9 +67,11 @@ def main(argv: list[str]) -> int:
         if world.device.type == "cpu":
             memory.keep_freed()
         with nullcontext() if options.plan else run_folder.lock_folder(Path(options.output_dir), world):
-            return run(config, world)
+            status, failed = run(config, world), False
+        return status
     except TokenizedDataSaved as done:
         world.print(done)
+        failed = False
         return 0
     except KeyboardInterrupt:  # in the loop a signal is noted, and ends it with a checkpoint
         print("train.py: interrupted before the first update; nothing was trained", file=sys.stderr)
@@ -76,7 +79,7 @@ def main(argv: list[str]) -> int:
     except EXPECTED as error:
         return tell(parallel.world.name_of_rank("train.py"), error)
     finally:
-        parallel.world.stop()
+        parallel.world.stop(failed)
         end_output()
 
 

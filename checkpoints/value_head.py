@@ -30,7 +30,7 @@ class ValueHead(nn.Module):
             parameter.data.copy_(drawn)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.summary(hidden.float())[:, 0]
+        return self.summary(hidden.float())[:, 0].clone()  # no view, for the engine
 
 
 def value_head_state(head: ValueHead) -> dict[str, Tensor]:

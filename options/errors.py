@@ -94,7 +94,7 @@ def fitting(what: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, OSError, RuntimeError) as error:
-        if not _is_of_memory(error):
+        if not is_of_memory(error):
             raise
         raise StopRun(f"out of memory: {what} does not fit{_asked_for(error)}; {remedy}") from error
 
@@ -107,7 +107,8 @@ def _asked_for(error: BaseException) -> str:
     return f" ({size} more were asked for)"
 
 
-def _is_of_memory(error: BaseException) -> bool:
+def is_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of the host or of a GPU."""
     kinds = isinstance(error, OSError) and error.errno == errno.ENOMEM
     told = isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)) is not None
     return kinds or told or isinstance(error, MemoryError)
@@ -134,7 +135,7 @@ def tell(program: str, error: BaseException) -> int:
     loop = LOOP.fullmatch(str(error)) if isinstance(error, RuntimeError) else None
     nul = isinstance(error, ValueError) and str(error) == "embedded null byte"  # os: of a path
     interrupted, deep = isinstance(error, KeyboardInterrupt), isinstance(error, RecursionError)
-    full, of_memory = number in DISK_FULL, _is_of_memory(error)
+    full, of_memory = number in DISK_FULL, is_of_memory(error)
     known = refused or unwritten or interrupted or deep or full or of_memory or loop or nul
     if not (known or isinstance(error, UserError | StopRun)) or os.environ.get("ANVIL_TRACEBACK"):
         raise error

@@ -64,7 +64,7 @@ OF_THE_ENGINE = """
     zero_optimization.*.fast_init zero_optimization.*.nvme_path tensor_parallel.tp_grain_size
     tensor_parallel.tp.* tensor_parallel.keep_module_on_host scheduler.params.total_num_steps
     scheduler.params.warmup_type scheduler.params.last_batch_iteration optimizer.params.torch_adam
-    optimizer.params.adam_w_mode optimizer.params.bias_correction optimizer.params.fp32_optimizer_states
+    optimizer.params.fp32_optimizer_states
 """
 # SECTION.KEY -> our key, where the value means the same; "auto" is what is set here
 NUMBERS = {
@@ -107,6 +107,11 @@ REFUSED = {
     "scheduler.params.warmup_min_lr": "a warm-up starts at 0; drop it",
     "scheduler.params.cos_min_ratio": "set lr_scheduler_type=cosine_with_min_lr in its place",
     "scheduler.params.warmup_min_ratio": "a warm-up starts at 0; drop it",
+}
+# SECTION.KEY -> what is always so; refused if off
+ALWAYS = {
+    "optimizer.params.adam_w_mode": "weight decay is AdamW's; drop it",
+    "optimizer.params.bias_correction": "moments are corrected for their start; drop it",
 }
 
 
@@ -183,6 +188,8 @@ def _meaning(content: dict, given: Mapping, keys: Mapping) -> Meant:
                    f"{name}: {value}; shares wait in host memory or not at all, set cpu or none")  # fmt: skip
             if place in ("cpu", "true"):
                 found["fsdp_offload"] = Plain("true")
+        elif name in ALWAYS:
+            refuse(str(value).lower() not in ("true", "auto"), f"{name}: {value}, but {ALWAYS[name]}")
         elif pattern := _matches(name, REFUSED):
             of_one = value == 1 and name.endswith(("size", "stages"))
             off = of_one or value in (None, False, 0, -1, "auto", "none", [], {})
@@ -196,8 +203,15 @@ def _meaning(content: dict, given: Mapping, keys: Mapping) -> Meant:
             idle.append(name)
     if str(total).lower() != "auto":
         _check_total(total, found, given, keys)
-    note = f"without effect: {', '.join(dict.fromkeys(name.rpartition('.')[2] for name in idle))}"
-    return Meant(found, note * bool(idle))
+    steps, ours = values.get("scheduler.params.total_num_steps", "auto"), _beside("max_steps", given, keys)
+    other = str(steps).lower() != "auto" and ours not in (None, -1, steps)
+    refuse(other, f'scheduler.params.total_num_steps: {steps}, but max_steps is {ours}; set it to "auto"')
+    note = f"without effect: {', '.join(dict.fromkeys(name.rpartition('.')[2] for name in idle))}" * bool(
+        idle
+    )
+    logarithmic = schedule and values.get("scheduler.params.warmup_type", "log") == "log"
+    warms_up = "; ".join(filter(None, [note, "its warm-up is linear, not logarithmic" * bool(logarithmic)]))
+    return Meant(found, warms_up)
 
 
 def _enabled(name: str, values: Mapping[str, object]) -> bool:
@@ -282,6 +296,7 @@ IDLE_FSDP = """
     backward_prefetch forward_prefetch limit_all_gathers use_orig_params sync_module_states
     cpu_ram_efficient_loading state_dict_type ignored_modules version activation_checkpointing_offload
 """
+OFFLOADS = ("offload_params", "cpu_offload")  # accelerate's name, and that of transformers 5
 
 
 def _fsdp_settings(settings: Mapping[str, object]) -> Meant:
@@ -294,7 +309,7 @@ def _fsdp_settings(settings: Mapping[str, object]) -> Meant:
             found |= _strategy(str(raw))
         elif name in IDLE_FSDP.split():
             idle.append(name)
-        elif name not in ("reshard_after_forward", "offload_params", "activation_checkpointing"):
+        elif name not in ("reshard_after_forward", "activation_checkpointing", *OFFLOADS):
             refuse(name not in ("xla", "xla_fsdp_v2", "xla_fsdp_grad_ckpt"), f"{name}: unknown; remove it")
             refuse(str(raw).lower() == "true", f"{name}: there is no XLA here; remove it")
         elif name == "reshard_after_forward" and str(raw).upper() in STRATEGIES:  # of version 1
@@ -302,9 +317,9 @@ def _fsdp_settings(settings: Mapping[str, object]) -> Meant:
         elif name == "activation_checkpointing":
             found |= {"gradient_checkpointing": Plain("true")} if convert_scalar(str(raw), bool) else {}
         else:
-            key = "fsdp_offload" if name == "offload_params" else "fsdp_reshard_after_forward"
+            key = "fsdp_offload" if name in OFFLOADS else "fsdp_reshard_after_forward"
             if convert_scalar(str(raw), bool) != (name == "reshard_after_forward"):  # else it is the default
-                found[key] = truth_word(name == "offload_params")
+                found[key] = truth_word(name in OFFLOADS)
     return Meant(found, f"without effect: {', '.join(idle)}" * bool(idle))
 
 
@@ -373,6 +388,8 @@ def _parallelism(raw, given, keys):
     refuse(set(names) - set(idle), f"{', '.join(set(names) - set(idle))}: unknown; remove it")
     context = max(ring, heads)
     shard *= context  # weights are shared by the ranks that share a row, too
+    ranks, asked = int(os.environ.get("WORLD_SIZE", 1)), replicate * shard * tensor
+    refuse(1 not in (asked, ranks) and asked != ranks, f"sizes make {asked} ranks, and there are {ranks}")
     kind = "ddp" if shard == 1 else "fsdp" if replicate == 1 else "hsdp"
     found = {"parallel": Plain(kind)} | ({"dp_shard_size": Plain(shard)} if kind == "hsdp" else {})
     found |= {"tp_size": Plain(tensor)} if tensor > 1 else {}

@@ -15,23 +15,20 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor, empty
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
+from parallel.fsdp import local
 from parallel.world import World, host_group
 
 SEPARATOR = "::"  # between a parameter's name and that of one of its states
 
 
 def save(folder: Path, tensors: dict[str, Tensor], world: World) -> None:
-    """Write the tensors into `folder`; all ranks call it with the same names. A plain tensor is the same on
-    all ranks, and rank 0 writes it."""
+    """Write the tensors into `folder`; all ranks call it. A plain tensor is the same on all ranks that have
+    one of its name, and one of them writes it."""
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    try:
-        with _quiet_alone():
-            dcp.save(tensors, storage_writer=writer, process_group=host_group(), no_dist=world.size == 1)
-    except dcp.CheckpointException as error:  # on all ranks, of those where something failed
-        (_, (failure, _)), *_ = error.failures.items()
-        raise failure from error
+    with _as_of_one():
+        dcp.save(tensors, storage_writer=writer, process_group=host_group(), no_dist=world.size == 1)
 
 
 def load(folder: Path, parameters: dict[str, Tensor], world: World) -> dict[str, Tensor]:
@@ -45,9 +42,13 @@ def load(folder: Path, parameters: dict[str, Tensor], world: World) -> dict[str,
         if like is None:  # of another rank of a tensor group
             continue
         sharded = isinstance(like, DTensor) and len(shape) > 0 and shape[0] == like.shape[0]
-        mesh = {"device_mesh": like.device_mesh, "placements": like.placements} if sharded else {}
-        targets[name] = empty(shape, dtype=dtype, **mesh) if sharded else torch.empty(shape, dtype=dtype)
-    with _quiet_alone():
+        targets[name] = torch.empty(shape, dtype=dtype, device="meta" if sharded else "cpu")
+        if sharded:  # where the parameter's share lies, which may be the host
+            mine, strides = local(like), targets[name].stride()
+            mine = torch.empty((mine.shape[0], *shape[1:]), dtype=dtype, device=mine.device)
+            layout = {"shape": shape, "stride": strides, "run_check": False}
+            targets[name] = DTensor.from_local(mine, like.device_mesh, like.placements, **layout)
+    with _as_of_one():
         dcp.load(targets, storage_reader=reader, process_group=host_group(), no_dist=world.size == 1)
     for name, tensor in targets.items():
         like = parameters[name.rpartition(SEPARATOR)[0]]
@@ -58,8 +59,12 @@ def load(folder: Path, parameters: dict[str, Tensor], world: World) -> dict[str,
 
 
 @contextmanager
-def _quiet_alone() -> Iterator[None]:
-    """One process is what was asked for."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        yield
+def _as_of_one() -> Iterator[None]:
+    """What failed on any rank is raised as it was there; one process is no reason to warn."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            yield
+    except dcp.CheckpointException as error:  # on all ranks, of those where something failed
+        (_, (failure, _)), *_ = error.failures.items()
+        raise failure from error

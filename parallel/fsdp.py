@@ -17,14 +17,19 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from parallel.context import divide_rows
 from parallel.options import ParallelOptions
 from parallel.tensor import cut, cut_block, share_of, sum_parts
-from parallel.world import World
+from parallel.world import World, make_mesh
 
 
 class Engine:
@@ -35,11 +40,12 @@ class Engine:
         replicate, self.shard = options.engine(world.size)
         if replicate * self.shard > 1:  # else every rank has a slice of its own
             sizes, names = (replicate, self.shard, options.tp_size), ("replicate", "shard", "tensor")
-            mesh = init_device_mesh(world.device.type, sizes, mesh_dim_names=names)
+            mesh = make_mesh(world.device.type, sizes, names)
             pinned = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
             offload = pinned if options.fsdp_offload else OffloadPolicy()
             mesh = mesh["replicate", "shard"] if replicate > 1 else mesh["shard"]
-            self.how = {"mesh": mesh, "offload_policy": offload}
+            sums = MixedPrecisionPolicy(reduce_dtype=torch.float32)  # of bf16 gradients, too
+            self.how = {"mesh": mesh, "offload_policy": offload, "mp_policy": sums}
 
     def take_block(self, block: nn.Module) -> None:
         """Nothing changes it from outside any more: this rank keeps its share of it."""
@@ -81,8 +87,11 @@ def distribute(
         return
     if world.context > 1:
         divide_rows(model, world, options.cp_mode)
+    if (head := getattr(model, "v_head", None)) is not None:  # in fp32 where all else may train in bf16
+        engine.take(head, reshard=False)
     engine.take(model, reshard=False)
-    model.set_reduce_scatter_unused_params(True)
+    if head is not None:
+        model.set_modules_to_forward_prefetch([head])  # with the model, for a rank may not ask its head
 
 
 def parameters_from_buffers(model: nn.Module) -> None:

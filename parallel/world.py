@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed import distributed_c10d
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from options.errors import refuse, say
 from parallel.options import ParallelOptions
@@ -104,6 +105,7 @@ class World:
             dist.barrier(group=_HOST_GROUPS[0])
 
 
+SPEAKS_FIRST = datetime.timedelta(seconds=60)
 _HOST_GROUPS: list = []  # the gloo group beside NCCL's; made in start(), because every rank has to make it
 PEERS: list = []  # the store of the process group, and [host, process] of each rank
 
@@ -135,27 +137,40 @@ def start(device: str = "auto", timeout_seconds: int = 1800, options: ParallelOp
         refuse(local_rank >= gpus, missing)
         torch.cuda.set_device(local_rank)
     place = torch.device("cuda", local_rank) if device == "cuda" else torch.device(device)
+    store, timeout = None, datetime.timedelta(seconds=timeout_seconds)
     if size > 1 and not dist.is_initialized():
-        timeout = datetime.timedelta(seconds=timeout_seconds)
         store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=timeout))
         # torchrun may keep the store for ranks that it starts again, with addresses of those that are gone
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"  # shares may wait on the host
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        # NCCL's watchdog ends the process without a word: the host's group has to lose patience before it
+        later = timeout + SPEAKS_FIRST * (place.type == "cuda")
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=later)
         _HOST_GROUPS.append(dist.new_group(backend="gloo", timeout=timeout))
     groups = {}
     if options.tp_size * options.cp_size > 1:
         sizes, names = (options.data(size), options.cp_size, options.tp_size), ("data", "context", "tensor")
-        mesh = init_device_mesh(place.type, sizes, mesh_dim_names=names)
+        mesh = make_mesh(place.type, sizes, names)
         groups = {name: mesh.get_group(name) for name in names}
     world = World(rank, size, local_rank, place, options.tp_size, options.cp_size, groups)
-    PEERS[:] = [store, world.gather([socket.gethostname(), os.getpid()])] if size > 1 else []
+    if store is not None:
+        PEERS[:] = [store, world.gather([socket.gethostname(), os.getpid()])]
     return world
 
 
-def stop() -> None:
-    """Leave the process group."""
+def make_mesh(device: str, sizes: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
+    """A mesh whose groups have the timeout of the process group; torch gives them one of its own."""
+    mesh, world = init_device_mesh(device, sizes, mesh_dim_names=names), dist.group.WORLD
+    for group in (group for group in mesh.get_all_groups() if group is not world):
+        for kind in group._device_types:
+            patience = world._get_backend(kind).options._timeout
+            group._get_backend(kind)._set_default_timeout(patience)
+    return mesh
+
+
+def stop(failed: bool = False) -> None:
+    """Leave the process group. failed: others may never come to what this rank has waiting, on a GPU too."""
     if dist.is_initialized():
-        dist.destroy_process_group()
+        (distributed_c10d._abort_process_group if failed else dist.destroy_process_group)()
         _HOST_GROUPS.clear()
         PEERS.clear()

@@ -20,7 +20,6 @@ from tiny_runs import TinyRuns, fork_ranks, meeting, tiny_runs, wait_for_all
 from torch.distributed.tensor import DTensor
 
 import train
-from parallel.fsdp import settle
 from parallel.options import ParallelOptions
 from parallel.tensor import is_cut
 
@@ -69,7 +68,7 @@ def keys_of(tiny: TinyRuns, cell: Cell) -> dict:
         "ddp_timeout": 120,
     }  # the reference's numbers are made in every cell
     keys |= {"max_steps": 3, "num_train_epochs": None, "seed": 3}
-    return stage_keys(tiny, cell.stage, **keys, optim="sgd", learning_rate=0.05)
+    return stage_keys(tiny, cell.stage, **keys, optim="sgd", learning_rate=0.05, weight_decay=0.1)
 
 
 def words_of(tiny: TinyRuns, cell: Cell) -> list[str]:
@@ -100,15 +99,6 @@ class Spy:
         self.update, self.dropped, self.seen = update, dropped, {"rows": [], "tokens": []}
 
     def __call__(self, model, optimizer, stage, group, scaler, world, limit):
-        settle(model)
-        for kind in ("trained", "frozen"):
-            held = [p for p in model.parameters() if p.requires_grad == (kind == "trained")]
-            spread = [p for p in held if isinstance(p, DTensor)]
-            here = sum(p.to_local().nbytes if isinstance(p, DTensor) else p.nbytes for p in held)
-            cut = sum(is_cut(p) for p in held)
-            self.seen[kind] = {"tensors": len(held), "spread": len(spread), "bytes": here, "cut": cut}
-        self.seen["rows"] += [source for batch in group for source in batch.sources]
-        self.seen["whole"] = [len(batch.tokens) for batch in group]
         hook = model.layers[0].register_forward_pre_hook(
             lambda module, inputs: self.seen["tokens"].append(len(inputs[0]))
         )
@@ -119,6 +109,15 @@ class Spy:
             ]
         result = self.update(model, optimizer, stage, group, scaler, world, limit)
         hook.remove()
+        # not before it: who then needs shares, and who takes what is gathered, is the loop's to know
+        for kind in ("trained", "frozen"):
+            held = [p for p in model.parameters() if p.requires_grad == (kind == "trained")]
+            spread = [p for p in held if isinstance(p, DTensor)]
+            here = sum(p.to_local().nbytes if isinstance(p, DTensor) else p.nbytes for p in held)
+            cut = sum(is_cut(p) for p in held)
+            self.seen[kind] = {"tensors": len(held), "spread": len(spread), "bytes": here, "cut": cut}
+        self.seen["rows"] += [source for batch in group for source in batch.sources]
+        self.seen["whole"] = [len(batch.tokens) for batch in group]
         return result
 
 

@@ -95,29 +95,36 @@ class Health:
 
     def __init__(self, world: World, names: list[str]):
         self.world, self.names = world, names  # names: of the data sets
-        self.first_bad = torch.zeros((), dtype=torch.int64, device=world.device)  # step, 0 = none yet
+        # the step of the first bad loss of this rank, and of the first bad gradient of all; 0 = none yet
+        self.first_bad = torch.zeros(2, dtype=torch.int64, device=world.device)
         self.seen: list[tuple[int, list[tuple[int, int]]]] = []  # (step, sources) since the last check
 
     def watch(self, step: int, numbers: list[torch.Tensor], group: list[Batch]) -> None:
-        for number in numbers:
-            bad = ~torch.isfinite(number) & (self.first_bad == 0)
+        """numbers: the loss and, where it counts, the norm of the gradient."""
+        for first, number in zip(self.first_bad, numbers):
             # where(bad, step, ...) would copy the step to the device and wait
-            self.first_bad.masked_fill_(bad, step)
+            first.masked_fill_(~torch.isfinite(number) & (first == 0), step)
         self.seen.append((step, [source for batch in group for source in batch.sources]))
 
     def problem(self) -> str | None:
-        """The first bad update since the last call, with this rank's rows. All ranks have to ask."""
-        step = int(self.first_bad.item())
-        if not self.world.any(step > 0):
+        """The first bad update since the last call, with the rows of the ranks whose loss it was, or of all
+        where only the gradient says so. All ranks have to ask, and get the same."""
+        loss, gradient = self.first_bad.tolist()
+        if not self.world.any(loss + gradient > 0):
             self.seen.clear()
             return None
-        if not step:
-            return "the loss of another rank is not a finite number"
-        rows = dict(self.seen)[step]
+        mine = min(step for step in (loss, gradient) if step) if loss or gradient else 0
+        rows = dict(self.seen).get(mine, [])
         listed = ", ".join(f"{self.names[dataset]} row {row}" for dataset, row in rows[:16])
-        more = f" and {len(rows) - 16} more" if len(rows) > 16 else ""
-        found = f"the loss or its gradient is not a finite number at step {step}"
-        return f"{found}; rows of that update: {listed}{more}"
+        listed += f" and {len(rows) - 16} more" if len(rows) > 16 else ""
+        every = self.world.gather([mine, 0 < loss == mine, listed])
+        step = min(first for first, _, _ in every if first)
+        found = f"the loss or its gradient is not a finite number at step {step}; rows of that update: "
+        blamed = [rank for rank, (first, own, _) in enumerate(every) if own and first == step]
+        blamed = blamed or [rank for rank, (first, _, _) in enumerate(every) if first == step]
+        if self.world.size == 1:
+            return found + listed
+        return found + "; ".join(f"rank {rank}: {every[rank][2] or 'none'}" for rank in blamed)
 
     def check(self, loss_scale: float) -> None:
         """StopRun if an update since the last check went wrong. Comes before anything is logged or saved.

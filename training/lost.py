@@ -32,7 +32,7 @@ def lost(error: BaseException, world: World) -> str | None:
     )  # who holds it may be the one that is gone
     with suppress(RuntimeError):
         store.set(f"here {world.rank}", "")
-    stop()  # or a third rank would wait for this one
+    stop(failed=True)  # or a third rank would wait for this one
     end, late = time.monotonic() + PATIENCE_SECONDS, TIMED_OUT.search(str(error)) is not None
     while True:
         found = {rank: _fate(rank, peers, world.rank, store, late) for rank in range(world.size)}

@@ -31,7 +31,7 @@ from model import Decoder
 from options import json_reader
 from options.atomic import TEMPORARY, alone_in, atomic_file, flush, flush_tree, remove, remove_folder
 from options.config import Config
-from options.errors import StopRun, UserError, refuse, say
+from options.errors import StopRun, UserError, is_of_memory, refuse, say
 from parallel.world import World
 from text.tokenizer import NAMED_TEMPLATES, TOKENIZER_FILES
 from training import layout
@@ -332,8 +332,9 @@ def writing_checkpoint(final: Path, world: World) -> Iterator[Path]:
     temporary = final.with_name(f"{TEMPORARY}{final.name}")
     with _of_all_ranks(final, temporary, world):
         yield temporary
-    names = [str(path.relative_to(temporary)) for path in temporary.rglob("*") if path.is_file()]
-    sums = world.gather(checksums(temporary, sorted(names)[world.rank :: world.size]))
+    names = sorted(str(path.relative_to(temporary)) for path in temporary.rglob("*") if path.is_file())
+    names = world.gather(names if world.is_main else None)[0]  # one listing, or a file may be nobody's
+    sums = world.gather(checksums(temporary, names[world.rank :: world.size]))
     with _of_all_ranks(final, temporary, world, begins=False):
         if world.is_main:
             write_json(temporary / CHECKSUMS, dict(itertools.chain(*map(dict.items, sums))))
@@ -397,6 +398,8 @@ def together(world: World) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch.save on a full disk
+        if is_of_memory(error):  # no matter of the disk, and others may wait for what this rank was to give
+            raise
         failure, reason = error, str(error).splitlines()[0]
     reasons = world.gather(reason)
     for rank in (rank for rank, each in enumerate(reasons) if each is not None):
@@ -435,7 +438,6 @@ def read_checkpoint(
     """The state in a checkpoint and this rank's own. Raises UserError unless this run may continue it: with
     the settings of the fingerprint, but for keys that are new in this version, and for how the rows of an
     update are divided. grouped: see Layout.same_rows; updates: of a rollout."""
-    check_files(folder, world)
     state = read_state(folder / STATE_FILE)
     before, now = state["fingerprint"], fingerprint
     layouts = Layout.read(before), Layout.read(now)
@@ -483,23 +485,25 @@ def newest_whole(checkpoints: Sequence[Path], world: World) -> Path | None:
 
 
 def check_files(folder: Path, world: World) -> None:
-    """UserError for a checkpoint with a file that is not as it was written. All ranks call it."""
+    """UserError for a checkpoint with a file that is not as it was written: each rank looks at some of them.
+    All ranks call it."""
     problem, path = None, folder / CHECKSUMS
-    if not path.is_file():
+    if not world.gather(path.is_file())[0]:
         world.print(f"note: {folder}: its files are not checked: no {CHECKSUMS}, as older versions leave it")
-    elif world.is_main:
-        try:
-            written = json_reader.read(path)
-            found = checksums(folder, [name for name in written if (folder / name).is_file()])
-            for name in written:
-                if found.get(name) != written[name]:
-                    why = "its bytes are not those that were written"
-                    missing = f"it is not there, though {CHECKSUMS} names it"
-                    problem = damaged(folder / name, why if name in found else missing, folder)
-        except (ValueError, AttributeError) as error:  # no JSON, no UTF-8, no object of names
-            problem = damaged(path, str(error))
-    if world.any(problem is not None):
-        raise problem or UserError(f"{folder}: rank 0 found a damaged file")
+        return
+    try:
+        written = json_reader.read(path)
+        mine = sorted(written)[world.rank :: world.size]
+        found = checksums(folder, [name for name in mine if (folder / name).is_file()])
+        for name in mine:
+            if found.get(name) != written[name]:
+                why = "its bytes are not those that were written"
+                missing = f"it is not there, though {CHECKSUMS} names it"
+                problem = damaged(folder / name, why if name in found else missing, folder)
+    except (OSError, ValueError, TypeError, AttributeError) as error:  # no JSON, no UTF-8, no names
+        problem = damaged(path, str(error))
+    for told in world.gather(None if problem is None else str(problem)):
+        refuse(told is not None, told)
 
 
 def read_state(path: Path) -> dict:

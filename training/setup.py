@@ -138,6 +138,9 @@ def read(config: Config, world: World) -> Inputs:
     alone = "optim_in_backward: gradients of several ranks are summed behind the backward pass; drop it"
     ranks = options.plan_ranks or world.size
     refuse(config[OptimOptions].optim_in_backward and ranks > 1, f"{alone} (parallel=fsdp shares gradients)")
+    mixed = options.pure_bf16 and options.upcast_layernorm and config[LoraOptions].finetuning_type != "lora"
+    apart = "norms would train in fp32 beside bf16 weights, which ranks do not share"
+    refuse(mixed and ranks > 1, f"upcast_layernorm: with pure_bf16 {apart}; drop it, or set bf16=true")
     if options.trains and not options.plan:
         run_folder.require_common_disk(Path(options.output_dir), world)
     resume, source = find_start(config, world)
@@ -196,7 +199,10 @@ def find_start(config: Config, world: World) -> tuple[Path | None, Path]:
         again = run_folder.begun_before(output_dir, world)
         overwrite = overwrite and not again
         found = run_folder.find_resume(output_dir, options.resume_from_checkpoint, overwrite, again)
-        resume = run_folder.newest_whole(found, world)
+        # one listing for all: nodes may see the disk differently for a moment
+        resume = run_folder.newest_whole(
+            [Path(path) for path in world.gather(list(map(str, found)))[0]], world
+        )
     source = resolve_model(config[ModelOptions])
     remedy = f"set adapter_name_or_path={source} and model_name_or_path to the model it was trained on"
     refuse(is_adapter(source), f"model_name_or_path: {source} is an adapter; {remedy}")

@@ -1,6 +1,7 @@
 """DeepSpeed's files, accelerate's environment and the trainer's fsdp become our keys, or are refused."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,16 @@ def test_numbers_of_a_file_are_taken_and_may_not_contradict(monkeypatch):
             train(of(**of_file), word)
 
 
+def test_a_schedule_of_another_length_or_kind_is_not_passed_over():
+    content = {"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 90}}}
+    assert train(of(**content), "max_steps=90").values["lr_scheduler_type"] == "linear"
+    with pytest.raises(UserError, match="scheduler.params.total_num_steps: 90, but max_steps is 80"):
+        train(of(**content), "max_steps=80")
+    assert "its warm-up is linear, not logarithmic" in train(of(**content)).notices[0]
+    content["scheduler"]["params"]["warmup_type"] = "linear"
+    assert "logarithmic" not in train(of(**content)).notices[0]
+
+
 @pytest.mark.parametrize(
     ("content", "named"),
     [
@@ -106,6 +117,8 @@ def test_numbers_of_a_file_are_taken_and_may_not_contradict(monkeypatch):
         ({"amp": {"enabled": True, "opt_level": "O1"}}, "amp.enabled"),
         ({"optimizer": {"type": "OneBitAdam"}}, "optimizer.type: OneBitAdam"),
         ({"zero_optimisation": {"stage": 3}}, "zero_optimisation.stage: unknown"),
+        ({"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}}, "adam_w_mode: False, but weight"),
+        ({"optimizer": {"params": {"bias_correction": False}}}, "bias_correction: False, but moments"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_by_name(content, named):
@@ -205,6 +218,12 @@ def test_the_environment_of_accelerates_sizes(monkeypatch, sizes, expected):
     for name, size in sizes.items():
         monkeypatch.setenv(f"PARALLELISM_CONFIG_{name}", str(size))
     assert chosen(train()) == expected
+    product = math.prod(sizes.values())
+    monkeypatch.setenv("WORLD_SIZE", str(product))
+    assert chosen(train()) == expected
+    monkeypatch.setenv("WORLD_SIZE", str(2 * product))
+    with pytest.raises(UserError, match=f"sizes make {product} ranks, and there are {2 * product}"):
+        train()
 
 
 def test_the_trainers_fsdp(tmp_path):
@@ -217,6 +236,7 @@ def test_the_trainers_fsdp(tmp_path):
     (notice,) = loaded.notices
     assert "auto_wrap" in notice and "cpu_ram_efficient_loading" in notice
     assert chosen(train("fsdp=shard_grad_op")) == KEEPS
+    assert chosen(train("fsdp=true", 'fsdp_config={"cpu_offload": true}')) == {"parallel": "fsdp"} | OFFLOAD
     assert chosen(train("fsdp=")) == {} == chosen(train('fsdp_config={"min_num_params": 0}'))
     for word in ("fsdp=half_shard", 'fsdp_config={"xla": true}'):
         with pytest.raises(UserError, match=word.split("=")[0]):

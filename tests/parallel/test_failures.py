@@ -53,15 +53,19 @@ def test_a_disk_that_is_full_for_one_rank_ends_all_and_leaves_nothing_half_writt
     assert not list((tiny.folder / name).glob("*checkpoint-*"))
 
 
-def test_a_rank_that_stands_still_is_named_after_ddp_timeout(tiny):
-    ranks = start_ranks(tiny.words("still", **LONG, ddp_timeout=5), tiny.folder / "still-said")
-    ranks[1].wait_for(lambda: tiny.checkpoints("still"))
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_rank_that_stands_still_is_named_after_ddp_timeout(tiny, size):
+    """On four ranks in groups of a mesh, where torch's own patience would be half an hour."""
+    keys = LONG if size == 2 else LONG | {"parallel": "hsdp", "dp_shard_size": 2}
+    words = tiny.words(f"still-{size}", **keys, ddp_timeout=5)
+    ranks = start_ranks(words, tiny.folder / f"still-said-{size}", size)
+    ranks[1].wait_for(lambda: tiny.checkpoints(f"still-{size}"))
     ranks[1].signal(signal.SIGSTOP)
     status = ranks[0].wait(120)
     ranks[1].signal(signal.SIGKILL)
     text = ranks[0].text()
     assert status == 1 and "rank 1 on " in text and "is stopped (SIGSTOP) after step " in text, text
-    assert f"continues from {tiny.folder / 'still'}/checkpoint-" in text and "Traceback" not in text
+    assert f"continues from {tiny.folder}/still-{size}/checkpoint-" in text and "Traceback" not in text
 
 
 REWARD = """import os

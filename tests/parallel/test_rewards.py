@@ -3,7 +3,14 @@
 import pytest
 import torch
 from stage_runs import stage_keys, write_stage_data
-from tiny_runs import assert_same_weights, fork_ranks, start_ranks, tiny_runs, wait_for_all
+from tiny_runs import (
+    assert_same_weights,
+    fork_ranks,
+    start_ranks,
+    start_ranks_in_turn,
+    tiny_runs,
+    wait_for_all,
+)
 
 import train
 from training import memory
@@ -29,6 +36,26 @@ def test_a_rank_without_an_answer_asks_the_reward_model_too(tiny):
     wait_for_all(ranks, 300)
     assert tiny.losses("four") == pytest.approx(tiny.losses("one"), abs=3e-5)
     assert_same_weights(tiny.weights("four"), tiny.weights("one"), tolerance=3e-6)
+
+
+def test_a_value_head_in_fp32_trains_beside_weights_in_bf16(tiny):
+    keys = stage_keys(tiny, "rm", finetuning_type="full", pure_bf16=True, max_steps=3, num_train_epochs=None)
+    rows = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    runs = [tiny.words(f"bf16-{mode}", **keys, **rows, parallel=mode) for mode in ("ddp", "fsdp")]
+    ranks = start_ranks_in_turn(runs, tiny.folder / "bf16-output", 2)
+    assert tiny.train("bf16", **keys, per_device_train_batch_size=8) == 0
+    wait_for_all(ranks, 200)
+    for mode in ("ddp", "fsdp"):
+        assert tiny.losses(f"bf16-{mode}") == pytest.approx(tiny.losses("bf16"), abs=3e-3)
+        norms = [tiny.losses(name, "grad_norm") for name in (f"bf16-{mode}", "bf16")]
+        assert norms[0] == pytest.approx(norms[1], rel=0.02)
+
+
+def test_norms_in_fp32_beside_weights_in_bf16_are_refused_over_ranks(tiny):
+    keys = {"finetuning_type": "full", "pure_bf16": True, "upcast_layernorm": True}
+    ranks = start_ranks(tiny.words("norms", **keys), tiny.folder / "norms-output")
+    assert [rank.wait(60) for rank in ranks] == [2, 2]
+    assert "upcast_layernorm: with pure_bf16 norms would train in fp32" in ranks[0].text()
 
 
 def crowded(words: list[str]) -> int:

@@ -48,12 +48,41 @@ def test_two_ranks_train_the_weights_of_one_process(tiny, method):
     assert ranks[1].text() == ""  # only rank 0 speaks
 
 
-def test_a_bad_loss_on_one_rank_stops_all_and_names_its_rows(tiny):
+def train_with_a_bad_loss(words: list[str], step: int) -> int:
+    """In a child: the last rank's loss of this update is not a number."""
+    plain, calls = train.update, []
+
+    def update(model, optimizer, stage, *others):
+        calls.append(1)
+        stage.__dict__.pop("loss", None)
+        if len(calls) == step and os.environ["RANK"] == "1":
+            loss = stage.loss
+            stage.loss = lambda *inputs: [loss(*inputs)[0] * torch.nan, loss(*inputs)[1]]
+        return plain(model, optimizer, stage, *others)
+
+    train.update = update
+    return train.main(words)
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+def test_a_bad_loss_on_one_rank_stops_all_and_names_its_rows(tiny, fp16):
+    keys = {"fp16": fp16, "save_strategy": "steps", "save_steps": 4, "per_device_train_batch_size": 2}
+    words = tiny.words(f"bad-{fp16}", **keys)
+    ranks = fork_ranks(train_with_a_bad_loss, (words, 2), tiny.folder / f"bad-output-{fp16}", 2)
+    assert [rank.wait(100) for rank in ranks] == [1, 1]
+    for rank in ranks:  # all say the same
+        assert "finite number at step 2; rows of that update: rank 1: " in rank.text(), rank.text()
+        assert "rank 0: " not in rank.text()
+    assert not tiny.checkpoints(f"bad-{fp16}")
+
+
+def test_bad_gradients_that_no_loss_has_shown_name_the_rows_of_all(tiny):
     keys = {"learning_rate": 1e30, "max_grad_norm": 0, "save_strategy": "steps", "save_steps": 4}
     ranks = start_ranks(tiny.words("bad", **keys), tiny.folder / "bad-output")
-    assert [rank.wait() for rank in ranks] == [1, 1]
+    assert [rank.wait(100) for rank in ranks] == [1, 1]
     text = "".join(rank.text() for rank in ranks)
-    assert "at step 2; rows of that update: " in text and "[rank 1]" in text and not tiny.checkpoints("bad")
+    assert "at step 2; rows of that update: rank 0: " in text and "; rank 1: " in text, text
+    assert not tiny.checkpoints("bad")
 
 
 def test_torchrun_trains_and_a_signal_to_it_leaves_a_checkpoint(tiny):
