@@ -149,7 +149,7 @@ def read(config: Config, world: World) -> Inputs:
         config = layout.fitted(config, world, resume, written)
     model_config = load_config(source)
     refuse_on_quantised(config, source, model_config)
-    check_shares(config, source)
+    check_shares(config, source, ranks)
     check_names(config, model_config)
     folder = tokenizer_folder(source, resolve_adapters(config[ModelOptions], wanted_files(config)))
     tokenizer, template = Tokenizer.from_folder(folder, source), None
@@ -235,15 +235,19 @@ def refuse_on_quantised(config: Config, source: Path, model_config: ModelConfig)
     refuse(kind != "lora", f"finetuning_type: {kind}, but {base}: {remedy}")
 
 
-def check_shares(config: Config, source: Path) -> None:
+def check_shares(config: Config, source: Path, ranks: int) -> None:
     """UserError where ranks cannot share the model that trains, or one beside it, as the options say."""
     options, beside = config[ParallelOptions], folders_beside(config)
+    wanted = quant.from_options(config[QuantOptions])
+    old = torch.__version__ < "2.13" and ranks > 1 and options.parallel in ("fsdp", "hsdp")
     folders = [source, *(beside[key][0] for key in ("ref_model", "reward_model") if key in beside)]
     for folder in (folder for folder in folders if not is_adapter(folder)):
         found = load_config(folder)
         check_sizes(options, found, str(folder))
         coded = f"tp_size: {folder} is quantised, and codes are not cut over ranks; set tp_size=1"
         refuse(options.tp_size > 1 and found.hf.get("quantization_config"), f"{coded} (parallel=fsdp)")
+        codes, remedy = wanted or found.hf.get("quantization_config"), "take 2.13, or parallel=ddp"
+        refuse(old and codes, f"parallel: torch {torch.__version__} cannot share codes over ranks; {remedy}")
     for folder in resolve_adapters(config[ModelOptions], wanted_files(config)):
         dora = options.tp_size > 1 and read_adapter_config(folder).get("use_dora")
         refuse(dora, f"tp_size: {folder} is a DoRA adapter, whose norms need whole rows; set tp_size=1")
