@@ -72,7 +72,7 @@ def stepped(optim: str, dtype: torch.dtype, world: World, mode: str) -> dict[str
         update(model, optimizer, Rows(), mine, scaler, world, 1.0)
     settle(model)
     found = {name: whole(parameter).clone() for name, parameter in model.named_parameters()}
-    if optim == "sgd":
+    if optim in ("sgd", "adamw_torch"):
         scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
         update(model, optimizer, Rows(overflows=True), mine, scaler, world, 1.0)
         settle(model)
