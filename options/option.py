@@ -50,7 +50,8 @@ class Option:
         """What keeps it from being read, as `key=value`; None where it is read."""
         key, _, wanted = self.when.partition("=")
         key, unequal = key.removesuffix("!"), key.endswith("!")
-        return f"{key}={values[key]}" if key in values and (f"{values[key]}" == wanted) == unequal else None
+        same = str(values.get(key)).lower() == wanted.lower()
+        return f"{key}={values[key]}" if key in values and same == unequal else None
 
 
 def declared(sections: Iterable[type]) -> dict[str, Option]:

@@ -12,7 +12,9 @@ class ParallelOptions:
     """Many processes: how weights, rows and layers are spread over ranks"""
 
     parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = option(
-        "auto", "ddp: all weights on each rank; fsdp: a share; hsdp: shares in dp_shard_size", RESUMABLE
+        "auto",
+        "ddp: all weights on each rank; fsdp: a share; hsdp: shares in dp_shard_size; auto: ddp if it fits",
+        RESUMABLE,
     )
     dp_shard_size: int | None = option(None, "hsdp: ranks that hold the weights between them", RESUMABLE)
     fsdp_reshard_after_forward: bool = option(

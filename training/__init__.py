@@ -6,6 +6,7 @@ Before the loop
     weights      build_model: the weights that train, as shares where ranks share them
     make_stage   the stage with its reference and reward, from the options
     memory       what a step needs, and so how much is computed twice; plan: before any weight is read
+    forecast     which of that a run asks for: plan=true, parallel=auto
 In the loop
     optimizers/  the file of each value of `optim`: SERVES, make(model, groups, options) -> Optimizer
     schedules    schedule(step, options, total_steps) -> multiplier of the rate, pure; rounding: of bf16

@@ -21,12 +21,14 @@ largest block and of what trains in it, W_o and G_o those outside of the blocks:
 
 import ctypes
 import itertools
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from kernels.cross_entropy import chunk_bytes
 from kernels.recompute import CudaTransfers, Offload, Plan
 from lora import lora_layers
 from model import Decoder
@@ -35,7 +37,6 @@ from parallel.options import ParallelOptions
 from quant.linear import quantised_linears
 from training.optimizers import state_per_byte
 
-LOGIT_BYTES = 2 * 256 * 2**20  # two buffers of the chunked loss at its largest
 RESERVE_BYTES = 2**29  # workspaces of cuBLAS and NCCL, and what the allocator rounds up
 SLACK = 1.05  # of everything that is estimated
 
@@ -48,11 +49,13 @@ class Spread:
     shard: int = 1  # of these hold the weights between them
     context: int = 1  # ranks that hold each row of tokens between them
     away: bool = False  # shares, gradients and optimizer state are in host memory, the model on a GPU
+    keeps: bool = False  # blocks stay gathered from the forward to the backward pass
 
     @classmethod
     def of(cls, options: ParallelOptions, ranks: int, device: torch.device) -> "Spread":
         replicate, shard = options.engine(ranks)
-        return cls(replicate * shard, shard, options.cp_size, options.fsdp_offload and device.type == "cuda")
+        away, keeps = options.fsdp_offload and device.type == "cuda", not options.fsdp_reshard_after_forward
+        return cls(replicate * shard, shard, options.cp_size, away, keeps)
 
     def share(self, tensors: Iterable[Tensor]) -> float:
         """Bytes of a rank's shares of these: whole rows, of which the last ranks may have padding."""
@@ -64,6 +67,10 @@ class Spread:
         tensors = itertools.chain(module.named_parameters(), module.named_buffers())
         inside = (tensor for name, tensor in tensors if not (prefix and name.startswith(prefix)))
         return [tensor for tensor in inside if self.shard > 1 or tensor.requires_grad]
+
+    def whole(self, model: nn.Module) -> float:
+        """Bytes that come to a rank's shares of a model while it has gathered all of it."""
+        return bytes_of(self.held(model)) if self.shard > 1 else 0.0
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> float:
@@ -85,6 +92,7 @@ class Need:
     first: float = 0.0  # gradients of the last block, which goes backward first, and of what lies behind it
     gathered: float = 0.0  # weights of which a rank has a share, while they are used
     message: float = 0.0  # of these, what of the next block has arrived
+    kept: float = 0.0  # of these, what other blocks keep until their backward pass
     summed: float = 0.0  # gradients, while they are summed over ranks
     host: float = 0.0  # gradients and optimizer state that are not on the device, but in host memory
 
@@ -110,9 +118,10 @@ def need(
     optimizer: str = "adamw_torch",
     spread: Spread | None = None,
     in_backward: bool = False,
+    device: str = "cuda",
 ) -> Need:
     """What a micro-batch of `tokens` takes at most, on each rank. optimizer: its name among the options.
-    model: may be sharded, or an outline that shall be. in_backward: optim_in_backward."""
+    model: may be sharded, or an outline that shall be. in_backward: optim_in_backward. device: its type."""
     spread = spread or Spread()
     tokens = -(-tokens // spread.context)
     config, compute, size = model.config, model.compute_dtype, model.compute_dtype.itemsize
@@ -126,11 +135,12 @@ def need(
     blocks, outside = [spread.held(block) for block in model.layers], spread.held(model, "layers.")
     largest = max(blocks, key=bytes_of)
     mine, own = (bytes_of(tensor for tensor in each if tensor.requires_grad) for each in (outside, largest))
-    first, gathered, message, summed = min(mine + own, gradients), 0.0, 0.0, 0.0
+    first, gathered, message, kept, summed = min(mine + own, gradients), 0.0, 0.0, 0.0, 0.0
     if spread.ranks > 1:
         first, summed = mine + own, max(2 * own + mine, 2 * mine)
         message = bytes_of(largest) if spread.shard > 1 else 0.0
-        gathered = bytes_of(outside) + bytes_of(largest) + message
+        kept = sum(map(bytes_of, blocks)) - bytes_of(largest) if spread.keeps else 0.0
+        gathered = bytes_of(outside) + bytes_of(largest) + message + kept
 
     hidden, middle = config.hidden_size, config.intermediate_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -142,7 +152,7 @@ def need(
     copies = _cast_weights(model, compute) / config.num_layers
 
     head_rows = 4 * tokens * hidden * size  # the last norm, its rows, their gradient, the gradient of all
-    logits = min(LOGIT_BYTES, tokens * config.vocab_size * (4 + size))
+    logits = chunk_bytes(tokens, config.vocab_size, compute, device)
     head = model.head_weight()
     trained_head = head.numel() * 4 if head.requires_grad else 0  # summed in fp32 beside the gradient itself
     narrow_head = head.numel() * size if head.dtype != compute else 0
@@ -159,6 +169,7 @@ def need(
         first=first,
         gathered=gathered,
         message=message,
+        kept=kept,
         summed=summed,
         host=gradients + state if spread.away else 0.0,
     )
@@ -235,13 +246,14 @@ def plan(policy: str, need: Need, layers: int, device: torch.device, free: float
     return chosen, line
 
 
-def free_bytes(device: torch.device) -> float:
-    """What this process may still take: of a GPU what is free or cached by torch, of the host's memory what
-    the machine, the control group and the process's own limits leave."""
+def free_bytes(device: torch.device, here: int = 1) -> float:
+    """What this process may still take: of a GPU what is free or cached by torch, of the host's memory its
+    share of what the machine, the control group and the process's own limits leave.
+    here: ranks on this machine, where no launcher says it."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    return free_host_bytes()
+    return free_host_bytes() / int(os.environ.get("LOCAL_WORLD_SIZE", here))
 
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # numbers of malloc.h

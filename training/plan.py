@@ -142,15 +142,15 @@ def predict_peak(
     device,
     beside=None,
     *,
-    cache=0.0,
+    writing=(),
     spread: memory.Spread | None = None,
     accumulates=False,
 ) -> dict[str, float]:
     """-> bytes by part at the fullest moment of a run. model: the skeleton, prepared as for training; chosen,
     need: of memory.plan and memory.need; file_bytes: of the largest file of weights; beside: bytes of other
-    models that are held (reference, reward); cache: cache_bytes of a stage that writes texts, which it does
-    between its updates; spread: then all of it is of each rank, on its device; accumulates: gradients stay
-    from one micro-batch to the next, else they come as the activations go."""
+    models that are held (reference, reward); writing: what comes to these between updates, by part, for each
+    time in which texts are written or scored; spread: then all of it is of each rank, on its device;
+    accumulates: gradients stay from one micro-batch to the next, else they come as the activations go."""
     spread = spread or memory.Spread()
     parts = {} if device.type == "cuda" else {"process": float(resident_bytes())}
     trained, fixed = resident(model, spread)
@@ -162,9 +162,7 @@ def predict_peak(
     if device.type != "cuda":  # the pages of the mapped file that have been read count until it is closed
         loading["file being read"] = file_bytes
     parts |= beside or {}
-    writing = parts | {"optimizer": need.optimizer, "cache of the texts": cache}
-    if cache and spread.shard > 1:  # every rank writes by itself (parallel.fsdp.gathered)
-        writing["gathered weights"] = memory.bytes_of(spread.held(model))
+    between = [parts | {"optimizer": need.optimizer} | each for each in writing]
     stay = accumulates or device.type != "cuda"  # a process does not give back what was theirs
     parts["gradients"] = need.gradients if stay else 0.0
     parts["optimizer"] = need.optimizer
@@ -183,8 +181,11 @@ def predict_peak(
     name = "head" if need.head > block else "one block's backward"
     parts[name] = max(need.head, block, need.message)  # before it begins its weights are there twice
     ending = parts | {"gradients": need.gradients, "activations": 0.0, name: max(need.head, block)}
-    ending |= {"gathered weights": need.gathered - need.message, "gradients being summed": need.summed}
-    return max(parts, ending, loading, writing, key=lambda moment: sum(moment.values()))
+    ending |= {
+        "gathered weights": need.gathered - need.message - need.kept,
+        "gradients being summed": need.summed,
+    }
+    return max(parts, ending, loading, *between, key=lambda moment: sum(moment.values()))
 
 
 def cache_bytes(config: ModelConfig, texts: int, prompt: int, new: int, size: int) -> float:
@@ -243,12 +244,14 @@ def describe(options: ParallelOptions, ranks: int) -> str:
     return f"on each of {ranks} ranks ({', '.join(words)})"
 
 
-def suggestion(most: int, tokens: int, rows: int) -> str:
-    """What to set, where so many tokens of a micro-batch fit, which has these tokens and rows now."""
+def suggestion(most: int, tokens: int, rows: int, segments: int = 1, new: int = 0) -> str:
+    """What to set, where so many tokens of a micro-batch fit, which has these tokens and rows now. segments:
+    of a row; new: tokens of each that the model writes, of which cutoff_len knows nothing."""
     longest = -(-tokens // rows)
     if most < longest:
         return f"  at most {most:,} tokens fit: lower cutoff_len, or set more ranks, fsdp, or fewer bits"
-    sizes = f"per_device_train_batch_size={most // longest} as the rows are, or cutoff_len={most // rows}"
+    length = most // (rows * segments) - new
+    sizes = f"per_device_train_batch_size={most // longest} as the rows are, or cutoff_len={length}"
     return f"  at most {most:,} tokens fit: {sizes} at {rows} rows"
 
 

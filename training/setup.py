@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import kernels
@@ -25,16 +24,14 @@ from checkpoints.trainable import freeze, parameter_status, trainable_report
 from data import DataOptions, Prepared, load_datasets
 from generation.generate import context_limit
 from generation.sampling import GenerateOptions
-from kernels.recompute import Plan
 from lora import LoraOptions, adapted_names
 from model import Decoder
 from options.config import Config
 from options.errors import UserError, refuse
 from parallel.fsdp import distribute
 from parallel.options import ParallelOptions
-from parallel.tensor import cut
 from parallel.world import World
-from pipeline.batch import ROW_MULTIPLE, BatchLoader, StreamingLoader
+from pipeline.batch import BatchLoader, StreamingLoader
 from pipeline.report import describe_example
 from pipeline.sources import HubAccess
 from pipeline.store import ExampleStore
@@ -48,11 +45,12 @@ from stages.ppo import PPOOptions
 from stages.reference import ReferenceOptions
 from stages.rewards import RewardOptions, RewardSource
 from stages.rm import RewardModelOptions
-from stages.rollouts import TOGETHER, prompts_of
+from stages.rollouts import prompts_of
 from stages.stage import Stage
 from templates import TemplateOptions, get_template, marks_split_up
 from text.tokenizer import Tokenizer
-from training import layout, memory, plan, run_folder
+from training import layout, memory, run_folder
+from training.forecast import Forecast, choose_parallel, largest_row
 from training.make_stage import (
     folders_beside,
     make_reward_ahead,
@@ -169,8 +167,10 @@ def read(config: Config, world: World) -> Inputs:
 
 def build(inputs: Inputs) -> tuple[Data, Decoder, Stage, dict | None]:
     """All that is heavy: data, model on its device, stage, and the state of the checkpoint to continue."""
-    config, world, state = inputs.config, inputs.world, None
+    world, state = inputs.world, None
     data = load_data(inputs)
+    shares = why_not_shared(inputs)
+    config = choose_parallel(inputs.config, inputs.source, world, data, shares)
     if inputs.resume is not None:
         asked = data.fingerprint, world, config[DataOptions].group_by_length, data.updates_per_draw
         state = run_folder.read_checkpoint(inputs.resume, *asked)
@@ -233,6 +233,18 @@ def refuse_on_quantised(config: Config, source: Path, model_config: ModelConfig)
     refuse(config[TrainOptions].train_from_scratch, f"train_from_scratch: {base}, {remedy}")
     remedy = "its weights have no gradient; set finetuning_type=lora, or start from a 16-bit model"
     refuse(kind != "lora", f"finetuning_type: {kind}, but {base}: {remedy}")
+
+
+def why_not_shared(inputs: Inputs) -> str | None:
+    """What speaks against parallel=fsdp, as options/rules.py and check_shares have it."""
+    config, optim = inputs.config, inputs.config[OptimOptions].optim
+    if "bit" in optim:
+        return f"optim: {optim} steps whole parameters"
+    try:
+        check_shares(config.changed(ParallelOptions, parallel="fsdp"), inputs.source, inputs.world.size)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def check_shares(config: Config, source: Path, ranks: int) -> None:
@@ -416,105 +428,18 @@ def describe_model(config: Config, model: Decoder, world: World) -> str:
 
 def make_plan(inputs: Inputs) -> str:
     """What the run would take, without its weights; see plan.py."""
-    config, options, world, data = inputs.config, inputs.options, inputs.world, load_data(inputs)
-    loader, device = data.loader, inputs.world.device
-    refuse(loader is None, "plan: there is nothing to plan without training; drop plan, or do_eval")
-    model = build_model(config, inputs.source, world)
-    shares = config[ParallelOptions]
-    ranks = options.plan_ranks or world.size
-    spread = memory.Spread.of(shares, ranks, device)
-    cut(model, replace(world, size=ranks, tensor=shares.tp_size, groups={"tensor": None}))
-    trained = trainable_report(model)
-    beside = {name: size / spread.shard for name, size in bytes_beside(config, model).items()}
-    held = 0.0 if spread.away else plan.weight_bytes(model, spread) + sum(beside.values())
-    free, optim = memory.free_bytes(device) - held, config[OptimOptions]
-    tokens = largest_row(loader, config, world)
-
-    def decided(tokens: int) -> tuple[memory.Need, Plan, str]:
-        need = memory.need(model, tokens, optim.optim, spread, optim.optim_in_backward)
-        return need, *memory.plan(options.recomputation, need, model.config.num_layers, device, free)
-
-    need, chosen, line = decided(tokens)
-    lengths, share, rows = np.full(1, config[DataOptions].cutoff_len), 1.0, data.prepared.train
-    if isinstance(rows, ExampleStore):
-        lengths, share = rows.segment_lengths, rows.trained_share
-    cache, of_texts = 0.0, ""
-    if options.stage in WRITES:
-        new = config[GenerateOptions].max_new_tokens
-        texts = min(TOGETHER, loader.most_examples() * data.batches_per_draw * answers_of(config))
-        cache = plan.cache_bytes(model.config, texts, int(lengths.max()), new, options.compute_dtype.itemsize)
-        lengths, share = lengths + new, new / (lengths + new).mean()
-        written = f"from,\n  {texts} at once, whose cache takes up to {cache / plan.GIB:.2f} GiB)"
-        time = "the time in which the model writes the texts that it learns"
-        of_texts = f"\n  (of the updates; to it comes {time} {written}"
-    largest = 0.0 if options.train_from_scratch else plan.largest_file(inputs.source, model)
-
-    def peak_of(need: memory.Need, chosen: Plan) -> dict[str, float]:
-        kind = {"cache": cache, "spread": spread, "accumulates": options.gradient_accumulation_steps > 1}
-        here = {} if spread.away else beside
-        return plan.predict_peak(model, chosen, need, largest, device, here, **kind)
-
-    available = memory.free_bytes(device)
-
-    def fits(tokens: int) -> bool:
-        need, chosen, _ = decided(tokens)
-        peak = peak_of(need, chosen)
-        return sum(peak.values()) - peak.get("process", 0.0) <= available
-
-    peak, bound = peak_of(need, chosen), plan.bound_speed(model, chosen, lengths, share, tokens, device)
-    text = plan.report(peak, bound, available, tokens, device)
-    if spread.away:
-        inside = (plan.weight_bytes(model, spread) + sum(beside.values()) + need.host) / plan.GIB
-        text += f"\n  in host memory, for each rank: {inside:.2f} GiB of shares, gradients, optimizer state"
-    if ranks > 1:
-        text = text.replace("\n", f" {plan.describe(shares, ranks)}\n", 1)
-    text += "\n" + plan.suggestion(plan.largest_that_fits(fits), tokens, options.per_device_train_batch_size)
-    return f"{trained}\n{line}\n\n{text}{of_texts}"
-
-
-def bytes_beside(config: Config, model: Decoder) -> dict[str, float]:
-    """Weights that a run holds beside those of the model it trains, by what they are for; see make_reference
-    and make_reward. What serves only before the first update is not counted."""
-    options, found, beside, held = config[TrainOptions], {}, folders_beside(config), []
-    live = options.stage in WRITES or config[DataOptions].streaming
-    needs = {"dpo": config[PreferenceOptions].needs_reference, "grpo": config[GRPOOptions].beta > 0}
-    if config[RewardOptions].reward_model_type == "full":
-        held.append(("reward model", "reward_model", config[RewardOptions].reward_model_quantization_bit))
-    if live and needs.get(options.stage, options.stage in ("kto", "ppo")):
-        held.append(("reference", "ref_model", config[ReferenceOptions].ref_model_quantization_bit))
-        if "ref_model" not in beside and config[LoraOptions].finetuning_type != "lora":
-            trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
-            found["reference"] = memory.bytes_of(trained)
-    for name, key, bits in held:
-        for folder in beside.get(key, ()):
-            quantization = quant.in_bits(bits, config[QuantOptions], f"{key}_quantization_bit")
-            codes = quantization, config[ModelOptions].hf_hub_token
-            second = plan.skeleton(folder, load_config(folder), options.compute_dtype, *codes)
-            found[name] = plan.weight_bytes(second)
-    return found
-
-
-def answers_of(config: Config) -> int:
-    """Texts that a stage of WRITES writes to each prompt."""
-    return config[GRPOOptions].num_generations if config[TrainOptions].stage == "grpo" else 1
-
-
-def largest_row(loader, config: Config, world: World) -> int:
-    """Tokens of the largest micro-batch, with what pads the row; where a stage writes texts, with these."""
-    tokens = loader.most_tokens()
-    if config[TrainOptions].stage in WRITES:
-        tokens += loader.most_examples() * config[GenerateOptions].max_new_tokens
-        tokens *= answers_of(config)
-    multiple = ROW_MULTIPLE[world.device.type]
-    return -(-tokens // multiple) * multiple
+    data = load_data(inputs)
+    refuse(data.loader is None, "plan: there is nothing to plan without training; drop plan, or do_eval")
+    return Forecast(inputs.config, inputs.source, inputs.world, data).report()
 
 
 def choose_recomputation(model: Decoder, loader, config: Config, world: World) -> str:
     """Tell the model what its blocks keep for the backward pass; gives a line that says so."""
     options = config[TrainOptions]
     spread = memory.Spread.of(config[ParallelOptions], world.size, world.device)
-    tokens, optim = largest_row(loader, config, world), config[OptimOptions]
-    need = memory.need(model, tokens, optim.optim, spread, optim.optim_in_backward)
+    tokens, optim = largest_row(loader, config, world.device), config[OptimOptions]
+    asked = optim.optim, spread, optim.optim_in_backward, world.device.type
+    need = memory.need(model, tokens, *asked)
     if options.compiles:  # compiled blocks drop what is cheap by themselves or not at all
         need = replace(need, selective=need.everything)
         kind = {"backend": options.torch_compile_backend or "inductor", "mode": options.torch_compile_mode}

@@ -75,7 +75,8 @@ def run_in_turn(runs: list[tuple[list[str], dict, str]]) -> int:
             held = [*model.parameters(), *model.buffers(), *filter(torch.is_tensor, values)]
             base = sum({_storage(each)._cdata: _storage(each).nbytes() for each in held}.values())
             spread = memory.Spread.of(ParallelOptions(**mode), 2, torch.device("cpu"))
-            need = memory.need(model, max(len(batch.tokens) for batch in group), spread=spread)
+            tokens = max(len(batch.tokens) for batch in group)
+            need = memory.need(model, tokens, spread=spread, device="cpu")
             peak = plan.predict_peak(model, Plan(), need, 0.0, torch.device("cuda"), spread=spread)
             with LiveBytes(held) as live:
                 result = plain(model, optimizer, stage, group, *rest)

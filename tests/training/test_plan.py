@@ -128,10 +128,12 @@ def test_the_texts_are_written_beside_everything_but_the_update(tiny):
     model = llama("lora")
     need = memory.need(model, 1)
     common = {"file_bytes": 0.0, "device": torch.device("cuda"), "beside": {"reference": 5e9}}
-    peak = plan.predict_peak(model, Plan(), need, **common, cache=1e12)
+    texts = {"cache of the texts": 1e12}
+    peak = plan.predict_peak(model, Plan(), need, **common, writing=[texts])
     parts = ["weights", "adapters", "reference", "optimizer", "cache of the texts"]
     assert list(peak) == parts and peak["cache of the texts"] == 1e12
-    assert "cache of the texts" not in plan.predict_peak(model, Plan(), need, **common, cache=1.0)
+    short = [{"cache of the texts": 1.0}]
+    assert "cache of the texts" not in plan.predict_peak(model, Plan(), need, **common, writing=short)
 
 
 def test_the_buffer_of_quantised_layers_counts_once(tiny):
@@ -172,7 +174,19 @@ def test_a_plan_is_printed_without_weights_and_nothing_is_written(tiny, capsys):
     assert "plan: there is nothing to plan" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", ["lora", "trained on", "new adapter", "dpo"])
+SPREAD = {
+    "ddp": {"parallel": "ddp"},
+    "fsdp": {"parallel": "fsdp"},
+    "kept": {"parallel": "fsdp", "fsdp_reshard_after_forward": False},
+    "away": {"parallel": "fsdp", "fsdp_offload": True},
+    "hsdp": {"parallel": "hsdp", "dp_shard_size": 2},
+    "tp": {"tp_size": 2},
+    "ulysses": {"cp_size": 2},
+    "ring": {"parallel": "fsdp", "cp_size": 4, "cp_mode": "ring"},
+}
+
+
+@pytest.mark.parametrize("method", ["lora", "trained on", "new adapter", "dpo", *SPREAD])
 def test_a_plan_of_models_on_a_hub_fetches_no_weights(tiny, monkeypatch, capsys, method):
     """The same as with the files here, but for the size of the largest, which it guesses."""
     if not (tiny.folder / "adapter").exists():
@@ -194,7 +208,7 @@ def test_a_plan_of_models_on_a_hub_fetches_no_weights(tiny, monkeypatch, capsys,
     monkeypatch.setattr(plan, "measure_products", lambda dtype, device: 1e9)
     monkeypatch.setattr(plan, "measure_copies", lambda device: 1e9)
     monkeypatch.setattr(plan, "resident_bytes", lambda: 0)
-    keys = {}
+    keys = SPREAD[method] | {"plan_ranks": 4} if method in SPREAD else {}
     if method in ("trained on", "new adapter"):
         keys = {"adapter_name_or_path": "owner/adapter", "create_new_adapter": method == "new adapter"}
     if method == "dpo":
@@ -208,7 +222,10 @@ def test_a_plan_of_models_on_a_hub_fetches_no_weights(tiny, monkeypatch, capsys,
     for places in ({}, local):
         chosen = {"model_name_or_path": "owner/model", "plan": "true", **keys}
         assert tiny.train("planned", **{key: places.get(value, value) for key, value in chosen.items()}) == 0
-        said = capsys.readouterr().out.splitlines()
+        out = capsys.readouterr().out
+        assert "tokens fit: per_device_train_batch_size=" in out and "or cutoff_len=" in out
+        assert (" on each of 4 ranks " in out) == (method in SPREAD)
+        said = out.splitlines()
         parts = ("trainable", "  weights ", "  adapters ", "  reference ")
         lines.append([line for line in said if line.startswith(parts)])
     assert lines[0] == lines[1] and len(lines[0]) == 4
