@@ -99,9 +99,9 @@ class Decoding:
             room = max(self.prompt_lengths) + min(options.max_new_tokens, FIRST_ROOM)
             cache = new_cache(model, len(prompts), room)
         self.cache = cache
+        self.world = getattr(model, "world", None)  # of a model that ranks share (parallel/fsdp.py)
         if fixed_shapes is None:  # a graph holds no sums over ranks, nor the engine's streams
-            spread = hasattr(model, "tensor_size") or hasattr(model, "unshard")
-            fixed_shapes = self.device.type == "cuda" and not spread
+            fixed_shapes = self.device.type == "cuda" and self.world is None
         self.fixed_shapes = fixed_shapes and not options.no_repeat_ngram_size  # which reads texts on the host
         self.steps: TokenSteps | None = None
         self.draws = None
@@ -189,7 +189,9 @@ class Decoding:
         if self.options.no_repeat_ngram_size:
             logits = ban_repeated_ngrams(logits, texts, self.options.no_repeat_ngram_size)
         uniforms = None if self.draws is None else self._uniforms(self.rows)(0, 1)[0].to(self.device)
-        return choose(logits, self.options, self.seen, uniforms).tolist()
+        chosen = choose(logits, self.options, self.seen, uniforms)
+        # ranks with the same texts round differently, and one other token would part them for ever
+        return (chosen if self.world is None else self.world.as_first(chosen)).tolist()
 
     def _fixed_step(self) -> list[int]:
         """The next token of every row, of several steps that are on their way."""

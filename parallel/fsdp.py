@@ -80,6 +80,8 @@ def distribute(
     if world.size == 1 or isinstance(model, FSDPModule):
         return
     engine = engine or Engine(world, options)
+    model.world = world
+    model.keeps_company = engine.shard > 1 and not options.gather_for_generation  # generation/company.py
     for block in model.layers:
         engine.take_block(block)
     cut(model, world)
@@ -87,11 +89,12 @@ def distribute(
         return
     if world.context > 1:
         divide_rows(model, world, options.cp_mode)
-    if (head := getattr(model, "v_head", None)) is not None:  # in fp32 where all else may train in bf16
-        engine.take(head, reshard=False)
-    engine.take(model, reshard=False)
-    if head is not None:
-        model.set_modules_to_forward_prefetch([head])  # with the model, for a rank may not ask its head
+    head = getattr(model, "v_head", None)
+    heads = [] if head is None else [head]  # in fp32 where all else may train in bf16
+    for part in (*heads, model):
+        engine.take(part, reshard=False)
+    model.set_modules_to_forward_prefetch(heads)  # with the model, for a rank may not ask its head
+    model.outside, model.gathered = [*heads, model], False
 
 
 def parameters_from_buffers(model: nn.Module) -> None:
@@ -152,24 +155,3 @@ def assign(target: Tensor, value: Tensor) -> None:
         share = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
         target, value = target.to_local(), share.to_local()
     target.copy_(value)
-
-
-@contextmanager
-def gathered(model: nn.Module) -> Iterator[None]:
-    """Within it every rank holds all weights, and may call the model as often as it likes, alone. All ranks
-    enter it as often; within itself it does nothing."""
-    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    if any(getattr(part, "gathered", False) for part in parts):
-        yield
-        return
-    for part in parts:
-        part.gathered = True
-        part.unshard()
-        part.set_reshard_after_forward(False, recurse=False)
-    try:
-        yield
-    finally:
-        for part in parts:
-            part.gathered = False
-            part.set_reshard_after_forward(part.reshards, recurse=False)
-            part.reshard()

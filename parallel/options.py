@@ -21,6 +21,12 @@ class ParallelOptions:
         True, "gather weights again for the backward pass: less memory, half as much traffic more", RESUMABLE
     )
     fsdp_offload: bool = option(False, "shares, gradients and optimizer state in host memory", RESUMABLE)
+    gather_for_generation: bool = option(
+        True,
+        "all weights on each rank while texts are written or scored; false: block by block, slower",
+        RESUMABLE,
+        also="ds3_gather_for_generation",
+    )
     tp_size: int = option(
         1, "ranks that hold each layer between them", also="tensor_parallel_size tensor_model_parallel_size"
     )

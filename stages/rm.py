@@ -26,10 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from generation.company import called_alone
 from model import Decoder
 from options.errors import UserError
 from options.option import option
-from parallel.fsdp import gathered
 from pipeline.batch import ROW_MULTIPLE, Batch, Example, collate
 from stages.logprobs import device_of, hidden_states, in_eval_mode
 from stages.metrics import Metrics, by_kind, summed
@@ -115,7 +115,7 @@ def score_texts(model: Decoder, texts: Sequence[Sequence[int]], most_tokens: int
     if model.v_head is None:
         raise ValueError("the model has no value head, so it gives no scores (checkpoints/value_head.py)")
     device, scores = device_of(model), torch.empty(len(texts))
-    with in_eval_mode(model), gathered(model):  # ranks have texts of other lengths
+    with in_eval_mode(model), called_alone(model):  # ranks have texts of other lengths
         for numbers in _together(texts, most_tokens):
             batch = collate([_example(texts[number]) for number in numbers])
             batch = batch.rounded(ROW_MULTIPLE[device.type]).to(device)

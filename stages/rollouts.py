@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from generation.company import called_alone
 from generation.generate import Completion, generate
 from generation.sampling import GenerateOptions
 from model import Decoder
 from options.errors import fitting
-from parallel.fsdp import gathered
 from pipeline.batch import ROLES, Batch, Example, collate
 from stages.logprobs import in_eval_mode
 
@@ -78,7 +78,7 @@ def roll_out(
     # the one that trains.
     common = {"stop_ids": stop_ids, "tokenizer": tokenizer}
     completions: list[Completion] = []
-    with in_eval_mode(model), gathered(model):  # ranks write texts of other lengths
+    with in_eval_mode(model), called_alone(model):  # ranks write texts of other lengths
         for start in range(0, len(prompts), TOGETHER):
             part = slice(start, start + TOGETHER)
             ids = [prompt.ids for prompt in prompts[part]]

@@ -26,8 +26,8 @@ from parallel.tensor import is_cut
 STAGES = ("pt", "sft", "rm", "dpo", "orpo", "kto", "ppo", "grpo")
 MODES = {
     "ddp": {"parallel": "ddp"},
-    "fsdp": {"parallel": "fsdp"},
-    "hsdp": {"parallel": "hsdp", "dp_shard_size": 2},
+    "fsdp": {"parallel": "fsdp", "gather_for_generation": False},
+    "hsdp": {"parallel": "hsdp", "dp_shard_size": 2, "gather_for_generation": False},
     "tp": {"parallel": "fsdp", "tp_size": 2},
     "cp": {"parallel": "fsdp", "cp_size": 2},
     "ring": {"parallel": "ddp", "cp_size": 2, "cp_mode": "ring"},

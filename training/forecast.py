@@ -111,14 +111,13 @@ class Forecast:
         return found
 
     def written(self, spread: memory.Spread) -> list[dict[str, float]]:
-        """What comes to the weights while texts are written or scored: shares are gathered whole
-        (parallel.fsdp.gathered), of one model at a time."""
+        """What comes to the weights while texts are written or scored, by one model at a time."""
         size, found = self.config[TrainOptions].compute_dtype.itemsize, []
         for texts in self.texts:
             cache = plan.cache_bytes(self.model.config, *texts, size)
-            found.append({"gathered weights": spread.whole(self.model), "cache of the texts": cache})
+            found.append({"gathered weights": spread.for_texts(self.model), "cache of the texts": cache})
         scores = [model for name, model in self.beside.items() if name == "reward model"]
-        return found + [{"gathered weights": spread.whole(model)} for model in scores]
+        return found + [{"gathered weights": spread.for_texts(model)} for model in scores]
 
     @cached_property
     def lengths(self) -> np.ndarray:

@@ -50,12 +50,14 @@ class Spread:
     context: int = 1  # ranks that hold each row of tokens between them
     away: bool = False  # shares, gradients and optimizer state are in host memory, the model on a GPU
     keeps: bool = False  # blocks stay gathered from the forward to the backward pass
+    by_blocks: bool = False  # gather_for_generation is off
 
     @classmethod
     def of(cls, options: ParallelOptions, ranks: int, device: torch.device) -> "Spread":
         replicate, shard = options.engine(ranks)
         away, keeps = options.fsdp_offload and device.type == "cuda", not options.fsdp_reshard_after_forward
-        return cls(replicate * shard, shard, options.cp_size, away, keeps)
+        by_blocks = not options.gather_for_generation
+        return cls(replicate * shard, shard, options.cp_size, away, keeps, by_blocks)
 
     def share(self, tensors: Iterable[Tensor]) -> float:
         """Bytes of a rank's shares of these: whole rows, of which the last ranks may have padding."""
@@ -68,9 +70,12 @@ class Spread:
         inside = (tensor for name, tensor in tensors if not (prefix and name.startswith(prefix)))
         return [tensor for tensor in inside if self.shard > 1 or tensor.requires_grad]
 
-    def whole(self, model: nn.Module) -> float:
-        """Bytes that come to a rank's shares of a model while it has gathered all of it."""
-        return bytes_of(self.held(model)) if self.shard > 1 else 0.0
+    def for_texts(self, model: nn.Module) -> float:
+        """Bytes that come to a rank's shares of a model that writes or scores (generation/company.py)."""
+        if self.shard == 1:
+            return 0.0
+        blocks, whole = [bytes_of(self.held(block)) for block in model.layers], bytes_of(self.held(model))
+        return whole - sum(blocks) + 2 * max(blocks) if self.by_blocks else whole  # at work, and arriving
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> float:

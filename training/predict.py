@@ -18,11 +18,11 @@ from typing import Protocol
 
 from evaluation.rouge_bleu import CHINESE, chinese_is_cut, mean_scores
 from evaluation.rouge_bleu import NAMES as METRICS
+from generation.company import called_alone, gathered
 from model import Decoder
 from options.atomic import atomic_file
 from options.errors import refuse
 from options.progress import Bar
-from parallel.fsdp import gathered
 from parallel.world import World
 from pipeline.batch import ROW_MULTIPLE, collate
 from pipeline.store import ExampleStore
@@ -120,11 +120,14 @@ class ScorePredictor:
         for name, store in self.sets.items():
 
             def score(numbers: range, store: ExampleStore = store) -> list[tuple[float, float]]:
-                batch = collate([store.example(i) for i in numbers]).rounded(ROW_MULTIPLE[device.type])
-                return list(zip(*pair_scores(model, batch.to(device))))
+                with called_alone(model):
+                    if not numbers:
+                        return []
+                    batch = collate([store.example(i) for i in numbers]).rounded(ROW_MULTIPLE[device.type])
+                    return list(zip(*pair_scores(model, batch.to(device))))
 
             counts = len(store), self.rows_per_batch
-            with gathered(model):  # a rank may have one batch less
+            with gathered(model):
                 scores = _of_all_ranks(score, *counts, f"scoring {name}", self.world, look)
             wins = sum(chosen > rejected for chosen, rejected in scores)
             margins = sum(chosen - rejected for chosen, rejected in scores)
@@ -139,14 +142,15 @@ class ScorePredictor:
 def _of_all_ranks(
     make: Callable[[range], list], count: int, rows: int, what: str, world: World, look: Callable[[], None]
 ) -> list:
-    """make(range) of batches of so many `rows`, joined in order; each rank makes every size-th batch."""
+    """make(range) of batches of so many `rows`, joined in order; each rank makes every size-th batch, and the
+    empty one where it has one less, for all of them ask the model."""
     starts = range(0, count, rows)
     mine = [range(start, min(start + rows, count)) for start in starts[world.data_rank :: world.data_size]]
     made: list[tuple[int, list]] = []
     with Bar(desc=what, total=sum(map(len, mine)), unit=" rows", disable=not world.is_main) as bar:
         for number in range(-(-len(starts) // world.data_size)):
             look()  # every rank as often
-            for each in mine[number : number + 1]:
+            for each in mine[number : number + 1] or [range(0)]:
                 made.append((each.start, make(each)))
                 bar.update(len(each))
     copies = world.size // world.data_size  # ranks that share a layer or a row have written the same

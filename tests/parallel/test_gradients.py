@@ -13,6 +13,7 @@ from tiny_runs import assert_same_weights, fork_ranks, meeting, start_ranks_in_t
 import parallel.world
 from architectures.config import ModelConfig
 from architectures.rope import Rope
+from generation.company import called_alone
 from generation.generate import generate
 from generation.sampling import GenerateOptions
 from kernels.recompute import Plan
@@ -20,7 +21,7 @@ from lora import LoraOptions, add_lora
 from model import Decoder, initialize_weights
 from options import config
 from options.errors import UserError
-from parallel.fsdp import accumulated, assign, distribute, gathered, whole, whole_shape
+from parallel.fsdp import accumulated, assign, distribute, whole, whole_shape
 from parallel.options import ParallelOptions
 from parallel.world import World
 from training.optimizers import clip_gradients
@@ -98,7 +99,7 @@ def step(model: Decoder, world: World, lose: bool = False) -> dict[str, torch.Te
 def texts(model: Decoder) -> list[list[int]]:
     prompts = [[5, 6, 7], [9], [1, 2, 3, 4, 5, 6]]
     model.eval()
-    with gathered(model):
+    with called_alone(model):
         written = generate(
             model, prompts, GenerateOptions(do_sample=True, max_new_tokens=9), stop_ids=(), seeds=[1, 2, 3]
         )

@@ -2,15 +2,12 @@
 
 import json
 import os
-import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from live_bytes import LiveBytes, storage_of
 from tiny_runs import TinyRuns, fork_ranks, meeting, tiny_runs, wait_for_all
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import train
 from kernels.recompute import Plan
@@ -30,32 +27,6 @@ CASES = {f"{mode} {name}": {**keys, **method} for mode, keys in MODES.items()
          for name, method in {"full": FULL, "lora": LORA}.items()}  # fmt: skip
 
 
-class LiveBytes(TorchDispatchMode):
-    """peak: the most bytes at a time of all storages that an operation has read or made since it was entered,
-    but for those of `base`. The engine empties storages and fills them again, so sizes are asked for anew."""
-
-    def __init__(self, base: list[torch.Tensor]):
-        super().__init__()
-        self.peak, self.known = 0, {}
-        self.base = {_storage(each)._cdata for each in base}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for each in tree_leaves((args, kwargs, result)):
-            if torch.is_tensor(each) and each.device.type == "cpu":
-                storage = _storage(each)
-                if storage._cdata not in self.base:
-                    self.known.setdefault(storage._cdata, weakref.ref(storage))
-        live = {key: storage for key, found in self.known.items() if (storage := found()) is not None}
-        self.peak = max(self.peak, sum(storage.nbytes() for storage in live.values()))
-        self.known = {key: self.known[key] for key in live}
-        return result
-
-
-def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
-
-
 # In a rank
 
 
@@ -73,7 +44,7 @@ def run_in_turn(runs: list[tuple[list[str], dict, str]]) -> int:
             settle(model)
             values = [value for state in optimizer.state.values() for value in state.values()]
             held = [*model.parameters(), *model.buffers(), *filter(torch.is_tensor, values)]
-            base = sum({_storage(each)._cdata: _storage(each).nbytes() for each in held}.values())
+            base = sum({storage_of(each)._cdata: storage_of(each).nbytes() for each in held}.values())
             spread = memory.Spread.of(ParallelOptions(**mode), 2, torch.device("cpu"))
             tokens = max(len(batch.tokens) for batch in group)
             need = memory.need(model, tokens, spread=spread, device="cpu")

@@ -7,8 +7,11 @@ from parallel_cells import MODES
 from stage_runs import held_out, stage_keys, write_stage_data
 from tiny_runs import start_ranks_in_turn, tiny_runs, wait_for_all
 
+from parallel.options import ParallelOptions
+
 RUNS = {"sft": {"predict_with_generate": True, "max_new_tokens": 7}, "rm": {}}
-MODES = {name: keys for name, keys in MODES.items() if name != "hsdp"}
+MODES = MODES | {"fsdp, gathered": {"parallel": "fsdp"}}
+RANKS = {2: [mode for mode in MODES if mode != "hsdp"], 4: ["hsdp"]}
 
 
 @pytest.fixture(scope="module")
@@ -30,17 +33,20 @@ def keys_of(tiny, stage: str) -> dict:
 
 @pytest.fixture(scope="module")
 def of_ranks(tiny):
-    """Each stage alone, and in each mode on two ranks, which are started once."""
-    named, one = {}, {"per_device_train_batch_size": 8}
+    """Each stage alone, and in each mode on two or four ranks, of which each number is started once."""
+    children = []
+    for size, modes in RANKS.items():
+        words = [words_of(tiny, stage, mode, size) for stage in RUNS for mode in modes]
+        children += start_ranks_in_turn(words, tiny.folder / f"predictions-{size}", size)
     for stage in RUNS:
-        for mode, keys in MODES.items():
-            together = keys.get("tp_size", 1) * keys.get("cp_size", 1)
-            rows = {"per_device_train_batch_size": 4 * together}
-            named[f"{stage}-{mode}"] = tiny.words(f"{stage}-{mode}", **keys_of(tiny, stage), **rows, **keys)
-    ranks = start_ranks_in_turn(list(named.values()), tiny.folder / "predictions")
-    for stage in RUNS:
-        assert tiny.train(stage, **keys_of(tiny, stage), **one) == 0
-    wait_for_all(ranks, 900)
+        assert tiny.train(stage, **keys_of(tiny, stage), per_device_train_batch_size=8) == 0
+    wait_for_all(children, 900)
+
+
+def words_of(tiny, stage: str, mode: str, ranks: int) -> list[str]:
+    rows = 8 // ParallelOptions(**MODES[mode]).data(ranks)
+    keys = keys_of(tiny, stage) | MODES[mode] | {"per_device_train_batch_size": rows}
+    return tiny.words(f"{stage}-{mode}", **keys)
 
 
 @pytest.mark.parametrize("mode", MODES)

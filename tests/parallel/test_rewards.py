@@ -31,11 +31,14 @@ def test_a_rank_without_an_answer_asks_the_reward_model_too(tiny):
     keys = {"reward_file": None, "reward_model": tiny.folder / "judge", "reward_model_type": "full"}
     keys = stage_keys(tiny, "ppo", **SGD, max_steps=4, num_train_epochs=None) | keys
     shares = {"parallel": "fsdp", "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
-    ranks = start_ranks(tiny.words("four", **keys, **shares), tiny.folder / "four-output", 4)
+    ways = {"gathered": {}, "in blocks": {"gather_for_generation": False}}
+    words = [tiny.words(name, **keys, **shares, **way) for name, way in ways.items()]
+    ranks = start_ranks_in_turn(words, tiny.folder / "four-output", 4)
     assert tiny.train("one", **keys, per_device_train_batch_size=8) == 0
     wait_for_all(ranks, 300)
-    assert tiny.losses("four") == pytest.approx(tiny.losses("one"), abs=3e-5)
-    assert_same_weights(tiny.weights("four"), tiny.weights("one"), tolerance=3e-6)
+    for name in ways:
+        assert tiny.losses(name) == pytest.approx(tiny.losses("one"), abs=3e-5)
+        assert_same_weights(tiny.weights(name), tiny.weights("one"), tolerance=3e-6)
 
 
 def test_a_value_head_in_fp32_trains_beside_weights_in_bf16(tiny):

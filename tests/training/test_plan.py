@@ -134,6 +134,12 @@ def test_the_texts_are_written_beside_everything_but_the_update(tiny):
     assert list(peak) == parts and peak["cache of the texts"] == 1e12
     short = [{"cache of the texts": 1.0}]
     assert "cache of the texts" not in plan.predict_peak(model, Plan(), need, **common, writing=short)
+    assert memory.Spread().for_texts(model) == 0
+    options = [ParallelOptions(parallel="fsdp", gather_for_generation=whole) for whole in (True, False)]
+    whole, by_blocks = (memory.Spread.of(each, 2, common["device"]).for_texts(model) for each in options)
+    assert whole == plan.weight_bytes(model)
+    block = memory.bytes_of(model.layers[0].parameters())
+    assert by_blocks == whole - (len(model.layers) - 2) * block
 
 
 def test_the_buffer_of_quantised_layers_counts_once(tiny):
