@@ -76,7 +76,7 @@ def in_a_rank(folder, ports: dict[str, str]) -> int:
     choose = generation.generate.choose
     for name in WORLDS:
         os.environ["MASTER_PORT"] = ports[name]
-        world = parallel.world.start("cpu", 60, WORLDS[name])
+        world = parallel.world.start("cpu", 200, WORLDS[name])
         if world.context_rank or world.tensor_rank:  # rounds differently from the first of its group
 
             def another(*given):
@@ -93,7 +93,7 @@ def in_a_rank(folder, ports: dict[str, str]) -> int:
         generation.generate.choose = choose
         parallel.world.stop()
     os.environ["MASTER_PORT"] = ports[FAILS]
-    return 0 if hears_of_a_failure(parallel.world.start("cpu", 60, WORLDS["fsdp"])) else 1
+    return 0 if hears_of_a_failure(parallel.world.start("cpu", 200, WORLDS["fsdp"])) else 1
 
 
 def hears_of_a_failure(world: World) -> bool:
@@ -115,7 +115,7 @@ def hears_of_a_failure(world: World) -> bool:
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("company")
     ports = {name: meeting() for name in (*WORLDS, FAILS)}
-    wait_for_all(fork_ranks(in_a_rank, (folder, ports), folder / "ranks", 4), 300)
+    wait_for_all(fork_ranks(in_a_rank, (folder, ports), folder / "ranks", 4), 900)
     return folder
 
 
