@@ -33,7 +33,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def called_alone(model: nn.Module) -> Iterator[None]:
     """Within it a rank may call the model as often as it likes, whatever the others do. All ranks enter it as
-    often, for one model at a time; where one fails it leaves at once, and the others notice that it is gone."""
+    often, for one model at a time; where one fails it leaves at once, and the others notice that."""
     if not getattr(model, "keeps_company", False):
         with gathered(model):
             yield

@@ -26,19 +26,27 @@ def tiny(tmp_path_factory):
 
 
 def test_a_rank_without_an_answer_asks_the_reward_model_too(tiny):
-    """11 rows in groups of 8 on 4 ranks: in the second draw the last rank has none."""
-    assert tiny.train("judge", **stage_keys(tiny, "rm", finetuning_type="full", max_steps=1)) == 0
-    keys = {"reward_file": None, "reward_model": tiny.folder / "judge", "reward_model_type": "full"}
-    keys = stage_keys(tiny, "ppo", **SGD, max_steps=4, num_train_epochs=None) | keys
+    """11 rows in groups of 8 on 4 ranks: in the second draw the last rank has none. Shares of the model are
+    gathered for the texts and for their scores, or block by block."""
+    judges = {"full": {"finetuning_type": "full"}, "lora": {"lora_rank": 3}}
+    for kind, keys in judges.items():
+        assert tiny.train(f"judge {kind}", **stage_keys(tiny, "rm", **keys, max_steps=1)) == 0
+    keys = stage_keys(tiny, "ppo", **SGD, max_steps=4, num_train_epochs=None) | {"reward_file": None}
     shares = {"parallel": "fsdp", "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
-    ways = {"gathered": {}, "in blocks": {"gather_for_generation": False}}
-    words = [tiny.words(name, **keys, **shares, **way) for name, way in ways.items()]
+    words, runs = [], [(kind, gathers) for kind in judges for gathers in (True, False)]
+    of = {kind: {"reward_model": tiny.folder / f"judge {kind}", "reward_model_type": kind} for kind in judges}
+    for kind, gathers in runs:
+        words.append(
+            tiny.words(f"{kind} {gathers}", **keys | of[kind] | shares, gather_for_generation=gathers)
+        )
     ranks = start_ranks_in_turn(words, tiny.folder / "four-output", 4)
-    assert tiny.train("one", **keys, per_device_train_batch_size=8) == 0
+    for kind in judges:
+        assert tiny.train(kind, **keys | of[kind], per_device_train_batch_size=8) == 0
     wait_for_all(ranks, 300)
-    for name in ways:
-        assert tiny.losses(name) == pytest.approx(tiny.losses("one"), abs=3e-5)
-        assert_same_weights(tiny.weights(name), tiny.weights("one"), tolerance=3e-6)
+    for kind, gathers in runs:
+        assert tiny.losses(f"{kind} {gathers}") == pytest.approx(tiny.losses(kind), abs=3e-5)
+        mine, alone = tiny.weights(f"{kind} {gathers}"), tiny.weights(kind)
+        assert_same_weights(mine, alone, tolerance=3e-6)
 
 
 def test_a_value_head_in_fp32_trains_beside_weights_in_bf16(tiny):
