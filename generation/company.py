@@ -23,11 +23,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
         yield
         return
     with _held(model, blocks=True):
-        model.gathered = True
-        try:
-            yield
-        finally:
-            model.gathered = False
+        yield
 
 
 @contextmanager
@@ -38,12 +34,8 @@ def called_alone(model: nn.Module) -> Iterator[None]:
         with gathered(model):
             yield
         return
-
-    def ask(*_) -> None:
-        model.world.any(True)
-
     with _held(model, blocks=False):
-        hook = model.register_forward_pre_hook(ask, prepend=True)
+        hook = model.register_forward_pre_hook(lambda *_: model.world.any(True) and None, prepend=True)
         try:
             yield
             while model.world.any(False):
@@ -63,9 +55,11 @@ def _held(model: nn.Module, blocks: bool) -> Iterator[None]:
         part.set_reshard_after_forward(not stays, recurse=False)
         if not stays:
             part.reshard()
+    model.gathered = blocks
     try:
         yield
     finally:
+        model.gathered = False
         for part, _ in parts:
             part.set_reshard_after_forward(part.reshards, recurse=False)
             part.reshard()

@@ -22,10 +22,7 @@ class ParallelOptions:
     )
     fsdp_offload: bool = option(False, "shares, gradients and optimizer state in host memory", RESUMABLE)
     gather_for_generation: bool = option(
-        True,
-        "all weights on each rank while texts are written or scored; false: block by block, slower",
-        RESUMABLE,
-        also="ds3_gather_for_generation",
+        True, "hold all weights for texts; false: block by block", RESUMABLE, also="ds3_gather_for_generation"
     )
     tp_size: int = option(
         1, "ranks that hold each layer between them", also="tensor_parallel_size tensor_model_parallel_size"
