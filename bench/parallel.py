@@ -59,9 +59,10 @@ def draw(curves: dict[str, list[float]], path: Path) -> None:
     losses, apart = figure.subplots(2, 1, sharex=True)
     for number, (name, values) in enumerate(curves.items()):
         steps = range(1, len(values) + 1)
-        losses.plot(steps, values, label=name, linewidth=6 - 0.9 * number)
+        losses.plot(steps, values, f"C{number}", label=name, linewidth=6 - 0.9 * number)
         if name != "one":
-            apart.semilogy(steps, [abs(a - b) + 1e-9 for a, b in zip(values, curves["one"])], label=name)
+            distance = [abs(a - b) + 1e-9 for a, b in zip(values, curves["one"])]
+            apart.semilogy(steps, distance, f"C{number}", label=name)
     losses.set_ylabel("loss (nats per token)")
     apart.set_ylabel("|loss - that of one process|")
     apart.set_xlabel("update")
