@@ -42,6 +42,7 @@ from stages.rewards import RewardError
 from stages.stage import Metrics, Stage
 from training import memory, run_folder, setup
 from training.instruments import Health, MetricWindow, peak_memory_gb
+from training.lost import name_of_rank, naming_absent
 from training.measure import measure, prepare
 from training.monitor import Monitor
 from training.optimizers import clip_gradients, make_optimizer, set_learning_rate, step_in_backward
@@ -63,7 +64,8 @@ def main(argv: list[str]) -> int:
         config = configuration.load(argv, SECTIONS, program="train.py", description=__doc__.splitlines()[0])
         options = config[TrainOptions]
         spread = None if options.plan and options.plan_ranks else config[ParallelOptions]
-        world = parallel.world.start(options.device, options.ddp_timeout, spread)
+        with naming_absent():
+            world = parallel.world.start(options.device, options.ddp_timeout, spread)
         if world.device.type == "cpu":
             memory.keep_freed()
         with nullcontext() if options.plan else run_folder.lock_folder(Path(options.output_dir), world):
@@ -77,7 +79,7 @@ def main(argv: list[str]) -> int:
         print("train.py: interrupted before the first update; nothing was trained", file=sys.stderr)
         return 128 + signal.SIGINT
     except EXPECTED as error:
-        return tell(parallel.world.name_of_rank("train.py"), error)
+        return tell(name_of_rank("train.py"), error)
     finally:
         parallel.world.stop(failed)
         end_output()

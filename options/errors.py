@@ -119,6 +119,9 @@ def exit_status(program: str, body: Callable[[], int]) -> int:
     and 128 + 2 after Ctrl-C."""
     try:
         listen_to_ctrl_c()
+        many = os.environ.get("WORLD_SIZE", "1") if "LOCAL_RANK" in os.environ else "1"
+        alone = f"it works in one process, and torchrun has started {many}; start it with python"
+        refuse(many != "1", alone)
         status = body()
         print(end="", flush=True)
         return status

@@ -2,7 +2,7 @@
 
 Each entry of CONVERTED is as those of aliases.py: function(raw value, all raw values beside it, keys of this
 script) -> {our key: raw value}, as `Meant` where something is to be said besides. ZeRO 0 is ddp; ZeRO 1 and 2
-and SHARD_GRAD_OP are fsdp that keeps weights gathered until the backward pass; ZeRO 3 and FULL_SHARD are
+and SHARD_GRAD_OP are fsdp that gathers weights once for each update; ZeRO 3 and FULL_SHARD are
 fsdp. What only tells another engine how to work (buckets, prefetching, wrapping) is named and left out; what
 would change numbers or places and cannot be had is refused by its name.
 """

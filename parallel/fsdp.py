@@ -38,7 +38,7 @@ class Engine:
     def __init__(self, world: World, options: ParallelOptions):
         self.world, self.options, self.how = world, options, None
         replicate, self.shard = options.engine(world.size)
-        if replicate * self.shard > 1:  # else every rank has a slice of its own
+        if replicate * self.shard > 1 or options.fsdp_offload:  # else every rank has a slice of its own
             sizes, names = (replicate, self.shard, options.tp_size), ("replicate", "shard", "tensor")
             mesh = make_mesh(world.device.type, sizes, names)
             pinned = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
@@ -58,7 +58,8 @@ class Engine:
         if self.how is None:
             return
         parameters_from_buffers(module)
-        kept = {p for p in module.parameters() if not p.requires_grad} if self.shard == 1 else set()
+        here = self.shard == 1 and not self.options.fsdp_offload
+        kept = {p for p in module.parameters() if not p.requires_grad} if here else set()
         named = module.named_parameters()
         shares = {name: share for name, parameter in named if (share := share_of(parameter)) is not None}
         fully_shard(module, reshard_after_forward=reshard, ignored_params=kept, **self.how)
@@ -72,12 +73,12 @@ class Engine:
 def distribute(
     model: nn.Module, world: World, options: ParallelOptions, engine: Engine | None = None
 ) -> None:
-    """Hand the model's parameters to the engine, block by block; one process needs none.
+    """Hand the model's parameters to the engine, block by block; one process needs none but to offload.
 
     model: has `layers`; everything outside of them stays gathered from its forward pass to the end of the
     backward pass, because the heads are applied outside of forward. engine: has taken blocks already.
     """
-    if world.size == 1 or isinstance(model, FSDPModule):
+    if (world.size == 1 and not options.fsdp_offload) or isinstance(model, FSDPModule):
         return
     engine = engine or Engine(world, options)
     model.world = world
@@ -95,6 +96,7 @@ def distribute(
         engine.take(part, reshard=False)
     model.set_modules_to_forward_prefetch(heads)  # with the model, for a rank may not ask its head
     model.outside, model.gathered = [*heads, model], False
+    model.keeps_gathered = engine.shard > 1 and not options.fsdp_reshard_after_forward
 
 
 def parameters_from_buffers(model: nn.Module) -> None:
@@ -112,6 +114,7 @@ def accumulated(model: nn.Module, last: bool) -> Iterator[None]:
     if isinstance(model, FSDPModule):
         model.set_requires_all_reduce(last)
         model.set_is_last_backward(last)
+        model.set_reshard_after_backward(last or not model.keeps_gathered)
     yield
     if last:
         sum_parts(model.parameters())

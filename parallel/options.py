@@ -16,9 +16,9 @@ class ParallelOptions:
         "ddp: all weights on each rank; fsdp: a share; hsdp: shares in dp_shard_size; auto: ddp if it fits",
         RESUMABLE,
     )
-    dp_shard_size: int | None = option(None, "hsdp: ranks that hold the weights between them", RESUMABLE)
+    dp_shard_size: int | None = option(None, "hsdp: ranks of a share", RESUMABLE, when="parallel=hsdp")
     fsdp_reshard_after_forward: bool = option(
-        True, "gather weights again for the backward pass: less memory, half as much traffic more", RESUMABLE
+        True, "gather weights for each pass, else once for each update: less memory, more traffic", RESUMABLE
     )
     fsdp_offload: bool = option(False, "shares, gradients and optimizer state in host memory", RESUMABLE)
     gather_for_generation: bool = option(
@@ -29,12 +29,12 @@ class ParallelOptions:
     )
     cp_size: int = option(
         1,
-        "ranks that hold each row of tokens between them",
+        "ranks that hold each row of tokens",
         RESUMABLE,
         also="sequence_parallel_size context_parallel_size",
     )
     cp_mode: Literal["ulysses", "ring"] = option(
-        "ulysses", "how: heads change places; ring: keys travel", RESUMABLE
+        "ulysses", "how: heads change places; ring: keys travel", RESUMABLE, when="cp_size!=1"
     )
 
     def data(self, ranks: int) -> int:
@@ -48,8 +48,8 @@ class ParallelOptions:
         return ranks // both
 
     def shares_weights(self, ranks: int) -> bool:
-        """Whether each rank holds a part of the weights."""
-        return self.engine(ranks)[1] * self.tp_size > 1
+        """Whether each rank holds a part of the weights, or has them elsewhere."""
+        return self.engine(ranks)[1] * self.tp_size > 1 or self.fsdp_offload
 
     def engine(self, ranks: int) -> tuple[int, int]:
         """(replicate, shard) of the engine, whose product is the ranks that share no layer: those that share

@@ -115,12 +115,6 @@ def host_group():
     return _HOST_GROUPS[0] if _HOST_GROUPS else None
 
 
-def name_of_rank(program: str) -> str:
-    """What a rank calls itself in front of an error."""
-    rank = int(os.environ.get("RANK", 0))
-    return f"{program} [rank {rank}]" if rank else program
-
-
 def start(device: str = "auto", timeout_seconds: int = 1800, options: ParallelOptions | None = None) -> World:
     """Join the process group that torchrun describes. device: auto | cpu | cuda. Raises UserError."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -138,10 +132,13 @@ def start(device: str = "auto", timeout_seconds: int = 1800, options: ParallelOp
         torch.cuda.set_device(local_rank)
     place = torch.device("cuda", local_rank) if device == "cuda" else torch.device(device)
     store, timeout = None, datetime.timedelta(seconds=timeout_seconds)
-    if size > 1 and not dist.is_initialized():
-        store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=timeout))
+    if (size > 1 or options.fsdp_offload) and not dist.is_initialized():
+        others = dist.rendezvous("env://", rank, size, timeout=timeout)
+        store = next(others)[0] if size > 1 else dist.HashStore()
         # torchrun may keep the store for ranks that it starts again, with addresses of those that are gone
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        PEERS[:] = [store]
+        store.set(f"has come {rank}", "")
         backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"  # shares may wait on the host
         # NCCL's watchdog ends the process without a word: the host's group has to lose patience before it
         later = timeout + SPEAKS_FIRST * (place.type == "cuda")

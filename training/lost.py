@@ -1,19 +1,50 @@
-"""Which rank is gone, asked when a collective has failed on this one."""
+"""Which rank is gone, asked when a collective has failed on this one, or never came."""
 
 import datetime
+import os
 import re
 import signal
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch.distributed as dist
 
+from options.errors import StopRun, refuse
 from parallel.world import PEERS, World, stop
 
 PATIENCE_SECONDS = 3.0  # for a rank of another host to say that it is there
 SILENT = "is gone or does not answer"
 TIMED_OUT = re.compile("time[d ]*out", re.IGNORECASE)  # of gloo, NCCL and the store
+
+
+def name_of_rank(program: str) -> str:
+    """What a rank calls itself in front of an error."""
+    rank = int(os.environ.get("RANK", 0))
+    return f"{program} [rank {rank}]" if rank else program
+
+
+@contextmanager
+def naming_absent() -> Iterator[None]:
+    """Around parallel.world.start: StopRun where the ranks do not find one another within ddp_timeout."""
+    names = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+    rank, size, host, port = map(os.environ.get, names)
+    unset = [name for name in names if name not in os.environ]
+    many = size not in (None, "1")
+    refuse(many and unset, f"WORLD_SIZE: {size}, but {', '.join(unset)} is not set; start it with torchrun")
+    try:
+        yield
+    except dist.DistError as error:
+        absent = []
+        if PEERS:
+            PEERS[0].set_timeout(datetime.timedelta(seconds=PATIENCE_SECONDS))
+            with suppress(RuntimeError):
+                absent = [str(each) for each in range(int(size)) if not PEERS[0].check([f"has come {each}"])]
+        why = f"rank {', '.join(absent[:8])} did not come" if absent else str(error).strip().splitlines()[0]
+        met = f"rank {rank} of {size} did not meet the others at {host}:{port} within ddp_timeout ({why})"
+        remedy = "start all nodes, with one --rdzv_endpoint that names the first of them"
+        raise StopRun(f"{met}; {remedy}, and see whether its port can be reached") from error
 
 
 def lost(error: BaseException, world: World) -> str | None:

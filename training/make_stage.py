@@ -38,9 +38,9 @@ from text.tokenizer import Tokenizer
 from training.options import OptimOptions, TrainOptions
 
 
-def notices(config: Config) -> list[str]:
+def notices(config: Config, ranks: int = 1) -> list[str]:
     """What a user should know of the options before the run begins: which were given, differ from their
-    default, and do nothing in this stage."""
+    default, and do nothing in this stage, or on so many ranks."""
     stage, optim, reasons = config[TrainOptions].stage, config[OptimOptions], {}
     for name, option in config.options.items():
         changed, reason = config.values[name] != option.default, option.unread(config.values)
@@ -50,6 +50,13 @@ def notices(config: Config) -> list[str]:
             continue
         reasons.setdefault(reason, []).append(name)
     reasons.pop(None, None)
+    spread = config[ParallelOptions]
+    if spread.engine(ranks)[1] == 1 and not spread.fsdp_offload and (ranks == 1 or spread.parallel == "ddp"):
+        alone = ranks == 1 and spread.parallel == "fsdp"
+        unread = {"parallel": alone, "fsdp_reshard_after_forward": not spread.fsdp_reshard_after_forward}
+        unread |= {"gather_for_generation": not spread.gather_for_generation}
+        reason = "one process (torchrun starts more)" if alone else f"parallel={spread.parallel}"
+        reasons.setdefault(reason, []).extend(key for key, given in unread.items() if given)
     run, data = config[TrainOptions], config[DataOptions]
     if run.evaluation_strategy == "no" and not run.do_eval and run.trains:
         unseen = {"val_size": data.val_size, "eval_dataset": data.eval_dataset}
@@ -271,7 +278,7 @@ def second_model(
     engine = Engine(world, config[ParallelOptions])
 
     def take_block(model: Decoder, part: str) -> None:
-        if part and world.size > 1:  # at once, so that no rank holds more than its share and this block
+        if part:  # at once, so that no rank holds more than its share and this block
             engine.take_block(model.get_submodule(part).requires_grad_(False))
 
     with located(key):

@@ -49,7 +49,7 @@ class Spread:
     shard: int = 1  # of these hold the weights between them
     context: int = 1  # ranks that hold each row of tokens between them
     away: bool = False  # shares, gradients and optimizer state are in host memory, the model on a GPU
-    keeps: bool = False  # blocks stay gathered from the forward to the backward pass
+    keeps: bool = False  # blocks stay gathered from the forward to the backward pass, the last of an update
     by_blocks: bool = False  # gather_for_generation is off
 
     @classmethod
@@ -68,7 +68,7 @@ class Spread:
         """What the engine has of a module: all of it, without shards what trains."""
         tensors = itertools.chain(module.named_parameters(), module.named_buffers())
         inside = (tensor for name, tensor in tensors if not (prefix and name.startswith(prefix)))
-        return [tensor for tensor in inside if self.shard > 1 or tensor.requires_grad]
+        return [tensor for tensor in inside if self.shard > 1 or self.away or tensor.requires_grad]
 
     def for_texts(self, model: nn.Module) -> float:
         """Bytes that come to a rank's shares of a model that writes or scores (generation/company.py)."""
@@ -141,7 +141,7 @@ def need(
     largest = max(blocks, key=bytes_of)
     mine, own = (bytes_of(tensor for tensor in each if tensor.requires_grad) for each in (outside, largest))
     first, gathered, message, kept, summed = min(mine + own, gradients), 0.0, 0.0, 0.0, 0.0
-    if spread.ranks > 1:
+    if spread.ranks > 1 or spread.away:
         first, summed = mine + own, max(2 * own + mine, 2 * mine)
         message = bytes_of(largest) if spread.shard > 1 else 0.0
         kept = sum(map(bytes_of, blocks)) - bytes_of(largest) if spread.keeps else 0.0

@@ -182,7 +182,7 @@ def predict_peak(
     parts[name] = max(need.head, block, need.message)  # before it begins its weights are there twice
     ending = parts | {"gradients": need.gradients, "activations": 0.0, name: max(need.head, block)}
     ending |= {
-        "gathered weights": need.gathered - need.message - need.kept,
+        "gathered weights": need.gathered - need.message - need.kept * (not accumulates),
         "gradients being summed": need.summed,
     }
     return max(parts, ending, loading, *between, key=lambda moment: sum(moment.values()))

@@ -125,7 +125,8 @@ class Data:
 def read(config: Config, world: World) -> Inputs:
     """All that is cheap, so that a mistake in options and folders shows at once. Raises UserError."""
     options = config[TrainOptions]
-    for notice in (*config.notices, *notices(config)):
+    ranks = options.plan_ranks or world.size
+    for notice in (*config.notices, *notices(config, ranks)):
         world.print(f"note: {notice}")
     idle = not (options.trains or options.do_eval or options.do_predict)  # as a file of defaults says
     refuse(idle, "do_train: false, and neither do_eval nor do_predict is set, so there is nothing to do")
@@ -134,7 +135,6 @@ def read(config: Config, world: World) -> Inputs:
         torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
     kernels.require_attention(config[ModelOptions].flash_attn, world.device, options.compute_dtype)
     alone = "optim_in_backward: gradients of several ranks are summed behind the backward pass; drop it"
-    ranks = options.plan_ranks or world.size
     refuse(config[OptimOptions].optim_in_backward and ranks > 1, f"{alone} (parallel=fsdp shares gradients)")
     mixed = options.pure_bf16 and options.upcast_layernorm and config[LoraOptions].finetuning_type != "lora"
     apart = "norms would train in fp32 beside bf16 weights, which ranks do not share"
@@ -352,6 +352,8 @@ def prepare_data(inputs: Inputs) -> Prepared:
     hub = HubAccess(model_options.hf_hub_token, model_options.ms_hub_token, model_options.cache_dir)
     run = {"seed": options.seed, "is_main": world.is_main, "cache_dir": model_options.cache_dir, "hub": hub}
     run |= {"enable_thinking": config[TemplateOptions].enable_thinking, "prompts": texts, "kind": kind}
+    if asked.tokenized_path is not None:
+        world.barrier()  # or a rank that comes late would find what rank 0 has saved, and train on it alone
     prepared = load_datasets(asked, inputs.template, tokenizer, options.stage, **run)
     world.print(prepared.report)
     first = prepared.first_example()

@@ -81,6 +81,8 @@ def build_model(config: Config, source: Path, world: World, own: dict | None = N
         if own is not None:
             own |= replaced
         types.cast(model)
+        for block in model.layers if world.size > 1 else ():
+            refuse_mixed(block)
     if STAGES[options.stage].has_value_head:
         if options.stage == "rm" and not options.trains:  # else scores would be those of a random head
             folder = (adapters or [source])[-1]
@@ -165,7 +167,16 @@ class Parts:
                 parameter.requires_grad_(self.outline.get_parameter(name).requires_grad)
         self.types.cast(model, part)
         if part:
+            refuse_mixed(model.get_submodule(part))
             self.engine.take_block(model.get_submodule(part))
+
+
+def refuse_mixed(block: torch.nn.Module) -> None:
+    """UserError where what trains in it has several dtypes, of which ranks could not sum the gradients."""
+    trained = (each for each in block.parameters() if each.requires_grad)
+    kinds = sorted({f"{each.dtype}".removeprefix("torch.") for each in trained})
+    mixed = f"pure_bf16: {' and '.join(kinds)} train side by side, and ranks sum gradients of one kind"
+    refuse(len(kinds) > 1, f"{mixed}; set upcast_layernorm=false, or bf16=true in place of pure_bf16")
 
 
 def again(layer: LoraLinear, base: torch.nn.Module) -> LoraLinear:

@@ -103,6 +103,16 @@ def test_where_memory_runs_out_a_line_says_what_did_not_fit_and_which_key_is_to_
         exit_status("train.py", fitting("a step", "lower it")(raises(RuntimeError("of ours"))))
 
 
+def test_a_program_of_one_process_refuses_torchrun(monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert exit_status("export.py", raises(AssertionError())) == 2
+    told = "export.py: it works in one process, and torchrun has started 2; start it with python\n"
+    assert capsys.readouterr().err == told
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert exit_status("export.py", lambda: 0) == 0
+
+
 def test_what_is_nested_without_end_is_one_line(capsys):
     def deeper():
         return deeper()

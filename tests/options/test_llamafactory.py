@@ -240,6 +240,28 @@ def test_what_another_option_switches_off_is_named(words, notice):
 
 
 @pytest.mark.parametrize(
+    ("ranks", "words", "notices"),
+    [
+        (1, "parallel=fsdp", ["one process (torchrun starts more) does not use parallel"]),
+        (1, "parallel=fsdp fsdp_reshard_after_forward=false",
+         ["one process (torchrun starts more) does not use parallel, fsdp_reshard_after_forward"]),
+        (1, "parallel=fsdp fsdp_offload=true", []),
+        (1, "parallel=ddp", []),
+        (2, "parallel=fsdp fsdp_reshard_after_forward=false", []),
+        (2, "fsdp_reshard_after_forward=false", []),  # auto may be fsdp
+        (2, "parallel=ddp fsdp_reshard_after_forward=false",
+         ["parallel=ddp does not use fsdp_reshard_after_forward"]),
+        (4, "parallel=fsdp dp_shard_size=2", ["parallel=fsdp does not use dp_shard_size"]),
+        (4, "parallel=hsdp dp_shard_size=2 fsdp_reshard_after_forward=false", []),
+        (2, "cp_mode=ring", ["cp_size=1 does not use cp_mode"]),
+        (2, "cp_size=2 cp_mode=ring", []),
+    ],
+)  # fmt: skip
+def test_what_does_nothing_on_so_many_ranks_is_named(ranks, words, notices):
+    assert make_stage.notices(train(words), ranks) == notices
+
+
+@pytest.mark.parametrize(
     ("word", "read"),
     [
         ("sft_packing=true", {"packing": True}),

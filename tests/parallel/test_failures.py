@@ -9,10 +9,10 @@ import time
 
 import pytest
 from stage_runs import stage_keys, write_stage_data
-from tiny_runs import ROOT, assert_same_weights, fork_ranks, free_port, start_ranks, tiny_runs
+from tiny_runs import ROOT, assert_same_weights, fork, fork_ranks, free_port, meeting, start_ranks, tiny_runs
 
 import train
-from training import run_folder
+from training import run_folder, setup
 
 LONG = {"num_train_epochs": 900, "per_device_train_batch_size": 1, "save_strategy": "steps", "save_steps": 2}
 
@@ -51,6 +51,98 @@ def test_a_disk_that_is_full_for_one_rank_ends_all_and_leaves_nothing_half_writt
     assert f"output_dir: {tiny.folder / name}/checkpoint-1 could not be written" in texts[0], texts
     assert "could not be written" in texts[1] and "Traceback" not in "".join(texts)
     assert not list((tiny.folder / name).glob("*checkpoint-*"))
+
+
+def die_while_saving(words: list[str]) -> int:
+    """In a child: rank 1 is killed in the middle of the second checkpoint, while rank 0 writes weights."""
+    gather, times = setup.gather_trained, []
+
+    def gather_or_die(model):
+        times.append(1)
+        if len(times) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return gather(model)
+
+    setup.gather_trained = gather_or_die
+    return train.main(words)
+
+
+def test_a_rank_that_dies_in_a_checkpoint_is_named_and_the_one_before_goes_on(tiny):
+    keys = {"finetuning_type": "full", "parallel": "fsdp", "save_strategy": "steps", "save_steps": 2}
+    words = tiny.words("died", **keys, max_steps=5, num_train_epochs=None)
+    ranks = fork_ranks(die_while_saving, (words,), tiny.folder / "died-said", 2)
+    statuses, texts = ended(ranks)
+    assert statuses == [1, -9], texts
+    assert "rank 1 on " in texts[0] and "is gone after step 4" in texts[0], texts
+    assert f"continues from {tiny.folder}/died/checkpoint-2" in texts[0] and "Traceback" not in texts[0]
+    assert tiny.checkpoints("died") == [2]
+    statuses, texts = ended(start_ranks(words, tiny.folder / "died-again"))
+    assert statuses == [0, 0] and "resuming" in texts[0] and tiny.checkpoints("died") == [2, 4, 5], texts
+    assert not list((tiny.folder / "died").glob(f"{run_folder.TEMPORARY}*"))
+
+
+def test_all_ranks_killed_in_a_checkpoint_go_on_from_the_one_before(tiny):
+    keys = LONG | {"parallel": "fsdp", "finetuning_type": "full", "lr_scheduler_type": "constant"}
+    words = tiny.words("killed", **keys)
+    ranks = start_ranks(words, tiny.folder / "killed-said")
+
+    def half_written() -> bool:
+        written = [
+            path.stem for path in (tiny.folder / "killed").glob(f"{run_folder.TEMPORARY}checkpoint-*/*")
+        ]
+        return bool(tiny.checkpoints("killed") and written)
+
+    ranks[0].wait_for(half_written, 120)
+    for rank in ranks:
+        rank.signal(signal.SIGKILL)
+    assert ended(ranks)[0] == [-9, -9]
+    last = tiny.checkpoints("killed")[-1]
+    words = tiny.words("killed", **keys | {"max_steps": last + 2, "num_train_epochs": None})
+    statuses, texts = ended(start_ranks(words, tiny.folder / "killed-again"))
+    assert statuses == [0, 0] and f"checkpoint-{last} at step {last}" in texts[0], texts
+
+
+def with_a_bad_row(words: list[str]) -> int:
+    """In a child: the loss of rank 1 is no number in the second update."""
+    plain, updates = train.update, []
+
+    def update(model, optimizer, stage, group, scaler, world, limit):
+        updates.append(1)
+        if world.rank == 1 and len(updates) == 2:
+            loss = type(stage).loss
+            stage.loss = lambda *row: (loss(stage, *row)[0] * float("nan"), {})
+        return plain(model, optimizer, stage, group, scaler, world, limit)
+
+    train.update = update
+    return train.main(words)
+
+
+def test_a_loss_that_is_no_number_on_one_rank_is_told_with_its_rows_alone(tiny):
+    keys = {"parallel": "fsdp", "finetuning_type": "full", "per_device_train_batch_size": 2}
+    words = tiny.words("nan", **keys, max_steps=4, num_train_epochs=None, logging_steps=3)
+    statuses, texts = ended(fork_ranks(with_a_bad_row, (words,), tiny.folder / "nan-said", 2))
+    assert statuses == [1, 1], texts
+    for text in texts:
+        assert "at step 2; rows of that update: rank 1: rows row " in text.replace(str(tiny.data), "rows"), (
+            text
+        )
+        assert "rank 0: " not in text and "Traceback" not in text
+
+
+def test_ranks_that_never_come_and_addresses_that_are_none_are_named(tiny):
+    words = tiny.words("alone", **LONG, ddp_timeout=2)
+    held = {"MASTER_PORT": meeting(), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    starts = {"absent": {"RANK": "0", **held}, "nobody": {"RANK": "1", "MASTER_PORT": free_port()}}
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": "0"}
+    ranks = {
+        name: fork(train.main, (words,), tiny.folder / f"{name}-said", world | start)
+        for name, start in starts.items()
+    }
+    statuses, (absent, nobody) = ended(list(ranks.values()))
+    assert statuses == [1, 1], (absent, nobody)
+    assert "rank 0 of 2 did not meet the others at 127.0.0.1:" in absent and "(rank 1 did not come)" in absent
+    assert f"rank 1 of 2 did not meet the others at 127.0.0.1:{starts['nobody']['MASTER_PORT']} " in nobody
+    assert "ddp_timeout" in absent + nobody and "Traceback" not in absent + nobody
 
 
 @pytest.mark.parametrize("size", [2, 4])
