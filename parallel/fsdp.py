@@ -44,8 +44,7 @@ class Engine:
             pinned = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
             offload = pinned if options.fsdp_offload else OffloadPolicy()
             mesh = mesh["replicate", "shard"] if replicate > 1 else mesh["shard"]
-            sums = MixedPrecisionPolicy(reduce_dtype=torch.float32)  # of bf16 gradients, too
-            self.how = {"mesh": mesh, "offload_policy": offload, "mp_policy": sums}
+            self.how = {"mesh": mesh, "offload_policy": offload}
 
     def take_block(self, block: nn.Module) -> None:
         """Nothing changes it from outside any more: this rank keeps its share of it."""
@@ -62,7 +61,10 @@ class Engine:
         kept = {p for p in module.parameters() if not p.requires_grad} if here else set()
         named = module.named_parameters()
         shares = {name: share for name, parameter in named if (share := share_of(parameter)) is not None}
-        fully_shard(module, reshard_after_forward=reshard, ignored_params=kept, **self.how)
+        dtype = next((p.dtype for p in module.parameters() if p.requires_grad), torch.float32)
+        sums = torch.promote_types(dtype, torch.float32)  # of bf16 gradients too
+        how = self.how | {"mp_policy": MixedPrecisionPolicy(reduce_dtype=sums)}
+        fully_shard(module, reshard_after_forward=reshard, ignored_params=kept, **how)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
         module.reshards = reshard
