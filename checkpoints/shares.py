@@ -88,9 +88,7 @@ class Shares:
             self.merged.append(peft.read_adapter(folder, self.model))
             peft.load_adapter(copy.deepcopy(self.model), folder)  # refuses what does not fit
 
-    def prepare(
-        self, folders: list[Path], options: LoraOptions, generator=None, dtype=torch.float32
-    ) -> dict[str, Tensor]:
+    def prepare(self, folders: list, options: LoraOptions, generator=None, dtype=torch.float32) -> dict:
         """As prepare_adapters; the values that it gives back are without numbers."""
         merged, trained = peft.divide_adapters(self.model, folders, options)
         self.merge(merged)
@@ -112,9 +110,8 @@ class Shares:
             self._put_adapters()
         except UserError as error:
             self.faults.append(str(error))
-        for fault in world.gather(self.faults[:1]):
-            if fault:
-                raise UserError(*fault)
+        for fault in filter(None, world.gather(self.faults[:1])):
+            raise UserError(*fault)
         for name, value in known.items():
             assign(model.get_parameter(name), value)
         if self.trained is None:
@@ -137,9 +134,7 @@ class Shares:
         elif self.quantization is not None and owner in self.inside and part == "weight":
             base = self._base(owner)
             with located(f"{self.folder}: tensor {to_hf_name(self.config, name)}"):
-                made = self.quantization.quantise_part(
-                    value, self.dtype, self._rows(next(iter(base.numbers())))
-                )
+                made = self.quantization.quantise_part(value, self.dtype, self._rows(base.codes))
             for part, number in made.items():
                 local(getattr(base, part)).copy_(number)
         else:

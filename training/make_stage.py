@@ -184,11 +184,10 @@ def make_reference(
     else:
         alone = lora_layers(model) and not full_modules(model)  # adapters train
         if config[ParallelOptions].shares_weights(world.size) and not alone and (live or own):
-            second = again()
-            second.runtime = replace(model.runtime, context=second.runtime.context)
+            made = Reference(again(), ld_alpha)
+            made.policy.runtime = replace(model.runtime, context=made.policy.runtime.context)
         else:
-            second = reference.start_policy(model, live, own)
-        made = Reference(second, ld_alpha)
+            made = Reference(reference.start_policy(model, live, own), ld_alpha)
         text = "the weights that the run starts from" + (", a frozen copy" if live else "")
         if made.policy is None or own:
             text = "the model with its adapters off" + (f" and its own {', '.join(own)}" if own else "")
