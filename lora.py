@@ -140,9 +140,7 @@ class LoraLinear(LinearLayer):
         self.seed = None if generator is None else generator.initial_seed()  # so that it can be made again
         self._frozen_ratio: Tensor | None = None  # (out,) fp32, see freeze_adapter
         device = next(itertools.chain(base.parameters(), base.buffers())).device
-        lora_a = torch.empty(rank, self.in_features)
-        nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5), generator=generator)
-        self.lora_a = nn.Parameter(lora_a.to(device, dtype))
+        self.lora_a = nn.Parameter(first_a(rank, self.in_features, generator).to(device, dtype))
         self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, device=device, dtype=dtype))
         self.magnitude = nn.Parameter(self.updated_norm().to(dtype)) if dora else None
 
@@ -268,6 +266,11 @@ class LoraLinear(LinearLayer):
     def extra_repr(self) -> str:
         kind = "DoRA" if self.magnitude is not None else "rsLoRA" if self.rslora else "LoRA"
         return f"{kind} rank {self.rank}, alpha {self.alpha:g}, dropout {self.dropout_probability:g}"
+
+
+def first_a(rank: int, inputs: int, generator: torch.Generator | None) -> Tensor:
+    """A (R, in) as it starts, fp32 on the CPU."""
+    return nn.init.kaiming_uniform_(torch.empty(rank, inputs), a=math.sqrt(5), generator=generator)
 
 
 def add_lora(

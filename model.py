@@ -189,14 +189,18 @@ def _neftune_noise(x: Tensor, cu_seqlens: Tensor, alpha: float) -> Tensor:
     return (torch.empty_like(x, dtype=torch.float32).uniform_(-1, 1) * bound).to(x.dtype)
 
 
-@torch.no_grad()
 def initialize_weights(model: Decoder, generator: torch.Generator | None = None) -> None:
-    """Fresh weights: N(0, initializer_range) for matrices, ones for norms, zeros for biases, as transformers
-    does."""
     for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            parameter.zero_()
-        elif parameter.dim() == 1:
-            parameter.fill_(1.0 - model.config.norm_offset)
-        else:
-            parameter.normal_(0.0, model.config.initializer_range, generator=generator)
+        initialize(name, parameter, model.config, generator)
+
+
+@torch.no_grad()
+def initialize(name: str, weight: Tensor, config: ModelConfig, generator: torch.Generator | None) -> None:
+    """A fresh weight: N(0, initializer_range) for matrices, ones for norms, zeros for biases, as transformers
+    does."""
+    if name.endswith("bias"):
+        weight.zero_()
+    elif weight.dim() == 1:
+        weight.fill_(1.0 - config.norm_offset)
+    else:
+        weight.normal_(0.0, config.initializer_range, generator=generator)

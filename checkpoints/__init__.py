@@ -10,6 +10,7 @@ ever unpickled.
 
     safetensors_files   tensors and JSON in files: streamed in, sharded out
     huggingface         models: load_model, save_model, stream_weights; what a run trained
+    shares              models of which each rank keeps a share, read by shares
     peft                adapters in peft's format, both ways; merged into or beside the weights
     value_head          one number a token: of reward models and of PPO
     trainable           what trains and what is frozen

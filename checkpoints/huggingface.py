@@ -11,7 +11,7 @@ files are put together from their parts on the way (quant/).
 
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,7 +36,7 @@ from checkpoints.value_head import PREFIX as VALUE_HEAD_PREFIX
 from checkpoints.value_head import load_value_head, save_value_head, value_head_state
 from kernels.launch import say_once
 from lora import lora_layers, replace_module
-from model import Decoder, initialize_weights
+from model import Decoder, initialize
 from options.errors import UserError, fitting, located, refuse
 from options.progress import Bar
 from parallel.fsdp import assign, settle, whole, whole_shape
@@ -109,74 +109,54 @@ def load_model(
     cutoff_len: int | None = None,
     quantization: Format | None = None,
     norm_dtype: torch.dtype | None = None,
-    ready: Callable[[Decoder, str], None] | None = None,
 ) -> Decoder:
     """The decoder in this folder, weights in `dtype` (None = the checkpoint's own) on `device`, in eval mode.
 
     quantization: quantise the linears of the blocks while they are read; `dtype` is then that of the values
     they stand for. A checkpoint that is quantised stays in its format, but for its head. norm_dtype: that of
-    the norms' weights; None = `dtype`. rope_scaling, cutoff_len: see architectures.scale_rope. ready: called
-    with the name of each block as soon as all of it is on the device, and at last with "" for what lies
-    outside of them: who keeps a share alone never has to hold all of it. Raises UserError for missing,
-    extra, misshapen tensors, and for quantising what is quantised.
+    the norms' weights; None = `dtype`. rope_scaling, cutoff_len: see architectures.scale_rope. Raises
+    UserError for missing, extra, misshapen tensors, and for quantising what is quantised.
     """
-    config = load_config(folder)
-    if rope_scaling:
-        config = scale_rope(config, rope_scaling, cutoff_len)
-    dtype = dtype or checkpoint_dtype(config)
-    stored = config.hf.get("quantization_config")
-    if quantization is not None and stored:
-        method = stored.get("quant_method")
-        raise UserError(f"quantization_bit: {folder} is quantised already ({method}); drop quantization_bit")
+    config, dtype = as_read(folder, dtype, rope_scaling, cutoff_len, quantization)
     model = Decoder(config, dtype=dtype, device="meta")
     inside = block_linears(model)
     weights = stream_weights(folder, config, dtype)
     if quantization is not None:
         total = len(list(model.parameters()))
         weights = Bar(weights, "quantising", total, unit="tensor")
-    for part, tensors in [("", weights)] if ready is None else by_blocks(model, weights):
-        biases: dict[str, Tensor] = {}
-        for name, value in tensors:
-            owner = name.rpartition(".")[0]
-            if isinstance(value, QuantLinear) and name not in inside:  # head, embedding
-                set_parameter(model, f"{name}.weight", nn.Parameter(value.to(device).dequantize(dtype)))
-            elif isinstance(value, QuantLinear):
-                replace_module(model, name, value.to(device))
-            elif quantization is not None and owner in inside and name.endswith(".bias"):
-                biases[owner] = _own(value, dtype, device)
-            elif quantization is not None and owner in inside:
-                with located(f"{folder}: tensor {to_hf_name(config, name)}"):
-                    replace_module(model, owner, quantization.quantise(value.to(device), None, dtype))
-            else:
-                norm = norm_dtype and isinstance(model.get_submodule(owner), RMSNorm)
-                moved = _own(value, norm_dtype if norm else dtype, device)
-                set_parameter(model, name, nn.Parameter(moved))
-        for name, bias in biases.items():
-            model.get_submodule(name).bias = nn.Parameter(bias, requires_grad=False)
-        if ready is not None:
-            ready(model, part)
+    biases: dict[str, Tensor] = {}
+    for name, value in weights:
+        owner = name.rpartition(".")[0]
+        if isinstance(value, QuantLinear) and name not in inside:  # head, embedding
+            set_parameter(model, f"{name}.weight", nn.Parameter(value.to(device).dequantize(dtype)))
+        elif isinstance(value, QuantLinear):
+            for part, number in value.named_buffers():
+                setattr(value, part, _own(number, number.dtype, device))
+            replace_module(model, name, value.to(device))
+        elif quantization is not None and owner in inside and name.endswith(".bias"):
+            biases[owner] = _own(value, dtype, device)
+        elif quantization is not None and owner in inside:
+            with located(f"{folder}: tensor {to_hf_name(config, name)}"):
+                replace_module(model, owner, quantization.quantise(value.to(device), None, dtype))
+        else:
+            norm = norm_dtype and isinstance(model.get_submodule(owner), RMSNorm)
+            moved = _own(value, norm_dtype if norm else dtype, device)
+            set_parameter(model, name, nn.Parameter(moved))
+    for name, bias in biases.items():
+        model.get_submodule(name).bias = nn.Parameter(bias, requires_grad=False)
     return model.eval()
 
 
-def by_blocks(model: Decoder, weights: Iterable) -> Iterator[tuple[str, list]]:
-    """(name of a block, its pairs of stream_weights) as soon as there are all of them; at last "" and those
-    outside of the blocks. Until then they lean on the mapped file."""
-    left: dict[str, set[str]] = {}
-    for name, _ in model.named_parameters():
-        left.setdefault(block_of(name), set()).add(name)
-    held = {part: [] for part in left}
-    for name, value in weights:
-        part = block_of(name)
-        held[part].append((name, value))
-        left[part] -= {f"{name}.weight", f"{name}.bias"} if isinstance(value, QuantLinear) else {name}
-        if part and not left[part]:
-            yield part, held.pop(part)
-    yield "", held[""]
-
-
-def block_of(name: str) -> str:
-    """The name of the block that a parameter belongs to; "" for one outside of the blocks."""
-    return ".".join(name.split(".")[:2]) if name.startswith("layers.") else ""
+def as_read(folder, dtype, rope_scaling, cutoff_len, quantization) -> tuple[ModelConfig, torch.dtype]:
+    """The switches and the dtype that load_model reads with, of what it is given. Raises UserError."""
+    config = load_config(folder)
+    if rope_scaling:
+        config = scale_rope(config, rope_scaling, cutoff_len)
+    stored = config.hf.get("quantization_config")
+    if quantization is not None and stored:
+        method = stored.get("quant_method")
+        raise UserError(f"quantization_bit: {folder} is quantised already ({method}); drop quantization_bit")
+    return config, dtype or checkpoint_dtype(config)
 
 
 def block_linears(model: Decoder) -> list[str]:
@@ -195,10 +175,12 @@ def chosen_quantization(folder: str | Path, wanted: Format | None) -> tuple[Form
     return None, f"quantization_bit: ignored, {folder} is quantised already ({stored})"
 
 
-def stream_weights(folder, config: ModelConfig, dtype) -> Iterator[tuple[str, Tensor | QuantLinear]]:
+def stream_weights(
+    folder, config: ModelConfig, dtype, check: Callable[[Tensor, str], None] = refuse_not_finite
+) -> Iterator[tuple[str, Tensor | QuantLinear]]:
     """(our name, tensor) of every parameter in the folder's files; (our name of the linear, layer) of every
-    linear that is quantised there, as each is complete. Tensors lean on the mapped file, layers do not;
-    `dtype` is that of the values that layers stand for.
+    linear that is quantised there, as each is complete. Both lean on the mapped file. `dtype` is that of the
+    values that layers stand for; check: gets each tensor that is given, and its place, FILE: tensor NAME.
 
     Raises UserError naming file and tensor for missing, extra and misshapen ones.
     """
@@ -226,7 +208,7 @@ def stream_weights(folder, config: ModelConfig, dtype) -> Iterator[tuple[str, Te
         if not tensor.is_floating_point():
             fault = f"is {tensor.dtype}, not floating point; config.json says nothing of a quantised model"
             raise UserError(f"{place} {fault} (quantization_config), or not of this tensor")
-        refuse_not_finite(tensor, place)
+        check(tensor, place)
         yield name, tensor
     missing |= {f"{name}.{part}": () for name, parts in packed.waiting.items() for part in parts}
     if missing:
@@ -293,9 +275,19 @@ class _Packed:
 
 def random_model(folder: str | Path, dtype: torch.dtype, device: str | torch.device, seed: int) -> Decoder:
     """Fresh weights for the config.json in this folder (option train_from_scratch)."""
-    model = Decoder(load_config(folder), dtype=dtype, device=device)
-    initialize_weights(model, torch.Generator(device=device).manual_seed(seed))
+    model = Decoder(load_config(folder), dtype=dtype, device="meta")
+    for name, weight in random_weights(model.config, dtype, device, seed):
+        set_parameter(model, name, nn.Parameter(weight))
     return model.eval()
+
+
+def random_weights(config: ModelConfig, dtype, device, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of each fresh weight, one at a time."""
+    generator = torch.Generator(device=device).manual_seed(seed)
+    for name, parameter in Decoder(config, dtype=dtype, device="meta").named_parameters():
+        weight = torch.empty(parameter.shape, dtype=dtype, device=device)
+        initialize(name, weight, config, generator)
+        yield name, weight
 
 
 def set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:

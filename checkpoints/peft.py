@@ -386,15 +386,16 @@ def _by_pattern(config: dict, patterns_key: str, common_key: str, module: str) -
 
 
 def adapted_linear(
-    model: Decoder, module: str, file: AdapterFile, dtype: torch.dtype, dropout: float = 0.0
+    model: Decoder, module: str, file: AdapterFile, dtype: torch.dtype, dropout: float = 0.0, base=None
 ) -> LoraLinear:
-    """The model's linear with the file's update around it; the model itself is not changed yet."""
+    """The model's linear, or `base` in its place, with the file's update around it; the model itself is not
+    changed yet."""
     parts, dora = file.modules[module], bool(file.config.get("use_dora"))
     wanted = ("lora_A", "lora_B", "magnitude") if dora else ("lora_A", "lora_B")
     if missing := set(wanted) - parts.keys():
         raise file.fault(f"{module} lacks {', '.join(sorted(missing))}, so the file is incomplete")
     try:
-        base = model.get_submodule(module)
+        base = base or model.get_submodule(module)
     except AttributeError as error:
         raise file.fault(f"adapts {module}, which this model does not have") from error
     if not is_linear(base):
@@ -454,17 +455,23 @@ def prepare_adapters(
     With options.create_new_adapter all are merged and a fresh one is added; without folders see
     prepare_trainable. Raises UserError if something would have to be merged into quantised weights.
     """
-    folders = list(folders)
-    trained = folders[-1:] if options.finetuning_type == "lora" and not options.create_new_adapter else []
-    if len(folders) > len(trained) and quantised_linears(model):
-        fault = "would have to be merged into quantised weights before another one is trained"
-        remedy = "merge it with export.py and train on the result, or train it on alone"
-        raise UserError(f"adapter_name_or_path: {folders[0]} {fault}; {remedy}")
-    merge_adapters(model, folders[: len(folders) - len(trained)])
+    merged, trained = divide_adapters(model, list(folders), options)
+    merge_adapters(model, merged)
     if trained:
         return load_adapter(model, trained[0], dtype, options.lora_dropout)
     prepare_trainable(model, options, generator, dtype)
     return {}
+
+
+def divide_adapters(model: Decoder, folders: list, options: LoraOptions) -> tuple[list, list]:
+    """(the given adapters that are merged, the one that trains on or none)."""
+    trained = folders[-1:] if options.finetuning_type == "lora" and not options.create_new_adapter else []
+    merged = folders[: len(folders) - len(trained)]
+    if merged and quantised_linears(model):
+        fault = "would have to be merged into quantised weights before another one is trained"
+        remedy = "merge it with export.py and train on the result, or train it on alone"
+        raise UserError(f"adapter_name_or_path: {folders[0]} {fault}; {remedy}")
+    return merged, trained
 
 
 @torch.no_grad()

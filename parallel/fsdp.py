@@ -24,81 +24,69 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from parallel.context import divide_rows
 from parallel.options import ParallelOptions
-from parallel.tensor import cut, cut_block, share_of, sum_parts
+from parallel.tensor import cut, share_of, sum_parts
 from parallel.world import World, make_mesh
 
 
-class Engine:
-    """fully_shard on the mesh that the options ask for: takes a model's parts, one by one."""
-
-    def __init__(self, world: World, options: ParallelOptions):
-        self.world, self.options, self.how = world, options, None
-        replicate, self.shard = options.engine(world.size)
-        if replicate * self.shard > 1 or options.fsdp_offload:  # else every rank has a slice of its own
-            sizes, names = (replicate, self.shard, options.tp_size), ("replicate", "shard", "tensor")
-            mesh = make_mesh(world.device.type, sizes, names)
-            pinned = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
-            offload = pinned if options.fsdp_offload else OffloadPolicy()
-            mesh = mesh["replicate", "shard"] if replicate > 1 else mesh["shard"]
-            self.how = {"mesh": mesh, "offload_policy": offload}
-
-    def take_block(self, block: nn.Module) -> None:
-        """Nothing changes it from outside any more: this rank keeps its share of it."""
-        if not isinstance(block, FSDPModule):
-            cut_block(block, self.world)
-            self.take(block, self.options.fsdp_reshard_after_forward)
-
-    def take(self, module: nn.Module, reshard: bool) -> None:
-        """All of its parameters that no part of it has given yet. reshard: after each forward pass."""
-        if self.how is None:
-            return
-        parameters_from_buffers(module)
-        here = self.shard == 1 and not self.options.fsdp_offload
-        kept = {p for p in module.parameters() if not p.requires_grad} if here else set()
-        named = module.named_parameters()
-        shares = {name: share for name, parameter in named if (share := share_of(parameter)) is not None}
-        dtype = next((p.dtype for p in module.parameters() if p.requires_grad), torch.float32)
-        sums = torch.promote_types(dtype, torch.float32)  # of bf16 gradients too
-        how = self.how | {"mp_policy": MixedPrecisionPolicy(reduce_dtype=sums)}
-        fully_shard(module, reshard_after_forward=reshard, ignored_params=kept, **how)
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
-        module.reshards = reshard
-        for name, share in shares.items():
-            module.get_parameter(name).tensor_share = share  # the engine's parameters are new ones
-
-
-def distribute(
-    model: nn.Module, world: World, options: ParallelOptions, engine: Engine | None = None
-) -> None:
+def distribute(model: nn.Module, world: World, options: ParallelOptions) -> None:
     """Hand the model's parameters to the engine, block by block; one process needs none but to offload.
 
     model: has `layers`; everything outside of them stays gathered from its forward pass to the end of the
-    backward pass, because the heads are applied outside of forward. engine: has taken blocks already.
+    backward pass, because the heads are applied outside of forward.
     """
     if (world.size == 1 and not options.fsdp_offload) or isinstance(model, FSDPModule):
         return
-    engine = engine or Engine(world, options)
+    replicate, shard = options.engine(world.size)
     model.world = world
-    model.keeps_company = engine.shard > 1 and not options.gather_for_generation  # generation/company.py
-    for block in model.layers:
-        engine.take_block(block)
+    model.keeps_company = shard > 1 and not options.gather_for_generation  # generation/company.py
     cut(model, world)
-    if engine.how is None:
+    if replicate * shard == 1 and not options.fsdp_offload:  # every rank has a slice of its own
         return
+    sizes, names = (replicate, shard, options.tp_size), ("replicate", "shard", "tensor")
+    mesh = make_mesh(world.device.type, sizes, names)
+    mesh = mesh["replicate", "shard"] if replicate > 1 else mesh["shard"]
+    offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
+    how = {"mesh": mesh, "offload_policy": offload if options.fsdp_offload else OffloadPolicy()}
     if world.context > 1:
         divide_rows(model, world, options.cp_mode)
     head = getattr(model, "v_head", None)
     heads = [] if head is None else [head]  # in fp32 where all else may train in bf16
-    for part in (*heads, model):
-        engine.take(part, reshard=False)
+    for part in (*model.layers, *heads, model):  # each takes what no part of it has
+        reshards = part not in (*heads, model) and options.fsdp_reshard_after_forward
+        parameters_from_buffers(part)
+        here = shard == 1 and not options.fsdp_offload
+        kept = {p for p in part.parameters() if not p.requires_grad} if here else set()
+        dtype = next((p.dtype for p in part.parameters() if p.requires_grad), torch.float32)
+        sums = torch.promote_types(dtype, torch.float32)  # of bf16 gradients too
+        how["mp_policy"] = MixedPrecisionPolicy(reduce_dtype=sums)
+        with _slices_remembered(part):
+            fully_shard(part, reshard_after_forward=reshards, ignored_params=kept, **how)
+        part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)
+        part.reshards = reshards
     model.set_modules_to_forward_prefetch(heads)  # with the model, for a rank may not ask its head
     model.outside, model.gathered = [*heads, model], False
-    model.keeps_gathered = engine.shard > 1 and not options.fsdp_reshard_after_forward
+    model.keeps_gathered = shard > 1 and not options.fsdp_reshard_after_forward
+
+
+@contextmanager
+def _slices_remembered(module: nn.Module) -> Iterator[None]:
+    """Within it parameters become other ones of the same names."""
+    shares = {name: share_of(p) for name, p in module.named_parameters() if share_of(p) is not None}
+    yield
+    for name, share in shares.items():
+        module.get_parameter(name).tensor_share = share
+
+
+def allot(model: nn.Module, world: World, options: ParallelOptions) -> None:
+    """Distribute a model that lies on the meta device: its parameters are shares, whose numbers are any."""
+    distribute(model, world, options)
+    with _slices_remembered(model):
+        model.to_empty(device="cpu" if options.fsdp_offload else world.device)
 
 
 def parameters_from_buffers(model: nn.Module) -> None:
@@ -154,9 +142,19 @@ def settle(model: nn.Module) -> None:
 @torch.no_grad()
 def assign(target: Tensor, value: Tensor) -> None:
     """Write the whole `value` into a parameter of which this rank may hold a share; nobody else is asked."""
+    local(target).copy_(own_part(target, value))
+
+
+def own_part(target: Tensor, value: Tensor) -> Tensor:
+    """Of the whole `value` what this rank holds of `target`, a view; nobody else is asked."""
     if share_of(target) is not None:
-        value = share_of(target).of(value).contiguous()
-    if isinstance(target, DTensor):
-        share = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
-        target, value = target.to_local(), share.to_local()
-    target.copy_(value)
+        value = share_of(target).of(value)
+    return value[own_rows(target, len(value))] if isinstance(target, DTensor) else value
+
+
+def own_rows(target: DTensor, count: int) -> slice:
+    """Which of so many rows lie with this rank, in a tensor beside this one."""
+    mesh, shares = target.device_mesh, target.device_mesh.ndim - 1  # the last dimension
+    size = -(-count // mesh.size(shares))
+    start = min(mesh.get_local_rank(shares) * size, count)
+    return slice(start, min(start + size, count))

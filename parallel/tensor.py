@@ -79,25 +79,17 @@ def cut(model: nn.Module, world) -> None:
     size = world.tensor
     if size == 1 or hasattr(model, "tensor_size"):
         return
+    share = Share(world.groups["tensor"], world.tensor_rank, size, None)
     for block in model.layers:
-        cut_block(block, world)
+        cut_linears(dict(block.named_modules()), world)
+        for module, last in ((block.self_attn, "o_proj"), (block.mlp, "down_proj")):
+            for name in {"q_norm", "k_norm"} & dict(module.named_children()).keys():
+                module.get_submodule(name).weight.tensor_share = share
+            module.register_forward_pre_hook(partial(_enter, share))
+            module.register_forward_hook(partial(_leave, share, last))
     sizes = "num_heads", "num_kv_heads", "intermediate_size"
     model.config = replace(model.config, **{name: getattr(model.config, name) // size for name in sizes})
     model.tensor_size = size
-
-
-def cut_block(block: nn.Module, world) -> None:
-    """The same for one block, whose model may not have all of its blocks yet."""
-    if world.tensor == 1 or hasattr(block, "tensor_size"):
-        return
-    cut_linears(dict(block.named_modules()), world)
-    share = Share(world.groups["tensor"], world.tensor_rank, world.tensor, None)
-    for module, last in ((block.self_attn, "o_proj"), (block.mlp, "down_proj")):
-        for name in {"q_norm", "k_norm"} & dict(module.named_children()).keys():
-            module.get_submodule(name).weight.tensor_share = share
-        module.register_forward_pre_hook(partial(_enter, share))
-        module.register_forward_hook(partial(_leave, share, last))
-    block.tensor_size = world.tensor
 
 
 @torch.no_grad()

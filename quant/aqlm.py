@@ -48,8 +48,7 @@ class AQLMFormat(Format):
         low, high = int(codes.min()), int(codes.max())
         if low < -(2 ** (bits - 1)) or high >= 2**bits:
             raise UserError(f"codes holds {low} to {high}, more than the {bits} bits of config.json")
-        found = {"codes": codes.clone(), "codebooks": books.clone(), "scales": scales.clone()}
-        return AQLMLinear(self, (outputs, inputs), bias, dtype, **found)
+        return AQLMLinear(self, (outputs, inputs), bias, dtype, codes=codes, codebooks=books, scales=scales)
 
     def config(self) -> dict:
         return {

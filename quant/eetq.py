@@ -22,6 +22,7 @@ EETQ_INPUTS = (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)  # their or
 class EETQFormat(Format):
     method: ClassVar[str] = "eetq"
     marker: ClassVar[str] = "weight_scales"
+    by_rows: ClassVar[bool] = True
     threshold: ClassVar[None] = None  # no activation goes through in int8
 
     def quantise(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> "Int8Linear":

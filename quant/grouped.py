@@ -37,7 +37,7 @@ class GroupedFormat(Format):
             raise UserError(f"qweight: {outputs} x {inputs} codes of {bits} bits do not fill 32-bit words")
         codes = take(tensors, "qweight", words, torch.int32)
         zeros = take(tensors, "qzeros", (self.groups(inputs), outputs * bits // 32), torch.int32)
-        return codes, zeros, take(tensors, "scales", (self.groups(inputs), outputs), *FLOATS).clone()
+        return codes, zeros, take(tensors, "scales", (self.groups(inputs), outputs), *FLOATS)
 
     def describe(self) -> str:
         size = "of all" if self.group_size == -1 else self.group_size

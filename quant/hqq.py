@@ -93,10 +93,10 @@ class HQQFormat(Format):
         if "W_q" in tensors and tensors["W_q"].is_floating_point():  # view_as_float: the same bytes
             tensors = tensors | {"W_q": tensors["W_q"].contiguous().view(stored)}
         rows, columns = (count, group) if axis == 1 else (group, count)
-        codes = take(tensors, "W_q", (math.ceil(rows / packed), columns), stored).clone()
+        codes = take(tensors, "W_q", (math.ceil(rows / packed), columns), stored)
         refuse(bits != 3 and rows % packed, f"W_q: {rows} rows of codes do not pack at {bits} bits")
         place = (count, 1) if axis == 1 else (1, count)
-        scale, zero = (take(tensors, name, place, *FLOATS).clone() for name in ("scale", "zero"))
+        scale, zero = (take(tensors, name, place, *FLOATS) for name in ("scale", "zero"))
         return HQQLinear(self, layer, shape, bias, dtype, codes=codes, scale=scale, zero=zero)
 
     def config(self) -> dict:

@@ -32,6 +32,7 @@ class Int8Format(Format):
     method: ClassVar[str] = "bitsandbytes"
     marker: ClassVar[str] = "SCB"
     skip_key: ClassVar[str] = "llm_int8_skip_modules"
+    by_rows: ClassVar[bool] = True
     threshold: float = 6.0
 
     def quantise(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> "Int8Linear":
@@ -39,8 +40,8 @@ class Int8Format(Format):
         return Int8Linear(self, tuple(weight.shape), bias, dtype, **quantise_rows(weight.to(torch.float16)))
 
     def read(self, tensors, shape, bias, dtype) -> "Int8Linear":
-        codes = take(tensors, "weight", shape, torch.int8).clone()
-        absmax = positive("SCB", take(tensors, "SCB", shape[:1], torch.float32).clone())
+        codes = take(tensors, "weight", shape, torch.int8)
+        absmax = positive("SCB", take(tensors, "SCB", shape[:1], torch.float32))
         order = tensors.get("weight_format")
         if order is not None and (order.numel() != 1 or order.item() != ROW_MAJOR):
             raise UserError(f"weight_format is {order.tolist()}, not {ROW_MAJOR} (row major); save it again")

@@ -11,7 +11,7 @@ checkpoint's tensors, and what config.json says of them. Each file of this folde
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,8 @@ class QuantLinear(LinearLayer):
             size = self.out_features, self.in_features
             out = torch.empty(size, dtype=dtype or self.dtype, device=self.device)
         with torch.no_grad():
-            self.fill(out)
+            if not out.is_meta:
+                self.fill(out)
         return out
 
     def forward(self, x: Tensor) -> Tensor:
@@ -84,6 +85,14 @@ class QuantLinear(LinearLayer):
         return f"in={self.in_features}, out={self.out_features}, {self.bits_per_weight:.3f} bits a weight"
 
 
+class Rows(NamedTuple):
+    """What one of several ranks keeps of tensors that are cut along their first dimension."""
+
+    of: Callable[[int], slice]  # of so many rows
+    read: Callable[[Tensor], Tensor]  # numbers that lean on a file, on the device and known to be finite
+    joined: Callable[[Tensor, int], Tensor]  # each rank's part of a vector of so many numbers -> all of it
+
+
 @dataclass(frozen=True)
 class Format:
     """The settings that all quantised layers of a model share. Equal settings are equal formats.
@@ -91,19 +100,29 @@ class Format:
     method   config.json's quantization_config.quant_method
     marker   the part of a tensor's name, after the module's, that only a layer of this format has in a file
     skip_key where config.json lists the linears that are not in codes
+    by_rows  whether rows of what a layer holds are made of the same rows of the weight alone
     """
 
     method: ClassVar[str]
     marker: ClassVar[str]
     skip_key: ClassVar[str] = "modules_to_not_convert"
+    by_rows: ClassVar[bool] = False
 
     def quantise(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> QuantLinear:
         """A layer from the dense weight (out, in), on its device; dtype: of the values. Raises UserError."""
         raise UserError(f"quantization_method: {self.method} needs a checkpoint that is quantised already")
 
+    def quantise_part(self, weight: Tensor, dtype: torch.dtype, rows: Rows) -> dict[str, Tensor]:
+        """A rank's rows of all that `quantise` would make of the weight (out, in), which leans on a file, by
+        name: the same numbers bit by bit. All ranks call it. Raises UserError."""
+        read = rows.read(weight[rows.of(len(weight))] if self.by_rows else weight)
+        found = self.quantise(read, None, dtype).named_buffers()
+        return {name: made if self.by_rows else made[rows.of(len(made))] for name, made in found}
+
     def read(self, tensors: dict[str, Tensor], shape: tuple[int, int], bias, dtype) -> QuantLinear:
-        """A layer from a checkpoint's tensors (by the part of their names after the module's; they may lean
-        on the file) of a linear with weight shape (out, in). Raises UserError naming the tensor."""
+        """A layer from a checkpoint's tensors (by the part of their names after the module's) of a linear
+        with weight shape (out, in); it may lean on the file as they do. Raises UserError, naming the
+        tensor."""
         raise NotImplementedError
 
     def config(self) -> dict:

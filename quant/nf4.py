@@ -27,7 +27,7 @@ from kernels.nf4 import Codes
 from options import json_reader
 from options.errors import NOT_FINITE, UserError, refuse
 from options.json_fields import NUMBER, Field, check
-from quant.linear import Format, QuantLinear, name_of, refuse_others, take
+from quant.linear import Format, QuantLinear, Rows, name_of, refuse_others, take
 
 BLOCK = 64  # weights to a scale
 NESTED_BLOCK = 256  # scales to a scale of scales
@@ -66,6 +66,21 @@ class NF4Format(Format):
         scales = quantise_scales(absmax) if self.double else Scales(absmax)
         return NF4Linear(self, tuple(weight.shape), codes, scales, bias, dtype)
 
+    def quantise_part(self, weight: Tensor, dtype: torch.dtype, rows: Rows) -> dict[str, Tensor]:
+        # whole blocks, which may be one more than the rank's bytes of codes; all scales have one mean
+        codes, blocks = (rows.of(size) for size in _sizes(weight.shape))
+        first = min(codes.start * 2 // BLOCK, blocks.start)
+        last = max(-(-codes.stop * 2 // BLOCK), blocks.stop)
+        made, absmax = quantise_4bit(rows.read(weight.view(-1)[first * BLOCK : last * BLOCK]), self.table)
+        skipped = first * BLOCK // 2
+        parts = {"codes": made[codes.start - skipped : codes.stop - skipped]}
+        parts["absmax"] = absmax[blocks.start - first : blocks.stop - first]
+        if self.double:
+            scales = quantise_scales(rows.joined(parts["absmax"], _sizes(weight.shape)[1]))
+            whole = {"absmax": scales.absmax, "nested_absmax": scales.nested, "offset": scales.offset.view(1)}
+            parts |= {name: tensor[rows.of(len(tensor))] for name, tensor in whole.items()}
+        return parts
+
     def read(self, tensors, shape, bias, dtype) -> "NF4Linear":
         return read_layer(self, tensors, shape, bias, dtype)
 
@@ -79,6 +94,12 @@ class NF4Format(Format):
 
     def describe(self) -> str:
         return f"{self.table}{', double quantisation' if self.double else ''}"
+
+
+def _sizes(shape: tuple[int, int]) -> tuple[int, int]:
+    """(bytes of codes, blocks) of a weight."""
+    count = math.prod(shape)
+    return (count + 1) // 2, -(-count // BLOCK)
 
 
 def from_config(settings: dict) -> NF4Format:
@@ -323,23 +344,22 @@ def _pairs(table: str, device: torch.device) -> Tensor:
 
 def read_layer(format: NF4Format, tensors, shape, bias, dtype) -> NF4Linear:
     """Format.read for bitsandbytes' files, whose tensors decide the table and double quantisation."""
-    count = math.prod(shape)
-    blocks = -(-count // BLOCK)
+    size, blocks = _sizes(shape)
     states = [name for name in tensors if name.startswith(STATE)]
     if len(states) != 1 or states[0].removeprefix(STATE) not in TABLES:
         found = ", ".join(states) or "none"
         raise UserError(f"{STATE}nf4 or ...fp4: found {found}, expected one; the checkpoint is incomplete")
     state, table = _read_state(states[0], tensors[states[0]], shape), states[0].removeprefix(STATE)
     refuse("weight" not in tensors, "weight is missing; the checkpoint is incomplete, fetch it again")
-    codes = _read_codes(tensors["weight"], count)
+    codes = _read_codes(tensors["weight"], size)
     found = take(tensors, "weight.quant_map", (16,), torch.float32)
     if not torch.allclose(found, table_tensor(table, found.device), rtol=0, atol=1e-6):
         raise UserError(f"weight.quant_map holds other levels than those of {table}")
     double = "weight.absmax" in tensors and tensors["weight.absmax"].dtype is torch.uint8
-    absmax = take(tensors, "weight.absmax", (blocks,), torch.uint8 if double else torch.float32).clone()
+    absmax = take(tensors, "weight.absmax", (blocks,), torch.uint8 if double else torch.float32)
     known, scales = ["weight", states[0], "weight.quant_map", "weight.absmax"], Scales(absmax)
     if double:
-        nested = take(tensors, "weight.nested_absmax", (-(-blocks // NESTED_BLOCK),), torch.float32).clone()
+        nested = take(tensors, "weight.nested_absmax", (-(-blocks // NESTED_BLOCK),), torch.float32)
         numbers = take(tensors, "weight.nested_quant_map", (256,), torch.float32)
         if "nested_offset" not in state:
             raise UserError(f"{states[0]}: nested_offset is missing, which scales in 8 bits need")
@@ -350,15 +370,15 @@ def read_layer(format: NF4Format, tensors, shape, bias, dtype) -> NF4Linear:
     return NF4Linear(replace(format, table=table, double=double), shape, codes, scales, bias, dtype)
 
 
-def _read_codes(weight: Tensor, count: int) -> Tensor:
-    """The codes (ceil(count / 2),) uint8, whatever dtype they are stored in (bnb_4bit_quant_storage)."""
+def _read_codes(weight: Tensor, size: int) -> Tensor:
+    """The codes (size,) uint8, whatever dtype they are stored in (bnb_4bit_quant_storage)."""
     found = f"{name_of(weight.dtype)} {tuple(weight.shape)}"
-    wanted = f"{(count + 1) // 2} bytes of codes, two weights each"
+    wanted = f"{size} bytes of codes, two weights each"
     refuse(weight.dtype not in STORAGE, f"weight is {found}, expected {wanted}")
     codes = weight.reshape(-1).view(torch.uint8)
-    if len(codes) != (count + 1) // 2:
+    if len(codes) != size:
         raise UserError(f"weight is {found}: {len(codes)} bytes; config.json asks for {wanted}")
-    return codes.clone()
+    return codes
 
 
 def _read_state(name: str, packed: Tensor, shape: tuple[int, int]) -> dict:

@@ -127,7 +127,7 @@ def test_the_main_path_is_read_in_one_sitting():
 
 def test_no_file_is_longer_than_a_reader_holds():
     assert {name: lines_of(name) for name in NAMES if lines_of(name) > (600 if "/" in name else 400)} == {}
-    assert sum(map(lines_of, NAMES)) <= 30100
+    assert sum(map(lines_of, NAMES)) <= 30900
     readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert len(readme) <= 160 and max(map(len, readme)) <= 110
 

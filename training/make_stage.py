@@ -3,26 +3,29 @@
 Of these a stage knows only what its constructor takes; which ones they are is chosen here.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import quant
 from checkpoints.hub import WANTED_FILES, WITHOUT_WEIGHTS, ModelOptions, resolve_folder
 from checkpoints.huggingface import chosen_quantization, load_model
 from checkpoints.peft import ADAPTER_CONFIG, apply_adapters
+from checkpoints.shares import Shares
 from checkpoints.source import RUN_CONFIG, adapters_below, is_adapter, read_run
 from data import DataOptions, Prepared, default_cache_dir
 from generation.sampling import GenerateOptions
-from lora import LoraOptions
+from lora import LoraOptions, full_modules, lora_layers
 from model import Decoder
 from options.config import Config
 from options.errors import UserError, located, refuse
-from parallel.fsdp import Engine, distribute
+from parallel.fsdp import distribute
 from parallel.options import ParallelOptions
 from parallel.tensor import cut_linears
 from parallel.world import World
 from pipeline.store import ExampleStore
 from quant import QuantOptions
+from quant.linear import quantised_linears
 from stages import STAGES, WRITES, reference
 from stages.dpo import PairPreference, PreferenceOptions
 from stages.grpo import GRPOOptions
@@ -114,9 +117,10 @@ def make_stage(
     *,
     reward=None,
     own: dict | None = None,
+    again: Callable[[], Decoder] | None = None,
 ) -> Stage:
     """The stage that the options ask for. The model holds the weights that the run starts from, even if it
-    resumes. reward: what make_reward_ahead gave. own: see reference.start_policy."""
+    resumes. reward: what make_reward_ahead gave. own, again: as make_reference takes them."""
     run = config[TrainOptions]
     if run.only_predicts:
         return Stage()  # no loss is asked for, so no reference, no reward
@@ -125,7 +129,7 @@ def make_stage(
         kind = OddsRatio
 
     def held_to(texts: Prepared | None, ld_alpha: float | None = None) -> Reference:
-        return make_reference(config, model, tokenizer, texts, world, ld_alpha, own)
+        return make_reference(config, model, tokenizer, texts, world, ld_alpha, own, again)
 
     if kind is RewardModel:
         return RewardModel(config[RewardModelOptions])
@@ -170,11 +174,13 @@ def make_reference(
     world: World,
     ld_alpha=None,
     own: dict | None = None,
+    again: Callable[[], Decoder] | None = None,
 ) -> Reference:
     """The policy that training is held to, given the model with the weights it starts from.
 
     prepared: the texts it is asked for, if known ahead; None: the model writes them (ppo, grpo).
-    ld_alpha: as in logprobs.answer_sums.  own: see reference.start_policy.
+    ld_alpha: as in logprobs.answer_sums.  own: see reference.start_policy.  again: reads the start of the run
+    once more, where ranks have shares of the model, which are not copied.
     """
     run = config[TrainOptions]
     live = prepared is None or not computes_ahead(config, prepared, world)
@@ -183,7 +189,12 @@ def make_reference(
         second, folders = second_model(config, "ref_model", model, tokenizer, world, otherwise)
         made, text = Reference(second, ld_alpha), " + ".join(map(str, folders))
     else:
-        made = Reference(reference.start_policy(model, live, own), ld_alpha)
+        alone = lora_layers(model) and not full_modules(model)  # adapters train
+        if config[ParallelOptions].shares_weights(world.size) and not alone and (live or own):
+            made = Reference(again(), ld_alpha)
+            made.policy.runtime = replace(model.runtime, context=made.policy.runtime.context)
+        else:
+            made = Reference(reference.start_policy(model, live, own), ld_alpha)
         text = "the weights that the run starts from" + (", a frozen copy" if live else "")
         if made.policy is None or own:
             text = "the model with its adapters off" + (f" and its own {', '.join(own)}" if own else "")
@@ -275,19 +286,20 @@ def second_model(
     wanted = quant.in_bits(config.values[bits], config[QuantOptions], bits)
     scaling = None if model_options.rope_scaling == "none" else model_options.rope_scaling
     device, dtype = world.device, config[TrainOptions].compute_dtype
-    engine = Engine(world, config[ParallelOptions])
-
-    def take_block(model: Decoder, part: str) -> None:
-        if part:  # at once, so that no rank holds more than its share and this block
-            engine.take_block(model.get_submodule(part).requires_grad_(False))
-
+    spread = config[ParallelOptions]
     with located(key):
         format, _ = chosen_quantization(folder, wanted)
-        how = dtype, device, scaling, config[DataOptions].cutoff_len, format
-        second = load_model(folder, *how, ready=None if adapters else take_block)
-        apply_adapters(second, adapters)
+        how = folder, dtype, device, scaling, config[DataOptions].cutoff_len, format
+        shares = Shares(*how) if spread.shares_weights(world.size) else None
+        if shares is not None and not (adapters and quantised_linears(shares.model)):
+            shares.merge(adapters)
+            shares.model.requires_grad_(False)
+            second = shares.load(world, spread)
+        else:
+            second = load_model(*how)
+            apply_adapters(second, adapters)
     second.runtime.compute_dtype, second.runtime.flash_attn = dtype, model.runtime.flash_attn
-    distribute(second.eval().requires_grad_(False), world, config[ParallelOptions], engine)
+    distribute(second.eval().requires_grad_(False), world, spread)
     return second, [folder, *adapters]
 
 

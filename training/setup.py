@@ -63,7 +63,7 @@ from training.measure import check_metric
 from training.options import OptimOptions, TrainOptions
 from training.predict import Predictor, ScorePredictor, TextPredictor
 from training.trackers import check_services
-from training.weights import build_model
+from training.weights import build_model, start_of_run
 
 SECTIONS = [
     *(TrainOptions, ModelOptions, QuantOptions, DataOptions, TemplateOptions, LoraOptions, OptimOptions),
@@ -180,7 +180,8 @@ def build(inputs: Inputs) -> tuple[Data, Decoder, Stage, dict | None]:
     model = build_model(config, inputs.source, world, own)
     world.print(describe_model(config, model, world))
     given = config, model, inputs.tokenizer, inputs.template, data.prepared, world
-    stage = make_stage(*given, reward=inputs.reward, own=own)
+    again = partial(start_of_run, config, inputs.source, world)
+    stage = make_stage(*given, reward=inputs.reward, own=own, again=again)
     distribute(model, world, config[ParallelOptions])
     own.clear()  # what is still needed the stage has
     if data.loader is not None:  # now that a reference and a reward model have taken their memory

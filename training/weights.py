@@ -2,12 +2,12 @@
 
     model = build_model(config, source, world, own)
 
-Where ranks hold shares of the weights, none ever holds all of them: what trains, and which adapters there
-are, is decided on an outline without numbers (plan.skeleton); then one block after the other is read, becomes
-what it is in the outline, and is cut and sharded before the next one. What cannot be done so says why_whole.
+Where ranks hold shares of the weights, each reads its own alone (checkpoints/shares.py): what trains, and
+which adapters there are, is decided before the model has numbers.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,30 +16,20 @@ import kernels
 import quant
 from architectures.layers import RMSNorm
 from checkpoints.hub import ModelOptions, resolve_adapters
-from checkpoints.huggingface import block_of, chosen_quantization, load_config, load_model, random_model
-from checkpoints.peft import (
-    ADAPTER_PARTS,
-    AdapterFile,
-    adapted_linear,
-    prepare_adapters,
-    read_adapter,
-    read_adapter_config,
-)
+from checkpoints.huggingface import chosen_quantization, load_config, load_model, random_model
+from checkpoints.peft import divide_adapters, prepare_adapters, read_adapter_config
+from checkpoints.shares import Shares
 from checkpoints.value_head import ValueHead, has_value_head, load_value_head
 from data import DataOptions
-from lora import LoraLinear, LoraOptions, lora_layers, replace_module
+from lora import LoraOptions
 from model import Decoder
 from options.config import Config
 from options.errors import refuse
-from parallel.fsdp import Engine, distribute
 from parallel.options import ParallelOptions
 from parallel.world import World
 from quant import QuantOptions
 from quant.linear import quantised_linears
 from stages import STAGES, WRITES
-from stages.dpo import PreferenceOptions
-from stages.grpo import GRPOOptions
-from stages.reference import ReferenceOptions
 from stages.rewards import RewardOptions
 from training import plan
 from training.make_stage import wanted_files
@@ -52,7 +42,8 @@ def build_model(config: Config, source: Path, world: World, own: dict | None = N
     """Weights on the device, in the dtypes that the precision options ask for, with what trains marked; of a
     run whose ranks share weights, this rank's shares.
 
-    own: takes up the base's values of what a given adapter trains in full, for the reference.
+    own: takes up the base's values of what a given adapter trains in full, for the reference; without numbers
+    where ranks share weights (start_of_run).
     """
     options, model_options, lora_options = config[TrainOptions], config[ModelOptions], config[LoraOptions]
     if lora_options.lora_dropout and not STAGES[options.stage].uses_dropout:
@@ -65,7 +56,7 @@ def build_model(config: Config, source: Path, world: World, own: dict | None = N
         base = read_adapter_config(folder).get("base_model_name_or_path") or ""
         if base and Path(base).name != Path(name).name:  # the same model may lie in several places
             world.print(f"note: the adapter {folder} was trained on {base}, and lies on {name} here")
-    generator, types = torch.Generator().manual_seed(options.seed), Types.of(config)
+    generator, types, shares = torch.Generator().manual_seed(options.seed), Types.of(config), None
     lora = lora_options, generator, types.trained
     if options.plan:
         asked = quant.from_options(config[QuantOptions]), model_options.hf_hub_token
@@ -73,11 +64,11 @@ def build_model(config: Config, source: Path, world: World, own: dict | None = N
         adapters, lora_options = plan.without_weights(model, adapters, lora_options)
         prepare_adapters(model, adapters, lora_options, *lora[1:])
         types.cast(model)
-    elif parts := shared_parts(config, source, adapters, lora, world):
-        model = read_model(config, source, world, parts)
     else:
-        model = read_model(config, source, world)
-        replaced = prepare_adapters(model, adapters, *lora)
+        read = read_model(config, source, world)
+        shares, model = (read, read.model) if isinstance(read, Shares) else (None, read)
+        prepare = partial(prepare_adapters, model) if shares is None else shares.prepare
+        replaced = prepare(adapters, *lora)
         if own is not None:
             own |= replaced
         types.cast(model)
@@ -95,9 +86,21 @@ def build_model(config: Config, source: Path, world: World, own: dict | None = N
         model_options.flash_attn, world.device, types.compute
     )
     model.runtime.embedding_noise = options.neftune_noise_alpha or 0.0
-    if not options.plan and parts:
-        distribute(model, world, config[ParallelOptions], parts.engine)
+    if shares is not None:
+        shares.load(world, config[ParallelOptions])
     return model
+
+
+def start_of_run(config: Config, source: Path, world: World) -> Decoder:
+    """The frozen policy that build_model's starts as, but for an adapter that trains; this rank's shares."""
+    shares = read_model(config, source, world)
+    adapters = resolve_adapters(config[ModelOptions], wanted_files(config))
+    shares.merge(divide_adapters(shares.model, adapters, config[LoraOptions])[0])
+    if config[LoraOptions].finetuning_type != "lora":
+        shares.prepare([], config[LoraOptions])
+    Types.of(config).cast(shares.model)
+    shares.model.requires_grad_(False)
+    return shares.load(world, config[ParallelOptions])
 
 
 @dataclass(frozen=True)
@@ -116,59 +119,33 @@ class Types:
         frozen = compute if config[LoraOptions].finetuning_type == "lora" else trained
         return cls(compute, frozen, trained, options.upcast_layernorm)
 
-    def cast(self, model: Decoder, part: str | None = None) -> None:
-        """The parameters of the model, or of one part of it (huggingface.block_of)."""
+    def cast(self, model: Decoder) -> None:
         wide = quantised_linears(model) if self.wide_norms is None else self.wide_norms
         norms = {id(module.weight) for module in model.modules() if wide and isinstance(module, RMSNorm)}
-        for name, parameter in model.named_parameters():
-            if part in (None, block_of(name)) and id(parameter) not in norms:
+        for parameter in model.parameters():
+            if id(parameter) not in norms:
                 parameter.data = parameter.data.to(self.trained if parameter.requires_grad else self.compute)
 
 
-def read_model(config: Config, source: Path, world: World, parts: "Parts | None" = None) -> Decoder:
-    """The base, as load_model gives it, or random_model where the options ask for that."""
-    options, types, scaling = config[TrainOptions], Types.of(config), config[ModelOptions].rope_scaling
+def read_model(config: Config, source: Path, world: World) -> Decoder | Shares:
+    """The base, as load_model gives it, or random_model where the options ask for that; in the making where
+    each rank reads its share."""
+    options, rewards, types = config[TrainOptions], config[RewardOptions], Types.of(config)
+    shared = config[ParallelOptions].shares_weights(world.size)
+    if options.stage in WRITES and rewards.reward_model and not options.only_predicts:
+        shared = shared and rewards.reward_model_type != "lora"  # which is laid on whole layers
     if options.train_from_scratch:
-        return random_model(source, types.frozen, world.device, options.seed)
+        how = source, types.frozen, world.device
+        return Shares(*how, seed=options.seed) if shared else random_model(*how, options.seed)
     quantization, notice = chosen_quantization(source, quant.from_options(config[QuantOptions]))
     if notice is not None:
         world.print(f"note: {notice}")
-    norms = torch.float32 if options.upcast_layernorm is not False else None
+    norms, scaling = (
+        torch.float32 if options.upcast_layernorm is not False else None,
+        config[ModelOptions].rope_scaling,
+    )
     how = None if scaling == "none" else scaling, config[DataOptions].cutoff_len, quantization, norms
-    return load_model(source, types.frozen, world.device, *how, ready=parts)
-
-
-# Where ranks hold shares
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Called by load_model with each part of a model that has been read: makes it what it is in the outline,
-    and has the engine take a block."""
-
-    outline: Decoder  # prepared as the model shall be, on the meta device
-    adapter: AdapterFile | None  # that the run goes on with
-    types: Types
-    engine: Engine
-
-    def __call__(self, model: Decoder, part: str) -> None:
-        inside = {name: layer for name, layer in lora_layers(self.outline).items() if block_of(name) == part}
-        for name, layer in inside.items():
-            made = again(layer, model.get_submodule(name))
-            if self.adapter is not None:
-                made = adapted_linear(model, name, self.adapter, made.lora_a.dtype, layer.dropout_probability)
-            replace_module(model, name, made.train(layer.training))
-        for module, tensors in self.adapter.modules.items() if self.adapter is not None else ():
-            for name in tensors.keys() - ADAPTER_PARTS if block_of(f"{module}.") == part else ():
-                parameter = model.get_parameter(f"{module}.{name}")
-                parameter.data = tensors[name].to(parameter.device, parameter.dtype, copy=True)
-        for name, parameter in model.named_parameters():
-            if block_of(name) == part:
-                parameter.requires_grad_(self.outline.get_parameter(name).requires_grad)
-        self.types.cast(model, part)
-        if part:
-            refuse_mixed(model.get_submodule(part))
-            self.engine.take_block(model.get_submodule(part))
+    return (Shares if shared else load_model)(source, types.frozen, world.device, *how)
 
 
 def refuse_mixed(block: torch.nn.Module) -> None:
@@ -177,54 +154,6 @@ def refuse_mixed(block: torch.nn.Module) -> None:
     kinds = sorted({f"{each.dtype}".removeprefix("torch.") for each in trained})
     mixed = f"pure_bf16: {' and '.join(kinds)} train side by side, and ranks sum gradients of one kind"
     refuse(len(kinds) > 1, f"{mixed}; set upcast_layernorm=false, or bf16=true in place of pure_bf16")
-
-
-def again(layer: LoraLinear, base: torch.nn.Module) -> LoraLinear:
-    """An adapter that starts as this one did, around another base."""
-    kind = {"dropout_probability": layer.dropout_probability, "rslora": layer.rslora}
-    kind |= {"dora": layer.magnitude is not None, "dtype": layer.lora_a.dtype}
-    generator = torch.Generator().manual_seed(layer.seed)
-    return LoraLinear(base, layer.rank, layer.alpha, generator=generator, **kind)
-
-
-def shared_parts(
-    config: Config, source: Path, adapters: list[Path], lora: tuple, world: World
-) -> Parts | None:
-    """What makes shares of a model while it is read; None where each rank reads all of it first.
-    lora: as prepare_adapters takes it."""
-    spread, types = config[ParallelOptions], Types.of(config)
-    if not spread.shares_weights(world.size):
-        return None
-    if why := why_whole(config, adapters):
-        world.print(f"note: each rank reads the whole model before it keeps a share of it: {why}")
-        return None
-    quantization, _ = chosen_quantization(source, quant.from_options(config[QuantOptions]))
-    outline = plan.skeleton(source, load_config(source), types.frozen, quantization)
-    file = read_adapter(adapters[0], outline) if adapters else None
-    prepare_adapters(outline, adapters, *lora)
-    return Parts(outline, file, types, Engine(world, spread))
-
-
-def why_whole(config: Config, adapters: list[Path]) -> str | None:
-    """Why a run needs the whole model at once, if it does."""
-    options, lora_options = config[TrainOptions], config[LoraOptions]
-    if options.train_from_scratch:
-        return "train_from_scratch draws it at once"
-    trained = lora_options.finetuning_type == "lora" and not lora_options.create_new_adapter
-    if len(adapters) > trained:
-        return "adapters are merged into it (export.py merges them once)"
-    if options.only_predicts:
-        return None
-    rewards = config[RewardOptions]
-    if options.stage in WRITES and rewards.reward_model and rewards.reward_model_type == "lora":
-        return "an adapter that rewards is laid on it (reward_model_type=full)"
-    needs = {"dpo": config[PreferenceOptions].needs_reference, "grpo": config[GRPOOptions].beta > 0}
-    reference = needs.get(options.stage, options.stage in ("kto", "ppo"))
-    whole = lora_options.finetuning_type != "lora" or lora_options.additional_target
-    whole = whole or any(read_adapter_config(folder).get("modules_to_save") for folder in adapters)
-    if reference and whole and config[ReferenceOptions].ref_model is None:
-        return "a copy of it may be the reference (ref_model names one)"
-    return None
 
 
 # The value head
