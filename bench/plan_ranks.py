@@ -42,7 +42,7 @@ from parallel.options import ParallelOptions  # noqa: E402
 from training import memory, setup  # noqa: E402
 from training.forecast import Forecast, largest_row  # noqa: E402
 
-CHUNKS = memory.chunk_bytes
+NEED = memory.need
 LLAMA = {"hidden_size": 512, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64}
 LLAMA |= {"intermediate_size": 3072, "vocab_size": 32000, "tie_word_embeddings": True}
 QWEN = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 320}
@@ -282,7 +282,7 @@ def write_data(tiny: TinyRuns) -> None:
 def planned(words: list[str], ranks: int) -> tuple[dict[str, float], int]:
     """-> (bytes by part at the peak of a rank's device, tokens of a micro-batch)."""
     memory.free_bytes = lambda *given: 1e12  # so that nothing runs again but what the options say
-    memory.chunk_bytes = lambda *sizes: CHUNKS(*sizes[:-1], "cpu")  # a GPU's are of another size
+    memory.need = lambda *given: NEED(*given[:-1], "cpu")  # whose kernels and messages are others
     config = configuration.load(
         [*words, "plan=true", f"plan_ranks={ranks}"], setup.SECTIONS, program="train.py", description=""
     )
