@@ -177,8 +177,8 @@ def need(
     copies = _cast_weights(model, compute) / config.num_layers
 
     head_rows = 2 * (row + tokens) * hidden * size  # the last norm, its rows, their gradient, that of all
-    logits = chunk_bytes(tokens, config.vocab_size, compute, device)
     head = model.head_weight()
+    logits = chunk_bytes(tokens, config.vocab_size, compute, device, head.requires_grad)
     trained_head = head.numel() * 4 if head.requires_grad else 0  # summed in fp32 beside the gradient itself
     narrow_head = head.numel() * size if head.dtype != compute else 0
     values = 8 * tokens * hidden if model.v_head is not None else 0  # its rows in fp32, and their gradient
