@@ -42,16 +42,19 @@ from parallel.options import ParallelOptions  # noqa: E402
 from training import memory, setup  # noqa: E402
 from training.forecast import Forecast, largest_row  # noqa: E402
 
-CHUNKS = memory.chunk_bytes
+NEED = memory.need
 LLAMA = {"hidden_size": 512, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64}
 LLAMA |= {"intermediate_size": 3072, "vocab_size": 32000, "tie_word_embeddings": True}
 QWEN = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 320}
 QWEN |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "intermediate_size": 2816}
 QWEN |= {"vocab_size": 151936, "tie_word_embeddings": False}
+OTHER = {"hidden_size": 448, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 56}
+OTHER |= {"intermediate_size": 1792, "vocab_size": 64000, "tie_word_embeddings": False}
 SHAPES = {  # names with "half" are for ranks that hold all of it, and train it
     "llama": LLAMA | {"num_hidden_layers": 20},  # 505 MB
     "llama-half": LLAMA | {"num_hidden_layers": 9},  # 263 MB
     "qwen": QWEN | {"num_hidden_layers": 10},  # 507 MB
+    "other": OTHER | {"num_hidden_layers": 23},  # 506 MB: after the formulas were mended by the two above
     "qwen-half": QWEN | {"num_hidden_layers": 4},  # 436 MB, most of it outside of the blocks
 }
 METHODS = {"full": "finetuning_type=full", "lora": "lora_rank=16", "qlora": "lora_rank=16 quantization_bit=4"}
@@ -109,6 +112,11 @@ CELLS = [
     ("llama-half", "dpo", "full", "fsdp", 2, ""),
     ("qwen", "ppo", "lora", "fsdp", 4, ""),
     ("llama", "ppo", "lora", "ddp", 2, "reward_model=llama-half reward_model_type=full"),
+    ("other", "sft", "full", "fsdp", 2, ""),
+    ("other", "sft", "full", "tp", 4, ""),
+    ("other", "sft", "qlora", "keep", 2, ""),
+    ("other", "sft", "full", "ring", 4, ""),
+    ("other", "sft", "lora", "fsdp", 1, WRITES),
 ]
 
 
@@ -264,10 +272,11 @@ def held_on_host(model, optimizer) -> list[torch.Tensor]:
 def write_data(tiny: TinyRuns) -> None:
     """Rows of one length, of each kind."""
     folder, long = tiny.folder / "data", " ".join(["the hammer sings upon an anvil"] * 9)
+    other = " ".join(["an anvil sings upon the hammer"] * 9)
     folder.mkdir()
     tables = {
         "dialogues": [{"instruction": "sing", "output": long}] * 64,
-        "pairs": [{"instruction": "sing", "chosen": long, "rejected": long}] * 64,
+        "pairs": [{"instruction": "sing", "chosen": long, "rejected": other}] * 64,
         "prompts": [{"instruction": " ".join(["the hammer sings"] * 6), "output": "no"}] * 64,
     }
     entries = {kind: {"file_name": f"{kind}.json"} for kind in tables}
@@ -282,7 +291,7 @@ def write_data(tiny: TinyRuns) -> None:
 def planned(words: list[str], ranks: int) -> tuple[dict[str, float], int]:
     """-> (bytes by part at the peak of a rank's device, tokens of a micro-batch)."""
     memory.free_bytes = lambda *given: 1e12  # so that nothing runs again but what the options say
-    memory.chunk_bytes = lambda *sizes: CHUNKS(*sizes[:-1], "cpu")  # a GPU's are of another size
+    memory.need = lambda *given: NEED(*given[:-1], "cpu")  # whose kernels and messages are others
     config = configuration.load(
         [*words, "plan=true", f"plan_ranks={ranks}"], setup.SECTIONS, program="train.py", description=""
     )

@@ -383,14 +383,15 @@ class _CrossEntropy(torch.autograd.Function):
         return ctx.chunks.scale(grad, grad_total), None, None, None
 
 
-def chunk_bytes(count: int, vocabulary: int, dtype: torch.dtype, device: str) -> int:
-    """The most that logits of `count` rows take at a time on a device of this type, by torch on a CPU."""
+def chunk_bytes(count: int, vocabulary: int, dtype: torch.dtype, device: str, trained: bool) -> int:
+    """The most that logits of `count` rows take at a time on a device of this type, by torch on a CPU.
+    trained: the head; then there is more when the product that is its gradient stands beside one chunk."""
     if device != "cpu":  # one memory for all chunks
         return min(count * _row_stride(vocabulary) * dtype.itemsize, WORKSPACE_BYTES)
     rows = _TorchChunks.rows(count, vocabulary, dtype)
     wide = min(rows, count) * vocabulary * 4
     narrow = wide * dtype.itemsize // 4 if dtype.itemsize < 4 else 0
-    return narrow + wide * (1 + (count > rows))  # the last chunk's are there while the next one's are made
+    return narrow + wide * (1 + (count > rows and not trained))  # two while the next one is made
 
 
 def _chunks_of_logits(hidden: Tensor, weight: Tensor, chunks):

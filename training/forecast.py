@@ -91,7 +91,11 @@ class Forecast:
         chosen, line = memory.plan(options.recomputation, need, layers, self.device, free)
         kind = {"spread": spread, "accumulates": options.gradient_accumulation_steps > 1}
         kind |= {"writing": self.written(spread)}
-        asked = self.file, self.device, {} if spread.away else beside
+        here = {} if spread.away else beside
+        if "reference" in beside:  # asked alone, it never goes back to its share of what is outside of blocks
+            policy = self.beside["reference"] if hasattr(self.beside["reference"], "layers") else self.model
+            here = here | {"reference's ends": spread.ends(policy)}
+        asked = self.file, self.device, here
         peak = plan.predict_peak(self.model, chosen, need, *asked, **kind)
         return Answer(peak, chosen, line, held + need.host if spread.away else 0.0)
 

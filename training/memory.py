@@ -16,7 +16,8 @@ its rows are 1 / context of a micro-batch's, and model.config and the layers tel
 largest block and of what trains in it, W_o and G_o those outside of the blocks:
 
     gathered   W_o + 2 W_b     the block at work and its neighbour's message; without shards what trains
-    summed     2 G_b + G_o     a block's gradients and the message of them; or at the end 2 G_o
+    summed     2 G_b + G_o     a block's gradients and the message of them; without the embedding's, if untied
+    closing    2 G_o           the same outside of the blocks, at the end, when nothing is gathered any more
 """
 
 import ctypes
@@ -33,6 +34,7 @@ from kernels.recompute import CudaTransfers, Offload, Plan
 from lora import lora_layers
 from model import Decoder
 from options.limits import free_host_bytes
+from parallel.context import PIECE
 from parallel.options import ParallelOptions
 from quant.linear import quantised_linears
 from training.optimizers import state_per_byte
@@ -51,13 +53,14 @@ class Spread:
     away: bool = False  # shares, gradients and optimizer state are in host memory, the model on a GPU
     keeps: bool = False  # blocks stay gathered from the forward to the backward pass, the last of an update
     by_blocks: bool = False  # gather_for_generation is off
+    ring: bool = False  # how the ranks of a row share it
 
     @classmethod
     def of(cls, options: ParallelOptions, ranks: int, device: torch.device) -> "Spread":
         replicate, shard = options.engine(ranks)
         away, keeps = options.fsdp_offload and device.type == "cuda", not options.fsdp_reshard_after_forward
-        by_blocks = not options.gather_for_generation
-        return cls(replicate * shard, shard, options.cp_size, away, keeps, by_blocks)
+        ring, by_blocks = options.cp_mode == "ring", not options.gather_for_generation
+        return cls(replicate * shard, shard, options.cp_size, away, keeps, by_blocks, ring)
 
     def share(self, tensors: Iterable[Tensor]) -> float:
         """Bytes of a rank's shares of these: whole rows, of which the last ranks may have padding."""
@@ -76,6 +79,10 @@ class Spread:
             return 0.0
         blocks, whole = [bytes_of(self.held(block)) for block in model.layers], bytes_of(self.held(model))
         return whole - sum(blocks) + 2 * max(blocks) if self.by_blocks else whole  # at work, and arriving
+
+    def ends(self, model: nn.Module) -> float:
+        """Bytes that come to a rank's shares of a model while what is outside of its blocks is gathered."""
+        return bytes_of(self.held(model, "layers.")) if self.shard > 1 else 0.0
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> float:
@@ -98,7 +105,9 @@ class Need:
     gathered: float = 0.0  # weights of which a rank has a share, while they are used
     message: float = 0.0  # of these, what of the next block has arrived
     kept: float = 0.0  # of these, what other blocks keep until their backward pass
-    summed: float = 0.0  # gradients, while they are summed over ranks
+    opening: float = 0.0  # gathered when a forward pass begins: the ends and a block, and their messages
+    summed: float = 0.0  # gradients, while those of a block are summed over ranks
+    closing: float = 0.0  # while those outside of the blocks are, behind the backward pass
     host: float = 0.0  # gradients and optimizer state that are not on the device, but in host memory
 
     @property
@@ -128,7 +137,7 @@ def need(
     """What a micro-batch of `tokens` takes at most, on each rank. optimizer: its name among the options.
     model: may be sharded, or an outline that shall be. in_backward: optim_in_backward. device: its type."""
     spread = spread or Spread()
-    tokens = -(-tokens // spread.context)
+    row, tokens = tokens, -(-tokens // spread.context)
     config, compute, size = model.config, model.compute_dtype, model.compute_dtype.itemsize
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = spread.share(trained)
@@ -140,25 +149,36 @@ def need(
     blocks, outside = [spread.held(block) for block in model.layers], spread.held(model, "layers.")
     largest = max(blocks, key=bytes_of)
     mine, own = (bytes_of(tensor for tensor in each if tensor.requires_grad) for each in (outside, largest))
-    first, gathered, message, kept, summed = min(mine + own, gradients), 0.0, 0.0, 0.0, 0.0
+    ends = [] if config.tied_head else [p for p in (model.embed_tokens.weight,) if p.requires_grad]
+    early = mine - bytes_of(ends)  # that of the embedding comes last
+    first, gathered, message, kept = min(early + own, gradients), 0.0, 0.0, 0.0
+    opening, summed, closing = 0.0, 0.0, 0.0
     if spread.ranks > 1 or spread.away:
-        first, summed = mine + own, max(2 * own + mine, 2 * mine)
+        first, summed, closing = early + own, 2 * own + early, 2 * mine
+        if device == "cpu" and spread.shard > 1:  # gloo copies the message, the engine has a gradient still
+            closing += bytes_of([tensor for tensor in outside if tensor.requires_grad][-1:])
         message = bytes_of(largest) if spread.shard > 1 else 0.0
         kept = sum(map(bytes_of, blocks)) - bytes_of(largest) if spread.keeps else 0.0
         gathered = bytes_of(outside) + bytes_of(largest) + message + kept
+        opening = 2 * bytes_of([*outside, *largest]) if spread.shard > 1 else 0.0
 
     hidden, middle = config.hidden_size, config.intermediate_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     cheap = 2 * hidden + middle
     stream = 4 if compute is torch.float16 else size  # bytes of a number of the residual stream (model.py)
     numbers = 2 * hidden + 2 * queries + 2 * keys + 3 * middle + config.qk_norm * (queries + keys)
+    between = 0.0
+    if spread.context > 1:  # what attention gives lies otherwise than what the next product takes
+        numbers += queries * (4 // size if spread.ring and size < 4 else not spread.ring)
+    if spread.context > 1 and spread.ring:  # scores and what is made of them; keys and values on their way
+        between = 6.0 * config.num_heads * min(PIECE, tokens) * tokens * 4 + 8.0 * tokens * keys * 4
     block = tokens * (numbers * size + 2 * hidden * stream + 4 * config.num_heads)
     block += _of_adapters(model, tokens, size) / config.num_layers
     copies = _cast_weights(model, compute) / config.num_layers
 
-    head_rows = 4 * tokens * hidden * size  # the last norm, its rows, their gradient, the gradient of all
-    logits = chunk_bytes(tokens, config.vocab_size, compute, device)
+    head_rows = 2 * (row + tokens) * hidden * size  # the last norm, its rows, their gradient, that of all
     head = model.head_weight()
+    logits = chunk_bytes(tokens, config.vocab_size, compute, device, head.requires_grad)
     trained_head = head.numel() * 4 if head.requires_grad else 0  # summed in fp32 beside the gradient itself
     narrow_head = head.numel() * size if head.dtype != compute else 0
     values = 8 * tokens * hidden if model.v_head is not None else 0  # its rows in fp32, and their gradient
@@ -167,7 +187,7 @@ def need(
         gradients=0.0 if spread.away else gradients,
         optimizer=0.0 if spread.away else state,
         head=head_rows + logits + trained_head + narrow_head + values,
-        block=block + _shared_weight(model, size),
+        block=block + between + _shared_weight(model, size),
         everything=block + copies,
         selective=block + copies - tokens * cheap * size,
         full=tokens * hidden * stream,
@@ -175,7 +195,9 @@ def need(
         gathered=gathered,
         message=message,
         kept=kept,
+        opening=opening,
         summed=summed,
+        closing=closing,
         host=gradients + state if spread.away else 0.0,
     )
 

@@ -162,7 +162,8 @@ def predict_peak(
     if device.type != "cuda":  # the pages of the mapped file that have been read count until it is closed
         loading["file being read"] = file_bytes
     parts |= beside or {}
-    between = [parts | {"optimizer": need.optimizer} | each for each in writing]
+    opening = {"gradients": need.gradients * accumulates, "gathered weights": need.opening}
+    between = [parts | {"optimizer": need.optimizer} | each for each in (opening, *writing)]
     stay = accumulates or device.type != "cuda"  # a process does not give back what was theirs
     parts["gradients"] = need.gradients if stay else 0.0
     parts["optimizer"] = need.optimizer
@@ -180,12 +181,12 @@ def predict_peak(
     block = need.block - parts["buffers"]  # there it is counted too
     name = "head" if need.head > block else "one block's backward"
     parts[name] = max(need.head, block, need.message)  # before it begins its weights are there twice
-    ending = parts | {"gradients": need.gradients, "activations": 0.0, name: max(need.head, block)}
-    ending |= {
-        "gathered weights": need.gathered - need.message - need.kept * (not accumulates),
-        "gradients being summed": need.summed,
-    }
-    return max(parts, ending, loading, *between, key=lambda moment: sum(moment.values()))
+    left = need.gathered - need.message - need.kept * (not accumulates)
+    ending = parts | {"gradients": need.gradients, "activations": 0.0, name: block}
+    ending |= {"gathered weights": left, "gradients being summed": need.summed}
+    still = left if accumulates and need.kept else 0.0
+    closing = ending | {"gathered weights": still, "gradients being summed": need.closing, name: 0.0}
+    return max(parts, ending, closing, loading, *between, key=lambda moment: sum(moment.values()))
 
 
 def cache_bytes(config: ModelConfig, texts: int, prompt: int, new: int, size: int) -> float:

@@ -20,11 +20,13 @@ FULL, LORA = {"finetuning_type": "full"}, {"lora_rank": 8}
 MODES = {
     "ddp": {"parallel": "ddp"},
     "fsdp": {"parallel": "fsdp"},
+    "kept": {"parallel": "fsdp", "fsdp_reshard_after_forward": False},
     "tp": {"tp_size": 2},
     "cp": {"parallel": "fsdp", "cp_size": 2},
 }
 CASES = {f"{mode} {name}": {**keys, **method} for mode, keys in MODES.items()
          for name, method in {"full": FULL, "lora": LORA}.items()}  # fmt: skip
+CASES["fsdp full ends"] = CASES["fsdp full"]  # of a model that has most of its weights outside of the blocks
 
 
 # In a rank
@@ -69,9 +71,14 @@ def run_in_turn(runs: list[tuple[list[str], dict, str]]) -> int:
 def tiny(tmp_path_factory):
     with tiny_runs(tmp_path_factory.mktemp("live")) as made:
         made.make_model("large", seed=1, **SIZES)
-        keys = {"model_name_or_path": made.folder / "large", "max_steps": 2, "num_train_epochs": None}
+        made.make_model("ends", seed=1, **SIZES | {"vocab_size": 30000, "num_hidden_layers": 2})
+        keys = {"max_steps": 2, "num_train_epochs": None}
         keys |= {"per_device_train_batch_size": 16, "gradient_checkpointing": "none"}
-        runs = [(made.words(case, **keys, **CASES[case]), mode_of(case), meeting()) for case in CASES]
+        model = {case: made.folder / ("ends" if "ends" in case else "large") for case in CASES}
+        words = {
+            case: made.words(case, model_name_or_path=model[case], **keys, **CASES[case]) for case in CASES
+        }
+        runs = [(words[case], mode_of(case), meeting()) for case in CASES]
         wait_for_all(fork_ranks(run_in_turn, (runs,), made.folder / "ranks", 2), 900)
         yield made
 
