@@ -168,7 +168,8 @@ def export(source: Source, options: ExportOptions, request: Request) -> None:
         if scores is not None:
             shutil.copyfile(scores / VALUE_HEAD, folder / VALUE_HEAD)
         if template is not None or source.adapters:
-            save_tokenizer(tokenizer, folder, template, None if template is None else template.to_jinja())
+            words = () if template is None else template.stop_words(tokenizer.eos_token)
+            save_tokenizer(tokenizer, folder, words, None if template is None else template.to_jinja())
         else:
             tokenizer.save(folder)
         files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())

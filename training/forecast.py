@@ -150,6 +150,10 @@ class Forecast:
         if answer.host:
             inside = f"{answer.host / plan.GIB:.2f} GiB of shares, gradients, optimizer state"
             text += f"\n  in host memory, for each rank: {inside}"
+        if options.async_save:
+            spread = memory.Spread.of(shares, self.ranks, self.device)
+            copies = memory.copied(self.model, config[OptimOptions].optim, spread) / plan.GIB
+            text += f"\n  in host memory, while a checkpoint is written: {copies:.2f} GiB of copies more"
         if self.ranks > 1:
             text = text.replace("\n", f" {plan.describe(shares, self.ranks)}\n", 1)
         most = plan.largest_that_fits(lambda tokens: self.of(shares, tokens).total <= self.available)

@@ -202,6 +202,13 @@ def need(
     )
 
 
+def copied(model: Decoder, optimizer: str, spread: Spread) -> float:
+    """Bytes of host memory that rank 0 takes while a checkpoint is written (async_save)."""
+    trained = spread.share(parameter for parameter in model.parameters() if parameter.requires_grad)
+    written = trained if lora_layers(model) else spread.share(model.parameters())
+    return written + trained * state_per_byte(optimizer) * spread.shard / spread.ranks
+
+
 def first_trained(model: Decoder) -> int:
     """Number of the first block with a backward pass. The blocks below it keep nothing."""
     if model.embed_tokens.weight.requires_grad:

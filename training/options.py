@@ -117,6 +117,9 @@ class TrainOptions:
     save_only_model: bool = option(
         False, "no optimizer state in checkpoints: they cannot be resumed", RESUMABLE, also="only_save_model"
     )
+    async_save: bool = option(
+        False, "train on while a thread writes the checkpoint, from a copy in host memory", RESUMABLE
+    )
     evaluation_strategy: Literal["no", "steps", "epoch"] = option(
         "no", "when to evaluate during training; and at the end", COMMON, RESUMABLE, also="eval_strategy"
     )

@@ -17,9 +17,9 @@ import kernels
 import quant
 from architectures.config import ModelConfig, scale_rope
 from checkpoints.hub import ModelOptions, resolve_adapters, resolve_model
-from checkpoints.huggingface import gather_trained, load_config, save_tokenizer, save_trained
+from checkpoints.huggingface import load_config
 from checkpoints.peft import read_adapter_config
-from checkpoints.source import RUN_CONFIG, check_adapters, is_adapter, tokenizer_folder
+from checkpoints.source import check_adapters, is_adapter, tokenizer_folder
 from checkpoints.trainable import freeze, parameter_status, trainable_report
 from data import DataOptions, Prepared, load_datasets
 from generation.generate import context_limit
@@ -452,16 +452,3 @@ def choose_recomputation(model: Decoder, loader, config: Config, world: World) -
     layers = model.config.num_layers
     model.runtime.recompute, line = memory.plan(options.recomputation, need, layers, world.device, free)
     return line
-
-
-def save_weights(inputs: Inputs, model: Decoder, folder: Path) -> None:
-    """What the user loads later: weights, tokenizer, chat template, resolved configuration. All ranks call
-    it, because each may hold a share; rank 0 writes."""
-    config, template, chosen = inputs.config, inputs.template, inputs.config[TemplateOptions]
-    if not inputs.world.is_main:
-        gather_trained(model)
-        return
-    save_trained(model, folder, inputs.source, config[ModelOptions].model_name_or_path)
-    other = template is not None and (chosen.template is not None or chosen.default_system)
-    save_tokenizer(inputs.tokenizer, folder, template, template.to_jinja() if other else None)
-    config.save(folder / RUN_CONFIG)
