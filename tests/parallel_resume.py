@@ -14,6 +14,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 
+import torch
 from parallel_cells import MODES, ROWS, methods_of
 from stage_runs import METHODS, stage_keys, write_stage_data
 from tiny_runs import TinyRuns, start_ranks_in_turn, tiny_runs, wait_for_all
@@ -105,6 +106,10 @@ def main(argv: list[str]) -> int:
         write_stage_data(tiny, 19)
         with redirect_stdout(StringIO()):
             found = run(tiny, asked)
+    print(f"# torch {torch.__version__}, gloo; python tests/parallel_resume.py; a part is MODE and its ranks")
+    print(
+        "# hsdp: shards of 2; tp: fsdp, tp_size 2; cp: fsdp, cp_size 2; ring: ddp, cp_size 2; 2 updates each"
+    )
     print(f"{'chain':24} {'method':6} losses   weights")
     for (chain, method), text in found.items():
         print(f"{chain.replace('-', ' -> '):24} {method:6} {text}", flush=True)

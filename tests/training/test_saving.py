@@ -1,5 +1,6 @@
 """async_save: a thread writes the bytes that saving at once would have written, and nothing is lost."""
 
+import shutil
 import signal
 import threading
 import time
@@ -13,6 +14,7 @@ from options import limits
 from options.errors import StopRun
 from parallel.options import ParallelOptions
 from parallel.world import World
+from templates import get_template
 from training import memory, run, run_folder
 from training.saving import Saver
 
@@ -24,6 +26,8 @@ SAVES = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 1}
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     with tiny_runs(tmp_path_factory.mktemp("saving")) as made:
+        chatml = get_template("chatml", None).to_jinja()
+        (shutil.copytree(made.model, made.folder / "talks") / "chat_template.jinja").write_text(chatml)
         yield made
 
 
@@ -78,6 +82,7 @@ def test_a_thread_writes_later_what_saving_at_once_writes(tiny, tmp_path, monkey
     """The loop has trained on by two updates before a byte is written, and none of that is in the files."""
     keys = SAVES | {"save_steps": 3, "max_steps": 9} | KINDS[kind]
     keys |= {"save_steps": 4, "max_steps": 8} if kind == "fp16, best" else {}
+    keys |= {"model_name_or_path": tiny.folder / "talks"} if "template" in keys else {}
     assert tiny.train("unused", output_dir=tmp_path / "at once", **keys) == 0
     seen = late(monkeypatch, 2)
     monkeypatch.setattr(limits, "_beside", None)  # the thread starts no process to run a template in
