@@ -25,8 +25,7 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning) 
 
 
 def save(writer: dcp.StorageWriter, tensors: dict[str, Tensor], world: World) -> None:
-    """All ranks call it, each with a writer to the same folder. A plain tensor is the same on all ranks that
-    have one of its name, and one of them writes it."""
+    """All ranks call it. A plain tensor is the same on all that have one of its name, and one writes it."""
     with _as_of_one():
         dcp.save(tensors, storage_writer=writer, process_group=world.host, no_dist=world.size == 1)
 

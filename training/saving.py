@@ -1,6 +1,6 @@
 """Checkpoints beside the training (`async_save`): a thread writes what was copied to host memory.
 
-    with Saver(world, spread, beside=options.async_save, seconds=options.ddp_timeout) as saver:
+    with Saver(model, world, beside=options.async_save, seconds=options.ddp_timeout) as saver:
         kept = saver.take(parameter)    # a copy, or where nothing runs beside it the tensor itself
         saver.begin(write)              # write(world): now, or in the thread; of all ranks
         saver.wait()                    # until it has ended; raises what went wrong there, on all ranks
@@ -20,32 +20,30 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from checkpoints.safetensors_files import write_tensors
 from options.atomic import flush
 from parallel.fsdp import local
-from parallel.options import ParallelOptions
 from parallel.tensor import share_of
 from parallel.world import World, make_mesh
 
 
 class Saver:
-    def __init__(self, world: World, spread: ParallelOptions, beside: bool, seconds: int):
+    def __init__(self, model: nn.Module, world: World, beside: bool, seconds: int):
         """beside: the training; seconds: that ranks wait for one another. All ranks make it at once."""
         self.world, self.beside, self.thread, self.failure = world, beside, None, None
-        sizes = *spread.engine(world.size), spread.tp_size
-        self.replicas, self.replica = (
-            sizes[0],
-            world.rank // (world.size // sizes[0]),
-        )  # each holds everything
+        spread = next((p.device_mesh for p in model.parameters() if isinstance(p, DTensor)), None)
+        shard = 1 if spread is None else spread.size(spread.ndim - 1)
+        together = shard * world.tensor  # ranks that hold all weights between them
+        self.replicas, self.replica = world.size // together, world.rank // together
         if beside and world.size > 1:
             host = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=seconds))
             self.world = replace(world, host=host)
             names = "replicate copies", "shard copies", "tensor copies"
             own = dict.fromkeys(names, "gloo")  # or else it may take groups that there are
-            mesh = make_mesh("cpu", sizes, names, backend_override=own)
+            mesh = make_mesh("cpu", (self.replicas, shard, world.tensor), names, backend_override=own)
             self.mesh = mesh[names[:2]] if self.replicas > 1 else mesh[names[1]]  # as that of fsdp.Engine
             self.slices = mesh.get_group(names[2])
 

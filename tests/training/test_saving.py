@@ -12,7 +12,6 @@ from tiny_runs import assert_same_checkpoint, assert_same_weights, fork, tiny_ru
 import train
 from options import limits
 from options.errors import StopRun
-from parallel.options import ParallelOptions
 from parallel.world import World
 from templates import get_template
 from training import memory, run, run_folder
@@ -167,7 +166,7 @@ def test_what_ends_a_run_waits_for_the_thread_and_stays_what_is_told(capsys):
     for error in (StopRun("NaN"), None):
         with (
             pytest.raises(StopRun, match="NaN" if error else "no room"),
-            Saver(ONE, ParallelOptions(), True, 60) as saver,
+            Saver(torch.nn.Linear(1, 1), ONE, True, 60) as saver,
         ):
             kept = saver.take(given := torch.ones(3))
             given += 1
