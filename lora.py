@@ -46,9 +46,7 @@ class LoraOptions:
         "lora", "what is trained", COMMON, also="sft_type train_type tuner_type"
     )
     lora_rank: int = option(8, "rank R of the update", COMMON, also="lora_r", when=LORA)
-    lora_alpha: float | None = option(
-        None, "numerator of the scale; default 2 * lora_rank", COMMON, when=LORA
-    )
+    lora_alpha: float | None = option(None, "numerator of the scale; default 2 lora_rank", COMMON, when=LORA)
     lora_dropout: float = option(
         0.0, "dropout on the input of the low-rank branch", also="lora_dropout_p", when=LORA
     )
@@ -84,9 +82,7 @@ class LoraOptions:
     freeze_extra_modules: tuple[str, ...] = option(
         (), "freeze: further modules that train, outside the layers: embed_tokens, norm, lm_head", when=FREEZE
     )
-    print_param_status: bool = option(
-        False, "list every tensor with its shape, dtype, device and whether it trains"
-    )
+    print_param_status: bool = option(False, "list tensors with shape, dtype, device and whether they train")
 
     def __post_init__(self):
         refuse(self.lora_rank < 1, f"lora_rank: {self.lora_rank} must be at least 1")

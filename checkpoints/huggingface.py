@@ -399,7 +399,7 @@ def copy_generation_config(source: Path, target: Path) -> None:
 
 
 def save_tokenizer(
-    tokenizer: Tokenizer, folder: Path, words: tuple[str, ...], chat_template: str | None = None
+    tokenizer: Tokenizer, folder: Path, words: tuple, chat_template: str | None = None
 ) -> None:
     """The tokenizer's files. words: what ends an answer of the template (none: what ended texts before), and
     so in every file that other programs look at. chat_template: a text in place of the checkpoint's own."""
@@ -432,8 +432,8 @@ def trained(model: Decoder, base_name: str, take: Callable = lambda tensor: tens
         named = peft.adapter_parameters(model)
     else:
         about = model.config.hf, model.embed_tokens.weight.dtype, model_format(model)
-        named = ((to_hf_name(model.config, name), p) for name, p in model.named_parameters()
-                 if not name.startswith(VALUE_HEAD_PREFIX))  # fmt: skip
+        parts = {n: p for n, p in model.named_parameters() if not n.startswith(VALUE_HEAD_PREFIX)}
+        named = ((to_hf_name(model.config, name), parameter) for name, parameter in parts.items())
     head, tensors = ({name: take(each) for name, each in pairs} for pairs in (head.items(), named))
 
     def write(folder: Path | None, source_folder: Path) -> None:
@@ -441,7 +441,7 @@ def trained(model: Decoder, base_name: str, take: Callable = lambda tensor: tens
         if folder is None:
             deque(map(whole, tensors.values()), 0)
         elif adapted:
-            peft.write_adapter(folder, peft.whole_state(tensors, model.config), *about)
+            peft.write_adapter(folder, peft.adapter_state(tensors, model.config), *about)
         else:
             write_model(folder, ((name, whole(each)) for name, each in tensors.items()), about, source_folder)
         if head and folder is not None:

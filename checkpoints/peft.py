@@ -88,7 +88,8 @@ def save_adapter(model: Decoder, folder: str | Path, base_name: str) -> None:
     """adapter_config.json and adapter_model.safetensors as peft reads them; an old one stays until then."""
     if not lora_layers(model):
         raise ValueError("save_adapter: the model has no adapter")
-    write_adapter(folder, adapter_state(model), adapter_config(model, base_name), frozen_parts(model))
+    state = adapter_state(dict(adapter_parameters(model)), model.config)
+    write_adapter(folder, state, adapter_config(model, base_name), frozen_parts(model))
 
 
 def write_adapter(folder: str | Path, state: dict[str, torch.Tensor], config: dict, notes: dict) -> None:
@@ -141,13 +142,8 @@ def _peft_targets(model: Decoder, layers: dict[str, LoraLinear]) -> list[str]:
     return [_hf_module(model.config, name) for name in layers]
 
 
-def adapter_state(model: Decoder) -> dict[str, torch.Tensor]:
-    """Tensors of a model's adapter under PEFT's names, fully trained modules included."""
-    return whole_state(dict(adapter_parameters(model)), model.config)
-
-
-def whole_state(shares: dict[str, torch.Tensor], config: ModelConfig) -> dict[str, torch.Tensor]:
-    """adapter_state of the shares that this rank holds of adapter_parameters, or of copies of them."""
+def adapter_state(shares: dict[str, torch.Tensor], config: ModelConfig) -> dict[str, torch.Tensor]:
+    """Whole tensors of adapter_parameters, of which this rank may have shares, or copies of them."""
     state = {name: whole(tensor).cpu().contiguous() for name, tensor in shares.items()}
     embedding = PEFT_PREFIX + to_hf_name(config, "embed_tokens.weight")
     if config.tied_head and embedding in state:

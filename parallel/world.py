@@ -29,9 +29,7 @@ class World:
     tensor: int = 1  # ranks that hold each layer between them: the fastest coordinate of a rank
     context: int = 1  # ranks that hold each row of tokens between them: the next one
     groups: Mapping[str, dist.ProcessGroup] = field(default_factory=dict)  # "data", "context", "tensor"
-    host: dist.ProcessGroup | None = (
-        None  # of all ranks, and never waits for a GPU: gloo; None: of one process
-    )
+    host: dist.ProcessGroup | None = None  # gloo, of all ranks: never waits for a GPU; None: one process
 
     @property
     def data_size(self) -> int:

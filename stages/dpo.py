@@ -77,9 +77,7 @@ class PreferenceOptions:
     dpo_label_smoothing: float = option(
         0.0, "chance that chosen and rejected are exchanged; below 0.5", also="label_smoothing", stages=PAIRS
     )
-    simpo_gamma: float = option(
-        0.5, "margin that simpo asks of the rewards", stages=PAIRS, when="pref_loss=simpo"
-    )
+    simpo_gamma: float = option(0.5, "margin that simpo asks for", stages=PAIRS, when="pref_loss=simpo")
     ld_alpha: float | None = option(None, "LD-DPO: weight past the shorter answer; none = 1", stages=PAIRS)
 
     def __post_init__(self):

@@ -484,11 +484,9 @@ def _add_listed_tokens(backend: tokenizers.Tokenizer, folder: Path, config: dict
         backend.add_tokens([token])
         found = backend.token_to_id(token.content)
         if found != token_id:
-            wanted = (
-                f"{token.content!r} should have id {token_id} (tokenizer_config.json or added_tokens.json)"
-            )
+            due = f"{token.content!r} should have id {token_id} (tokenizer_config.json or added_tokens.json)"
             other = f"but tokenizer.json leads to id {found}: files of different tokenizers"
-            raise UserError(f"{wanted}, {other}")
+            raise UserError(f"{due}, {other}")
     # A name without a row in the vocabulary would get an id behind the embedding table: leave it out.
     rows = [t for text, t in special.items() if text not in known and backend.token_to_id(text) is not None]
     backend.add_tokens(rows)

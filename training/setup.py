@@ -200,9 +200,7 @@ def find_start(config: Config, world: World) -> tuple[Path | None, Path]:
         overwrite = overwrite and not again
         found = run_folder.find_resume(output_dir, options.resume_from_checkpoint, overwrite, again)
         # one listing for all: nodes may see the disk differently for a moment
-        resume = run_folder.newest_whole(
-            [Path(path) for path in world.gather(list(map(str, found)))[0]], world
-        )
+        resume = run_folder.newest_whole([Path(p) for p in world.gather(list(map(str, found)))[0]], world)
     source = resolve_model(config[ModelOptions])
     remedy = f"set adapter_name_or_path={source} and model_name_or_path to the model it was trained on"
     refuse(is_adapter(source), f"model_name_or_path: {source} is an adapter; {remedy}")
@@ -274,10 +272,8 @@ def check_sizes(options: ParallelOptions, model: ModelConfig, name: str) -> None
     has = f"tp_size: {options.tp_size} does not divide {found}, as {name} has"
     refuse(uneven, f"{has} ({fit or 'nothing else'} would); set such a size")
     kinds = {kind for layer in range(model.num_layers) for kind in model.kinds(layer)}
-    others = ", ".join(kinds - {"attention", "mlp"})
-    refuse(
-        options.tp_size > 1 and others, f"tp_size: it cuts attention and mlp, {name} has {others}; drop it"
-    )
+    more = ", ".join(kinds - {"attention", "mlp"})
+    refuse(options.tp_size > 1 and more, f"tp_size: it cuts attention and mlp, {name} has {more}; drop it")
     heads = model.num_kv_heads // options.tp_size
     fit = ", ".join(str(size) for size in range(2, heads + 1) if heads % size == 0) or "no other"
     found = f"cp_size: {options.cp_size} does not divide the {heads} key and value heads of {name}"
