@@ -47,9 +47,7 @@ class LoraOptions:
     )
     lora_rank: int = option(8, "rank R of the update", COMMON, also="lora_r", when=LORA)
     lora_alpha: float | None = option(None, "numerator of the scale; default 2 lora_rank", COMMON, when=LORA)
-    lora_dropout: float = option(
-        0.0, "dropout on the input of the low-rank branch", also="lora_dropout_p", when=LORA
-    )
+    lora_dropout: float = option(0.0, "dropout on the adapters' input", also="lora_dropout_p", when=LORA)
     lora_target: tuple[str, ...] = option(
         ("all",),
         "linears that get an adapter, by the end of their name; all = each but the head",

@@ -62,9 +62,7 @@ class PreferenceOptions:
 
     pref_loss: Literal[
         "sigmoid", "robust", "hinge", "ipo", "exo_pair", "kto_pair", "bco_pair", "orpo", "simpo", "cpo"
-    ] = option(
-        "sigmoid", "dpo: loss of a pair; orpo, simpo and cpo have no reference", also="dpo_loss", stages=PAIRS
-    )
+    ] = option("sigmoid", "loss of a pair; orpo, simpo, cpo: no reference", also="dpo_loss", stages=PAIRS)
     pref_beta: float = option(
         0.1, "how strongly a difference counts; simpo: about 2", COMMON, also="dpo_beta orpo_beta kto_beta"
     )

@@ -397,9 +397,7 @@ def _refuse_endless(backend: tokenizers.Tokenizer) -> None:
     waiting = [json.loads(part.__getstate__()) for part in parts]
     while waiting:
         entry = waiting.pop()
-        waiting += (
-            part for key in ("normalizers", "pretokenizers", "decoders") for part in entry.get(key, ())
-        )
+        waiting += (p for key in ("normalizers", "pretokenizers", "decoders") for p in entry.get(key, ()))
         map_of_letters = base64.b64decode(entry.get("precompiled_charsmap") or "")
         begin = 4 + int.from_bytes(map_of_letters[:4], "little")  # of what stands for them, behind the tree
         growth *= max(map(len, map_of_letters[begin:].split(b"\0"))) or 1

@@ -5,9 +5,8 @@
         saver.begin(write)              # write(world): now, or in the thread; of all ranks
         saver.wait()                    # until it has ended; raises what went wrong there, on all ranks
 
-Threads of ranks talk through groups of their own: no message of theirs waits for one of the training, nor the
-other way round. Copies of shares lie on a mesh of these groups, so `whole` and parallel.checkpoint.save take
-them like the shares themselves. Both ways are one code, and leave the same bytes.
+Threads talk through groups of their own, and wait for no message of the training. Copies of shares lie on a
+mesh of these: `whole` and parallel.checkpoint.save take them like shares. Both ways leave the same bytes.
 """
 
 import datetime
@@ -38,7 +37,7 @@ class Saver:
         shard = 1 if spread is None else spread.size(spread.ndim - 1)
         together = shard * world.tensor  # ranks that hold all weights between them
         self.replicas, self.replica = world.size // together, world.rank // together
-        if beside and world.size > 1:
+        if beside and dist.is_initialized():
             host = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=seconds))
             self.world = replace(world, host=host)
             names = "replicate copies", "shard copies", "tensor copies"
