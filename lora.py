@@ -60,9 +60,7 @@ class LoraOptions:
         "modules trained in full and saved with the adapter, such as embed_tokens",
         also="modules_to_save lora_modules_to_save",
     )
-    create_new_adapter: bool = option(
-        False, "merge the given adapters and train a new one (default: train the last one on)"
-    )
+    create_new_adapter: bool = option(False, "merge given adapters, train a new one (else the last one on)")
     use_rslora: bool = option(False, "scale by alpha / sqrt(R) instead of alpha / R", also="use_rs_lora")
     use_dora: bool = option(False, "train the row magnitudes apart from the directions")
     num_layer_trainable: int = option(

@@ -36,9 +36,7 @@ TORCHRUN = (
 )
 # swift's --deepspeed zero2 and its like
 PRESETS = {f"zero{stage}": {"stage": stage} for stage in range(4)}
-PRESETS |= {
-    f"zero{stage}_offload": {"stage": stage, "offload_optimizer": {"device": "cpu"}} for stage in (2, 3)
-}
+PRESETS |= {f"zero{n}_offload": {"stage": n, "offload_optimizer": {"device": "cpu"}} for n in (2, 3)}
 PRESETS["zero3_offload"]["offload_param"] = {"device": "cpu"}
 
 # patterns of SECTION.KEY in a DeepSpeed file that say how its engine works, not what it computes

@@ -181,9 +181,7 @@ def choose_parallel(config: Config, source: Path, world: World, data, refused: s
     sizes = world.max_over_ranks(*sizes)
     fit = [number for number, size in enumerate(sizes) if size <= free] or [len(ways) - 1]
     chosen = 0 if refused else fit[0]
-    needs = ", ".join(
-        f"{way['parallel']} {size / plan.GIB:.1f}" for way, size in zip(ways[: chosen + 1], sizes)
-    )
+    needs = ", ".join(f"{w['parallel']} {size / plan.GIB:.1f}" for w, size in zip(ways[: chosen + 1], sizes))
     line = f"parallel=auto is {ways[chosen]['parallel']}: of {free / plan.GIB:.1f} GiB free it takes {needs}"
     if refused and fit[0]:
         line += f"; shares would be less, but {refused}"

@@ -93,9 +93,7 @@ class TrainOptions:
         also="exit_signal_handler",
     )
     ddp_timeout: int = option(1800, "seconds that ranks wait for one another", RESUMABLE)
-    logging_strategy: Literal["steps", "epoch", "no"] = option(
-        "steps", "when to log; at the end in any case", RESUMABLE
-    )
+    logging_strategy: Literal["steps", "epoch", "no"] = option("steps", "when to log, and last", RESUMABLE)
     logging_steps: int | float = option(500, "updates between log lines", COMMON, RESUMABLE)
     logging_first_step: bool = option(False, "log the first update too", RESUMABLE)
     report_to: tuple[str, ...] = option(("none",), "none, tensorboard, wandb, mlflow", RESUMABLE)

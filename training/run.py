@@ -41,15 +41,13 @@ class Run:
     saver: Saver
 
     def for_others(self, tokens: int, take: Callable = lambda tensor: tensor) -> Callable[[Path], None]:
-        """Writes what other programs read, as it is now, into a folder: weights, tokenizer, chat template,
-        configuration, trainer_state.json of transformers. All ranks call it. take: see Saver."""
+        """Writes what other programs read, as it is now, into a folder, on all ranks. take: see Saver."""
         inputs, config, weights = self.inputs, self.inputs.config, None
         if self.saver.replica == 0:
             weights = trained(self.model, config[ModelOptions].model_name_or_path, take)
         template, chosen = inputs.template, config[TemplateOptions]  # not for a thread: see options/limits.py
         words = () if template is None else template.stop_words(inputs.tokenizer.eos_token)
         other = template is not None and (chosen.template is not None or chosen.default_system)
-        jinja = template.to_jinja() if other else None
         total, epoch = self.data.total_steps, self.data.epoch(self.progress.step)
         state = self.progress.trainer_state(inputs.output_dir, total, epoch, tokens)
         state |= {"log_history": list(self.monitor.history)}
@@ -58,15 +56,14 @@ class Run:
             if weights is not None:
                 weights(folder if inputs.world.is_main else None, inputs.source)
             if inputs.world.is_main:
-                save_tokenizer(inputs.tokenizer, folder, words, jinja)
+                save_tokenizer(inputs.tokenizer, folder, words, template.to_jinja() if other else None)
                 config.save(folder / RUN_CONFIG)
                 write_json(folder / run_folder.TRAINER_STATE, state)
 
         return write
 
     def save_checkpoint(self, wait: bool = False) -> Path:
-        """Write checkpoint-<step>, complete or not at all, and remove those beyond save_total_limit. wait:
-        until it is there, though it may be written beside the training."""
+        """Write checkpoint-<step>, complete or not at all, and rotate. wait: until it is there."""
         options, world = self.inputs.options, self.inputs.world
         progress, window = self.progress, self.monitor.window
         started = time.monotonic()

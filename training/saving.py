@@ -1,10 +1,5 @@
 """Checkpoints beside the training (`async_save`): a thread writes what was copied to host memory.
 
-    with Saver(model, world, beside=options.async_save, seconds=options.ddp_timeout) as saver:
-        kept = saver.take(parameter)    # a copy, or where nothing runs beside it the tensor itself
-        saver.begin(write)              # write(world): now, or in the thread; of all ranks
-        saver.wait()                    # until it has ended; raises what went wrong there, on all ranks
-
 Threads talk through groups of their own, and wait for no message of the training. Copies of shares lie on a
 mesh of these: `whole` and parallel.checkpoint.save take them like shares. Both ways leave the same bytes.
 """
@@ -48,7 +43,7 @@ class Saver:
 
     @torch.no_grad()
     def take(self, tensor: Tensor) -> Tensor:
-        """What this rank holds of a tensor, as it is when `begin` is called."""
+        """A copy of what this rank holds, complete in `begin`; where nothing runs beside it the tensor."""
         if not self.beside:
             return tensor
         mine, share = local(tensor.detach()), share_of(tensor)
@@ -67,7 +62,7 @@ class Saver:
         return {name: self.take(tensor) for name, tensor in tensors.items() if name not in others}
 
     def begin(self, write: Callable[[World], None]) -> None:
-        """One at a time: `wait` for what was begun before."""
+        """At once or in a thread, one at a time; `wait` raises what went wrong, on all ranks."""
         if not self.beside:
             write(self.world)
             return
@@ -102,8 +97,7 @@ class Saver:
 
 
 class Writer(dcp.HuggingFaceStorageWriter):
-    """torch's, but the bytes go from the tensors to the file: it makes two copies of the file's, and lets no
-    other thread run meanwhile."""
+    """torch's, but without two copies of the file's bytes, while which are made no other thread runs."""
 
     def __init__(self, folder: Path):
         super().__init__(str(folder), save_distributed=True)
