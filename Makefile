@@ -48,6 +48,7 @@ stages: $(VENV)/.installed $(MODEL)/config.json ## reward model, DPO, SimPO, ORP
 parallel: $(VENV)/.installed-tests ## every stage and method in every mode on 2 and 4 processes against one; an hour and more
 	@mkdir -p bench/results
 	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(PYTHON) tests/parallel_cells.py $(CELLS) | tee $(or $(out),bench/results)/parallel.txt
+	$(if $(CELLS),,OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(PYTHON) tests/parallel_resume.py | tee $(or $(out),bench/results)/parallel_resume.txt)
 
 # A GPU machine may have torch but no network, so nothing is installed here: the python3 that sees the GPU is taken.
 gpu: ## on a GPU: kernel tests, then all GPU benchmarks, under 9 minutes (QUICK=1: 4); out=FOLDER takes results

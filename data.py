@@ -46,9 +46,7 @@ class DataOptions:
     eval_dataset: tuple[str, ...] = option(
         (), "evaluation sets; each is evaluated on its own", COMMON, RESUMABLE, also="val_dataset"
     )
-    dataset_dir: str = option(
-        "data", "folder of dataset_info.json; ONLINE = names are hub ids", RESUMABLE, also="data_dir"
-    )
+    dataset_dir: str = option("data", "of dataset_info.json; ONLINE: hub ids", RESUMABLE, also="data_dir")
     split: str = option("train", "split of hub data sets whose entry names none")
     cutoff_len: int = option(
         2048, "longest example in tokens", COMMON, also="model_max_length max_seq_length max_seq_len"
@@ -59,13 +57,9 @@ class DataOptions:
     )
     train_on_prompt: bool = option(False, "train on the prompt too", also="train_on_source")
     mask_history: bool = option(False, "train on the last answer only")
-    packing: bool | None = option(
-        None, "fill rows to cutoff_len tokens; none = only in stage pt", COMMON, also="sft_packing"
-    )
+    packing: bool | None = option(None, "fill rows to cutoff_len; none: in pt", COMMON, also="sft_packing")
     group_by_length: bool = option(False, "batches of examples of similar length")
-    max_samples: int | None = option(
-        None, "use the first so many rows of each data set", COMMON, also="max_train_samples"
-    )
+    max_samples: int | None = option(None, "rows that are used of each set", COMMON, also="max_train_samples")
     val_size: float = option(
         0.0,
         "evaluation rows taken from `dataset`: share below 1, count from 1",
@@ -87,9 +81,7 @@ class DataOptions:
     tokenized_path: str | None = option(
         None, "folder of tokenised data: loaded if it exists, else saved, then stop", RESUMABLE
     )
-    data_seed: int | None = option(
-        None, "seed of data order and splits; none = seed", also="dataset_split_seed dataset_seed"
-    )
+    data_seed: int | None = option(None, "of order, splits; or seed", also="dataset_split_seed dataset_seed")
 
     def __post_init__(self):
         counts = ("cutoff_len", "reserved_label_len", "buffer_size", "max_samples")

@@ -65,16 +65,12 @@ from text.tokenizer import Tokenizer
 class ExportOptions:
     export_dir: str | None = option(None, "folder for the merged model", COMMON)
     export_size: float = option(5.0, "largest shard in GB (LLaMA-Factory's newer default)")
-    export_device: Literal["cpu", "auto"] = option(
-        "cpu", "where weights are merged; auto = a GPU if there is one"
-    )
+    export_device: Literal["cpu", "auto"] = option("cpu", "where weights merge; auto: a GPU if there is one")
     export_legacy_format: bool = option(False, "only false: weights are written as safetensors")
     export_gguf_type: Literal["none", "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_K"] = option(
         "none", "write one GGUF file with weights of this type", COMMON
     )
-    export_hub_model_id: str | None = option(
-        None, "also upload to this Hugging Face repository (made private)"
-    )
+    export_hub_model_id: str | None = option(None, "also upload to this Hugging Face repository (private)")
 
     def __post_init__(self):
         if not self.export_dir:
@@ -168,7 +164,8 @@ def export(source: Source, options: ExportOptions, request: Request) -> None:
         if scores is not None:
             shutil.copyfile(scores / VALUE_HEAD, folder / VALUE_HEAD)
         if template is not None or source.adapters:
-            save_tokenizer(tokenizer, folder, template, None if template is None else template.to_jinja())
+            words = () if template is None else template.stop_words(tokenizer.eos_token)
+            save_tokenizer(tokenizer, folder, words, None if template is None else template.to_jinja())
         else:
             tokenizer.save(folder)
         files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())

@@ -46,12 +46,8 @@ class LoraOptions:
         "lora", "what is trained", COMMON, also="sft_type train_type tuner_type"
     )
     lora_rank: int = option(8, "rank R of the update", COMMON, also="lora_r", when=LORA)
-    lora_alpha: float | None = option(
-        None, "numerator of the scale; default 2 * lora_rank", COMMON, when=LORA
-    )
-    lora_dropout: float = option(
-        0.0, "dropout on the input of the low-rank branch", also="lora_dropout_p", when=LORA
-    )
+    lora_alpha: float | None = option(None, "numerator of the scale; default 2 lora_rank", COMMON, when=LORA)
+    lora_dropout: float = option(0.0, "dropout on the adapters' input", also="lora_dropout_p", when=LORA)
     lora_target: tuple[str, ...] = option(
         ("all",),
         "linears that get an adapter, by the end of their name; all = each but the head",
@@ -64,9 +60,7 @@ class LoraOptions:
         "modules trained in full and saved with the adapter, such as embed_tokens",
         also="modules_to_save lora_modules_to_save",
     )
-    create_new_adapter: bool = option(
-        False, "merge the given adapters and train a new one (default: train the last one on)"
-    )
+    create_new_adapter: bool = option(False, "merge given adapters, train a new one (else the last one on)")
     use_rslora: bool = option(False, "scale by alpha / sqrt(R) instead of alpha / R", also="use_rs_lora")
     use_dora: bool = option(False, "train the row magnitudes apart from the directions")
     num_layer_trainable: int = option(
@@ -84,9 +78,7 @@ class LoraOptions:
     freeze_extra_modules: tuple[str, ...] = option(
         (), "freeze: further modules that train, outside the layers: embed_tokens, norm, lm_head", when=FREEZE
     )
-    print_param_status: bool = option(
-        False, "list every tensor with its shape, dtype, device and whether it trains"
-    )
+    print_param_status: bool = option(False, "list tensors with shape, dtype, device and whether they train")
 
     def __post_init__(self):
         refuse(self.lora_rank < 1, f"lora_rank: {self.lora_rank} must be at least 1")

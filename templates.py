@@ -20,9 +20,7 @@ from text.render import ChatTemplate
 
 @dataclass(frozen=True)
 class TemplateOptions:
-    template: str | None = option(
-        None, "chat template; none: the checkpoint's own", COMMON, also="prompt_template"
-    )
+    template: str | None = option(None, "chat template; or the checkpoint's", COMMON, also="prompt_template")
     default_system: str | None = option(
         None, "system text where none is; '' = no system turn", also="system system_message system_prompt"
     )

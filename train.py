@@ -51,6 +51,7 @@ from training.predict import PREDICTIONS, write_predictions
 from training.probe import try_largest
 from training.run import Run
 from training.run_folder import Progress, wants_checkpoint
+from training.saving import Saver
 from training.schedules import schedule
 from training.setup import SECTIONS
 from training.signals import Interrupted, Signals
@@ -100,8 +101,9 @@ def run(config: configuration.Config, world: World) -> int:
     services = options.services, options.run_name or options.output_dir
     monitor = Monitor(inputs.output_dir, *services, world.is_main, MetricWindow(world), config.shown)
     progress = Progress()
-    with run_folder.naming_lost(inputs.output_dir, world, progress), Signals(world) as signals:
-        this = Run(inputs, data, model, stage, optimizer, scaler, monitor, progress, signals)
+    saver = Saver(model, world, options.async_save, options.ddp_timeout)
+    with run_folder.naming_lost(inputs.output_dir, world, progress), Signals(world) as signals, saver:
+        this = Run(inputs, data, model, stage, optimizer, scaler, monitor, progress, signals, saver)
         status = 0
         if options.trains:
             require_saved(model)
@@ -220,7 +222,7 @@ def save_after_failure(this: Run) -> str:
     """A checkpoint of what was trained before the reward failed, if there can be one; gives its place."""
     if this.inputs.options.save_strategy == "no" or not this.progress.step:
         return ""
-    return f"; the same command continues from {this.save_checkpoint()}"
+    return f"; the same command continues from {this.save_checkpoint(wait=True)}"
 
 
 @fitting("a training step", "lower per_device_train_batch_size or cutoff_len")
@@ -298,11 +300,12 @@ def log_training(this: Run, norm: torch.Tensor | None) -> None:
 def finish(this: Run) -> None:
     """Load the best weights if asked, write the result, the numbers of the run and the plot."""
     options, progress, world = this.inputs.options, this.progress, this.inputs.world
+    this.saver.wait()
     progress.seconds = this.monitor.seconds()
     this.monitor.close()
     this.take_best()
     with run_folder.writing_result(this.inputs.output_dir, world) as folder:
-        this.save_model(folder, progress.logged_tokens)
+        this.for_others(progress.logged_tokens)(folder)
     if options.plot_loss:
         this.monitor.plot()
     results = progress.results(this.data.epoch(progress.step), peak_memory_gb(world.device))

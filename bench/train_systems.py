@@ -20,7 +20,7 @@ from bench import baselines, four_bits
 from bench.baselines import Baseline, Document, MicroBatch, Recipe
 from bench.turns import LEARNING_RATE
 from checkpoints import trainable
-from checkpoints.peft import adapter_state
+from checkpoints.peft import adapter_parameters, adapter_state
 from model import Decoder, initialize_weights
 from pipeline.batch import Example, collate
 from stages.sft import TokenLoss
@@ -189,7 +189,10 @@ def _with_adapters_of(model, setting: Setting, source: Decoder):
     import peft
 
     wrapped = baselines.with_adapters(model, setting.rank, lora.LoraOptions(lora_rank=setting.rank).alpha)
-    state = {name: tensor.clone() for name, tensor in adapter_state(source).items()}
+    state = {
+        name: tensor.clone()
+        for name, tensor in adapter_state(dict(adapter_parameters(source)), source.config).items()
+    }
     loaded = peft.set_peft_model_state_dict(wrapped, state)
     assert not loaded.unexpected_keys and not [key for key in loaded.missing_keys if "lora_" in key]
     return wrapped

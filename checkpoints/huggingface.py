@@ -23,7 +23,7 @@ from architectures import config_from_hf
 from architectures.config import ModelConfig, from_hf_name, scale_rope, to_hf_name
 from architectures.layers import RMSNorm
 from architectures.rope import in_both_spellings
-from checkpoints.peft import adapter_parameters, adapter_state, read_adapter_tensors, save_adapter
+from checkpoints import peft
 from checkpoints.safetensors_files import (
     read_json,
     refuse_not_finite,
@@ -314,10 +314,16 @@ def save_model(
     the base is quantised). A model that stands in `folder` stays until the new one is written.
     """
     tensors = ((to_hf_name(model.config, name), tensor) for name, tensor in model_tensors(model))
+    about = model.config.hf, model.embed_tokens.weight.dtype, model_format(model)
+    write_model(folder, tensors, about, source_folder, shard_gigabytes)
+
+
+def write_model(folder, tensors: Iterator, about: tuple, source_folder, shard_gigabytes: float = 5.0) -> None:
+    """save_model of these (name in the file, tensor). about: what write_model_json says."""
     try:
         with staged(folder) as staging:
             write_shards(staging, tensors, shard_gigabytes)
-            write_model_json(staging, model.config.hf, model.embed_tokens.weight.dtype, model_format(model))
+            write_model_json(staging, *about)
             if source_folder is not None:
                 copy_side_files(Path(source_folder), staging)
     finally:
@@ -384,10 +390,11 @@ def copy_generation_config(source: Path, target: Path) -> None:
         shutil.copyfile(source / name, target / name)
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path, template, chat_template: str | None = None) -> None:
-    """The tokenizer's files. What ends an answer of `template` (None: what ended texts before) ends them in
-    every file that other programs look at. chat_template: a text in place of the checkpoint's own."""
-    words = () if template is None else template.stop_words(tokenizer.eos_token)
+def save_tokenizer(
+    tokenizer: Tokenizer, folder: Path, words: tuple, chat_template: str | None = None
+) -> None:
+    """The tokenizer's files. words: what ends an answer of the template (none: what ended texts before), and
+    so in every file that other programs look at. chat_template: a text in place of the checkpoint's own."""
     eos, ids = tokenizer.ends(words)
     tokenizer.save(folder, chat_template, None if eos == tokenizer.eos_token else eos)
     for name in ("generation_config.json", "config.json"):
@@ -406,32 +413,41 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, template, chat_template: 
 # What a run trained
 
 
-def save_trained(model: Decoder, folder: Path, source_folder: Path, base_name: str) -> None:
-    """What training changed: the adapter if there is one, else the whole model."""
+def trained(model: Decoder, base_name: str, take: Callable = lambda tensor: tensor) -> Callable:
+    """What training changed, the adapter if there is one, else the whole model, to be written by a call with
+    (folder, source_folder) on rank 0, and with None as folder on other ranks that hold shares of it. take:
+    makes of each tensor what is kept of it until then, as a copy; nothing else of it changes by training."""
     settle(model)
-    head = None if model.v_head is None else value_head_state(model.v_head)
-    if lora_layers(model):
-        save_adapter(model, folder, base_name)
+    head = {} if model.v_head is None else value_head_state(model.v_head)
+    if adapted := bool(lora_layers(model)):
+        about = peft.adapter_config(model, base_name), peft.frozen_parts(model)
+        named = peft.adapter_parameters(model)
     else:
-        save_model(model, folder, source_folder)
-    if head is not None:
-        save_value_head(head, folder)
+        about = model.config.hf, model.embed_tokens.weight.dtype, model_format(model)
+        parts = {n: p for n, p in model.named_parameters() if not n.startswith(VALUE_HEAD_PREFIX)}
+        named = ((to_hf_name(model.config, name), parameter) for name, parameter in parts.items())
+    head, tensors = ({name: take(each) for name, each in pairs} for pairs in (head.items(), named))
 
+    def write(folder: Path | None, source_folder: Path) -> None:
+        values = {name: whole(each) for name, each in head.items()}  # all is gathered, whatever the disk does
+        if folder is None:
+            deque(map(whole, tensors.values()), 0)
+        elif adapted:
+            peft.write_adapter(folder, peft.adapter_state(tensors, model.config), *about)
+        else:
+            write_model(folder, ((name, whole(each)) for name, each in tensors.items()), about, source_folder)
+        if head and folder is not None:
+            save_value_head(values, folder)
 
-def gather_trained(model: Decoder) -> None:
-    """On a rank that writes nothing: give its shares, in the order in which save_trained asks for them."""
-    settle(model)
-    if model.v_head is not None:
-        value_head_state(model.v_head)
-    deque(adapter_state(model).items() if lora_layers(model) else model_tensors(model), 0)
+    return write
 
 
 def require_saved(model: Decoder) -> None:
-    """UserError where something trains that save_trained does not write: resuming would begin it anew."""
+    """UserError where something trains that `trained` does not write: resuming would begin it anew."""
     if not lora_layers(model):
         return  # save_model writes all
     own = model.v_head.parameters() if model.v_head is not None else ()
-    kept = {id(parameter) for parameter in (*dict(adapter_parameters(model)).values(), *own)}
+    kept = {id(parameter) for parameter in (*dict(peft.adapter_parameters(model)).values(), *own)}
     lost = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in kept]
     for name in lost[:1]:
         where = "see adapter_parameters in checkpoints/peft.py"
@@ -440,10 +456,10 @@ def require_saved(model: Decoder) -> None:
 
 @torch.no_grad()
 def restore_trained(model: Decoder, folder: Path) -> None:
-    """Copy back what save_trained wrote, into a model that was prepared the same way. Raises UserError."""
+    """Copy back what `trained` wrote, into a model that was prepared the same way. Raises UserError."""
     settle(model)
     if lora_layers(model):
-        tensors, targets = read_adapter_tensors(folder), dict(adapter_parameters(model))
+        tensors, targets = peft.read_adapter_tensors(folder), dict(peft.adapter_parameters(model))
         if model.config.tied_head:
             tensors.pop("base_model.model.lm_head.weight", None)  # the embedding once more, for peft
         tensors = tensors.items()

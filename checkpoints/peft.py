@@ -88,15 +88,18 @@ def save_adapter(model: Decoder, folder: str | Path, base_name: str) -> None:
     """adapter_config.json and adapter_model.safetensors as peft reads them; an old one stays until then."""
     if not lora_layers(model):
         raise ValueError("save_adapter: the model has no adapter")
-    state = adapter_state(
-        model
-    )  # first, for other ranks give their shares of it whatever becomes of the disk
+    state = adapter_state(dict(adapter_parameters(model)), model.config)
+    write_adapter(folder, state, adapter_config(model, base_name), frozen_parts(model))
+
+
+def write_adapter(folder: str | Path, state: dict[str, torch.Tensor], config: dict, notes: dict) -> None:
+    """state, config, notes: of adapter_state, adapter_config, frozen_parts."""
     with staged(folder) as staging:
-        write_tensors(staging / ADAPTER_WEIGHTS, state, _frozen_parts(model))
-        write_json(staging / ADAPTER_CONFIG, adapter_config(model, base_name))
+        write_tensors(staging / ADAPTER_WEIGHTS, state, notes)
+        write_json(staging / ADAPTER_CONFIG, config)
 
 
-def _frozen_parts(model: Decoder) -> dict[str, str]:
+def frozen_parts(model: Decoder) -> dict[str, str]:
     """The note of what did not train beside what did, as A of LoRA-FA; none in a usual adapter."""
     trains = {name: parameter.requires_grad for name, parameter in adapter_parameters(model)}
     frozen = [name for name, trained in trains.items() if not trained]
@@ -139,11 +142,11 @@ def _peft_targets(model: Decoder, layers: dict[str, LoraLinear]) -> list[str]:
     return [_hf_module(model.config, name) for name in layers]
 
 
-def adapter_state(model: Decoder) -> dict[str, torch.Tensor]:
-    """Tensors of a model's adapter under PEFT's names, fully trained modules included."""
-    state = {name: whole(tensor).cpu().contiguous() for name, tensor in adapter_parameters(model)}
-    embedding = PEFT_PREFIX + to_hf_name(model.config, "embed_tokens.weight")
-    if model.config.tied_head and embedding in state:
+def adapter_state(shares: dict[str, torch.Tensor], config: ModelConfig) -> dict[str, torch.Tensor]:
+    """Whole tensors of adapter_parameters, of which this rank may have shares, or copies of them."""
+    state = {name: whole(tensor).cpu().contiguous() for name, tensor in shares.items()}
+    embedding = PEFT_PREFIX + to_hf_name(config, "embed_tokens.weight")
+    if config.tied_head and embedding in state:
         state[PEFT_PREFIX + "lm_head.weight"] = state[embedding].clone()  # peft asks for it under both names
     return state
 

@@ -34,13 +34,14 @@ class ValueHead(nn.Module):
 
 
 def value_head_state(head: ValueHead) -> dict[str, Tensor]:
-    named = head.named_parameters()
-    return {PREFIX + name: whole(value).cpu().contiguous() for name, value in named}
+    """Its parameters by the names in the file; of a sharded one the shares."""
+    return {PREFIX + name: parameter for name, parameter in head.named_parameters()}
 
 
 def save_value_head(state: dict[str, Tensor], folder: Path) -> None:
     """state: value_head_state of the head."""
-    write_tensors(Path(folder) / VALUE_HEAD, state)
+    tensors = {name: whole(tensor).cpu().contiguous() for name, tensor in state.items()}
+    write_tensors(Path(folder) / VALUE_HEAD, tensors)
 
 
 def has_value_head(folder: Path) -> bool:

@@ -56,9 +56,7 @@ class CalibrationOptions:
     export_quantization_maxlen: int = option(1024, "tokens of each, from documents that are longer")
     export_quantization_group_size: int = option(128, "inputs that share a scale; -1 = all of a row")
     export_quantization_damp_percent: float = option(0.1, "share of its mean added to the Hessian's diagonal")
-    export_quantization_desc_act: bool = option(
-        False, "act-order: columns by falling activations (better, slower to decode)"
-    )
+    export_quantization_desc_act: bool = option(False, "act-order: columns by activations (better, slower)")
     export_quantization_sym: bool = option(True, "grids around zero; false = with zero points")
     dataset_dir: str = option("data", "folder of dataset_info.json", RESUMABLE, also="data_dir")
 

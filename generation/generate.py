@@ -217,9 +217,7 @@ class Decoding:
         draws = None if self.draws is None else self._uniforms(list(self.rows))
         how = {"draws": draws, "capture": wanted >= GRAPH_PAYS}
         last, lengths = [self.texts[sequence][-1] for sequence in self.rows], self.cache.lengths
-        self.steps.begin(
-            last, lengths, lambda logits, uniforms: choose(logits, self.options, seen, uniforms), **how
-        )
+        self.steps.begin(last, lengths, lambda logits, u: choose(logits, self.options, seen, u), **how)
 
     def _steps_allowed(self) -> int:
         """Steps that may be on their way; 0 = read those, then begin anew with fewer rows or more room."""

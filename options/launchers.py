@@ -36,9 +36,7 @@ TORCHRUN = (
 )
 # swift's --deepspeed zero2 and its like
 PRESETS = {f"zero{stage}": {"stage": stage} for stage in range(4)}
-PRESETS |= {
-    f"zero{stage}_offload": {"stage": stage, "offload_optimizer": {"device": "cpu"}} for stage in (2, 3)
-}
+PRESETS |= {f"zero{n}_offload": {"stage": n, "offload_optimizer": {"device": "cpu"}} for n in (2, 3)}
 PRESETS["zero3_offload"]["offload_param"] = {"device": "cpu"}
 
 # patterns of SECTION.KEY in a DeepSpeed file that say how its engine works, not what it computes
@@ -206,9 +204,7 @@ def _meaning(content: dict, given: Mapping, keys: Mapping) -> Meant:
     steps, ours = values.get("scheduler.params.total_num_steps", "auto"), _beside("max_steps", given, keys)
     other = str(steps).lower() != "auto" and ours not in (None, -1, steps)
     refuse(other, f'scheduler.params.total_num_steps: {steps}, but max_steps is {ours}; set it to "auto"')
-    note = f"without effect: {', '.join(dict.fromkeys(name.rpartition('.')[2] for name in idle))}" * bool(
-        idle
-    )
+    note = f"without effect: {', '.join(dict.fromkeys(n.rpartition('.')[2] for n in idle))}" * bool(idle)
     logarithmic = schedule and values.get("scheduler.params.warmup_type", "log") == "log"
     warms_up = "; ".join(filter(None, [note, "its warm-up is linear, not logarithmic" * bool(logarithmic)]))
     return Meant(found, warms_up)

@@ -1,10 +1,10 @@
 """Tensors of many ranks in one folder: torch.distributed.checkpoint, in safetensors files.
 
-    save(folder, {"a.exp_avg": tensor, ...}, world)     # each rank writes the shares that it holds
-    tensors = load(folder, {"a": parameter, ...})       # each reads what it needs, on any number of ranks
+    save(writer, {"a::exp_avg": tensor, ...}, world)        # each rank writes the shares that it holds
+    tensors = load(folder, {"a": parameter, ...}, world)    # each reads what it needs, on any number of ranks
 
-The files are those of torch's HuggingFaceStorageWriter: each rank's tensors, with their offsets in the
-header. Its other format keeps a pickle beside them, which nobody should have to open.
+The files are those of torch's HuggingFaceStorageWriter (training/saving.py): each rank's tensors, with their
+offsets in the header. Its other format keeps a pickle beside them, which nobody should have to open.
 """
 
 import warnings
@@ -18,17 +18,16 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from parallel.fsdp import local
-from parallel.world import World, host_group
+from parallel.world import World
 
 SEPARATOR = "::"  # between a parameter's name and that of one of its states
+warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process was asked for
 
 
-def save(folder: Path, tensors: dict[str, Tensor], world: World) -> None:
-    """Write the tensors into `folder`; all ranks call it. A plain tensor is the same on all ranks that have
-    one of its name, and one of them writes it."""
-    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+def save(writer: dcp.StorageWriter, tensors: dict[str, Tensor], world: World) -> None:
+    """All ranks call it. A plain tensor is the same on all that have one of its name, and one writes it."""
     with _as_of_one():
-        dcp.save(tensors, storage_writer=writer, process_group=host_group(), no_dist=world.size == 1)
+        dcp.save(tensors, storage_writer=writer, process_group=world.host, no_dist=world.size == 1)
 
 
 def load(folder: Path, parameters: dict[str, Tensor], world: World) -> dict[str, Tensor]:
@@ -49,7 +48,7 @@ def load(folder: Path, parameters: dict[str, Tensor], world: World) -> dict[str,
             layout = {"shape": shape, "stride": strides, "run_check": False}
             targets[name] = DTensor.from_local(mine, like.device_mesh, like.placements, **layout)
     with _as_of_one():
-        dcp.load(targets, storage_reader=reader, process_group=host_group(), no_dist=world.size == 1)
+        dcp.load(targets, storage_reader=reader, process_group=world.host, no_dist=world.size == 1)
     for name, tensor in targets.items():
         like = parameters[name.rpartition(SEPARATOR)[0]]
         if isinstance(like, DTensor) and not isinstance(tensor, DTensor) and tensor.dim() > 0:
@@ -60,11 +59,9 @@ def load(folder: Path, parameters: dict[str, Tensor], world: World) -> dict[str,
 
 @contextmanager
 def _as_of_one() -> Iterator[None]:
-    """What failed on any rank is raised as it was there; one process is no reason to warn."""
+    """What failed on any rank is raised as it was there."""
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-            yield
+        yield
     except dcp.CheckpointException as error:  # on all ranks, of those where something failed
         (_, (failure, _)), *_ = error.failures.items()
         raise failure from error

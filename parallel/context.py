@@ -162,9 +162,7 @@ class _Slices:
 
     def passed_on(self, x: Tensor) -> Tensor:
         """x goes to the next rank; gives what the one before had."""
-        after, before = (
-            dist.get_global_rank(self.group, (self.rank + step) % self.ranks) for step in (1, -1)
-        )
+        after, before = (dist.get_global_rank(self.group, (self.rank + by) % self.ranks) for by in (1, -1))
         out = torch.empty_like(x)
         ways = [dist.P2POp(dist.isend, x, after, self.group), dist.P2POp(dist.irecv, out, before, self.group)]
         for work in dist.batch_isend_irecv(ways):

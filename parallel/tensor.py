@@ -96,9 +96,7 @@ def cut(model: nn.Module, world) -> None:
 def cut_linears(named: Mapping[str, nn.Module], world) -> None:
     """Those of these modules that CUTS names: linears, or adapters with the linears that they are around."""
     share = Share(world.groups["tensor"], world.tensor_rank, world.tensor, None)
-    linears = (
-        (CUTS[last], linear) for name, linear in named.items() if (last := name.rpartition(".")[2]) in CUTS
-    )
+    linears = ((CUTS[last], linear) for n, linear in named.items() if (last := n.rpartition(".")[2]) in CUTS)
     for dims, linear in linears:
         for module in (each for each in linear.modules() if not hasattr(each, "tensor_size")):
             coded = next(module.named_buffers(recurse=False), None) is not None

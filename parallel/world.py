@@ -29,6 +29,7 @@ class World:
     tensor: int = 1  # ranks that hold each layer between them: the fastest coordinate of a rank
     context: int = 1  # ranks that hold each row of tokens between them: the next one
     groups: Mapping[str, dist.ProcessGroup] = field(default_factory=dict)  # "data", "context", "tensor"
+    host: dist.ProcessGroup | None = None  # gloo, of all ranks: never waits for a GPU; None: one process
 
     @property
     def data_size(self) -> int:
@@ -83,7 +84,7 @@ class World:
         if self.size == 1:
             return list(numbers)
         tensor = torch.tensor(numbers)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=_HOST_GROUPS[0])
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.host)
         return tensor.tolist()
 
     def any(self, flag: bool) -> bool:
@@ -97,22 +98,16 @@ class World:
         mine = torch.frombuffer(bytearray(json.dumps(value), "ascii"), dtype=torch.uint8)
         sizes = self.max_over_ranks(*(len(mine) * (rank == self.rank) for rank in range(self.size)))
         parts = [torch.zeros(max(sizes), dtype=torch.uint8) for _ in sizes]
-        dist.all_gather(parts, nn.functional.pad(mine, (0, max(sizes) - len(mine))), group=_HOST_GROUPS[0])
+        dist.all_gather(parts, nn.functional.pad(mine, (0, max(sizes) - len(mine))), group=self.host)
         return [json.loads(bytes(part[:size].tolist())) for part, size in zip(parts, sizes)]
 
     def barrier(self) -> None:
         if self.size > 1:
-            dist.barrier(group=_HOST_GROUPS[0])
+            dist.barrier(group=self.host)
 
 
 SPEAKS_FIRST = datetime.timedelta(seconds=60)
-_HOST_GROUPS: list = []  # the gloo group beside NCCL's; made in start(), because every rank has to make it
 PEERS: list = []  # the store of the process group, and [host, process] of each rank
-
-
-def host_group():
-    """The group of all ranks that needs no GPU; None for one process."""
-    return _HOST_GROUPS[0] if _HOST_GROUPS else None
 
 
 def start(device: str = "auto", timeout_seconds: int = 1800, options: ParallelOptions | None = None) -> World:
@@ -131,7 +126,7 @@ def start(device: str = "auto", timeout_seconds: int = 1800, options: ParallelOp
         refuse(local_rank >= gpus, missing)
         torch.cuda.set_device(local_rank)
     place = torch.device("cuda", local_rank) if device == "cuda" else torch.device(device)
-    store, timeout = None, datetime.timedelta(seconds=timeout_seconds)
+    host, store, timeout = None, None, datetime.timedelta(seconds=timeout_seconds)
     if (size > 1 or options.fsdp_offload) and not dist.is_initialized():
         others = dist.rendezvous("env://", rank, size, timeout=timeout)
         store = next(others)[0] if size > 1 else dist.HashStore()
@@ -143,21 +138,21 @@ def start(device: str = "auto", timeout_seconds: int = 1800, options: ParallelOp
         # NCCL's watchdog ends the process without a word: the host's group has to lose patience before it
         later = timeout + SPEAKS_FIRST * (place.type == "cuda")
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=later)
-        _HOST_GROUPS.append(dist.new_group(backend="gloo", timeout=timeout))
+        host = dist.new_group(backend="gloo", timeout=timeout)
     groups = {}
     if options.tp_size * options.cp_size > 1:
         sizes, names = (options.data(size), options.cp_size, options.tp_size), ("data", "context", "tensor")
         mesh = make_mesh(place.type, sizes, names)
         groups = {name: mesh.get_group(name) for name in names}
-    world = World(rank, size, local_rank, place, options.tp_size, options.cp_size, groups)
+    world = World(rank, size, local_rank, place, options.tp_size, options.cp_size, groups, host)
     if store is not None:
         PEERS[:] = [store, world.gather([socket.gethostname(), os.getpid()])]
     return world
 
 
-def make_mesh(device: str, sizes: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
+def make_mesh(device: str, sizes: tuple[int, ...], names: tuple[str, ...], **how) -> DeviceMesh:
     """A mesh whose groups have the timeout of the process group; torch gives them one of its own."""
-    mesh, world = init_device_mesh(device, sizes, mesh_dim_names=names), dist.group.WORLD
+    mesh, world = init_device_mesh(device, sizes, mesh_dim_names=names, **how), dist.group.WORLD
     for group in (group for group in mesh.get_all_groups() if group is not world):
         for kind in group._device_types:
             patience = world._get_backend(kind).options._timeout
@@ -169,5 +164,4 @@ def stop(failed: bool = False) -> None:
     """Leave the process group. failed: others may never come to what this rank has waiting, on a GPU too."""
     if dist.is_initialized():
         (distributed_c10d._abort_process_group if failed else dist.destroy_process_group)()
-        _HOST_GROUPS.clear()
         PEERS.clear()

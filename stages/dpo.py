@@ -62,9 +62,7 @@ class PreferenceOptions:
 
     pref_loss: Literal[
         "sigmoid", "robust", "hinge", "ipo", "exo_pair", "kto_pair", "bco_pair", "orpo", "simpo", "cpo"
-    ] = option(
-        "sigmoid", "dpo: loss of a pair; orpo, simpo and cpo have no reference", also="dpo_loss", stages=PAIRS
-    )
+    ] = option("sigmoid", "loss of a pair; orpo, simpo, cpo: no reference", also="dpo_loss", stages=PAIRS)
     pref_beta: float = option(
         0.1, "how strongly a difference counts; simpo: about 2", COMMON, also="dpo_beta orpo_beta kto_beta"
     )
@@ -77,9 +75,7 @@ class PreferenceOptions:
     dpo_label_smoothing: float = option(
         0.0, "chance that chosen and rejected are exchanged; below 0.5", also="label_smoothing", stages=PAIRS
     )
-    simpo_gamma: float = option(
-        0.5, "margin that simpo asks of the rewards", stages=PAIRS, when="pref_loss=simpo"
-    )
+    simpo_gamma: float = option(0.5, "margin that simpo asks for", stages=PAIRS, when="pref_loss=simpo")
     ld_alpha: float | None = option(None, "LD-DPO: weight past the shorter answer; none = 1", stages=PAIRS)
 
     def __post_init__(self):

@@ -20,7 +20,7 @@ from checkpoints.source import RUN_CONFIG
 from options import config as configuration
 from pipeline import prefetch
 from text.tokenizer import Tokenizer
-from training import memory, run_folder, setup
+from training import memory, run, run_folder, setup
 
 
 @pytest.fixture(scope="module")
@@ -696,7 +696,7 @@ def test_a_disk_that_fills_during_a_save_is_no_traceback(tiny, out, capsys, monk
     def full(*arguments, **keys):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(setup, "save_trained", full)
+    monkeypatch.setattr(run, "save_tokenizer", full)
     assert tiny.train(out, save_strategy="steps", save_steps=2) == 1
     error = capsys.readouterr().err
     assert f"output_dir: {out / 'checkpoint-2'} could not be written ([Errno 28] No space left" in error

@@ -144,6 +144,42 @@ def assert_same_weights(mine: dict, other: dict, tolerance: float = 0.0) -> None
             torch.testing.assert_close(mine[name], other[name], rtol=0, atol=tolerance, msg=name)
 
 
+def assert_same_checkpoint(mine: Path, other: Path) -> None:
+    """The same files with the same bytes, but for times, and for the order of the notes in the header of a
+    safetensors file, which is drawn by chance."""
+    names = [[str(path.relative_to(each)) for path in files_below(each)] for each in (mine, other)]
+    assert names[0] == names[1]
+    for name in names[0]:
+        if name not in ("run_config.yaml", "checksums.json"):
+            assert _content(mine / name) == _content(other / name), name
+
+
+def files_below(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _content(path: Path) -> object:
+    if path.suffix == ".safetensors":
+        content = path.read_bytes()
+        end = 8 + int.from_bytes(content[:8], "little")
+        return json.loads(content[8:end]), content[end:]
+    if path.suffix == ".pt":
+        return _plain(torch.load(path, weights_only=True))
+    return _plain(json.loads(path.read_text())) if path.name == "trainer_state.json" else path.read_bytes()
+
+
+def _plain(value: object) -> object:
+    """Without times, and tensors as bytes."""
+    if isinstance(value, dict):
+        passing = ("seconds", "runtime", "per_second", "peak_memory", "best_model_checkpoint")
+        return {key: _plain(each) for key, each in value.items() if not str(key).endswith(passing)}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if torch.is_tensor(value):
+        return value.dtype, repr(value.tolist())
+    return repr(value)  # a NaN is not itself
+
+
 # Processes of their own, forked from one server that has imported train.py: 0.3 s each in place of 4 s
 
 

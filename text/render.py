@@ -209,9 +209,7 @@ def tool_calls(content: str) -> list[tuple[str, dict]] | None:
     """[(name, arguments)] of a JSON call {"name": ..., "arguments": ...} or a list of them; else None."""
     calls = parsed(content)
     calls = calls if isinstance(calls, list) else [calls]
-    known = all(
-        isinstance(call, dict) and isinstance(call.get("name"), str) and "arguments" in call for call in calls
-    )
+    known = all(isinstance(c, dict) and isinstance(c.get("name"), str) and "arguments" in c for c in calls)
     return [(call["name"], parsed(call["arguments"])) for call in calls] if calls and known else None
 
 

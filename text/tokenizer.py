@@ -397,9 +397,7 @@ def _refuse_endless(backend: tokenizers.Tokenizer) -> None:
     waiting = [json.loads(part.__getstate__()) for part in parts]
     while waiting:
         entry = waiting.pop()
-        waiting += (
-            part for key in ("normalizers", "pretokenizers", "decoders") for part in entry.get(key, ())
-        )
+        waiting += (p for key in ("normalizers", "pretokenizers", "decoders") for p in entry.get(key, ()))
         map_of_letters = base64.b64decode(entry.get("precompiled_charsmap") or "")
         begin = 4 + int.from_bytes(map_of_letters[:4], "little")  # of what stands for them, behind the tree
         growth *= max(map(len, map_of_letters[begin:].split(b"\0"))) or 1
@@ -484,11 +482,9 @@ def _add_listed_tokens(backend: tokenizers.Tokenizer, folder: Path, config: dict
         backend.add_tokens([token])
         found = backend.token_to_id(token.content)
         if found != token_id:
-            wanted = (
-                f"{token.content!r} should have id {token_id} (tokenizer_config.json or added_tokens.json)"
-            )
+            due = f"{token.content!r} should have id {token_id} (tokenizer_config.json or added_tokens.json)"
             other = f"but tokenizer.json leads to id {found}: files of different tokenizers"
-            raise UserError(f"{wanted}, {other}")
+            raise UserError(f"{due}, {other}")
     # A name without a row in the vocabulary would get an id behind the embedding table: leave it out.
     rows = [t for text, t in special.items() if text not in known and backend.token_to_id(text) is not None]
     backend.add_tokens(rows)

@@ -14,7 +14,7 @@ In the loop
     probe        test_oom: the largest batch before the first update
     measure      what an evaluation measures; predict: answers to its rows, and how close they come
 What it leaves
-    run          Run, what train.py's functions share: saved as a checkpoint, restored, left
+    run          Run, what train.py's functions share: saved, restored, left; saving: beside the training
     run_folder   checkpoint-<step>, complete or absent; Progress, resuming; layout: on other ranks
     signals      what ends a run before its end; lost: which rank is gone
     monitor      log lines and files; plot: training_loss.png; trackers: tensorboard, wandb, mlflow

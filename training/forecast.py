@@ -150,6 +150,10 @@ class Forecast:
         if answer.host:
             inside = f"{answer.host / plan.GIB:.2f} GiB of shares, gradients, optimizer state"
             text += f"\n  in host memory, for each rank: {inside}"
+        if options.async_save:
+            spread = memory.Spread.of(shares, self.ranks, self.device)
+            copies = memory.copied(self.model, config[OptimOptions].optim, spread) / plan.GIB
+            text += f"\n  in host memory, while a checkpoint is written: {copies:.2f} GiB of copies more"
         if self.ranks > 1:
             text = text.replace("\n", f" {plan.describe(shares, self.ranks)}\n", 1)
         most = plan.largest_that_fits(lambda tokens: self.of(shares, tokens).total <= self.available)
@@ -177,9 +181,7 @@ def choose_parallel(config: Config, source: Path, world: World, data, refused: s
     sizes = world.max_over_ranks(*sizes)
     fit = [number for number, size in enumerate(sizes) if size <= free] or [len(ways) - 1]
     chosen = 0 if refused else fit[0]
-    needs = ", ".join(
-        f"{way['parallel']} {size / plan.GIB:.1f}" for way, size in zip(ways, sizes[: chosen + 1])
-    )
+    needs = ", ".join(f"{w['parallel']} {size / plan.GIB:.1f}" for w, size in zip(ways[: chosen + 1], sizes))
     line = f"parallel=auto is {ways[chosen]['parallel']}: of {free / plan.GIB:.1f} GiB free it takes {needs}"
     if refused and fit[0]:
         line += f"; shares would be less, but {refused}"

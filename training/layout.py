@@ -35,9 +35,7 @@ class Layout:
     @classmethod
     def read(cls, fingerprint: Mapping[str, str]) -> "Layout":
         """Of a checkpoint; of an older version, where all ranks had rows of their own."""
-        return cls(
-            *(int(fingerprint[key]) for key in KEYS[:3]), int(fingerprint.get(DATA, fingerprint[RANKS]))
-        )
+        return cls(*(int(fingerprint[k]) for k in KEYS[:3]), int(fingerprint.get(DATA, fingerprint[RANKS])))
 
     @property
     def described(self) -> dict[str, str]:
@@ -59,11 +57,8 @@ class Layout:
 def fitted(config: Config, world: World, folder: Path, fingerprint: Mapping[str, str]) -> Config:
     """The options with which the checkpoint in `folder` goes on here: on another number of ranks the global
     batch stays what it was. UserError where it cannot. What else has changed is not looked at."""
-    then, now, grouped = (
-        Layout.read(fingerprint),
-        Layout.of(config, world),
-        config[DataOptions].group_by_length,
-    )
+    then, now = Layout.read(fingerprint), Layout.of(config, world)
+    grouped = config[DataOptions].group_by_length
     if then.data == now.data or then.same_rows(now, grouped):
         return config
     each = then.batch // now.data
@@ -88,7 +83,7 @@ def refuse_within_rollout(folder: Path, stage: Mapping, then: Layout, updates: i
     made of. updates: of a rollout."""
     there = f"{then.ranks} processes with {ROWS}={then.rows} {STEPS}={then.steps}"
     found = (
-        f"it lies between the {updates} updates of one rollout, whose texts are on the ranks that wrote them"
+        f"it lies between the {updates} updates of a rollout, whose texts are on the ranks that wrote them"
     )
     remedy = f"continue on {there}, or from a checkpoint at a multiple of {updates} steps"
     refuse(stage.get("drawn"), f"{folder}: {found}; {remedy}")

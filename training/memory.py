@@ -143,9 +143,7 @@ def need(
     gradients = spread.share(trained)
     state = gradients * state_per_byte(optimizer)
     if in_backward:  # one at a time
-        gradients = max(
-            spread.share([parameter]) for parameter in model.parameters() if parameter.requires_grad
-        )
+        gradients = max(spread.share([p]) for p in model.parameters() if p.requires_grad)
     blocks, outside = [spread.held(block) for block in model.layers], spread.held(model, "layers.")
     largest = max(blocks, key=bytes_of)
     mine, own = (bytes_of(tensor for tensor in each if tensor.requires_grad) for each in (outside, largest))
@@ -200,6 +198,13 @@ def need(
         closing=closing,
         host=gradients + state if spread.away else 0.0,
     )
+
+
+def copied(model: Decoder, optimizer: str, spread: Spread) -> float:
+    """Bytes of host memory that rank 0 takes while a checkpoint is written (async_save)."""
+    trained = spread.share(parameter for parameter in model.parameters() if parameter.requires_grad)
+    written = trained if lora_layers(model) else spread.share(model.parameters())
+    return written + trained * state_per_byte(optimizer) * spread.shard / spread.ranks
 
 
 def first_trained(model: Decoder) -> int:

@@ -93,9 +93,7 @@ class TrainOptions:
         also="exit_signal_handler",
     )
     ddp_timeout: int = option(1800, "seconds that ranks wait for one another", RESUMABLE)
-    logging_strategy: Literal["steps", "epoch", "no"] = option(
-        "steps", "when to log; at the end in any case", RESUMABLE
-    )
+    logging_strategy: Literal["steps", "epoch", "no"] = option("steps", "when to log, and last", RESUMABLE)
     logging_steps: int | float = option(500, "updates between log lines", COMMON, RESUMABLE)
     logging_first_step: bool = option(False, "log the first update too", RESUMABLE)
     report_to: tuple[str, ...] = option(("none",), "none, tensorboard, wandb, mlflow", RESUMABLE)
@@ -111,12 +109,11 @@ class TrainOptions:
         RESUMABLE,
         when="save_strategy=steps",
     )
-    save_total_limit: int | None = option(
-        None, "keep so many checkpoints, and the best; 0: all", COMMON, RESUMABLE
-    )
+    save_total_limit: int | None = option(None, "keep so many, and the best; 0: all", COMMON, RESUMABLE)
     save_only_model: bool = option(
         False, "no optimizer state in checkpoints: they cannot be resumed", RESUMABLE, also="only_save_model"
     )
+    async_save: bool = option(False, "a thread writes checkpoints, from copies in host memory", RESUMABLE)
     evaluation_strategy: Literal["no", "steps", "epoch"] = option(
         "no", "when to evaluate during training; and at the end", COMMON, RESUMABLE, also="eval_strategy"
     )
@@ -259,17 +256,13 @@ class OptimOptions:
         Literal["adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "adamw_8bit", "adamw_bnb_8bit"],
         Literal["paged_adamw_32bit", "paged_adamw_8bit", "lion_8bit", "lion_32bit"],
         Literal["paged_lion_8bit", "paged_lion_32bit"],
-    ] = option(
-        "adamw_torch", "8bit, paged, lion: bitsandbytes; lion wants 1/3 to 1/10 of AdamW's rate", COMMON
-    )
+    ] = option("adamw_torch", "8bit, paged, lion: bitsandbytes; lion wants 1/3 to 1/10 of the rate", COMMON)
     learning_rate: float = option(5e-5, "peak learning rate", COMMON)
     weight_decay: float = option(0.0, "decay of matrices; norms, biases and other vectors never decay")
     adam_beta1: float = option(0.9, "AdamW: decay of the first moment; lion: its part in an update")
     adam_beta2: float = option(0.999, "AdamW: decay of the second moment; lion: of its one moment")
     adam_epsilon: float = option(1e-8, "AdamW: added to the square root of the second moment")
-    max_grad_norm: float | None = option(
-        1.0, "gradients are scaled down to this total norm; 0 = not at all", COMMON
-    )
+    max_grad_norm: float | None = option(1.0, "gradients are scaled down to this norm; 0: never", COMMON)
     optim_in_backward: bool = option(
         False, "update each tensor as soon as its gradient is there: no memory for gradients; one process"
     )
@@ -286,10 +279,8 @@ class OptimOptions:
         finite = "learning_rate weight_decay adam_epsilon max_grad_norm warmup_steps"
         require(self, finite, lambda number: 0 <= number < math.inf, "is not a finite number of at least 0")
         require(self, "adam_beta1 adam_beta2", lambda beta: 0 <= beta < 1, "is not in [0, 1)")
-        clipped = (
-            f"max_grad_norm: {self.max_grad_norm}, but optim_in_backward never has all gradients at once"
-        )
-        refuse(self.optim_in_backward and self.max_grad_norm, f"{clipped}; set max_grad_norm=0, or drop it")
+        found = f"max_grad_norm: {self.max_grad_norm}, but optim_in_backward never has all gradients at once"
+        refuse(self.optim_in_backward and self.max_grad_norm, f"{found}; set max_grad_norm=0, or drop it")
         steps = self.warmup_steps
         share = "is not in [0, 1]; warmup_steps counts updates"
         require(self, "warmup_ratio", lambda ratio: 0 <= ratio <= 1, share)

@@ -184,9 +184,7 @@ def refuse_foreign(output_dir: Path, named: Collection[Path]) -> None:
     home = output_dir.resolve()
     names = sorted(path.name for path in output_dir.iterdir()) if output_dir.is_dir() else []
     ours = home in named or any(name in (RUN_CONFIG, *LOGS) or _NAME.fullmatch(name) for name in names)
-    expected = {
-        path.relative_to(home).parts[0] for path in named if path.is_relative_to(home) and path != home
-    }
+    expected = {p.relative_to(home).parts[0] for p in named if p.is_relative_to(home) and p != home}
     expected |= {SAVE_REQUEST, "runs", "wandb", "mlruns"}
     strange = [name for name in names if name[0] != "." and not name.endswith((".log", ".out", ".err"))]
     strange = [name for name in strange if name not in expected]

@@ -17,9 +17,9 @@ import kernels
 import quant
 from architectures.config import ModelConfig, scale_rope
 from checkpoints.hub import ModelOptions, resolve_adapters, resolve_model
-from checkpoints.huggingface import gather_trained, load_config, save_tokenizer, save_trained
+from checkpoints.huggingface import load_config
 from checkpoints.peft import read_adapter_config
-from checkpoints.source import RUN_CONFIG, check_adapters, is_adapter, tokenizer_folder
+from checkpoints.source import check_adapters, is_adapter, tokenizer_folder
 from checkpoints.trainable import freeze, parameter_status, trainable_report
 from data import DataOptions, Prepared, load_datasets
 from generation.generate import context_limit
@@ -201,9 +201,7 @@ def find_start(config: Config, world: World) -> tuple[Path | None, Path]:
         overwrite = overwrite and not again
         found = run_folder.find_resume(output_dir, options.resume_from_checkpoint, overwrite, again)
         # one listing for all: nodes may see the disk differently for a moment
-        resume = run_folder.newest_whole(
-            [Path(path) for path in world.gather(list(map(str, found)))[0]], world
-        )
+        resume = run_folder.newest_whole([Path(p) for p in world.gather(list(map(str, found)))[0]], world)
     source = resolve_model(config[ModelOptions])
     remedy = f"set adapter_name_or_path={source} and model_name_or_path to the model it was trained on"
     refuse(is_adapter(source), f"model_name_or_path: {source} is an adapter; {remedy}")
@@ -275,10 +273,8 @@ def check_sizes(options: ParallelOptions, model: ModelConfig, name: str) -> None
     has = f"tp_size: {options.tp_size} does not divide {found}, as {name} has"
     refuse(uneven, f"{has} ({fit or 'nothing else'} would); set such a size")
     kinds = {kind for layer in range(model.num_layers) for kind in model.kinds(layer)}
-    others = ", ".join(kinds - {"attention", "mlp"})
-    refuse(
-        options.tp_size > 1 and others, f"tp_size: it cuts attention and mlp, {name} has {others}; drop it"
-    )
+    more = ", ".join(kinds - {"attention", "mlp"})
+    refuse(options.tp_size > 1 and more, f"tp_size: it cuts attention and mlp, {name} has {more}; drop it")
     heads = model.num_kv_heads // options.tp_size
     fit = ", ".join(str(size) for size in range(2, heads + 1) if heads % size == 0) or "no other"
     found = f"cp_size: {options.cp_size} does not divide the {heads} key and value heads of {name}"
@@ -453,16 +449,3 @@ def choose_recomputation(model: Decoder, loader, config: Config, world: World) -
     layers = model.config.num_layers
     model.runtime.recompute, line = memory.plan(options.recomputation, need, layers, world.device, free)
     return line
-
-
-def save_weights(inputs: Inputs, model: Decoder, folder: Path) -> None:
-    """What the user loads later: weights, tokenizer, chat template, resolved configuration. All ranks call
-    it, because each may hold a share; rank 0 writes."""
-    config, template, chosen = inputs.config, inputs.template, inputs.config[TemplateOptions]
-    if not inputs.world.is_main:
-        gather_trained(model)
-        return
-    save_trained(model, folder, inputs.source, config[ModelOptions].model_name_or_path)
-    other = template is not None and (chosen.template is not None or chosen.default_system)
-    save_tokenizer(inputs.tokenizer, folder, template, template.to_jinja() if other else None)
-    config.save(folder / RUN_CONFIG)

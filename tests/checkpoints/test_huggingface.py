@@ -20,7 +20,7 @@ from tiny_tokenizers import make_tokenizer
 
 from checkpoints import safetensors_files
 from checkpoints.hub import ModelOptions, resolve_adapters, resolve_model
-from checkpoints.huggingface import load_model, random_model, restore_trained, save_model, save_trained
+from checkpoints.huggingface import load_model, random_model, restore_trained, save_model, trained
 from checkpoints.peft import adapter_parameters
 from checkpoints.safetensors_files import stream_tensors
 from checkpoints.trainable import prepare_trainable
@@ -564,7 +564,7 @@ def test_what_was_trained_is_restored_bit_for_bit(case, tmp_path):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
-    save_trained(model, tmp_path / "run", tmp_path / "base", "base")
+    trained(model, "base")(tmp_path / "run", tmp_path / "base")
     again = prepared()
     assert not torch.equal(again.layers[2].mlp.up_proj.weight, model.layers[2].mlp.up_proj.weight)
     trains = [name for name, parameter in again.named_parameters() if parameter.requires_grad]
@@ -579,7 +579,8 @@ def test_restoring_into_a_run_with_other_options_is_refused(source, tmp_path):
         prepare_trainable(model, LoraOptions(**options), torch.Generator().manual_seed(1))
         return model
 
-    save_trained(prepared(lora_rank=4, lora_target=("q_proj", "v_proj")), tmp_path, source, "base")
+    two = prepared(lora_rank=4, lora_target=("q_proj", "v_proj"))
+    trained(two, "base")(tmp_path, source)
     with pytest.raises(ValueError, match="v_proj.lora_A.weight is nothing that this run trains"):
         restore_trained(prepared(lora_rank=4, lora_target=("q_proj",)), tmp_path)
     with pytest.raises(ValueError, match="o_proj.lora_A.weight is missing; was lora_target changed"):

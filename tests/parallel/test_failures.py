@@ -36,15 +36,16 @@ def train_with_little_room(words: list[str], full: int, limit: int) -> int:
     return train.main(words)
 
 
+@pytest.mark.parametrize("beside", [False, True], ids=["at once", "beside"])
 @pytest.mark.parametrize(
     ("full", "what"), [(0, "weights"), (0, "optimizer"), (1, "random state"), (1, "optimizer")]
 )
-def test_a_disk_that_is_full_for_one_rank_ends_all_and_leaves_nothing_half_written(tiny, full, what):
+def test_a_disk_that_is_full_for_one_rank_ends_all_and_leaves_nothing_half_written(tiny, full, what, beside):
     weights = (tiny.model / "model.safetensors").stat().st_size  # the state of half of them is longer
     limit = {"random state": 2_000, "weights": weights - 9_000, "optimizer": weights + 600}[what]
-    name = f"full-{full}-{limit}"
+    name = f"full-{full}-{limit}-{beside}"
     keys = {"finetuning_type": "full", "parallel": "fsdp", "max_steps": 2, "save_strategy": "steps"}
-    words = tiny.words(name, **keys, save_steps=1, logging_steps=9)
+    words = tiny.words(name, **keys, save_steps=1, logging_steps=9, async_save=beside)
     ranks = fork_ranks(train_with_little_room, (words, full, limit), tiny.folder / f"{name}-said", 2)
     statuses, texts = ended(ranks)
     assert statuses == [1, 1], texts

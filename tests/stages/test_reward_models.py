@@ -14,7 +14,7 @@ import torch
 from tiny_runs import assert_same_weights, make_rows, tiny_runs
 from tiny_tokenizers import make_tokenizer
 
-from checkpoints.huggingface import load_model, save_model, save_trained
+from checkpoints.huggingface import load_model, save_model, trained
 from checkpoints.peft import apply_adapters, load_adapter, merge_adapters
 from checkpoints.trainable import prepare_trainable
 from checkpoints.value_head import VALUE_HEAD, ValueHead, load_value_head
@@ -60,7 +60,7 @@ def write_reward_adapter(tiny, name, **options):
     model = adapted(tiny, 11, **options)
     model.v_head = ValueHead(model.config.hidden_size, generator=torch.Generator().manual_seed(12))
     folder = tiny.folder / name
-    save_trained(model, folder, tiny.model, str(tiny.model))
+    trained(model, str(tiny.model))(folder, tiny.model)
     return folder
 
 
@@ -333,7 +333,7 @@ def test_runs_are_rewarded_by_each_kind_of_reward_model(tiny):
     model = load_model(tiny.model)
     save_model(model, full, tiny.model)
     model.v_head = ValueHead(model.config.hidden_size)
-    save_trained(model, full, tiny.model, "x")
+    trained(model, "x")(full, tiny.model)
     assert tiny.train("by-adapter", **RUN, reward_model=adapter) == 0
     assert tiny.train("by-model", **RUN, reward_model=full, reward_model_type="full") == 0
     keys = {"reward_model": tiny.model, "reward_model_type": "full", "reward_model_adapters": adapter}

@@ -26,6 +26,7 @@ from training.optimizers import (
     states,
 )
 from training.options import OptimOptions
+from training.saving import Writer
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -33,7 +34,7 @@ ALONE = World(0, 1, 0, torch.device("cpu"))
 def take_over(optimizer, other, folder) -> None:
     """Its state as it comes back from a checkpoint."""
     plain, tensors = states(other)
-    parallel.checkpoint.save(folder / "optimizer", tensors, ALONE)
+    parallel.checkpoint.save(Writer(folder / "optimizer"), tensors, ALONE)
     load_optimizer(optimizer, plain, folder / "optimizer", ALONE)
 
 

@@ -12,11 +12,11 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_runs import assert_same_weights, fork, start_ranks, tiny_runs
+from tiny_runs import assert_same_weights, files_below, fork, start_ranks, tiny_runs
 
 import kernels
 import train
-from checkpoints import huggingface, trainable
+from checkpoints import peft, trainable
 from checkpoints.huggingface import load_model
 from checkpoints.peft import adapter_parameters, load_adapter
 from kernels.linear import Part
@@ -55,10 +55,6 @@ def halves(tiny, name: str, stop: int, **keys) -> None:
     torch.manual_seed(0)
     assert tiny.train(f"{name}-parts", **keys) == 0
     assert_equal_runs(tiny, f"{name}-whole", f"{name}-parts")
-
-
-def files_below(folder) -> list:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def assert_equal_runs(tiny, whole: str, parts: str) -> None:
@@ -217,7 +213,7 @@ def test_kill_9_at_random_moments_changes_nothing(tiny, long_run):
         in_writing += bool(list(folder.glob(".tmp-*")))
         for path in run_folder.list_checkpoints(folder):
             run_folder.read_state(path / run_folder.STATE_FILE)
-            huggingface.read_adapter_tensors(path)
+            peft.read_adapter_tensors(path)
     assert in_writing
     assert tiny.child("killed", **keys).wait() == 0
     assert not list(folder.glob(".tmp-*"))
@@ -555,7 +551,7 @@ def test_what_would_not_be_saved_is_found_before_the_first_update(tiny, tmp_path
     def without_b(model):
         return (each for each in adapter_parameters(model) if "lora_B" not in each[0])
 
-    monkeypatch.setattr(huggingface, "adapter_parameters", without_b)
+    monkeypatch.setattr(peft, "adapter_parameters", without_b)
     assert resume(tiny, tmp_path / "run") == 2
     assert "q_proj.lora_b trains, but no checkpoint would hold it" in capsys.readouterr().err
     assert not (tmp_path / "run/trainer_log.jsonl").exists()
