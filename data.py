@@ -25,14 +25,14 @@ import numpy as np
 
 from options.errors import UserError, refuse, require
 from options.option import COMMON, RESUMABLE, option
-from pipeline.batch import BatchLoader, Example, StreamingLoader
+from pipeline.batch import BatchLoader, Example
 from pipeline.encoding import EncodeOptions, refuse_unguarded_worker
 from pipeline.formats import KINDS
 from pipeline.mixing import mix_sets
 from pipeline.report import DataReport, DatasetReport
 from pipeline.sources import HubAccess, open_hub
 from pipeline.store import ExampleStore, Tally, save_sets
-from pipeline.streaming import RowStream
+from pipeline.streaming import RowStream, StreamingLoader
 from pipeline.tokenise import DECIDED, Tokeniser
 
 PROMPTS = "prompts of "  # before the name of a set in tokenized_path
@@ -143,11 +143,11 @@ class Prepared:
     couple: Callable[[Iterator[Example]], Iterator[Example]] = iter
 
     def train_loader(
-        self, options: DataOptions, *, rows_per_batch: int, seed: int, **place
+        self, options: DataOptions, *, rows_per_batch: int, seed: int, rows_per_update: int = 1, **place
     ) -> BatchLoader | StreamingLoader:
         """The loader that the options ask for, over the stored or the streamed training set.
 
-        place: rank, world and collate of a loader.
+        rows_per_update: over all ranks. place: rank, world and collate of a loader.
         """
         place |= {"packing": self.packing, "cutoff_len": self.row_tokens(options)}
         place |= {"rows_per_batch": rows_per_batch, "seed": options.seed_of_data(seed)}
@@ -155,8 +155,9 @@ class Prepared:
         refuse(train is None, "dataset: no training set is named")
         if isinstance(train, ExampleStore):
             return BatchLoader(train, group_by_length=options.group_by_length, **place)
-        buffered = {"buffer_size": options.buffer_size, "couple": self.couple}
-        return StreamingLoader(train.rows, train.encode, **buffered, **place)
+        # what looks at the next row of the stream has to have it
+        lanes = {"lanes": rows_per_update if self.couple is iter else 1, "couple": self.couple}
+        return StreamingLoader(train, buffer_size=options.buffer_size, **lanes, **place)
 
     def first_example(self) -> Example:
         """What to show before training starts."""
@@ -288,7 +289,8 @@ def _prepare_stream(options: DataOptions, work: Tokeniser) -> tuple[Train, Sets,
         return None, evaluation, report
     encoders = [work.encoder(info, k) for k, info in enumerate(infos)]
     opened = [None if info.kind == "file" else open_hub(info, work.hub, streaming=True) for info in infos]
-    stream = RowStream(encoders, opened, options.mix_strategy, options.interleave_probs, work.seed)
+    mixing = options.mix_strategy, options.interleave_probs, work.seed
+    stream = RowStream(encoders, opened, *mixing, workers=work.workers)
     for name, tally in zip(stream.datasets, stream.tallies):
         report.datasets.append(DatasetReport(name, "streamed so far", tally, work.encode.kind))
     if options.val_size > 0:
@@ -363,7 +365,9 @@ def main(argv: list[str]) -> int:
         how = {"cache_dir": run.cache_dir, "enable_thinking": named.enable_thinking, "hub": hub}
         prepared = load_datasets(options, template, tokenizer, run.stage, seed=run.seed, **how)
         print(prepared.report)
-        loader = prepared.train_loader(options, rows_per_batch=run.per_device_train_batch_size, seed=run.seed)
+        rows, batches = run.per_device_train_batch_size, run.gradient_accumulation_steps
+        sizes = {"rows_per_batch": rows, "rows_per_update": rows * batches}
+        loader = prepared.train_loader(options, **sizes, seed=run.seed)
         batch, count = next(loader.batches(run.index)), loader.batches_per_epoch
         print(f"\nbatch {run.index}{f' (of {count} in an epoch)' if count is not None else ''}:")
         names = prepared.train.datasets

@@ -114,6 +114,7 @@ def run(config: configuration.Config, world: World) -> int:
             run_folder.begin(inputs.output_dir, *begin, world)
             status = train(this)
             if config[DataOptions].streaming:
+                data.loader.gather_tallies(world)
                 world.print(data.prepared.report)  # only now is it known what was dropped and cut
         status = status or conclude(this)
     preempted = options.enable_jit_checkpoint and status == 128 + signal.SIGTERM

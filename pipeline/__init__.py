@@ -12,7 +12,7 @@ encoding.py   those -> Example: rendered, tokenised, cut, marked; in one process
 cutting.py    which tokens of an over-long example stay
 tokenise.py   a whole data set out of the cache, or tokenised now and kept there
 store.py      TokenArrays and ExampleStore; the cache's files, written to survive a kill
-streaming.py  rows read while training, nothing stored
+streaming.py  rows read while training, nothing stored, and the loader of them
 mixing.py     which rows in which order: choosing, interleaving, holding out; pure functions of a seed
 packing.py    whole examples into rows of a given length
 batch.py      Batch, the loaders and their order over ranks

@@ -7,7 +7,6 @@ batches, so that all ranks see the same number of them.
 """
 
 import itertools
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,13 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from options.errors import UserError, refuse
+from options.errors import refuse
 from pipeline.packing import group_by_length, pack
 
 IGNORED = -100  # label of a position that is not trained; torch's cross_entropy default
 ROLES = ("prefix", "system", "user", "assistant", "observation", "function", "text")  # caches keep the order
 ANSWER = 64  # bit in Example.roles
-DIGESTS = 2**14  # that a stream remembers: more batches than are drawn ahead of the update that is saved
 # tokens, see Batch.rounded; a GPU's products work in tiles of 128 rows, so less would save nothing
 ROW_MULTIPLE = {"cpu": 32, "cuda": 128}
 
@@ -187,8 +185,8 @@ class Loader:
         """What a checkpoint holds of the first so many batches."""
         return {}
 
-    def restore(self, state: dict) -> None:
-        """What `state` gave of the batches that come before the next one."""
+    def restore(self, *states: dict) -> None:
+        """What `state` gave, on this rank or on all, of the batches that come before the next one."""
 
 
 class BatchLoader(Loader):
@@ -270,103 +268,3 @@ class BatchLoader(Loader):
                 order = group_by_length(order, np.asarray(self.store.lengths), size)
             self._order = (epoch, order)
         return self._order[1]
-
-
-class StreamingLoader(Loader):
-    """Batches of an endless stream, for data that is never stored.
-
-    `open_epoch(epoch)` yields the rows of one pass in file order, `encode(row)` makes examples of one ([]
-    when the row is dropped), `couple` other examples of the shuffled ones, for what needs several of them.
-    Rows go through a shuffle buffer, then into batches or packed rows. Every rank makes all batches and keeps
-    its own: exact sharding for the price of tokenising everywhere. Resuming replays the stream.
-    """
-
-    batches_per_epoch = None
-
-    def __init__(self, open_epoch, encode, *, buffer_size: int = 16384, couple=iter, **layout):
-        """open_epoch: (int) -> Iterator; encode: (row) -> list[Example]; couple: Iterator -> Iterator."""
-        super().__init__(**layout)
-        self.open_epoch, self.encode, self.couple = open_epoch, encode, couple
-        self.buffer_size = buffer_size if self.shuffle else 1
-        self._digests: dict[int, int] = {}  # of the first so many batches of this rank, for some time
-        self._seen = {"batches": 0, "digest": 0}  # before a resumed run begins
-
-    def batches(self, start: int = 0) -> Iterator[Batch]:
-        digest, mine = 0, itertools.islice(self._global_batches(), self.rank, None, self.world)
-        for number, examples in enumerate(mine):
-            for example in examples:
-                digest = zlib.crc32(example.trained.tobytes(), zlib.crc32(example.tokens.tobytes(), digest))
-            self._digests[number + 1] = digest
-            self._digests.pop(number - DIGESTS, None)
-            if number + 1 == self._seen["batches"] and digest != self._seen["digest"]:
-                found = f"the first {number + 1} batches of the stream are not those of the run so far"
-                raise UserError(f"dataset: {found}; restore the data, or set overwrite_output_dir=true")
-            if number >= start:
-                yield self.collate(examples)
-
-    def state(self, batches: int) -> dict:
-        if batches not in self._digests:  # none was drawn since `restore`
-            return dict(self._seen)
-        return {"batches": batches, "digest": self._digests[batches]}
-
-    def restore(self, state: dict) -> None:
-        self._seen |= state
-
-    def draws_per_epoch(self, size: int) -> None:
-        """Nobody knows."""
-
-    def draws(self, size: int, start: int = 0) -> Iterator[list[Batch]]:
-        """The batches of draw number `start` and of those that follow, `size` each."""
-        batches = self.batches(start * size)
-        while True:
-            yield list(itertools.islice(batches, size))
-
-    def most_tokens(self) -> int:
-        """Tokens of the largest batch that may come: nobody knows the stream's lengths."""
-        return self.rows_per_batch * self.cutoff_len
-
-    def most_examples(self) -> int:
-        """Examples of the largest batch that may come, if none in a packed row is shorter than 16 tokens."""
-        return self.rows_per_batch * (max(1, self.cutoff_len // 16) if self.packing else 1)
-
-    def _global_batches(self) -> Iterator[list[Example]]:
-        examples = self.couple(self._encoded())
-        units = self._packed_rows(examples) if self.packing else ([example] for example in examples)
-        while True:
-            yield [example for unit in itertools.islice(units, self.rows_per_batch) for example in unit]
-
-    def _encoded(self) -> Iterator[Example]:
-        numbers = itertools.count()  # any row may come again, in this pass or the next, and is another copy
-        for epoch in itertools.count():
-            found = 0
-            for row in shuffle_buffer(self.open_epoch(epoch), self.buffer_size, [self.seed, epoch]):
-                examples = self.encode(row)
-                found += len(examples)
-                yield from (replace(example, copy=number) for example, number in zip(examples, numbers))
-            refuse(not found, "the streamed data holds no example to train on")
-
-    def _packed_rows(self, examples: Iterator[Example]) -> Iterator[list[Example]]:
-        # windows hold about 64 rows' worth of tokens, so that the first batch does not wait for 8192 examples
-        while True:
-            window, total = [], 0
-            while total < 64 * self.cutoff_len:
-                window.append(next(examples))
-                total += len(window[-1])
-            lengths = np.array([len(example) for example in window])
-            for row in pack(lengths, self.cutoff_len, np.arange(len(window))):
-                yield [window[i] for i in row]
-
-
-def shuffle_buffer(items: Iterator, size: int, seed: list[int]) -> Iterator:
-    """The items in an order that depends on `seed` alone: each comes from a random place of a full buffer."""
-    random = np.random.default_rng(seed)
-    buffer: list = []
-    for item in items:
-        if len(buffer) < size:
-            buffer.append(item)
-            continue
-        place = int(random.integers(size))
-        yield buffer[place]
-        buffer[place] = item
-    for place in random.permutation(len(buffer)):
-        yield buffer[place]

@@ -13,10 +13,11 @@ import multiprocessing
 import os
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain, islice
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +32,7 @@ from templates import TEMPLATES
 from text.render import Message, Span, encode_dialogue, unused
 
 CHUNK_ROWS = 256  # rows handed to a worker at once: a fraction of a second of work
+STREAM_ROWS = 32  # of a stream, for each worker, that are tokenised before they are asked for
 PARALLEL_CHUNKS = 16  # less work than this is done here: starting processes would take longer
 ROLE_NUMBER = {role: number for number, role in enumerate(ROLES)}
 
@@ -282,18 +284,37 @@ def encode_chunks(rows: Iterable[Row], encoder: ChunkEncoder, workers: int) -> I
     if len(head) < PARALLEL_CHUNKS:
         yield from map(encoder, chain(head, chunks))
         return
-    chunks = chain(head, chunks)
-    with ProcessPoolExecutor(workers, _context(), _start_worker, (encoder,)) as pool:
+    yield from (arrays for _, arrays in _in_order(_encode, chain(head, chunks), [encoder], workers, 2))
+
+
+def encode_rows(
+    rows: Iterable[tuple[Any, int, Row]], encoders: Sequence[ChunkEncoder], tallies: list[Tally], workers: int
+) -> Iterator[tuple[Any, list[Example]]]:
+    """(anything, data set, row) of an endless stream -> (the same thing, examples), in that order, the same
+    for any number of workers."""
+    if workers == 1:
+        for what, part, row in rows:
+            yield what, encoders[part].encode(row, tallies[part])
+    for (what, part, _), (examples, tally) in _in_order(_encode_row, rows, encoders, workers, STREAM_ROWS):
+        tallies[part].add(tally)
+        yield what, examples
+
+
+def _in_order(function, items: Iterable, encoders: Sequence, workers: int, most: int) -> Iterator[tuple]:
+    """(item, what a worker makes of it), in the order of the items. most: in flight, of a worker."""
+    with ProcessPoolExecutor(workers, _context(), _start_worker, (encoders,)) as pool:
         waiting: deque = deque()
         try:
-            for chunk in chunks:
-                waiting.append(pool.submit(_encode, chunk))
-                if len(waiting) >= 2 * workers:
-                    yield waiting.popleft().result()
+            for item in items:
+                waiting.append((item, pool.submit(function, item)))
+                if len(waiting) >= most * workers:
+                    item, future = waiting.popleft()
+                    yield item, future.result()
             while waiting:
-                yield waiting.popleft().result()
+                item, future = waiting.popleft()
+                yield item, future.result()
         finally:
-            for future in waiting:
+            for _, future in waiting:
                 future.cancel()
 
 
@@ -313,13 +334,18 @@ def _context():
     return multiprocessing.get_context("fork" if threads == 1 else "spawn")
 
 
-_worker_encoder: list[ChunkEncoder] = []  # filled in worker processes, so that it is sent once, not per chunk
+_worker_encoders: list[ChunkEncoder] = []  # filled in worker processes: they are sent once, not per chunk
 
 
-def _start_worker(encoder: ChunkEncoder) -> None:
+def _start_worker(encoders: Sequence[ChunkEncoder]) -> None:
     serve_parent()
-    _worker_encoder[:] = [encoder]
+    _worker_encoders[:] = encoders
 
 
 def _encode(rows: list[Row]) -> TokenArrays:
-    return _worker_encoder[0](rows)
+    return _worker_encoders[0](rows)
+
+
+def _encode_row(item: tuple[Any, int, Row]) -> tuple[list[Example], Tally]:
+    (_, part, row), tally = item, Tally()
+    return _worker_encoders[part].encode(row, tally), tally

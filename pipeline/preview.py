@@ -37,6 +37,7 @@ class PreviewOptions:
         COMMON,
         also="batch_size per_gpu_train_batch_size micro_batch_size",
     )
+    gradient_accumulation_steps: int = option(1, "batches of an update")
     seed: int = option(42, "seed of the run")
     model_revision: str = option("main", "branch, tag or commit on the hub", also="revision")
     cache_dir: str | None = option(None, "folder for downloads and tokenised data", RESUMABLE)

@@ -623,6 +623,89 @@ def test_streaming_stores_nothing_and_resumes(home, tokenizer):
         assert streamed(home, tokenizer, "a", start=start, count=20 - start)[1] == batches[start:]
 
 
+STREAMED = {"streaming": True, "buffer_size": 4, "mix_strategy": "interleave_over"}
+STREAMED |= {"interleave_probs": (0.7, 0.3)}
+
+
+def share(home, tokenizer, ranks, states=(), workers=1, **options):
+    """One loader for each rank over the sets a and b, six rows an update, going on from these states."""
+    options = {"dataset": ("a", "b"), "dataset_dir": str(home)} | STREAMED | options
+    options = DataOptions(**options, preprocessing_num_workers=workers)
+    for rank in range(ranks):
+        prepared = load_datasets(options, CHATML, tokenizer, "sft", seed=1, cache_dir=home / "cache")
+        place = {"rows_per_batch": 6 // ranks, "rows_per_update": 6, "rank": rank, "world": ranks}
+        loader = prepared.train_loader(options, seed=1, **place)
+        loader.restore(*states)
+        yield loader
+
+
+def updates(loaders, start, count):
+    """Sources and ids of the segments of some updates over all ranks."""
+    drawn = [[] for _ in range(count)]
+    for loader in loaders:
+        for number, batch in enumerate(itertools.islice(loader.batches(start), count)):
+            spans = zip(batch.sources, batch.borders, batch.borders[1:])
+            drawn[number] += [(source, tuple(batch.tokens[a:b].tolist())) for source, a, b in spans]
+    return list(map(sorted, drawn))
+
+
+@pytest.mark.parametrize("way", [{}, {"packing": True, "cutoff_len": 100}])
+def test_ranks_and_workers_share_a_stream_and_go_on_in_mid_file(home, tokenizer, monkeypatch, way):
+    """Without overlap or loss, on the same and on other numbers of ranks and workers, as if never stopped."""
+    monkeypatch.setattr("pipeline.streaming.WINDOW_ROWS", 2)
+    monkeypatch.setattr(encoding, "_context", lambda: multiprocessing.get_context("fork"))
+    monkeypatch.setattr(encoding, "STREAM_ROWS", 3)
+    put(home, "a", [*questions(40), {"instruction": "a", "output": None}, *questions(11)])
+    put(home, "b", questions(31))
+    stop = 7
+    whole = updates(share(home, tokenizer, 1, **way), 0, stop + 9)
+    if not way:
+        once = list(share(home, tokenizer, 2, mix_strategy="concat", interleave_probs=()))
+        found = [source for update in updates(once, 0, 13) for source, _ in update]
+        assert len(set(found)) == len(found) == 78  # of 82
+    for ranks, workers in ((1, 2), (2, 1), (3, 2)):
+        loaders = list(share(home, tokenizer, ranks, workers=workers, **way))
+        assert updates(loaders, 0, stop + 2) == whole[: stop + 2]
+        states = [loader.state(stop) for loader in loaders]
+        assert min(mark[1] for state in states for mark in state["marks"].values()) > 18  # positions
+        for again, others in ((1, 1), (2, 2), (3, 1)):
+            later = share(home, tokenizer, again, states, others, **way)
+            assert updates(later, stop, 9) == whole[stop:]
+
+
+def test_a_stream_whose_files_have_changed_where_they_were_read_is_refused(home, tokenizer):
+    put(home, "a", questions(60))
+    put(home, "b", questions(60))
+    loaders = list(share(home, tokenizer, 2))
+    whole = updates(loaders, 0, 8)
+    states = [loader.state(6) for loader in loaders]
+    for name in ("a", "b"):
+        path = home / f"{name}.jsonl"
+        text = path.read_text()
+        path.write_text(text.replace("question", "Question", 1))
+        with pytest.raises(UserError, match=f"dataset: {home}/.*jsonl:[0-9]+, or a row before it, is not"):
+            updates(share(home, tokenizer, 1, states), 6, 1)
+        path.write_text(text[:-20].replace("question 55", "Question 55"))  # what is to come
+        assert path.read_text() != text
+        assert updates(share(home, tokenizer, 1, states), 6, 2) == whole[6:]
+        path.write_text(text)
+    with pytest.raises(UserError, match="stream is of an older version"):
+        list(share(home, tokenizer, 1, [{"batches": 3, "digest": 1}]))
+
+
+def test_a_row_of_a_stream_that_a_worker_cannot_read_is_named_when_it_comes(home, tokenizer, monkeypatch):
+    monkeypatch.setattr(encoding, "_context", lambda: multiprocessing.get_context("fork"))
+    put(home, "a", [*questions(9), {"instruction": 7, "output": "b"}])
+    put(home, "b", questions(1))
+    for workers in (1, 2):
+        how = {"mix_strategy": "concat", "interleave_probs": (), "buffer_size": 1}
+        (loader,) = share(home, tokenizer, 1, workers=workers, **how)
+        batches = loader.batches()
+        next(batches)
+        with pytest.raises(UserError, match=r"dataset 'a': .*a.jsonl:10 \(row 9\)"):
+            next(batches)
+
+
 def test_streamed_tokens_are_those_of_the_stored_set(home, tokenizer):
     put(home, "a", questions(6))
     stored = {source: ids for ids, _, source in everything(load(home, tokenizer, "a").train)}

@@ -110,7 +110,7 @@ class Run:
         vars(self.progress).update(state["progress"])
         self.monitor.window.restore(state["rank"]["window"])
         self.stage.restore(state["rank"]["stage"])
-        self.data.loader.restore(state["rank"].get("data", {}))
+        self.data.loader.restore(*state["rank"]["data"])
         if state["rank"]["random"] is None:  # rows lay on other ranks
             torch.manual_seed(hash((self.inputs.options.seed, self.progress.step, world.data_rank)))
         else:

@@ -449,7 +449,8 @@ def read_checkpoint(
     lacking = "saved with save_only_model, so there is no optimizer state to continue from"
     refuse("optimizer" not in state, f"{folder}: {lacking}; {remedy}")
     if layouts[0] == layouts[1]:
-        return state | {"rank": read_state(folder / f"rank_state_{world.rank}.pt")}
+        own = read_state(folder / f"rank_state_{world.rank}.pt")
+        return state | {"rank": own | {"data": [own.get("data", {})]}}
     own = of_another_layout(folder, layouts[0], world)
     layout.refuse_within_rollout(folder, own["stage"], layouts[0], updates)
     return state | {"rank": own}
@@ -457,11 +458,12 @@ def read_checkpoint(
 
 def of_another_layout(folder: Path, then: Layout, world: World) -> dict:
     """This rank's own state where rows lay on other ranks when it was written: what all of them counted since
-    the last log line goes to the first, random numbers are drawn anew, the rest was equal on all."""
-    first = read_state(folder / "rank_state_0.pt")
-    owners = range(0, then.ranks, then.ranks // then.data) if world.data_rank == 0 else ()
-    windows = [read_state(folder / f"rank_state_{rank}.pt")["window"] for rank in owners]
-    return first | {"window": joined(windows, first["window"]), "random": None, "data": {}}
+    the last log line goes to the first, random numbers are drawn anew, `data` has the states of all."""
+    owners = range(0, then.ranks, then.ranks // then.data)
+    states = [read_state(folder / f"rank_state_{rank}.pt") for rank in owners]
+    windows = [state["window"] for state in states] if world.data_rank == 0 else []
+    data = [state.get("data", {}) for state in states]
+    return states[0] | {"window": joined(windows, states[0]["window"]), "random": None, "data": data}
 
 
 def newest_whole(checkpoints: Sequence[Path], world: World) -> Path | None:

@@ -31,10 +31,11 @@ from options.errors import UserError, refuse
 from parallel.fsdp import distribute
 from parallel.options import ParallelOptions
 from parallel.world import World
-from pipeline.batch import BatchLoader, StreamingLoader
+from pipeline.batch import BatchLoader
 from pipeline.report import describe_example
 from pipeline.sources import HubAccess
 from pipeline.store import ExampleStore
+from pipeline.streaming import StreamingLoader
 from quant import QuantOptions
 from quant.linear import quantisation_report, quantised_linears
 from stages import STAGES, WRITES
@@ -313,9 +314,11 @@ def load_data(inputs: Inputs) -> Data:
     place, loader = {"rank": world.data_rank, "world": world.data_size}, None
     if options.stage in WRITES:
         place["collate"] = partial(prompts_of, tokenizer=inputs.tokenizer)
+    draw, updates = rollout_sizes(config)
     if options.trains:
         rows = options.per_device_train_batch_size
-        loader = prepared.train_loader(config[DataOptions], rows_per_batch=rows, seed=options.seed, **place)
+        how = {"rows_per_batch": rows, "rows_per_update": rows * draw * world.data_size, "seed": options.seed}
+        loader = prepared.train_loader(config[DataOptions], **how, **place)
     rows = options.per_device_eval_batch_size
     eval_loaders = prepared.eval_loaders(config[DataOptions], rows_per_batch=rows, **place)
     if (options.evaluation_strategy != "no" or options.do_eval or options.do_predict) and not eval_loaders:
@@ -324,7 +327,6 @@ def load_data(inputs: Inputs) -> Data:
         found = "there is no evaluation data" if saved is None else "the tokenised data has no evaluation set"
         raise UserError(f"{'evaluation_strategy' if saved is None else 'tokenized_path'}: {found}; {remedy}")
     check_metric(options, STAGES[options.stage], eval_loaders, () if predictor is None else predictor.names)
-    draw, updates = rollout_sizes(config)
     draws, total_steps = None if loader is None else loader.draws_per_epoch(draw), 0
     steps_per_epoch = None if draws is None else draws * updates
     if loader is not None:

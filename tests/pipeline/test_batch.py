@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from pipeline.batch import IGNORED, Batch, BatchLoader, Example, StreamingLoader, collate, shuffle_buffer
+from pipeline.batch import IGNORED, Batch, BatchLoader, Example, collate
 from pipeline.mixing import choose_rows, examples_of_rows, hold_out, interleave
 from pipeline.packing import first_fit, group_by_length, pack
 
@@ -268,95 +268,6 @@ def test_collating_is_fast():
         collate(examples)
     assert (time.perf_counter() - begin) / 50 < 0.01
     assert len(loader.batch(0).tokens) == 64 * 200
-
-
-# -------------------------------------------------------------------------------------------------------
-# streaming
-
-
-def stream(count=41, **options):
-    def encode(number):
-        return [] if number % 10 == 7 else [example(number, 1 + number % 13)]
-
-    return StreamingLoader(lambda epoch: iter(range(count)), encode, **options)
-
-
-@pytest.mark.parametrize("way", [{"packing": False}, {"packing": True, "cutoff_len": 30}])
-@pytest.mark.parametrize("buffer_size", [1, 8, 100])
-def test_a_stream_gives_each_row_once_a_pass_and_resumes(way, buffer_size):
-    def take(start, count, rank=0, world=1):
-        loader = stream(rows_per_batch=3, buffer_size=buffer_size, seed=2, rank=rank, world=world, **way)
-        return [numbers(batch) for batch in itertools.islice(loader.batches(start), count)]
-
-    straight = take(0, 40)
-    kept = [number for number in range(41) if number % 10 != 7]
-    flat = [number for batch in straight for number in batch]
-    if not way["packing"]:
-        for k in range(2):
-            assert sorted(flat[k * len(kept) : (k + 1) * len(kept)]) == kept
-    for start in (1, 17):
-        assert take(start, 40 - start) == straight[start:]
-    woven = [batch for pair in zip(take(0, 20, 0, 2), take(0, 20, 1, 2)) for batch in pair]
-    assert woven == straight
-    if way["packing"]:
-        loader = stream(rows_per_batch=1, buffer_size=8, **way)
-        assert max(len(batch.tokens) for batch in itertools.islice(loader.batches(), 50)) <= 30
-
-
-def test_draws_of_a_stream_are_its_batches_in_turn_and_resume():
-    def draws(start, count):
-        found = itertools.islice(stream(rows_per_batch=4).draws(3, start), count)
-        return [list(map(numbers, draw)) for draw in found]
-
-    batches = list(map(numbers, itertools.islice(stream(rows_per_batch=4).batches(), 15)))
-    assert draws(0, 5) == [batches[at : at + 3] for at in range(0, 15, 3)]
-    assert draws(2, 3) == draws(0, 5)[2:]
-    assert stream(rows_per_batch=4).draws_per_epoch(3) is None
-
-
-def test_shuffle_buffer_depends_on_the_seed_alone_and_loses_nothing():
-    first = list(shuffle_buffer(iter(range(100)), 16, [1, 0]))
-    assert (
-        first
-        == list(shuffle_buffer(iter(range(100)), 16, [1, 0]))
-        != list(shuffle_buffer(iter(range(100)), 16, [2, 0]))
-    )
-    assert sorted(first) == list(range(100)) != first
-    assert list(shuffle_buffer(iter(range(9)), 1, [1])) == list(range(9))
-    assert all(value <= place + 16 for place, value in enumerate(first))  # never from beyond the buffer
-
-
-def test_a_stream_knows_the_batches_that_were_consumed_again():
-    def loader(changed=None, **place):
-        def encode(number):
-            return [example(number + (number == changed), 1 + number % 13)]
-
-        return StreamingLoader(
-            lambda epoch: iter(range(20)), encode, rows_per_batch=2, shuffle=False, **place
-        )
-
-    for rank in range(2):
-        first = loader(rank=rank, world=2)
-        ahead = list(itertools.islice(first.draws(2), 3))  # more than was trained on
-        state = first.state(4)
-        assert len(ahead) == 3 and state["batches"] == 4
-        again = loader(rank=rank, world=2)
-        again.restore(state)
-        assert again.state(4) == state  # before the first one is drawn, too
-        assert numbers(next(again.draws(2, 2))[0]) == numbers(ahead[2][0])
-        later = loader(changed=18, rank=rank, world=2)
-        later.restore(state)
-        next(later.draws(2, 2))
-        earlier = loader(changed=2 * rank + 1, rank=rank, world=2)
-        earlier.restore(state)
-        with pytest.raises(ValueError, match="dataset: the first 4 batches of the stream are not those"):
-            next(earlier.draws(2, 2))
-
-
-def test_a_stream_without_examples_is_an_error_and_not_an_endless_loop():
-    loader = StreamingLoader(lambda epoch: iter(range(5)), lambda row: [], rows_per_batch=1)
-    with pytest.raises(ValueError, match="no example"):
-        next(loader.batches())
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -15,8 +15,9 @@ from checkpoints import trainable
 from checkpoints.huggingface import load_model
 from generation.sampling import GenerateOptions
 from lora import LoraOptions
-from pipeline.batch import IGNORED, ROW_MULTIPLE, Example, StreamingLoader
+from pipeline.batch import IGNORED, ROW_MULTIPLE, Example
 from pipeline.store import ExampleStore
+from pipeline.streaming import RowStream, StreamingLoader
 from stages import rollouts
 from stages.logprobs import batch_logprobs
 from stages.rollouts import Prompt, completions_batch, prompts_of, roll_out, seed_of
@@ -134,7 +135,10 @@ def test_rows_that_an_order_repeats_are_copies_of_their_own(tokenizer):
 def test_a_stream_that_comes_to_its_end_begins_again_with_other_copies(tokenizer):
     rows = batch_of(tokenizer, ROWS)
     collate = partial(prompts_of, tokenizer=tokenizer)
-    loader = StreamingLoader(lambda epoch: iter(rows), lambda row: [row], rows_per_batch=5, collate=collate)
+    source = RowStream([None], [None], "concat", (), seed=1)
+    source.read = lambda part: ((n, "", n) for n in range(len(rows)))
+    source.encoded = lambda dealt: ((what, [rows[row[0]]]) for what, _, row in dealt)
+    loader = StreamingLoader(source, rows_per_batch=5, collate=collate)
     prompts = next(loader.batches())
     assert len({prompt.source for prompt in prompts}) == 3
     assert len({(prompt.source, prompt.copy) for prompt in prompts}) == 5

@@ -450,7 +450,10 @@ def test_a_stream_that_has_changed_where_it_was_consumed_is_refused(tiny, tmp_pa
     rows[3]["output"] += " before"
     data.write_text(json.dumps(rows))
     assert resume(tiny, kept, max_steps=3, **keys) == 2
-    assert "dataset: the first 2 batches of the stream are not those" in capsys.readouterr().err
+    assert (
+        f"dataset: {data}:1, or a row before it, is not what the run was trained on"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_resumed_run_removes_the_checkpoints_that_a_kill_has_left(tiny, copied):
