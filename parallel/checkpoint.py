@@ -7,7 +7,6 @@ The files are those of torch's HuggingFaceStorageWriter (training/saving.py): ea
 offsets in the header. Its other format keeps a pickle beside them, which nobody should have to open.
 """
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,6 @@ from parallel.fsdp import local
 from parallel.world import World
 
 SEPARATOR = "::"  # between a parameter's name and that of one of its states
-warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process was asked for
 
 
 def save(writer: dcp.StorageWriter, tensors: dict[str, Tensor], world: World) -> None:

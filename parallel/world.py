@@ -7,6 +7,7 @@ import datetime
 import json
 import os
 import socket
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -115,6 +116,8 @@ def start(device: str = "auto", timeout_seconds: int = 1800, options: ParallelOp
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     options = options or ParallelOptions()
     options.engine(size)  # or else it is refused before anybody waits for the others
+    # from dcp: one process is what was asked for; here, for a thread that saves may not filter it
+    warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
