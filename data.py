@@ -192,12 +192,14 @@ def load_datasets(
     hub: HubAccess | None = None,
     prompts: bool = False,
     kind: str | None = None,
+    is_saved: bool | None = None,
 ) -> Prepared:
     """Read, tokenise (or load from the cache), mix and split what `options` names. All ranks may call this.
 
     template: may be None for stage pt. is_main: show progress, write tokenized_path. cache_dir: where the
     tokens are kept; None = default_cache_dir(). kind: of the examples; None = the stage's, see formats.KINDS.
     prompts: prepare the evaluation sets for generation too: the rows as prompts, their answers as labels.
+    is_saved: whether tokenized_path is there, as rank 0 sees it; None: look.
     Raises UserError for anything wrong with data or options, TokenizedDataSaved after writing tokenized_path.
     """
     refuse_unguarded_worker()
@@ -216,7 +218,7 @@ def load_datasets(
     saved = Path(options.tokenized_path) if options.tokenized_path is not None else None
     if prompts and template is None:
         raise UserError(f"template: generating from prompts needs one, also in stage {stage}")
-    if saved is not None and saved.exists():
+    if saved is not None and (saved.exists() if is_saved is None else is_saved):
         given = [key for key in DECIDED if getattr(options, key) != getattr(DataOptions, key)]
         train, evaluation, report = work.load(saved, given)
         asked = {name: evaluation.pop(name) for name in list(evaluation) if name.startswith(PROMPTS)}

@@ -177,7 +177,11 @@ def train(this: Run) -> int:
             # under fp16 an infinite gradient only means that the scaler skipped it and halves its scale
             health.watch(progress.step, [loss] if options.fp16 else [loss, norm], group)
             received = max(this.signals.received, default=0)
-            stop, asked = world.max_over_ranks(received, wants_checkpoint(output_dir, world))
+            unsaved = this.saver.failure is not None
+            asked = wants_checkpoint(output_dir, world)
+            stop, asked, unsaved = world.max_over_ranks(received, asked, unsaved)
+            if unsaved:  # a checkpoint beside the training: not an update is made that may be lost
+                this.saver.wait()
             due = options.what_is_due(progress.step, data.total_steps, data.steps_per_epoch)
             log, progress.evaluation_due, save = due
             if log or progress.evaluation_due or save or asked or stop:

@@ -109,6 +109,8 @@ class Shares:
                 self._put(*each)
             self._put_adapters()
         except UserError as error:
+            if self.quantization is not None:  # others may wait for this rank's scales
+                raise
             self.faults.append(str(error))
         for fault in filter(None, world.gather(self.faults[:1])):
             raise UserError(*fault)

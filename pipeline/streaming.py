@@ -27,7 +27,9 @@ from pipeline.sources import Row, checksum, read_rows
 from pipeline.store import Tally
 
 AHEAD = 2**10  # batches, more than are drawn ahead of the update that is saved
-WINDOW_ROWS = 64  # of a lane that are packed together: rows are full to 0.98 with chats of 300 to 800 tokens
+# packed together of a lane, and of all lanes, for which the first update waits: rows are full to 0.98 with
+# chats of 300 to 800 tokens in windows of 64
+FEWEST_ROWS, MOST_ROWS, ALL_ROWS = 8, 64, 512
 PATIENCE = 20  # passes over as many rows as there are, of a rank that sees not all of each, for an example
 NOTHING = "the streamed data holds no example to train on"
 
@@ -111,6 +113,7 @@ class StreamingLoader(Loader):
         super().__init__(**layout)
         self.source, self.couple, self.lanes = source, couple, lanes
         self.buffer_size = buffer_size if self.shuffle else 1
+        self._kept = AHEAD
         self._restored: dict = {}
         self._marks: dict[int, Mark] = {}  # of this rank's lanes
         self._states: dict[int, dict] = {}  # behind so many batches
@@ -119,6 +122,10 @@ class StreamingLoader(Loader):
         """The numbers over all ranks of the units of a batch of this one."""
         first = (batch * self.world + self.rank) * self.rows_per_batch
         return range(first, first + self.rows_per_batch)
+
+    def _own_lanes(self) -> list[int]:
+        units = map(self._units_of, range(self.lanes))
+        return sorted({unit % self.lanes for unit in itertools.chain(*units)})
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         units = self._begin()
@@ -130,7 +137,7 @@ class StreamingLoader(Loader):
                 examples += found
             marks = {lane: tuple(mark) for lane, mark in self._marks.items()}
             self._states[number + 1] = {"lanes": self.lanes, "marks": marks}
-            self._states.pop(number - AHEAD, None)
+            self._states.pop(number - self._kept, None)
             yield self.collate(examples)
 
     def state(self, batches: int) -> dict:
@@ -149,7 +156,7 @@ class StreamingLoader(Loader):
 
     def gather_tallies(self, world: World) -> None:
         """Add to the tallies of the source what the other ranks tokenised."""
-        if len(self._marks) * self.world == self.lanes:  # else some have tokenised what others did, too
+        if len(self._own_lanes()) * self.world == self.lanes:  # else some have tokenised what others did, too
             mine = [asdict(tally) for tally in self.source.tallies]
             of_ranks = dict(world.gather((world.data_rank, mine)))  # once of ranks that share rows
             for tallies in (of_ranks[rank] for rank in of_ranks if rank != world.data_rank):
@@ -161,6 +168,7 @@ class StreamingLoader(Loader):
 
     def draws(self, size: int, start: int = 0) -> Iterator[list[Batch]]:
         """The batches of draw number `start` and of those that follow, `size` each."""
+        self._kept = max(AHEAD, 4 * size)
         batches = self.batches(start * size)
         while True:
             yield list(itertools.islice(batches, size))
@@ -175,8 +183,7 @@ class StreamingLoader(Loader):
 
     def _begin(self) -> dict[int, Iterator[tuple[int, list[Example], Mark]]]:
         """The units of each lane of this rank, from where `restore` says, with their numbers."""
-        known, units = self._restored.get("marks", {}), map(self._units_of, range(self.lanes))
-        mine = sorted({unit % self.lanes for unit in itertools.chain(*units)})
+        known, mine = self._restored.get("marks", {}), self._own_lanes()
         self._marks = {lane: Mark(*known.get(lane, ())) for lane in mine}
         self._states, self._pass_rows, idle = {}, np.inf, 0
         waiting: dict[int, deque] = {lane: deque() for lane in mine}
@@ -207,6 +214,7 @@ class StreamingLoader(Loader):
         """((lane, position, total of checksums), data set, row) of the rows of this rank's lanes that are
         behind their marks, in the order of the shuffled stream."""
         position, totals = 0, dict.fromkeys(marks, 0)
+        ends = {mark.end - 1: lane for lane, mark in marks.items()}
         for epoch in itertools.count():
             begin, rows = position, self.source.rows(epoch)
             while window := list(itertools.islice(rows, self.buffer_size)):
@@ -217,11 +225,13 @@ class StreamingLoader(Loader):
                     if lane in marks:
                         known = checksum([position, part, row[0], row[2]])
                         totals[lane] = (totals[lane] + known) % 2**62
-                        if position + 1 == marks[lane].end and totals[lane] != marks[lane].total:
-                            found = f"{row[1]}, or a row before it, is not what the run was trained on"
-                            raise UserError(f"dataset: {found}; restore it, or set overwrite_output_dir=true")
-                        if position >= marks[lane].position:
-                            yield (lane, position, totals[lane]), part, row
+                    # where passes have other borders now, it is another lane's
+                    ended = ends.get(position)
+                    if ended is not None and (ended != lane or totals[ended] != marks[ended].total):
+                        found = f"{row[1]}, or a row before it, is not what the run was trained on"
+                        raise UserError(f"dataset: {found}; restore it, or set overwrite_output_dir=true")
+                    if lane in marks and position >= marks[lane].position:
+                        yield (lane, position, totals[lane]), part, row
                     position += 1
             refuse(position == begin, NOTHING)
             self._pass_rows = position - begin
@@ -230,9 +240,10 @@ class StreamingLoader(Loader):
         """The examples or packed rows of a lane: number, examples, where their window begins."""
         origins: deque = deque()  # (position of its row, place in the row, total) of each that is to come
         examples, number = self.couple(self._examples(mark.skip, rows, origins)), mark.units
+        full = self.cutoff_len * max(FEWEST_ROWS, min(MOST_ROWS, ALL_ROWS // self.lanes))
         while True:
             window, total = [next(examples)], 0
-            while self.packing and (total := total + len(window[-1])) < WINDOW_ROWS * self.cutoff_len:
+            while self.packing and (total := total + len(window[-1])) < full:
                 window.append(next(examples))
             lengths, order = np.array(list(map(len, window))), np.arange(len(window))
             units = pack(lengths, self.cutoff_len, order) if self.packing else [order]

@@ -130,10 +130,42 @@ class Forecast:
         known = isinstance(rows, ExampleStore)
         return rows.segment_lengths if known else np.full(1, self.config[DataOptions].cutoff_len)
 
-    def report(self) -> str:
-        """What plan=true prints."""
+    def choice(self, world: World, refused: str | None = None) -> tuple[dict[str, object], str]:
+        """parallel=auto decided, on all ranks alike, and a line that says so; nothing where it is not asked:
+        the least sharing that fits every rank, with the margin of gradient_checkpointing=auto. refused: why
+        nothing can be shared."""
+        shares = self.config[ParallelOptions]
+        ranks = shares.data(self.ranks) * shares.cp_size  # of the engine
+        if shares.parallel != "auto" or ranks == 1:
+            return {}, ""
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks))
+        free, fewest = world.max_over_ranks(-int(self.available), -here)  # nodes may differ
+        self.available = free = -float(free)
+        node = -fewest // shares.tp_size
+        ways = [{"parallel": "ddp"}, {"parallel": "hsdp", "dp_shard_size": node}, {"parallel": "fsdp"}]
+        if not 1 < node < ranks or ranks % node:
+            del ways[1]
+        answers = (self.of(replace(shares, **way), self.tokens) for way in ways)
+        sizes = [int(memory.SLACK * answer.total + memory.RESERVE_BYTES) for answer in answers]
+        sizes = world.max_over_ranks(*sizes)
+        fit = [number for number, size in enumerate(sizes) if size <= free] or [len(ways) - 1]
+        chosen = 0 if refused else fit[0]
+        tried = zip(ways[: chosen + 1], sizes)
+        needs = ", ".join(f"{way['parallel']} {size / plan.GIB:.1f}" for way, size in tried)
+        line = (
+            f"parallel=auto is {ways[chosen]['parallel']}: of {free / plan.GIB:.1f} GiB free it takes {needs}"
+        )
+        if refused and fit[0]:
+            line += f"; shares would be less, but {refused}"
+        elif sizes[chosen] > free:
+            line += "; that may be too much: lower per_device_train_batch_size or cutoff_len"
+        return ways[chosen], line
+
+    def report(self, world: World, refused: str | None = None) -> str:
+        """What plan=true prints. refused: see choice."""
         config, options, tokens = self.config, self.config[TrainOptions], self.tokens
-        shares, rows = config[ParallelOptions], options.per_device_train_batch_size
+        way, choice = self.choice(world, refused)
+        shares, rows = replace(config[ParallelOptions], **way), options.per_device_train_batch_size
         answer, of_texts = self.of(shares, tokens), ""
         lengths, known = self.lengths, isinstance(self.data.prepared.train, ExampleStore)
         share = self.data.prepared.train.trained_share if known else 1.0
@@ -158,37 +190,18 @@ class Forecast:
             text = text.replace("\n", f" {plan.describe(shares, self.ranks)}\n", 1)
         most = plan.largest_that_fits(lambda tokens: self.of(shares, tokens).total <= self.available)
         text += "\n" + plan.suggestion(most, tokens, rows, segments, new)
-        return f"{self.trained}\n{answer.line}\n\n{text}{of_texts}"
+        return "\n".join(filter(None, [self.trained, choice, answer.line, f"\n{text}{of_texts}"]))
 
 
 def choose_parallel(config: Config, source: Path, world: World, data, refused: str | None = None) -> Config:
-    """The options with parallel=auto decided, on all ranks alike: the least sharing that fits every rank by
-    the plan, with the margin of gradient_checkpointing=auto. data: setup.Data. refused: why nothing can be
-    shared."""
+    """The options with parallel=auto decided. data: setup.Data; refused: see Forecast.choice."""
     shares = config[ParallelOptions]
-    ranks = shares.data(world.size) * shares.cp_size  # of the engine
-    if shares.parallel != "auto" or ranks == 1 or data.loader is None:
+    if shares.parallel != "auto" or shares.data(world.size) * shares.cp_size == 1 or data.loader is None:
         return config
     forecast = Forecast(config, source, replace(world, rank=1), data)  # of a rank that says nothing
-    (free,) = world.max_over_ranks(-int(forecast.available))
-    forecast.available = free = -float(free)
-    node = int(os.environ.get("LOCAL_WORLD_SIZE", world.size)) // shares.tp_size
-    ways = [{"parallel": "ddp"}, {"parallel": "hsdp", "dp_shard_size": node}, {"parallel": "fsdp"}]
-    if not 1 < node < ranks or ranks % node:
-        del ways[1]
-    answers = (forecast.of(replace(shares, **way), forecast.tokens) for way in ways)
-    sizes = [int(memory.SLACK * answer.total + memory.RESERVE_BYTES) for answer in answers]
-    sizes = world.max_over_ranks(*sizes)
-    fit = [number for number, size in enumerate(sizes) if size <= free] or [len(ways) - 1]
-    chosen = 0 if refused else fit[0]
-    needs = ", ".join(f"{w['parallel']} {size / plan.GIB:.1f}" for w, size in zip(ways[: chosen + 1], sizes))
-    line = f"parallel=auto is {ways[chosen]['parallel']}: of {free / plan.GIB:.1f} GiB free it takes {needs}"
-    if refused and fit[0]:
-        line += f"; shares would be less, but {refused}"
-    elif sizes[chosen] > free:
-        line += "; that may be too much: lower per_device_train_batch_size or cutoff_len"
+    way, line = forecast.choice(world, refused)
     world.print(line)
-    return config.changed(ParallelOptions, **ways[chosen])
+    return config.changed(ParallelOptions, **way)
 
 
 def models_beside(config: Config, model: Decoder, prepared, world: World) -> dict[str, nn.Module]:

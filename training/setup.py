@@ -240,6 +240,9 @@ def why_not_shared(inputs: Inputs) -> str | None:
     config, optim = inputs.config, inputs.config[OptimOptions].optim
     if "bit" in optim:
         return f"optim: {optim} steps whole parameters"
+    rewards = config[RewardOptions]
+    if config[TrainOptions].stage in WRITES and rewards.reward_model and rewards.reward_model_type == "lora":
+        return "reward_model_type: lora lies on whole layers"
     try:
         check_shares(config.changed(ParallelOptions, parallel="fsdp"), inputs.source, inputs.world.size)
     except UserError as error:
@@ -250,7 +253,10 @@ def why_not_shared(inputs: Inputs) -> str | None:
 def check_shares(config: Config, source: Path, ranks: int) -> None:
     """UserError where ranks cannot share the model that trains, or one beside it, as the options say."""
     options, beside = config[ParallelOptions], folders_beside(config)
-    wanted = quant.from_options(config[QuantOptions])
+    bits = [
+        config.values[f"{key}_quantization_bit"] for key in ("ref_model", "reward_model") if key in beside
+    ]
+    wanted = quant.from_options(config[QuantOptions]) or any(bits)
     old = torch.__version__ < "2.13" and ranks > 1 and options.parallel in ("fsdp", "hsdp")
     folders = [source, *(beside[key][0] for key in ("ref_model", "reward_model") if key in beside)]
     for folder in (folder for folder in folders if not is_adapter(folder)):
@@ -351,8 +357,8 @@ def prepare_data(inputs: Inputs) -> Prepared:
     hub = HubAccess(model_options.hf_hub_token, model_options.ms_hub_token, model_options.cache_dir)
     run = {"seed": options.seed, "is_main": world.is_main, "cache_dir": model_options.cache_dir, "hub": hub}
     run |= {"enable_thinking": config[TemplateOptions].enable_thinking, "prompts": texts, "kind": kind}
-    if asked.tokenized_path is not None:
-        world.barrier()  # or a rank that comes late would find what rank 0 has saved, and train on it alone
+    if asked.tokenized_path is not None:  # a rank that comes late would find what rank 0 has saved
+        run["is_saved"] = world.gather(Path(asked.tokenized_path).exists())[0]
     prepared = load_datasets(asked, inputs.template, tokenizer, options.stage, **run)
     world.print(prepared.report)
     first = prepared.first_example()
@@ -431,7 +437,9 @@ def make_plan(inputs: Inputs) -> str:
     """What the run would take, without its weights; see plan.py."""
     data = load_data(inputs)
     refuse(data.loader is None, "plan: there is nothing to plan without training; drop plan, or do_eval")
-    return Forecast(inputs.config, inputs.source, inputs.world, data).report()
+    return Forecast(inputs.config, inputs.source, inputs.world, data).report(
+        inputs.world, why_not_shared(inputs)
+    )
 
 
 def choose_recomputation(model: Decoder, loader, config: Config, world: World) -> str:

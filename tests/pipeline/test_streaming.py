@@ -63,7 +63,8 @@ def taken(made, count, start=0):
 
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch):
-    monkeypatch.setattr("pipeline.streaming.WINDOW_ROWS", 6)
+    for name in ("FEWEST_ROWS", "MOST_ROWS"):
+        monkeypatch.setattr(f"pipeline.streaming.{name}", 6)
 
 
 WAYS = [{}, {"packing": True, "cutoff_len": 30}]
@@ -214,6 +215,19 @@ def test_a_stream_knows_the_rows_that_were_consumed(rank, consumed, later):
             continue
         with pytest.raises(ValueError, match="dataset: row .*, or a row before it, is not what"):
             taken(again, 1, 4)
+
+
+@pytest.mark.parametrize("count", [39, 41, 20])
+def test_a_stream_that_has_another_length_than_when_it_was_consumed_is_refused(count):
+    """What was consumed ends in the second pass, whose rows other lanes would have now."""
+    how = {"rows_per_batch": 1, "buffer_size": 1, "lanes": 4, "world": 2}
+    for rank in range(2):
+        first = loader(Numbers(40), **how, rank=rank)
+        taken(first, 25)
+        again = loader(Numbers(count), **how, rank=rank)
+        again.restore(first.state(25))
+        with pytest.raises(ValueError, match="dataset: row .*, or a row before it, is not what"):
+            taken(again, 1, 25)
 
 
 def test_draws_of_a_stream_are_its_batches_in_turn_and_resume():

@@ -12,7 +12,7 @@ from options import config as configuration
 from parallel.options import ParallelOptions
 from parallel.world import World
 from tests.tiny_runs import assert_same_weights
-from training import memory, setup
+from training import memory, plan, setup
 from training.forecast import Forecast, choose_parallel
 
 
@@ -55,6 +55,30 @@ def test_parallel_auto_shares_as_little_as_fits(tiny, monkeypatch, capsys):
         assert chosen.parallel == way and (chosen.dp_shard_size == here) == (way == "hsdp")
         assert f"parallel=auto is {way}: of" in said and ("may be too much" in said) == (free == 1)
         assert "trainable" not in said and "note" not in said
+
+
+def test_a_plan_of_parallel_auto_plans_what_it_becomes(tiny, monkeypatch):
+    config, source, world, data = made_ready(tiny, 1, plan_ranks=4)
+    room = memory.SLACK * 2.0**20 + memory.RESERVE_BYTES
+    for free, way in ((2.0**40, "ddp"), (room / 4, "fsdp")):
+        monkeypatch.setattr(memory, "free_bytes", lambda *given, free=free: free)
+        text = Forecast(config, source, world, data).report(world)
+        assert f"parallel=auto is {way}: of" in text
+        assert f" {plan.describe(ParallelOptions(parallel=way), 4)}\n" in text
+
+
+def test_nodes_of_different_sizes_try_the_same_ways(tiny, monkeypatch):
+    asked, seen = made_ready(tiny, 12), []
+
+    def of_all(world, *numbers):
+        seen.append(numbers)
+        return [max(number, -4) if number == -8 else number for number in numbers]  # 8 here, 4 elsewhere
+
+    monkeypatch.setattr(World, "max_over_ranks", of_all)
+    monkeypatch.setattr(memory, "free_bytes", lambda *given: 1.0)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert choose_parallel(*asked)[ParallelOptions].parallel == "fsdp"
+    assert [len(numbers) for numbers in seen] == [2, 3]  # with hsdp of 4 among them
 
 
 def test_parallel_auto_leaves_what_it_must(tiny, monkeypatch, capsys):
