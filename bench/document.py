@@ -136,7 +136,22 @@ def examples(result: dict) -> list[str]:
     return [text, "", *table(["file", "first reason"], rows)]
 
 
+def curves(result: dict) -> list[str]:
+    """How far losses of ranks are from those of one process."""
+    one, rows = result["losses"]["one"], []
+    for name, losses in result["losses"].items():
+        processes, options = result["ways"][name]
+        apart = max(abs(mine - other) for mine, other in zip(losses, one))
+        rows.append(
+            [name, processes, f"`{options}`" if options else "", number(losses[-1], 7), f"{apart:.1e}"]
+        )
+    columns = ["run", "processes", "options", "last loss", "largest difference to one process"]
+    text = f"{len(one)} updates: `{result['keys']}`. [All curves](../bench/results/parallel_curves.png)."
+    return [text, "", *table(columns, rows)]
+
+
 RENDERERS = {
+    "parallel_": curves,
     "train_": training,
     "preference_": training,
     "ppo_": rollouts,

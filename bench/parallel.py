@@ -85,7 +85,15 @@ def main(argv: list[str]) -> None:
             print(
                 f"{name:9} last loss {curves[name][-1]:.6f}, at most {worst:.1e} from one process", flush=True
             )
-    about = {"cpu": cpu_name(), "commit": commit(), "torch": torch.__version__, "keys": KEYS, "ways": WAYS}
+    command = f"python bench/parallel.py {' '.join(argv)}".strip()
+    about = {
+        "command": command,
+        "cpu": cpu_name(),
+        "commit": commit(),
+        "torch": torch.__version__,
+        "keys": KEYS,
+        "ways": WAYS,
+    }
     (out / "parallel_curves.json").write_text(json.dumps(about | {"losses": curves}, indent=1) + "\n")
     draw(curves, out / "parallel_curves.png")
 

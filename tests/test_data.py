@@ -652,7 +652,8 @@ def updates(loaders, start, count):
 @pytest.mark.parametrize("way", [{}, {"packing": True, "cutoff_len": 100}])
 def test_ranks_and_workers_share_a_stream_and_go_on_in_mid_file(home, tokenizer, monkeypatch, way):
     """Without overlap or loss, on the same and on other numbers of ranks and workers, as if never stopped."""
-    monkeypatch.setattr("pipeline.streaming.WINDOW_ROWS", 2)
+    for name in ("FEWEST_ROWS", "MOST_ROWS"):
+        monkeypatch.setattr(f"pipeline.streaming.{name}", 2)
     monkeypatch.setattr(encoding, "_context", lambda: multiprocessing.get_context("fork"))
     monkeypatch.setattr(encoding, "STREAM_ROWS", 3)
     put(home, "a", [*questions(40), {"instruction": "a", "output": None}, *questions(11)])

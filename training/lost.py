@@ -79,6 +79,9 @@ def lost(error: BaseException, world: World) -> str | None:
 def _fate(rank: int, peers: list, mine: int, store, late: bool) -> str | None:
     """None: it is well. late: whoever is well has run out of time, too, and comes to say so."""
     host, process = peers[rank]
+    with suppress(RuntimeError):  # rank 0 may hold the store, and be gone
+        if store.check([f"here {rank}"]):
+            return None
     if host == peers[mine][0]:
         try:
             state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
@@ -88,6 +91,4 @@ def _fate(rank: int, peers: list, mine: int, store, late: bool) -> str | None:
             return "is stopped (SIGSTOP)" if state == "T" else "is gone"
         if not late:
             return None
-    with suppress(RuntimeError):  # rank 0 may hold the store, and be gone
-        return None if store.check([f"here {rank}"]) else SILENT
     return SILENT

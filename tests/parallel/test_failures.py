@@ -12,7 +12,7 @@ from stage_runs import stage_keys, write_stage_data
 from tiny_runs import ROOT, assert_same_weights, fork, fork_ranks, free_port, meeting, start_ranks, tiny_runs
 
 import train
-from training import run_folder, setup
+from training import run, run_folder
 
 LONG = {"num_train_epochs": 900, "per_device_train_batch_size": 1, "save_strategy": "steps", "save_steps": 2}
 
@@ -56,15 +56,20 @@ def test_a_disk_that_is_full_for_one_rank_ends_all_and_leaves_nothing_half_writt
 
 def die_while_saving(words: list[str]) -> int:
     """In a child: rank 1 is killed in the middle of the second checkpoint, while rank 0 writes weights."""
-    gather, times = setup.gather_trained, []
+    trained, times = run.trained, []
 
-    def gather_or_die(model):
-        times.append(1)
-        if len(times) == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return gather(model)
+    def trained_or_not(*given):
+        write = trained(*given)
 
-    setup.gather_trained = gather_or_die
+        def write_or_die(*place):
+            times.append(1)
+            if os.environ["RANK"] == "1" and len(times) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            write(*place)
+
+        return write_or_die
+
+    run.trained = trained_or_not
     return train.main(words)
 
 
