@@ -45,7 +45,7 @@ stages: $(VENV)/.installed $(MODEL)/config.json ## reward model, DPO, SimPO, ORP
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON) bench/stages.py out=bench/results
 
 # CELLS narrows it: make parallel CELLS="stage=sft mode=fsdp ranks=2"
-parallel: $(VENV)/.installed-tests ## every stage and method in every mode on 2 and 4 processes against one; an hour and more
+parallel: $(VENV)/.installed-tests ## every stage and method in every mode on 2 and 4 processes against one; ten minutes
 	@mkdir -p bench/results
 	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(PYTHON) tests/parallel_cells.py $(CELLS) | tee $(or $(out),bench/results)/parallel.txt
 	$(if $(CELLS),,OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(PYTHON) tests/parallel_resume.py | tee $(or $(out),bench/results)/parallel_resume.txt)

@@ -194,7 +194,11 @@ def main(argv: list[str]) -> int:
             parts = itertools.product(chosen["stage"], chosen["method"], modes)
             cells = [Cell(*part, ranks) for part in parts if part[1] in methods_of(part[2])]
             for cell, worst in run(tiny, cells).items():
-                print(f"{cell.name:24} {worst:.1e}", "" if worst < LIMIT else "DIFFERS", flush=True)
+                print(
+                    f"{'-'.join(map(str, cell[:4])):24} {worst:.1e}",
+                    "" if worst < LIMIT else "DIFFERS",
+                    flush=True,
+                )
                 status |= worst >= LIMIT
     return int(status)
 
