@@ -56,8 +56,8 @@ class ParallelOptions:
         a row take part, because their gradients are sums too. Raises UserError."""
         ranks = self.data(ranks) * self.cp_size
         shard = {"auto": 1, "ddp": 1, "fsdp": ranks, "hsdp": self.dp_shard_size}[self.parallel]
-        sizes = ", ".join(str(size) for size in range(2, ranks) if ranks % size == 0) or "none"
-        fits = f"of {ranks} ranks it can be: {sizes}"
+        sizes = ", ".join(str(size) for size in range(2, ranks) if ranks % size == 0)
+        fits = f"of {ranks} ranks it can be: {sizes or 'none, so set parallel=fsdp'}"
         refuse(shard is None, f"parallel: hsdp needs dp_shard_size, the ranks that share the weights; {fits}")
         uneven = self.parallel == "hsdp" and (not 1 < shard < ranks or ranks % shard > 0)
         refuse(uneven, f"dp_shard_size: {shard} does not divide {ranks} ranks into groups; {fits}")

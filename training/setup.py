@@ -26,6 +26,7 @@ from generation.generate import context_limit
 from generation.sampling import GenerateOptions
 from lora import LoraOptions, adapted_names
 from model import Decoder
+from options import rules
 from options.config import Config
 from options.errors import UserError, refuse
 from parallel.fsdp import distribute
@@ -137,9 +138,6 @@ def read(config: Config, world: World) -> Inputs:
     kernels.require_attention(config[ModelOptions].flash_attn, world.device, options.compute_dtype)
     alone = "optim_in_backward: gradients of several ranks are summed behind the backward pass; drop it"
     refuse(config[OptimOptions].optim_in_backward and ranks > 1, f"{alone} (parallel=fsdp shares gradients)")
-    mixed = options.pure_bf16 and options.upcast_layernorm and config[LoraOptions].finetuning_type != "lora"
-    apart = "norms would train in fp32 beside bf16 weights, which ranks do not share"
-    refuse(mixed and ranks > 1, f"upcast_layernorm: with pure_bf16 {apart}; drop it, or set bf16=true")
     if options.trains and not options.plan:
         run_folder.require_common_disk(Path(options.output_dir), world)
     resume, source = find_start(config, world)
@@ -237,14 +235,14 @@ def refuse_on_quantised(config: Config, source: Path, model_config: ModelConfig)
 
 def why_not_shared(inputs: Inputs) -> str | None:
     """What speaks against parallel=fsdp, as options/rules.py and check_shares have it."""
-    config, optim = inputs.config, inputs.config[OptimOptions].optim
-    if "bit" in optim:
-        return f"optim: {optim} steps whole parameters"
-    rewards = config[RewardOptions]
+    config, rewards = inputs.config, inputs.config[RewardOptions]
+    shared = config.changed(ParallelOptions, parallel="fsdp")
+    for found in rules.broken(shared.values, dict.fromkeys(shared.values, "default")):
+        return found.partition(": ")[2]
     if config[TrainOptions].stage in WRITES and rewards.reward_model and rewards.reward_model_type == "lora":
         return "reward_model_type: lora lies on whole layers"
     try:
-        check_shares(config.changed(ParallelOptions, parallel="fsdp"), inputs.source, inputs.world.size)
+        check_shares(shared, inputs.source, inputs.world.size)
     except UserError as error:
         return str(error)
     return None

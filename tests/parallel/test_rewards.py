@@ -66,7 +66,7 @@ def test_norms_in_fp32_beside_weights_in_bf16_are_refused_over_ranks(tiny):
     keys = {"finetuning_type": "full", "pure_bf16": True, "upcast_layernorm": True}
     ranks = start_ranks(tiny.words("norms", **keys), tiny.folder / "norms-output")
     assert [rank.wait(60) for rank in ranks] == [2, 2]
-    assert "upcast_layernorm: with pure_bf16 norms would train in fp32" in ranks[0].text()
+    assert "pure_bf16: bfloat16 and float32 train side by side" in ranks[0].text()
 
 
 def crowded(words: list[str]) -> int:

@@ -2,7 +2,6 @@
 are killed."""
 
 import signal
-import time
 
 import pytest
 import torch
@@ -13,10 +12,10 @@ from tiny_runs import (
     fork_ranks,
     start_ranks_in_turn,
     tiny_runs,
+    train_slowly,
     wait_for_all,
 )
 
-import train
 from parallel.world import World
 from training import run_folder
 
@@ -62,18 +61,6 @@ def test_the_files_are_those_of_saving_at_once(tiny, ranks):
             sides = (tiny.folder / f"{name}-{beside}" / f"checkpoint-{step}" for beside in (True, False))
             assert_same_checkpoint(*sides)
         assert_same_weights(tiny.weights(f"{name}-True"), tiny.weights(f"{name}-False"))
-
-
-def train_slowly(words: list[str]) -> int:
-    """In a rank: a checkpoint takes a while before it is complete."""
-    plain = run_folder.checksums
-
-    def slow(*given):
-        time.sleep(0.4)
-        return plain(*given)
-
-    run_folder.checksums = slow
-    return train.main(words)
 
 
 def test_a_rank_that_is_killed_while_threads_write_is_named_and_costs_nothing_but_that(tiny):

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from tiny_runs import assert_same_checkpoint, assert_same_weights, fork, tiny_runs
+from tiny_runs import assert_same_checkpoint, assert_same_weights, fork, tiny_runs, train_slowly
 
 import train
 from options import limits
@@ -94,18 +94,6 @@ def test_a_thread_writes_later_what_saving_at_once_writes(tiny, tmp_path, monkey
         assert_same_checkpoint(*(tmp_path / name / f"checkpoint-{step}" for name in ("at once", "beside")))
     assert tiny.losses(tmp_path / "at once") == tiny.losses(tmp_path / "beside")
     assert_same_weights(tiny.weights(tmp_path / "at once"), tiny.weights(tmp_path / "beside"))
-
-
-def train_slowly(words: list[str]) -> int:
-    """In a child: a checkpoint takes a while before it is complete."""
-    plain = run_folder.checksums
-
-    def slow(*given):
-        time.sleep(0.4)
-        return plain(*given)
-
-    run_folder.checksums = slow
-    return train.main(words)
 
 
 def test_kill_9_while_the_thread_writes_leaves_the_earlier_checkpoints(tiny, tmp_path):
